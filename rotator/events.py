@@ -1,0 +1,229 @@
+"""What a rotation tells its observers: frozen facts, never values of the rotated column."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeAlias
+
+from rotator.keys import Key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotationStarted:
+    """This process owns the rotation and is about to write.
+
+    Attributes:
+        rotation: The rotation's id.
+        target: The target as the user writes it, e.g. ``tickets.Ticket.token``.
+        rows_total: Rows up to the frozen upper bound.
+        rows_total_is_exact: False where the total is the server's estimate.
+        rows_done: Rows that earlier runs of this rotation have committed; 0 for a new one.
+        seconds_before: Active seconds that earlier runs spent.
+        stopped_at: When the last run was last heard of; None for a new rotation.
+        concurrency: How many workers this run has.
+        batch: How many rows a range holds in this run.
+    """
+
+    rotation: int
+    target: str
+    rows_total: int
+    rows_total_is_exact: bool
+    rows_done: int
+    seconds_before: float
+    stopped_at: datetime | None
+    concurrency: int
+    batch: int
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run left this rotation unfinished."""
+        return self.stopped_at is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeCompleted:
+    """A range and its checkpoint were committed together.
+
+    Attributes:
+        rows: Rows that got a new value.
+        seconds: From the range's first statement to its commit, retries left out.
+        retries: How often this range was tried before in vain.
+    """
+
+    rows: int
+    seconds: float
+    retries: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeDeferred:
+    """Somebody else holds rows of a range; it went to the back of the queue."""
+
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeRetried:
+    """The server refused a range and it will be tried again, whole or in halves.
+
+    Attributes:
+        rows: Rows that the range held when it was planned.
+        reason: The server's condition, e.g. ``deadlock_detected``; never its message's detail.
+        split: Whether it is tried again in two halves.
+    """
+
+    rows: int
+    reason: str
+    split: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowFailed:
+    """One row cannot be rotated; the others go on.
+
+    Attributes:
+        key: The row's key.
+        reason: The server's condition and, where there is one, the constraint's name.
+    """
+
+    key: Key
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutageStarted:
+    """The server cannot be reached; ranges wait.
+
+    Attributes:
+        reason: One sentence, without values.
+        budget_seconds: How long the run waits before it gives up.
+    """
+
+    reason: str
+    budget_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutageEnded:
+    """The server answers again and the gaps were read anew from the checkpoints.
+
+    Attributes:
+        seconds: How long it was away.
+        rows_done: Rows that the checkpoints now vouch for; may be fewer than were reported before.
+    """
+
+    seconds: float
+    rows_done: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnerWatched:
+    """Another process owns this rotation; its heartbeat is being watched before taking over.
+
+    Attributes:
+        owner: One phrase that names it: user, host and pid.
+        seconds: How long it is watched at the most.
+    """
+
+    owner: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LateCommitsAwaited:
+    """Transactions older than the rotation may still commit rows of the target.
+
+    Attributes:
+        holders: One phrase for each of them (pid or prepared id, user, application, since when).
+    """
+
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LateRowsRotated:
+    """Rows that were committed late were found and rotated."""
+
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrainStarted:
+    """No more ranges are planned; those in flight commit.
+
+    Attributes:
+        reason: What asked for it, e.g. ``SIGINT`` or ``--stop-after``.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tick:
+    """A second has passed; observers without a clock of their own may speak."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotationStopped:
+    """The run is over; the database says the same.
+
+    Attributes:
+        rotation: The rotation's id.
+        target: The target as the user writes it.
+        status: ``completed``, ``interrupted`` or ``failed``.
+        rows: Rows rotated in all runs of this rotation.
+        rows_total: Rows up to the frozen upper bound.
+        rows_this_run: Rows rotated by this run.
+        late_rows: Rows, among ``rows``, that were committed late.
+        ranges: Ranges committed by this run.
+        seconds: What this run took, from its start to its last status.
+        seconds_total: Active seconds over all runs.
+        rows_per_second: ``rows_this_run`` over the seconds from the first range to the last.
+        retries: Ranges tried again, whatever the reason.
+        outage_seconds: How long this run waited for the server.
+        peak_memory_bytes: High-water mark of this process's resident memory; 0 where unknown.
+        concurrency: Workers of this run.
+        batch: Rows a range.
+        resumed: Whether an earlier run began this rotation.
+        failed_keys: Keys of rows that could not be rotated, each with the reason.
+        error: One sentence that says why it stopped; empty when it completed.
+    """
+
+    rotation: int
+    target: str
+    status: str
+    rows: int
+    rows_total: int
+    rows_this_run: int
+    late_rows: int
+    ranges: int
+    seconds: float
+    seconds_total: float
+    rows_per_second: float
+    retries: int
+    outage_seconds: float
+    peak_memory_bytes: int
+    concurrency: int
+    batch: int
+    resumed: bool
+    failed_keys: tuple[tuple[Key, str], ...] = ()
+    error: str = ""
+
+
+Event: TypeAlias = (
+    RotationStarted
+    | RangeCompleted
+    | RangeDeferred
+    | RangeRetried
+    | RowFailed
+    | OutageStarted
+    | OutageEnded
+    | OwnerWatched
+    | LateCommitsAwaited
+    | LateRowsRotated
+    | DrainStarted
+    | Tick
+    | RotationStopped
+)
+
+Observer: TypeAlias = Callable[[Event], None]

@@ -1,0 +1,39 @@
+"""Keys and ranges of keys, as PostgreSQL writes them; nothing here compares two keys."""
+
+from dataclasses import dataclass
+from typing import NewType
+
+Key = NewType("Key", str)
+"""A row's key as the server's own JSON array text, e.g. ``[42]`` or ``["a", 7]``.
+
+Opaque on purpose: only the server orders keys, with the key's own type and collation, so the text
+goes back to it exactly as it came (protocol.md, "Gaps are subtracted in SQL").
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeySpan:
+    """The rows with ``after < key <= through``, however many there are.
+
+    Attributes:
+        after: The last key before the span; None where it begins with the table.
+        through: The span's last key.
+    """
+
+    after: Key | None
+    through: Key
+
+    def __str__(self) -> str:
+        """Return the span as logs and messages show it."""
+        return f"({self.after or 'start'}, {self.through}]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRange(KeySpan):
+    """A span that was planned as one unit of work.
+
+    Attributes:
+        rows: How many rows it held when it was planned; at least 1.
+    """
+
+    rows: int

@@ -1,0 +1,73 @@
+"""How a rotation looks: a bar, plain lines, or JSON lines.
+
+Bar and lines are for people and go to ``err``, so that ``out`` can be piped and holds the summary alone.
+JSON lines are for programs and go to ``out``; then the summary goes to ``err``.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Final, Literal, TextIO, TypeAlias, get_args
+
+from rotator.events import Event, Observer
+from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
+from rotator.progress.jsonlines import JsonObserver
+from rotator.progress.lines import LinesObserver
+from rotator.progress.summary import report, summary
+
+__all__ = ["PROGRESS_KINDS", "ProgressKind", "open_progress", "report", "summary", "summary_stream"]
+
+ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "none"]
+PROGRESS_KINDS: Final[tuple[ProgressKind, ...]] = get_args(ProgressKind)
+
+
+@contextmanager
+def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[Observer]:
+    """Give an observer for the time of a run; leaving restores the terminal, however the run ends.
+
+    Args:
+        kind: ``auto`` is the bar where ``err`` is a terminal that can draw one, and lines elsewhere; ``bar``
+            draws it in any case.
+        out: Raw standard output (a Django command's ``self.stdout._out``): its wrapper would end every
+            piece of the bar with a line end.
+        err: Raw standard error.
+    """
+    match kind:
+        case "none":
+            yield _ignore
+        case "json":
+            yield JsonObserver(out, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
+        case "auto" | "bar" if kind == "bar" or _can_draw(err):
+            with bar_observer(err, clock=time.monotonic) as observer:
+                yield observer
+        case _:
+            yield LinesObserver(err, clock=time.monotonic)
+
+
+def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:
+    """Return where the summary goes: wherever it is not in the way of JSON lines."""
+    return err if kind == "json" else out
+
+
+def _can_draw(stream: TextIO) -> bool:
+    # A terminal without a width (some CI runners have them) would be given an empty bar.
+    return (
+        stream.isatty()
+        and os.environ.get("TERM") != "dumb"
+        and terminal_columns(stream) > 0
+        and _can_encode(stream, BAR_CHARACTERS)
+    )
+
+
+def _can_encode(stream: TextIO, characters: str) -> bool:
+    try:
+        characters.encode(stream.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _ignore(_event: Event) -> None:
+    pass

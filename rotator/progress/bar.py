@@ -1,0 +1,194 @@
+"""Progress as one live line of a terminal, drawn by alive-progress.
+
+alive-progress draws; the figures are ours, because its rate is the mean of the whole run and its total
+cannot change.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, TextIO
+
+from rotator.events import Event, RangeCompleted, RotationStarted, RotationStopped
+from rotator.progress.format import count, duration, plural, rate
+from rotator.progress.screen import Screen
+from rotator.progress.tally import Tally
+from rotator.progress.throttle import Throttle
+from rotator.progress.wording import activity, done_of_total, notice
+
+REFRESH_SECONDS: Final = 0.1
+BAR_CHARACTERS: Final = "▏▎▍▌▋▊▉█⚠"
+_DEFAULT_COLUMNS: Final = 80
+_SHORTEST_BAR, _LONGEST_BAR = 8, 30
+_BAR_BORDERS: Final = 3
+_UNFINISHED_MARK: Final = "(!) "
+
+
+def terminal_columns(stream: TextIO) -> int:
+    """Return how wide the stream's terminal is now; 0 where there is none or it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+@contextmanager
+def bar_observer(
+    stream: TextIO,
+    *,
+    clock: Callable[[], float],
+    columns: Callable[[], int] | None = None,
+    refresh_seconds: float = REFRESH_SECONDS,
+) -> Iterator[Callable[[Event], None]]:
+    """Draw a bar until the block is left, in whatever way, and leave the terminal as it was.
+
+    Args:
+        stream: The terminal; the raw stream, not one that adds line ends.
+        clock: Returns monotonic seconds.
+        columns: Returns the terminal's width now; asked of the stream unless given.
+        refresh_seconds: How often it is drawn; leaving waits for one more.
+    """
+    width = columns or (lambda: terminal_columns(stream))
+    bar = _Bar(Screen(stream), clock, lambda: width() or _DEFAULT_COLUMNS, refresh_seconds)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Bar:
+    def __init__(
+        self, screen: Screen, clock: Callable[[], float], columns: Callable[[], int], refresh_seconds: float
+    ) -> None:
+        self._screen = screen
+        self._clock = clock
+        self._columns = columns
+        self._refresh_seconds = refresh_seconds
+        self._throttle = Throttle(refresh_seconds, clock())
+        self._tally = Tally()
+        self._length = 0
+        self._handle: Any = None
+        self._position = 0
+        self._open = ExitStack()
+
+    def __call__(self, event: Event) -> None:
+        now = self._clock()
+        line = notice(event, self._tally)
+        self._tally.take(event, now)
+        if line:
+            self._screen.write_above(line, self._columns())
+        match event:
+            case RotationStarted():
+                self._start()
+                self._show(now)
+            case RotationStopped():
+                self._finish(event)
+            case RangeCompleted() if not self._throttle.due(now):
+                pass
+            case _:
+                self._show(now)
+
+    def close(self) -> None:
+        """End the bar of a run that did not say how it ended."""
+        if self._handle is not None:
+            self._end_unfinished("stopped", "stopped")
+
+    def _start(self) -> None:
+        # It loads slowly and is not needed where there is no terminal.
+        from alive_progress import alive_bar  # noqa: PLC0415
+
+        columns = self._columns()
+        self._length = max(_SHORTEST_BAR, min(_LONGEST_BAR, columns // 5))
+        self._handle = self._open.enter_context(
+            alive_bar(
+                self._tally.rows_total,
+                file=self._screen,
+                force_tty=True,
+                max_cols=columns,
+                length=self._length,
+                bar="smooth",
+                spinner=None,
+                monitor=False,
+                elapsed=False,
+                stats=False,
+                enrich_print=False,
+                receipt_text=True,
+                refresh_secs=self._refresh_seconds,
+            )
+        )
+        if self._tally.rows_total:
+            self._position = self._tally.rows_capped
+            self._handle(self._position, skipped=True)
+
+    def _show(self, now: float) -> None:
+        if self._handle is None:
+            return
+        self._move(self._tally.rows_capped)
+        self._handle.text = fitting(bar_texts(self._tally, now), self._room())
+
+    def _finish(self, event: RotationStopped) -> None:
+        if self._handle is None:
+            return
+        if event.status == "completed":
+            self._end(self._tally.rows_total, fitting(completed_texts(event), self._room()))
+        else:
+            self._end_unfinished(f"{event.status} after {duration(event.seconds)}", event.status)
+
+    def _end_unfinished(self, how: str, how_in_short: str) -> None:
+        # alive-progress marks a bar that ends short of its total, and this one shall be marked.
+        position = min(self._position, self._tally.rows_total - 1)
+        room = self._room() - len(_UNFINISHED_MARK)
+        self._end(position, fitting(unfinished_texts(self._tally, how, how_in_short), room))
+
+    def _end(self, position: int, text: str) -> None:
+        self._move(position)
+        self._handle.text = text
+        self._handle = None
+        self._open.close()
+
+    def _move(self, position: int) -> None:
+        if self._tally.rows_total and position != self._position:
+            self._handle(position - self._position)
+            self._position = position
+
+    def _room(self) -> int:
+        # Terminals differ in what they do about a full last column.
+        return self._columns() - self._length - _BAR_BORDERS - 1
+
+
+def bar_texts(tally: Tally, now: float) -> list[str]:
+    """Return what stands beside the bar, the longest form first."""
+    rows, percent = done_of_total(tally), f"{tally.percent}%"
+    if busy := activity(tally, now):
+        return [f"{rows} rows  {percent}  {busy}", f"{rows}  {percent}  {busy}", f"{percent}  {busy}", busy]
+    rows_per_second, eta_seconds = tally.rows_per_second(now), tally.eta_seconds(now)
+    speed = "?" if rows_per_second is None else rate(rows_per_second)
+    eta = "ETA ?" if eta_seconds is None else f"ETA {duration(eta_seconds)}"
+    ample, compact = f"{rows} rows  {percent}  {speed} rows/s  {eta}", f"{rows}  {percent}  {speed}/s  {eta}"
+    texts = [ample, compact, f"{percent}  {speed}/s  {eta}", f"{percent}  {eta}", percent]
+    if tally.deferrals:
+        put_off = f"{count(tally.deferrals)} put off"
+        texts = [f"{ample}  {put_off}", f"{compact}  {put_off}", *texts]
+    return texts
+
+
+def completed_texts(event: RotationStopped) -> list[str]:
+    """Return what stands beside the bar of a completed run, the longest form first."""
+    rows, time = plural(event.rows, "row"), duration(event.seconds)
+    return [f"{rows}  100%  {rate(event.rows_per_second)} rows/s  in {time}", f"100%  in {time}", "100%"]
+
+
+def unfinished_texts(tally: Tally, how: str, how_in_short: str) -> list[str]:
+    """Return what stands beside the bar of a run that ended before it was done, the longest form first."""
+    percent = f"{tally.percent}%"
+    return [
+        f"{done_of_total(tally)} rows  {percent}  {how}",
+        f"{percent}  {how}",
+        f"{percent}  {how_in_short}",
+        percent,
+    ]
+
+
+def fitting(texts: list[str], room: int) -> str:
+    """Return the first text that fits, or what fits of the last."""
+    return next((text for text in texts if len(text) <= room), texts[-1][: max(room, 0)])

@@ -1,0 +1,123 @@
+"""Progress as one JSON object a line, for programs.
+
+Every line has ``event``, ``at`` (UTC, ISO 8601) and ``rotation`` (null until it is known). The events and
+what else they carry; keys are only ever added:
+
+    started              target, rows_total, rows_total_is_exact, rows_done, seconds_before, stopped_at,
+                         concurrency, batch, resumed
+    progress             state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second,
+                         eta_seconds (both null while unknown), deferrals, retries, failed_rows
+    row_failed           key, reason
+    outage_started       reason, budget_seconds
+    outage_ended         seconds, rows_done
+    owner_watched        owner, seconds
+    late_commits_awaited holders
+    late_rows_rotated    rows
+    drain_started        reason
+    stopped              the same keys as the report
+
+``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits`` or ``finishing``.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Final, TextIO
+
+from rotator.events import (
+    DrainStarted,
+    Event,
+    LateCommitsAwaited,
+    LateRowsRotated,
+    OutageEnded,
+    OutageStarted,
+    OwnerWatched,
+    RangeCompleted,
+    RotationStarted,
+    RotationStopped,
+    RowFailed,
+    Tick,
+)
+from rotator.progress.sink import Sink
+from rotator.progress.summary import report
+from rotator.progress.tally import Tally
+from rotator.progress.throttle import Throttle
+
+_NAMES: Final[dict[type[Event], str]] = {
+    RowFailed: "row_failed",
+    OutageStarted: "outage_started",
+    OutageEnded: "outage_ended",
+    OwnerWatched: "owner_watched",
+    LateCommitsAwaited: "late_commits_awaited",
+    LateRowsRotated: "late_rows_rotated",
+    DrainStarted: "drain_started",
+}
+
+
+class JsonObserver:
+    """Writes one JSON object for each notable event and one with the figures every ``every_seconds``.
+
+    Args:
+        stream: Where the lines go; the raw stream, not one that adds line ends.
+        clock: Returns monotonic seconds.
+        wall_clock: Returns the time of day with its time zone.
+        every_seconds: How long it is silent between two lines of figures.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], datetime],
+        every_seconds: float = 1.0,
+    ) -> None:
+        self._sink = Sink(stream)
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._throttle = Throttle(every_seconds, clock())
+        self._tally = Tally()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        now = self._clock()
+        self._tally.take(event, now)
+        match event:
+            case RotationStarted():
+                stopped_at = event.stopped_at and _iso(event.stopped_at)
+                self._write("started", {**asdict(event), "stopped_at": stopped_at, "resumed": event.resumed})
+            case RangeCompleted() | Tick():
+                if self._tally.rotation is not None and self._throttle.due(now):
+                    self._write("progress", figures(self._tally, now))
+            case RotationStopped():
+                self._write("stopped", report(event))
+            case _ if type(event) in _NAMES:
+                self._write(_NAMES[type(event)], asdict(event))
+            case _:
+                pass
+
+    def _write(self, name: str, facts: dict[str, object]) -> None:
+        head = {"event": name, "at": _iso(self._wall_clock()), "rotation": self._tally.rotation}
+        self._sink.write_line(json.dumps(head | facts))
+
+
+def figures(tally: Tally, now: float) -> dict[str, object]:
+    """Return what a ``progress`` line carries; rows done as they are, percent never past 100."""
+    rows_per_second, eta_seconds = tally.rows_per_second(now), tally.eta_seconds(now)
+    return {
+        "state": tally.state,
+        "rows_done": tally.rows_done,
+        "rows_total": tally.rows_total,
+        "rows_total_is_exact": tally.rows_total_is_exact,
+        "percent": tally.percent,
+        "rows_per_second": None if rows_per_second is None else round(rows_per_second, 3),
+        "eta_seconds": None if eta_seconds is None else round(eta_seconds, 3),
+        "deferrals": tally.deferrals,
+        "retries": tally.retries,
+        "failed_rows": tally.failed_rows,
+    }
+
+
+def _iso(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="milliseconds")

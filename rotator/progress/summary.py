@@ -1,0 +1,99 @@
+"""What is left to say when a run is over: for people, and for programs."""
+
+from rotator.events import RotationStopped
+from rotator.progress.format import count, duration, one_line, plural, rate, size
+
+FAILED_KEYS_NAMED = 20
+
+
+def report(event: RotationStopped) -> dict[str, object]:
+    """Return the run as JSON types; these keys are an interface and only ever added to.
+
+    Seconds and rows per second are rounded to a thousandth. ``failed_keys`` holds objects with the ``key``
+    (the server's own JSON array text) and the ``reason``.
+    """
+    return {
+        "rotation": event.rotation,
+        "target": event.target,
+        "status": event.status,
+        "rows": event.rows,
+        "rows_total": event.rows_total,
+        "rows_this_run": event.rows_this_run,
+        "late_rows": event.late_rows,
+        "ranges": event.ranges,
+        "seconds": round(event.seconds, 3),
+        "seconds_total": round(event.seconds_total, 3),
+        "rows_per_second": round(event.rows_per_second, 3),
+        "retries": event.retries,
+        "outage_seconds": round(event.outage_seconds, 3),
+        "peak_memory_bytes": event.peak_memory_bytes,
+        "concurrency": event.concurrency,
+        "batch": event.batch,
+        "resumed": event.resumed,
+        "failed_keys": [{"key": key, "reason": reason} for key, reason in event.failed_keys],
+        "error": event.error,
+    }
+
+
+def summary(event: RotationStopped, *, resume_command: str | None = None) -> str:
+    """Return the summary as text of several lines, without a final line end.
+
+    Args:
+        event: How the run ended.
+        resume_command: What goes on with the rotation; shown only while it is unfinished.
+    """
+    lines = [verdict(event)]
+    if event.error:
+        lines.append(one_line(event.error))
+    lines += [f"  {label:<12} {value}" for label, value in _facts(event)]
+    if event.failed_keys:
+        lines += _failed(event)
+    if resume_command and event.status != "completed":
+        lines.append(f"Go on with: {resume_command}")
+    return "\n".join(lines)
+
+
+def verdict(event: RotationStopped) -> str:
+    """Return one sentence that says how the run ended and what that means for the rows."""
+    if event.status == "completed":
+        failed = len(event.failed_keys)
+        exception = f", except {plural(failed, 'row')} that cannot be rotated" if failed else ""
+        return (
+            f"Completed: rotation {event.rotation} gave {plural(event.rows, 'row')} of {event.target} "
+            f"a new value{exception}."
+        )
+    return (
+        f"{event.status.capitalize()}: rotation {event.rotation} of {event.target} is unfinished; "
+        f"{count(min(event.rows, event.rows_total))} of {plural(event.rows_total, 'row')} have a new value."
+    )
+
+
+def _facts(event: RotationStopped) -> list[tuple[str, str]]:
+    rows, seconds = count(event.rows_this_run), duration(event.seconds)
+    if event.resumed:
+        rows = f"{rows} in this run, {count(event.rows)} in all"
+        seconds = f"{seconds} in this run, {duration(event.seconds_total)} in all"
+    if event.late_rows:
+        rows = f"{rows}; {count(event.late_rows)} of them committed late"
+    facts = [
+        ("rows", rows),
+        ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),
+        ("workers", count(event.concurrency)),
+        ("time", seconds),
+        ("rate", f"{rate(event.rows_per_second)} rows/s"),
+        ("tried again", plural(event.retries, "range")),
+    ]
+    if event.outage_seconds > 0:
+        facts.append(("server away", duration(event.outage_seconds)))
+    if event.peak_memory_bytes:
+        facts.append(("peak memory", size(event.peak_memory_bytes)))
+    return facts
+
+
+def _failed(event: RotationStopped) -> list[str]:
+    keys = event.failed_keys
+    lines = [f"{plural(len(keys), 'row')} could not be rotated:"]
+    lines += [f"  key {key}: {one_line(reason)}" for key, reason in keys[:FAILED_KEYS_NAMED]]
+    if len(keys) > FAILED_KEYS_NAMED:
+        lines.append(f"  and {count(len(keys) - FAILED_KEYS_NAMED)} more")
+    return lines

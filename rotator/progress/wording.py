@@ -1,0 +1,120 @@
+"""The sentences and phrases that the bar and the lines share."""
+
+from datetime import UTC, datetime
+
+from rotator.events import (
+    DrainStarted,
+    Event,
+    LateCommitsAwaited,
+    LateRowsRotated,
+    OutageEnded,
+    OutageStarted,
+    OwnerWatched,
+    RotationStarted,
+    RowFailed,
+)
+from rotator.progress.format import count, duration, one_line, plural
+from rotator.progress.tally import Tally
+
+FAILED_ROWS_NAMED = 20
+HOLDERS_NAMED = 5
+
+
+def notice(event: Event, tally: Tally) -> str:
+    """Return the line that a notable event is worth, or an empty text.
+
+    Args:
+        event: What happened.
+        tally: The figures before it happened.
+    """
+    line = ""
+    match event:
+        case RotationStarted():
+            line = _resumed(event) if event.resumed else _started(event)
+        case RowFailed():
+            line = _failed(event, tally.failed_rows)
+        case OutageStarted():
+            line = (
+                f"the server is away: {event.reason.rstrip('.')}; "
+                f"waiting for up to {duration(event.budget_seconds)}"
+            )
+        case OutageEnded():
+            line = (
+                f"the server is back after {duration(event.seconds)}: "
+                f"its checkpoints vouch for {plural(event.rows_done, 'row')}"
+            )
+        case OwnerWatched():
+            line = (
+                f"another process owns this rotation: {event.owner}; "
+                f"watching its heartbeat for up to {duration(event.seconds)}"
+            )
+        case LateCommitsAwaited() if event.holders != tally.holders:
+            line = _awaited(event.holders)
+        case LateRowsRotated():
+            line = f"{plural(event.rows, 'row')} committed late and rotated now"
+        case DrainStarted():
+            line = f"{event.reason}: draining, ranges in flight commit and no more are planned"
+        case _:
+            pass
+    return one_line(line)
+
+
+def activity(tally: Tally, now: float) -> str:
+    """Return what the run is busy with instead of getting on, or an empty text while rows are being done."""
+    if tally.outage_since is not None:
+        return f"server away for {duration(now - tally.outage_since)}"
+    match tally.state:
+        case "late_commits":
+            return f"waiting for {plural(len(tally.holders), 'transaction')}"
+        case "draining":
+            return "draining ranges in flight"
+        case "finishing":
+            return "finishing"
+        case _:
+            return ""
+
+
+def done_of_total(tally: Tally) -> str:
+    """Return rows done and in all, e.g. ``412,000 of about 1,000,000``."""
+    about = "" if tally.rows_total_is_exact else "about "
+    return f"{count(tally.rows_shown)} of {about}{count(tally.rows_total)}"
+
+
+def moment(at: datetime) -> str:
+    """Return a time in UTC and to the second."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _started(event: RotationStarted) -> str:
+    about = "" if event.rows_total_is_exact else "about "
+    return (
+        f"rotation {event.rotation} of {event.target} starts: {about}{plural(event.rows_total, 'row')}, "
+        f"{plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range"
+    )
+
+
+def _resumed(event: RotationStarted) -> str:
+    about = "" if event.rows_total_is_exact else "about "
+    stopped = moment(event.stopped_at) if event.stopped_at else "an unknown time"
+    return (
+        f"rotation {event.rotation} of {event.target} resumes: {count(event.rows_done)} of "
+        f"{about}{plural(event.rows_total, 'row')} were done in {duration(event.seconds_before)} "
+        f"when it stopped at {stopped}"
+    )
+
+
+def _failed(event: RowFailed, failed_before: int) -> str:
+    if failed_before < FAILED_ROWS_NAMED:
+        return f"key {event.key} cannot be rotated: {event.reason}"
+    if failed_before == FAILED_ROWS_NAMED:
+        return "more rows cannot be rotated; from here on they are only counted"
+    return ""
+
+
+def _awaited(holders: tuple[str, ...]) -> str:
+    named = "; ".join(holders[:HOLDERS_NAMED])
+    more = f"; and {count(len(holders) - HOLDERS_NAMED)} more" if len(holders) > HOLDERS_NAMED else ""
+    return (
+        f"waiting for {plural(len(holders), 'transaction')} older than the rotation, "
+        f"which may still commit rows: {named}{more}"
+    )

@@ -1,0 +1,178 @@
+import io
+
+import pytest
+
+from rotator.events import (
+    DrainStarted,
+    Event,
+    LateCommitsAwaited,
+    LateRowsRotated,
+    OutageEnded,
+    OutageStarted,
+    OwnerWatched,
+    RangeDeferred,
+    RangeRetried,
+    RowFailed,
+    Tick,
+)
+from rotator.keys import Key
+from rotator.progress.lines import LinesObserver
+from tests.unit.progress_fakes import Clock, Gone, completed, resumed, started, stopped
+
+
+def told(*events: Event) -> list[str]:
+    """Return the lines that the events give when none of them takes any time."""
+    stream = io.StringIO()
+    observer = LinesObserver(stream, clock=Clock())
+    for event in events:
+        observer(event)
+    return stream.getvalue().splitlines()
+
+
+def test_figures_come_every_five_seconds() -> None:
+    stream, clock = io.StringIO(), Clock()
+    observer = LinesObserver(stream, clock=clock)
+    observer(started())
+    for step in range(1, 121):
+        clock.now = step / 10
+        observer(completed(rows=2000))
+        observer(Tick())
+    first, *figures = stream.getvalue().splitlines()
+    assert first == (
+        "rotation 7 of tickets.Ticket.token starts: 1,000,000 rows, 4 workers, 2,000 rows a range"
+    )
+    assert figures == [
+        "100,000 of 1,000,000 rows (10%), 20,000 rows/s, ETA 45 s",
+        "200,000 of 1,000,000 rows (20%), 20,000 rows/s, ETA 40 s",
+    ]
+
+
+def test_figures_before_the_start_would_be_about_nothing() -> None:
+    stream, clock = io.StringIO(), Clock()
+    observer = LinesObserver(stream, clock=clock)
+    clock.now = 60
+    observer(Tick())
+    assert stream.getvalue() == ""
+
+
+def test_an_estimate_is_called_one_and_an_unknown_eta_too() -> None:
+    stream, clock = io.StringIO(), Clock()
+    observer = LinesObserver(stream, clock=clock)
+    observer(started(rows_total_is_exact=False))
+    clock.now = 6
+    observer(Tick())
+    assert stream.getvalue().splitlines() == [
+        "rotation 7 of tickets.Ticket.token starts: about 1,000,000 rows, 4 workers, 2,000 rows a range",
+        "0 of about 1,000,000 rows (0%), ETA unknown",
+    ]
+
+
+def test_what_holds_the_run_up_is_in_the_figures() -> None:
+    stream, clock = io.StringIO(), Clock()
+    observer = LinesObserver(stream, clock=clock)
+    observer(started())
+    observer(RangeDeferred(rows=2000))
+    observer(RangeDeferred(rows=2000))
+    observer(RangeRetried(rows=2000, reason="deadlock_detected", split=False))
+    observer(RowFailed(key=Key("[42]"), reason="check_violation"))
+    observer(OutageStarted(reason="connection refused", budget_seconds=300))
+    clock.now = 7
+    observer(Tick())
+    assert stream.getvalue().splitlines()[-1] == (
+        "0 of 1,000,000 rows (0%), server away for 7 s, ranges put off 2 times, tried again 1 time, "
+        "1 row failed"
+    )
+
+
+def test_a_resumed_start_is_one_line() -> None:
+    (line,) = told(resumed())
+    assert line == (
+        "rotation 7 of tickets.Ticket.token resumes: 412,000 of 1,000,000 rows were done in 18 s "
+        "when it stopped at 2026-03-01 12:03:05 UTC"
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            OutageStarted(reason="Connection refused.", budget_seconds=300),
+            "the server is away: Connection refused; waiting for up to 5 min 00 s",
+        ),
+        (
+            OutageEnded(seconds=12, rows_done=410_000),
+            "the server is back after 12 s: its checkpoints vouch for 410,000 rows",
+        ),
+        (
+            OwnerWatched(owner="app on db1, pid 42", seconds=10),
+            "another process owns this rotation: app on db1, pid 42; watching its heartbeat for up to 10 s",
+        ),
+        (
+            LateCommitsAwaited(holders=("pid 4711, psql", "pid 4712, app")),
+            (
+                "waiting for 2 transactions older than the rotation, which may still commit rows: "
+                "pid 4711, psql; pid 4712, app"
+            ),
+        ),
+        (LateRowsRotated(rows=12), "12 rows committed late and rotated now"),
+        (
+            DrainStarted(reason="SIGINT"),
+            "SIGINT: draining, ranges in flight commit and no more are planned",
+        ),
+        (
+            RowFailed(key=Key("[42]"), reason="check_violation on token_length"),
+            "key [42] cannot be rotated: check_violation on token_length",
+        ),
+        (
+            stopped(status="interrupted", rows=588_000, rows_this_run=588_000),
+            "rotation 7 of tickets.Ticket.token interrupted after 40 s: 588,000 rows in this run",
+        ),
+    ],
+)
+def test_notable_events_are_told_at_once(event: Event, line: str) -> None:
+    assert told(event) == [line]
+
+
+@pytest.mark.parametrize(
+    "event", [completed(), Tick(), RangeDeferred(rows=1), RangeRetried(rows=1, reason="x", split=False)]
+)
+def test_what_happens_often_is_not_told_at_once(event: Event) -> None:
+    assert told(started(), event) == told(started())
+
+
+def test_the_same_wait_is_told_once() -> None:
+    waits = LateCommitsAwaited(holders=("pid 1",))
+    assert len(told(waits, waits, waits)) == 1
+    assert len(told(waits, LateCommitsAwaited(holders=("pid 2",)))) == 2
+
+
+def test_many_holders_are_counted_after_the_first_five() -> None:
+    (line,) = told(LateCommitsAwaited(holders=tuple(f"pid {pid}" for pid in range(8))))
+    assert line.endswith(": pid 0; pid 1; pid 2; pid 3; pid 4; and 3 more")
+
+
+def test_a_flood_of_failed_rows_is_counted_after_the_first_twenty() -> None:
+    lines = told(*(RowFailed(key=Key(f"[{key}]"), reason="check_violation") for key in range(500)))
+    assert len(lines) == 21
+    assert lines[19] == "key [19] cannot be rotated: check_violation"
+    assert lines[20] == "more rows cannot be rotated; from here on they are only counted"
+
+
+def test_no_control_characters_whatever_names_and_reasons_hold() -> None:
+    lines = told(
+        started(target="a\x1b[2Jb"),
+        OutageStarted(reason="gone\nfor\r\x07good", budget_seconds=1),
+        LateCommitsAwaited(holders=("evil\x1b]0;app\x07",)),
+    )
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_reader_that_went_away_does_not_stop_the_run() -> None:
+    stream = Gone(1)
+    observer = LinesObserver(stream, clock=Clock())
+    observer(started())
+    observer(DrainStarted(reason="SIGINT"))
+    stream.left = 1
+    observer(stopped())
+    assert stream.getvalue().count("\n") == 1

@@ -1,0 +1,89 @@
+import json
+
+from rotator.keys import Key
+from rotator.progress.summary import report, summary
+from tests.unit.progress_fakes import stopped
+
+FAILED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
+KEYS = (
+    "rotation target status rows rows_total rows_this_run late_rows ranges seconds seconds_total "
+    "rows_per_second retries outage_seconds peak_memory_bytes concurrency batch resumed failed_keys error"
+)
+
+
+def test_a_completed_run() -> None:
+    assert summary(stopped(), resume_command="manage.py async_rotate").splitlines() == [
+        "Completed: rotation 7 gave 1,000,000 rows of tickets.Ticket.token a new value.",
+        "  rows         1,000,000",
+        "  ranges       500 of up to 2,000 rows",
+        "  workers      4",
+        "  time         40 s",
+        "  rate         25,100 rows/s",
+        "  tried again  0 ranges",
+        "  peak memory  52 MB",
+    ]
+
+
+def test_an_interrupted_run_says_how_to_go_on() -> None:
+    end = stopped(
+        status="interrupted",
+        resumed=True,
+        rows=700_000,
+        rows_this_run=288_000,
+        late_rows=12,
+        seconds_total=125.0,
+        outage_seconds=12.3,
+        retries=3,
+        error="SIGINT asked it to stop.",
+    )
+    assert summary(end, resume_command="manage.py async_rotate tickets.Ticket.token").splitlines() == [
+        (
+            "Interrupted: rotation 7 of tickets.Ticket.token is unfinished; "
+            "700,000 of 1,000,000 rows have a new value."
+        ),
+        "SIGINT asked it to stop.",
+        "  rows         288,000 in this run, 700,000 in all; 12 of them committed late",
+        "  ranges       500 of up to 2,000 rows",
+        "  workers      4",
+        "  time         40 s in this run, 2 min 05 s in all",
+        "  rate         25,100 rows/s",
+        "  tried again  3 ranges",
+        "  server away  12 s",
+        "  peak memory  52 MB",
+        "Go on with: manage.py async_rotate tickets.Ticket.token",
+    ]
+
+
+def test_failed_rows_are_named_up_to_twenty() -> None:
+    lines = summary(stopped(status="failed", failed_keys=FAILED)).splitlines()
+    assert lines[0].startswith("Failed: ")
+    assert lines[-22:-20] == ["23 rows could not be rotated:", "  key [0]: check_violation on token_length"]
+    assert lines[-2:] == ["  key [19]: check_violation on token_length", "  and 3 more"]
+
+
+def test_a_completed_run_does_not_hide_its_failed_rows() -> None:
+    assert (
+        summary(stopped(failed_keys=FAILED))
+        .splitlines()[0]
+        .endswith("a new value, except 23 rows that cannot be rotated.")
+    )
+
+
+def test_unknown_memory_is_not_shown() -> None:
+    assert "peak memory" not in summary(stopped(peak_memory_bytes=0))
+
+
+def test_never_more_rows_than_there_are() -> None:
+    assert "1,000,000 of 1,000,000 rows" in summary(stopped(status="failed", rows=1_000_012))
+
+
+def test_the_error_stays_on_its_line() -> None:
+    assert summary(stopped(status="failed", error="a\nb\x1b[2J")).splitlines()[1] == "a b [2J"
+
+
+def test_the_report_has_these_keys_and_is_json() -> None:
+    facts = report(stopped(failed_keys=FAILED[:1], rows_per_second=1 / 3))
+    assert list(facts) == KEYS.split()
+    assert facts["failed_keys"] == [{"key": "[0]", "reason": "check_violation on token_length"}]
+    assert facts["rows_per_second"] == 0.333
+    assert json.loads(json.dumps(facts)) == facts

@@ -1,0 +1,1 @@
+"""The application whose tokens have leaked: it stands for the user's own."""

@@ -1,0 +1,1 @@
+"""The commands of the tickets app; Django finds each by its module's name."""
