@@ -1,0 +1,1 @@
+"""The project that the rotator ships in: settings, pages and the embedded PostgreSQL."""

@@ -44,7 +44,7 @@ def sql(statement: str) -> list[tuple[object, ...]]:
 @pytest.fixture
 def token_default(monkeypatch: pytest.MonkeyPatch) -> TokenDefault:
     """Replaces the default of the model's token, where Django itself looks it up."""
-    field = Ticket._meta.get_field("token")  # noqa: SLF001 -- Django documents it as public
+    field = Ticket._meta.get_field("token")
     return lambda default: monkeypatch.setitem(vars(field), "_get_default", default)
 
 

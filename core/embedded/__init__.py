@@ -1,0 +1,1 @@
+"""A Django database engine that brings its own PostgreSQL for development, the demo and the tests."""
