@@ -1,0 +1,109 @@
+"""A rotation and its checkpoints, with constraints that make an impossible row impossible."""
+
+from typing import ClassVar, Final
+
+from django.db import models
+from django.db.models import F, Q
+from django.db.models.functions import Now
+
+_UNFINISHED: Final = ("running", "interrupted", "failed")
+
+
+class Rotation(models.Model):
+    """One run over one target, from first start to completion, however often it was interrupted.
+
+    Transitions (protocol.md, "Owning a rotation")::
+
+        running      -> completed | interrupted | failed | abandoned
+        interrupted  -> running | abandoned
+        failed       -> running | abandoned
+    """
+
+    class Status(models.TextChoices):
+        """Where a rotation stands; the first three are unfinished: the same command goes on with them."""
+
+        RUNNING = "running"
+        INTERRUPTED = "interrupted"
+        FAILED = "failed"
+        COMPLETED = "completed"
+        ABANDONED = "abandoned"
+
+    target = models.CharField(max_length=255, help_text="As the user writes it: app.Model.field.")
+    database = models.CharField(max_length=255, help_text="Django's alias of the target's database.")
+    bound = models.JSONField(
+        null=True, help_text="The upper key bound, frozen at the start; null where empty."
+    )
+    options = models.JSONField(default=dict, help_text="The options of the latest run.")
+    status = models.CharField(max_length=16, choices=Status, default=Status.RUNNING)
+    generation = models.BigIntegerField(default=1, help_text="Fences out an older process of this rotation.")
+    active_seconds = models.FloatField(default=0.0, help_text="Time spent over all runs.")
+    rows_total = models.BigIntegerField(default=0)
+    rows_total_is_exact = models.BooleanField(default=True)
+    rows_done = models.BigIntegerField(default=0)
+    started_at = models.DateTimeField(db_default=Now())
+    updated_at = models.DateTimeField(db_default=Now(), help_text="The owner's heartbeat.")
+    finished_at = models.DateTimeField(null=True)
+    owner_host = models.CharField(max_length=255, default="", blank=True)
+    owner_pid = models.BigIntegerField(null=True)
+    owner_user = models.CharField(max_length=255, default="", blank=True)
+    version = models.CharField(max_length=32, help_text="The version of this software that ran last.")
+    error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
+
+    class Meta:
+        """Constraints that the SQL of the protocol relies on."""
+
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["target", "database"],
+                condition=Q(status__in=_UNFINISHED),
+                name="rotator_one_unfinished_rotation",
+            ),
+            models.CheckConstraint(
+                condition=Q(status__in=["running", "interrupted", "failed", "completed", "abandoned"]),
+                name="rotator_rotation_status_known",
+            ),
+            models.CheckConstraint(
+                condition=Q(status__in=_UNFINISHED, finished_at__isnull=True)
+                | Q(status__in=["completed", "abandoned"], finished_at__isnull=False),
+                name="rotator_rotation_finished_at_its_end",
+            ),
+            models.CheckConstraint(
+                condition=Q(generation__gte=1, active_seconds__gte=0, rows_total__gte=0, rows_done__gte=0),
+                name="rotator_rotation_figures_not_negative",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        """Return the rotation as messages name it."""
+        return f"rotation {self.pk} of {self.target}"
+
+
+class CompletedRange(models.Model):
+    """The checkpoint: this range of this rotation is done, committed together with its rows."""
+
+    rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="completed_ranges")
+    after = models.JSONField(null=True, help_text="The last key before the range; null at the table's start.")
+    through = models.JSONField(help_text="The range's last key.")
+    rows = models.BigIntegerField()
+    seconds = models.FloatField()
+    committed_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        """Two checkpoints of a rotation share neither end."""
+
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["rotation", "after"], nulls_distinct=False, name="rotator_range_begins_once"
+            ),
+            models.UniqueConstraint(fields=["rotation", "through"], name="rotator_range_ends_once"),
+            models.CheckConstraint(
+                condition=Q(after__isnull=True) | ~Q(after=F("through")), name="rotator_range_not_empty"
+            ),
+            models.CheckConstraint(
+                condition=Q(rows__gte=0, seconds__gte=0), name="rotator_range_figures_not_negative"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        """Return the range as logs show it: half-open."""
+        return f"({self.after or 'start'}, {self.through}]"
