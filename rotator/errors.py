@@ -11,3 +11,7 @@ class RotatorError(Exception):
 
 class TargetError(RotatorError):
     """The target cannot be rotated as asked; nothing was changed."""
+
+
+class RowsLockedError(RotatorError):
+    """Somebody else holds rows of a range; nothing was written, and it can be tried again later."""

@@ -1,0 +1,1 @@
+"""Planner, bounded queue and workers: how ranges flow, whoever plans and writes them."""
