@@ -1,0 +1,1 @@
+"""Every SQL statement of the rotator, and nothing of Django."""

@@ -1,0 +1,76 @@
+"""Reads ranges from the key's index, and what is left to do from the checkpoints."""
+
+from psycopg import AsyncConnection, sql
+
+from rotator.keys import Key, KeyRange, KeySpan
+from rotator.postgres.table import TargetTable, identifier
+
+
+class IndexPlanner:
+    """Plans ranges by short queries over the key's index; no cursor, no arithmetic on keys."""
+
+    def __init__(self, connection: AsyncConnection, table: TargetTable) -> None:
+        """Take a connection in autocommit mode, for this planner's use alone."""
+        self._connection = connection
+        self._table = table
+
+    async def next_range(self, span: KeySpan, batch: int) -> KeyRange | None:
+        """The first ``batch`` rows of a span, or all of them where it holds fewer; None where it is empty."""
+        within = self._table.within(after_is_known=span.after is not None)
+        parameters = {"after": span.after, "through": span.through, "skip": batch - 1}
+        cursor = await self._connection.execute(
+            sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET %(skip)s LIMIT 1").format(
+                self._table.key_json, self._table.name, within, self._table.key_columns
+            ),
+            parameters,
+        )
+        last = await cursor.fetchone()
+        if last is not None:
+            return KeyRange(after=span.after, through=Key(last[0]), rows=batch)
+        cursor = await self._connection.execute(
+            sql.SQL("SELECT count(*) FROM {} WHERE {}").format(self._table.name, within), parameters
+        )
+        counted = await cursor.fetchone()
+        rows = counted[0] if counted is not None else 0
+        return KeyRange(after=span.after, through=span.through, rows=rows) if rows else None
+
+
+async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:
+    """The highest key that the table holds now; None where it is empty."""
+    cursor = await connection.execute(
+        sql.SQL("SELECT {} FROM {} ORDER BY {} LIMIT 1").format(
+            table.key_json,
+            table.name,
+            sql.SQL(", ").join(sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key),
+        ),
+        {},
+    )
+    row = await cursor.fetchone()
+    return Key(row[0]) if row is not None else None
+
+
+async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, bound: Key) -> list[KeySpan]:
+    """The spans up to the bound that no checkpoint covers, in key order.
+
+    Subtracted by the server, which alone knows the order of the keys (protocol.md, "What is done is what
+    the table says").
+    """
+    order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
+    cursor = await connection.execute(
+        sql.SQL(
+            "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
+            " row_number() OVER ordered AS position FROM rotator_completedrange"
+            " WHERE rotation_id = %(rotation)s WINDOW ordered AS ({order})),"
+            " gaps AS (SELECT before AS after, after AS through, position FROM completed"
+            " UNION ALL SELECT (SELECT through FROM completed ORDER BY position DESC LIMIT 1),"
+            " %(bound)s::jsonb, NULL)"
+            " SELECT after::text, through::text FROM gaps"
+            " WHERE through IS NOT NULL AND after IS DISTINCT FROM through"
+            " ORDER BY position NULLS LAST"
+        ).format(order=order),
+        {"rotation": rotation, "bound": bound},
+    )
+    return [
+        KeySpan(after=Key(after) if after is not None else None, through=Key(through))
+        async for after, through in cursor
+    ]

@@ -1,0 +1,104 @@
+"""Planning over real tables: gaps in ids, keys of several types, checkpoints subtracted by the server."""
+
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+from django.db import connection as django_connection
+
+from rotator.keys import Key, KeyRange, KeySpan
+from rotator.postgres.planning import IndexPlanner, gaps, last_key
+from rotator.postgres.table import KeyColumn, TargetTable
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+ODD = TargetTable(path=('od"d %s',), key=(KeyColumn(name='I%d"', type_name="int8"),))
+PAIRS = TargetTable(
+    path=("pairs",),
+    key=(KeyColumn(name="shop", type_name="text"), KeyColumn(name="number", type_name="int4")),
+)
+
+
+@pytest.fixture
+async def connection() -> AsyncIterator[psycopg.AsyncConnection]:
+    parameters = django_connection.get_connection_params()
+    named = {
+        name: parameters[name]
+        for name in ("host", "port", "user", "password", "dbname")
+        if name in parameters
+    }
+    async with await psycopg.AsyncConnection.connect(**named, autocommit=True) as opened:
+        await opened.execute(
+            'CREATE TEMPORARY TABLE "od""d %s" ("I%d""" bigint PRIMARY KEY)'.replace("%", "%%"), ()
+        )
+        await opened.execute(
+            "CREATE TEMPORARY TABLE pairs (shop text, number int, PRIMARY KEY (shop, number))"
+        )
+        await opened.execute(
+            "CREATE TEMPORARY TABLE rotator_completedrange (rotation_id bigint, after jsonb, through jsonb)"
+        )
+        yield opened
+
+
+async def _plan(connection: psycopg.AsyncConnection, table: TargetTable, batch: int) -> list[KeyRange]:
+    planner, planned = IndexPlanner(connection, table), list[KeyRange]()
+    bound = await last_key(connection, table)
+    assert bound is not None
+    span = KeySpan(after=None, through=bound)
+    while (key_range := await planner.next_range(span, batch)) is not None:
+        planned.append(key_range)
+        span = KeySpan(after=key_range.through, through=bound)
+    return planned
+
+
+async def test_ranges_hold_batch_rows_whatever_the_gaps(connection: psycopg.AsyncConnection) -> None:
+    await connection.execute(
+        'INSERT INTO "od""d %%s" SELECT i * i * 1000 - 50 FROM generate_series(0, 24) AS i WHERE %s', (True,)
+    )
+    planned = await _plan(connection, ODD, 10)
+    assert [key_range.rows for key_range in planned] == [10, 10, 5]
+    assert [key_range.after for key_range in planned] == [None, "[80950]", "[360950]"]
+    assert planned[-1].through == "[575950]"
+
+
+async def test_an_empty_table_has_no_last_key(connection: psycopg.AsyncConnection) -> None:
+    assert await last_key(connection, ODD) is None
+
+
+async def test_composite_keys_are_planned_in_the_order_of_their_index(
+    connection: psycopg.AsyncConnection,
+) -> None:
+    await connection.execute(
+        "INSERT INTO pairs SELECT s, n FROM unnest('{a,b}'::text[]) s, generate_series(9, 11) n"
+    )
+    planned = await _plan(connection, PAIRS, 2)
+    assert [key_range.through for key_range in planned] == ['["a", 10]', '["b", 9]', '["b", 11]']
+
+
+@pytest.mark.parametrize(
+    ("completed", "left"),
+    [
+        ([], [(None, 100)]),
+        ([(None, 100)], []),
+        ([(None, 9), (9, 10), (20, 100)], [(10, 20)]),
+        ([(5, 9)], [(None, 5), (9, 100)]),
+        ([(90, 100), (9, 10)], [(None, 9), (10, 90)]),
+    ],
+)
+async def test_gaps_are_what_no_checkpoint_covers(
+    connection: psycopg.AsyncConnection,
+    completed: list[tuple[int | None, int]],
+    left: list[tuple[int | None, int]],
+) -> None:
+    def key(number: int | None) -> Key | None:
+        return None if number is None else Key(f"[{number}]")
+
+    for after, through in completed:
+        await connection.execute(
+            "INSERT INTO rotator_completedrange VALUES (1, %s, %s), (2, NULL, '[100]')",
+            (key(after), key(through)),
+        )
+    found = await gaps(connection, ODD, 1, Key("[100]"))
+    assert [(span.after, span.through) for span in found] == [
+        (key(after), key(through)) for after, through in left
+    ]
