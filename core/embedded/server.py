@@ -89,13 +89,18 @@ class EmbeddedServer:
         binaries = find_binaries()
         if reachable(binaries / "postgres"):
             return binaries
-        copy = self._state / "pginstall"
+        # The wheel's programs find their libraries beside their own package, so both are copied.
+        package = binaries.parent.parent
+        libraries = package.with_name(f"{package.name}.libs")
+        copy = self._state / "server"
         if not copy.exists():
-            unfinished = Path(tempfile.mkdtemp(dir=self._state))
-            shutil.copytree(binaries.parent, unfinished, dirs_exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(prefix="server-", dir=self._state))
+            shutil.copytree(package, unfinished / package.name)
+            if libraries.exists():
+                shutil.copytree(libraries, unfinished / libraries.name)
             unfinished.chmod(0o755)
             unfinished.rename(copy)
-        return copy / "bin"
+        return copy / package.name / "pginstall" / "bin"
 
     def _initialize(self) -> None:
         uid, gid = account_ids()
