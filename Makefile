@@ -2,17 +2,19 @@ PYTHON ?= python3
 COUNT ?= 1000000
 
 BIN := .venv/bin
-INSTALL := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet -c constraints.txt
+PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
+INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help tickets test lint types contract check format lock clean
+.PHONY: help tickets test lint types contract compose check format lock clean
 
 help: ## Show what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	@# Half a folder would look whole to the next call.
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/embedded: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[embedded]'
@@ -43,13 +45,22 @@ types: .venv/dev ## Check types
 contract: .venv/dev ## Check which room may import which
 	$(BIN)/lint-imports
 
-check: lint types contract ## Run every check but the tests
+compose: .venv/test ## Check docker-compose.yml against the compose specification
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
+
+check: lint types contract compose ## Run every check but the tests
 
 format: .venv/dev ## Format the code
 	$(BIN)/ruff format .
 
-lock: .venv/dev ## Write the installed versions to constraints.txt
-	{ echo '# The versions that were tested; written by "make lock".'; $(BIN)/pip freeze --exclude-editable; } > constraints.txt
+lock: ## Write the newest versions that fit to constraints.txt, to be tested
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	$(PIP_QUIETLY) build/lock/bin/pip install --quiet -e '.[embedded,test,dev]'
+	@echo '# The versions that were tested; written by "make lock".' > build/lock/constraints.txt
+	build/lock/bin/pip freeze --exclude-editable >> build/lock/constraints.txt
+	mv build/lock/constraints.txt constraints.txt
+	rm -rf build/lock
 
 clean: ## Remove the virtual environment and the caches, not the database
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

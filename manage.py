@@ -6,6 +6,13 @@ import sys
 
 from django.core.management import execute_from_command_line
 
+from core.database import DatabaseUrlError
+from core.embedded.errors import EmbeddedServerError
+
 if __name__ == "__main__":
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
-    execute_from_command_line(sys.argv)
+    try:
+        execute_from_command_line(sys.argv)
+    except (DatabaseUrlError, EmbeddedServerError) as error:
+        # Each is a sentence on what to do, to which a traceback adds nothing.
+        sys.exit(f"{error}")

@@ -1,66 +1,104 @@
-"""Whose account the server runs under: PostgreSQL refuses to run as root, so root lends it to nobody."""
+"""Whose account the server runs under: PostgreSQL refuses to run as root, so root lends it nobody's."""
 
-import hashlib
+import errno
 import os
 import pwd
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Self
 
-from django.db.utils import OperationalError
-
-_COMMAND_TIMEOUT_SECONDS = 330
-
-
-def account_ids() -> tuple[int, int]:
-    """The uid and gid that the server's processes and data belong to."""
-    if os.geteuid() != 0:
-        return os.geteuid(), os.getegid()
-    nobody = pwd.getpwnam("nobody")
-    return nobody.pw_uid, nobody.pw_gid
+from core.embedded.errors import EmbeddedServerError
 
 
-def reachable(path: Path) -> bool:
-    """Whether the server's account may enter every folder down to this path."""
-    if os.geteuid() != 0:
-        return True
-    return all(parent.stat().st_mode & 0o001 for parent in path.resolve().parents if parent.exists())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """The account that the server's processes and data belong to.
 
-
-def state_folder(project: Path) -> Path:
-    """Where this clone's server keeps its data: in the clone, or in root's own part of /var/lib."""
-    folder = project / ".postgres"
-    if reachable(folder):
-        return folder
-    clone = hashlib.sha256(str(project).encode()).hexdigest()[:16]
-    return Path("/var/lib/django-async-rotator") / clone
-
-
-def run(*command: str | Path) -> None:
-    """Run one of the server's programs under the server's account.
-
-    Raises:
-        OperationalError: It failed; carries the last line that it printed.
+    Attributes:
+        uid: Its user id.
+        gid: Its group id.
+        lent: Whether it is not our own: we are root and act in its name.
     """
-    lend: dict[str, object] = {}
-    if os.geteuid() == 0:
-        uid, gid = account_ids()
-        lend = {"user": uid, "group": gid, "extra_groups": []}
-    # A server that is started inherits the output: a pipe would keep this call waiting for its end.
-    completed = subprocess.run(  # type: ignore[call-overload]  # noqa: S603 -- our own programs and paths
-        command,
-        cwd="/",
-        env={"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        timeout=_COMMAND_TIMEOUT_SECONDS,
-        check=False,
-        **lend,
+
+    uid: int
+    gid: int
+    lent: bool
+
+    @classmethod
+    def for_server(cls) -> Self:
+        """Return our own account, or nobody's where ours is root.
+
+        Raises:
+            EmbeddedServerError: We are root, and the system has no ``nobody``.
+        """
+        if os.geteuid() != 0:
+            return cls(uid=os.geteuid(), gid=os.getegid(), lent=False)
+        try:
+            nobody = pwd.getpwnam("nobody")
+        except KeyError:
+            raise EmbeddedServerError(
+                "PostgreSQL does not run as root, and this system has no account 'nobody' to lend it: "
+                "go on as an ordinary user, or set DATABASE_URL."
+            ) from None
+        return cls(uid=nobody.pw_uid, gid=nobody.pw_gid, lent=True)
+
+    def own(self, folder: Path) -> None:
+        """Make a folder of ours the account's, closed to all others.
+
+        Raises:
+            EmbeddedServerError: We may not give it to the account.
+        """
+        folder.chmod(0o700)
+        if self.lent:
+            try:
+                os.chown(folder, self.uid, self.gid)
+            except OSError:
+                raise _no_right_to_lend() from None
+
+    def run(
+        self, command: Sequence[str | Path], *, log: IO[bytes] | int = subprocess.STDOUT
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program under the account, in a session of its own, away from our terminal.
+
+        Args:
+            command: The program and its arguments.
+            log: Where its standard error goes; beside its standard output, unless told.
+
+        Raises:
+            EmbeddedServerError: We may not act as the account.
+            OSError: The account may not run the program.
+        """
+        no_groups: list[int] = []
+        try:
+            return subprocess.run(  # noqa: S603 -- a PostgreSQL program with arguments of ours
+                command,
+                user=self.uid if self.lent else None,
+                group=self.gid if self.lent else None,
+                extra_groups=no_groups if self.lent else None,
+                # The account may not be allowed where we stand.
+                cwd="/",
+                # Neither our locale nor our PG* variables are to shape the cluster.
+                env={"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                errors="replace",
+                check=False,
+                # A Ctrl-C in the terminal goes to every process of its session's foreground group.
+                start_new_session=True,
+            )
+        except OSError as error:
+            # What execve refuses is EACCES; these two come from changing the user.
+            if self.lent and error.errno in {errno.EPERM, errno.EINVAL}:
+                raise _no_right_to_lend() from None
+            raise
+
+
+def _no_right_to_lend() -> EmbeddedServerError:
+    return EmbeddedServerError(
+        "PostgreSQL does not run as root, and this root may not act as 'nobody': "
+        "go on as an ordinary user, or set DATABASE_URL."
     )
-    if completed.returncode:
-        program = Path(command[0]).name
-        raise OperationalError(
-            f"The embedded PostgreSQL could not be started ({program} ended with {completed.returncode}): "
-            "see server.log in its data folder, or set DATABASE_URL to a server of yours."
-        )

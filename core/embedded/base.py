@@ -6,6 +6,8 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.postgresql import base
 
+from core.embedded.configuration import PORT
+
 
 class DatabaseWrapper(base.DatabaseWrapper):
     """PostgreSQL on the embedded server's unix socket."""
@@ -15,7 +17,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
         Raises:
             ImproperlyConfigured: This system has no embedded server.
-            OperationalError: The server cannot be started.
+            EmbeddedServerError: The server cannot be started.
         """
         try:
             # Imported late: the locks and accounts it stands on exist on POSIX only.
@@ -24,5 +26,6 @@ class DatabaseWrapper(base.DatabaseWrapper):
             raise ImproperlyConfigured(
                 "There is no embedded PostgreSQL on this system: set DATABASE_URL to a server of yours."
             ) from error
-        self.settings_dict["HOST"] = str(socket_folder(settings.BASE_DIR))
+        # The port too: libpq would take a PGPORT of the user's.
+        self.settings_dict.update(HOST=str(socket_folder(settings.BASE_DIR)), PORT=str(PORT))
         return super().get_connection_params()

@@ -1,0 +1,35 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from core.embedded.postmaster import command_line, complaint
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("LOG:  starting\nFATAL:  out of luck\nLOG:  database system is shut down\n", "FATAL:  out of luck"),
+        ("initdb: error: no room\ninitdb: removing contents\n", "initdb: error: no room"),
+        ("sh: not found\n", "sh: not found"),
+        ("", ""),
+    ],
+)
+def test_the_line_that_names_the_error_is_quoted(printed: str, expected: str) -> None:
+    assert complaint(printed) == expected
+
+
+def test_a_process_is_known_by_its_command_line() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()", "two words"], stdin=subprocess.PIPE) as child:
+        assert command_line(child.pid).endswith(" -c input() two words ")
+        child.kill()
+
+
+def test_a_zombie_counts_as_gone() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        deadline = time.monotonic() + 10
+        while command_line(child.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert child.returncode is None
+        assert not command_line(child.pid).strip()
