@@ -7,7 +7,7 @@ Key = NewType("Key", str)
 """A row's key as the server's own JSON array text, e.g. ``[42]`` or ``["a", 7]``.
 
 Opaque on purpose: only the server orders keys, with the key's own type and collation, so the text
-goes back to it exactly as it came (protocol.md, "Gaps are subtracted in SQL").
+goes back to it exactly as it came.
 """
 
 

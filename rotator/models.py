@@ -12,7 +12,7 @@ _UNFINISHED: Final = ("running", "interrupted", "failed")
 class Rotation(models.Model):
     """One run over one target, from first start to completion, however often it was interrupted.
 
-    Transitions (protocol.md, "Owning a rotation")::
+    Transitions::
 
         running      -> completed | interrupted | failed | abandoned
         interrupted  -> running | abandoned

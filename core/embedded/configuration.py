@@ -12,7 +12,7 @@ OLDEST_MAJOR: Final = 15
 _FIRST_MAJOR_WITH_BUILTIN_LOCALES: Final = 17
 
 TUNING: Final = {
-    # A rotation of a million rows writes about half a gigabyte of WAL: no forced checkpoint amid it.
+    # A rotation writes every row and index entry to the WAL: no forced checkpoint amid it.
     "max_wal_size": "8GB",
     "checkpoint_timeout": "30min",
     "shared_buffers": "512MB",

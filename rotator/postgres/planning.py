@@ -52,8 +52,7 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
 async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, bound: Key) -> list[KeySpan]:
     """The spans up to the bound that no checkpoint covers, in key order.
 
-    Subtracted by the server, which alone knows the order of the keys (protocol.md, "What is done is what
-    the table says").
+    Subtracted by the server, which alone knows the order of the keys.
     """
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
     cursor = await connection.execute(

@@ -17,6 +17,7 @@ from core.embedded.account import Account
 from core.embedded.binaries import find_programs
 from core.embedded.errors import EmbeddedServerError
 from core.embedded.server import EmbeddedServer
+from core.embedded.state import state_folder
 
 _USER = """
 import sys
@@ -143,6 +144,7 @@ def test_a_forked_child_does_not_keep_the_server_from_its_parent(state: Path) ->
 import os, sys
 from pathlib import Path
 from core.embedded.server import EmbeddedServer
+from core.embedded.state import state_folder
 server = EmbeddedServer(Path(sys.argv[1]))
 socket = server.attach()
 os.register_at_fork(after_in_child=server.abandon)
@@ -197,3 +199,12 @@ def test_an_installed_server_steps_in_for_the_wheel(state: Path, monkeypatch: py
     server.leave()
     assert not _answers(socket)
     shutil.rmtree(state / "data")
+
+
+def test_the_system_checks_start_no_server(tmp_path: Path) -> None:
+    for part in ("core", "tickets", "rotator"):
+        shutil.copytree(Path(part), tmp_path / part)
+    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    environment |= {"PYTHONPATH": str(tmp_path), "DJANGO_SETTINGS_MODULE": "core.settings"}
+    subprocess.run([sys.executable, "-m", "django", "check"], cwd=tmp_path, env=environment, check=True)
+    assert not state_folder(tmp_path, Account.for_server()).exists()
