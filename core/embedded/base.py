@@ -4,22 +4,13 @@ from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from django.db.backends.postgresql import base, features
+from django.db.backends.postgresql import base
 
 from core.embedded.configuration import PORT
 
 
-class DatabaseFeatures(features.DatabaseFeatures):
-    """PostgreSQL's features, where what every embedded server has is known without asking it."""
-
-    # Django's checks of the models read it, and they are not to start a server.
-    supports_nulls_distinct_unique_constraints = True
-
-
 class DatabaseWrapper(base.DatabaseWrapper):
     """PostgreSQL on the embedded server's unix socket."""
-
-    features_class = DatabaseFeatures
 
     def get_connection_params(self) -> dict[str, Any]:
         """Django's parameters, with the server running behind them.
