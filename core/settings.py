@@ -54,3 +54,5 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 USE_TZ = True
 STATIC_URL = "static/"
+
+ROTATOR = {"DEFAULT_TARGET": "tickets.Ticket.token"}

@@ -4,14 +4,64 @@ Messages are for the person at the terminal: what is wrong, and what to do next.
 of the rotated column.
 """
 
+from signal import Signals
+
 
 class RotatorError(Exception):
-    """The root of all errors of this package; its text is one sentence for the user."""
+    """The root of all errors of this package; its text is one sentence for the user.
+
+    Attributes:
+        exit_status: What a command that fails with it exits with.
+    """
+
+    exit_status = 1
 
 
 class TargetError(RotatorError):
     """The target cannot be rotated as asked; nothing was changed."""
 
 
+class OptionError(RotatorError):
+    """An option makes no sense here; nothing was changed."""
+
+
+class OwnedElsewhereError(RotatorError):
+    """Another process is alive and owns the rotation; nothing was changed."""
+
+
+class SupersededError(RotatorError):
+    """Another process has taken the rotation over; this one must not write any more."""
+
+
+class ServerLostError(RotatorError):
+    """The connection to the server is gone; what was in flight may or may not have been committed."""
+
+
+class ServerRefusedError(RotatorError):
+    """The server refuses for a reason that trying again does not mend; the range was rolled back."""
+
+
 class RowsLockedError(RotatorError):
     """Somebody else holds rows of a range; nothing was written, and it can be tried again later."""
+
+
+class RangeRefusedError(RotatorError):
+    """The server refused a range and rolled it back.
+
+    Attributes:
+        condition: The server's name for it, with the constraint's where there is one; never a value.
+        passing: Whether the same range may well succeed when it is tried again.
+    """
+
+    def __init__(self, condition: str, *, passing: bool) -> None:
+        super().__init__(f"The server refused a range: {condition}.")
+        self.condition = condition
+        self.passing = passing
+
+
+class StoppedBeforeStartError(RotatorError):
+    """A signal came before anything was changed."""
+
+    def __init__(self, signal: Signals | None) -> None:
+        super().__init__("Stopped before anything was changed.")
+        self.exit_status = 1 if signal is None else 128 + signal

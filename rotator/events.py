@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from rotator.keys import Key
+
+EndStatus: TypeAlias = Literal["completed", "interrupted", "failed"]
+"""How a run can leave its rotation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +176,7 @@ class RotationStopped:
         status: ``completed``, ``interrupted`` or ``failed``.
         rows: Rows rotated in all runs of this rotation.
         rows_total: Rows up to the frozen upper bound.
+        rows_total_is_exact: False where the total is the server's estimate.
         rows_this_run: Rows rotated by this run.
         late_rows: Rows, among ``rows``, that were committed late.
         ranges: Ranges committed by this run.
@@ -191,9 +195,10 @@ class RotationStopped:
 
     rotation: int
     target: str
-    status: str
+    status: EndStatus
     rows: int
     rows_total: int
+    rows_total_is_exact: bool
     rows_this_run: int
     late_rows: int
     ranges: int

@@ -33,7 +33,7 @@ class KeyRange(KeySpan):
     """A span that was planned as one unit of work.
 
     Attributes:
-        rows: How many rows it held when it was planned; at least 1.
+        rows: How many rows it held when it was planned; 0 where they were deleted before.
     """
 
     rows: int

@@ -19,6 +19,8 @@ class Rotation(models.Model):
         failed       -> running | abandoned
     """
 
+    UNFINISHED: ClassVar = _UNFINISHED
+
     class Status(models.TextChoices):
         """Where a rotation stands; the first three are unfinished: the same command goes on with them."""
 
@@ -33,6 +35,9 @@ class Rotation(models.Model):
     bound = models.JSONField(
         null=True, help_text="The upper key bound, frozen at the start; null where empty."
     )
+    started_xid = models.BigIntegerField(
+        help_text="The transaction that began it (xid8): rows with an older xmin have not been written since."
+    )
     options = models.JSONField(default=dict, help_text="The options of the latest run.")
     status = models.CharField(max_length=16, choices=Status, default=Status.RUNNING)
     generation = models.BigIntegerField(default=1, help_text="Fences out an older process of this rotation.")
@@ -40,12 +45,22 @@ class Rotation(models.Model):
     rows_total = models.BigIntegerField(default=0)
     rows_total_is_exact = models.BooleanField(default=True)
     rows_done = models.BigIntegerField(default=0)
+    late_rows = models.BigIntegerField(
+        default=0, help_text="Rows that were committed late and rotated outside the ranges."
+    )
     started_at = models.DateTimeField(db_default=Now())
     updated_at = models.DateTimeField(db_default=Now(), help_text="The owner's heartbeat.")
     finished_at = models.DateTimeField(null=True)
     owner_host = models.CharField(max_length=255, default="", blank=True)
     owner_pid = models.BigIntegerField(null=True)
+    owner_process = models.CharField(
+        max_length=255,
+        default="",
+        blank=True,
+        help_text="What tells this process from all others of its host.",
+    )
     owner_user = models.CharField(max_length=255, default="", blank=True)
+    owned_since = models.DateTimeField(db_default=Now())
     version = models.CharField(max_length=32, help_text="The version of this software that ran last.")
     error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
 
@@ -68,7 +83,13 @@ class Rotation(models.Model):
                 name="rotator_rotation_finished_at_its_end",
             ),
             models.CheckConstraint(
-                condition=Q(generation__gte=1, active_seconds__gte=0, rows_total__gte=0, rows_done__gte=0),
+                condition=Q(
+                    generation__gte=1,
+                    active_seconds__gte=0,
+                    rows_total__gte=0,
+                    rows_done__gte=0,
+                    late_rows__gte=0,
+                ),
                 name="rotator_rotation_figures_not_negative",
             ),
         ]

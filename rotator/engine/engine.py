@@ -1,14 +1,15 @@
 """Streams ranges from the planner through a bounded queue to the workers."""
 
 import asyncio
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from rotator.engine.backoff import backoff_seconds
+from rotator.engine.flow import Attempt, Flow
 from rotator.engine.ports import RangePlanner, RangeWriter
-from rotator.errors import RowsLockedError
-from rotator.events import Observer, RangeCompleted, RangeDeferred
+from rotator.engine.tasks import first_error_alone
+from rotator.errors import RangeRefusedError, RowsLockedError
+from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import KeyRange, KeySpan
 
 
@@ -19,22 +20,28 @@ class EngineOptions:
     Attributes:
         concurrency: How many workers write at the same time.
         batch: How many rows a range holds.
+        rows_at_most: How many rows are planned at the most; None for no limit.
         queue_ranges: How many planned ranges may wait; the memory cap.
-        deferred_ranges: How many ranges with locked rows may wait before workers turn to them first.
-        deferral_seconds: How long a range with locked rows waits at the least.
+        waiting_ranges: How many ranges may wait for another attempt before workers turn to them first.
+        deferral_seconds: How long a range with locked rows waits at first.
+        deferrals_before_split: After how many of them it is split, so that only what is locked waits.
+        longest_wait_seconds: No range waits longer for another attempt.
+        refusals_before_split: How often a range is tried again whole where that may help.
+        refusals_of_one_row: How often a single row is tried where that may help.
+        failed_rows_at_most: After how many rows that cannot be rotated the run gives up.
     """
 
     concurrency: int = 4
     batch: int = 2000
+    rows_at_most: int | None = None
     queue_ranges: int = 16
-    deferred_ranges: int = 16
+    waiting_ranges: int = 16
     deferral_seconds: float = 0.1
-
-
-class _Deferred(NamedTuple):
-    due: float
-    key_range: KeyRange
-    retries: int
+    deferrals_before_split: int = 5
+    longest_wait_seconds: float = 5.0
+    refusals_before_split: int = 3
+    refusals_of_one_row: int = 8
+    failed_rows_at_most: int = 1000
 
 
 class Engine:
@@ -47,114 +54,117 @@ class Engine:
         self._writer = writer
         self._notify = notify
         self._options = options
+        self._failed_rows = 0
 
     async def run(self, spans: Iterable[KeySpan], drain: asyncio.Event) -> None:
-        """Rewrite every range of the spans.
+        """Rewrite every range of the spans, but for rows that the server refuses for good.
+
+        A range with locked rows waits and is tried again, for as long as it takes. A range that the server
+        refuses is tried again where that may help, and then split, down to the single row, which is given
+        up and told of as :class:`RowFailed`.
 
         Args:
             spans: Where no range is completed yet, in the order to plan them.
             drain: Once set, no more ranges are begun; those in flight are finished.
 
         Raises:
-            Exception: What the planner or the writer raised first, other than RowsLockedError. The
-                other workers are cancelled.
+            RangeRefusedError: More rows were refused than ``failed_rows_at_most``.
+            Exception: What the planner or the writer raised first, other than the above. The other workers
+                are cancelled.
         """
-        flow = _Flow(self._options, drain)
-        try:
+        options = self._options
+        flow = Flow(drain, queue_ranges=options.queue_ranges, waiting_ranges=options.waiting_ranges)
+        with first_error_alone():
             async with asyncio.TaskGroup() as tasks:
                 planner = tasks.create_task(self._plan(spans, flow), name="rotator planner")
                 await asyncio.wait(
                     [
                         tasks.create_task(self._work(flow), name=f"rotator worker {number}")
-                        for number in range(1, self._options.concurrency + 1)
+                        for number in range(1, options.concurrency + 1)
                     ]
                 )
                 # A drained planner may still wait for room that nobody makes any more.
                 planner.cancel()
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from group
 
-    async def _plan(self, spans: Iterable[KeySpan], flow: "_Flow") -> None:
+    async def _plan(self, spans: Iterable[KeySpan], flow: Flow) -> None:
+        rows_left = self._options.rows_at_most
         for span in spans:
             rest = span
-            while not flow.drain.is_set():
-                key_range = await self._planner.next_range(rest, self._options.batch)
-                if key_range is None:
-                    break
+            while not flow.drain.is_set() and rows_left != 0:
+                batch = self._options.batch if rows_left is None else min(self._options.batch, rows_left)
+                key_range = await self._planner.next_range(rest, batch)
+                if rows_left is not None:
+                    rows_left -= key_range.rows
                 await flow.put(key_range)
                 if key_range.through == span.through:
                     break
                 rest = KeySpan(after=key_range.through, through=span.through)
         await flow.close()
 
-    async def _work(self, flow: "_Flow") -> None:
+    async def _work(self, flow: Flow) -> None:
         clock = asyncio.get_running_loop().time
-        while (item := await flow.take()) is not None:
-            key_range, retries = item
+        while (attempt := await flow.take()) is not None:
             started = clock()
             try:
-                rows = await self._writer.rewrite(key_range)
+                rows = await self._writer.rewrite(attempt.key_range)
             except RowsLockedError:
-                flow.defer(key_range, retries + 1)
-                self._notify(RangeDeferred(rows=key_range.rows))
+                await self._defer(attempt, flow)
+            except RangeRefusedError as refused:
+                await self._retry(attempt, refused, flow)
             else:
-                self._notify(RangeCompleted(rows=rows, seconds=clock() - started, retries=retries))
+                self._notify(
+                    RangeCompleted(
+                        rows=rows,
+                        seconds=clock() - started,
+                        retries=attempt.deferrals + attempt.refusals,
+                    )
+                )
 
-
-class _Flow:
-    """The bounded queue, and beside it the ranges that wait for somebody else's locks."""
-
-    def __init__(self, options: EngineOptions, drain: asyncio.Event) -> None:
-        self.drain = drain
-        self._options = options
-        self._clock = asyncio.get_running_loop().time
-        self._queue: asyncio.Queue[KeyRange | None] = asyncio.Queue(options.queue_ranges)
-        self._deferred: deque[_Deferred] = deque()
-        self._closed = False
-
-    async def put(self, key_range: KeyRange) -> None:
-        """Wait for room, then let a worker have the range."""
-        await self._queue.put(key_range)
-
-    async def close(self) -> None:
-        """Tell the workers that no more ranges come."""
-        await self._queue.put(None)
-
-    def defer(self, key_range: KeyRange, retries: int) -> None:
-        """Let a range wait for its locked rows."""
-        self._deferred.append(_Deferred(self._clock() + self._options.deferral_seconds, key_range, retries))
-
-    async def take(self) -> tuple[KeyRange, int] | None:
-        """The next range and how often it was tried before; None when this worker may go."""
-        while not self.drain.is_set():
-            if self._deferred and self._must_turn_to_deferred():
-                first = self._deferred.popleft()
-                await asyncio.sleep(first.due - self._clock())
-                return None if self.drain.is_set() else (first.key_range, first.retries)
-            if self._closed:
-                return None
-            key_range = await self._get()
-            if key_range is not None:
-                return key_range, 0
-        return None
-
-    def _must_turn_to_deferred(self) -> bool:
-        return (
-            self._closed
-            or len(self._deferred) >= self._options.deferred_ranges
-            or self._deferred[0].due <= self._clock()
+    async def _defer(self, attempt: Attempt, flow: Flow) -> None:
+        key_range, deferrals = attempt.key_range, attempt.deferrals + 1
+        self._notify(RangeDeferred(rows=key_range.rows))
+        delay_seconds = backoff_seconds(
+            deferrals, first=self._options.deferral_seconds, longest=self._options.longest_wait_seconds
         )
+        # Halves of many locked ranges would soon be more than the queue was bounded for.
+        splits = (
+            deferrals >= self._options.deferrals_before_split and key_range.rows > 1 and not flow.is_crowded
+        )
+        parts = await self._halves(key_range) if splits else [key_range]
+        for part in parts:
+            flow.again(Attempt(part, deferrals, attempt.refusals), delay_seconds=delay_seconds)
 
-    async def _get(self) -> KeyRange | None:
-        """The next planned range; None where a deferred one is due first, or the queue was closed."""
-        until = self._deferred[0].due if self._deferred else None
-        try:
-            async with asyncio.timeout_at(until):
-                key_range = await self._queue.get()
-        except TimeoutError:
-            return None
-        if key_range is None:
-            self._closed = True
-            # The next worker wants to hear it too; there is room, since one was just taken out.
-            self._queue.put_nowait(None)
-        return key_range
+    async def _retry(self, attempt: Attempt, refused: RangeRefusedError, flow: Flow) -> None:
+        options, key_range, refusals = self._options, attempt.key_range, attempt.refusals + 1
+        is_one_row = key_range.rows <= 1
+        most = options.refusals_of_one_row if is_one_row else options.refusals_before_split
+        tries_whole = refused.passing and refusals < most
+        if is_one_row and not tries_whole:
+            self._give_up(key_range, refused)
+            return
+        self._notify(RangeRetried(rows=key_range.rows, reason=refused.condition, split=not tries_whole))
+        delay_seconds = (
+            backoff_seconds(refusals, first=options.deferral_seconds, longest=options.longest_wait_seconds)
+            if refused.passing
+            else 0.0
+        )
+        if tries_whole:
+            flow.again(Attempt(key_range, attempt.deferrals, refusals), delay_seconds=delay_seconds)
+            return
+        for part in await self._halves(key_range):
+            flow.again(Attempt(part, attempt.deferrals), delay_seconds=delay_seconds)
+
+    def _give_up(self, key_range: KeyRange, refused: RangeRefusedError) -> None:
+        self._failed_rows += 1
+        self._notify(RowFailed(key=key_range.through, reason=refused.condition))
+        if self._failed_rows > self._options.failed_rows_at_most:
+            raise refused
+
+    async def _halves(self, key_range: KeyRange) -> list[KeyRange]:
+        """Split a range after the first half of the rows that it holds now."""
+        half = await self._planner.next_range(key_range, key_range.rows // 2)
+        if half.through == key_range.through:
+            # Rows were deleted meanwhile: what is left is no more than a half.
+            return [half]
+        rest = KeyRange(after=half.through, through=key_range.through, rows=key_range.rows - half.rows)
+        return [half, rest]

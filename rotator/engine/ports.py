@@ -8,8 +8,11 @@ from rotator.keys import KeyRange, KeySpan
 class RangePlanner(Protocol):
     """Knows the keys."""
 
-    async def next_range(self, span: KeySpan, batch: int) -> KeyRange | None:
-        """The first ``batch`` rows of a span, or all of them where it holds fewer; None where it is empty."""
+    async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
+        """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none.
+
+        A span without rows is a range too: its checkpoint says that there was nothing to do.
+        """
         ...
 
 
@@ -24,5 +27,6 @@ class RangeWriter(Protocol):
 
         Raises:
             RowsLockedError: Somebody else holds rows of it; nothing was written.
+            RangeRefusedError: The server refused it; nothing was written.
         """
         ...

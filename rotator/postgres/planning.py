@@ -1,6 +1,8 @@
 """Reads ranges from the key's index, and what is left to do from the checkpoints."""
 
-from psycopg import AsyncConnection, sql
+from contextlib import suppress
+
+from psycopg import AsyncConnection, errors, sql
 
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.table import TargetTable, identifier
@@ -14,8 +16,8 @@ class IndexPlanner:
         self._connection = connection
         self._table = table
 
-    async def next_range(self, span: KeySpan, batch: int) -> KeyRange | None:
-        """The first ``batch`` rows of a span, or all of them where it holds fewer; None where it is empty."""
+    async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
+        """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none."""
         within = self._table.within(after_is_known=span.after is not None)
         parameters = {"after": span.after, "through": span.through, "skip": batch - 1}
         cursor = await self._connection.execute(
@@ -32,7 +34,7 @@ class IndexPlanner:
         )
         counted = await cursor.fetchone()
         rows = counted[0] if counted is not None else 0
-        return KeyRange(after=span.after, through=span.through, rows=rows) if rows else None
+        return KeyRange(after=span.after, through=span.through, rows=rows)
 
 
 async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:
@@ -47,6 +49,37 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
     )
     row = await cursor.fetchone()
     return Key(row[0]) if row is not None else None
+
+
+async def count_rows(
+    connection: AsyncConnection, table: TargetTable, bound: Key, *, seconds: float
+) -> tuple[int, bool]:
+    """How many rows there are up to the bound, and whether that is exact.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+        bound: The upper key bound.
+        seconds: How long to count; then it is the server's own estimate for the table.
+    """
+    with suppress(errors.QueryCanceled):
+        async with connection.transaction():
+            await connection.execute(
+                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
+            )
+            counted = await connection.execute(
+                sql.SQL("SELECT count(*) FROM {} WHERE {}").format(
+                    table.name, table.within(after_is_known=False)
+                ),
+                {"through": bound},
+            )
+            row = await counted.fetchone()
+            return (int(row[0]) if row else 0), True
+    estimated = await connection.execute(
+        "SELECT GREATEST(reltuples, 0)::bigint FROM pg_class WHERE oid = %s::regclass", (table.regclass,)
+    )
+    row = await estimated.fetchone()
+    return (int(row[0]) if row else 0), False
 
 
 async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, bound: Key) -> list[KeySpan]:

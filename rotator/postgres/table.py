@@ -1,4 +1,4 @@
-"""The target's table and key as SQL; keys travel as the server's own JSON arrays."""
+"""The target's table, key and column as SQL; keys travel as the server's own JSON arrays."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ def identifier(*path: str) -> sql.Identifier:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeyColumn:
-    """One column of the key.
+class Column:
+    """One column of the table.
 
     Attributes:
         name: The column's name, unquoted.
@@ -25,6 +25,11 @@ class KeyColumn:
     name: str
     type_name: str
 
+    @property
+    def type(self) -> sql.Composable:
+        """The type's quoted name."""
+        return identifier("pg_catalog", self.type_name)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetTable:
@@ -33,10 +38,12 @@ class TargetTable:
     Attributes:
         path: The table's name, with its schema before it where it has one; unquoted.
         key: The columns of the primary key, in the index's order.
+        column: The rotated column.
     """
 
     path: tuple[str, ...]
-    key: tuple[KeyColumn, ...]
+    key: tuple[Column, ...]
+    column: Column
 
     @property
     def name(self) -> sql.Composable:
@@ -44,27 +51,44 @@ class TargetTable:
         return identifier(*self.path)
 
     @property
+    def regclass(self) -> str:
+        """The table's quoted name as a parameter to be cast to ``regclass``."""
+        return sql.Identifier(*self.path).as_string()
+
+    @property
     def key_columns(self) -> sql.Composable:
         """The key's columns, as ORDER BY wants them."""
-        return sql.SQL(", ").join(identifier(column.name) for column in self.key)
+        return self.key_columns_of(None)
 
     @property
     def key_json(self) -> sql.Composable:
         """A row's key as JSON array text."""
         return sql.SQL("jsonb_build_array({})::text").format(self.key_columns)
 
+    def key_columns_of(self, alias: str | None) -> sql.Composable:
+        """The key's columns, as those of this alias."""
+        path = () if alias is None else (alias,)
+        return sql.SQL(", ").join(identifier(*path, column.name) for column in self.key)
+
     def decoded(self, array: sql.Composable) -> sql.Composable:
         """The values of a JSON array, in the key's own types, as ORDER BY wants them."""
         return sql.SQL(", ").join(
-            sql.SQL("({} ->> {})::{}").format(
-                array, sql.Literal(position), sql.Identifier("pg_catalog", column.type_name)
+            sql.SQL("({} ->> {})::{}").format(array, sql.Literal(position), column.type)
+            for position, column in enumerate(self.key)
+        )
+
+    def decoded_columns(self, array: sql.Composable) -> sql.Composable:
+        """The values of a JSON array, as columns of the key's own types and names."""
+        return sql.SQL(", ").join(
+            sql.SQL("({} ->> {})::{} AS {}").format(
+                array, sql.Literal(position), column.type, identifier(column.name)
             )
             for position, column in enumerate(self.key)
         )
 
-    def within(self, *, after_is_known: bool) -> sql.Composable:
+    def within(self, *, after_is_known: bool, alias: str | None = None) -> sql.Composable:
         """A condition: the key lies in the span of the parameters ``after`` and ``through``."""
-        key = sql.SQL("({})").format(self.key_columns)
+        key = sql.SQL("({})").format(self.key_columns_of(alias))
         through = sql.SQL("{} <= ({})").format(key, self.decoded(sql.SQL("%(through)s::jsonb")))
         if not after_is_known:
             return through

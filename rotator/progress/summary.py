@@ -18,6 +18,7 @@ def report(event: RotationStopped) -> dict[str, object]:
         "status": event.status,
         "rows": event.rows,
         "rows_total": event.rows_total,
+        "rows_total_is_exact": event.rows_total_is_exact,
         "rows_this_run": event.rows_this_run,
         "late_rows": event.late_rows,
         "ranges": event.ranges,
@@ -62,9 +63,12 @@ def verdict(event: RotationStopped) -> str:
             f"Completed: rotation {event.rotation} gave {plural(event.rows, 'row')} of {event.target} "
             f"a new value{exception}."
         )
+    about, rows = (
+        ("", min(event.rows, event.rows_total)) if event.rows_total_is_exact else ("about ", event.rows)
+    )
     return (
         f"{event.status.capitalize()}: rotation {event.rotation} of {event.target} is unfinished; "
-        f"{count(min(event.rows, event.rows_total))} of {plural(event.rows_total, 'row')} have a new value."
+        f"{count(rows)} of {about}{plural(event.rows_total, 'row')} have a new value."
     )
 
 

@@ -124,7 +124,7 @@ class Tally:
 
     def _change_state(self, event: Event, now: float) -> None:
         match event:
-            case RangeCompleted() | LateRowsRotated():
+            case RotationStarted() | RangeCompleted() | LateRowsRotated():
                 self.holders = ()
             case OutageStarted():
                 self.outage_since = now

@@ -12,7 +12,13 @@ pytestmark = pytest.mark.django_db
 
 
 def _rotation(**fields: object) -> Rotation:
-    values = {"target": "tickets.Ticket.token", "database": "default", "version": "0", **fields}
+    values = {
+        "target": "tickets.Ticket.token",
+        "database": "default",
+        "version": "0",
+        "started_xid": 1,
+        **fields,
+    }
     return Rotation.objects.create(**values)
 
 

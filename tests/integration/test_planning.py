@@ -8,14 +8,16 @@ from django.db import connection as django_connection
 
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.planning import IndexPlanner, gaps, last_key
-from rotator.postgres.table import KeyColumn, TargetTable
+from rotator.postgres.table import Column, TargetTable
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-ODD = TargetTable(path=('od"d %s',), key=(KeyColumn(name='I%d"', type_name="int8"),))
+TOKEN = Column(name="token", type_name="uuid")
+ODD = TargetTable(path=('od"d %s',), key=(Column(name='I%d"', type_name="int8"),), column=TOKEN)
 PAIRS = TargetTable(
     path=("pairs",),
-    key=(KeyColumn(name="shop", type_name="text"), KeyColumn(name="number", type_name="int4")),
+    key=(Column(name="shop", type_name="text"), Column(name="number", type_name="int4")),
+    column=TOKEN,
 )
 
 
@@ -45,9 +47,9 @@ async def _plan(connection: psycopg.AsyncConnection, table: TargetTable, batch: 
     bound = await last_key(connection, table)
     assert bound is not None
     span = KeySpan(after=None, through=bound)
-    while (key_range := await planner.next_range(span, batch)) is not None:
-        planned.append(key_range)
-        span = KeySpan(after=key_range.through, through=bound)
+    while span.after != bound:
+        planned.append(await planner.next_range(span, batch))
+        span = KeySpan(after=planned[-1].through, through=bound)
     return planned
 
 

@@ -76,6 +76,7 @@ def stopped(**facts: Any) -> RotationStopped:  # noqa: ANN401 - any of the event
         status="completed",
         rows=1_000_000,
         rows_total=1_000_000,
+        rows_total_is_exact=True,
         rows_this_run=1_000_000,
         late_rows=0,
         ranges=500,

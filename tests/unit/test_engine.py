@@ -26,11 +26,9 @@ class _Numbers:
     def __init__(self) -> None:
         self.planned = 0
 
-    async def next_range(self, span: KeySpan, batch: int) -> KeyRange | None:
+    async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
         after, last = _number(span.after), _number(span.through)
         through = min(after + batch, last)
-        if through == after:
-            return None
         self.planned += 1
         return KeyRange(after=span.after, through=Key(f"[{through}]"), rows=through - after)
 
@@ -79,7 +77,7 @@ async def test_no_span_ends_at_once() -> None:
 async def test_ranges_with_locked_rows_are_written_later(concurrency: int) -> None:
     rows, events = _Rows(locked=dict.fromkeys(range(10, 101, 10), 3)), list[Event]()
     engine = _engine(
-        _Numbers(), rows, events, concurrency=concurrency, batch=10, queue_ranges=1, deferred_ranges=2
+        _Numbers(), rows, events, concurrency=concurrency, batch=10, queue_ranges=1, waiting_ranges=2
     )
     await engine.run([_span(0, 100)], asyncio.Event())
     assert rows.written == Counter(range(1, 101))

@@ -1,0 +1,1 @@
+"""The rotator on the command line."""

@@ -1,0 +1,211 @@
+"""``manage.py async_rotate``: give every row of a column a new value."""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO, TypedDict, Unpack
+
+from django.core.management import BaseCommand, CommandError, CommandParser
+from django.core.management.base import OutputWrapper
+from django.db import DEFAULT_DB_ALIAS, connections
+
+from rotator.errors import OptionError, RotatorError
+from rotator.progress import PROGRESS_KINDS, ProgressKind, open_progress, report, summary, summary_stream
+from rotator.run.options import RunOptions
+from rotator.service import Outcome, Prepared, default_target, prepare
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Options(TypedDict):
+    """The options, as the command line or ``call_command`` gives them."""
+
+    target: str | None
+    concurrency: int
+    batch: int
+    database: str
+    restart: bool
+    noinput: bool
+    take_over: bool
+    stop_after: int | float | str | None
+    progress: ProgressKind
+    report: Path | str | None
+
+
+class Command(BaseCommand):
+    """Rotates; a run that was interrupted goes on where it stopped."""
+
+    help = (
+        "Give every row of a column a new value from the field's own default, while the site stays up. "
+        "Ranges of rows are committed together with their checkpoints, so the same command goes on where an "
+        "interrupted one stopped, however it ended. The first Ctrl-C lets the ranges in flight commit, the "
+        "second rolls them back."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the options."""
+        defaults = RunOptions()
+        named = default_target()
+        parser.add_argument(
+            "target",
+            nargs="?",
+            metavar="APP.MODEL.FIELD",
+            help="What to rotate" + (f" (default: {named})." if named else "."),
+        )
+        parser.add_argument(
+            "--concurrency",
+            type=int,
+            default=defaults.concurrency,
+            metavar="N",
+            help="How many workers write at the same time, a connection each (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--batch",
+            type=int,
+            default=defaults.batch,
+            metavar="ROWS",
+            help="How many rows a range holds; each is one transaction (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--database",
+            default=DEFAULT_DB_ALIAS,
+            choices=tuple(connections),
+            help="The alias of the database that holds the target (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--restart",
+            action="store_true",
+            help="Abandon the unfinished rotation and begin a new one; asks first on a terminal.",
+        )
+        parser.add_argument("--noinput", "--no-input", action="store_true", help="Never ask.")
+        parser.add_argument(
+            "--take-over",
+            action="store_true",
+            help="Take the rotation from the process that owns it, even if that is alive; it will stop.",
+        )
+        parser.add_argument(
+            "--stop-after",
+            type=_stop_after,
+            metavar="ROWS|TIME",
+            help="End the run after so many rows (5000) or so much time (90s, 30m, 2h), to go on later.",
+        )
+        parser.add_argument(
+            "--progress",
+            choices=PROGRESS_KINDS,
+            default="auto",
+            help="How progress looks: a bar on a terminal and lines elsewhere (auto), or JSON lines on "
+            "standard output (json) (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--report", type=Path, metavar="FILE", help="Write the summary to this file too, as JSON."
+        )
+
+    def handle(self, *_args: object, **options: Unpack[Options]) -> None:
+        """Rotate, and exit with what the run's end is worth."""
+        try:
+            prepared = prepare(options["target"], options["database"], _run_options(options))
+            report_file = _writable(options["report"])
+            if options["restart"] and not options["noinput"]:
+                self._ask_about_restart(prepared)
+            out, err = _raw(self.stdout), _raw(self.stderr)
+            with open_progress(options["progress"], out=out, err=err) as observer:
+                outcome = prepared.rotate(observer)
+        except RotatorError as error:
+            raise CommandError(str(error), returncode=error.exit_status) from error
+        self._tell(outcome, options, report_file)
+        if outcome.exit_status:
+            sys.exit(outcome.exit_status)
+
+    def _ask_about_restart(self, prepared: Prepared) -> None:
+        unfinished = prepared.unfinished()
+        if unfinished is None or not sys.stdin.isatty():
+            return
+        answer = input(
+            f"Rotation {unfinished.pk} of {unfinished.target} is unfinished, with "
+            f"{unfinished.rows_done:,} of {unfinished.rows_total:,} rows done. "
+            "Abandon it and rotate all rows anew? [y/N] "
+        )
+        if answer.strip().lower() not in ("y", "yes"):
+            raise OptionError("Nothing was changed; without --restart the rotation goes on.")
+
+    def _tell(self, outcome: Outcome, options: Options, report_file: Path | None) -> None:
+        stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
+        text = summary(outcome.stopped, resume_command=_resume_command())
+        # A terminal that hung up takes nothing with it: the database says the same.
+        with suppress(OSError):
+            stream.write(f"{text}\n")
+            stream.flush()
+        if report_file is not None:
+            try:
+                report_file.write_text(json.dumps(report(outcome.stopped), indent=2) + "\n")
+            except OSError as error:
+                raise CommandError(f"The report could not be written: {error}") from error
+
+
+def _raw(wrapper: OutputWrapper) -> TextIO:
+    # The wrapper ends every write with a line end, in the middle of a bar too.
+    stream: TextIO = vars(wrapper)["_out"]
+    return stream
+
+
+def _run_options(options: Options) -> RunOptions:
+    for name in ("concurrency", "batch"):
+        if options[name] < 1:
+            raise OptionError(f"--{name} must be 1 or more, not {options[name]}.")
+    stop_after = options["stop_after"]
+    if isinstance(stop_after, str):
+        stop_after = _stop_after(stop_after)
+    return RunOptions(
+        concurrency=options["concurrency"],
+        batch=options["batch"],
+        restart=options["restart"],
+        take_over=options["take_over"],
+        stop_after_rows=stop_after if isinstance(stop_after, int) else None,
+        stop_after_seconds=stop_after if isinstance(stop_after, float) else None,
+    )
+
+
+def _stop_after(text: str) -> int | float:
+    """Return a number of rows, or as a float a number of seconds."""
+    found = re.fullmatch(r"([1-9][0-9]*)([smh]?)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither rows (5000) nor a time (90s, 30m, 2h).")
+    return float(found[1]) * _SECONDS[found[2]] if found[2] else int(found[1])
+
+
+def _writable(path: Path | str | None) -> Path | None:
+    if path is None:
+        return None
+    path = Path(path)
+    try:
+        # Appending nothing leaves an older report as it is, should this run not come to write one.
+        with path.open("a"):
+            return path
+    except OSError as error:
+        raise OptionError(
+            f"The report cannot be written to {path} ({error.strerror}): name a file that can be."
+        ) from error
+
+
+def _resume_command() -> str:
+    """Return the command line of this run, without what was meant for this run alone."""
+    words = list(sys.argv)
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+            continue
+        if word in ("--restart", "--take-over"):
+            continue
+        if word == "--stop-after":
+            skip = True
+            continue
+        if word.startswith("--stop-after="):
+            continue
+        kept.append(word)
+    return shlex.join(kept)

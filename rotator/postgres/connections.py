@@ -1,0 +1,93 @@
+"""Connections of our own, beside Django's."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from psycopg import AsyncConnection, IsolationLevel, sql
+from psycopg_pool import AsyncConnectionPool
+
+from rotator.postgres import arrays
+from rotator.postgres.failures import answered
+
+CONNECT_SECONDS: Final = 10
+OPEN_SECONDS: Final = 20.0
+
+# A peer that vanished is noticed within half a minute, where the system can tell at all.
+_KEEPALIVE: Final = {
+    "connect_timeout": CONNECT_SECONDS,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Server:
+    """How the server is reached.
+
+    Attributes:
+        parameters: What libpq needs, as keyword arguments.
+        role: The role to assume; None for the one that logs in.
+    """
+
+    parameters: Mapping[str, Any]
+    role: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of a connection."""
+        return {
+            **_KEEPALIVE,
+            "application_name": "rotator",
+            **self.parameters,
+            "autocommit": True,
+            # A range takes milliseconds and its parsing microseconds; poolers need not know what is prepared.
+            "prepare_threshold": None,
+        }
+
+    async def configure(self, connection: AsyncConnection) -> None:
+        """Make a new connection one of the rotator's."""
+        # A snapshot for each statement, whatever the role's default is: the fence depends on it.
+        await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
+        arrays.register(connection)
+        if self.role is not None:
+            await connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(self.role)))
+
+
+@asynccontextmanager
+async def connected(server: Server) -> AsyncIterator[AsyncConnection]:
+    """Open one connection in autocommit mode.
+
+    Raises:
+        ServerLostError: The server cannot be reached.
+    """
+    async with answered():
+        connection = await AsyncConnection.connect(**server.arguments())
+    async with connection:
+        async with answered(connection):
+            await server.configure(connection)
+        yield connection
+
+
+@asynccontextmanager
+async def pooled(server: Server, size: int) -> AsyncIterator[AsyncConnectionPool]:
+    """Open a pool of connections in autocommit mode, all of them at once.
+
+    Raises:
+        ServerLostError: The server does not give that many.
+    """
+    pool = AsyncConnectionPool(
+        kwargs=server.arguments(),
+        min_size=size,
+        max_size=size,
+        open=False,
+        configure=server.configure,
+        name="rotator workers",
+    )
+    async with answered():
+        await pool.open(wait=True, timeout=OPEN_SECONDS)
+    async with pool:
+        yield pool

@@ -1,0 +1,132 @@
+"""What the driver's errors mean for a rotation; each is answered once, here.
+
+Never the server's message or its detail: both can quote the row.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import psycopg
+from psycopg import errors
+from psycopg_pool import PoolTimeout
+
+from rotator.errors import (
+    RangeRefusedError,
+    RotatorError,
+    RowsLockedError,
+    ServerLostError,
+    ServerRefusedError,
+    SupersededError,
+)
+
+# Both are raised by casts of these words inside the statements, since SQL has no RAISE.
+SUPERSEDED: Final = "this process does not own the rotation any more"
+RANGE_GREW: Final = "the range holds more rows than were planned"
+SUPPRESSED: Final = "rows stayed as they were, perhaps because of a trigger"
+
+ANSWER_SECONDS: Final = 30.0
+
+_LOST_CLASSES: Final = ("08", "57P")
+_LOST: Final = (errors.TooManyConnections, errors.IdleInTransactionSessionTimeout, errors.ProtocolViolation)
+_REFUSED: Final[dict[type[psycopg.Error], str]] = {
+    errors.InsufficientPrivilege: "this role lacks a privilege: grant what docs/operating.md lists",
+    errors.DiskFull: "its disk is full: make room",
+    errors.ReadOnlySqlTransaction: "it is read-only: connect to the primary",
+    errors.UndefinedTable: "a table is missing: run `manage.py migrate`",
+    errors.UndefinedColumn: "a column is missing: run `manage.py migrate`",
+    errors.UndefinedFunction: "a function is missing: PostgreSQL 15 or later is needed",
+}
+_PASSING: Final = (
+    errors.DeadlockDetected,
+    errors.SerializationFailure,
+    errors.QueryCanceled,
+    errors.UniqueViolation,
+    errors.LockNotAvailable,
+)
+
+
+class RangeGrewError(RotatorError):
+    """A range holds more rows than there are new values; it was rolled back."""
+
+
+@asynccontextmanager
+async def answered(
+    connection: psycopg.AsyncConnection | None = None, *, seconds: float = ANSWER_SECONDS
+) -> AsyncIterator[None]:
+    """Turn the driver's errors, and the server's silence, into the rotator's own errors.
+
+    Args:
+        connection: What is talked over, where there is one already.
+        seconds: How long the block may take. A peer behind a proxy can be gone and still acknowledge
+            every packet, so only a clock of our own notices.
+
+    Raises:
+        ServerLostError: The connection is gone, was never made, or is silent.
+        RowsLockedError: A lock was not to be had in time.
+        SupersededError: The fence holds.
+        RangeGrewError: There were more rows than values.
+        ServerRefusedError: Trying again does not help.
+        RangeRefusedError: Anything else that the server reported.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise ServerLostError(f"The server has not answered for {seconds:.0f} s.") from None
+    except (psycopg.Error, PoolTimeout) as error:
+        # Not chained: the driver's message can quote values, and a traceback would print it.
+        raise meaning(error, connection) from None
+
+
+def meaning(error: Exception, connection: psycopg.AsyncConnection | None = None) -> RotatorError:
+    """Return what an error of the driver means."""
+    if _is_lost(error, connection):
+        return ServerLostError(_lost_sentence(error))
+    if not isinstance(error, psycopg.Error):
+        raise error
+    said = error.diag.message_primary or ""
+    if SUPERSEDED in said:
+        return superseded()
+    if RANGE_GREW in said:
+        return RangeGrewError(RANGE_GREW)
+    if isinstance(error, errors.LockNotAvailable):
+        return RowsLockedError("Somebody else holds rows of the range.")
+    for refused, advice in _REFUSED.items():
+        if isinstance(error, refused):
+            return ServerRefusedError(f"The server refuses, {advice}; then the same command goes on.")
+    return RangeRefusedError(condition(error), passing=isinstance(error, _PASSING))
+
+
+def superseded() -> SupersededError:
+    """Return the error of a process that another one has taken the rotation from."""
+    return SupersededError(
+        "Another process has taken this rotation over; this one stopped and has written nothing since."
+    )
+
+
+def condition(error: psycopg.Error) -> str:
+    """Return the server's name for an error, e.g. ``check_violation of token_not_empty``."""
+    words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+    name = words if error.sqlstate is None else f"{words} ({error.sqlstate})"
+    return f"{name} of {error.diag.constraint_name}" if error.diag.constraint_name else name
+
+
+def _is_lost(error: Exception, connection: psycopg.AsyncConnection | None) -> bool:
+    if isinstance(error, (PoolTimeout, *_LOST)) or (connection is not None and connection.closed):
+        return True
+    if not isinstance(error, psycopg.Error):
+        return False
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.OperationalError)
+    return error.sqlstate.startswith(_LOST_CLASSES) and not isinstance(error, errors.QueryCanceled)
+
+
+def _lost_sentence(error: Exception) -> str:
+    if isinstance(error, psycopg.Error) and error.sqlstate is not None:
+        return f"The connection to the server was lost: {condition(error)}."
+    # libpq's own words: hosts and system errors, nothing of a row. Its first line says it all.
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"The server cannot be reached: {first_line.rstrip('.')}."

@@ -1,0 +1,304 @@
+"""Who owns a rotation: starting, taking over, the heartbeat, and how a run leaves it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from psycopg import AsyncConnection, Rollback, errors, sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+
+from rotator.errors import RowsLockedError
+from rotator.events import EndStatus
+from rotator.keys import Key
+from rotator.postgres.failures import answered, superseded
+from rotator.postgres.planning import gaps
+from rotator.postgres.table import TargetTable
+from rotator.postgres.transaction import LOCK_CLASS, Claim
+from rotator.process import Owner
+
+_TAKE_OVER_LOCK_SECONDS: Final = 2
+_TAKE_OVER_ATTEMPTS: Final = 5
+
+_VOUCHED_FOR: Final = sql.SQL(
+    "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unfinished:
+    """An unfinished rotation, as it stands in the database.
+
+    Attributes:
+        id: The rotation's id.
+        generation: The generation of its latest owner.
+        status: ``running``, ``interrupted`` or ``failed``.
+        owner: Its latest owner.
+        owned_since: Since when it was the owner.
+        updated_at: Its latest heartbeat, on the database's clock.
+        rows_done: How far it said it was.
+        rows_total: Of how many rows.
+    """
+
+    id: int
+    generation: int
+    status: str
+    owner: Owner
+    owned_since: datetime
+    updated_at: datetime
+    rows_done: int
+    rows_total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owned:
+    """A rotation that this process owns, as it was when it became the owner.
+
+    Attributes:
+        claim: What it may write for.
+        started_xid: The transaction that began the rotation, epoch included.
+        bound: The upper key bound; None where it is not frozen yet, or the table was empty.
+        rows_total: Rows up to the bound.
+        rows_total_is_exact: False where that is an estimate.
+        rows_done: Rows that checkpoints and late rows vouch for.
+        late_rows: Rows among them that were committed late.
+        seconds_before: Active seconds of earlier runs.
+    """
+
+    claim: Claim
+    started_xid: int
+    bound: Key | None
+    rows_total: int
+    rows_total_is_exact: bool
+    rows_done: int
+    late_rows: int
+    seconds_before: float
+
+
+async def find_unfinished(connection: AsyncConnection, target: str, database: str) -> Unfinished | None:
+    """The unfinished rotation of a target, if there is one; the constraints allow no second."""
+    async with answered(connection):
+        cursor = connection.cursor(row_factory=dict_row)
+        await cursor.execute(
+            "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
+            " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total"
+            " FROM rotator_rotation"
+            " WHERE target = %s AND database = %s AND status IN ('running', 'interrupted', 'failed')",
+            (target, database),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        return None
+    owner = Owner(**{name: row.pop(name) for name in ("host", "pid", "process", "user", "version")})
+    return Unfinished(owner=owner, **row)
+
+
+async def begin_rotation(
+    connection: AsyncConnection, *, target: str, database: str, owner: Owner, options: dict[str, Any]
+) -> Claim | None:
+    """Insert a new rotation and own it; None where another process was faster.
+
+    Its row says which transaction inserted it: every row of the target that an older one commits, however
+    late, has not been rotated by this rotation.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(
+            "INSERT INTO rotator_rotation (target, database, options, status, generation, active_seconds,"
+            " rows_total, rows_total_is_exact, rows_done, late_rows, error, started_xid,"
+            " owner_host, owner_pid, owner_process, owner_user, version)"
+            " VALUES (%(target)s, %(database)s, %(options)s, 'running', 1, 0, 0, true, 0, 0, '',"
+            " pg_current_xact_id()::text::bigint, %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
+            " ON CONFLICT (target, database) WHERE status IN ('running', 'interrupted', 'failed') DO NOTHING"
+            " RETURNING id",
+            {"target": target, "database": database, "options": Jsonb(options), **asdict(owner)},
+        )
+        row = await cursor.fetchone()
+    return Claim(rotation=row[0], generation=1) if row else None
+
+
+async def take_over(
+    connection: AsyncConnection, claim: Claim, *, owner: Owner, options: dict[str, Any]
+) -> Claim | None:
+    """Raise the generation of a rotation that ``claim`` still describes, and own it; None where it does not.
+
+    When this returns, no transaction of an older generation can commit any more: each of them holds the
+    rotation's lock shared until its end, and this waited for the exclusive one.
+
+    Raises:
+        RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
+    """
+    async with _alone(connection, claim.rotation):
+        cursor = await connection.execute(
+            "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
+            " updated_at = clock_timestamp(), owned_since = clock_timestamp(), options = %(options)s,"
+            " owner_host = %(host)s, owner_pid = %(pid)s, owner_process = %(process)s, owner_user = %(user)s,"
+            " version = %(version)s"
+            " WHERE id = %(rotation)s AND generation = %(generation)s"
+            " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
+            {"options": Jsonb(options), **asdict(claim), **asdict(owner)},
+        )
+        row = await cursor.fetchone()
+    return Claim(rotation=claim.rotation, generation=row[0]) if row else None
+
+
+async def abandon(connection: AsyncConnection, claim: Claim) -> bool:
+    """End an unfinished rotation for good, and fence its owner out; False where ``claim`` is out of date."""
+    async with _alone(connection, claim.rotation):
+        cursor = await connection.execute(
+            "UPDATE rotator_rotation SET generation = generation + 1, status = 'abandoned',"
+            " finished_at = clock_timestamp() WHERE id = %(rotation)s AND generation = %(generation)s"
+            " AND status IN ('running', 'interrupted', 'failed')",
+            asdict(claim),
+        )
+    return cursor.rowcount == 1
+
+
+async def read_owned(connection: AsyncConnection, claim: Claim) -> Owned:
+    """What this process owns, with the rows that the checkpoints vouch for.
+
+    Raises:
+        SupersededError: It does not own it any more.
+    """
+    async with answered(connection):
+        cursor = connection.cursor(row_factory=dict_row)
+        await cursor.execute(
+            "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
+            " active_seconds AS seconds_before, late_rows + COALESCE((SELECT sum(rows) FROM"
+            " rotator_completedrange WHERE rotation_id = %(rotation)s), 0)::bigint AS rows_done"
+            " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s",
+            asdict(claim),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise superseded()
+    return Owned(claim=claim, **row)
+
+
+async def freeze_bound(
+    connection: AsyncConnection, claim: Claim, *, bound: Key | None, rows_total: int, is_exact: bool
+) -> None:
+    """Note up to which key rows are planned, and how many they are."""
+    await _update(
+        connection,
+        claim,
+        sql.SQL("bound = %(bound)s::jsonb, rows_total = %(rows_total)s, rows_total_is_exact = %(is_exact)s"),
+        {"bound": bound, "rows_total": rows_total, "is_exact": is_exact},
+    )
+
+
+async def beat(connection: AsyncConnection, claim: Claim, *, rows_done: int, active_seconds: float) -> None:
+    """Say on the database's clock that the owner is alive and how far it is.
+
+    Raises:
+        SupersededError: It is not the owner any more.
+    """
+    await _update(
+        connection,
+        claim,
+        sql.SQL("rows_done = %(rows_done)s, active_seconds = %(active_seconds)s"),
+        {"rows_done": rows_done, "active_seconds": active_seconds},
+    )
+
+
+async def stop(
+    connection: AsyncConnection, claim: Claim, *, status: EndStatus, error: str, active_seconds: float
+) -> int:
+    """Leave the rotation unfinished.
+
+    Returns:
+        The rows that the checkpoints vouch for.
+
+    Raises:
+        SupersededError: Another process owns it; it was left as it is.
+    """
+    return await _update(
+        connection,
+        claim,
+        sql.SQL(
+            "status = %(status)s, error = %(error)s, active_seconds = %(active_seconds)s, rows_done = {}"
+        ).format(_VOUCHED_FOR),
+        {"status": status, "error": error, "active_seconds": active_seconds},
+    )
+
+
+async def complete(
+    connection: AsyncConnection, table: TargetTable, claim: Claim, bound: Key | None, *, active_seconds: float
+) -> int | None:
+    """Mark the rotation completed, synchronously, if the checkpoints leave no gap.
+
+    Its commit record follows those of all ranges in the WAL, so it cannot survive a crash that loses one.
+
+    Returns:
+        The rows that the checkpoints vouch for; None where they leave a gap.
+
+    Raises:
+        SupersededError: Another process owns it.
+    """
+    async with answered(connection), connection.transaction():
+        await connection.execute("SET LOCAL synchronous_commit = on")
+        rows_done = await _update(
+            connection,
+            claim,
+            sql.SQL(
+                "status = 'completed', finished_at = clock_timestamp(), error = '',"
+                " active_seconds = %(active_seconds)s, rows_done = {}"
+            ).format(_VOUCHED_FOR),
+            {"active_seconds": active_seconds},
+        )
+        if bound is not None and await gaps(connection, table, claim.rotation, bound):
+            raise Rollback
+        return rows_done
+    return None
+
+
+async def _update(
+    connection: AsyncConnection, claim: Claim, assignments: sql.Composable, values: dict[str, Any]
+) -> int:
+    """Change the row of a rotation that this process owns, and return its rows done."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "UPDATE rotator_rotation SET updated_at = clock_timestamp(), {}"
+                " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'"
+                " RETURNING rows_done"
+            ).format(assignments),
+            {**values, **asdict(claim)},
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise superseded()
+    return int(row[0])
+
+
+@asynccontextmanager
+async def _alone(connection: AsyncConnection, rotation: int) -> AsyncIterator[None]:
+    """A transaction that begins its work when the last one of the rotation's ranges has ended."""
+    async with answered(connection), connection.transaction():
+        await connection.execute(
+            "SELECT set_config('lock_timeout', %s, true), set_config('synchronous_commit', 'on', true)",
+            (f"{_TAKE_OVER_LOCK_SECONDS}s",),
+        )
+        await _lock_exclusively(connection, rotation)
+        yield
+
+
+async def _lock_exclusively(connection: AsyncConnection, rotation: int) -> None:
+    parameters = {"class": LOCK_CLASS, "rotation": rotation}
+    for _ in range(_TAKE_OVER_ATTEMPTS):
+        with suppress(errors.LockNotAvailable):
+            async with connection.transaction():
+                await connection.execute(
+                    "SELECT pg_advisory_xact_lock(%(class)s::integer, %(rotation)s::integer)", parameters
+                )
+            return
+        # The backend of a client that is frozen stays for ever, and its locks with it.
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            " AND classid = %(class)s::oid AND objid = %(rotation)s::oid AND objsubid = 2"
+            " AND pid <> pg_backend_pid()",
+            parameters,
+        )
+    raise RowsLockedError("Transactions of the rotation's former owner keep its lock and cannot be ended.")

@@ -1,0 +1,98 @@
+"""How every transaction that writes for a rotation begins: with limits, a lock and the fence."""
+
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from psycopg import AsyncConnection, sql
+
+from rotator.postgres.failures import SUPERSEDED
+
+# "rota" in ASCII: the first half of the advisory locks' key; the second is the rotation's id.
+LOCK_CLASS: Final = 0x726F7461
+
+IDLE_SECONDS: Final = 10
+CHECK_CONNECTION_SECONDS: Final = 1
+
+_FENCE: Final = sql.SQL(
+    "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation"
+    " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'), {}) AS integer)"
+).format(sql.Literal(SUPERSEDED))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """What a process may write for, until another one raises the generation.
+
+    Attributes:
+        rotation: The rotation's id.
+        generation: The generation that this process was given.
+    """
+
+    rotation: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitLimits:
+    """How long a range's transaction holds the application up.
+
+    Attributes:
+        lock_seconds: The longest wait for one lock; well below the server's ``deadlock_timeout``, so that
+            the application is never the one that is told of a deadlock.
+        statement_seconds: The longest time for an update of up to ``statement_rows`` rows, waits included;
+            in proportion for more.
+        statement_rows: See ``statement_seconds``.
+    """
+
+    lock_seconds: float = 0.1
+    statement_seconds: float = 0.5
+    statement_rows: int = 2000
+
+    def statement_seconds_for(self, rows: int) -> float:
+        """The longest time for an update of this many rows."""
+        return self.statement_seconds * max(1.0, rows / self.statement_rows)
+
+
+async def guard(connection: AsyncConnection, claim: Claim, limits: WaitLimits, rows: int) -> None:
+    """Make a transaction that has just begun one that only this generation's owner can commit.
+
+    The lock comes before the fence, and each is a statement of its own with a snapshot of its own: whoever
+    takes over holds the lock exclusively while it raises the generation, so what the fence reads after the
+    lock is true until the commit. The fence fails with an error, which in a pipeline also stops a COMMIT that
+    is already on its way.
+
+    Args:
+        connection: In a transaction that is READ COMMITTED.
+        claim: What this process owns.
+        limits: How long it may wait.
+        rows: How many rows it is about to update.
+    """
+    await connection.execute(
+        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
+        _columns(
+            {
+                "lock_timeout": f"{limits.lock_seconds * 1000:.0f}ms",
+                "statement_timeout": f"{limits.statement_seconds_for(rows) * 1000:.0f}ms",
+                "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+                "client_connection_check_interval": f"{CHECK_CONNECTION_SECONDS}s",
+                # What a crash loses of a range, it loses of its checkpoint too.
+                "synchronous_commit": "off",
+                # Rows that a policy hides would keep their leaked values: an error instead.
+                "row_security": "off",
+                # Rows are locked in the order of the plan, and the nested loop's is the key's.
+                "enable_hashjoin": "off",
+                "enable_mergejoin": "off",
+                "enable_seqscan": "off",
+                "enable_bitmapscan": "off",
+                "jit": "off",
+            }
+        ),
+    )
+    await connection.execute(
+        "SELECT pg_advisory_xact_lock_shared(%s::integer, %s::integer)", (LOCK_CLASS, claim.rotation)
+    )
+    await connection.execute(_FENCE, asdict(claim))
+
+
+def _columns(settings: dict[str, str]) -> tuple[list[str], list[str]]:
+    return list(settings), list(settings.values())

@@ -1,0 +1,108 @@
+"""This process: what it is called in the rotation's row, and how much memory it has needed."""
+
+import getpass
+import os
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rotator import __version__
+
+_PROC: Final = Path("/proc")
+# proc_pid_stat(5): the process's start in clock ticks since boot, counted from after the command's name.
+_START_TIME_FIELD: Final = 19
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """A process that owns a rotation, or did.
+
+    Attributes:
+        host: The host's name.
+        pid: The process's id on that host.
+        process: What tells it from every other process that ever had this pid: boot, pid namespace and
+            start; empty where the system does not say.
+        user: Who runs it.
+        version: The version of this software that it runs.
+    """
+
+    host: str
+    pid: int
+    process: str
+    user: str
+    version: str
+
+    def __str__(self) -> str:
+        """Return one phrase that names it."""
+        return f"{self.user or 'somebody'} on {self.host} (pid {self.pid})"
+
+    def is_gone(self) -> bool:
+        """Whether it ran on this host and does not any more; False where that cannot be told."""
+        machine, _, started = self.process.rpartition(" ")
+        if not machine or self.host != socket.gethostname() or machine != _machine():
+            return False
+        return _started(self.pid) != started
+
+
+def this_process() -> Owner:
+    """Name this process."""
+    pid = os.getpid()
+    machine, started = _machine(), _started(pid)
+    return Owner(
+        host=socket.gethostname(),
+        pid=pid,
+        process=f"{machine} {started}" if machine and started else "",
+        user=_user(),
+        version=__version__,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Return the high-water mark of this process's resident memory; 0 where the system does not say."""
+    # Not getrusage: a child inherits its parent's mark there.
+    status = _read(_PROC / "self" / "status")
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+        return int(found[1]) * 1024
+    if sys.platform == "darwin":
+        import resource  # noqa: PLC0415 - not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
+
+
+def _machine() -> str:
+    """The boot and the pid namespace in which a pid means something; empty where unknown."""
+    boot = _read(_PROC / "sys" / "kernel" / "random" / "boot_id").strip()
+    try:
+        namespace = (_PROC / "self" / "ns" / "pid").readlink()
+    except OSError:
+        return ""
+    return f"{boot} {namespace}" if boot else ""
+
+
+def _started(pid: int) -> str:
+    """When the process with this pid started; empty where there is none."""
+    # The command's name is in parentheses and may hold anything, a parenthesis too.
+    fields = _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()
+    # A zombie has ended, whoever has yet to notice.
+    if len(fields) <= _START_TIME_FIELD or fields[0] in "ZX":
+        return ""
+    return fields[_START_TIME_FIELD]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        # A container may run with an id that no account has.
+        return ""

@@ -1,0 +1,114 @@
+"""Becoming the owner of a target's rotation: begin one, go on with one, or leave it to who is at it."""
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.errors import OwnedElsewhereError, StoppedBeforeStartError
+from rotator.events import Observer, OwnerWatched
+from rotator.postgres import ownership
+from rotator.postgres.ownership import Unfinished
+from rotator.postgres.transaction import Claim
+from rotator.process import Owner
+from rotator.run.options import RunOptions, RunTarget
+from rotator.run.stopping import StopRequests
+
+WATCH_SECONDS: Final = 10.0
+WATCH_EVERY_SECONDS: Final = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Acquired:
+    """What this process has become the owner of.
+
+    Attributes:
+        claim: What it may write for.
+        stopped_at: The last heartbeat of the run before; None for a new rotation.
+    """
+
+    claim: Claim
+    stopped_at: datetime | None
+
+
+class Acquisition:
+    """One process's attempt to own the rotation of a target."""
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        target: RunTarget,
+        options: RunOptions,
+        *,
+        owner: Owner,
+        requests: StopRequests,
+        notify: Observer,
+    ) -> None:
+        """Take a connection in autocommit mode."""
+        self._connection = connection
+        self._target = target
+        self._options = options
+        self._owner = owner
+        self._requests = requests
+        self._notify = notify
+
+    async def acquire(self) -> Acquired:
+        """Own the unfinished rotation of the target, or a new one where there is none.
+
+        Raises:
+            OwnedElsewhereError: Its owner is alive.
+            StoppedBeforeStartError: A stop was asked for while its owner was being watched.
+        """
+        options = self._options.saved()
+        while True:
+            unfinished = await self._find()
+            if unfinished is None:
+                claim = await ownership.begin_rotation(
+                    self._connection,
+                    target=self._target.label,
+                    database=self._target.database,
+                    owner=self._owner,
+                    options=options,
+                )
+                if claim is not None:
+                    return Acquired(claim=claim, stopped_at=None)
+                continue
+            if await self._is_alive(unfinished):
+                raise self._owned_elsewhere(unfinished)
+            seen = Claim(rotation=unfinished.id, generation=unfinished.generation)
+            if self._options.restart:
+                await ownership.abandon(self._connection, seen)
+                continue
+            claim = await ownership.take_over(self._connection, seen, owner=self._owner, options=options)
+            if claim is not None:
+                return Acquired(claim=claim, stopped_at=unfinished.updated_at)
+
+    async def _find(self) -> Unfinished | None:
+        return await ownership.find_unfinished(self._connection, self._target.label, self._target.database)
+
+    async def _is_alive(self, seen: Unfinished) -> bool:
+        """Whether the rotation's owner still works on it; takes up to ``WATCH_SECONDS`` to say no."""
+        if seen.status != "running" or self._options.take_over or seen.owner.is_gone():
+            return False
+        self._notify(OwnerWatched(owner=str(seen.owner), seconds=WATCH_SECONDS))
+        clock = asyncio.get_running_loop().time
+        until = clock() + WATCH_SECONDS
+        while clock() < until:
+            if await self._requests.wait(WATCH_EVERY_SECONDS):
+                raise StoppedBeforeStartError(self._requests.signal)
+            now = await self._find()
+            if now is None or (now.id, now.generation, now.status) != (seen.id, seen.generation, seen.status):
+                # It is another one's by now, or nobody's: taking over will find out.
+                return False
+            if now.updated_at != seen.updated_at:
+                return True
+        return False
+
+    def _owned_elsewhere(self, found: Unfinished) -> OwnedElsewhereError:
+        return OwnedElsewhereError(
+            f"Rotation {found.id} of {self._target.label} is being worked on by {found.owner} since "
+            f"{found.owned_since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, with {found.rows_done:,} of "
+            f"{found.rows_total:,} rows done: wait for it, or take it over with --take-over."
+        )

@@ -1,0 +1,57 @@
+"""What one run is told: how to work, and on what."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rotator.postgres.arrays import MakeValues
+from rotator.postgres.transaction import WaitLimits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """How one run is done.
+
+    Attributes:
+        concurrency: How many workers write at the same time.
+        batch: How many rows a range holds.
+        restart: Abandon the unfinished rotation and begin anew.
+        take_over: Take the rotation from its owner without watching whether that is alive.
+        stop_after_rows: End the run after this many rows; None for no limit.
+        stop_after_seconds: End the run after this time; None for no limit.
+        outage_budget_seconds: How long to wait for a server that is away, before giving up.
+        limits: How long a range holds the application up.
+    """
+
+    concurrency: int = 4
+    batch: int = 2000
+    restart: bool = False
+    take_over: bool = False
+    stop_after_rows: int | None = None
+    stop_after_seconds: float | None = None
+    outage_budget_seconds: float = 300.0
+    limits: WaitLimits = field(default_factory=WaitLimits)
+
+    def saved(self) -> dict[str, Any]:
+        """Return them as JSON types, for the rotation's row."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunTarget:
+    """What is rotated, in the database's terms.
+
+    Attributes:
+        label: As the user writes it, e.g. ``tickets.Ticket.token``.
+        database: Django's alias of the database.
+        path: The table's name, with its schema before it where it has one; unquoted.
+        key: The names of the primary key's columns, in its order.
+        column: The name of the rotated column.
+        make_values: Makes new values.
+    """
+
+    label: str
+    database: str
+    path: tuple[str, ...]
+    key: tuple[str, ...]
+    column: str
+    make_values: MakeValues

@@ -1,0 +1,163 @@
+"""Puts a rotation together from Django's side: its settings, its connections, its models."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from django.conf import settings
+from django.db import DatabaseError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.migrations.loader import MigrationLoader
+
+from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
+from rotator.events import Observer, RotationStopped
+from rotator.models import Rotation
+from rotator.postgres.connections import Server
+from rotator.run.options import RunOptions, RunTarget
+from rotator.run.run import Run
+from rotator.target import resolve
+
+if sys.platform != "win32":
+    import uvloop
+
+T = TypeVar("T")
+
+_APP: Final = "rotator"
+# Django's own: its cursors are synchronous, and its adapters make Django's kind of values.
+_DJANGOS_OWN: Final = ("cursor_factory", "context", "prepare_threshold")
+_SIGNAL_BASE: Final = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        stopped: The account of it.
+        exit_status: What a command exits with: 0 completed or stopped as it was told to by an option,
+            128 and the signal's number when one asked for it, 1 for anything else.
+    """
+
+    stopped: RotationStopped
+    exit_status: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A rotation that could begin: everything that Django knows of it has been checked.
+
+    Attributes:
+        target: What is rotated.
+        options: How.
+        server: Where.
+    """
+
+    target: RunTarget
+    options: RunOptions
+    server: Server
+
+    def unfinished(self) -> Rotation | None:
+        """Return the unfinished rotation of this target, if there is one."""
+        return (
+            Rotation.objects.using(self.target.database)
+            .filter(target=self.target.label, database=self.target.database, status__in=Rotation.UNFINISHED)
+            .first()
+        )
+
+    def rotate(self, observer: Observer) -> Outcome:
+        """Run until the rotation is completed or the run is stopped.
+
+        Raises:
+            RotatorError: It did not begin, or is another process's.
+        """
+        # None of Django's connections may idle in a transaction beside the run, or be used by it.
+        connections.close_all()
+        # The pool logs what it does about lost connections; told once, by the run itself, that is enough
+        # for whoever has not set up logging.
+        logging.getLogger("psycopg").addHandler(logging.NullHandler())
+        return _run(self._rotate(observer))
+
+    async def _rotate(self, observer: Observer) -> Outcome:
+        run = Run(self.server, self.target, self.options, observer)
+        stopped = await run.rotate()
+        return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
+
+
+def default_target() -> str | None:
+    """Return the target that the project's settings name, if they do."""
+    name: str | None = getattr(settings, "ROTATOR", {}).get("DEFAULT_TARGET")
+    return name
+
+
+def prepare(label: str | None, database: str, options: RunOptions) -> Prepared:
+    """Check all that can be checked before anything is changed.
+
+    Args:
+        label: ``app.Model.field``; None for the setting's.
+        database: Django's alias of the database.
+        options: How to rotate.
+
+    Raises:
+        RotatorError: It cannot begin, for the reason that its text gives.
+    """
+    label = label or default_target()
+    if label is None:
+        raise TargetError(
+            "Name the target, as app.Model.field, or set ROTATOR = {'DEFAULT_TARGET': ...} in the settings."
+        )
+    target = resolve(label, database)
+    connection = connections[database]
+    if connection.vendor != "postgresql":
+        raise TargetError(
+            f"The database '{database}' is {connection.display_name}; only PostgreSQL is supported."
+        )
+    if connection.in_atomic_block:
+        raise OptionError(
+            "A rotation cannot run inside a transaction, whose locks it would wait for: call it outside "
+            "atomic()."
+        )
+    _check_migrations(connection)
+    return Prepared(target=target, options=options, server=_server(connection))
+
+
+def _check_migrations(connection: BaseDatabaseWrapper) -> None:
+    try:
+        loader = MigrationLoader(connection)
+    except DatabaseError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ServerLostError(
+            f"The database '{connection.alias}' cannot be reached; check its settings and that it runs: "
+            f"{reason}"
+        ) from error
+    if any(key not in loader.applied_migrations for key in loader.disk_migrations if key[0] == _APP):
+        raise RotatorError(
+            f"The rotator's tables are missing or out of date in the database '{connection.alias}': "
+            f"run `manage.py migrate --database {connection.alias}` first."
+        )
+
+
+def _server(connection: BaseDatabaseWrapper) -> Server:
+    parameters: dict[str, Any] = connection.get_connection_params()
+    role = connection.settings_dict.get("OPTIONS", {}).get("assume_role")
+    return Server(
+        parameters={name: value for name, value in parameters.items() if name not in _DJANGOS_OWN}, role=role
+    )
+
+
+def _exit_status(run: Run, stopped: RotationStopped) -> int:
+    if stopped.status == "completed":
+        return 0
+    if stopped.status == "interrupted" and run.signal is not None:
+        return _SIGNAL_BASE + run.signal
+    return 0 if stopped.status == "interrupted" and run.stopped_by_option else 1
+
+
+def _run(main: Coroutine[Any, Any, T]) -> T:
+    if sys.platform == "win32":
+        # The driver cannot work with Windows' default loop.
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            return runner.run(main)
+    return uvloop.run(main)
