@@ -2,15 +2,18 @@
 
 import asyncio
 import logging
+import pkgutil
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Final, TypeVar
 
 from django.conf import settings
 from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
 
 from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
 from rotator.events import Observer, RotationStopped
@@ -125,14 +128,17 @@ def prepare(label: str | None, database: str, options: RunOptions) -> Prepared:
 
 def _check_migrations(connection: BaseDatabaseWrapper) -> None:
     try:
-        loader = MigrationLoader(connection)
+        applied = MigrationRecorder(connection).applied_migrations()
     except DatabaseError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ServerLostError(
             f"The database '{connection.alias}' cannot be reached; check its settings and that it runs: "
             f"{reason}"
         ) from error
-    if any(key not in loader.applied_migrations for key in loader.disk_migrations if key[0] == _APP):
+    # Not Django's loader, which imports the migrations of every app.
+    module = import_module(MigrationLoader.migrations_module(_APP)[0] or _APP)
+    needed = (found.name for found in pkgutil.iter_modules(module.__path__))
+    if any((_APP, name) not in applied for name in needed):
         raise RotatorError(
             f"The rotator's tables are missing or out of date in the database '{connection.alias}': "
             f"run `manage.py migrate --database {connection.alias}` first."

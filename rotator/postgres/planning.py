@@ -5,6 +5,7 @@ from contextlib import suppress
 from psycopg import AsyncConnection, errors, sql
 
 from rotator.keys import Key, KeyRange, KeySpan
+from rotator.postgres.failures import answered
 from rotator.postgres.table import TargetTable, identifier
 
 
@@ -14,27 +15,36 @@ class IndexPlanner:
     def __init__(self, connection: AsyncConnection, table: TargetTable) -> None:
         """Take a connection in autocommit mode, for this planner's use alone."""
         self._connection = connection
-        self._table = table
+        # Written out once: putting a statement together takes as long as sending it.
+        self._last_keys = {
+            known: self._last_key(table, after_is_known=known).as_bytes() for known in (False, True)
+        }
+        self._counts = {known: self._count(table, after_is_known=known).as_bytes() for known in (False, True)}
+
+    @staticmethod
+    def _last_key(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
+        return sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET %(skip)s LIMIT 1").format(
+            table.key_json, table.name, table.within(after_is_known=after_is_known), table.key_columns
+        )
+
+    @staticmethod
+    def _count(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
+        return sql.SQL("SELECT count(*) FROM {} WHERE {}").format(
+            table.name, table.within(after_is_known=after_is_known)
+        )
 
     async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
         """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none."""
-        within = self._table.within(after_is_known=span.after is not None)
+        is_known = span.after is not None
         parameters = {"after": span.after, "through": span.through, "skip": batch - 1}
-        cursor = await self._connection.execute(
-            sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET %(skip)s LIMIT 1").format(
-                self._table.key_json, self._table.name, within, self._table.key_columns
-            ),
-            parameters,
-        )
-        last = await cursor.fetchone()
-        if last is not None:
-            return KeyRange(after=span.after, through=Key(last[0]), rows=batch)
-        cursor = await self._connection.execute(
-            sql.SQL("SELECT count(*) FROM {} WHERE {}").format(self._table.name, within), parameters
-        )
-        counted = await cursor.fetchone()
-        rows = counted[0] if counted is not None else 0
-        return KeyRange(after=span.after, through=span.through, rows=rows)
+        async with answered(self._connection):
+            cursor = await self._connection.execute(self._last_keys[is_known], parameters)
+            last = await cursor.fetchone()
+            if last is not None:
+                return KeyRange(after=span.after, through=Key(last[0]), rows=batch)
+            cursor = await self._connection.execute(self._counts[is_known], parameters)
+            counted = await cursor.fetchone()
+        return KeyRange(after=span.after, through=span.through, rows=counted[0] if counted else 0)
 
 
 async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:

@@ -13,10 +13,14 @@ LOCK_CLASS: Final = 0x726F7461
 IDLE_SECONDS: Final = 10
 CHECK_CONNECTION_SECONDS: Final = 1
 
-_FENCE: Final = sql.SQL(
-    "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation"
-    " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'), {}) AS integer)"
-).format(sql.Literal(SUPERSEDED))
+_FENCE: Final = (
+    sql.SQL(
+        "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation"
+        " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'), {}) AS integer)"
+    )
+    .format(sql.Literal(SUPERSEDED))
+    .as_bytes()
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +57,9 @@ class WaitLimits:
         return self.statement_seconds * max(1.0, rows / self.statement_rows)
 
 
-async def guard(connection: AsyncConnection, claim: Claim, limits: WaitLimits, rows: int) -> None:
+async def guard(
+    connection: AsyncConnection, claim: Claim, limits: WaitLimits, *, rows: int, without: tuple[str, ...]
+) -> None:
     """Make a transaction that has just begun one that only this generation's owner can commit.
 
     The lock comes before the fence, and each is a statement of its own with a snapshot of its own: whoever
@@ -66,6 +72,7 @@ async def guard(connection: AsyncConnection, claim: Claim, limits: WaitLimits, r
         claim: What this process owns.
         limits: How long it may wait.
         rows: How many rows it is about to update.
+        without: The server's names of joins that the update must not be planned with.
     """
     await connection.execute(
         "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
@@ -79,11 +86,12 @@ async def guard(connection: AsyncConnection, claim: Claim, limits: WaitLimits, r
                 "synchronous_commit": "off",
                 # Rows that a policy hides would keep their leaked values: an error instead.
                 "row_security": "off",
-                # Rows are locked in the order of the plan, and the nested loop's is the key's.
-                "enable_hashjoin": "off",
-                "enable_mergejoin": "off",
+                # Rows are locked in the order of the plan, and only an index gives the key's.
                 "enable_seqscan": "off",
                 "enable_bitmapscan": "off",
+                "enable_hashjoin": "off",
+                **{f"enable_{join}": "off" for join in without},
+                # Compiling takes longer than the update of a range.
                 "jit": "off",
             }
         ),

@@ -24,14 +24,17 @@ _POSITION: Final = "rotator_position"
 def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     """The update of one slice; see docs/decisions/0001.
 
-    Parameters: ``after`` and ``through`` (keys), ``values`` (array), ``rows`` (how many values there are)
-    and ``limit`` (``rows`` again, or NULL in a range's last slice, where more rows than values are an error).
-    Rows that this transaction has written already belong to an earlier slice.
+    Parameters: ``after`` and ``through`` (keys), ``values`` (array), ``rows`` (how many values there are),
+    ``is_first`` (whether no other slice of this range comes before) and ``limit`` (``rows`` again, or NULL in
+    the last slice, where more rows than values are an error). Rows that this transaction has written already
+    belong to an earlier slice.
     """
     return sql.SQL(
         "UPDATE {table} AS {target} SET {column} = (%(values)b::{type}[])[{numbered}.{position}]"
         " FROM (SELECT {key}, (row_number() OVER (ORDER BY {key}))::integer AS {position} FROM"
-        " (SELECT {key} FROM {table} WHERE {within} AND xmin <> pg_current_xact_id()::xid"
+        " (SELECT {key} FROM {table} WHERE {within}"
+        # The planner folds this away where it is the first slice: such statements are not prepared.
+        " AND (%(is_first)s::boolean OR xmin <> pg_current_xact_id()::xid)"
         " ORDER BY {key} LIMIT %(limit)s::bigint) AS rotator_slice) AS {numbered}"
         " WHERE {same_key} AND {target_within}"
         " AND CASE WHEN {numbered}.{position} <= %(rows)s::integer THEN true"
@@ -71,6 +74,10 @@ class PostgresWriter:
         self._claim = claim
         self._make_values = make_values
         self._limits = limits
+        # Written out once: putting a statement together takes as long as sending it.
+        self._updates = {
+            known: update_statement(table, after_is_known=known).as_bytes() for known in (False, True)
+        }
 
     async def rewrite(self, key_range: KeyRange) -> int:
         """Give a range's rows new values and checkpoint it, in one transaction.
@@ -108,6 +115,7 @@ class PostgresWriter:
                 "through": key_range.through,
                 "values": part(values, start, start + SLICE_ROWS),
                 "rows": min(SLICE_ROWS, rows - start),
+                "is_first": start == 0,
                 "limit": None if start == starts[-1] else SLICE_ROWS,
             }
             for start in starts
@@ -115,11 +123,10 @@ class PostgresWriter:
         async with answered(connection):
             async with connection.pipeline():
                 await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-                await guard(connection, self._claim, self._limits, rows)
+                # Merging two scans of the key's index is the cheapest join, and keeps the key's order.
+                await guard(connection, self._claim, self._limits, rows=rows, without=("nestloop",))
                 cursor: AsyncCursor = connection.cursor()
-                await cursor.executemany(
-                    update_statement(self._table, after_is_known=key_range.after is not None), slices
-                )
+                await cursor.executemany(self._updates[key_range.after is not None], slices)
             if cursor.rowcount < rows and await self._holds_untouched(connection, key_range):
                 raise RangeRefusedError(SUPPRESSED, passing=True)
         return cursor.rowcount

@@ -18,6 +18,7 @@ from rotator.progress import PROGRESS_KINDS, ProgressKind, open_progress, report
 from rotator.run.options import RunOptions
 from rotator.service import Outcome, Prepared, default_target, prepare
 
+_THIS_RUN_ALONE = ("--restart", "--take-over", "--stop-after")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -45,6 +46,9 @@ class Command(BaseCommand):
         "interrupted one stopped, however it ended. The first Ctrl-C lets the ranges in flight commit, the "
         "second rolls them back."
     )
+
+    # Checks of the whole project would hold up, or stop, what has to be done now.
+    requires_system_checks = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
@@ -134,7 +138,7 @@ class Command(BaseCommand):
 
     def _tell(self, outcome: Outcome, options: Options, report_file: Path | None) -> None:
         stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
-        text = summary(outcome.stopped, resume_command=_resume_command())
+        text = summary(outcome.stopped, resume_command=_resume_command(sys.argv))
         # A terminal that hung up takes nothing with it: the database says the same.
         with suppress(OSError):
             stream.write(f"{text}\n")
@@ -191,21 +195,17 @@ def _writable(path: Path | str | None) -> Path | None:
         ) from error
 
 
-def _resume_command() -> str:
-    """Return the command line of this run, without what was meant for this run alone."""
-    words = list(sys.argv)
-    kept: list[str] = []
-    skip = False
+def _resume_command(arguments: list[str]) -> str:
+    """Return the command line of this run, without what was meant for this run alone.
+
+    Args:
+        arguments: The program and its arguments, as in ``sys.argv``.
+    """
+    program, *words = arguments
+    kept = [program] if Path(program).suffix != ".py" else ["python", program]
+    is_value = False
     for word in words:
-        if skip:
-            skip = False
-            continue
-        if word in ("--restart", "--take-over"):
-            continue
-        if word == "--stop-after":
-            skip = True
-            continue
-        if word.startswith("--stop-after="):
-            continue
-        kept.append(word)
+        if not is_value and word not in _THIS_RUN_ALONE and not word.startswith("--stop-after="):
+            kept.append(word)
+        is_value = word == "--stop-after"
     return shlex.join(kept)
