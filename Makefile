@@ -1,12 +1,14 @@
 PYTHON ?= python3
 COUNT ?= 1000000
+CONCURRENCY ?= 4
+BATCH ?= 2000
 
 BIN := .venv/bin
 PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help tickets test lint types contract compose check format lock clean
+.PHONY: help demo test lint types contract compose check format lock clean
 
 help: ## Show what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -28,9 +30,10 @@ help: ## Show what there is
 	$(INSTALL) -e '.[embedded,test,dev]'
 	@touch $@
 
-tickets: .venv/embedded ## Start the embedded PostgreSQL, migrate and create COUNT tickets
+demo: .venv/embedded ## Create COUNT tickets in the embedded PostgreSQL and rotate their tokens
 	$(BIN)/python manage.py migrate --verbosity 0
 	$(BIN)/python manage.py create_tickets --total $(COUNT)
+	$(BIN)/python manage.py async_rotate --concurrency $(CONCURRENCY) --batch $(BATCH)
 
 test: .venv/test ## Run the whole test suite
 	$(BIN)/python -m pytest
