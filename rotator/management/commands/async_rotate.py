@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from django.core.management import BaseCommand, CommandError, CommandParser
 from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from rotator.errors import OptionError, RotatorError
+from rotator.errors import OptionError, RotatorError, StoppedBeforeStartError
 from rotator.progress import PROGRESS_KINDS, ProgressKind, open_progress, report, summary, summary_stream
 from rotator.run.options import RunOptions
 from rotator.service import Outcome, Prepared, default_target, prepare
@@ -128,11 +129,18 @@ class Command(BaseCommand):
         unfinished = prepared.unfinished()
         if unfinished is None or not sys.stdin.isatty():
             return
-        answer = input(
+        question = (
             f"Rotation {unfinished.pk} of {unfinished.target} is unfinished, with "
             f"{unfinished.rows_done:,} of {unfinished.rows_total:,} rows done. "
             "Abandon it and rotate all rows anew? [y/N] "
         )
+        try:
+            answer = input(question)
+        except EOFError:
+            answer = ""
+        except KeyboardInterrupt:
+            self.stdout.write("")
+            raise StoppedBeforeStartError(signal.SIGINT) from None
         if answer.strip().lower() not in ("y", "yes"):
             raise OptionError("Nothing was changed; without --restart the rotation goes on.")
 
