@@ -59,6 +59,13 @@ class RangeRefusedError(RotatorError):
         self.passing = passing
 
 
+class RangeTooSlowError(RangeRefusedError):
+    """A range took longer than it may hold the application up; smaller ones will not."""
+
+    def __init__(self, condition: str) -> None:
+        super().__init__(condition, passing=True)
+
+
 class StoppedBeforeStartError(RotatorError):
     """A signal came before anything was changed."""
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from rotator.engine.backoff import backoff_seconds
 from rotator.engine.flow import Attempt, Flow
+from rotator.engine.pace import Pace
 from rotator.engine.ports import RangePlanner, RangeWriter
 from rotator.engine.tasks import first_error_alone
-from rotator.errors import RangeRefusedError, RowsLockedError
+from rotator.errors import RangeRefusedError, RangeTooSlowError, RowsLockedError
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import KeyRange, KeySpan
 
@@ -19,7 +20,7 @@ class EngineOptions:
 
     Attributes:
         concurrency: How many workers write at the same time.
-        batch: How many rows a range holds.
+        batch: How many rows a range holds, unless the server is too slow for that.
         rows_at_most: How many rows are planned at the most; None for no limit.
         queue_ranges: How many planned ranges may wait; the memory cap.
         waiting_ranges: How many ranges may wait for another attempt before workers turn to them first.
@@ -55,13 +56,15 @@ class Engine:
         self._notify = notify
         self._options = options
         self._failed_rows = 0
+        self._pace = Pace(options.batch)
 
     async def run(self, spans: Iterable[KeySpan], drain: asyncio.Event) -> None:
         """Rewrite every range of the spans, but for rows that the server refuses for good.
 
         A range with locked rows waits and is tried again, for as long as it takes. A range that the server
         refuses is tried again where that may help, and then split, down to the single row, which is given
-        up and told of as :class:`RowFailed`.
+        up and told of as :class:`RowFailed`. A range that takes too long is split at once, and the planner
+        makes the next ones smaller.
 
         Args:
             spans: Where no range is completed yet, in the order to plan them.
@@ -91,7 +94,7 @@ class Engine:
         for span in spans:
             rest = span
             while not flow.drain.is_set() and rows_left != 0:
-                batch = self._options.batch if rows_left is None else min(self._options.batch, rows_left)
+                batch = self._pace.batch if rows_left is None else min(self._pace.batch, rows_left)
                 key_range = await self._planner.next_range(rest, batch)
                 if rows_left is not None:
                     rows_left -= key_range.rows
@@ -112,6 +115,7 @@ class Engine:
             except RangeRefusedError as refused:
                 await self._retry(attempt, refused, flow)
             else:
+                self._pace.completed()
                 self._notify(
                     RangeCompleted(
                         rows=rows,
@@ -137,8 +141,11 @@ class Engine:
     async def _retry(self, attempt: Attempt, refused: RangeRefusedError, flow: Flow) -> None:
         options, key_range, refusals = self._options, attempt.key_range, attempt.refusals + 1
         is_one_row = key_range.rows <= 1
+        is_too_slow = isinstance(refused, RangeTooSlowError)
+        if is_too_slow:
+            self._pace.too_slow(key_range.rows)
         most = options.refusals_of_one_row if is_one_row else options.refusals_before_split
-        tries_whole = refused.passing and refusals < most
+        tries_whole = refused.passing and refusals < most and (is_one_row or not is_too_slow)
         if is_one_row and not tries_whole:
             self._give_up(key_range, refused)
             return

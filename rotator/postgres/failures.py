@@ -15,6 +15,7 @@ from psycopg_pool import PoolTimeout
 
 from rotator.errors import (
     RangeRefusedError,
+    RangeTooSlowError,
     RotatorError,
     RowsLockedError,
     ServerLostError,
@@ -42,9 +43,7 @@ _REFUSED: Final[dict[type[psycopg.Error], str]] = {
 _PASSING: Final = (
     errors.DeadlockDetected,
     errors.SerializationFailure,
-    errors.QueryCanceled,
     errors.UniqueViolation,
-    errors.LockNotAvailable,
 )
 
 
@@ -67,6 +66,7 @@ async def answered(
         ServerLostError: The connection is gone, was never made, or is silent.
         RowsLockedError: A lock was not to be had in time.
         SupersededError: The fence holds.
+        RangeTooSlowError: A statement took longer than it may.
         RangeGrewError: There were more rows than values.
         ServerRefusedError: Trying again does not help.
         RangeRefusedError: Anything else that the server reported.
@@ -87,17 +87,31 @@ def meaning(error: Exception, connection: psycopg.AsyncConnection | None = None)
         return ServerLostError(_lost_sentence(error))
     if not isinstance(error, psycopg.Error):
         raise error
+    return _said_by_us(error) or _refused_for_good(error) or _refused_range(error)
+
+
+def _said_by_us(error: psycopg.Error) -> RotatorError | None:
     said = error.diag.message_primary or ""
     if SUPERSEDED in said:
         return superseded()
-    if RANGE_GREW in said:
-        return RangeGrewError(RANGE_GREW)
-    if isinstance(error, errors.LockNotAvailable):
-        return RowsLockedError("Somebody else holds rows of the range.")
+    return RangeGrewError(RANGE_GREW) if RANGE_GREW in said else None
+
+
+def _refused_for_good(error: psycopg.Error) -> RotatorError | None:
     for refused, advice in _REFUSED.items():
         if isinstance(error, refused):
             return ServerRefusedError(f"The server refuses, {advice}; then the same command goes on.")
-    return RangeRefusedError(condition(error), passing=isinstance(error, _PASSING))
+    return None
+
+
+def _refused_range(error: psycopg.Error) -> RotatorError:
+    match error:
+        case errors.LockNotAvailable():
+            return RowsLockedError("Somebody else holds rows of the range.")
+        case errors.QueryCanceled():
+            return RangeTooSlowError(condition(error))
+        case _:
+            return RangeRefusedError(condition(error), passing=isinstance(error, _PASSING))
 
 
 def superseded() -> SupersededError:

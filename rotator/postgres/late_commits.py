@@ -131,7 +131,7 @@ class LatePass:
             "started_xid": self._started_xid,
         }
         async with answered(connection), connection.transaction():
-            await guard(connection, self._claim, self._limits, rows=len(keys), without=("mergejoin",))
+            await guard(connection, self._claim, self._limits, without=("mergejoin",))
             updated = await connection.execute(self._update_statement(), parameters)
             left = await connection.execute(self._left_statement(), parameters)
             if await left.fetchone():

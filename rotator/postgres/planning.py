@@ -2,8 +2,9 @@
 
 from contextlib import suppress
 
-from psycopg import AsyncConnection, errors, sql
+from psycopg import AsyncConnection, AsyncCursor, sql
 
+from rotator.errors import RangeTooSlowError
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.failures import answered
 from rotator.postgres.table import TargetTable, identifier
@@ -43,21 +44,20 @@ class IndexPlanner:
             if last is not None:
                 return KeyRange(after=span.after, through=Key(last[0]), rows=batch)
             cursor = await self._connection.execute(self._counts[is_known], parameters)
-            counted = await cursor.fetchone()
-        return KeyRange(after=span.after, through=span.through, rows=counted[0] if counted else 0)
+            return KeyRange(after=span.after, through=span.through, rows=await _number(cursor))
 
 
 async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:
     """The highest key that the table holds now; None where it is empty."""
-    cursor = await connection.execute(
-        sql.SQL("SELECT {} FROM {} ORDER BY {} LIMIT 1").format(
-            table.key_json,
-            table.name,
-            sql.SQL(", ").join(sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key),
-        ),
-        {},
+    descending = sql.SQL(", ").join(
+        sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key
     )
-    row = await cursor.fetchone()
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL("SELECT {} FROM {} ORDER BY {} LIMIT 1").format(table.key_json, table.name, descending),
+            {},
+        )
+        row = await cursor.fetchone()
     return Key(row[0]) if row is not None else None
 
 
@@ -72,8 +72,8 @@ async def count_rows(
         bound: The upper key bound.
         seconds: How long to count; then it is the server's own estimate for the table.
     """
-    with suppress(errors.QueryCanceled):
-        async with connection.transaction():
+    with suppress(RangeTooSlowError):
+        async with answered(connection), connection.transaction():
             await connection.execute(
                 "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
             )
@@ -83,13 +83,12 @@ async def count_rows(
                 ),
                 {"through": bound},
             )
-            row = await counted.fetchone()
-            return (int(row[0]) if row else 0), True
-    estimated = await connection.execute(
-        "SELECT GREATEST(reltuples, 0)::bigint FROM pg_class WHERE oid = %s::regclass", (table.regclass,)
-    )
-    row = await estimated.fetchone()
-    return (int(row[0]) if row else 0), False
+            return await _number(counted), True
+    async with answered(connection):
+        estimated = await connection.execute(
+            "SELECT GREATEST(reltuples, 0)::bigint FROM pg_class WHERE oid = %s::regclass", (table.regclass,)
+        )
+        return await _number(estimated), False
 
 
 async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, bound: Key) -> list[KeySpan]:
@@ -98,21 +97,28 @@ async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, b
     Subtracted by the server, which alone knows the order of the keys.
     """
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
-    cursor = await connection.execute(
-        sql.SQL(
-            "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
-            " row_number() OVER ordered AS position FROM rotator_completedrange"
-            " WHERE rotation_id = %(rotation)s WINDOW ordered AS ({order})),"
-            " gaps AS (SELECT before AS after, after AS through, position FROM completed"
-            " UNION ALL SELECT (SELECT through FROM completed ORDER BY position DESC LIMIT 1),"
-            " %(bound)s::jsonb, NULL)"
-            " SELECT after::text, through::text FROM gaps"
-            " WHERE through IS NOT NULL AND after IS DISTINCT FROM through"
-            " ORDER BY position NULLS LAST"
-        ).format(order=order),
-        {"rotation": rotation, "bound": bound},
-    )
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
+                " row_number() OVER ordered AS position FROM rotator_completedrange"
+                " WHERE rotation_id = %(rotation)s WINDOW ordered AS ({order})),"
+                " gaps AS (SELECT before AS after, after AS through, position FROM completed"
+                " UNION ALL SELECT (SELECT through FROM completed ORDER BY position DESC LIMIT 1),"
+                " %(bound)s::jsonb, NULL)"
+                " SELECT after::text, through::text FROM gaps"
+                " WHERE through IS NOT NULL AND after IS DISTINCT FROM through"
+                " ORDER BY position NULLS LAST"
+            ).format(order=order),
+            {"rotation": rotation, "bound": bound},
+        )
+        found = await cursor.fetchall()
     return [
         KeySpan(after=Key(after) if after is not None else None, through=Key(through))
-        async for after, through in cursor
+        for after, through in found
     ]
+
+
+async def _number(cursor: AsyncCursor) -> int:
+    row = await cursor.fetchone()
+    return int(row[0]) if row else 0

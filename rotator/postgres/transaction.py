@@ -43,22 +43,15 @@ class WaitLimits:
     Attributes:
         lock_seconds: The longest wait for one lock; well below the server's ``deadlock_timeout``, so that
             the application is never the one that is told of a deadlock.
-        statement_seconds: The longest time for an update of up to ``statement_rows`` rows, waits included;
-            in proportion for more.
-        statement_rows: See ``statement_seconds``.
+        statement_seconds: The longest time for the update of a slice, waits included.
     """
 
     lock_seconds: float = 0.1
     statement_seconds: float = 0.5
-    statement_rows: int = 2000
-
-    def statement_seconds_for(self, rows: int) -> float:
-        """The longest time for an update of this many rows."""
-        return self.statement_seconds * max(1.0, rows / self.statement_rows)
 
 
 async def guard(
-    connection: AsyncConnection, claim: Claim, limits: WaitLimits, *, rows: int, without: tuple[str, ...]
+    connection: AsyncConnection, claim: Claim, limits: WaitLimits, *, without: tuple[str, ...]
 ) -> None:
     """Make a transaction that has just begun one that only this generation's owner can commit.
 
@@ -71,7 +64,6 @@ async def guard(
         connection: In a transaction that is READ COMMITTED.
         claim: What this process owns.
         limits: How long it may wait.
-        rows: How many rows it is about to update.
         without: The server's names of joins that the update must not be planned with.
     """
     await connection.execute(
@@ -79,9 +71,11 @@ async def guard(
         _columns(
             {
                 "lock_timeout": f"{limits.lock_seconds * 1000:.0f}ms",
-                "statement_timeout": f"{limits.statement_seconds_for(rows) * 1000:.0f}ms",
+                "statement_timeout": f"{limits.statement_seconds * 1000:.0f}ms",
                 "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
                 "client_connection_check_interval": f"{CHECK_CONNECTION_SECONDS}s",
+                # Should the statement fail, its parameters are the new values.
+                "log_parameter_max_length_on_error": "0",
                 # What a crash loses of a range, it loses of its checkpoint too.
                 "synchronous_commit": "off",
                 # Rows that a policy hides would keep their leaked values: an error instead.

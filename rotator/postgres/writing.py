@@ -124,7 +124,7 @@ class PostgresWriter:
             async with connection.pipeline():
                 await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
                 # Merging two scans of the key's index is the cheapest join, and keeps the key's order.
-                await guard(connection, self._claim, self._limits, rows=rows, without=("nestloop",))
+                await guard(connection, self._claim, self._limits, without=("nestloop",))
                 cursor: AsyncCursor = connection.cursor()
                 await cursor.executemany(self._updates[key_range.after is not None], slices)
             if cursor.rowcount < rows and await self._holds_untouched(connection, key_range):

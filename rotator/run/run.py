@@ -194,7 +194,8 @@ class Run:
                     break
                 if self._figures.failed_keys:
                     return "failed"
-                if self._limit_is_reached() and await self._gaps(control, table, owned):
+                # Rows that were deleted since they were planned leave the limit unreached, and end it too.
+                if self._options.stop_after_rows is not None and await self._gaps(control, table, owned):
                     self._requests.ask(STOP_AFTER)
                     break
                 if await self._complete(control, side, table, owned):
@@ -276,10 +277,6 @@ class Run:
     def _rows_left_of_limit(self) -> int | None:
         limit = self._options.stop_after_rows
         return None if limit is None else max(0, limit - self._figures.rows_this_run)
-
-    def _limit_is_reached(self) -> bool:
-        # Rows that were deleted after they were planned leave the limit unreached, and the run ends too.
-        return self._options.stop_after_rows is not None
 
     async def _complete(
         self, control: AsyncConnection, side: AsyncConnection, table: TargetTable, owned: Owned
