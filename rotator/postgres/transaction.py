@@ -10,6 +10,7 @@ from rotator.postgres.failures import SUPERSEDED
 # "rota" in ASCII: the first half of the advisory locks' key; the second is the rotation's id.
 LOCK_CLASS: Final = 0x726F7461
 
+STATEMENT_SECONDS_PER_LOCK_SECOND: Final = 5
 IDLE_SECONDS: Final = 10
 CHECK_CONNECTION_SECONDS: Final = 1
 

@@ -1,9 +1,6 @@
 """``manage.py async_rotate``: give every row of a column a new value."""
 
-import argparse
 import json
-import re
-import shlex
 import signal
 import sys
 from contextlib import suppress
@@ -15,12 +12,11 @@ from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.errors import OptionError, RotatorError, StoppedBeforeStartError
+from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
+from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
 from rotator.progress import PROGRESS_KINDS, ProgressKind, open_progress, report, summary, summary_stream
 from rotator.run.options import RunOptions
 from rotator.service import Outcome, Prepared, default_target, prepare
-
-_THIS_RUN_ALONE = ("--restart", "--take-over", "--stop-after")
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 class Options(TypedDict):
@@ -34,6 +30,8 @@ class Options(TypedDict):
     noinput: bool
     take_over: bool
     stop_after: int | float | str | None
+    lock_timeout: float | str
+    outage_budget: float | str
     progress: ProgressKind
     report: Path | str | None
 
@@ -94,9 +92,22 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--stop-after",
-            type=_stop_after,
             metavar="ROWS|TIME",
             help="End the run after so many rows (5000) or so much time (90s, 30m, 2h), to go on later.",
+        )
+        parser.add_argument(
+            "--lock-timeout",
+            default=defaults.limits.lock_seconds,
+            metavar="TIME",
+            help="How long a range waits for a lock before it goes to the back of the queue; five times that "
+            f"for all its locks (default: {defaults.limits.lock_seconds * 1000:.0f}ms).",
+        )
+        parser.add_argument(
+            "--outage-budget",
+            default=defaults.outage_budget_seconds,
+            metavar="TIME",
+            help="How long to wait for a server that is away before giving up "
+            f"(default: {defaults.outage_budget_seconds / 60:.0f}m).",
         )
         parser.add_argument(
             "--progress",
@@ -113,7 +124,7 @@ class Command(BaseCommand):
         """Rotate, and exit with what the run's end is worth."""
         try:
             prepared = prepare(options["target"], options["database"], _run_options(options))
-            report_file = _writable(options["report"])
+            report_file = writable(options["report"])
             if options["restart"] and not options["noinput"]:
                 self._ask_about_restart(prepared)
             out, err = _raw(self.stdout), _raw(self.stderr)
@@ -146,7 +157,7 @@ class Command(BaseCommand):
 
     def _tell(self, outcome: Outcome, options: Options, report_file: Path | None) -> None:
         stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
-        text = summary(outcome.stopped, resume_command=_resume_command(sys.argv))
+        text = summary(outcome.stopped, resume_command=resume_command(sys.argv))
         # A terminal that hung up takes nothing with it: the database says the same.
         with suppress(OSError):
             stream.write(f"{text}\n")
@@ -168,9 +179,8 @@ def _run_options(options: Options) -> RunOptions:
     for name in ("concurrency", "batch"):
         if options[name] < 1:
             raise OptionError(f"--{name} must be 1 or more, not {options[name]}.")
-    stop_after = options["stop_after"]
-    if isinstance(stop_after, str):
-        stop_after = _stop_after(stop_after)
+    stop_after = rows_or_seconds(options["stop_after"])
+    lock_seconds = seconds(options["lock_timeout"])
     return RunOptions(
         concurrency=options["concurrency"],
         batch=options["batch"],
@@ -178,42 +188,8 @@ def _run_options(options: Options) -> RunOptions:
         take_over=options["take_over"],
         stop_after_rows=stop_after if isinstance(stop_after, int) else None,
         stop_after_seconds=stop_after if isinstance(stop_after, float) else None,
+        outage_budget_seconds=seconds(options["outage_budget"]),
+        limits=WaitLimits(
+            lock_seconds=lock_seconds, statement_seconds=lock_seconds * STATEMENT_SECONDS_PER_LOCK_SECOND
+        ),
     )
-
-
-def _stop_after(text: str) -> int | float:
-    """Return a number of rows, or as a float a number of seconds."""
-    found = re.fullmatch(r"([1-9][0-9]*)([smh]?)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither rows (5000) nor a time (90s, 30m, 2h).")
-    return float(found[1]) * _SECONDS[found[2]] if found[2] else int(found[1])
-
-
-def _writable(path: Path | str | None) -> Path | None:
-    if path is None:
-        return None
-    path = Path(path)
-    try:
-        # Appending nothing leaves an older report as it is, should this run not come to write one.
-        with path.open("a"):
-            return path
-    except OSError as error:
-        raise OptionError(
-            f"The report cannot be written to {path} ({error.strerror}): name a file that can be."
-        ) from error
-
-
-def _resume_command(arguments: list[str]) -> str:
-    """Return the command line of this run, without what was meant for this run alone.
-
-    Args:
-        arguments: The program and its arguments, as in ``sys.argv``.
-    """
-    program, *words = arguments
-    kept = [program] if Path(program).suffix != ".py" else ["python", program]
-    is_value = False
-    for word in words:
-        if not is_value and word not in _THIS_RUN_ALONE and not word.startswith("--stop-after="):
-            kept.append(word)
-        is_value = word == "--stop-after"
-    return shlex.join(kept)
