@@ -133,6 +133,17 @@ class OwnerWatched:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServerLogShowsValues:
+    """The server is set up to write the new values to its own log.
+
+    Attributes:
+        settings: What makes it do so, e.g. ``log_statement = all``.
+    """
+
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LateCommitsAwaited:
     """Transactions older than the rotation may still commit rows of the target.
 
@@ -224,6 +235,7 @@ Event: TypeAlias = (
     | OutageStarted
     | OutageEnded
     | OwnerWatched
+    | ServerLogShowsValues
     | LateCommitsAwaited
     | LateRowsRotated
     | DrainStarted

@@ -48,22 +48,31 @@ async def read_table(
         column: The name of the rotated column.
 
     Raises:
-        TargetError: The table or one of the columns is missing, or its type is not one of the server's own.
+        TargetError: The table or one of the columns is missing, its type is not one of the server's own, or
+            row-level security hides rows.
     """
     async with answered(connection):
         cursor = await connection.execute(
-            "SELECT a.attname, t.typname, n.nspname FROM pg_catalog.pg_attribute a"
+            "SELECT a.attname, t.typname, n.nspname, row_security_active(a.attrelid)"
+            " FROM pg_catalog.pg_attribute a"
             " JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
             " JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace"
             " WHERE a.attrelid = pg_catalog.to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
             (sql.Identifier(*path).as_string(),),
         )
-        types = {name: (type_name, schema) async for name, type_name, schema in cursor}
+        columns = await cursor.fetchall()
+    types = {name: (type_name, schema) for name, type_name, schema, _ in columns}
     named = ".".join(path)
     if not types:
         raise TargetError(
             f"The table {named} does not exist in this database: run `manage.py migrate`, or choose another "
             "with --database."
+        )
+
+    if any(hides_rows for *_, hides_rows in columns):
+        raise TargetError(
+            f"Row-level security hides rows of {named} from this role, and they would keep their values: "
+            "use a role that owns the table or has BYPASSRLS."
         )
 
     def look_up(name: str) -> Column:

@@ -68,15 +68,18 @@ async def guard(
         without: The server's names of joins that the update must not be planned with.
     """
     await connection.execute(
-        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
+        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
+        # Every role may set the others, and may be asked about this one alone.
+        " WHERE name <> 'log_parameter_max_length' OR has_parameter_privilege(name, 'SET')",
         _columns(
             {
                 "lock_timeout": f"{limits.lock_seconds * 1000:.0f}ms",
                 "statement_timeout": f"{limits.statement_seconds * 1000:.0f}ms",
                 "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
                 "client_connection_check_interval": f"{CHECK_CONNECTION_SECONDS}s",
-                # Should the statement fail, its parameters are the new values.
+                # The parameters of the update are the new values.
                 "log_parameter_max_length_on_error": "0",
+                "log_parameter_max_length": "0",
                 # What a crash loses of a range, it loses of its checkpoint too.
                 "synchronous_commit": "off",
                 # Rows that a policy hides would keep their leaked values: an error instead.

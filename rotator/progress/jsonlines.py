@@ -11,6 +11,7 @@ what else they carry; keys are only ever added:
     outage_started       reason, budget_seconds
     outage_ended         seconds, rows_done
     owner_watched        owner, seconds
+    server_log_shows_values  settings
     late_commits_awaited holders
     late_rows_rotated    rows
     drain_started        reason
@@ -37,6 +38,7 @@ from rotator.events import (
     RotationStarted,
     RotationStopped,
     RowFailed,
+    ServerLogShowsValues,
     Tick,
 )
 from rotator.progress.sink import Sink
@@ -49,6 +51,7 @@ _NAMES: Final[dict[type[Event], str]] = {
     OutageStarted: "outage_started",
     OutageEnded: "outage_ended",
     OwnerWatched: "owner_watched",
+    ServerLogShowsValues: "server_log_shows_values",
     LateCommitsAwaited: "late_commits_awaited",
     LateRowsRotated: "late_rows_rotated",
     DrainStarted: "drain_started",

@@ -12,6 +12,7 @@ from rotator.events import (
     OwnerWatched,
     RotationStarted,
     RowFailed,
+    ServerLogShowsValues,
 )
 from rotator.progress.format import count, duration, one_line, plural
 from rotator.progress.tally import Tally
@@ -47,6 +48,11 @@ def notice(event: Event, tally: Tally) -> str:
             line = (
                 f"another process owns this rotation: {event.owner}; "
                 f"watching its heartbeat for up to {duration(event.seconds)}"
+            )
+        case ServerLogShowsValues():
+            line = (
+                f"warning: the server will log the new values, because of {', '.join(event.settings)}: "
+                "set log_parameter_max_length = 0 for this role"
             )
         case LateCommitsAwaited() if event.holders != tally.holders:
             line = _awaited(event.holders)

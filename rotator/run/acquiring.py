@@ -8,13 +8,11 @@ from typing import Final
 from psycopg import AsyncConnection
 
 from rotator.errors import OwnedElsewhereError, StoppedBeforeStartError
-from rotator.events import Observer, OwnerWatched
+from rotator.events import OwnerWatched
 from rotator.postgres import ownership
 from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
-from rotator.process import Owner
-from rotator.run.options import RunOptions, RunTarget
-from rotator.run.stopping import StopRequests
+from rotator.run.context import RunContext
 
 WATCH_SECONDS: Final = 10.0
 WATCH_EVERY_SECONDS: Final = 0.25
@@ -36,23 +34,10 @@ class Acquired:
 class Acquisition:
     """One process's attempt to own the rotation of a target."""
 
-    def __init__(
-        self,
-        connection: AsyncConnection,
-        target: RunTarget,
-        options: RunOptions,
-        *,
-        owner: Owner,
-        requests: StopRequests,
-        notify: Observer,
-    ) -> None:
+    def __init__(self, connection: AsyncConnection, context: RunContext) -> None:
         """Take a connection in autocommit mode."""
         self._connection = connection
-        self._target = target
-        self._options = options
-        self._owner = owner
-        self._requests = requests
-        self._notify = notify
+        self._context = context
 
     async def acquire(self) -> Acquired:
         """Own the unfinished rotation of the target, or a new one where there is none.
@@ -61,15 +46,16 @@ class Acquisition:
             OwnedElsewhereError: Its owner is alive.
             StoppedBeforeStartError: A stop was asked for while its owner was being watched.
         """
-        options = self._options.saved()
+        target, owner = self._context.target, self._context.owner
+        options = self._context.options.saved()
         while True:
             unfinished = await self._find()
             if unfinished is None:
                 claim = await ownership.begin_rotation(
                     self._connection,
-                    target=self._target.label,
-                    database=self._target.database,
-                    owner=self._owner,
+                    target=target.label,
+                    database=target.database,
+                    owner=owner,
                     options=options,
                 )
                 if claim is not None:
@@ -78,26 +64,27 @@ class Acquisition:
             if await self._is_alive(unfinished):
                 raise self._owned_elsewhere(unfinished)
             seen = Claim(rotation=unfinished.id, generation=unfinished.generation)
-            if self._options.restart:
+            if self._context.options.restart:
                 await ownership.abandon(self._connection, seen)
                 continue
-            claim = await ownership.take_over(self._connection, seen, owner=self._owner, options=options)
+            claim = await ownership.take_over(self._connection, seen, owner=owner, options=options)
             if claim is not None:
                 return Acquired(claim=claim, stopped_at=unfinished.updated_at)
 
     async def _find(self) -> Unfinished | None:
-        return await ownership.find_unfinished(self._connection, self._target.label, self._target.database)
+        target = self._context.target
+        return await ownership.find_unfinished(self._connection, target.label, target.database)
 
     async def _is_alive(self, seen: Unfinished) -> bool:
         """Whether the rotation's owner still works on it; takes up to ``WATCH_SECONDS`` to say no."""
-        if seen.status != "running" or self._options.take_over or seen.owner.is_gone():
+        if seen.status != "running" or self._context.options.take_over or seen.owner.is_gone():
             return False
-        self._notify(OwnerWatched(owner=str(seen.owner), seconds=WATCH_SECONDS))
+        self._context.notify(OwnerWatched(owner=str(seen.owner), seconds=WATCH_SECONDS))
         clock = asyncio.get_running_loop().time
         until = clock() + WATCH_SECONDS
         while clock() < until:
-            if await self._requests.wait(WATCH_EVERY_SECONDS):
-                raise StoppedBeforeStartError(self._requests.signal)
+            if await self._context.requests.wait(WATCH_EVERY_SECONDS):
+                raise StoppedBeforeStartError(self._context.requests.signal)
             now = await self._find()
             if now is None or (now.id, now.generation, now.status) != (seen.id, seen.generation, seen.status):
                 # It is another one's by now, or nobody's: taking over will find out.
@@ -108,7 +95,7 @@ class Acquisition:
 
     def _owned_elsewhere(self, found: Unfinished) -> OwnedElsewhereError:
         return OwnedElsewhereError(
-            f"Rotation {found.id} of {self._target.label} is being worked on by {found.owner} since "
+            f"Rotation {found.id} of {self._context.target.label} is being worked on by {found.owner} since "
             f"{found.owned_since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, with {found.rows_done:,} of "
             f"{found.rows_total:,} rows done: wait for it, or take it over with --take-over."
         )

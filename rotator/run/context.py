@@ -1,0 +1,33 @@
+"""What every part of a run shares."""
+
+from dataclasses import dataclass
+
+from rotator.events import Observer
+from rotator.postgres.connections import Server
+from rotator.process import Owner
+from rotator.run.figures import Figures
+from rotator.run.options import RunOptions, RunTarget
+from rotator.run.stopping import StopRequests
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContext:
+    """One run's surroundings.
+
+    Attributes:
+        server: Where the target is.
+        target: What is rotated.
+        options: How.
+        owner: This process.
+        requests: What has been asked of the run.
+        figures: What it has done so far.
+        notify: Tells observers, after the run itself has taken note.
+    """
+
+    server: Server
+    target: RunTarget
+    options: RunOptions
+    owner: Owner
+    requests: StopRequests
+    figures: Figures
+    notify: Observer
