@@ -21,8 +21,14 @@ def test_the_line_that_names_the_error_is_quoted(printed: str, expected: str) ->
 
 
 def test_a_process_is_known_by_its_command_line() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()", "two words"], stdin=subprocess.PIPE) as child:
-        assert command_line(child.pid).endswith(" -c input() two words ")
+    program = "print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "two words"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        # For a moment after exec the kernel shows no command line.
+        child.stdout.readline()
+        assert command_line(child.pid).endswith(f" -c {program} two words ")
         child.kill()
 
 
