@@ -60,14 +60,20 @@ def writable(path: Path | str | None) -> Path | None:
         ) from error
 
 
-def resume_command(arguments: list[str]) -> str:
+def resume_command(arguments: list[str], *, python: Path, folder: Path) -> str:
     """Return the command line of a run, without what was meant for that run alone.
 
     Args:
         arguments: The program and its arguments, as in ``sys.argv``.
+        python: The interpreter that runs it.
+        folder: The folder that it is run in.
     """
     program, *words = arguments
-    kept = [program] if Path(program).suffix != ".py" else ["python", program]
+    kept = [program]
+    if Path(program).suffix == ".py":
+        # A virtual environment below this folder need not be active.
+        interpreter = python.relative_to(folder) if python.is_relative_to(folder) else "python"
+        kept = [str(interpreter), program]
     is_value = False
     for word in words:
         if not is_value and word not in _THIS_RUN_ALONE and not word.startswith("--stop-after="):

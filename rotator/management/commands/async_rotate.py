@@ -157,7 +157,8 @@ class Command(BaseCommand):
 
     def _tell(self, outcome: Outcome, options: Options, report_file: Path | None) -> None:
         stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
-        text = summary(outcome.stopped, resume_command=resume_command(sys.argv))
+        command = resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
+        text = summary(outcome.stopped, resume_command=command)
         # A terminal that hung up takes nothing with it: the database says the same.
         with suppress(OSError):
             stream.write(f"{text}\n")
