@@ -1,0 +1,148 @@
+"""The whole of async_rotate beside one UPDATE statement on the same data."""
+
+import argparse
+import time
+from dataclasses import dataclass
+
+from harness import TABLE, Database, Server, Storage, at_least_one, interleaved, parser_for, run_script
+from presenting import MEGABYTE, Machine, Spread, table, write_json
+
+_ROTATE = "async_rotate"
+_UPDATE = "one UPDATE"
+_STATEMENT = f"UPDATE {TABLE} SET token = gen_random_uuid()"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One contestant, once.
+
+    Attributes:
+        seconds: The command from its process's start to its exit, or the statement alone.
+        writing_seconds: Of these, from the first range's begin to the last one's commit.
+        client_cpu_seconds: What the client's process used of the processor; None for the statement.
+        retries: How many ranges had to be tried again.
+        wal_bytes: What the server wrote to its log.
+        heap_bytes: What the heap grew by.
+        index_bytes: What the indexes grew by.
+        heap_before_bytes: What the heap was.
+    """
+
+    seconds: float
+    writing_seconds: float
+    client_cpu_seconds: float | None = None
+    retries: int = 0
+    wal_bytes: int
+    heap_bytes: int
+    index_bytes: int
+    heap_before_bytes: int
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = parser_for(
+        "How long does the whole command take, from its process's start to its exit, beside the statement "
+        f'"{_STATEMENT}" on the same data, which holds the lock of every row until it ends? Both begin with '
+        "the very same files, in turns; a ratio below 1 says that the command was faster.",
+        repetitions=3,
+    )
+    parser.add_argument(
+        "--rows",
+        type=at_least_one,
+        default=1_000_000,
+        metavar="N",
+        help="how many tickets there are (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    run_script(lambda server: _compare(server, options))
+
+
+def _compare(server: Server, options: argparse.Namespace) -> bool:
+    machine = Machine.of(server)
+    print(machine)
+    original = server.tickets(options.rows)
+    found = interleaved(
+        options.repetitions,
+        {
+            _ROTATE: lambda: _rotate(server, original, options),
+            _UPDATE: lambda: _update(server, original),
+        },
+    )
+    print(_table(found, options.rows))
+    ratios = [ours.seconds / its.seconds for ours, its in zip(found[_ROTATE], found[_UPDATE], strict=True)]
+    print(f"Seconds of {_ROTATE} to those of {_UPDATE}, in each turn: {Spread.of(ratios).shown('.2f')}.")
+    writing = [ours.writing_seconds / its.seconds for ours, its in zip(*found.values(), strict=True)]
+    print(f"Its writing alone, without its start and its checks: {Spread.of(writing).shown('.2f')}.")
+    write_json(options.json, machine, rows=options.rows, measurements=found, ratios=ratios)
+    return True
+
+
+def _rotate(server: Server, original: Database, options: argparse.Namespace) -> Measurement:
+    with server.copied(original) as database:
+        before = database.storage()
+        run = database.rotate(concurrency=options.concurrency, batch=options.batch, rows=options.rows)
+        return _measurement(
+            before,
+            database.storage(),
+            seconds=run.command.seconds,
+            writing_seconds=options.rows / run.report["rows_per_second"],
+            client_cpu_seconds=run.command.cpu_seconds,
+            retries=run.report["retries"],
+        )
+
+
+def _update(server: Server, original: Database) -> Measurement:
+    with server.copied(original) as database:
+        before = database.storage()
+        with database.connection() as connection:
+            started = time.perf_counter()
+            connection.execute(_STATEMENT)
+            seconds = time.perf_counter() - started
+        return _measurement(before, database.storage(), seconds=seconds, writing_seconds=seconds)
+
+
+def _measurement(
+    before: Storage,
+    after: Storage,
+    *,
+    seconds: float,
+    writing_seconds: float,
+    client_cpu_seconds: float | None = None,
+    retries: int = 0,
+) -> Measurement:
+    return Measurement(
+        seconds=seconds,
+        writing_seconds=writing_seconds,
+        client_cpu_seconds=client_cpu_seconds,
+        retries=retries,
+        wal_bytes=after.wal_position - before.wal_position,
+        heap_bytes=after.heap_bytes - before.heap_bytes,
+        index_bytes=after.index_bytes - before.index_bytes,
+        heap_before_bytes=before.heap_bytes,
+    )
+
+
+def _table(found: dict[str, list[Measurement]], rows: int) -> str:
+    heads = ["", "seconds", "rows/s", "writing, rows/s", "client CPU s", "WAL B/row", "heap", "indexes"]
+    lines = [heads]
+    for name, measurements in found.items():
+        cpu = [m.client_cpu_seconds for m in measurements if m.client_cpu_seconds is not None]
+        heap = Spread.of([m.heap_bytes / MEGABYTE for m in measurements]).median
+        growth = Spread.of([1 + m.heap_bytes / m.heap_before_bytes for m in measurements]).median
+        indexes = Spread.of([m.index_bytes / MEGABYTE for m in measurements]).median
+        lines.append(
+            [
+                name,
+                Spread.of([m.seconds for m in measurements]).shown(".2f"),
+                Spread.of([rows / m.seconds for m in measurements]).shown(),
+                f"{Spread.of([rows / m.writing_seconds for m in measurements]).median:,.0f}",
+                Spread.of(cpu).shown(".2f") if cpu else "none",
+                f"{Spread.of([m.wal_bytes / rows for m in measurements]).median:,.0f}",
+                f"{heap:+,.0f} MB (x{growth:.2f})",
+                f"{indexes:+,.0f} MB",
+            ]
+        )
+    return table(lines)
+
+
+if __name__ == "__main__":
+    main()
