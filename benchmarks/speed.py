@@ -19,6 +19,7 @@ class Measurement:
     Attributes:
         seconds: The command from its process's start to its exit, or the statement alone.
         writing_seconds: Of these, from the first range's begin to the last one's commit.
+        making_seconds: Of these, what making the values alone takes the server; 0 where it makes none.
         client_cpu_seconds: What the client's process used of the processor; None for the statement.
         retries: How many ranges had to be tried again.
         wal_bytes: What the server wrote to its log.
@@ -29,6 +30,7 @@ class Measurement:
 
     seconds: float
     writing_seconds: float
+    making_seconds: float = 0.0
     client_cpu_seconds: float | None = None
     retries: int = 0
     wal_bytes: int
@@ -64,14 +66,22 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
         options.repetitions,
         {
             _ROTATE: lambda: _rotate(server, original, options),
-            _UPDATE: lambda: _update(server, original),
+            _UPDATE: lambda: _update(server, original, options.rows),
         },
     )
     print(_table(found, options.rows))
-    ratios = [ours.seconds / its.seconds for ours, its in zip(found[_ROTATE], found[_UPDATE], strict=True)]
+    pairs = list(zip(found[_ROTATE], found[_UPDATE], strict=True))
+    ratios = [ours.seconds / its.seconds for ours, its in pairs]
     print(f"Seconds of {_ROTATE} to those of {_UPDATE}, in each turn: {Spread.of(ratios).shown('.2f')}.")
-    writing = [ours.writing_seconds / its.seconds for ours, its in zip(*found.values(), strict=True)]
+    writing = [ours.writing_seconds / its.seconds for ours, its in pairs]
     print(f"Its writing alone, without its start and its checks: {Spread.of(writing).shown('.2f')}.")
+    # Worth a line of its own: a server that was built without OpenSSL opens /dev/urandom for every value.
+    making = [its.making_seconds for _, its in pairs]
+    unmade = [ours.seconds / (its.seconds - its.making_seconds) for ours, its in pairs]
+    print(
+        f"Of the seconds of {_UPDATE}, gen_random_uuid() alone takes {Spread.of(making).shown('.2f')}; "
+        f"if that were free, the first ratio would be {Spread.of(unmade).shown('.2f')}."
+    )
     write_json(options.json, machine, rows=options.rows, measurements=found, ratios=ratios)
     return True
 
@@ -90,14 +100,26 @@ def _rotate(server: Server, original: Database, options: argparse.Namespace) -> 
         )
 
 
-def _update(server: Server, original: Database) -> Measurement:
+def _update(server: Server, original: Database, rows: int) -> Measurement:
     with server.copied(original) as database:
         before = database.storage()
         with database.connection() as connection:
             started = time.perf_counter()
             connection.execute(_STATEMENT)
             seconds = time.perf_counter() - started
-        return _measurement(before, database.storage(), seconds=seconds, writing_seconds=seconds)
+        after = database.storage()
+        making_seconds = _seconds_for(database, "gen_random_uuid()", rows) - _seconds_for(database, "n", rows)
+        return _measurement(
+            before, after, seconds=seconds, writing_seconds=seconds, making_seconds=making_seconds
+        )
+
+
+def _seconds_for(database: Database, expression: str, rows: int) -> float:
+    """How long the server takes to work an expression out for this many rows that are in no table."""
+    with database.connection() as connection:
+        started = time.perf_counter()
+        connection.execute(f"SELECT count({expression}) FROM generate_series(1, {rows}) AS n".encode())
+        return time.perf_counter() - started
 
 
 def _measurement(
@@ -106,12 +128,14 @@ def _measurement(
     *,
     seconds: float,
     writing_seconds: float,
+    making_seconds: float = 0.0,
     client_cpu_seconds: float | None = None,
     retries: int = 0,
 ) -> Measurement:
     return Measurement(
         seconds=seconds,
         writing_seconds=writing_seconds,
+        making_seconds=making_seconds,
         client_cpu_seconds=client_cpu_seconds,
         retries=retries,
         wal_bytes=after.wal_position - before.wal_position,
