@@ -24,8 +24,15 @@ class IndexPlanner:
 
     @staticmethod
     def _last_key(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
-        return sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET %(skip)s LIMIT 1").format(
-            table.key_json, table.name, table.within(after_is_known=after_is_known), table.key_columns
+        # The JSON outside, or the server makes one of every key that it skips.
+        return sql.SQL(
+            "SELECT {} FROM (SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET %(skip)s LIMIT 1) AS last"
+        ).format(
+            table.key_json,
+            table.key_columns,
+            table.name,
+            table.within(after_is_known=after_is_known),
+            table.key_columns,
         )
 
     @staticmethod
