@@ -1,6 +1,6 @@
 """One generation's work: freeze the bound, rewrite the gaps, find what came late, complete."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -10,7 +10,6 @@ from rotator.engine.engine import Engine, EngineOptions
 from rotator.events import EndStatus, RotationStarted
 from rotator.keys import KeySpan
 from rotator.postgres import ownership
-from rotator.postgres.connections import connected, pooled
 from rotator.postgres.late_commits import LatePass
 from rotator.postgres.ownership import Owned
 from rotator.postgres.planning import IndexPlanner, count_rows, gaps, last_key
@@ -23,31 +22,37 @@ from rotator.run.late_rows import older_writers_are_over, rotate_late_rows
 STOP_AFTER: Final = "--stop-after"
 OLDER_WRITERS_SECONDS: Final = 5.0
 COUNT_SECONDS: Final = 2.0
-# Beside the workers': one for the owner's row, one for the planner and the pass over late rows.
-OTHER_CONNECTIONS: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Connections:
-    side: AsyncConnection
-    pool: AsyncConnectionPool
 
 
 class Pass:
     """What one generation does, until it is done, drained, or loses a connection."""
 
     def __init__(
-        self, control: AsyncConnection, table: TargetTable, acquired: Acquired, context: RunContext
+        self,
+        connection: AsyncConnection,
+        pool: AsyncConnectionPool,
+        table: TargetTable,
+        acquired: Acquired,
+        context: RunContext,
     ) -> None:
-        """Take a connection in autocommit mode, which the heartbeat uses too."""
-        self._control = control
+        """Take connections in autocommit mode.
+
+        Args:
+            connection: For this pass's use alone: it opens transactions of several statements.
+            pool: The workers'.
+            table: The target's table.
+            acquired: What this process owns.
+            context: The run's surroundings.
+        """
+        self._connection = connection
+        self._pool = pool
         self._table = table
         self._acquired = acquired
         self._context = context
 
     async def read_owned(self) -> Owned:
         """Read what is owned from the database, with its bound frozen where there are rows."""
-        owned = await ownership.read_owned(self._control, self._acquired.claim)
+        owned = await ownership.read_owned(self._connection, self._acquired.claim)
         return owned if owned.bound is not None else await self._freeze(owned)
 
     def started(self, owned: Owned) -> RotationStarted:
@@ -64,72 +69,70 @@ class Pass:
             batch=self._context.options.batch,
         )
 
-    async def beat(self) -> None:
-        """Say that the owner is alive, and how far it is.
-
-        Raises:
-            SupersededError: It is not the owner any more.
-        """
-        figures = self._context.figures
-        await ownership.beat(
-            self._control,
-            self._acquired.claim,
-            rows_done=figures.rows_done,
-            active_seconds=figures.active_seconds,
-        )
-
     async def work(self, owned: Owned) -> EndStatus:
-        """Rewrite what is left, and complete the rotation if nothing is."""
-        server, options = self._context.server, self._context.options
-        requests, figures = self._context.requests, self._context.figures
-        async with connected(server) as side, pooled(server, options.concurrency) as pool:
-            connections = _Connections(side, pool)
-            while not requests.drain.is_set():
-                await self._rotate_gaps(connections, owned)
-                if requests.drain.is_set():
-                    break
-                if figures.failed_keys:
-                    return "failed"
-                # Rows that were deleted since they were planned leave the limit unreached, and end it too.
-                if options.stop_after_rows is not None and await self._gaps(owned):
-                    requests.ask(STOP_AFTER)
-                    break
-                if await self._complete(connections, owned):
-                    return "completed"
-        return "failed" if figures.failed_keys else "interrupted"
+        """Rewrite what is left.
+
+        Returns:
+            ``completed`` where nothing is left to do but to say so.
+        """
+        options, requests = self._context.options, self._context.requests
+        await self._rotate_gaps(owned)
+        if requests.drain.is_set():
+            return "interrupted"
+        if self._context.figures.failed_keys:
+            return "failed"
+        # Rows that were deleted since they were planned leave the limit unreached, and end it too.
+        if options.stop_after_rows is not None and await self._gaps(owned):
+            requests.ask(STOP_AFTER)
+            return "interrupted"
+        await self._rotate_late_rows(owned)
+        if requests.drain.is_set():
+            return "interrupted"
+        return "failed" if self._context.figures.failed_keys else "completed"
+
+    async def complete(self, owned: Owned) -> bool:
+        """Mark the rotation completed; False where the checkpoints leave a gap after all."""
+        figures = self._context.figures
+        rows_done = await ownership.complete(
+            self._connection, self._table, owned.claim, owned.bound, active_seconds=figures.active_seconds
+        )
+        if rows_done is None:
+            return False
+        figures.rows_done = rows_done
+        return True
 
     async def _freeze(self, owned: Owned) -> Owned:
         # Before the bound: a row that is committed late and then written again, title or whatever, has a
         # new xmin and a leaked token, and only planning it finds it.
         await older_writers_are_over(
-            self._control,
+            self._connection,
             self._table,
             owned.started_xid,
             seconds=OLDER_WRITERS_SECONDS,
             requests=self._context.requests,
             notify=self._context.notify,
         )
-        bound = await last_key(self._control, self._table)
+        bound = await last_key(self._connection, self._table)
         if bound is None:
             return owned
-        rows_total, is_exact = await count_rows(self._control, self._table, bound, seconds=COUNT_SECONDS)
+        rows_total, is_exact = await count_rows(self._connection, self._table, bound, seconds=COUNT_SECONDS)
         await ownership.freeze_bound(
-            self._control, owned.claim, bound=bound, rows_total=rows_total, is_exact=is_exact
+            self._connection, owned.claim, bound=bound, rows_total=rows_total, is_exact=is_exact
         )
         return replace(owned, bound=bound, rows_total=rows_total, rows_total_is_exact=is_exact)
 
     async def _gaps(self, owned: Owned) -> list[KeySpan]:
         if owned.bound is None:
             return []
-        return await gaps(self._control, self._table, owned.claim.rotation, owned.bound)
+        return await gaps(self._connection, self._table, owned.claim.rotation, owned.bound)
 
-    async def _rotate_gaps(self, connections: _Connections, owned: Owned) -> None:
+    async def _rotate_gaps(self, owned: Owned) -> None:
         options = self._context.options
         limit = options.stop_after_rows
         engine = Engine(
-            IndexPlanner(connections.side, self._table),
+            IndexPlanner(self._connection, self._table),
             PostgresWriter(
-                connections.pool, self._table, owned.claim, self._context.target.make_values, options.limits
+                self._pool, self._table, owned.claim, self._context.target.make_values, options.limits
             ),
             notify=self._context.notify,
             options=EngineOptions(
@@ -140,15 +143,14 @@ class Pass:
         )
         await engine.run(await self._gaps(owned), self._context.requests.drain)
 
-    async def _complete(self, connections: _Connections, owned: Owned) -> bool:
-        """Rotate what was committed late and mark the rotation completed, if nothing is left."""
+    async def _rotate_late_rows(self, owned: Owned) -> None:
         requests, notify = self._context.requests, self._context.notify
         if not await older_writers_are_over(
-            connections.side, self._table, owned.started_xid, seconds=None, requests=requests, notify=notify
+            self._connection, self._table, owned.started_xid, seconds=None, requests=requests, notify=notify
         ):
-            return False
+            return
         late_pass = LatePass(
-            connections.side,
+            self._connection,
             self._table,
             owned.claim,
             started_xid=owned.started_xid,
@@ -156,13 +158,3 @@ class Pass:
             limits=self._context.options.limits,
         )
         await rotate_late_rows(late_pass, batch=self._context.options.batch, requests=requests, notify=notify)
-        figures = self._context.figures
-        if requests.drain.is_set() or figures.failed_keys:
-            return False
-        rows_done = await ownership.complete(
-            self._control, self._table, owned.claim, owned.bound, active_seconds=figures.active_seconds
-        )
-        if rows_done is None:
-            return False
-        figures.rows_done = rows_done
-        return True

@@ -24,7 +24,7 @@ from rotator.events import (
 )
 from rotator.postgres import ownership
 from rotator.postgres.catalog import check_server, read_table
-from rotator.postgres.connections import Server, connected
+from rotator.postgres.connections import Server, connected, pooled
 from rotator.postgres.failures import superseded
 from rotator.postgres.ownership import Owned
 from rotator.postgres.server_log import settings_that_show_values
@@ -33,13 +33,15 @@ from rotator.process import this_process
 from rotator.run.acquiring import Acquired, Acquisition
 from rotator.run.context import RunContext
 from rotator.run.figures import Figures
-from rotator.run.one_pass import OTHER_CONNECTIONS, STOP_AFTER, Pass
+from rotator.run.one_pass import STOP_AFTER, Pass
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
 from rotator.run.stopping import StopRequests
 
 HEARTBEAT_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
+# Beside the workers': the heartbeat's, and one for the planner and the pass over late rows.
+OTHER_CONNECTIONS: Final = 2
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
 
 
@@ -112,7 +114,7 @@ class Run:
                 async with connected(self._context.server) as control:
                     table = table or await self._check(control)
                     self._acquired = await self._own(control)
-                    status = await self._heartbeat_beside(Pass(control, table, self._acquired, self._context))
+                    status = await self._work(control, table, self._acquired)
             except ServerLostError as lost:
                 if self._acquired is None:
                     raise
@@ -149,20 +151,31 @@ class Run:
             raise superseded()
         return replace(self._acquired, claim=claim)
 
-    async def _heartbeat_beside(self, one_pass: Pass) -> EndStatus:
-        with first_error_alone():
-            async with asyncio.TaskGroup() as tasks:
-                heart = tasks.create_task(self._beat(one_pass), name="rotator heartbeat")
-                owned = await one_pass.read_owned()
-                self._tell_started(one_pass, owned)
-                status = await one_pass.work(owned)
-                heart.cancel()
-        return status
+    async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
+        server, concurrency = self._context.server, self._context.options.concurrency
+        async with connected(server) as connection, pooled(server, concurrency) as pool:
+            one_pass = Pass(connection, pool, table, acquired, self._context)
+            while True:
+                with first_error_alone():
+                    async with asyncio.TaskGroup() as tasks:
+                        heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
+                        owned = await one_pass.read_owned()
+                        self._tell_started(one_pass, owned)
+                        status = await one_pass.work(owned)
+                        heart.cancel()
+                # Without the heartbeat, to which a completed rotation would not look like its own.
+                if status != "completed" or await one_pass.complete(owned):
+                    return status
 
-    async def _beat(self, one_pass: Pass) -> None:
+    async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
-            await one_pass.beat()
+            await ownership.beat(
+                control,
+                acquired.claim,
+                rows_done=self._figures.rows_done,
+                active_seconds=self._figures.active_seconds,
+            )
             self._notify(Tick())
 
     def _tell_started(self, one_pass: Pass, owned: Owned) -> None:
