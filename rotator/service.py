@@ -130,10 +130,11 @@ def _check_migrations(connection: BaseDatabaseWrapper) -> None:
     try:
         applied = MigrationRecorder(connection).applied_migrations()
     except DatabaseError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        # The lines after the first one only ask whether the server runs, or tell of the next address.
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ServerLostError(
             f"The database '{connection.alias}' cannot be reached; check its settings and that it runs: "
-            f"{reason}"
+            f"{reason}."
         ) from error
     # Not Django's loader, which imports the migrations of every app.
     module = import_module(MigrationLoader.migrations_module(_APP)[0] or _APP)
