@@ -51,6 +51,8 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
+        # The advice on how to go on leaves some options out, which it could not do with "--rest".
+        parser.allow_abbrev = False
         defaults = RunOptions()
         named = default_target()
         parser.add_argument(
