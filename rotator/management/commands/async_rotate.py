@@ -5,7 +5,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO, TypedDict, Unpack
+from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
 from django.core.management.base import OutputWrapper
@@ -17,6 +17,9 @@ from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, Wait
 from rotator.progress import PROGRESS_KINDS, ProgressKind, open_progress, report, summary, summary_stream
 from rotator.run.options import RunOptions
 from rotator.service import Outcome, Prepared, default_target, prepare
+
+# The rows of a range are numbered by the server's ``integer``.
+_MOST_ROWS: Final = 2**31 - 1
 
 
 class Options(TypedDict):
@@ -182,6 +185,8 @@ def _run_options(options: Options) -> RunOptions:
     for name in ("concurrency", "batch"):
         if options[name] < 1:
             raise OptionError(f"--{name} must be 1 or more, not {options[name]}.")
+    if options["batch"] > _MOST_ROWS:
+        raise OptionError(f"--batch must be {_MOST_ROWS:,} or less, not {options['batch']}.")
     stop_after = rows_or_seconds(options["stop_after"])
     lock_seconds = seconds(options["lock_timeout"])
     return RunOptions(
