@@ -43,7 +43,7 @@ class Acquisition:
         """Own the unfinished rotation of the target, or a new one where there is none.
 
         Raises:
-            OwnedElsewhereError: Its owner is alive.
+            OwnedElsewhereError: Its owner is alive, or finished it just now.
             StoppedBeforeStartError: A stop was asked for while its owner was being watched.
         """
         target, owner = self._context.target, self._context.owner
@@ -86,6 +86,11 @@ class Acquisition:
             if await self._context.requests.wait(WATCH_EVERY_SECONDS):
                 raise StoppedBeforeStartError(self._context.requests.signal)
             now = await self._find()
+            if now is None and not self._context.options.restart:
+                raise OwnedElsewhereError(
+                    f"Rotation {seen.id} of {self._context.target.label} was finished by {seen.owner} just now: "
+                    "start again for a new one, if you mean to."
+                )
             if now is None or (now.id, now.generation, now.status) != (seen.id, seen.generation, seen.status):
                 # It is another one's by now, or nobody's: taking over will find out.
                 return False
