@@ -128,10 +128,7 @@ class Command(BaseCommand):
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Rotate, and exit with what the run's end is worth."""
         try:
-            prepared = prepare(options["target"], options["database"], _run_options(options))
-            report_file = writable(options["report"])
-            if options["restart"] and not options["noinput"]:
-                self._ask_about_restart(prepared)
+            prepared, report_file = self._prepare(options)
             out, err = _raw(self.stdout), _raw(self.stderr)
             with open_progress(options["progress"], out=out, err=err) as observer:
                 outcome = prepared.rotate(observer)
@@ -140,6 +137,18 @@ class Command(BaseCommand):
         self._tell(outcome, options, report_file)
         if outcome.exit_status:
             sys.exit(outcome.exit_status)
+
+    def _prepare(self, options: Options) -> tuple[Prepared, Path | None]:
+        try:
+            prepared = prepare(options["target"], options["database"], _run_options(options))
+            report_file = writable(options["report"])
+            if options["restart"] and not options["noinput"]:
+                self._ask_about_restart(prepared)
+        except KeyboardInterrupt:
+            # Not in the middle of the line that says ^C.
+            self.stderr.write("")
+            raise StoppedBeforeStartError(signal.SIGINT) from None
+        return prepared, report_file
 
     def _ask_about_restart(self, prepared: Prepared) -> None:
         unfinished = prepared.unfinished()
@@ -154,9 +163,6 @@ class Command(BaseCommand):
             answer = input(question)
         except EOFError:
             answer = ""
-        except KeyboardInterrupt:
-            self.stdout.write("")
-            raise StoppedBeforeStartError(signal.SIGINT) from None
         if answer.strip().lower() not in ("y", "yes"):
             raise OptionError("Nothing was changed; without --restart the rotation goes on.")
 
