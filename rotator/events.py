@@ -202,6 +202,8 @@ class RotationStopped:
         resumed: Whether an earlier run began this rotation.
         failed_keys: Keys of rows that could not be rotated, each with the reason.
         error: One sentence that says why it stopped; empty when it completed.
+        superseded: Whether another process has taken the rotation over; then this one knows nothing of
+            how it stands.
     """
 
     rotation: int
@@ -224,6 +226,7 @@ class RotationStopped:
     resumed: bool
     failed_keys: tuple[tuple[Key, str], ...] = ()
     error: str = ""
+    superseded: bool = False
 
 
 Event: TypeAlias = (

@@ -41,7 +41,7 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
 
     Args:
         event: How the run ended.
-        resume_command: What goes on with the rotation; shown only while it is unfinished.
+        resume_command: What goes on with the rotation; shown only where it is unfinished and nobody is at it.
     """
     lines = [verdict(event)]
     if event.error:
@@ -49,7 +49,7 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
     lines += [f"  {label:<12} {value}" for label, value in _facts(event)]
     if event.failed_keys:
         lines += _failed(event)
-    if resume_command and event.status != "completed":
+    if resume_command and event.status != "completed" and not event.superseded:
         lines.append(f"Go on with: {resume_command}")
     return "\n".join(lines)
 
@@ -62,6 +62,11 @@ def verdict(event: RotationStopped) -> str:
         return (
             f"Completed: rotation {event.rotation} gave {plural(event.rows, 'row')} of {event.target} "
             f"a new value{exception}."
+        )
+    if event.superseded:
+        return (
+            f"Superseded: this run gave {plural(event.rows_this_run, 'row')} of {event.target} a new value, "
+            f"and rotation {event.rotation} is another process's now."
         )
     about, rows = (
         ("", min(event.rows, event.rows_total)) if event.rows_total_is_exact else ("about ", event.rows)

@@ -88,8 +88,8 @@ class Acquisition:
             now = await self._find()
             if now is None and not self._context.options.restart:
                 raise OwnedElsewhereError(
-                    f"Rotation {seen.id} of {self._context.target.label} was finished by {seen.owner} just now: "
-                    "start again for a new one, if you mean to."
+                    f"Rotation {seen.id} of {self._context.target.label} was finished by {seen.owner} just "
+                    "now: start again for a new one, if you mean to."
                 )
             if now is None or (now.id, now.generation, now.status) != (seen.id, seen.generation, seen.status):
                 # It is another one's by now, or nobody's: taking over will find out.

@@ -91,7 +91,9 @@ class Figures:
             case _:
                 pass
 
-    def stopped(self, status: EndStatus, *, error: str, late_rows_before: int) -> RotationStopped:
+    def stopped(
+        self, status: EndStatus, *, error: str, late_rows_before: int, superseded: bool
+    ) -> RotationStopped:
         """Return the account of a run that has started."""
         started = self._started
         if started is None:
@@ -119,4 +121,5 @@ class Figures:
             resumed=started.resumed,
             failed_keys=tuple(self.failed_keys),
             error=error,
+            superseded=superseded,
         )

@@ -197,11 +197,12 @@ class Run:
     async def _give_up(self, error: RotatorError) -> RotationStopped:
         if self._acquired is None:
             raise error
-        status: EndStatus = "interrupted" if isinstance(error, SupersededError) else "failed"
+        superseded = isinstance(error, SupersededError)
+        status: EndStatus = "interrupted" if superseded else "failed"
         await self._record(status, str(error))
         if not self._figures.has_started:
             raise error
-        return self._stopped(status, str(error))
+        return self._stopped(status, str(error), superseded=superseded)
 
     async def _leave(self, status: EndStatus, error: str) -> RotationStopped:
         await self._record(status, error)
@@ -226,8 +227,10 @@ class Run:
     def _asked(self) -> str:
         return f"Stopped by {self._requests.reason}." if self._requests.drain.is_set() else ""
 
-    def _stopped(self, status: EndStatus, error: str) -> RotationStopped:
-        return self._figures.stopped(status, error=error, late_rows_before=self._late_rows_before)
+    def _stopped(self, status: EndStatus, error: str, *, superseded: bool = False) -> RotationStopped:
+        return self._figures.stopped(
+            status, error=error, late_rows_before=self._late_rows_before, superseded=superseded
+        )
 
     def _notify(self, event: Event) -> None:
         self._figures.take(event)
