@@ -162,6 +162,8 @@ class Command(BaseCommand):
         try:
             answer = input(question)
         except EOFError:
+            # Ctrl-D ends no line.
+            self.stderr.write("")
             answer = ""
         if answer.strip().lower() not in ("y", "yes"):
             raise OptionError("Nothing was changed; without --restart the rotation goes on.")
