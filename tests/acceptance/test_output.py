@@ -1,0 +1,215 @@
+"""What the command says to pipes, to programs and into its report."""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from rotator.models import Rotation
+from tests.acceptance.audit import audited_tickets, slow_down, speed_up
+from tests.acceptance.harness import COMMAND, Commands
+
+REPORT_KEYS = {
+    "rotation",
+    "target",
+    "status",
+    "rows",
+    "rows_total",
+    "rows_total_is_exact",
+    "rows_this_run",
+    "late_rows",
+    "ranges",
+    "seconds",
+    "seconds_total",
+    "rows_per_second",
+    "retries",
+    "outage_seconds",
+    "peak_memory_bytes",
+    "concurrency",
+    "batch",
+    "resumed",
+    "failed_keys",
+    "error",
+}
+HEAD_KEYS = {"event", "at", "rotation"}
+EVENT_KEYS = {
+    "started": {
+        "target",
+        "rows_total",
+        "rows_total_is_exact",
+        "rows_done",
+        "seconds_before",
+        "stopped_at",
+        "concurrency",
+        "batch",
+        "resumed",
+    },
+    "progress": {
+        "state",
+        "rows_done",
+        "rows_total",
+        "rows_total_is_exact",
+        "percent",
+        "rows_per_second",
+        "eta_seconds",
+        "deferrals",
+        "retries",
+        "failed_rows",
+    },
+    "drain_started": {"reason"},
+    "stopped": REPORT_KEYS,
+}
+CONTROL = re.compile(r"[^\n -~]")
+
+
+def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
+    audited_tickets(5000)
+    finished = commands.run("--batch", "50")
+
+    rotation = Rotation.objects.get()
+    assert CONTROL.search(finished.out + finished.err) is None
+    started, *_, ended = finished.err.splitlines()
+    assert started == (
+        f"rotation {rotation.pk} of tickets.Ticket.token starts: 5,000 rows, 4 workers, 50 rows a range"
+    )
+    assert ended.startswith(f"rotation {rotation.pk} of tickets.Ticket.token completed after ")
+    assert finished.summary[0] == (
+        f"Completed: rotation {rotation.pk} gave 5,000 rows of tickets.Ticket.token a new value."
+    )
+    assert "Go on with:" not in finished.out
+
+
+def test_json_is_one_object_a_line_and_the_summary_elsewhere(commands: Commands) -> None:
+    audited_tickets(20_000)
+    slow_down(0.1)
+    finished = commands.run("--progress", "json", "--batch", "200", "--stop-after", "10000")
+
+    assert finished.status == 0
+    events = [json.loads(line) for line in finished.out.splitlines()]
+    names = [event["event"] for event in events]
+    assert names[0] == "started"
+    assert names[-2:] == ["drain_started", "stopped"]
+    assert set(names[1:-2]) == {"progress"}
+    for event in events:
+        assert set(event) == HEAD_KEYS | EVENT_KEYS[event["event"]]
+        assert event["rotation"] == Rotation.objects.get().pk
+        assert datetime.fromisoformat(event["at"]).tzinfo is not None
+    assert (events[-1]["status"], events[-1]["rows"], events[-1]["ranges"]) == ("interrupted", 10_000, 50)
+    assert finished.err.startswith("Interrupted: ")
+    assert finished.err.splitlines()[-1].startswith("Go on with: python manage.py async_rotate")
+
+
+def test_none_is_the_summary_alone(commands: Commands) -> None:
+    audited_tickets(1000)
+    finished = commands.run("--progress", "none")
+
+    assert (finished.status, finished.err) == (0, "")
+    assert finished.summary[0].startswith("Completed: ")
+    assert all(line.startswith("  ") for line in finished.summary[1:])
+
+
+def test_the_report_says_what_the_summary_says(commands: Commands, tmp_path: Path) -> None:
+    audited_tickets(3000)
+    file = tmp_path / "report.json"
+    file.write_text("something longer than the report, of an earlier run" * 100)
+    options = ("--batch", "100", "--concurrency", "3", "--report", str(file))
+    stopped = commands.run(*options, "--stop-after", "1000")
+    first = json.loads(file.read_text())
+    completed = commands.go_on(stopped)
+    second = json.loads(file.read_text())
+
+    assert completed.status == 0
+    assert set(first) == set(second) == REPORT_KEYS
+    rotation = Rotation.objects.get()
+    expected = {
+        "rotation": rotation.pk,
+        "target": "tickets.Ticket.token",
+        "status": "completed",
+        "rows": 3000,
+        "rows_total": 3000,
+        "rows_total_is_exact": True,
+        "rows_this_run": 2000,
+        "ranges": 20,
+        "retries": 0,
+        "concurrency": 3,
+        "batch": 100,
+        "resumed": True,
+        "failed_keys": [],
+        "error": "",
+    }
+    assert {name: second[name] for name in expected} == expected
+    assert (first["status"], first["rows"], first["resumed"], first["error"]) == (
+        "interrupted",
+        1000,
+        False,
+        "Stopped by --stop-after.",
+    )
+    assert second["seconds_total"] > second["seconds"] > 0
+    assert second["seconds_total"] == pytest.approx(first["seconds_total"] + second["seconds"], abs=0.1)
+    assert second["peak_memory_bytes"] > 10_000_000
+    assert second["rows_per_second"] > 0
+
+
+def test_a_resumed_run_says_how_far_it_was_and_when_it_stopped(commands: Commands) -> None:
+    audit = audited_tickets(8000)
+    stopped = commands.run("--stop-after", "5000")
+    left_at = Rotation.objects.get().updated_at
+    assert stopped.status == 0
+    assert audit.assert_checkpoints_and_tokens_agree() == audit.changed() == 5000
+    assert stopped.resume_command[1:] == ["manage.py", COMMAND]
+
+    resumed = commands.go_on(stopped)
+
+    rotation = Rotation.objects.get()
+    assert re.fullmatch(
+        f"rotation {rotation.pk} of tickets.Ticket.token resumes: 5,000 of 8,000 rows were done in "
+        f"[0-9.]+ s when it stopped at {left_at:%Y-%m-%d %H:%M:%S} UTC",
+        resumed.err.splitlines()[0],
+    )
+    assert resumed.summary[1].split() == ["rows", "3,000", "in", "this", "run,", "8,000", "in", "all"]
+    audit.assert_rotated()
+
+
+def test_stop_after_a_time(commands: Commands) -> None:
+    audit = audited_tickets(20_000)
+    slow_down(0.1)
+    stopped = commands.run("--batch", "100", "--stop-after", "1s", "--progress", "json")
+    seconds = json.loads(stopped.out.splitlines()[-1])["seconds"]
+
+    assert stopped.status == 0
+    assert 1 <= seconds < 3
+    assert Rotation.objects.get().status == "interrupted"
+    assert 0 < audit.assert_checkpoints_and_tokens_agree() < 20_000
+    speed_up()
+    assert commands.run().status == 0
+    audit.assert_rotated()
+
+
+def test_stop_after_as_many_rows_as_there_are_completes(commands: Commands) -> None:
+    audit = audited_tickets(5000)
+    assert commands.run("--stop-after", "2500").status == 0
+    finished = commands.run("--stop-after", "2500")
+
+    assert finished.status == 0
+    assert finished.summary[0].startswith("Completed: ")
+    audit.assert_rotated()
+
+
+def test_restart_begins_anew_without_asking_where_nobody_could_answer(commands: Commands) -> None:
+    audit = audited_tickets(6000)
+    commands.run("--stop-after", "2000")
+    between = audit.assert_checkpoints_and_tokens_agree()
+    stopped = commands.run("--restart", "--stop-after", "3000")
+
+    assert (stopped.status, between) == (0, 2000)
+    assert list(Rotation.objects.order_by("pk").values_list("status", flat=True)) == [
+        "abandoned",
+        "interrupted",
+    ]
+    # Not --restart again, which would throw away what it advises to go on with.
+    assert stopped.resume_command[1:] == ["manage.py", COMMAND]
+    assert commands.go_on(stopped).status == 0
+    assert audit.changed() == 6000
+    assert Rotation.objects.latest("pk").status == "completed"

@@ -1,0 +1,167 @@
+"""What cannot be done is said in one sentence, and changes nothing."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from django.db import connection
+from psycopg import sql
+
+from rotator.models import CompletedRange, Rotation
+from tests.acceptance.audit import Audit, audited_tickets
+from tests.acceptance.harness import COMMAND, MANAGE, Commands, Finished, backends, url_of
+
+
+@pytest.fixture
+def audit(commands: Commands) -> Audit:  # noqa: ARG001
+    return audited_tickets(10)
+
+
+def _assert_nothing_happened(audit: Audit, finished: Finished) -> None:
+    assert "Traceback" not in finished.err
+    assert not finished.out
+    assert Rotation.objects.count() == 0
+    assert CompletedRange.objects.count() == 0
+    assert backends() == 0
+    audit.assert_untouched()
+
+
+BAD_INPUT = {
+    "nope.Ticket.token": (
+        "There is no model nope.Ticket: check the name, and that 'nope' is in INSTALLED_APPS."
+    ),
+    "tickets.Nope.token": (
+        "There is no model tickets.Nope: check the name, and that 'tickets' is in INSTALLED_APPS."
+    ),
+    "tickets.Ticket.nope": (
+        "tickets.Ticket has no field 'nope': its columns are created_at, id, title, token."
+    ),
+    "Ticket.token": "'Ticket.token' is no target: write it as app.Model.field, e.g. shop.Order.api_key.",
+    "auth.Permission.content_type": (
+        "auth.Permission.content_type refers to other rows: it holds no secret to be made anew."
+    ),
+    "auth.User.groups": "auth.User.groups refers to other rows: it holds no secret to be made anew.",
+    "auth.Group.user": "auth.Group.user is no column of the table: it cannot be rotated.",
+    "tickets.Ticket.id": (
+        "tickets.Ticket.id is the primary key, by which rows are found: it cannot be rotated."
+    ),
+    "auth.Group.name": (
+        "auth.Group.name has no default that makes a new value for each row, so nothing can be made for it."
+    ),
+    "--batch 0": "--batch must be 1 or more, not 0.",
+    "--concurrency 0": "--concurrency must be 1 or more, not 0.",
+    "--batch 99999999999999999999": "--batch must be 2,147,483,647 or less, not 99999999999999999999.",
+    "--stop-after soon": "'soon' is neither rows (5000) nor a time (90s, 30m, 2h).",
+    "--stop-after 0": "'0' is neither rows (5000) nor a time (90s, 30m, 2h).",
+    "--lock-timeout 5": "'5' is no time: write it as 100ms, 30s, 5m or 2h.",
+}
+
+
+def test_bad_input_is_one_sentence(commands: Commands, audit: Audit) -> None:
+    # All at once: each of them does little more than start.
+    started = {options: commands.start(*options.split()) for options in BAD_INPUT}
+    finished = {options: running.wait() for options, running in started.items()}
+
+    assert {options: one.complaint for options, one in finished.items()} == BAD_INPUT
+    assert {one.status for one in finished.values()} == {1}
+    for one in finished.values():
+        _assert_nothing_happened(audit, one)
+
+
+def test_more_workers_than_the_server_has_connections_for(commands: Commands, audit: Audit) -> None:
+    finished = commands.run("--concurrency", "100000")
+
+    assert finished.status == 1
+    assert finished.complaint.startswith(
+        "--concurrency 100000 needs 100002 connections and the server allows "
+    )
+    assert "ask for at most " in finished.complaint
+    _assert_nothing_happened(audit, finished)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--batch many", "argument --batch: invalid int value: 'many'"),
+        # An abbreviation would be repeated in the advice on how to go on.
+        ("--rest", "unrecognized arguments: --rest"),
+    ],
+)
+def test_what_the_parser_refuses_ends_as_in_every_command(
+    commands: Commands, audit: Audit, options: str, sentence: str
+) -> None:
+    finished = commands.run(*options.split())
+
+    assert finished.status == 2
+    usage, *_, last = finished.err.splitlines()
+    assert usage.startswith("usage: manage.py async_rotate ")
+    assert last == f"manage.py async_rotate: error: {sentence}"
+    _assert_nothing_happened(audit, finished)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("missing/report.json", "No such file or directory"), ("", "Is a directory")]
+)
+def test_a_report_that_cannot_be_written(
+    commands: Commands, audit: Audit, tmp_path: Path, path: str, reason: str
+) -> None:
+    finished = commands.run("--report", str(tmp_path / path))
+
+    assert finished.status == 1
+    assert finished.complaint == (
+        f"The report cannot be written to {tmp_path / path} ({reason}): name a file that can be."
+    )
+    _assert_nothing_happened(audit, finished)
+
+
+def test_a_server_that_is_not_there(commands: Commands, audit: Audit) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        url = f"postgres://somebody:s3cret@127.0.0.1:{port}/nowhere"
+        finished = commands.start_on(url, *MANAGE, COMMAND).wait()
+
+    assert finished.status == 1
+    assert finished.complaint == (
+        "The database 'default' cannot be reached; check its settings and that it runs: connection failed: "
+        f'connection to server at "127.0.0.1", port {port} failed: Connection refused.'
+    )
+    _assert_nothing_happened(audit, finished)
+
+
+@pytest.fixture
+def fresh_database(commands: Commands) -> Iterator[str]:  # noqa: ARG001
+    """A database of the same server that nobody has migrated."""
+    name = f"{connection.settings_dict['NAME']}_fresh"
+    with psycopg.connect(url_of(), autocommit=True) as admin:
+        drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+        admin.execute(drop)
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        yield name
+        admin.execute(drop)
+
+
+def test_a_database_without_the_tables(commands: Commands, audit: Audit, fresh_database: str) -> None:
+    finished = commands.start(database=fresh_database).wait()
+
+    assert finished.status == 1
+    assert finished.complaint == (
+        "The rotator's tables are missing or out of date in the database 'default': "
+        "run `manage.py migrate --database default` first."
+    )
+    _assert_nothing_happened(audit, finished)
+
+
+def test_a_database_that_does_not_exist(commands: Commands, audit: Audit) -> None:
+    finished = commands.start(database="nobody_made_this").wait()
+
+    assert finished.status == 1
+    assert finished.complaint.startswith("The database 'default' cannot be reached; ")
+    assert 'database "nobody_made_this" does not exist' in finished.complaint
+    password = urlsplit(os.environ.get("DATABASE_URL", "")).password
+    assert not password or password not in finished.err
+    _assert_nothing_happened(audit, finished)

@@ -1,0 +1,126 @@
+"""A rotation from beginning to end, on tables of every size."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rotator.models import CompletedRange, Rotation
+from tests.acceptance.audit import Audit, audited_tickets
+from tests.acceptance.harness import MANAGE, Commands, number, query
+
+MILLION = 1_000_000
+MOST_MEMORY_BYTES = 150_000_000
+
+
+def test_a_million_rows_get_new_tokens(commands: Commands, tmp_path: Path) -> None:
+    made = commands.start("--count", str(MILLION), program=(*MANAGE, "create_tickets")).wait(120)
+    assert made.status == 0, made.err
+    audit = Audit(counts_writes=False)
+
+    finished = commands.run("--report", str(tmp_path / "report"), seconds=180)
+
+    assert finished.status == 0, finished.err
+    assert finished.summary[0].endswith(" gave 1,000,000 rows of tickets.Ticket.token a new value.")
+    audit.assert_rotated()
+    report = json.loads((tmp_path / "report").read_text())
+    assert (report["rows"], report["ranges"]) == (MILLION, 500)
+    assert 0 < report["peak_memory_bytes"] < MOST_MEMORY_BYTES
+
+
+@pytest.mark.parametrize(("rows", "said"), [(0, "0 rows"), (1, "1 row"), (2000, "2,000 rows")])
+def test_small_tables_complete(commands: Commands, rows: int, said: str) -> None:
+    audit = audited_tickets(rows)
+
+    finished = commands.run()
+
+    assert (finished.status, finished.summary[0]) == (
+        0,
+        f"Completed: rotation {Rotation.objects.get().pk} gave {said} of tickets.Ticket.token a new value.",
+    )
+    assert CompletedRange.objects.count() == min(rows, 1)
+    if rows:
+        audit.assert_rotated()
+
+
+def test_a_completed_rotation_is_followed_by_another_one(commands: Commands) -> None:
+    audit = audited_tickets(100)
+    assert commands.run().status == 0
+    between = query("SELECT id, token FROM tickets_ticket")
+
+    finished = commands.run()
+
+    assert finished.status == 0
+    assert set(query("SELECT id, token FROM tickets_ticket")).isdisjoint(between)
+    assert audit.changed() == 100
+    assert Rotation.objects.filter(status="completed").count() == 2
+
+
+def test_other_columns_stay_as_they_are(commands: Commands) -> None:
+    audited_tickets(1000)
+    before = query("SELECT id, title, created_at FROM tickets_ticket ORDER BY id")
+
+    assert commands.run().status == 0
+
+    assert query("SELECT id, title, created_at FROM tickets_ticket ORDER BY id") == before
+
+
+def _tokens() -> list[str]:
+    return [str(token) for (token,) in query("SELECT token::text FROM tickets_ticket")]
+
+
+def _rotator_tables() -> str:
+    return "\n".join(
+        str(text)
+        for (text,) in query(
+            "SELECT r::text FROM rotator_rotation r UNION ALL SELECT c::text FROM rotator_completedrange c"
+        )
+    )
+
+
+@pytest.mark.parametrize("progress", ["lines", "json", "bar"])
+def test_no_token_is_ever_shown(commands: Commands, tmp_path: Path, progress: str) -> None:
+    audited_tickets(1000)
+    # The server's own message quotes the new token and the row that holds it.
+    query("ALTER TABLE tickets_ticket ADD CONSTRAINT seldom CHECK (token::text !~ '0$') NOT VALID")
+    try:
+        canaries = _tokens()
+        finished = commands.run(
+            "--batch", "50", "--progress", progress, "--report", str(tmp_path / "report"), "--traceback"
+        )
+        canaries += _tokens()
+    finally:
+        query("ALTER TABLE tickets_ticket DROP CONSTRAINT seldom")
+
+    assert finished.status in (0, 1)
+    said = "\n".join(
+        (finished.out, finished.err, (tmp_path / "report").read_text(), _rotator_tables())
+    ).lower()
+    assert "tickets.ticket.token" in said
+    shown = [token for token in canaries if token in said or token.replace("-", "") in said]
+    assert shown == []
+
+
+def test_a_trigger_that_quotes_the_token_does_not_show_it_either(commands: Commands, tmp_path: Path) -> None:
+    audited_tickets(60)
+    query(
+        "CREATE FUNCTION acceptance_telltale() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'from % to %', OLD.token, NEW.token USING DETAIL = NEW.token,"
+        " HINT = OLD.token; END $$"
+    )
+    query(
+        "CREATE TRIGGER telltale BEFORE UPDATE ON tickets_ticket FOR EACH ROW WHEN (OLD.id = 10)"
+        " EXECUTE FUNCTION acceptance_telltale()"
+    )
+    try:
+        canaries = _tokens()
+        finished = commands.run("--report", str(tmp_path / "report"), "--traceback")
+        canaries += _tokens()
+    finally:
+        query("DROP FUNCTION acceptance_telltale() CASCADE")
+
+    assert finished.status == 1
+    assert "1 row could not be rotated:" in finished.out
+    assert number("SELECT count(*) FROM rotator_rotation WHERE status = 'failed'") == 1
+    said = "\n".join((finished.out, finished.err, (tmp_path / "report").read_text(), _rotator_tables()))
+    assert [token for token in canaries if token in said or token.replace("-", "") in said] == []
