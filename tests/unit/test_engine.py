@@ -3,12 +3,13 @@
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 
 from rotator.engine.engine import Engine, EngineOptions
-from rotator.errors import RowsLockedError
-from rotator.events import Event, RangeCompleted, RangeDeferred
+from rotator.errors import RangeRefusedError, RangeTooSlowError, RowsLockedError
+from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import Key, KeyRange, KeySpan
 
 
@@ -25,11 +26,13 @@ class _Numbers:
 
     def __init__(self) -> None:
         self.planned = 0
+        self.batches = list[int]()
 
     async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
         after, last = _number(span.after), _number(span.through)
         through = min(after + batch, last)
         self.planned += 1
+        self.batches.append(batch)
         return KeyRange(after=span.after, through=Key(f"[{through}]"), rows=through - after)
 
 
@@ -120,3 +123,115 @@ async def test_an_error_of_the_writer_ends_the_run_as_itself() -> None:
 
     with pytest.raises(PermissionError):
         await _engine(_Numbers(), Broken(), []).run([_span(0, 10)], asyncio.Event())
+
+
+class _Refusals(_Rows):
+    """Refuses every range that holds one of these rows: for good, or until it was refused so often."""
+
+    def __init__(
+        self, refused: Iterable[int], *, passing: bool = False, times: int | None = None, slow_rows: int = 0
+    ) -> None:
+        super().__init__()
+        self.tried = list[tuple[int, int]]()
+        self._refused = set(refused)
+        self._passing = passing
+        self._left = times
+        self._slow_rows = slow_rows
+
+    async def rewrite(self, key_range: KeyRange) -> int:
+        after, through = _number(key_range.after), _number(key_range.through)
+        self.tried.append((after, through))
+        if self._slow_rows and key_range.rows >= self._slow_rows:
+            raise RangeTooSlowError("query_canceled")
+        if self._left != 0 and any(after < row <= through for row in self._refused):
+            if self._left is not None:
+                self._left -= 1
+            raise RangeRefusedError("check_violation of sober", passing=self._passing)
+        return await super().rewrite(key_range)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("refused", [{1}, {37}, {100}, {50, 51}, {1, 2, 3, 64, 99, 100}])
+async def test_refused_ranges_are_split_down_to_the_rows_at_fault(
+    concurrency: int, refused: set[int]
+) -> None:
+    rows, events = _Refusals(refused), list[Event]()
+    await _engine(_Numbers(), rows, events, concurrency=concurrency, batch=20).run(
+        [_span(0, 100)], asyncio.Event()
+    )
+    assert rows.written == Counter(set(range(1, 101)) - refused)
+    failed = [event for event in events if isinstance(event, RowFailed)]
+    assert {(event.key, event.reason) for event in failed} == {
+        (f"[{row}]", "check_violation of sober") for row in refused
+    }
+    assert len(failed) == len(refused)
+
+
+async def test_a_refusal_for_good_is_never_tried_again_whole() -> None:
+    rows, events = _Refusals({3}), list[Event]()
+    await _engine(_Numbers(), rows, events, concurrency=1, batch=4).run([_span(0, 4)], asyncio.Event())
+    assert sorted(rows.tried) == [(0, 2), (0, 4), (2, 3), (2, 4), (3, 4)]
+    assert [(event.rows, event.split) for event in events if isinstance(event, RangeRetried)] == [
+        (4, True),
+        (2, True),
+    ]
+
+
+async def test_a_refusal_that_passes_is_tried_again_whole() -> None:
+    rows, events = _Refusals({3}, passing=True, times=2), list[Event]()
+    await _engine(_Numbers(), rows, events, concurrency=1, batch=4).run([_span(0, 4)], asyncio.Event())
+    assert rows.tried == [(0, 4)] * 3
+    assert [event.retries for event in events if isinstance(event, RangeCompleted)] == [2]
+    assert [event.split for event in events if isinstance(event, RangeRetried)] == [False, False]
+
+
+async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
+    rows, events = _Refusals({3}, passing=True), list[Event]()
+    engine = _engine(
+        _Numbers(), rows, events, concurrency=1, batch=4, refusals_before_split=2, refusals_of_one_row=5
+    )
+    await engine.run([_span(0, 4)], asyncio.Event())
+    assert Counter(rows.tried) == {(0, 4): 2, (0, 2): 1, (2, 4): 2, (2, 3): 5, (3, 4): 1}
+    assert [event.key for event in events if isinstance(event, RowFailed)] == ["[3]"]
+    assert rows.written == Counter([1, 2, 4])
+
+
+async def test_too_many_rows_at_fault_end_the_run() -> None:
+    engine = _engine(_Numbers(), _Refusals(range(1, 101)), [], concurrency=2, batch=10, failed_rows_at_most=5)
+    with pytest.raises(RangeRefusedError, match="check_violation of sober"):
+        await engine.run([_span(0, 100)], asyncio.Event())
+
+
+async def test_a_range_that_is_too_slow_is_split_at_once_and_the_next_ones_are_smaller() -> None:
+    planner, rows = _Numbers(), _Refusals((), slow_rows=10)
+    engine = _engine(planner, rows, [], concurrency=1, batch=32, queue_ranges=1)
+    await engine.run([_span(0, 320)], asyncio.Event())
+    assert rows.written == Counter(range(1, 321))
+    assert max(through - after for after, through in rows.tried[-10:]) < 10
+    assert len(rows.tried) == len(set(rows.tried))
+
+
+@pytest.mark.parametrize(("most", "planned"), [(0, []), (1, [1]), (7, [7]), (10, [10]), (25, [10, 10, 5])])
+async def test_no_more_rows_are_planned_than_were_asked_for(most: int, planned: list[int]) -> None:
+    planner, rows = _Numbers(), _Rows()
+    engine = _engine(planner, rows, [], concurrency=2, batch=10, rows_at_most=most)
+    await engine.run([_span(0, 100)], asyncio.Event())
+    assert planner.batches == planned
+    assert rows.written == Counter(range(1, most + 1))
+
+
+async def test_rows_are_counted_over_all_spans() -> None:
+    rows = _Rows()
+    engine = _engine(_Numbers(), rows, [], concurrency=2, batch=10, rows_at_most=12)
+    await engine.run([_span(0, 8), _span(20, 28)], asyncio.Event())
+    assert rows.written == Counter([*range(1, 9), *range(21, 25)])
+
+
+async def test_rows_that_stay_locked_hold_up_only_themselves() -> None:
+    rows, events = _Rows(locked={8: 40}), list[Event]()
+    engine = _engine(_Numbers(), rows, events, concurrency=1, batch=8, deferrals_before_split=2)
+    await engine.run([_span(0, 32)], asyncio.Event())
+    assert rows.written == Counter(range(1, 33))
+    deferred = [event.rows for event in events if isinstance(event, RangeDeferred)]
+    assert deferred[:4] == [8, 8, 4, 2]
+    assert set(deferred[4:]) == {1}

@@ -1,0 +1,96 @@
+"""The budget for a server that is away, by a clock that is turned by hand."""
+
+from rotator.run.outage import FIRST_RECONNECT_SECONDS, LONGEST_RECONNECT_SECONDS, OutageBudget
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _budget(seconds: float = 60.0) -> tuple[OutageBudget, _Clock]:
+    clock = _Clock()
+    return OutageBudget(seconds=seconds, clock=clock), clock
+
+
+def test_a_server_that_answers_uses_nothing_up() -> None:
+    budget, clock = _budget()
+    clock.now += 500
+    assert not budget.is_away
+    assert budget.left_seconds == 60
+
+
+def test_the_budget_runs_from_the_first_loss() -> None:
+    budget, clock = _budget()
+    budget.lost()
+    clock.now += 20
+    budget.lost()
+    clock.now += 15
+    assert budget.is_away
+    assert budget.left_seconds == 25
+
+
+def test_the_budget_is_never_negative() -> None:
+    budget, clock = _budget()
+    budget.lost()
+    clock.now += 61
+    assert budget.left_seconds == 0
+
+
+def test_a_server_that_is_back_says_how_long_it_was_away() -> None:
+    budget, clock = _budget()
+    budget.lost()
+    clock.now += 12
+    assert budget.back() == 12
+    assert not budget.is_away
+
+
+def test_a_server_that_was_never_away_was_away_for_no_time() -> None:
+    budget, _ = _budget()
+    assert budget.back() == 0
+
+
+def test_coming_back_without_working_goes_on_with_the_same_budget() -> None:
+    budget, clock = _budget()
+    budget.lost()
+    clock.now += 10
+    budget.back()
+    clock.now += 10
+    budget.lost()
+    assert budget.left_seconds == 40
+    clock.now += 5
+    # The time in between was no outage.
+    assert budget.back() == 5
+
+
+def test_a_completed_range_gives_the_whole_budget_back() -> None:
+    budget, clock = _budget()
+    budget.lost()
+    clock.now += 50
+    budget.back()
+    budget.range_completed()
+    assert budget.left_seconds == 60
+    clock.now += 50
+    budget.lost()
+    clock.now += 1
+    assert budget.left_seconds == 59
+
+
+def test_delays_grow_and_are_capped() -> None:
+    budget, _ = _budget(seconds=1000.0)
+    budget.lost()
+    assert FIRST_RECONNECT_SECONDS / 2 <= budget.delay_seconds() <= FIRST_RECONNECT_SECONDS
+    for _ in range(20):
+        budget.lost()
+    assert LONGEST_RECONNECT_SECONDS / 2 <= budget.delay_seconds() <= LONGEST_RECONNECT_SECONDS
+
+
+def test_no_delay_is_longer_than_what_is_left() -> None:
+    budget, clock = _budget()
+    for _ in range(20):
+        budget.lost()
+    clock.now += 59.5
+    assert budget.delay_seconds() == 0.5
