@@ -1,0 +1,211 @@
+"""Tables to rotate, and neighbours of the rotator on the same server."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from rotator.keys import Key, KeyRange
+from rotator.postgres.arrays import UuidBlock, Values
+from rotator.postgres.connections import Server
+from rotator.postgres.table import Column, TargetTable, identifier
+from rotator.values import uuid4_block
+
+# Real transactions, without the other apps' tables, whose emptying takes longer than most tests.
+COMMITTING: Final = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets"])
+SCHEMA: Final = 'Rotation "tests" %s'
+TARGET: Final = "tickets.Ticket.token"
+TOKEN: Final = Column(name="token", type_name="uuid")
+TICKETS: Final = TargetTable(
+    path=("tickets_ticket",), key=(Column(name="id", type_name="int8"),), column=TOKEN
+)
+_UPDATES: Final = identifier(SCHEMA, "updates")
+# Long enough for a slow machine, short enough to notice.
+PATIENCE_SECONDS: Final = 10.0
+
+
+def key_range(after: int | None, through: int, rows: int) -> KeyRange:
+    """A range of a table whose key is one number."""
+    return KeyRange(
+        after=None if after is None else Key(f"[{after}]"), through=Key(f"[{through}]"), rows=rows
+    )
+
+
+def once_each(*spans: tuple[int, int]) -> Counter[str]:
+    """What ``Database.updates`` says when each row of these spans, ends included, was updated once."""
+    return Counter(f"[{number}]" for first, last in spans for number in range(first, last + 1))
+
+
+def make_uuids(count: int) -> Values:
+    """New values as a rotation of UUIDs makes them."""
+    return UuidBlock(uuid4_block(count))
+
+
+class Database:
+    """The test database as its other users see it; everything in it goes when this is closed."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        """Take the keyword arguments of a connection."""
+        self.server = Server(parameters=parameters)
+        self._connections = ExitStack()
+        self._own = self.connect()
+        self.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(SCHEMA)))
+        self._triggers = 0
+
+    def close(self) -> None:
+        """Close every connection, open transactions too, and drop what was made."""
+        parameters = self.server.parameters
+        self._connections.close()
+        with psycopg.connect(**parameters, autocommit=True) as last:
+            # Functions go with the schema, and triggers on other tables with their functions.
+            last.execute("SET client_min_messages = warning")
+            last.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(SCHEMA)))
+
+    def connect(self, **parameters: Any) -> psycopg.Connection:  # noqa: ANN401 - libpq's own
+        """Open one more connection, as an application that is not the rotator."""
+        connection = psycopg.connect(**self.server.parameters, **parameters, autocommit=True)
+        self._connections.callback(connection.close)
+        return connection
+
+    def execute(
+        self, statement: str | sql.Composed, parameters: Mapping[str, Any] | tuple[Any, ...] | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Execute and commit a statement, and return its rows."""
+        cursor = self._own.execute(
+            statement.encode() if isinstance(statement, str) else statement, parameters
+        )
+        return cursor.fetchall() if cursor.description else []
+
+    def make_tickets(self, first: int, last: int) -> None:
+        """Make tickets with these ids, both ends included."""
+        self.execute(
+            "INSERT INTO tickets_ticket (id, title, created_at, token)"
+            " SELECT i, 'ticket ' || i, now(), gen_random_uuid() FROM generate_series(%s::int, %s::int) AS i",
+            (first, last),
+        )
+
+    def make_table(self, table: TargetTable, *, collation: str = "C") -> None:
+        """Make a table of this shape, with a title beside key and value."""
+        columns = [
+            sql.SQL("{} {} {}").format(
+                sql.Identifier(column.name),
+                sql.Identifier("pg_catalog", column.type_name),
+                sql.SQL("COLLATE {}").format(sql.Identifier(collation))
+                if column.type_name == "text" and column in table.key
+                else sql.SQL(""),
+            )
+            for column in (*table.key, table.column)
+        ]
+        self.execute(
+            sql.SQL("CREATE TABLE {} ({}, title text, PRIMARY KEY ({}))").format(
+                sql.Identifier(*table.path),
+                sql.SQL(", ").join(columns),
+                sql.SQL(", ").join(sql.Identifier(column.name) for column in table.key),
+            )
+        )
+
+    def fill(self, table: TargetTable, *keys: str) -> None:
+        """Insert rows; the key's columns are written as SQL over the variable ``i`` from 0 to 9."""
+        self.execute(
+            sql.SQL("INSERT INTO {} ({}, {}) SELECT {}, {} FROM generate_series(0, 9) AS i").format(
+                sql.Identifier(*table.path),
+                sql.SQL(", ").join(sql.Identifier(column.name) for column in table.key),
+                sql.Identifier(table.column.name),
+                sql.SQL(", ").join(sql.SQL(key) for key in keys),
+                sql.SQL("gen_random_uuid()" if table.column.type_name == "uuid" else "'leaked ' || i"),
+            )
+        )
+
+    def values(self, table: TargetTable = TICKETS) -> dict[str, Any]:
+        """The rotated column's values by their rows' keys, in the key's order."""
+        query = sql.SQL("SELECT {}, {} FROM {} ORDER BY {}").format(
+            table.key_json, identifier(table.column.name), table.name, table.key_columns
+        )
+        return dict(self.execute(query, ()))
+
+    def changed(self, before: Mapping[str, Any], table: TargetTable = TICKETS) -> set[str]:
+        """Keys of the rows whose value is not the one before."""
+        return {key for key, value in self.values(table).items() if value != before[key]}
+
+    def count_updates(self, table: TargetTable = TICKETS) -> None:
+        """Have the server itself count how often it updates each row, in the updating transaction."""
+        self.execute(sql.SQL("CREATE TABLE {} (key text)").format(_UPDATES), ())
+        function = identifier(SCHEMA, "count updates")
+        self.execute(
+            sql.SQL(
+                "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
+                " INSERT INTO {} SELECT {} FROM updated; RETURN NULL; END $body$"
+            ).format(function, _UPDATES, table.key_json),
+            (),
+        )
+        self.execute(
+            sql.SQL(
+                'CREATE TRIGGER "count updates" AFTER UPDATE ON {} REFERENCING NEW TABLE AS updated'
+                " FOR EACH STATEMENT EXECUTE FUNCTION {}()"
+            ).format(table.name, function),
+            (),
+        )
+
+    def updates(self) -> Counter[str]:
+        """How often each row was updated in committed transactions."""
+        return Counter(key for (key,) in self.execute(sql.SQL("SELECT key FROM {}").format(_UPDATES), ()))
+
+    def before_update(self, body: str, table: TargetTable = TICKETS) -> str:
+        """Have PL/pgSQL run before each row's update, and return the trigger's quoted name."""
+        self._triggers += 1
+        name = sql.Identifier(f"before update {self._triggers}")
+        function = sql.Identifier(SCHEMA, f"before update {self._triggers}")
+        self.execute(
+            sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS {}").format(
+                function, sql.Literal(f"BEGIN {body} END")
+            )
+        )
+        self.execute(
+            sql.SQL("CREATE TRIGGER {} BEFORE UPDATE ON {} FOR EACH ROW EXECUTE FUNCTION {}()").format(
+                name, sql.Identifier(*table.path), function
+            )
+        )
+        return name.as_string()
+
+    def checkpoints(self) -> list[tuple[str | None, str, int]]:
+        """All checkpoints: after, through and rows, in the order of their making."""
+        return [
+            (after, through, rows)
+            for after, through, rows in self.execute(
+                "SELECT after::text, through::text, rows FROM rotator_completedrange ORDER BY id"
+            )
+        ]
+
+    def rotation(self, column: str) -> Any:  # noqa: ANN401 - whatever type the column has
+        """One column of the latest rotation's row."""
+        ((value,),) = self.execute(
+            sql.SQL("SELECT {} FROM rotator_rotation ORDER BY id DESC LIMIT 1").format(sql.Identifier(column))
+        )
+        return value
+
+    async def until(self, condition: str) -> None:
+        """Wait until an SQL condition is true."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.execute(f"SELECT 1 WHERE {condition}"):
+            assert time.monotonic() < deadline, f"in vain: {condition}"
+            await asyncio.sleep(0.005)
+
+    async def until_rotator_waits_for_a_lock(self) -> None:
+        """Wait until one of the rotator's own backends waits for a lock."""
+        await self.until(
+            "EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'rotator'"
+            " AND datname = current_database() AND wait_event_type = 'Lock')"
+        )
+
+
+def assert_new_uuid4s(before: Mapping[str, UUID], after: Mapping[str, UUID]) -> None:
+    """All values are distinct random UUIDs, none of which was there before."""
+    assert len({*before.values(), *after.values()}) == len(before) + len(after)
+    assert {value.version for value in after.values()} <= {4}

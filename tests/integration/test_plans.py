@@ -1,0 +1,192 @@
+"""How the server plans the rotator's real statements, as its own auto_explain tells it while they run."""
+
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from rotator.keys import Key, KeySpan
+from rotator.postgres.connections import Server, connected, pooled
+from rotator.postgres.late_commits import LatePass
+from rotator.postgres.planning import IndexPlanner, last_key
+from rotator.postgres.table import Column, TargetTable
+from rotator.postgres.transaction import Claim, WaitLimits
+from rotator.postgres.writing import PostgresWriter
+from tests.integration.rotation_tables import COMMITTING, SCHEMA, TICKETS, TOKEN, Database, make_uuids
+
+pytestmark = COMMITTING
+
+PAIRS = TargetTable(
+    path=(SCHEMA, "pairs"),
+    key=(Column(name="shop", type_name="text"), Column(name="number", type_name="int4")),
+    column=TOKEN,
+)
+BATCH = 2000
+# What they are planned like is the question, not how fast this machine is.
+LIMITS = WaitLimits(lock_seconds=5, statement_seconds=5)
+EXPLAINING = (
+    "-c session_preload_libraries=auto_explain -c auto_explain.log_min_duration=0"
+    " -c auto_explain.log_level=notice -c auto_explain.log_format=json"
+)
+# Each of them reads the whole table, or leaves the key's order.
+UNWANTED = {"Seq Scan", "Hash Join", "Sort", "Incremental Sort", "Bitmap Heap Scan"}
+
+
+class Plans:
+    """The plans of the statements on one table."""
+
+    def __init__(self, table: TargetTable) -> None:
+        self._table = table.path[-1]
+        self._plans = list[list[Mapping[str, Any]]]()
+
+    def hear(self, notice: psycopg.errors.Diagnostic) -> None:
+        """Take what the server tells of a statement."""
+        _, _, plan = (notice.message_primary or "").partition("plan:\n")
+        if plan:
+            nodes = list(_nodes(json.loads(plan)["Plan"]))
+            if any(node.get("Relation Name") == self._table for node in nodes):
+                self._plans.append(nodes)
+
+    def kinds(self) -> list[set[str]]:
+        """The kinds of nodes of each plan heard of since the last call."""
+        heard, self._plans = self._plans, []
+        return [{node["Node Type"] for node in nodes} for nodes in heard]
+
+
+def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from _nodes(child)
+
+
+class _ExplainedServer(Server):
+    plans: Plans
+
+    async def configure(self, connection: psycopg.AsyncConnection) -> None:
+        await super().configure(connection)
+        connection.add_notice_handler(self.plans.hear)
+
+
+@pytest.fixture
+def table(database: Database, request: pytest.FixtureRequest) -> TargetTable:
+    """A table with so many rows, which the server has yet to analyze."""
+    found: TargetTable = request.param[0]
+    rows: int = request.param[1]
+    if found is TICKETS:
+        database.make_tickets(1, rows)
+    else:
+        database.make_table(found)
+        database.execute(
+            sql.SQL(
+                "INSERT INTO {} (shop, number, token)"
+                " SELECT 'shop ' || i / 1000, i %% 1000, gen_random_uuid() FROM generate_series(1, %s) AS i"
+            ).format(found.name),
+            (rows,),
+        )
+    return found
+
+
+@pytest.fixture
+def explained(database: Database, table: TargetTable) -> _ExplainedServer:
+    """The same server, which tells how it plans."""
+    try:
+        database.connect(options=EXPLAINING)
+    except psycopg.Error as error:
+        pytest.skip(f"this role cannot have the server explain itself: {error}")
+    server = _ExplainedServer(parameters={**database.server.parameters, "options": EXPLAINING})
+    object.__setattr__(server, "plans", Plans(table))
+    return server
+
+
+@pytest.fixture
+async def side(explained: _ExplainedServer) -> AsyncIterator[psycopg.AsyncConnection]:
+    """A connection for the planner and the late pass."""
+    async with connected(explained) as opened:
+        yield opened
+
+
+def tables(*rows: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "table",
+        [
+            pytest.param((found, count), id=f"{count} rows of {found.path[-1]}")
+            for found in (TICKETS, PAIRS)
+            for count in rows
+        ],
+        indirect=True,
+    )
+
+
+def analyze(database: Database, table: TargetTable) -> None:
+    database.execute(sql.SQL("ANALYZE {}").format(table.name), ())
+
+
+@tables(50, 30_000)
+async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
+    database: Database,
+    explained: _ExplainedServer,
+    side: psycopg.AsyncConnection,
+    table: TargetTable,
+    claim: Claim,
+) -> None:
+    planner = IndexPlanner(side, table)
+    bound = await last_key(side, table)
+    assert bound is not None
+    rest, batch = KeySpan(after=None, through=bound), len(database.values(table)) // 15
+    async with pooled(explained, 1) as pool:
+        writer = PostgresWriter(pool, table, claim, make_uuids, LIMITS)
+        # The table's first range is another statement than those after it.
+        for is_analyzed in (False, False, True, True):
+            if is_analyzed:
+                analyze(database, table)
+            key_range = await planner.next_range(rest, batch)
+            explained.plans.kinds()
+            assert await writer.rewrite(key_range) == batch
+            (update,) = explained.plans.kinds()
+            assert "Merge Join" in update
+            assert not update & (UNWANTED | {"Nested Loop"})
+            rest = KeySpan(after=key_range.through, through=bound)
+
+
+@tables(30_000)
+async def test_ranges_are_planned_from_the_index(
+    database: Database, explained: _ExplainedServer, side: psycopg.AsyncConnection, table: TargetTable
+) -> None:
+    analyze(database, table)
+    planner = IndexPlanner(side, table)
+    bound = await last_key(side, table)
+    assert bound is not None
+    first = await planner.next_range(KeySpan(after=None, through=bound), BATCH)
+    second = await planner.next_range(KeySpan(after=first.through, through=bound), BATCH)
+    assert (first.rows, second.rows) == (BATCH, BATCH)
+    statements = explained.plans.kinds()
+    assert len(statements) == 3
+    for statement in statements:
+        assert statement & {"Index Scan", "Index Only Scan"}
+        assert not statement & UNWANTED
+
+
+@tables(50, 30_000)
+async def test_late_rows_are_looked_up_by_their_keys(
+    database: Database,
+    explained: _ExplainedServer,
+    side: psycopg.AsyncConnection,
+    table: TargetTable,
+    claim: Claim,
+) -> None:
+    keys = [Key(key) for key in database.values(table)]
+    # As if all of them had been committed late.
+    started_xid = 1 + int(database.execute("SELECT pg_current_xact_id()::text")[0][0])
+    late_pass = LatePass(side, table, claim, started_xid=started_xid, make_values=make_uuids, limits=LIMITS)
+    for chosen in (keys[10:40], keys[:7]):
+        late_before = database.rotation("late_rows")
+        await late_pass.rotate(chosen)
+        assert database.rotation("late_rows") == late_before + len(chosen)
+        update, left = explained.plans.kinds()
+        for statement in (update, left):
+            assert statement & {"Index Scan", "Index Only Scan"}
+            assert not statement & {"Seq Scan", "Hash Join", "Merge Join", "Bitmap Heap Scan"}
+        analyze(database, table)
