@@ -7,10 +7,8 @@ import pytest
 from django.db import connection
 
 from rotator.postgres.connections import connected
-from rotator.postgres.ownership import begin_rotation
 from rotator.postgres.transaction import Claim
-from rotator.process import this_process
-from tests.integration.rotation_tables import TARGET, Database
+from tests.integration.rotation_tables import Database, begin
 
 # Django's own: its cursors and adapters.
 _DJANGOS_OWN = ("cursor_factory", "context", "prepare_threshold")
@@ -35,6 +33,4 @@ async def control(database: Database) -> AsyncIterator[psycopg.AsyncConnection]:
 @pytest.fixture
 async def claim(control: psycopg.AsyncConnection) -> Claim:
     """A rotation that has just begun and is this process's."""
-    begun = await begin_rotation(control, target=TARGET, database="default", owner=this_process(), options={})
-    assert begun is not None
-    return begun
+    return await begin(control)

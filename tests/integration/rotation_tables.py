@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any, Final
 from uuid import UUID
 
@@ -13,13 +13,19 @@ import pytest
 from psycopg import sql
 
 from rotator.keys import Key, KeyRange
-from rotator.postgres.arrays import UuidBlock, Values
-from rotator.postgres.connections import Server
+from rotator.postgres.arrays import MakeValues, UuidBlock, Values
+from rotator.postgres.connections import Server, pooled
+from rotator.postgres.ownership import begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
+from rotator.postgres.transaction import Claim, WaitLimits
+from rotator.postgres.writing import PostgresWriter
+from rotator.process import this_process
 from rotator.values import uuid4_block
 
 # Real transactions, without the other apps' tables, whose emptying takes longer than most tests.
 COMMITTING: Final = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets"])
+# What a neighbour holds is waited for rather than run into.
+PATIENT: Final = WaitLimits(lock_seconds=10, statement_seconds=10)
 SCHEMA: Final = 'Rotation "tests" %s'
 TARGET: Final = "tickets.Ticket.token"
 TOKEN: Final = Column(name="token", type_name="uuid")
@@ -29,6 +35,18 @@ TICKETS: Final = TargetTable(
 _UPDATES: Final = identifier(SCHEMA, "updates")
 # Long enough for a slow machine, short enough to notice.
 PATIENCE_SECONDS: Final = 10.0
+
+
+PAIRS: Final = TargetTable(
+    path=(SCHEMA, "pairs"),
+    key=(Column(name="shop", type_name="text"), Column(name="number", type_name="int4")),
+    column=TOKEN,
+)
+ODD: Final = TargetTable(
+    path=(SCHEMA, ('Odd"%s %% ' * 7)[:63]),
+    key=(Column(name=('K"%(key)s ' * 7)[:63], type_name="int8"),),
+    column=Column(name=('T"%b %% ' * 9)[:63], type_name="uuid"),
+)
 
 
 def key_range(after: int | None, through: int, rows: int) -> KeyRange:
@@ -197,12 +215,33 @@ class Database:
             assert time.monotonic() < deadline, f"in vain: {condition}"
             await asyncio.sleep(0.005)
 
-    async def until_rotator_waits_for_a_lock(self) -> None:
-        """Wait until one of the rotator's own backends waits for a lock."""
+    async def until_rotator_waits_for_a_lock(self, *, backends: int = 1) -> None:
+        """Wait until so many of the rotator's own backends wait for a lock."""
         await self.until(
-            "EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'rotator'"
+            f"{backends} = (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'rotator'"
             " AND datname = current_database() AND wait_event_type = 'Lock')"
         )
+
+
+async def begin(control: psycopg.AsyncConnection) -> Claim:
+    """Begin the tickets' rotation, as this process's."""
+    begun = await begin_rotation(control, target=TARGET, database="default", owner=this_process(), options={})
+    assert begun is not None
+    return begun
+
+
+@asynccontextmanager
+async def writing(
+    database: Database,
+    claim: Claim,
+    table: TargetTable = TICKETS,
+    *,
+    make_values: MakeValues = make_uuids,
+    limits: WaitLimits | None = None,
+) -> AsyncIterator[PostgresWriter]:
+    """A writer with one connection of its own."""
+    async with pooled(database.server, 1) as pool:
+        yield PostgresWriter(pool, table, claim, make_values, limits or WaitLimits())
 
 
 def assert_new_uuid4s(before: Mapping[str, UUID], after: Mapping[str, UUID]) -> None:

@@ -12,21 +12,14 @@ from rotator.keys import Key, KeySpan
 from rotator.postgres.connections import Server, connected, pooled
 from rotator.postgres.late_commits import LatePass
 from rotator.postgres.planning import IndexPlanner, last_key
-from rotator.postgres.table import Column, TargetTable
-from rotator.postgres.transaction import Claim, WaitLimits
+from rotator.postgres.table import TargetTable
+from rotator.postgres.transaction import Claim
 from rotator.postgres.writing import PostgresWriter
-from tests.integration.rotation_tables import COMMITTING, SCHEMA, TICKETS, TOKEN, Database, make_uuids
+from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, Database, make_uuids
 
 pytestmark = COMMITTING
 
-PAIRS = TargetTable(
-    path=(SCHEMA, "pairs"),
-    key=(Column(name="shop", type_name="text"), Column(name="number", type_name="int4")),
-    column=TOKEN,
-)
 BATCH = 2000
-# What they are planned like is the question, not how fast this machine is.
-LIMITS = WaitLimits(lock_seconds=5, statement_seconds=5)
 EXPLAINING = (
     "-c session_preload_libraries=auto_explain -c auto_explain.log_min_duration=0"
     " -c auto_explain.log_level=notice -c auto_explain.log_format=json"
@@ -137,7 +130,7 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
     assert bound is not None
     rest, batch = KeySpan(after=None, through=bound), len(database.values(table)) // 15
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, table, claim, make_uuids, LIMITS)
+        writer = PostgresWriter(pool, table, claim, make_uuids, PATIENT)
         # The table's first range is another statement than those after it.
         for is_analyzed in (False, False, True, True):
             if is_analyzed:
@@ -180,7 +173,7 @@ async def test_late_rows_are_looked_up_by_their_keys(
     keys = [Key(key) for key in database.values(table)]
     # As if all of them had been committed late.
     started_xid = 1 + int(database.execute("SELECT pg_current_xact_id()::text")[0][0])
-    late_pass = LatePass(side, table, claim, started_xid=started_xid, make_values=make_uuids, limits=LIMITS)
+    late_pass = LatePass(side, table, claim, started_xid=started_xid, make_values=make_uuids, limits=PATIENT)
     for chosen in (keys[10:40], keys[:7]):
         late_before = database.rotation("late_rows")
         await late_pass.rotate(chosen)

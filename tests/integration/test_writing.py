@@ -5,24 +5,24 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import psycopg
 import pytest
 
 from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, SupersededError
 from rotator.keys import Key, KeyRange
-from rotator.postgres import writing
+from rotator.postgres import writing as writing_module
 from rotator.postgres.arrays import MakeValues
-from rotator.postgres.connections import pooled
 from rotator.postgres.failures import SUPPRESSED
 from rotator.postgres.ownership import abandon, stop
 from rotator.postgres.table import Column, TargetTable
-from rotator.postgres.transaction import Claim, WaitLimits
+from rotator.postgres.transaction import Claim
 from rotator.postgres.writing import PostgresWriter
 from tests.integration.rotation_tables import (
     COMMITTING,
+    ODD,
+    PAIRS,
+    PATIENT,
     SCHEMA,
     TICKETS,
     TOKEN,
@@ -31,46 +31,21 @@ from tests.integration.rotation_tables import (
     key_range,
     make_uuids,
     once_each,
+    writing,
 )
 
 pytestmark = COMMITTING
 
-# A neighbour's commit is waited for rather than run into.
-PATIENT = WaitLimits(lock_seconds=10, statement_seconds=10)
-
 NUMBER = Column(name="id", type_name="int8")
-ODD = TargetTable(
-    path=(SCHEMA, ('Odd"%s %% ' * 7)[:63]),
-    key=(Column(name=('K"%(key)s ' * 7)[:63], type_name="int8"),),
-    column=Column(name=('T"%b %% ' * 9)[:63], type_name="uuid"),
-)
-PAIRS = TargetTable(
-    path=(SCHEMA, "pairs"),
-    key=(Column(name="shop", type_name="text"), Column(name="number", type_name="int4")),
-    column=TOKEN,
-)
 WORDS = TargetTable(path=(SCHEMA, "words"), key=(Column(name="word", type_name="text"),), column=TOKEN)
 SECRETS = TargetTable(path=(SCHEMA, "secrets"), key=(NUMBER,), column=Column(name="secret", type_name="text"))
 BYTES = TargetTable(path=(SCHEMA, "bytes"), key=(NUMBER,), column=Column(name="secret", type_name="bytea"))
 
 
-@asynccontextmanager
-async def _writer(
-    database: Database,
-    claim: Claim,
-    table: TargetTable = TICKETS,
-    *,
-    make_values: MakeValues = make_uuids,
-    limits: WaitLimits | None = None,
-) -> AsyncIterator[PostgresWriter]:
-    async with pooled(database.server, 1) as pool:
-        yield PostgresWriter(pool, table, claim, make_values, limits or WaitLimits())
-
-
 async def _refused(database: Database, claim: Claim, tried: KeyRange, kind: type[RotatorError]) -> str:
     """The sentence of the error that a range ends with, which has to leave everything as it was."""
     before, checkpoints = database.values(), database.checkpoints()
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         with pytest.raises(kind) as caught:
             await writer.rewrite(tried)
     assert database.values() == before
@@ -84,7 +59,7 @@ async def test_each_row_of_the_range_changes_once_and_no_other(database: Databas
     database.make_tickets(1, 30)
     database.count_updates()
     before = database.values()
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         assert await writer.rewrite(key_range(10, 20, 10)) == 10
     assert database.updates() == once_each((11, 20))
     assert database.changed(before) == set(once_each((11, 20)))
@@ -94,7 +69,7 @@ async def test_each_row_of_the_range_changes_once_and_no_other(database: Databas
 
 async def test_row_and_checkpoint_are_of_one_transaction(database: Database, claim: Claim) -> None:
     database.make_tickets(1, 3)
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         await writer.rewrite(key_range(None, 3, 3))
     transactions = database.execute(
         "SELECT xmin FROM tickets_ticket UNION SELECT xmin FROM rotator_completedrange"
@@ -105,7 +80,7 @@ async def test_row_and_checkpoint_are_of_one_transaction(database: Database, cla
 async def test_the_first_range_begins_with_the_table(database: Database, claim: Claim) -> None:
     database.make_tickets(-5, 5)
     before = database.values()
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         assert await writer.rewrite(key_range(None, 0, 6)) == 6
     assert database.changed(before) == set(once_each((-5, 0)))
     assert database.checkpoints() == [(None, "[0]", 6)]
@@ -129,7 +104,7 @@ async def test_a_range_without_rows_is_checkpointed(
 ) -> None:
     if table is not TICKETS:
         database.make_table(table)
-    async with _writer(database, claim, table, make_values=make_values) as writer:
+    async with writing(database, claim, table, make_values=make_values) as writer:
         assert await writer.rewrite(key_range(20, 25, 0)) == 0
     assert database.checkpoints() == [("[20]", "[25]", 0)]
 
@@ -137,7 +112,7 @@ async def test_a_range_without_rows_is_checkpointed(
 async def test_values_of_other_types_travel_too(database: Database, claim: Claim) -> None:
     database.make_table(SECRETS)
     database.fill(SECRETS, "i")
-    async with _writer(database, claim, SECRETS, make_values=_texts) as writer:
+    async with writing(database, claim, SECRETS, make_values=_texts) as writer:
         assert await writer.rewrite(key_range(None, 9, 10)) == 10
     assert database.values(SECRETS) == {f"[{number}]": f"new {number}" for number in range(10)}
 
@@ -146,11 +121,11 @@ async def test_values_of_other_types_travel_too(database: Database, claim: Claim
 async def test_a_range_of_several_slices_writes_each_row_once(
     database: Database, claim: Claim, monkeypatch: pytest.MonkeyPatch, slice_rows: int
 ) -> None:
-    monkeypatch.setattr(writing, "SLICE_ROWS", slice_rows)
+    monkeypatch.setattr(writing_module, "SLICE_ROWS", slice_rows)
     database.make_tickets(1, 40)
     database.count_updates()
     before = database.values()
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         assert await writer.rewrite(key_range(5, 35, 30)) == 30
     assert database.updates() == once_each((6, 35))
     assert_new_uuid4s(before, {key: database.values()[key] for key in once_each((6, 35))})
@@ -162,12 +137,12 @@ async def test_a_range_of_several_slices_writes_each_row_once(
 async def test_rows_that_were_deleted_since_they_were_planned_are_not_missed(
     database: Database, claim: Claim, monkeypatch: pytest.MonkeyPatch, deleted: str, slice_rows: int
 ) -> None:
-    monkeypatch.setattr(writing, "SLICE_ROWS", slice_rows)
+    monkeypatch.setattr(writing_module, "SLICE_ROWS", slice_rows)
     database.make_tickets(1, 20)
     database.count_updates()
     database.execute(f"DELETE FROM tickets_ticket WHERE id {deleted}")
     left = database.values()
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         assert await writer.rewrite(key_range(None, 20, 20)) == len(left)
     assert database.updates() == Counter(left.keys())
     assert database.checkpoints() == [(None, "[20]", len(left))]
@@ -183,14 +158,14 @@ async def test_rows_that_were_inserted_since_the_others_were_planned_are_written
     last: int,
     slice_rows: int,
 ) -> None:
-    monkeypatch.setattr(writing, "SLICE_ROWS", slice_rows)
+    monkeypatch.setattr(writing_module, "SLICE_ROWS", slice_rows)
     database.make_tickets(1, 30)
     database.execute(f"DELETE FROM tickets_ticket WHERE id BETWEEN {first} AND {last}")
     planned = len(database.values())
     database.make_tickets(first, last)
     database.count_updates()
     before = database.values()
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         assert await writer.rewrite(key_range(None, 30, planned)) == 30
     assert database.updates() == once_each((1, 30))
     assert_new_uuid4s(before, database.values())
@@ -201,7 +176,7 @@ async def test_rows_that_were_inserted_since_the_others_were_planned_are_written
 async def test_a_suppressed_update_is_no_rotation(
     database: Database, claim: Claim, monkeypatch: pytest.MonkeyPatch, suppressed: int
 ) -> None:
-    monkeypatch.setattr(writing, "SLICE_ROWS", 10)
+    monkeypatch.setattr(writing_module, "SLICE_ROWS", 10)
     database.make_tickets(1, 20)
     database.before_update(f"IF OLD.id = {suppressed} THEN RETURN NULL; END IF; RETURN NEW;")
     assert await _refused(database, claim, key_range(None, 20, 20), RangeRefusedError)
@@ -241,7 +216,7 @@ async def test_what_a_neighbour_does_to_a_row_that_is_waited_for(
     neighbour = database.connect()
     neighbour.execute("BEGIN")
     neighbour.execute(meanwhile.encode())
-    async with _writer(database, claim, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
+    async with writing(database, claim, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
         rewriting = tasks.create_task(writer.rewrite(key_range(None, 20, 20)))
         await database.until_rotator_waits_for_a_lock()
         neighbour.execute("COMMIT")
@@ -262,7 +237,7 @@ async def test_a_row_that_is_put_in_another_s_place_is_tried_again(database: Dat
     neighbour.execute(
         "INSERT INTO tickets_ticket (id, title, created_at, token) VALUES (7, '', now(), gen_random_uuid())"
     )
-    async with _writer(database, claim, limits=PATIENT) as writer:
+    async with writing(database, claim, limits=PATIENT) as writer:
         async with asyncio.TaskGroup() as tasks:
             rewriting = tasks.create_task(_outcome(writer, key_range(None, 20, 20)))
             await database.until_rotator_waits_for_a_lock()
@@ -330,7 +305,7 @@ async def test_only_some_refusals_are_worth_another_attempt(
 ) -> None:
     database.make_tickets(1, 3)
     database.before_update(body)
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         refused = await _outcome(writer, key_range(None, 3, 3))
     assert isinstance(refused, RangeRefusedError)
     assert refused.passing is passing
@@ -368,7 +343,7 @@ async def test_a_writer_is_as_good_as_new_after_each_kind_of_error(database: Dat
     database.make_tickets(1, 20)
     trigger = database.before_update("RAISE EXCEPTION 'no';")
     neighbour = database.connect()
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         with pytest.raises(RangeRefusedError):
             await writer.rewrite(key_range(None, 20, 20))
         database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
@@ -387,7 +362,7 @@ async def test_a_range_that_is_checkpointed_already_is_not_written_again(
     database: Database, claim: Claim, after: int | None, through: int
 ) -> None:
     database.make_tickets(1, 20)
-    async with _writer(database, claim) as writer:
+    async with writing(database, claim) as writer:
         await writer.rewrite(key_range(None, 20, 20))
     await _refused(database, claim, key_range(after, through, 20), RotatorError)
 
@@ -427,7 +402,7 @@ async def test_tables_keys_and_columns_of_any_name_and_shape(
     database.count_updates(table)
     before = database.values(table)
     assert len(before) == 10
-    async with _writer(database, claim, table) as writer:
+    async with writing(database, claim, table) as writer:
         tried = KeyRange(after=Key(after), through=Key(through), rows=len(expected))
         assert await writer.rewrite(tried) == len(expected)
     assert database.changed(before, table) == expected
