@@ -106,7 +106,9 @@ class LatePass:
         async with answered(self._connection):
             cursor = await self._connection.execute(
                 sql.SQL(
-                    "SELECT {}, ctid::text FROM {} WHERE ctid > %(after)s::tid AND ctid < %(end)s::tid"
+                    # Under another name, or ORDER BY would mean the text, in which (0,10) comes before (0,2).
+                    "SELECT {}, ctid::text AS place FROM {}"
+                    " WHERE ctid > %(after)s::tid AND ctid < %(end)s::tid"
                     " AND age(xmin) > age({}) ORDER BY ctid LIMIT %(batch)s"
                 ).format(self._table.key_json, self._table.name, _STARTED),
                 {"after": after, "end": end, "started_xid": self._started_xid, "batch": batch},
