@@ -136,7 +136,8 @@ class LatePass:
             await guard(connection, self._claim, self._limits, without=("mergejoin",))
             updated = await connection.execute(self._update_statement(), parameters)
             left = await connection.execute(self._left_statement(), parameters)
-            if await left.fetchone():
+            # A row without columns is an empty tuple.
+            if await left.fetchone() is not None:
                 raise RangeRefusedError(SUPPRESSED, passing=True)
             await connection.execute(
                 "UPDATE rotator_rotation SET late_rows = late_rows + %s WHERE id = %s",
