@@ -86,6 +86,8 @@ class Figures:
             case OutageEnded():
                 self.rows_done = event.rows_done
                 self._outage_seconds += event.seconds
+                # They are in gaps that are read anew: they will fail again, or be rotated.
+                self.failed_keys.clear()
             case RowFailed():
                 self.failed_keys.append((event.key, event.reason))
             case _:
