@@ -214,7 +214,8 @@ class Run:
         """Tell the database how the run leaves its rotation, as well as that can be done now."""
         if self._acquired is None:
             return
-        with suppress(ServerLostError, SupersededError, TimeoutError):
+        # Whatever stands in the way, the account of the run is worth more than this error.
+        with suppress(RotatorError, TimeoutError):
             async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
                 self._figures.rows_done = await ownership.stop(
                     connection,
