@@ -74,6 +74,7 @@ class Database:
         self.server = Server(parameters=parameters)
         self._connections = ExitStack()
         self._own = self.connect()
+        self._own.execute(f"SET lock_timeout = '{PATIENCE_SECONDS:.0f}s'".encode())
         self.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(SCHEMA)))
         self._triggers = 0
 
@@ -88,7 +89,7 @@ class Database:
 
     def connect(self, **parameters: Any) -> psycopg.Connection:  # noqa: ANN401 - libpq's own
         """Open one more connection, as an application that is not the rotator."""
-        connection = psycopg.connect(**self.server.parameters, **parameters, autocommit=True)
+        connection = psycopg.connect(**{**self.server.parameters, **parameters}, autocommit=True)
         self._connections.callback(connection.close)
         return connection
 

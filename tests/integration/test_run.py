@@ -1,0 +1,619 @@
+"""Whole runs, as the command starts them: begun, stopped, resumed, disturbed, completed."""
+
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import psycopg
+import pytest
+from django.db import connection as django_connection
+from django.db import transaction
+
+from rotator.engine import engine
+from rotator.errors import OptionError, OwnedElsewhereError
+from rotator.events import (
+    DrainStarted,
+    Event,
+    LateCommitsAwaited,
+    LateRowsRotated,
+    OutageEnded,
+    OutageStarted,
+    OwnerWatched,
+    RangeCompleted,
+    RangeDeferred,
+    RotationStarted,
+    RowFailed,
+)
+from rotator.models import CompletedRange, Rotation
+from rotator.process import this_process
+from rotator.run import acquiring, run
+from rotator.run.options import RunOptions
+from rotator.service import Outcome, prepare
+from tests.integration.rotation_tables import COMMITTING, TARGET, Database, assert_new_uuid4s, once_each
+
+pytestmark = COMMITTING
+
+React = Callable[[Event], None]
+
+END_THE_ROTATOR = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE application_name = 'rotator' AND datname = current_database()"
+)
+
+
+class Told:
+    """An observer that remembers what it was told, and may react to it."""
+
+    def __init__(self, react: React = lambda _event: None) -> None:
+        self.events = list[Event]()
+        self._react = react
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        self.events.append(event)
+        self._react(event)
+
+    @property
+    def rows(self) -> int:
+        """How many rows were rotated in ranges."""
+        return sum(event.rows for event in self.events if isinstance(event, RangeCompleted))
+
+    def of(self, kind: type[Event]) -> int:
+        """How many events of this kind there were."""
+        return sum(isinstance(event, kind) for event in self.events)
+
+
+def rotate(observer: Callable[[Event], None] | None = None, **options: object) -> Outcome:
+    """Rotate the tickets' tokens, in small ranges."""
+    chosen = replace(RunOptions(batch=10, concurrency=3), **options)  # type: ignore[arg-type] # checked by the class
+    return prepare(TARGET, "default", chosen).rotate(observer or Told())
+
+
+def after_ranges(number: int, do: Callable[[], object]) -> React:
+    """Do something once so many ranges are completed."""
+    completed = 0
+
+    def react(event: Event) -> None:
+        nonlocal completed
+        if isinstance(event, RangeCompleted):
+            completed += 1
+            if completed == number:
+                do()
+
+    return react
+
+
+def assert_completed(outcome: Outcome, *, rows: int) -> None:
+    """The run says that it completed the rotation, and so does the database."""
+    assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.error) == ("completed", 0, "")
+    assert outcome.stopped.rows == rows
+    rotation = Rotation.objects.get(pk=outcome.stopped.rotation)
+    assert (rotation.status, rotation.rows_done, rotation.error) == ("completed", rows, "")
+    assert rotation.finished_at is not None
+
+
+def make_rotation(**fields: object) -> Rotation:
+    """A rotation that some process is said to be at."""
+    values = {
+        "target": TARGET,
+        "database": "default",
+        "version": "0",
+        "started_xid": 3,
+        "owner_host": "elsewhere.example",
+        "owner_pid": 4711,
+        "owner_user": "ann",
+        **fields,
+    }
+    return Rotation.objects.create(**values)
+
+
+# --- From the start to the end ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("concurrency", "batch"), [(1, 1), (1, 1000), (4, 7), (20, 10)])
+def test_every_row_is_rotated_once(database: Database, concurrency: int, batch: int) -> None:
+    for first, last in ((-3, 40), (100, 119), (1000, 1000)):
+        database.make_tickets(first, last)
+    database.count_updates()
+    before, told = database.values(), Told()
+
+    outcome = rotate(told, concurrency=concurrency, batch=batch)
+
+    assert_completed(outcome, rows=65)
+    assert database.updates() == Counter(before.keys())
+    assert_new_uuid4s(before, database.values())
+    assert told.rows == 65
+    assert outcome.stopped.rows_total == outcome.stopped.rows_this_run == 65
+    assert told.events[-1] == outcome.stopped
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_table_of_next_to_nothing_is_completed(database: Database, rows: int) -> None:
+    database.make_tickets(1, rows)
+    before = database.values()
+    assert_completed(rotate(), rows=rows)
+    assert database.changed(before) == set(before)
+    assert CompletedRange.objects.count() == rows
+
+
+def test_rows_above_the_bound_are_left_alone(database: Database) -> None:
+    database.make_tickets(1, 30)
+    database.count_updates()
+    told = Told(after_ranges(1, lambda: database.make_tickets(31, 40)))
+    assert_completed(rotate(told), rows=30)
+    assert database.updates() == once_each((1, 30))
+
+
+def test_a_completed_rotation_is_followed_by_a_new_one(database: Database) -> None:
+    database.make_tickets(1, 30)
+    database.count_updates()
+    first, second = rotate(), rotate()
+    assert_completed(second, rows=30)
+    assert first.stopped.rotation != second.stopped.rotation
+    assert not second.stopped.resumed
+    assert database.updates() == once_each((1, 30), (1, 30))
+
+
+@pytest.mark.usefixtures("database")
+def test_a_rotation_inside_somebody_s_transaction_is_refused() -> None:
+    with transaction.atomic(), pytest.raises(OptionError, match="outside atomic"):
+        rotate()
+    assert not Rotation.objects.exists()
+    assert not django_connection.in_atomic_block
+
+
+# --- Stopping and going on -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 9, 10, 25, 99])
+def test_a_run_ends_after_exactly_as_many_rows_as_it_was_told(database: Database, rows: int) -> None:
+    database.make_tickets(1, 100)
+    database.count_updates()
+
+    first = rotate(stop_after_rows=rows)
+
+    assert (first.stopped.status, first.exit_status) == ("interrupted", 0)
+    assert first.stopped.rows == first.stopped.rows_this_run == sum(database.updates().values()) == rows
+    assert Rotation.objects.get().status == "interrupted"
+
+    second = rotate()
+
+    assert_completed(second, rows=100)
+    assert second.stopped.resumed
+    assert second.stopped.rows_this_run == 100 - rows
+    assert second.stopped.rotation == first.stopped.rotation
+    assert database.updates() == once_each((1, 100))
+
+
+@pytest.mark.parametrize("rows", [100, 5000])
+def test_a_run_that_reaches_the_end_before_its_limit_completes(database: Database, rows: int) -> None:
+    database.make_tickets(1, 100)
+    assert_completed(rotate(stop_after_rows=rows), rows=100)
+
+
+def test_every_run_may_have_another_batch_and_concurrency(database: Database) -> None:
+    database.make_tickets(1, 100)
+    database.count_updates()
+    for concurrency, batch in ((1, 7), (5, 3), (2, 40)):
+        assert rotate(concurrency=concurrency, batch=batch, stop_after_rows=20).stopped.rows_this_run == 20
+    assert_completed(rotate(concurrency=4, batch=11), rows=100)
+    assert database.updates() == once_each((1, 100))
+
+
+@pytest.mark.parametrize("deleted", ["> 60", "= 100", "BETWEEN 10 AND 90", "> 0"])
+def test_rows_that_are_deleted_between_two_runs_are_not_waited_for(database: Database, deleted: str) -> None:
+    database.make_tickets(1, 100)
+    database.count_updates()
+    rotate(stop_after_rows=50)
+    database.execute(f"DELETE FROM tickets_ticket WHERE id {deleted}")
+    outcome = rotate()
+    assert (outcome.stopped.status, outcome.exit_status) == ("completed", 0)
+    updates = database.updates()
+    assert set(updates.values()) == {1}
+    assert set(database.values()) <= set(updates)
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_ranges_in_flight_commit(database: Database, sent: signal.Signals, status: int) -> None:
+    database.make_tickets(1, 200)
+    database.count_updates()
+    handler = signal.getsignal(sent)
+    told = Told(after_ranges(3, lambda: signal.raise_signal(sent)))
+
+    outcome = rotate(told)
+
+    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", status)
+    assert told.of(DrainStarted) == 1
+    assert 30 <= outcome.stopped.rows == sum(database.updates().values()) < 200
+    assert Rotation.objects.get().rows_done == outcome.stopped.rows
+    assert signal.getsignal(sent) is handler
+    assert_completed(rotate(), rows=200)
+    assert database.updates() == once_each((1, 200))
+
+
+def test_a_second_signal_rolls_back_what_is_in_flight(database: Database) -> None:
+    database.make_tickets(1, 200)
+    database.count_updates()
+
+    def press_twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+    outcome = rotate(Told(after_ranges(3, press_twice)))
+
+    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 130)
+    assert Rotation.objects.get().status == "interrupted"
+    assert outcome.stopped.rows == sum(database.updates().values()) < 200
+    assert_completed(rotate(), rows=200)
+    assert database.updates() == once_each((1, 200))
+
+
+def test_a_time_limit_ends_a_run_that_waits_for_somebody(database: Database) -> None:
+    database.make_tickets(1, 30)
+    neighbour = database.connect()
+    neighbour.execute("BEGIN")
+    neighbour.execute("SELECT FROM tickets_ticket WHERE id = 5 FOR UPDATE")
+    outcome = rotate(stop_after_seconds=0.5)
+    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 0)
+    neighbour.execute("COMMIT")
+    assert_completed(rotate(), rows=30)
+
+
+# --- Owners ----------------------------------------------------------------------------------------
+
+
+def test_a_living_owner_is_left_alone(database: Database) -> None:
+    database.make_tickets(1, 30)
+    rotation, before = make_rotation(), database.values()
+
+    def beat(event: Event) -> None:
+        if isinstance(event, OwnerWatched):
+            database.execute("UPDATE rotator_rotation SET updated_at = clock_timestamp()")
+
+    with pytest.raises(OwnedElsewhereError, match=r"by ann on elsewhere\.example \(pid 4711\) since"):
+        rotate(Told(beat))
+    assert database.changed(before) == set()
+    rotation.refresh_from_db()
+    assert (rotation.status, rotation.generation) == ("running", 1)
+
+
+def test_an_owner_that_is_silent_is_taken_over(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acquiring, "WATCH_SECONDS", 0.3)
+    database.make_tickets(1, 30)
+    rotation, told = make_rotation(), Told()
+    outcome = rotate(told)
+    assert_completed(outcome, rows=30)
+    assert told.of(OwnerWatched) == 1
+    assert (outcome.stopped.rotation, outcome.stopped.resumed) == (rotation.pk, True)
+    rotation.refresh_from_db()
+    assert (rotation.generation, rotation.owner_pid) == (2, this_process().pid)
+
+
+@pytest.mark.parametrize(
+    ("owner", "options"),
+    [
+        # This host's boot and namespace, and a process that cannot have started so early.
+        (
+            {
+                "owner_host": this_process().host,
+                "owner_process": f"{this_process().process.rpartition(' ')[0]} 1",
+            },
+            {},
+        ),
+        ({"status": "interrupted"}, {}),
+        ({"status": "failed", "error": "broken"}, {}),
+        ({}, {"take_over": True}),
+    ],
+    ids=["gone from this host", "interrupted", "failed", "--take-over"],
+)
+def test_an_owner_that_need_not_be_watched_is_taken_over_at_once(
+    database: Database, owner: dict[str, object], options: dict[str, object]
+) -> None:
+    database.make_tickets(1, 30)
+    rotation, told = make_rotation(**owner), Told()
+    outcome = rotate(told, **options)
+    assert_completed(outcome, rows=30)
+    assert outcome.stopped.rotation == rotation.pk
+    assert told.of(OwnerWatched) == 0
+
+
+def test_a_restart_abandons_what_was_unfinished(database: Database) -> None:
+    database.make_tickets(1, 30)
+    database.count_updates()
+    first = rotate(stop_after_rows=10)
+    second = rotate(restart=True)
+    assert_completed(second, rows=30)
+    assert second.stopped.rotation != first.stopped.rotation
+    assert Rotation.objects.get(pk=first.stopped.rotation).status == "abandoned"
+    assert database.updates() == once_each((1, 10), (1, 30))
+
+
+def test_a_run_that_is_taken_over_writes_nothing_more_and_leaves_the_row_alone(database: Database) -> None:
+    database.make_tickets(1, 200)
+    database.count_updates()
+    taken = (
+        "UPDATE rotator_rotation SET generation = generation + 1, owner_host = 'elsewhere.example',"
+        " updated_at = clock_timestamp() RETURNING updated_at"
+    )
+    seen = list[object]()
+
+    def take() -> None:
+        seen.extend(*database.execute(taken))
+        seen.append(sum(database.updates().values()))
+
+    outcome = rotate(Told(after_ranges(3, take)), concurrency=1)
+
+    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
+    assert "taken this rotation over" in outcome.stopped.error
+    rotation = Rotation.objects.get()
+    assert (rotation.status, rotation.owner_host) == ("running", "elsewhere.example")
+    assert [rotation.updated_at, sum(database.updates().values())] == seen
+
+
+# --- Rows that cannot be written -------------------------------------------------------------------
+
+
+def test_rows_at_fault_are_named_and_all_others_rotated(database: Database) -> None:
+    database.make_tickets(1, 100)
+    database.count_updates()
+    trigger = database.before_update(
+        "IF OLD.id IN (7, 8, 100) THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;"
+    )
+
+    first = rotate()
+
+    assert (first.stopped.status, first.exit_status) == ("failed", 1)
+    assert sorted(first.stopped.failed_keys) == [
+        (f"[{number}]", "raise_exception (P0001)") for number in (100, 7, 8)
+    ]
+    assert Rotation.objects.get().status == "failed"
+    assert database.updates() == once_each((1, 6), (9, 99))
+
+    database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
+    second = rotate()
+
+    assert_completed(second, rows=100)
+    assert second.stopped.rotation == first.stopped.rotation
+    assert database.updates() == once_each((1, 100))
+
+
+def test_suppressed_updates_complete_nothing(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    database.make_tickets(1, 20)
+    database.before_update("IF OLD.id = 5 THEN RETURN NULL; END IF; RETURN NEW;")
+    monkeypatch.setattr(engine, "backoff_seconds", lambda *_attempt, **_limits: 0.0)
+    outcome = rotate()
+    assert outcome.stopped.status == "failed"
+    assert [key for key, _ in outcome.stopped.failed_keys] == ["[5]"]
+
+
+def test_rows_that_somebody_holds_are_rotated_when_they_are_free(database: Database) -> None:
+    database.make_tickets(1, 50)
+    database.count_updates()
+    neighbour = database.connect()
+    neighbour.execute("BEGIN")
+    neighbour.execute("SELECT FROM tickets_ticket WHERE id = 25 FOR UPDATE")
+
+    def let_go(event: Event) -> None:
+        if isinstance(event, RangeDeferred) and told.of(RangeDeferred) == 3:
+            neighbour.execute("COMMIT")
+
+    told = Told(let_go)
+    outcome = rotate(told)
+    assert_completed(outcome, rows=50)
+    assert told.of(RangeDeferred) >= 3
+    assert told.of(OutageStarted) == 0
+    assert database.updates() == once_each((1, 50))
+
+
+# --- Late commits ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def older(database: Database) -> psycopg.Connection:
+    """A transaction that inserts rows within and above the bound before any rotation, and is not over."""
+    database.make_tickets(1, 14)
+    database.make_tickets(16, 50)
+    database.count_updates()
+    opened = database.connect(application_name="shop")
+    opened.execute("BEGIN")
+    opened.execute(
+        "INSERT INTO tickets_ticket (id, title, created_at, token)"
+        " SELECT id, 'late', now(), gen_random_uuid() FROM unnest('{15,99}'::int[]) AS id"
+    )
+    return opened
+
+
+def test_who_wrote_before_the_start_is_waited_for_before_the_bound_is_frozen(
+    database: Database, older: psycopg.Connection
+) -> None:
+
+    def commit(event: Event) -> None:
+        if isinstance(event, LateCommitsAwaited):
+            assert [holder.split(", ")[2] for holder in event.holders] == ["application shop"]
+            older.execute("COMMIT")
+
+    told = Told(commit)
+    assert_completed(rotate(told), rows=51)
+    assert told.of(LateCommitsAwaited) == 1
+    assert database.updates() == once_each((1, 50), (99, 99))
+    assert Rotation.objects.get().late_rows == 0
+
+
+def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
+    database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+
+    def commit(event: Event) -> None:
+        if isinstance(event, LateCommitsAwaited) and told.rows == 49:
+            older.execute("COMMIT")
+
+    told = Told(commit)
+    outcome = rotate(told)
+
+    assert_completed(outcome, rows=51)
+    assert outcome.stopped.late_rows == Rotation.objects.get().late_rows == 2
+    assert sum(event.rows for event in told.events if isinstance(event, LateRowsRotated)) == 2
+    assert database.updates() == once_each((1, 50), (99, 99))
+
+
+def test_more_late_rows_than_a_batch_are_all_rotated(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+    database.count_updates()
+    older = database.connect()
+    older.execute("BEGIN")
+    older.execute(
+        "INSERT INTO tickets_ticket (id, title, created_at, token)"
+        " SELECT id, 'late', now(), gen_random_uuid() FROM generate_series(1, 300) AS id"
+    )
+
+    def commit(event: Event) -> None:
+        if isinstance(event, LateCommitsAwaited) and told.of(RotationStarted):
+            older.execute("COMMIT")
+
+    told = Told(commit)
+    assert_completed(rotate(told), rows=300)
+    assert database.updates() == once_each((1, 300))
+
+
+def test_a_run_that_is_stopped_while_it_waits_for_others_goes_on_later(
+    database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, LateCommitsAwaited) and told.rows == 49:
+            signal.raise_signal(signal.SIGINT)
+
+    told = Told(stop)
+    first = rotate(told)
+    assert (first.stopped.status, first.stopped.rows, first.exit_status) == ("interrupted", 49, 130)
+    older.execute("COMMIT")
+    second = rotate()
+    assert_completed(second, rows=51)
+    assert second.stopped.late_rows == 2
+    assert database.updates() == once_each((1, 50), (99, 99))
+
+
+# --- Outages ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [{1}, {5}, {2, 7, 12}])
+def test_lost_connections_are_survived(database: Database, at: set[int]) -> None:
+    database.make_tickets(1, 300)
+    database.count_updates()
+    before = database.values()
+
+    def end(event: Event) -> None:
+        if isinstance(event, RangeCompleted) and told.of(RangeCompleted) in at:
+            database.execute(END_THE_ROTATOR)
+
+    told = Told(end)
+    outcome = rotate(told)
+
+    assert_completed(outcome, rows=300)
+    assert told.of(OutageStarted) == told.of(OutageEnded) == len(at)
+    assert told.of(RotationStarted) == 1
+    assert database.updates() == once_each((1, 300))
+    assert_new_uuid4s(before, database.values())
+    assert Rotation.objects.get().generation == 1 + len(at)
+
+
+def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Database) -> None:
+    database.make_tickets(1, 500)
+    database.before_update("IF OLD.id = 7 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
+
+    def end(event: Event) -> None:
+        if isinstance(event, RowFailed) and told.of(RowFailed) == 1:
+            database.execute(END_THE_ROTATOR)
+
+    told = Told(end)
+    outcome = rotate(told)
+    assert outcome.stopped.status == "failed"
+    assert told.of(OutageEnded) == 1
+    assert outcome.stopped.failed_keys == (("[7]", "raise_exception (P0001)"),)
+
+
+def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_nothing(
+    database: Database,
+) -> None:
+    database.make_tickets(1, 500)
+    trigger = database.before_update("IF OLD.id = 7 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
+
+    def mend(event: Event) -> None:
+        if isinstance(event, RowFailed):
+            database.execute(END_THE_ROTATOR)
+        if isinstance(event, OutageStarted):
+            database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
+
+    assert_completed(rotate(Told(mend)), rows=500)
+
+
+def test_a_server_that_stays_away_ends_the_run_once_its_budget_is_used_up(database: Database) -> None:
+    database.make_tickets(1, 100)
+    database.count_updates()
+    name = django_connection.get_connection_params()["dbname"]
+
+    def close(event: Event) -> None:
+        if isinstance(event, RangeCompleted) and told.of(RangeCompleted) == 2:
+            maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            database.execute(END_THE_ROTATOR)
+
+    told = Told(close)
+    maintenance = database.connect(dbname="postgres")
+    try:
+        outcome = rotate(told, outage_budget_seconds=0.5)
+    finally:
+        maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
+    assert "cannot be reached" in outcome.stopped.error
+    # Nobody could tell the database.
+    assert Rotation.objects.get().status == "running"
+    second = rotate(take_over=True)
+    assert_completed(second, rows=100)
+    assert database.updates() == once_each((1, 100))
+
+
+def test_a_server_that_comes_back_read_only_ends_the_run_with_an_account(database: Database) -> None:
+    database.make_tickets(1, 100)
+    name = django_connection.get_connection_params()["dbname"]
+
+    def switch(event: Event) -> None:
+        if isinstance(event, RangeCompleted) and told.of(RangeCompleted) == 2:
+            database.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+            database.execute(END_THE_ROTATOR)
+
+    told = Told(switch)
+    try:
+        outcome = rotate(told)
+    finally:
+        database.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
+    assert "read-only" in outcome.stopped.error
+
+
+# --- The heartbeat beside the work -----------------------------------------------------------------
+
+
+def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.make_tickets(1, 30_000)
+    # The heartbeat wants the connection while the count that is given up still holds it.
+    monkeypatch.setattr(run, "COUNT_SECONDS", 0.001)
+    monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
+    outcome = rotate(stop_after_rows=1)
+    assert (outcome.stopped.error, outcome.exit_status) == ("Stopped by --stop-after.", 0)
+    assert not outcome.stopped.rows_total_is_exact
+
+
+def test_the_heartbeat_does_not_take_completion_for_a_takeover(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.make_tickets(1, 200)
+    monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
+    for _ in range(5):
+        assert_completed(rotate(), rows=200)
