@@ -17,6 +17,8 @@ TUNING: Final = {
     "checkpoint_timeout": "30min",
     "shared_buffers": "512MB",
     "max_connections": "100",
+    # They commit as late as anything can, so the tests want some.
+    "max_prepared_transactions": "10",
 }
 
 

@@ -98,7 +98,7 @@ def test_json_is_one_object_a_line_and_the_summary_elsewhere(commands: Commands)
         assert datetime.fromisoformat(event["at"]).tzinfo is not None
     assert (events[-1]["status"], events[-1]["rows"], events[-1]["ranges"]) == ("interrupted", 10_000, 50)
     assert finished.err.startswith("Interrupted: ")
-    assert finished.err.splitlines()[-1].startswith("Go on with: python manage.py async_rotate")
+    assert finished.err.splitlines()[-1].startswith("Go on with: ")
 
 
 def test_none_is_the_summary_alone(commands: Commands) -> None:

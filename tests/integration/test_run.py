@@ -27,7 +27,7 @@ from rotator.events import (
 )
 from rotator.models import CompletedRange, Rotation
 from rotator.process import this_process
-from rotator.run import acquiring, run
+from rotator.run import acquiring, one_pass, run
 from rotator.run.options import RunOptions
 from rotator.service import Outcome, prepare
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database, assert_new_uuid4s, once_each
@@ -443,7 +443,7 @@ def test_who_wrote_before_the_start_is_waited_for_before_the_bound_is_frozen(
 def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
 
     def commit(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and told.rows == 49:
@@ -461,7 +461,7 @@ def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
 def test_more_late_rows_than_a_batch_are_all_rotated(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
     database.count_updates()
     older = database.connect()
     older.execute("BEGIN")
@@ -482,7 +482,7 @@ def test_more_late_rows_than_a_batch_are_all_rotated(
 def test_a_run_that_is_stopped_while_it_waits_for_others_goes_on_later(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
 
     def stop(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and told.rows == 49:
@@ -603,7 +603,7 @@ def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(
 ) -> None:
     database.make_tickets(1, 30_000)
     # The heartbeat wants the connection while the count that is given up still holds it.
-    monkeypatch.setattr(run, "COUNT_SECONDS", 0.001)
+    monkeypatch.setattr(one_pass, "COUNT_SECONDS", 0.001)
     monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
     outcome = rotate(stop_after_rows=1)
     assert (outcome.stopped.error, outcome.exit_status) == ("Stopped by --stop-after.", 0)
