@@ -28,6 +28,9 @@ SUPERSEDED: Final = "this process does not own the rotation any more"
 RANGE_GREW: Final = "the range holds more rows than were planned"
 SUPPRESSED: Final = "rows stayed as they were, perhaps because of a trigger"
 
+# The constraints of rotator.models that no two checkpoints of a rotation get past.
+_CHECKPOINTED: Final = ("rotator_range_begins_once", "rotator_range_ends_once")
+
 ANSWER_SECONDS: Final = 30.0
 
 _LOST_CLASSES: Final = ("08", "57P")
@@ -63,7 +66,8 @@ async def answered(
             every packet, so only a clock of our own notices.
 
     Raises:
-        ServerLostError: The connection is gone, was never made, or is silent.
+        ServerLostError: The connection is gone, was never made, or is silent; or more was committed than
+            this process was told, and the checkpoints have to be read anew.
         RowsLockedError: A lock was not to be had in time.
         SupersededError: The fence holds.
         RangeTooSlowError: A statement took longer than it may.
@@ -106,6 +110,9 @@ def _refused_for_good(error: psycopg.Error) -> RotatorError | None:
 
 def _refused_range(error: psycopg.Error) -> RotatorError:
     match error:
+        case errors.UniqueViolation() if error.diag.constraint_name in _CHECKPOINTED:
+            # Halves of such a range would get past the constraints, and be written twice.
+            return ServerLostError("The checkpoints hold more than this process knows of.")
         case errors.LockNotAvailable():
             return RowsLockedError("Somebody else holds rows of the range.")
         case errors.QueryCanceled():

@@ -9,7 +9,7 @@ from collections import Counter
 import psycopg
 import pytest
 
-from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, SupersededError
+from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, ServerLostError, SupersededError
 from rotator.keys import Key, KeyRange
 from rotator.postgres import writing as writing_module
 from rotator.postgres.arrays import MakeValues
@@ -364,7 +364,7 @@ async def test_a_range_that_is_checkpointed_already_is_not_written_again(
     database.make_tickets(1, 20)
     async with writing(database, claim) as writer:
         await writer.rewrite(key_range(None, 20, 20))
-    await _refused(database, claim, key_range(after, through, 20), RotatorError)
+    await _refused(database, claim, key_range(after, through, 20), ServerLostError)
 
 
 @pytest.mark.parametrize(
