@@ -479,6 +479,25 @@ def test_more_late_rows_than_a_batch_are_all_rotated(
     assert database.updates() == once_each((1, 300))
 
 
+def test_a_late_row_at_fault_completes_nothing(
+    database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+
+    def commit(event: Event) -> None:
+        if isinstance(event, LateCommitsAwaited) and told.rows == 49:
+            older.execute("COMMIT")
+            database.before_update("IF OLD.id = 99 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
+
+    told = Told(commit)
+    outcome = rotate(told)
+
+    assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.rows) == ("failed", 1, 50)
+    assert outcome.stopped.failed_keys == (("[99]", "raise_exception (P0001)"),)
+    assert Rotation.objects.get().status == "failed"
+    assert database.updates() == once_each((1, 50))
+
+
 def test_a_run_that_is_stopped_while_it_waits_for_others_goes_on_later(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +539,20 @@ def test_lost_connections_are_survived(database: Database, at: set[int]) -> None
     assert database.updates() == once_each((1, 300))
     assert_new_uuid4s(before, database.values())
     assert Rotation.objects.get().generation == 1 + len(at)
+
+
+def test_a_limit_counts_the_rows_before_an_outage_too(database: Database) -> None:
+    database.make_tickets(1, 300)
+    database.count_updates()
+
+    def end() -> None:
+        database.execute(END_THE_ROTATOR)
+
+    outcome = rotate(Told(after_ranges(5, end)), stop_after_rows=150)
+    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 0)
+    assert outcome.stopped.rows_this_run == outcome.stopped.rows == sum(database.updates().values()) == 150
+    assert_completed(rotate(), rows=300)
+    assert database.updates() == once_each((1, 300))
 
 
 def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Database) -> None:
