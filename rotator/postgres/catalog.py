@@ -48,42 +48,53 @@ async def read_table(
         column: The name of the rotated column.
 
     Raises:
-        TargetError: The table or one of the columns is missing, its type is not one of the server's own, or
-            row-level security hides rows.
+        TargetError: The table or one of the columns is missing, its type is not one of the server's own, the
+            table is none of the ordinary kind, or row-level security hides rows.
     """
     async with answered(connection):
         cursor = await connection.execute(
-            "SELECT a.attname, t.typname, n.nspname, row_security_active(a.attrelid)"
+            "SELECT c.relkind = 'r' AND NOT c.relhassubclass, row_security_active(c.oid)"
+            " FROM pg_catalog.pg_class c WHERE c.oid = pg_catalog.to_regclass(%s)",
+            (sql.Identifier(*path).as_string(),),
+        )
+        relation = await cursor.fetchone()
+        cursor = await connection.execute(
+            "SELECT a.attname, t.typname, n.nspname, ln.nspname, l.collname"
             " FROM pg_catalog.pg_attribute a"
             " JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
             " JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace"
+            " LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation"
+            " LEFT JOIN pg_catalog.pg_namespace ln ON ln.oid = l.collnamespace"
             " WHERE a.attrelid = pg_catalog.to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
             (sql.Identifier(*path).as_string(),),
         )
-        columns = await cursor.fetchall()
-    types = {name: (type_name, schema) for name, type_name, schema, _ in columns}
+        columns = {name: found async for name, *found in cursor}
     named = ".".join(path)
-    if not types:
+    if relation is None:
         raise TargetError(
             f"The table {named} does not exist in this database: run `manage.py migrate`, or choose another "
             "with --database."
         )
-
-    if any(hides_rows for *_, hides_rows in columns):
+    is_plain_table, hides_rows = relation
+    if not is_plain_table:
+        raise TargetError(
+            f"{named} is no ordinary table, or has partitions or children: those cannot be rotated yet."
+        )
+    if hides_rows:
         raise TargetError(
             f"Row-level security hides rows of {named} from this role, and they would keep their values: "
             "use a role that owns the table or has BYPASSRLS."
         )
 
     def look_up(name: str) -> Column:
-        if name not in types:
+        if name not in columns:
             raise TargetError(f"The table {named} has no column {name}: run `manage.py migrate`.")
-        type_name, schema = types[name]
+        type_name, schema, *collation = columns[name]
         if schema != _BUILTIN_SCHEMA:
             raise TargetError(
                 f"The column {name} of {named} has the type {schema}.{type_name}, and only the server's own "
                 "types can be rotated or be keys."
             )
-        return Column(name=name, type_name=type_name)
+        return Column(name=name, type_name=type_name, collation=tuple(collation) if collation[1] else None)
 
     return TargetTable(path=path, key=tuple(look_up(name) for name in key), column=look_up(column))

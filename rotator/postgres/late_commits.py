@@ -16,8 +16,8 @@ from rotator.postgres.failures import SUPPRESSED, answered
 from rotator.postgres.table import TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits, guard
 
-# About half a second of reading: no snapshot of this pass holds vacuum back for longer.
-CHUNK_BLOCKS: Final = 16_384
+# 16 MB: little to read again for each batch of late rows, and no snapshot that holds vacuum back.
+CHUNK_BLOCKS: Final = 2048
 
 _STARTED: Final = sql.SQL("%(started_xid)s::text::xid8::xid")
 

@@ -143,6 +143,21 @@ async def take_over(
     return Claim(rotation=claim.rotation, generation=row[0]) if row else None
 
 
+async def find_own(connection: AsyncConnection, rotation: int, owner: Owner) -> tuple[Claim, str] | None:
+    """What this process owns of a rotation, and its status, after a reply was lost; None for nothing.
+
+    A lost reply may have been to the taking over itself, or to the completing transaction.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(
+            "SELECT generation, status FROM rotator_rotation WHERE id = %(rotation)s"
+            " AND owner_host = %(host)s AND owner_pid = %(pid)s AND owner_process = %(process)s",
+            {"rotation": rotation, "host": owner.host, "pid": owner.pid, "process": owner.process},
+        )
+        row = await cursor.fetchone()
+    return (Claim(rotation=rotation, generation=row[0]), row[1]) if row else None
+
+
 async def abandon(connection: AsyncConnection, claim: Claim) -> bool:
     """End an unfinished rotation for good, and fence its owner out; False where ``claim`` is out of date."""
     async with _alone(connection, claim.rotation):

@@ -20,15 +20,24 @@ class Column:
     Attributes:
         name: The column's name, unquoted.
         type_name: The type's name in pg_catalog, e.g. ``int8``.
+        collation: The collation's schema and name, unquoted; None where the type has none.
     """
 
     name: str
     type_name: str
+    collation: tuple[str, str] | None = None
 
     @property
     def type(self) -> sql.Composable:
         """The type's quoted name."""
         return identifier("pg_catalog", self.type_name)
+
+    @property
+    def cast(self) -> sql.Composable:
+        """What makes a text one of the column's values, which then compares as the column does."""
+        if self.collation is None:
+            return sql.SQL("::{}").format(self.type)
+        return sql.SQL("::{} COLLATE {}").format(self.type, identifier(*self.collation))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,15 +82,15 @@ class TargetTable:
     def decoded(self, array: sql.Composable) -> sql.Composable:
         """The values of a JSON array, in the key's own types, as ORDER BY wants them."""
         return sql.SQL(", ").join(
-            sql.SQL("({} ->> {})::{}").format(array, sql.Literal(position), column.type)
+            sql.SQL("({} ->> {}){}").format(array, sql.Literal(position), column.cast)
             for position, column in enumerate(self.key)
         )
 
     def decoded_columns(self, array: sql.Composable) -> sql.Composable:
         """The values of a JSON array, as columns of the key's own types and names."""
         return sql.SQL(", ").join(
-            sql.SQL("({} ->> {})::{} AS {}").format(
-                array, sql.Literal(position), column.type, identifier(column.name)
+            sql.SQL("({} ->> {}){} AS {}").format(
+                array, sql.Literal(position), column.cast, identifier(column.name)
             )
             for position, column in enumerate(self.key)
         )

@@ -1,7 +1,7 @@
 """Becoming the owner of a target's rotation: begin one, go on with one, or leave it to who is at it."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -10,6 +10,7 @@ from psycopg import AsyncConnection
 from rotator.errors import OwnedElsewhereError, StoppedBeforeStartError
 from rotator.events import OwnerWatched
 from rotator.postgres import ownership
+from rotator.postgres.failures import superseded
 from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
 from rotator.run.context import RunContext
@@ -25,10 +26,12 @@ class Acquired:
     Attributes:
         claim: What it may write for.
         stopped_at: The last heartbeat of the run before; None for a new rotation.
+        is_completed: Whether it turned out to be completed, by a transaction whose reply was lost.
     """
 
     claim: Claim
     stopped_at: datetime | None
+    is_completed: bool = False
 
 
 class Acquisition:
@@ -104,3 +107,27 @@ class Acquisition:
             f"{found.owned_since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, with {found.rows_done:,} of "
             f"{found.rows_total:,} rows done: wait for it, or take it over with --take-over."
         )
+
+
+async def regain(connection: AsyncConnection, acquired: Acquired, context: RunContext) -> Acquired:
+    """Own again what this process owned before it lost a connection.
+
+    Nobody knows what the lost connections were about to commit. Under the exclusive lock, with a new
+    generation, they have committed it or never will. Not even the generation is known: the lost reply may
+    have been to the taking over itself, or to completion.
+
+    Raises:
+        SupersededError: Another process owns it.
+    """
+    own = await ownership.find_own(connection, acquired.claim.rotation, context.owner)
+    if own is None:
+        raise superseded()
+    claim, status = own
+    if status == "completed":
+        return replace(acquired, claim=claim, is_completed=True)
+    raised = await ownership.take_over(
+        connection, claim, owner=context.owner, options=context.options.saved()
+    )
+    if raised is None:
+        raise superseded()
+    return replace(acquired, claim=raised)

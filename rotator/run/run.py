@@ -3,7 +3,6 @@
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import replace
 from signal import Signals
 from typing import Final
 
@@ -25,12 +24,11 @@ from rotator.events import (
 from rotator.postgres import ownership
 from rotator.postgres.catalog import check_server, read_table
 from rotator.postgres.connections import Server, connected, pooled
-from rotator.postgres.failures import superseded
 from rotator.postgres.ownership import Owned
 from rotator.postgres.server_log import settings_that_show_values
 from rotator.postgres.table import TargetTable
 from rotator.process import this_process
-from rotator.run.acquiring import Acquired, Acquisition
+from rotator.run.acquiring import Acquired, Acquisition, regain
 from rotator.run.context import RunContext
 from rotator.run.figures import Figures
 from rotator.run.one_pass import STOP_AFTER, Pass
@@ -139,19 +137,12 @@ class Run:
         """Own the rotation, the first time or again after an outage."""
         if self._acquired is None:
             return await Acquisition(control, self._context).acquire()
-        # Nobody knows what the lost connections were about to commit. Under the exclusive lock, with a
-        # new generation, they have committed it or never will.
-        claim = await ownership.take_over(
-            control,
-            self._acquired.claim,
-            owner=self._context.owner,
-            options=self._context.options.saved(),
-        )
-        if claim is None:
-            raise superseded()
-        return replace(self._acquired, claim=claim)
+        return await regain(control, self._acquired, self._context)
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
+        if acquired.is_completed:
+            self._tell_back((await ownership.read_owned(control, acquired.claim)).rows_done)
+            return "completed"
         server, concurrency = self._context.server, self._context.options.concurrency
         async with connected(server) as connection, pooled(server, concurrency) as pool:
             one_pass = Pass(connection, pool, table, acquired, self._context)
@@ -179,11 +170,14 @@ class Run:
             self._notify(Tick())
 
     def _tell_started(self, one_pass: Pass, owned: Owned) -> None:
-        if self._outage.is_away:
-            self._notify(OutageEnded(seconds=self._outage.back(), rows_done=owned.rows_done))
+        self._tell_back(owned.rows_done)
         if not self._figures.has_started:
             self._late_rows_before = owned.late_rows
             self._notify(one_pass.started(owned))
+
+    def _tell_back(self, rows_done: int) -> None:
+        if self._outage.is_away:
+            self._notify(OutageEnded(seconds=self._outage.back(), rows_done=rows_done))
 
     async def _outlast(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False where the budget is used up or a stop was asked for."""

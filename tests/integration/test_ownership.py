@@ -17,6 +17,7 @@ from rotator.postgres.ownership import (
     beat,
     begin_rotation,
     complete,
+    find_own,
     find_unfinished,
     freeze_bound,
     read_owned,
@@ -93,6 +94,25 @@ async def test_other_targets_and_databases_are_rotated_beside_it(
 
 async def test_nothing_is_unfinished_before_the_first_rotation(control: psycopg.AsyncConnection) -> None:
     assert await find_unfinished(control, TARGET, "default") is None
+
+
+# --- Coming back after a lost reply ----------------------------------------------------------------
+
+
+async def test_what_this_process_owns_is_found_whatever_the_lost_reply_was_to(
+    control: psycopg.AsyncConnection, claim: Claim
+) -> None:
+    assert await find_own(control, claim.rotation, this_process()) == (claim, "running")
+    taken = await take_over(control, claim, owner=this_process(), options={})
+    assert await find_own(control, claim.rotation, this_process()) == (taken, "running")
+    assert taken is not None
+    await complete(control, TICKETS, taken, None, active_seconds=1.0)
+    assert await find_own(control, claim.rotation, this_process()) == (taken, "completed")
+
+
+async def test_what_another_process_owns_is_not_found(control: psycopg.AsyncConnection, claim: Claim) -> None:
+    await _take(control, claim)
+    assert await find_own(control, claim.rotation, this_process()) is None
 
 
 # --- Taking over -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import psycopg
 import pytest
@@ -11,7 +12,7 @@ from django.db import connection as django_connection
 from django.db import transaction
 
 from rotator.engine import engine
-from rotator.errors import OptionError, OwnedElsewhereError
+from rotator.errors import OptionError, OwnedElsewhereError, ServerLostError
 from rotator.events import (
     DrainStarted,
     Event,
@@ -26,6 +27,8 @@ from rotator.events import (
     RowFailed,
 )
 from rotator.models import CompletedRange, Rotation
+from rotator.postgres import ownership
+from rotator.postgres.transaction import Claim
 from rotator.process import this_process
 from rotator.run import acquiring, one_pass, run
 from rotator.run.options import RunOptions
@@ -482,7 +485,7 @@ def test_more_late_rows_than_a_batch_are_all_rotated(
 def test_a_late_row_at_fault_completes_nothing(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
 
     def commit(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and told.rows == 49:
@@ -650,3 +653,43 @@ def test_the_heartbeat_does_not_take_completion_for_a_takeover(
     monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
     for _ in range(5):
         assert_completed(rotate(), rows=200)
+
+
+# --- Replies that are lost -------------------------------------------------------------------------
+
+
+def test_a_completion_whose_reply_is_lost_is_a_completion(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.make_tickets(1, 200)
+    complete = ownership.complete
+
+    async def complete_and_lose(*args: Any, **options: Any) -> int | None:  # noqa: ANN401 - as they come
+        await complete(*args, **options)
+        raise ServerLostError("The connection was lost.")
+
+    monkeypatch.setattr(ownership, "complete", complete_and_lose)
+    told = Told()
+    assert_completed(rotate(told), rows=200)
+    assert told.of(OutageEnded) == 1
+
+
+def test_a_taking_over_whose_reply_is_lost_is_no_other_process(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.make_tickets(1, 200)
+    database.count_updates()
+    take_over = ownership.take_over
+    lost: list[Claim] = []
+
+    async def take_over_and_lose(*args: Any, **options: Any) -> Claim | None:  # noqa: ANN401 - as they come
+        claim = await take_over(*args, **options)
+        if claim is not None and not lost:
+            lost.append(claim)
+            raise ServerLostError("The connection was lost.")
+        return claim
+
+    monkeypatch.setattr(ownership, "take_over", take_over_and_lose)
+    assert_completed(rotate(Told(after_ranges(3, lambda: database.execute(END_THE_ROTATOR)))), rows=200)
+    assert lost
+    assert database.updates() == once_each((1, 200))
