@@ -43,6 +43,25 @@ def test_small_tables_complete(commands: Commands, rows: int, said: str) -> None
         audit.assert_rotated()
 
 
+def test_a_heartbeat_while_the_rotation_is_being_completed_does_no_harm(commands: Commands) -> None:
+    audit = audited_tickets(100)
+    query(
+        "CREATE FUNCTION acceptance_lingering() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_sleep(2.5); RETURN NULL; END $$"
+    )
+    query(
+        "CREATE TRIGGER lingering AFTER UPDATE ON rotator_rotation FOR EACH ROW"
+        " WHEN (NEW.status = 'completed') EXECUTE FUNCTION acceptance_lingering()"
+    )
+    try:
+        finished = commands.run()
+    finally:
+        query("DROP FUNCTION acceptance_lingering() CASCADE")
+
+    assert finished.status == 0, finished.out
+    audit.assert_rotated()
+
+
 def test_a_completed_rotation_is_followed_by_another_one(commands: Commands) -> None:
     audit = audited_tickets(100)
     assert commands.run().status == 0
