@@ -16,3 +16,6 @@ if __name__ == "__main__":
     except (DatabaseUrlError, EmbeddedServerError) as error:
         # Each is a sentence on what to do, to which a traceback adds nothing.
         sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        # Before a command listens to it, all there is to say is that it came: 128 + SIGINT.
+        sys.exit(130)

@@ -8,6 +8,8 @@ from typing import Final
 from rotator.errors import OptionError
 
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+# A year; clocks count further, but event loops do not.
+_LONGEST_SECONDS: Final = 365 * 24 * 3600.0
 _THIS_RUN_ALONE: Final = ("--restart", "--take-over", "--stop-after")
 
 
@@ -22,7 +24,10 @@ def seconds(text: str | float) -> float:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", text)
     if found is None or not float(found[1]):
         raise OptionError(f"'{text}' is no time: write it as 100ms, 30s, 5m or 2h.")
-    return float(found[1]) * _SECONDS[found[2]]
+    time = float(found[1]) * _SECONDS[found[2]]
+    if time > _LONGEST_SECONDS:
+        raise OptionError(f"'{text}' is too long a time: the longest is {_LONGEST_SECONDS / 3600:.0f}h.")
+    return time
 
 
 def rows_or_seconds(text: str | float | None) -> int | float | None:
@@ -51,13 +56,17 @@ def writable(path: Path | str | None) -> Path | None:
         return None
     path = Path(path)
     try:
-        # Appending nothing leaves an older report as it is, should this run not come to write one.
+        # Should this run not come to write one, an older report stays as it is, and a new one is not begun.
+        is_new = not path.exists()
         with path.open("a"):
-            return path
+            pass
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise OptionError(
             f"The report cannot be written to {path} ({error.strerror}): name a file that can be."
         ) from error
+    return path
 
 
 def resume_command(arguments: list[str], *, python: Path, folder: Path) -> str:

@@ -5,6 +5,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.errors import OptionError, TargetError
+from rotator.postgres.connections import APPLICATION_NAME
 from rotator.postgres.failures import answered
 from rotator.postgres.table import Column, TargetTable
 
@@ -13,26 +14,37 @@ _BUILTIN_SCHEMA = "pg_catalog"
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
-    """Refuse a server that is too old, or does not allow enough connections.
+    """Refuse a server that is too old, or has not enough connections left.
+
+    Args:
+        connection: In autocommit mode.
+        connections: How many there are to be.
+        concurrency: How many workers that is for.
 
     Raises:
         TargetError: It is older than PostgreSQL 15.
-        OptionError: It does not allow this many connections.
+        OptionError: It has not that many connections left.
     """
     async with answered(connection):
         cursor = await connection.execute(
             "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"
             " current_setting('max_connections')::integer"
-            " - current_setting('superuser_reserved_connections')::integer"
+            " - current_setting('superuser_reserved_connections')::integer,"
+            # A former owner's are gone when this run needs them.
+            " (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+            " AND pid <> pg_backend_pid() AND application_name IS DISTINCT FROM %s)",
+            (APPLICATION_NAME,),
         )
         row = await cursor.fetchone()
-    number, version, allowed = row or (0, "unknown", 0)
+    number, version, allowed, others = row or (0, "unknown", 0, 0)
     if number < OLDEST_VERSION:
         raise TargetError(f"PostgreSQL 15 or later is needed; this server is {version}.")
-    if connections > allowed:
+    if connections > allowed - others:
+        most = allowed - others - connections + concurrency
+        advice = f"ask for at most {most}" if most > 0 else "free some, or raise max_connections"
         raise OptionError(
-            f"--concurrency {concurrency} needs {connections} connections and the server allows {allowed}: "
-            f"ask for at most {allowed - connections + concurrency}."
+            f"--concurrency {concurrency} needs {connections} connections; the server allows {allowed}, and "
+            f"others use {others} of them: {advice}."
         )
 
 

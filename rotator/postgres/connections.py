@@ -11,6 +11,7 @@ from psycopg_pool import AsyncConnectionPool
 from rotator.postgres import arrays
 from rotator.postgres.failures import answered
 
+APPLICATION_NAME: Final = "rotator"
 CONNECT_SECONDS: Final = 10
 OPEN_SECONDS: Final = 20.0
 
@@ -41,7 +42,7 @@ class Server:
         """Return the keyword arguments of a connection."""
         return {
             **_KEEPALIVE,
-            "application_name": "rotator",
+            "application_name": APPLICATION_NAME,
             **self.parameters,
             "autocommit": True,
             # A range takes milliseconds and its parsing microseconds; poolers need not know what is prepared.

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
@@ -12,6 +13,7 @@ from rotator.events import DrainStarted, Observer
 _SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+SAME_REQUEST_SECONDS: Final = 0.5
 
 
 class StopRequests:
@@ -24,6 +26,7 @@ class StopRequests:
         self.aborted = False
         self._work: asyncio.Task[object] | None = None
         self._notify = notify
+        self._signalled_at = 0.0
 
     def ask(self, reason: str) -> None:
         """Begin to drain, unless that was asked for already."""
@@ -33,10 +36,17 @@ class StopRequests:
             self._notify(DrainStarted(reason=reason))
 
     def ask_by_signal(self, received: signal.Signals) -> None:
-        """Begin to drain; the second time, cancel the work."""
+        """Begin to drain; the second time, cancel the work.
+
+        One hang-up or shutdown can arrive as two signals: from the terminal and the shell, from a service
+        manager and its helper. Only Ctrl-C twice is meant as twice at once.
+        """
+        now = time.monotonic()
         if self.signal is None:
-            self.signal = received
+            self.signal, self._signalled_at = received, now
             self.ask(received.name)
+            return
+        if received is not signal.SIGINT and now - self._signalled_at < SAME_REQUEST_SECONDS:
             return
         self.aborted = True
         if self._work is not None:

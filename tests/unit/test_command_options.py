@@ -69,6 +69,18 @@ def test_an_older_report_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
     assert report.read_text() == "old"
 
 
+def test_a_report_is_not_begun_before_there_is_something_to_report(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert writable(report) == report
+    assert not report.exists()
+
+
+@pytest.mark.parametrize("text", ["9000h", "99999999999999999999h"])
+def test_no_time_is_longer_than_a_year(text: str) -> None:
+    with pytest.raises(OptionError, match="too long"):
+        seconds(text)
+
+
 def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be written to"):
         writable(tmp_path / "missing" / "report.json")

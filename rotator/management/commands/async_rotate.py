@@ -170,7 +170,12 @@ class Command(BaseCommand):
 
     def _tell(self, outcome: Outcome, options: Options, report_file: Path | None) -> None:
         stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
-        command = resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
+        # Called by another program, whose command line is none of ours, there is nothing to advise.
+        command = (
+            resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
+            if vars(self).get("_called_from_command_line")
+            else None
+        )
         text = summary(outcome.stopped, resume_command=command)
         # A terminal that hung up takes nothing with it: the database says the same.
         with suppress(OSError):
