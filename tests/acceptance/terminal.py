@@ -10,7 +10,7 @@ import termios
 import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tests.acceptance.harness import COMMAND, MANAGE, PROJECT, environment, resolved, url_of, wait_until
 
@@ -56,6 +56,17 @@ class Terminal:
         status = self._process.wait(seconds)
         self._stop_reading()
         return status
+
+    def answer(self, keys: str) -> int:
+        """Answer the last question, and wait for the end.
+
+        A key that comes just before the process begins to read is lost, and people press it again.
+        """
+        for _ in range(5):
+            self.type(keys)
+            with suppress(subprocess.TimeoutExpired):
+                return self.wait(10)
+        return self.wait()
 
     def close(self) -> None:
         """Close the window, which hangs up on the process."""

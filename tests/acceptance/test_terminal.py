@@ -90,8 +90,7 @@ def test_restart_asks_and_leaves_all_as_it_was(commands: Commands) -> None:
     ):
         with rotating_in_a_terminal("--restart", "--no-color") as terminal:
             _wait_for_the_question(terminal)
-            terminal.type(answer)
-            status = terminal.wait()
+            status = terminal.answer(answer)
         assert (status, terminal.said.splitlines()[-1]) == expected
 
     assert Rotation.objects.values().get() == before
