@@ -1,0 +1,47 @@
+"""A server of the tests' own for all of them, and for each a database of its own on it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.database import Database, new_database
+from tests.faults.harness import Commands
+from tests.faults.own_server import OwnServer
+from tests.faults.proxy import Proxy
+
+TEMPLATE = "migrated"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
+    """A server, with a migrated database to copy."""
+    with OwnServer() as own:
+        with own.connect() as admin:
+            admin.execute(f"CREATE DATABASE {TEMPLATE}".encode())
+        migrated = Commands(tmp_path_factory.mktemp("migrate")).run(
+            own.url(TEMPLATE), "--verbosity=0", command="migrate"
+        )
+        assert migrated.status == 0, migrated.err
+        yield own
+
+
+@pytest.fixture
+def database(server: OwnServer) -> Iterator[Database]:
+    with new_database(server, TEMPLATE) as database:
+        yield database
+
+
+@pytest.fixture
+def commands(database: Database, tmp_path: Path) -> Iterator[Commands]:  # noqa: ARG001 - dropped after them
+    started = Commands(tmp_path)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+@pytest.fixture
+def proxy(server: OwnServer) -> Iterator[Proxy]:
+    with Proxy(port=server.port) as proxy:
+        yield proxy

@@ -1,0 +1,206 @@
+"""A database of a test's own, and an account of its tickets that owes nothing to the code under test."""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import psycopg
+from psycopg import sql
+
+from tests.faults.own_server import OwnServer
+
+TABLE: Final = "tickets_ticket"
+_OLD: Final = "audit_old"
+_WRITES: Final = "audit_writes"
+_SLOWNESS: Final = "audit_slowness"
+# RFC 9562: the version is the first digit of the third group, the variant that of the fourth.
+_VERSION_4: Final = "^.{8}-.{4}-4.{3}-[89ab].{3}-.{12}$"
+
+
+class Database:
+    """One database of the tests' own server; its administrator goes past every proxy."""
+
+    def __init__(self, server: OwnServer, name: str) -> None:
+        self.server = server
+        self.name = name
+        self._connection: psycopg.Connection | None = None
+
+    def url(self, *, port: int | None = None, user: str = "postgres", **options: str) -> str:
+        """Return what DATABASE_URL has to be."""
+        return self.server.url(self.name, port=port, user=user, **options)
+
+    def connect(self) -> psycopg.Connection:
+        """Open a connection of the administrator's, in autocommit mode."""
+        return self.server.connect(self.name)
+
+    def query(self, statement: str, parameters: Sequence[object] | None = None) -> list[tuple[Any, ...]]:
+        """Execute a statement of the test's own, after a restart of the server as well."""
+        try:
+            return self._query(statement, parameters)
+        except psycopg.OperationalError:
+            if self._connection is not None and not self._connection.closed:
+                raise
+            return self._query(statement, parameters)
+
+    def number(self, statement: str, parameters: Sequence[object] | None = None) -> int:
+        """Return the one number that a query finds."""
+        found = self.query(statement, parameters)[0][0]
+        assert isinstance(found, int), f"{found!r} is no number"
+        return found
+
+    def checkpoints(self) -> int:
+        """Return how many ranges are completed."""
+        return self.number("SELECT count(*) FROM rotator_completedrange")
+
+    def status(self) -> str:
+        """Return the status of the latest rotation."""
+        return str(self.query("SELECT status FROM rotator_rotation ORDER BY id DESC LIMIT 1")[0][0])
+
+    def backends(self) -> int:
+        """Return how many connections of rotations the server still has, dead clients' included."""
+        return self.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND backend_type = 'client backend' AND application_name <> 'tests'"
+        )
+
+    def tokens(self) -> list[str]:
+        """Return all tokens as they are now."""
+        return [str(token) for (token,) in self.query(f"SELECT token::text FROM {TABLE}")]
+
+    def close(self) -> None:
+        """Close the administrator's connection."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def _query(self, statement: str, parameters: Sequence[object] | None) -> list[tuple[Any, ...]]:
+        if self._connection is None or self._connection.closed:
+            self._connection = self.connect()
+        cursor = self._connection.execute(statement.encode(), parameters)
+        return cursor.fetchall() if cursor.description else []
+
+
+class Audit:
+    """Remembers the tokens as they were, and counts every committed change of one.
+
+    The counts are rows of an ordinary table, written by a trigger: a commit that a crash of the server loses
+    takes them along.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        for statement in (
+            f"CREATE TABLE {_OLD} AS SELECT id, token FROM {TABLE}",
+            f"CREATE UNIQUE INDEX ON {_OLD} (id)",
+            f"CREATE TABLE {_WRITES} (id bigint NOT NULL, application text NOT NULL)",
+            f"GRANT INSERT ON {_WRITES} TO PUBLIC",
+            (
+                f"CREATE FUNCTION {_WRITES}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+                f" INSERT INTO public.{_WRITES} VALUES (NEW.id, current_setting('application_name'));"
+                " RETURN NULL; END $$"
+            ),
+            (
+                f"CREATE TRIGGER {_WRITES} AFTER UPDATE ON {TABLE} FOR EACH ROW"
+                f" WHEN (OLD.token IS DISTINCT FROM NEW.token) EXECUTE FUNCTION {_WRITES}()"
+            ),
+            f"ANALYZE {_OLD}",
+        ):
+            database.query(statement)
+
+    def changed(self) -> int:
+        """Count the rows that were there before and have another token now."""
+        return self._number(
+            f"SELECT count(*) FROM {TABLE} t JOIN {_OLD} o USING (id) WHERE t.token <> o.token"
+        )
+
+    def written(self, *, by: str = "%") -> int:
+        """Count the changes of tokens that were committed, by applications with names like this."""
+        return self._number(f"SELECT count(*) FROM {_WRITES} WHERE application LIKE %s", [by])
+
+    def old_tokens(self) -> list[str]:
+        """Return the tokens as they were."""
+        return [str(token) for (token,) in self._database.query(f"SELECT token::text FROM {_OLD}")]
+
+    def faults(self) -> dict[str, int]:
+        """Return what is wrong with the tickets, if they are all to have been rotated: nothing, mostly."""
+        found = {
+            "rows with a token that somebody had before": self._number(
+                f"SELECT count(*) FROM {TABLE} t JOIN {_OLD} o ON o.token = t.token"
+            ),
+            "tokens that two rows share": self._number(
+                f"SELECT count(*) FROM (SELECT FROM {TABLE} GROUP BY token HAVING count(*) > 1) AS t"
+            ),
+            "tokens that are no UUID of version 4": self._number(
+                f"SELECT count(*) FROM {TABLE} WHERE token::text COLLATE \"C\" !~ '{_VERSION_4}'"
+            ),
+            "rows that were there and are not": self._number(
+                f"SELECT count(*) FROM {_OLD} LEFT JOIN {TABLE} t USING (id) WHERE t.id IS NULL"
+            ),
+            "rows never written": self._number(
+                f"SELECT count(*) FROM {_OLD} WHERE id NOT IN (SELECT id FROM {_WRITES})"
+            ),
+            "rows written more than once": self._number(
+                f"SELECT count(*) FROM (SELECT FROM {_WRITES} GROUP BY id HAVING count(*) > 1) AS w"
+            ),
+        }
+        return {what: rows for what, rows in found.items() if rows}
+
+    def assert_rotated_once(self) -> None:
+        """Every ticket has a new token, and got it in one committed change; and the rotation says so."""
+        assert self.faults() == {}
+        assert self._database.status() == "completed"
+
+    def assert_each_row_written_at_most_once(self) -> None:
+        """What is done so far was done once."""
+        assert self._number(f"SELECT count(*) - count(DISTINCT id) FROM {_WRITES}") == 0
+        assert self.changed() == self._number(f"SELECT count(*) FROM {_WRITES} JOIN {_OLD} USING (id)")
+
+    def _number(self, statement: str, parameters: Sequence[object] | None = None) -> int:
+        return self._database.number(statement, parameters)
+
+
+@contextmanager
+def new_database(server: OwnServer, template: str) -> Iterator[Database]:
+    """Make a database as a copy of another one, and drop it in the end."""
+    name = f"tests_{secrets.token_hex(4)}"
+    with server.connect() as admin:
+        admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+        )
+    database = Database(server, name)
+    try:
+        yield database
+    finally:
+        database.close()
+        with server.connect() as admin:
+            drop = sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name))
+            admin.execute(drop)
+
+
+def make_tickets(database: Database, rows: int) -> Audit:
+    """Fill the table quickly, with every eighth id missing, and begin an audit of it."""
+    database.query(
+        f"INSERT INTO {TABLE} (id, title, created_at, token)"
+        " SELECT n + n / 7, 'Ticket ' || n, now(), gen_random_uuid() FROM generate_series(1, %s) AS n",
+        [rows],
+    )
+    database.query(f"SELECT setval(pg_get_serial_sequence('{TABLE}', 'id'), (SELECT max(id) FROM {TABLE}))")
+    database.query(f"ANALYZE {TABLE}")
+    return Audit(database)
+
+
+def slow_down(database: Database, seconds: float) -> None:
+    """Make every statement that updates tickets take longer, however many rows it updates."""
+    database.query(
+        f"CREATE OR REPLACE FUNCTION {_SLOWNESS}() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$"
+    )
+    database.query(
+        f"CREATE OR REPLACE TRIGGER {_SLOWNESS} BEFORE UPDATE ON {TABLE}"
+        f" FOR EACH STATEMENT EXECUTE FUNCTION {_SLOWNESS}()"
+    )
+
+
+def speed_up(database: Database) -> None:
+    """Undo ``slow_down``."""
+    database.query(f"DROP TRIGGER {_SLOWNESS} ON {TABLE}")
