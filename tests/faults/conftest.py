@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.acceptance.harness import MANAGE, Commands
 from tests.faults.database import Database, new_database
-from tests.faults.harness import Commands
+from tests.faults.harness import Rotations
 from tests.faults.own_server import OwnServer
 from tests.faults.proxy import Proxy
 
@@ -19,8 +20,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
     with OwnServer() as own:
         with own.connect() as admin:
             admin.execute(f"CREATE DATABASE {TEMPLATE}".encode())
-        migrated = Commands(tmp_path_factory.mktemp("migrate")).run(
-            own.url(TEMPLATE), "--verbosity=0", command="migrate"
+        migrated = (
+            Commands(tmp_path_factory.mktemp("migrate"))
+            .start_on(own.url(TEMPLATE), *MANAGE, "migrate", "--verbosity=0")
+            .wait()
         )
         assert migrated.status == 0, migrated.err
         yield own
@@ -33,8 +36,8 @@ def database(server: OwnServer) -> Iterator[Database]:
 
 
 @pytest.fixture
-def commands(database: Database, tmp_path: Path) -> Iterator[Commands]:  # noqa: ARG001 - dropped after them
-    started = Commands(tmp_path)
+def rotations(database: Database, tmp_path: Path) -> Iterator[Rotations]:  # noqa: ARG001 - dropped after them
+    started = Rotations(tmp_path)
     try:
         yield started
     finally:

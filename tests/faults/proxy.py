@@ -134,6 +134,7 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._listener: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pumps: set[asyncio.Future[None]] = set()
         self._links: set[_Link] = set()
         self._traps: list[_Trap] = []
         self._to_server_seconds = 0.0
@@ -218,9 +219,9 @@ class Proxy:
     async def _close(self) -> None:
         await self._stop_listening()
         await self._cut()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._tasks)
 
     async def _cut(self) -> int:
         links = list(self._links)
@@ -247,21 +248,21 @@ class Proxy:
             return
         link = _Link(client, server, forwards=not self._new_ones_are_silent)
         self._links.add(link)
-        pumps = [
+        pumps = {
             asyncio.ensure_future(self._pump_to_server(link, client_reader)),
             asyncio.ensure_future(self._pump_to_client(link, server_reader)),
-        ]
-        try:
-            # Whoever hangs up first, hangs up for both.
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            client.close()
-            server.close()
-            self._links.discard(link)
-            self._tasks.discard(task)
+        }
+        self._pumps |= pumps
+        # Whoever hangs up first, hangs up for both.
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+        self._pumps -= pumps
+        client.close()
+        server.close()
+        self._links.discard(link)
+        self._tasks.discard(task)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._upstream_path is not None:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from tests.acceptance.harness import wait_until
 from tests.faults.database import Database
-from tests.faults.harness import wait_until
 from tests.faults.proxy import At, FrontendMessages, Proxy
 
 
