@@ -16,7 +16,7 @@ from rotator.keys import Key
 from rotator.postgres.failures import answered, superseded
 from rotator.postgres.planning import gaps
 from rotator.postgres.table import TargetTable
-from rotator.postgres.transaction import LOCK_CLASS, Claim
+from rotator.postgres.transaction import IDLE_SECONDS, LOCK_CLASS, Claim, share_lock
 from rotator.process import Owner
 
 _TAKE_OVER_LOCK_SECONDS: Final = 2
@@ -252,7 +252,9 @@ async def complete(
         SupersededError: Another process owns it.
     """
     async with answered(connection), connection.transaction():
-        await connection.execute("SET LOCAL synchronous_commit = on")
+        await _limit(connection, {"synchronous_commit": "on"})
+        # Should this process vanish before it commits, whoever takes over can end this transaction.
+        await share_lock(connection, claim.rotation)
         rows_done = await _update(
             connection,
             claim,
@@ -291,12 +293,18 @@ async def _update(
 async def _alone(connection: AsyncConnection, rotation: int) -> AsyncIterator[None]:
     """A transaction that begins its work when the last one of the rotation's ranges has ended."""
     async with answered(connection), connection.transaction():
-        await connection.execute(
-            "SELECT set_config('lock_timeout', %s, true), set_config('synchronous_commit', 'on', true)",
-            (f"{_TAKE_OVER_LOCK_SECONDS}s",),
-        )
+        await _limit(connection, {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s", "synchronous_commit": "on"})
         await _lock_exclusively(connection, rotation)
         yield
+
+
+async def _limit(connection: AsyncConnection, settings: dict[str, str]) -> None:
+    """Change settings for this transaction alone, which the server ends should nobody go on with it."""
+    settings = settings | {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s"}
+    await connection.execute(
+        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
+        (list(settings), list(settings.values())),
+    )
 
 
 async def _lock_exclusively(connection: AsyncConnection, rotation: int) -> None:

@@ -94,10 +94,18 @@ async def guard(
             }
         ),
     )
-    await connection.execute(
-        "SELECT pg_advisory_xact_lock_shared(%s::integer, %s::integer)", (LOCK_CLASS, claim.rotation)
-    )
+    await share_lock(connection, claim.rotation)
     await connection.execute(_FENCE, asdict(claim))
+
+
+async def share_lock(connection: AsyncConnection, rotation: int) -> None:
+    """Make whoever takes the rotation over wait until this transaction has ended, or end it.
+
+    It has to come before anything that taking over would have to wait for.
+    """
+    await connection.execute(
+        "SELECT pg_advisory_xact_lock_shared(%s::integer, %s::integer)", (LOCK_CLASS, rotation)
+    )
 
 
 def _columns(settings: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -117,7 +117,8 @@ class Run:
                 if self._acquired is None:
                     raise
                 if not await self._outlast(lost):
-                    return await self._leave("interrupted", self._asked() or str(lost))
+                    asked = self._asked()
+                    return await (self._leave("interrupted", asked) if asked else self._give_up(lost))
             except RotatorError as error:
                 return await self._give_up(error)
             else:
@@ -192,7 +193,7 @@ class Run:
         if self._acquired is None:
             raise error
         superseded = isinstance(error, SupersededError)
-        status: EndStatus = "interrupted" if superseded else "failed"
+        status: EndStatus = "interrupted" if isinstance(error, ServerLostError) or superseded else "failed"
         await self._record(status, str(error))
         if not self._figures.has_started:
             raise error

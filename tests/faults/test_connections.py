@@ -1,0 +1,151 @@
+"""Connections that are cut, that are cut at a COMMIT, and that fall silent."""
+
+import random
+import time
+
+import pytest
+
+from tests.acceptance.harness import wait_until
+from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.harness import Rotations, assert_completed
+from tests.faults.proxy import At, Proxy
+
+ROWS = 20_000
+CUTS = 5
+# The client's own deadline for an answer is 30 s.
+NOTICED_SECONDS = 60.0
+
+RANGE = b"INTO rotator_completedrange"
+TAKEN_OVER = b"generation = generation + 1"
+COMPLETED = b"status = 'completed'"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_connections_cut_again_and_again(
+    database: Database, rotations: Rotations, proxy: Proxy, seed: int
+) -> None:
+    chance = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(port=proxy.port), "--batch=50")
+    cut = 0
+    for _ in range(CUTS):
+        done = database.checkpoints()
+        wait_until(
+            lambda: database.checkpoints() > done + 3,  # noqa: B023 - over before the next
+            "more checkpoints",
+        )
+        time.sleep(chance.random() / 20)
+        cut += proxy.cut()
+    speed_up(database)
+    finished = running.wait()
+
+    assert cut >= CUTS
+    assert_completed(finished)
+    assert finished.err.count("the server is away: ") == CUTS
+    audit.assert_rotated_once()
+
+
+def test_single_connections_ended_by_the_server(database: Database, rotations: Rotations) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(), "--batch=50")
+    for number in range(CUTS):
+        done = database.checkpoints()
+        wait_until(
+            lambda: database.checkpoints() > done + 3,  # noqa: B023 - over before the next
+            "more checkpoints",
+        )
+        ended = database.query(
+            "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'rotator'"
+            " ORDER BY pid OFFSET %s LIMIT 1) AS one",
+            [number],
+        )
+        assert len(ended) == 1
+    speed_up(database)
+
+    assert_completed(running.wait())
+    audit.assert_rotated_once()
+
+
+@pytest.mark.parametrize("at", At)
+def test_a_range_whose_commit_is_ambiguous(
+    database: Database, rotations: Rotations, proxy: Proxy, at: At
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(port=proxy.port), "--batch=200")
+    for number in range(1, 4):
+        proxy.cut_at_commit(at, containing=RANGE)
+        wait_until(lambda: proxy.commits_cut == number, "a commit is cut")  # noqa: B023 - over before the next
+    finished = running.wait()
+
+    assert_completed(finished)
+    # Two of them may be lost at once.
+    assert finished.err.count("the server is away: ") in (2, 3)
+    audit.assert_rotated_once()
+
+
+@pytest.mark.parametrize("at", At)
+def test_taking_over_from_itself_whose_commit_is_ambiguous(
+    database: Database, rotations: Rotations, proxy: Proxy, at: At
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(port=proxy.port), "--batch=200")
+    wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
+    proxy.cut_at_commit(at, containing=TAKEN_OVER)
+    proxy.cut()
+    finished = running.wait()
+
+    assert proxy.commits_cut == 1
+    assert_completed(finished)
+    audit.assert_rotated_once()
+
+
+@pytest.mark.parametrize("at", At)
+def test_a_completion_whose_commit_is_ambiguous(
+    database: Database, rotations: Rotations, proxy: Proxy, at: At
+) -> None:
+    audit = make_tickets(database, 2000)
+    proxy.cut_at_commit(at, containing=COMPLETED)
+
+    finished = rotations.rotated(database.url(port=proxy.port), "--batch=500")
+
+    assert proxy.commits_cut == 1
+    assert_completed(finished)
+    audit.assert_rotated_once()
+
+
+def test_silence_is_noticed_and_the_run_goes_on(
+    database: Database, rotations: Rotations, proxy: Proxy
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(port=proxy.port), "--batch=50")
+    wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
+    proxy.go_silent()
+    silent_at = time.monotonic()
+    wait_until(lambda: "the server is away" in running.err, "it is noticed", seconds=NOTICED_SECONDS)
+    noticed_after = time.monotonic() - silent_at
+    speed_up(database)
+    finished = running.wait()
+
+    assert noticed_after < NOTICED_SECONDS
+    assert "has not answered for 30 s" in finished.err
+    assert_completed(finished)
+    assert time.monotonic() - silent_at < NOTICED_SECONDS
+    audit.assert_rotated_once()
+
+
+def test_a_slow_network_is_no_outage(database: Database, rotations: Rotations, proxy: Proxy) -> None:
+    audit = make_tickets(database, 4000)
+    proxy.delay(to_server_seconds=0.02, to_client_seconds=0.03)
+    proxy.throttle(200_000)
+
+    finished = rotations.rotated(database.url(port=proxy.port), "--batch=200")
+
+    assert_completed(finished)
+    assert "the server is away" not in finished.err
+    audit.assert_rotated_once()
