@@ -143,19 +143,41 @@ async def take_over(
     return Claim(rotation=claim.rotation, generation=row[0]) if row else None
 
 
-async def find_own(connection: AsyncConnection, rotation: int, owner: Owner) -> tuple[Claim, str] | None:
-    """What this process owns of a rotation, and its status, after a reply was lost; None for nothing.
+async def take_over_again(
+    connection: AsyncConnection, rotation: int, *, owner: Owner, options: dict[str, Any]
+) -> Claim | None:
+    """Take a rotation over from this very process, whatever its generation is by now.
 
-    A lost reply may have been to the taking over itself, or to the completing transaction.
+    Which one that is cannot be known after a lost reply, which may have been to the taking over itself.
+
+    Returns:
+        None where another process owns it, or it is finished.
+
+    Raises:
+        RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
     """
-    async with answered(connection):
+    async with _alone(connection, rotation):
         cursor = await connection.execute(
-            "SELECT generation, status FROM rotator_rotation WHERE id = %(rotation)s"
-            " AND owner_host = %(host)s AND owner_pid = %(pid)s AND owner_process = %(process)s",
-            {"rotation": rotation, "host": owner.host, "pid": owner.pid, "process": owner.process},
+            "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
+            " updated_at = clock_timestamp(), options = %(options)s WHERE id = %(rotation)s"
+            " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)"
+            " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
+            {"rotation": rotation, "options": Jsonb(options), **asdict(owner)},
         )
         row = await cursor.fetchone()
-    return (Claim(rotation=rotation, generation=row[0]), row[1]) if row else None
+    return Claim(rotation=rotation, generation=row[0]) if row else None
+
+
+async def find_completed(connection: AsyncConnection, rotation: int, owner: Owner) -> Claim | None:
+    """What this process owned of a rotation when it completed it; None where it has not."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            "SELECT generation FROM rotator_rotation WHERE id = %(rotation)s AND status = 'completed'"
+            " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)",
+            {"rotation": rotation, **asdict(owner)},
+        )
+        row = await cursor.fetchone()
+    return Claim(rotation=rotation, generation=row[0]) if row else None
 
 
 async def abandon(connection: AsyncConnection, claim: Claim) -> bool:

@@ -112,22 +112,18 @@ class Acquisition:
 async def regain(connection: AsyncConnection, acquired: Acquired, context: RunContext) -> Acquired:
     """Own again what this process owned before it lost a connection.
 
-    Nobody knows what the lost connections were about to commit. Under the exclusive lock, with a new
-    generation, they have committed it or never will. Not even the generation is known: the lost reply may
-    have been to the taking over itself, or to completion.
+    Nobody knows what the lost connections were about to commit: a range, the taking over itself, completion.
+    Under the exclusive lock, with a new generation, they have committed it or never will.
 
     Raises:
         SupersededError: Another process owns it.
     """
-    own = await ownership.find_own(connection, acquired.claim.rotation, context.owner)
-    if own is None:
+    rotation, owner = acquired.claim.rotation, context.owner
+    options = context.options.saved()
+    claim = await ownership.take_over_again(connection, rotation, owner=owner, options=options)
+    if claim is not None:
+        return replace(acquired, claim=claim)
+    completed = await ownership.find_completed(connection, rotation, owner)
+    if completed is None:
         raise superseded()
-    claim, status = own
-    if status == "completed":
-        return replace(acquired, claim=claim, is_completed=True)
-    raised = await ownership.take_over(
-        connection, claim, owner=context.owner, options=context.options.saved()
-    )
-    if raised is None:
-        raise superseded()
-    return replace(acquired, claim=raised)
+    return replace(acquired, claim=completed, is_completed=True)

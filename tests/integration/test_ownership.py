@@ -17,12 +17,13 @@ from rotator.postgres.ownership import (
     beat,
     begin_rotation,
     complete,
-    find_own,
+    find_completed,
     find_unfinished,
     freeze_bound,
     read_owned,
     stop,
     take_over,
+    take_over_again,
 )
 from rotator.postgres.transaction import LOCK_CLASS, Claim
 from rotator.process import Owner, this_process
@@ -99,20 +100,30 @@ async def test_nothing_is_unfinished_before_the_first_rotation(control: psycopg.
 # --- Coming back after a lost reply ----------------------------------------------------------------
 
 
-async def test_what_this_process_owns_is_found_whatever_the_lost_reply_was_to(
+async def test_this_process_takes_over_from_itself_whatever_the_lost_reply_was_to(
     control: psycopg.AsyncConnection, claim: Claim
 ) -> None:
-    assert await find_own(control, claim.rotation, this_process()) == (claim, "running")
     taken = await take_over(control, claim, owner=this_process(), options={})
-    assert await find_own(control, claim.rotation, this_process()) == (taken, "running")
     assert taken is not None
+    again = await take_over_again(control, claim.rotation, owner=this_process(), options={})
+    assert again == Claim(rotation=claim.rotation, generation=taken.generation + 1)
+    assert await find_completed(control, claim.rotation, this_process()) is None
+
+
+async def test_what_this_process_has_completed_is_not_taken_over_but_found(
+    control: psycopg.AsyncConnection, claim: Claim
+) -> None:
+    await complete(control, TICKETS, claim, None, active_seconds=1.0)
+    assert await take_over_again(control, claim.rotation, owner=this_process(), options={}) is None
+    assert await find_completed(control, claim.rotation, this_process()) == claim
+
+
+async def test_what_another_process_owns_is_neither(control: psycopg.AsyncConnection, claim: Claim) -> None:
+    taken = await _take(control, claim)
+    assert taken is not None
+    assert await take_over_again(control, claim.rotation, owner=this_process(), options={}) is None
     await complete(control, TICKETS, taken, None, active_seconds=1.0)
-    assert await find_own(control, claim.rotation, this_process()) == (taken, "completed")
-
-
-async def test_what_another_process_owns_is_not_found(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    await _take(control, claim)
-    assert await find_own(control, claim.rotation, this_process()) is None
+    assert await find_completed(control, claim.rotation, this_process()) is None
 
 
 # --- Taking over -----------------------------------------------------------------------------------

@@ -679,17 +679,17 @@ def test_a_taking_over_whose_reply_is_lost_is_no_other_process(
 ) -> None:
     database.make_tickets(1, 200)
     database.count_updates()
-    take_over = ownership.take_over
+    take_over_again = ownership.take_over_again
     lost: list[Claim] = []
 
     async def take_over_and_lose(*args: Any, **options: Any) -> Claim | None:  # noqa: ANN401 - as they come
-        claim = await take_over(*args, **options)
+        claim = await take_over_again(*args, **options)
         if claim is not None and not lost:
             lost.append(claim)
             raise ServerLostError("The connection was lost.")
         return claim
 
-    monkeypatch.setattr(ownership, "take_over", take_over_and_lose)
+    monkeypatch.setattr(ownership, "take_over_again", take_over_and_lose)
     assert_completed(rotate(Told(after_ranges(3, lambda: database.execute(END_THE_ROTATOR)))), rows=200)
     assert lost
     assert database.updates() == once_each((1, 200))
