@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from psycopg import AsyncConnection, IsolationLevel, sql
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from rotator.errors import ServerLostError
 from rotator.postgres import arrays
 from rotator.postgres.failures import answered
 
@@ -74,8 +75,15 @@ async def connected(server: Server) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def pooled(server: Server, size: int) -> AsyncIterator[AsyncConnectionPool]:
+async def pooled(
+    server: Server, size: int, *, seconds: float = OPEN_SECONDS
+) -> AsyncIterator[AsyncConnectionPool]:
     """Open a pool of connections in autocommit mode, all of them at once.
+
+    Args:
+        server: Where.
+        size: How many.
+        seconds: How long to try.
 
     Raises:
         ServerLostError: The server does not give that many.
@@ -89,6 +97,11 @@ async def pooled(server: Server, size: int) -> AsyncIterator[AsyncConnectionPool
         name="rotator workers",
     )
     async with answered():
-        await pool.open(wait=True, timeout=OPEN_SECONDS)
+        try:
+            await pool.open(wait=True, timeout=seconds)
+        except PoolTimeout:
+            raise ServerLostError(
+                f"The server does not give {size} more connections; are too many in use?"
+            ) from None
     async with pool:
         yield pool

@@ -23,7 +23,7 @@ from rotator.events import (
 )
 from rotator.postgres import ownership
 from rotator.postgres.catalog import check_server, read_table
-from rotator.postgres.connections import Server, connected, pooled
+from rotator.postgres.connections import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.ownership import Owned
 from rotator.postgres.server_log import settings_that_show_values
 from rotator.postgres.table import TargetTable
@@ -38,6 +38,7 @@ from rotator.run.stopping import StopRequests
 
 HEARTBEAT_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
+LEAST_OPEN_SECONDS: Final = 1.0
 # Beside the workers': the heartbeat's, and one for the planner and the pass over late rows.
 OTHER_CONNECTIONS: Final = 2
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
@@ -145,7 +146,9 @@ class Run:
             self._tell_back((await ownership.read_owned(control, acquired.claim)).rows_done)
             return "completed"
         server, concurrency = self._context.server, self._context.options.concurrency
-        async with connected(server) as connection, pooled(server, concurrency) as pool:
+        # With little of the budget left, one more attempt all the same.
+        seconds = min(OPEN_SECONDS, max(LEAST_OPEN_SECONDS, self._outage.left_seconds))
+        async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:
             one_pass = Pass(connection, pool, table, acquired, self._context)
             while True:
                 with first_error_alone():

@@ -191,16 +191,16 @@ def make_tickets(database: Database, rows: int) -> Audit:
 
 def slow_down(database: Database, seconds: float) -> None:
     """Make every statement that updates tickets take longer, however many rows it updates."""
+    speed_up(database, seconds)
     database.query(
-        f"CREATE OR REPLACE FUNCTION {_SLOWNESS}() RETURNS trigger LANGUAGE plpgsql AS"
-        f" $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$"
-    )
-    database.query(
-        f"CREATE OR REPLACE TRIGGER {_SLOWNESS} BEFORE UPDATE ON {TABLE}"
+        f"CREATE TRIGGER {_SLOWNESS} BEFORE UPDATE ON {TABLE}"
         f" FOR EACH STATEMENT EXECUTE FUNCTION {_SLOWNESS}()"
     )
 
 
-def speed_up(database: Database) -> None:
-    """Undo ``slow_down``."""
-    database.query(f"DROP TRIGGER {_SLOWNESS} ON {TABLE}")
+def speed_up(database: Database, seconds: float = 0.0) -> None:
+    """Undo ``slow_down``, or most of it, without waiting for those who hold locks on the table."""
+    database.query(
+        f"CREATE OR REPLACE FUNCTION {_SLOWNESS}() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$"
+    )

@@ -1,0 +1,252 @@
+"""A server that crashes, goes away, is full, is busy or refuses to write."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.acceptance.harness import wait_until
+from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.harness import Rotations, assert_completed
+from tests.faults.own_server import OwnServer
+
+ROWS = 20_000
+CRASHES = 3
+_MOUNT = "/bin/mount"
+_UMOUNT = "/bin/umount"
+
+
+def test_crashes_that_lose_acknowledged_commits(
+    server: OwnServer, database: Database, rotations: Rotations
+) -> None:
+    # Nothing but the heartbeat's commit, once a second, takes the ranges' to the disk.
+    with server.configured(wal_writer_delay="10s", wal_writer_flush_after="100MB"):
+        audit = make_tickets(database, ROWS)
+        slow_down(database, 0.01)
+        running = rotations.rotate(database.url(), "--batch=50")
+        lost = 0
+        for _ in range(CRASHES):
+            done = database.checkpoints()
+            wait_until(
+                lambda: database.checkpoints() > done + 20,  # noqa: B023 - over before the next
+                "more checkpoints",
+            )
+            acknowledged = database.checkpoints()
+            server.restart("immediate")
+            lost += acknowledged - database.checkpoints()
+        finished = running.wait()
+
+        assert lost > 0, "no crash has lost anything, and the test shows nothing"
+        assert_completed(finished)
+        assert finished.err.count("the server is back after ") == CRASHES
+        audit.assert_rotated_once()
+
+
+def test_away_for_a_moment(
+    server: OwnServer, database: Database, rotations: Rotations, tmp_path: Path
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(), "--batch=100", f"--report={tmp_path / 'report'}")
+    wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
+    server.stop()
+    time.sleep(1)
+    assert "the server is away: " in running.err
+    server.start()
+    finished = running.wait()
+
+    assert_completed(finished)
+    assert "the server is back after " in finished.err
+    assert "  server away  " in finished.out
+    assert 1 < json.loads((tmp_path / "report").read_text())["outage_seconds"] < 20
+    audit.assert_rotated_once()
+
+
+def test_away_for_longer_than_the_budget(
+    server: OwnServer, database: Database, rotations: Rotations, tmp_path: Path
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(
+        database.url(), "--batch=100", "--outage-budget=2s", f"--report={tmp_path / 'report'}"
+    )
+    wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
+    server.stop()
+    away_at = time.monotonic()
+    finished = running.wait()
+    waited = time.monotonic() - away_at
+    server.start()
+
+    assert 2 <= waited < 5
+    assert finished.status == 1
+    assert "Traceback" not in finished.err
+    assert finished.out.splitlines()[0].startswith("Interrupted: ")
+    assert finished.out.splitlines()[1].startswith("The server cannot be reached: ")
+    report = json.loads((tmp_path / "report").read_text())
+    assert report["status"] == "interrupted"
+    assert report["error"] == finished.out.splitlines()[1]
+    audit.assert_each_row_written_at_most_once()
+    assert 0 < audit.changed() < ROWS
+
+    speed_up(database)
+    assert_completed(rotations.rotated(database.url()))
+    audit.assert_rotated_once()
+
+
+@contextmanager
+def _taken(server: OwnServer, *, but: int) -> Iterator[ExitStack]:
+    """Let others have all connections but so many."""
+    with ExitStack() as others:
+        taken = []
+        while True:
+            try:
+                taken.append(server.connect())
+            except psycopg.OperationalError:
+                break
+        for connection in taken[:but]:
+            connection.close()
+        for connection in taken[but:]:
+            others.enter_context(connection)
+        yield others
+
+
+def test_no_connection_is_left(server: OwnServer, database: Database, rotations: Rotations) -> None:
+    with server.configured(max_connections="12"):
+        audit = make_tickets(database, 1000)
+        with _taken(server, but=0):
+            finished = rotations.rotated(database.url())
+
+        assert finished.status == 1
+        assert finished.complaint.startswith("The database 'default' cannot be reached; ")
+        assert "too many clients already" in finished.complaint
+        assert audit.written() == 0
+
+
+def test_fewer_connections_are_left_than_it_takes(
+    server: OwnServer, database: Database, rotations: Rotations
+) -> None:
+    with server.configured(max_connections="12"):
+        audit = make_tickets(database, 1000)
+        with _taken(server, but=4):
+            started_at = time.monotonic()
+            finished = rotations.rotated(database.url(), "--outage-budget=2s")
+            took = time.monotonic() - started_at
+
+            assert finished.status == 1
+            assert "Traceback" not in finished.err
+            assert finished.err.splitlines()[-1] == (
+                "CommandError: The server does not give 4 more connections; are too many in use?"
+            )
+            assert took < 10
+            assert audit.written() == 0
+
+        with _taken(server, but=4) as others:
+            running = rotations.rotate(database.url())
+            time.sleep(2)
+            assert running.is_alive
+            assert audit.written() == 0
+            others.close()
+            assert_completed(running.wait())
+        audit.assert_rotated_once()
+
+
+def test_a_server_that_is_read_only(database: Database, rotations: Rotations) -> None:
+    audit = make_tickets(database, 1000)
+
+    finished = rotations.rotated(database.url(options="-c default_transaction_read_only=on"))
+
+    assert finished.status == 1
+    assert finished.complaint == (
+        "The server refuses, it is read-only: connect to the primary; then the same command goes on."
+    )
+    assert audit.written() == 0
+    assert database.number("SELECT count(*) FROM rotator_rotation") == 0
+
+
+def test_a_server_that_becomes_read_only(database: Database, rotations: Rotations, tmp_path: Path) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(), "--batch=100", f"--report={tmp_path / 'report'}")
+    wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
+    database.query("SET default_transaction_read_only = off")
+    database.query("ALTER SYSTEM SET default_transaction_read_only = on")
+    database.query("SELECT pg_reload_conf()")
+    try:
+        finished = running.wait()
+    finally:
+        database.query("ALTER SYSTEM RESET default_transaction_read_only")
+        database.query("SELECT pg_reload_conf()")
+
+    assert finished.status == 1
+    assert "Traceback" not in finished.err
+    sentence = "The server refuses, it is read-only: connect to the primary; then the same command goes on."
+    assert finished.out.splitlines()[1] == sentence
+    assert json.loads((tmp_path / "report").read_text())["error"] == sentence
+    audit.assert_each_row_written_at_most_once()
+    wait_until(lambda: database.query("SHOW transaction_read_only") == [("off",)], "it can be written to")
+    assert_completed(rotations.rotated(database.url()))
+    audit.assert_rotated_once()
+
+
+@pytest.fixture
+def small_disk(server: OwnServer) -> Iterator[Path]:
+    """A folder with room for a table of 20,000 tickets and a half."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system of its own")
+    folder = server.folder / "small"
+    folder.mkdir()
+    account = server.account
+    mounted = subprocess.run(
+        [
+            _MOUNT,
+            "-t",
+            "tmpfs",
+            "-o",
+            f"size=2200k,mode=0700,uid={account.uid},gid={account.gid}",
+            "tmpfs",
+            folder,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        folder.rmdir()
+        pytest.skip(f"this root may not mount a file system: {mounted.stderr.strip()}")
+    try:
+        with server.connect() as admin:
+            admin.execute(f"CREATE TABLESPACE small LOCATION '{folder}'".encode())
+        yield folder
+        with server.connect() as admin:
+            admin.execute("DROP TABLESPACE small")
+    finally:
+        subprocess.run([_UMOUNT, folder], check=False)
+        folder.rmdir()
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk(database: Database, rotations: Rotations, tmp_path: Path) -> None:
+    audit = make_tickets(database, ROWS)
+    database.query("ALTER TABLE tickets_ticket SET TABLESPACE small")
+
+    finished = rotations.rotated(database.url(), "--batch=200", f"--report={tmp_path / 'report'}")
+    written = audit.written()
+    audit.assert_each_row_written_at_most_once()
+    database.query("ALTER TABLE tickets_ticket SET TABLESPACE pg_default")
+
+    assert finished.status == 1
+    assert "Traceback" not in finished.err
+    sentence = "The server refuses, its disk is full: make room; then the same command goes on."
+    assert finished.out.splitlines()[1] == sentence
+    assert json.loads((tmp_path / "report").read_text())["error"] == sentence
+    assert 0 < written < ROWS
+    assert database.status() == "failed"
+
+    assert_completed(rotations.rotated(database.url()))
+    audit.assert_rotated_once()
