@@ -1,0 +1,131 @@
+"""Whoever else writes to the table: in the opposite order, and in transactions older than the rotation."""
+
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+
+import psycopg
+
+from tests.acceptance.harness import wait_until
+from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.harness import Rotations, assert_completed
+
+# Ten thousand of them take two minutes.
+TRANSACTIONS = int(os.environ.get("ROTATOR_TEST_TRANSACTIONS", "1000"))
+ROWS = 6000
+ROWS_A_TRANSACTION = 8
+LONGEST_WAIT_SECONDS = 0.5
+
+
+@dataclass
+class _Neighbour:
+    """Updates the titles of some rows in every transaction, from the highest key to the lowest."""
+
+    database: Database
+    ids: list[int]
+    transactions: int = 0
+    longest_seconds: float = 0.0
+    waited: int = 0
+    refused: list[str] = field(default_factory=list)
+
+    def work(self, enough: threading.Event) -> None:
+        chance = random.Random(1)  # noqa: S311 - to be repeated, not to be secret
+        with psycopg.connect(self.database.url()) as connection:
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            while not enough.is_set():
+                first = chance.randrange(len(self.ids) - 400)
+                chosen = sorted(
+                    chance.sample(self.ids[first : first + 400], ROWS_A_TRANSACTION), reverse=True
+                )
+                try:
+                    for ticket in chosen:
+                        self._update(connection, ticket)
+                    connection.commit()
+                except psycopg.Error as error:
+                    self.refused.append(type(error).__name__)
+                    connection.rollback()
+                self.transactions += 1
+
+    def _update(self, connection: psycopg.Connection, ticket: int) -> None:
+        started = time.monotonic()
+        connection.execute("UPDATE tickets_ticket SET title = title || '' WHERE id = %s", [ticket])
+        seconds = time.monotonic() - started
+        self.longest_seconds = max(self.longest_seconds, seconds)
+        self.waited += seconds > 0.02
+
+
+def test_a_neighbour_that_updates_in_the_opposite_order(database: Database, rotations: Rotations) -> None:
+    make_tickets(database, ROWS)
+    neighbour = _Neighbour(
+        database, [ticket for (ticket,) in database.query("SELECT id FROM tickets_ticket ORDER BY id")]
+    )
+    enough = threading.Event()
+    thread = threading.Thread(target=neighbour.work, args=[enough])
+    thread.start()
+    rounds = 0
+    try:
+        while neighbour.transactions < TRANSACTIONS:
+            finished = rotations.rotated(database.url(), "--batch=1500", "--concurrency=3", seconds=120)
+            assert_completed(finished)
+            rounds += 1
+    finally:
+        enough.set()
+        thread.join()
+
+    assert neighbour.refused == []
+    assert neighbour.waited > 0, "they have never met"
+    assert neighbour.longest_seconds < LONGEST_WAIT_SECONDS
+    assert database.query("SELECT DISTINCT count(*) FROM audit_writes GROUP BY id") == [(rounds,)]
+    assert database.number("SELECT count(DISTINCT id) FROM audit_writes") == ROWS
+
+
+def test_rows_that_older_transactions_commit_late(database: Database, rotations: Rotations) -> None:
+    audit = make_tickets(database, ROWS)
+    bound = database.number("SELECT max(id) FROM tickets_ticket")
+    slow_down(database, 0.05)
+    # Ids that are missing: between others, between others, above all, between others.
+    late = {"plain": 7, "savepoint": 15, "above": bound + 100, "prepared": 23}
+    insert = (
+        "INSERT INTO tickets_ticket (id, title, created_at, token)"
+        " VALUES (%s, 'late', now(), gen_random_uuid())"
+    )
+    plain, savepoint, above, prepared = (
+        psycopg.connect(database.url(application_name=name)) for name in late
+    )
+    plain.execute(insert, [late["plain"]])
+    savepoint.execute("SAVEPOINT one")
+    savepoint.execute(insert, [late["savepoint"]])
+    savepoint.execute("RELEASE one")
+    above.execute(insert, [late["above"]])
+    prepared.execute(insert, [late["prepared"]])
+    prepared.execute("PREPARE TRANSACTION 'a late one'")
+
+    running = rotations.rotate(database.url(), "--batch=50")
+    wait_until(lambda: database.checkpoints() > 10, "it has begun without them")
+    plain.commit()
+    savepoint.commit()
+    speed_up(database)
+    wait_until(lambda: running.err.count("waiting for 2 transactions") == 1, "it waits for the others")
+    assert running.is_alive
+    above.commit()
+    wait_until(lambda: "waiting for 1 transaction older" in running.err, "it waits for the prepared one")
+    tokens = dict(database.query("SELECT id, token FROM tickets_ticket WHERE title = 'late'"))
+    database.query("COMMIT PREPARED 'a late one'")
+    finished = running.wait()
+    for connection in (plain, savepoint, above, prepared):
+        connection.close()
+
+    assert_completed(finished)
+    for named in ("application plain", "application savepoint", "application above", "prepared a late one"):
+        assert named in finished.err
+    # All four had been inserted before it began, and each was rotated once.
+    assert database.query(
+        "SELECT id, count(*) FROM audit_writes WHERE id = ANY (%s) GROUP BY id ORDER BY id",
+        [list(late.values())],
+    ) == [(ticket, 1) for ticket in sorted(late.values())]
+    rotated = dict(database.query("SELECT id, token FROM tickets_ticket WHERE title = 'late'"))
+    assert len(rotated) == 4
+    assert rotated[late["above"]] != tokens[late["above"]]
+    audit.assert_rotated_once()

@@ -1,0 +1,85 @@
+"""A rotation through PgBouncer in transaction mode, where no two transactions need share a connection."""
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.harness import wait_until
+from tests.faults.database import Database, make_tickets
+from tests.faults.harness import Rotations, assert_completed
+from tests.faults.own_server import OwnServer
+
+ROWS = 100_000
+
+
+def _program() -> str | None:
+    return shutil.which("pgbouncer", path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin")))
+
+
+@pytest.fixture
+def bouncer_port(server: OwnServer) -> Iterator[int]:
+    program = _program()
+    if program is None:
+        pytest.skip("PgBouncer is not installed")
+    folder = server.folder / "bouncer"
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    users = folder / "users.txt"
+    users.write_text(f'"postgres" "{server.password}"\n')
+    configuration = folder / "pgbouncer.ini"
+    configuration.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={server.port}\n"
+        "[pgbouncer]\npool_mode = transaction\ndefault_pool_size = 5\n"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"auth_type = scram-sha-256\nauth_file = {users}\n"
+        f"logfile = {folder / 'log'}\npidfile = {folder / 'pid'}\n"
+    )
+    for path in (users, configuration):
+        path.chmod(0o644)
+    server.account.own(folder)
+    started = server.account.run([program, "--daemon", configuration])
+    assert started.returncode == 0, started.stdout
+    pid_file = folder / "pid"
+    wait_until(pid_file.exists, "PgBouncer has started")
+    pid = int(pid_file.read_text())
+    try:
+        yield port
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not _is_alive(pid), "PgBouncer has ended")
+        shutil.rmtree(folder)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # One that nobody has waited for.
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and ") Z " in stat.read_text())
+
+
+def test_killed_and_resumed_through_pgbouncer(
+    database: Database, rotations: Rotations, bouncer_port: int
+) -> None:
+    audit = make_tickets(database, ROWS)
+    url = database.url(port=bouncer_port)
+    running = rotations.rotate(url, "--batch=500")
+    wait_until(lambda: database.checkpoints() >= 40, "some checkpoints")
+    running.send(signal.SIGKILL)
+    running.wait()
+    assert audit.changed() < ROWS
+
+    finished = rotations.rotated(url, "--concurrency=8")
+
+    assert_completed(finished)
+    assert " resumes: " in finished.err
+    audit.assert_rotated_once()

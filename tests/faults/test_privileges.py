@@ -1,0 +1,99 @@
+"""A role with no more rights than the operating guide tells people to grant."""
+
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from psycopg import sql
+
+from tests.acceptance.harness import PROJECT, wait_until
+from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.harness import Rotations, assert_completed
+
+ROLE = "rotating"
+ROWS = 8000
+_GUIDE: Path = PROJECT / "docs" / "operating.md"
+
+
+def _documented_grants() -> list[str]:
+    grants = re.findall(r"^ {4}(GRANT .*;)$", _GUIDE.read_text(), re.MULTILINE)
+    assert len(grants) >= 4
+    names = {"shop_order": "tickets_ticket", "api_key": "token"}
+    return [re.sub("|".join(names), lambda found: names[found[0]], grant) for grant in grants]
+
+
+@pytest.fixture
+def url(database: Database) -> Iterator[str]:
+    """A DATABASE_URL of a role that has been granted what the guide says, and nothing else."""
+    role = sql.Identifier(ROLE)
+    with database.server.connect(database.name) as admin:
+        admin.execute(
+            sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, sql.Literal(database.server.password))
+        )
+        for grant in _documented_grants():
+            admin.execute(grant.encode())
+        try:
+            yield database.url(user=ROLE)
+        finally:
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [ROLE])
+            admin.execute(sql.SQL("DROP OWNED BY {}").format(role))
+            admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+def test_the_documented_grants_are_enough_to_rotate_and_to_take_over(
+    database: Database, rotations: Rotations, url: str
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.02)
+    running = rotations.rotate(url, "--batch=100")
+    wait_until(lambda: database.checkpoints() > 10, "some checkpoints")
+    running.send(signal.SIGKILL)
+    running.wait()
+    # A frozen one keeps its locks, so that its backends have to be ended.
+    running = rotations.rotate(url, "--batch=100")
+    done = database.checkpoints()
+    wait_until(lambda: database.checkpoints() > done + 10, "more checkpoints")
+    running.send(signal.SIGSTOP)
+    speed_up(database)
+
+    assert_completed(rotations.rotated(url, "--take-over"))
+    audit.assert_rotated_once()
+    assert_completed(rotations.rotated(url))
+
+
+def test_without_the_right_to_update_the_column(database: Database, rotations: Rotations, url: str) -> None:
+    audit = make_tickets(database, ROWS)
+    database.query(f"REVOKE UPDATE (token) ON tickets_ticket FROM {ROLE}")
+
+    finished = rotations.rotated(url)
+
+    assert finished.status == 1
+    assert "Traceback" not in finished.err
+    assert finished.out.splitlines()[1] == (
+        "The server refuses, this role lacks a privilege: grant what docs/operating.md lists; "
+        "then the same command goes on."
+    )
+    assert audit.written() == 0
+
+    database.query(f"GRANT UPDATE (token) ON tickets_ticket TO {ROLE}")
+    assert_completed(rotations.rotated(url))
+    audit.assert_rotated_once()
+
+
+def test_row_level_security_that_hides_rows_is_refused(
+    database: Database, rotations: Rotations, url: str
+) -> None:
+    audit = make_tickets(database, ROWS)
+    database.query("ALTER TABLE tickets_ticket ENABLE ROW LEVEL SECURITY")
+    database.query("CREATE POLICY half ON tickets_ticket USING (id % 2 = 0)")
+
+    finished = rotations.rotated(url)
+
+    assert finished.status == 1
+    assert finished.complaint.startswith("Row-level security hides rows of tickets_ticket from this role")
+    assert audit.written() == 0
+    # Whom no policy concerns may go on.
+    assert_completed(rotations.rotated(database.url()))
+    audit.assert_rotated_once()
