@@ -177,6 +177,23 @@ def new_database(server: OwnServer, template: str) -> Iterator[Database]:
             admin.execute(drop)
 
 
+@contextmanager
+def new_role(database: Database, name: str, *grants: str) -> Iterator[str]:
+    """Make a role that may log in, with these grants and no others; yields its DATABASE_URL."""
+    role = sql.Identifier(name)
+    password = sql.Literal(database.server.password)
+    with database.server.connect(database.name) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, password))
+        try:
+            for grant in grants:
+                admin.execute(grant.encode())
+            yield database.url(user=name)
+        finally:
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [name])
+            admin.execute(sql.SQL("DROP OWNED BY {}").format(role))
+            admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
 def make_tickets(database: Database, rows: int) -> Audit:
     """Fill the table quickly, with every eighth id missing, and begin an audit of it."""
     database.query(

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from psycopg import sql
 
 from tests.acceptance.harness import PROJECT, wait_until
-from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 
 ROLE = "rotating"
@@ -27,19 +26,8 @@ def _documented_grants() -> list[str]:
 @pytest.fixture
 def url(database: Database) -> Iterator[str]:
     """A DATABASE_URL of a role that has been granted what the guide says, and nothing else."""
-    role = sql.Identifier(ROLE)
-    with database.server.connect(database.name) as admin:
-        admin.execute(
-            sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, sql.Literal(database.server.password))
-        )
-        for grant in _documented_grants():
-            admin.execute(grant.encode())
-        try:
-            yield database.url(user=ROLE)
-        finally:
-            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [ROLE])
-            admin.execute(sql.SQL("DROP OWNED BY {}").format(role))
-            admin.execute(sql.SQL("DROP ROLE {}").format(role))
+    with new_role(database, ROLE, *_documented_grants()) as url:
+        yield url
 
 
 def test_the_documented_grants_are_enough_to_rotate_and_to_take_over(

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg import sql
 
 from tests.acceptance.harness import wait_until
-from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.own_server import OwnServer
 from tests.faults.proxy import At, Proxy
@@ -152,24 +151,16 @@ def test_a_superuser_keeps_the_tokens_out_of_the_log(
 
 def test_anybody_else_is_warned(talkative: OwnServer, database: Database, rotations: Rotations) -> None:
     make_tickets(database, 1000)
-    role = sql.Identifier("ordinary")
-    with talkative.connect(database.name) as admin:
-        admin.execute(
-            sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, sql.Literal(talkative.password))
-        )
-        try:
-            admin.execute(sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA public TO {}").format(role))
-            before = len(talkative.log())
-            finished = rotations.rotated(database.url(user="ordinary"), "--batch=100")
-            assert_completed(finished)
-            shown = _found(database.tokens(), talkative.log()[before:])
-            # What the warning advises.
-            admin.execute(sql.SQL("ALTER ROLE {} SET log_parameter_max_length = 0").format(role))
-            before = len(talkative.log())
-            quiet = rotations.rotated(database.url(user="ordinary"), "--batch=100")
-        finally:
-            admin.execute(sql.SQL("DROP OWNED BY {}").format(role))
-            admin.execute(sql.SQL("DROP ROLE {}").format(role))
+    grant = "GRANT ALL ON ALL TABLES IN SCHEMA public TO ordinary"
+    with new_role(database, "ordinary", grant) as url:
+        before = len(talkative.log())
+        finished = rotations.rotated(url, "--batch=100")
+        assert_completed(finished)
+        shown = _found(database.tokens(), talkative.log()[before:])
+        # What the warning advises.
+        database.query("ALTER ROLE ordinary SET log_parameter_max_length = 0")
+        before = len(talkative.log())
+        quiet = rotations.rotated(url, "--batch=100")
 
     warning = (
         "warning: the server will log the new values, because of log_min_duration_statement = 0, "

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from tests.acceptance.harness import wait_until
-from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.own_server import OwnServer
 
@@ -100,7 +100,7 @@ def test_away_for_longer_than_the_budget(
 
 
 @contextmanager
-def _taken(server: OwnServer, *, but: int) -> Iterator[ExitStack]:
+def _taken(server: OwnServer, *, but: int) -> Iterator[None]:
     """Let others have all connections but so many."""
     with ExitStack() as others:
         taken = []
@@ -113,46 +113,48 @@ def _taken(server: OwnServer, *, but: int) -> Iterator[ExitStack]:
             connection.close()
         for connection in taken[but:]:
             others.enter_context(connection)
-        yield others
+        yield
 
 
-def test_no_connection_is_left(server: OwnServer, database: Database, rotations: Rotations) -> None:
-    with server.configured(max_connections="12"):
-        audit = make_tickets(database, 1000)
-        with _taken(server, but=0):
-            finished = rotations.rotated(database.url())
-
-        assert finished.status == 1
-        assert finished.complaint.startswith("The database 'default' cannot be reached; ")
-        assert "too many clients already" in finished.complaint
-        assert audit.written() == 0
-
-
-def test_fewer_connections_are_left_than_it_takes(
-    server: OwnServer, database: Database, rotations: Rotations
+@pytest.mark.parametrize(
+    ("but", "sentence"),
+    [(0, "too many clients already"), (5, "--concurrency 4 needs 6 connections; the server allows ")],
+)
+def test_too_few_connections_are_left(
+    server: OwnServer, database: Database, rotations: Rotations, but: int, sentence: str
 ) -> None:
     with server.configured(max_connections="12"):
         audit = make_tickets(database, 1000)
-        with _taken(server, but=4):
-            started_at = time.monotonic()
-            finished = rotations.rotated(database.url(), "--outage-budget=2s")
-            took = time.monotonic() - started_at
+        with _taken(server, but=but):
+            finished = rotations.rotated(database.url())
 
-            assert finished.status == 1
-            assert "Traceback" not in finished.err
-            assert finished.err.splitlines()[-1] == (
-                "CommandError: The server does not give 4 more connections; are too many in use?"
-            )
-            assert took < 10
-            assert audit.written() == 0
+        assert finished.status == 1
+        assert sentence in finished.complaint
+        assert audit.written() == 0
 
-        with _taken(server, but=4) as others:
-            running = rotations.rotate(database.url())
-            time.sleep(2)
-            assert running.is_alive
-            assert audit.written() == 0
-            others.close()
-            assert_completed(running.wait())
+
+def test_a_role_that_may_not_have_so_many_connections(database: Database, rotations: Rotations) -> None:
+    audit = make_tickets(database, 1000)
+    grant = "GRANT ALL ON ALL TABLES IN SCHEMA public TO ordinary"
+    with new_role(database, "ordinary", grant, "ALTER ROLE ordinary CONNECTION LIMIT 4") as url:
+        started_at = time.monotonic()
+        finished = rotations.rotated(url, "--outage-budget=2s")
+        took = time.monotonic() - started_at
+
+        assert finished.status == 1
+        assert "Traceback" not in finished.err
+        assert finished.err.splitlines()[-1] == (
+            "CommandError: The server does not give 4 more connections; are too many in use?"
+        )
+        assert took < 10
+        assert audit.written() == 0
+
+        running = rotations.rotate(url)
+        time.sleep(2)
+        assert running.is_alive
+        assert audit.written() == 0
+        database.query("ALTER ROLE ordinary CONNECTION LIMIT 20")
+        assert_completed(running.wait())
         audit.assert_rotated_once()
 
 
