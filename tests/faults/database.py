@@ -107,6 +107,12 @@ class Audit:
         ):
             database.query(statement)
 
+    def begin_again(self) -> None:
+        """Take the tokens as they are now for those that were there before, and forget all changes."""
+        self._database.query(f"TRUNCATE {_OLD}, {_WRITES}")
+        self._database.query(f"INSERT INTO {_OLD} SELECT id, token FROM {TABLE}")
+        self._database.query(f"ANALYZE {_OLD}")
+
     def changed(self) -> int:
         """Count the rows that were there before and have another token now."""
         return self._number(

@@ -1,78 +1,29 @@
 """Whoever else writes to the table: in the opposite order, and in transactions older than the rotation."""
 
 import os
-import random
-import threading
-import time
-from dataclasses import dataclass, field
 
 import psycopg
 
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
+from tests.faults.neighbour import Neighbour
 
 # Ten thousand of them take two minutes.
 TRANSACTIONS = int(os.environ.get("ROTATOR_TEST_TRANSACTIONS", "1000"))
 ROWS = 6000
-ROWS_A_TRANSACTION = 8
 LONGEST_WAIT_SECONDS = 0.5
-
-
-@dataclass
-class _Neighbour:
-    """Updates the titles of some rows in every transaction, from the highest key to the lowest."""
-
-    database: Database
-    ids: list[int]
-    transactions: int = 0
-    longest_seconds: float = 0.0
-    waited: int = 0
-    refused: list[str] = field(default_factory=list)
-
-    def work(self, enough: threading.Event) -> None:
-        chance = random.Random(1)  # noqa: S311 - to be repeated, not to be secret
-        with psycopg.connect(self.database.url()) as connection:
-            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-            while not enough.is_set():
-                first = chance.randrange(len(self.ids) - 400)
-                chosen = sorted(
-                    chance.sample(self.ids[first : first + 400], ROWS_A_TRANSACTION), reverse=True
-                )
-                try:
-                    for ticket in chosen:
-                        self._update(connection, ticket)
-                    connection.commit()
-                except psycopg.Error as error:
-                    self.refused.append(type(error).__name__)
-                    connection.rollback()
-                self.transactions += 1
-
-    def _update(self, connection: psycopg.Connection, ticket: int) -> None:
-        started = time.monotonic()
-        connection.execute("UPDATE tickets_ticket SET title = title || '' WHERE id = %s", [ticket])
-        seconds = time.monotonic() - started
-        self.longest_seconds = max(self.longest_seconds, seconds)
-        self.waited += seconds > 0.02
 
 
 def test_a_neighbour_that_updates_in_the_opposite_order(database: Database, rotations: Rotations) -> None:
     make_tickets(database, ROWS)
-    neighbour = _Neighbour(
-        database, [ticket for (ticket,) in database.query("SELECT id FROM tickets_ticket ORDER BY id")]
-    )
-    enough = threading.Event()
-    thread = threading.Thread(target=neighbour.work, args=[enough])
-    thread.start()
+    neighbour = Neighbour(database)
     rounds = 0
-    try:
+    with neighbour.at_work():
         while neighbour.transactions < TRANSACTIONS:
             finished = rotations.rotated(database.url(), "--batch=1500", "--concurrency=3", seconds=120)
             assert_completed(finished)
             rounds += 1
-    finally:
-        enough.set()
-        thread.join()
 
     assert neighbour.refused == []
     assert neighbour.waited > 0, "they have never met"

@@ -1,0 +1,23 @@
+"""The soak test itself: some kills of it, here; more of them, and of everything else, by hand."""
+
+import subprocess
+import sys
+
+from tests.acceptance.harness import PROJECT
+
+KILLS = 10
+
+
+def test_killed_at_random_moments() -> None:
+    finished = subprocess.run(
+        [sys.executable, "benchmarks/soak.py", f"--kills={KILLS}", "--rows=20000", "--seed=1"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"kill -9     {KILLS}\n" in finished.stdout
+    assert finished.stdout.endswith("Every row got a new value in every rotation, once.\n")
