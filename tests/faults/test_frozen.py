@@ -3,28 +3,61 @@
 import random
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
 
 from tests.acceptance.harness import Running, wait_until
 from tests.faults.database import Audit, Database, make_tickets, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 
-ROWS = 15_000
-ROUNDS = 3
+ROWS = 30_000
+ROUNDS = 2
+THAWED_SECONDS = 0.7
 
 
-def test_a_frozen_owner_writes_nothing_once_it_is_overtaken(database: Database, rotations: Rotations) -> None:
+def _wait_in_statements(database: Database) -> None:
+    slow_down(database, 0.03)
+
+
+def _wait_in_commits(database: Database) -> None:
+    """Let almost all of the time pass while a COMMIT is being answered."""
+    database.query(
+        "CREATE FUNCTION wait_in_commit() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_sleep(0.03); RETURN NULL; END $$"
+    )
+    database.query(
+        "CREATE CONSTRAINT TRIGGER wait_in_commit AFTER INSERT ON rotator_completedrange"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait_in_commit()"
+    )
+
+
+# Frozen within a transaction, its backends have to be ended, and it notices that. Frozen while it commits, it
+# keeps all its connections and goes on to the next range as if nothing had been: the fence stops that, and
+# behind it the constraints on checkpoints, since that range begins where the next owner has begun.
+@pytest.mark.parametrize(
+    ("let_it_wait", "concurrency"),
+    [(_wait_in_statements, 4), (_wait_in_commits, 1)],
+    ids=["update", "commit"],
+)
+def test_a_frozen_owner_writes_nothing_once_it_is_overtaken(
+    database: Database, rotations: Rotations, let_it_wait: Callable[[Database], None], concurrency: int
+) -> None:
     chance = random.Random(5)  # noqa: S311 - to be repeated, not to be secret
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.03)
-    owner = _start(database, rotations, 0)
+    let_it_wait(database)
+    owner = _start(database, rotations, 0, concurrency)
     _wait_for_writes(audit, 0)
     for number in range(1, ROUNDS + 1):
         time.sleep(chance.random() / 10)
         owner.send(signal.SIGSTOP)
-        following = _start(database, rotations, number)
+        following = _start(database, rotations, number, concurrency)
         _wait_for_writes(audit, number)
         written = audit.written(by=f"owner {number - 1}")
-        owner.send(signal.SIGCONT)
+        with _without_heartbeats(database):
+            owner.send(signal.SIGCONT)
+            time.sleep(THAWED_SECONDS)
         finished = owner.wait()
 
         assert finished.status == 1
@@ -37,14 +70,27 @@ def test_a_frozen_owner_writes_nothing_once_it_is_overtaken(database: Database, 
         assert database.number("SELECT generation FROM rotator_rotation") == number + 1
         owner = following
     speed_up(database)
+    database.query("DROP FUNCTION IF EXISTS wait_in_commit CASCADE")
 
     assert_completed(owner.wait())
     audit.assert_rotated_once()
 
 
-def _start(database: Database, rotations: Rotations, number: int) -> Running:
+@contextmanager
+def _without_heartbeats(database: Database) -> Iterator[None]:
+    """Let whoever wants to know from the rotation's row whether it is still the owner wait."""
+    with database.connect() as other, other.transaction():
+        other.execute("SELECT FROM rotator_rotation FOR NO KEY UPDATE")
+        yield
+
+
+def _start(database: Database, rotations: Rotations, number: int, concurrency: int) -> Running:
     return rotations.rotate(
-        database.url(application_name=f"owner {number}"), "--batch=50", *(["--take-over"] if number else [])
+        database.url(application_name=f"owner {number}"),
+        # Other ranges than those that the one before has planned.
+        f"--batch={100 + 7 * number}",
+        f"--concurrency={concurrency}",
+        *(["--take-over"] if number else []),
     )
 
 
