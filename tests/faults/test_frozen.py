@@ -1,5 +1,6 @@
 """An owner that is frozen in the middle of its work, taken over from, and thawed."""
 
+import os
 import random
 import signal
 import time
@@ -13,7 +14,7 @@ from tests.faults.database import Audit, Database, make_tickets, slow_down, spee
 from tests.faults.harness import Rotations, assert_completed
 
 ROWS = 30_000
-ROUNDS = 2
+ROUNDS = int(os.environ.get("ROTATOR_TEST_ROUNDS", "2"))
 THAWED_SECONDS = 0.7
 
 

@@ -14,7 +14,7 @@ from tests.faults.database import Database, make_tickets
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.own_server import OwnServer
 
-ROWS = 100_000
+ROWS = int(os.environ.get("ROTATOR_TEST_ROWS", "100000"))
 
 
 def _program() -> str | None:

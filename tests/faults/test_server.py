@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from core.embedded.account import Account
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
@@ -18,6 +20,10 @@ from tests.faults.own_server import OwnServer
 
 ROWS = 20_000
 CRASHES = 3
+# Preallocated WAL is 80 MB at the least, and a row takes half a kilobyte.
+ROWS_THAT_FILL_THE_WAL = 250_000
+ROOM_FOR_WAL_KILOBYTES = 4096
+_CP = "/bin/cp"
 _MOUNT = "/bin/mount"
 _UMOUNT = "/bin/umount"
 
@@ -196,40 +202,89 @@ def test_a_server_that_becomes_read_only(database: Database, rotations: Rotation
     audit.assert_rotated_once()
 
 
+@contextmanager
+def _mounted(folder: Path, account: Account, *, kilobytes: int) -> Iterator[None]:
+    """Let an empty folder be a file system of its own with little room."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system of its own")
+    options = f"size={kilobytes}k,mode=0700,uid={account.uid},gid={account.gid}"
+    mounted = subprocess.run(
+        [_MOUNT, "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"this root may not mount a file system: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run([_UMOUNT, folder], check=False)
+
+
 @pytest.fixture
 def small_disk(server: OwnServer) -> Iterator[Path]:
     """A folder with room for a table of 20,000 tickets and a half."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a file system of its own")
     folder = server.folder / "small"
     folder.mkdir()
-    account = server.account
-    mounted = subprocess.run(
-        [
-            _MOUNT,
-            "-t",
-            "tmpfs",
-            "-o",
-            f"size=2200k,mode=0700,uid={account.uid},gid={account.gid}",
-            "tmpfs",
-            folder,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        folder.rmdir()
-        pytest.skip(f"this root may not mount a file system: {mounted.stderr.strip()}")
-    try:
+    with ExitStack() as stack:
+        stack.callback(folder.rmdir)
+        stack.enter_context(_mounted(folder, server.account, kilobytes=2200))
         with server.connect() as admin:
             admin.execute(f"CREATE TABLESPACE small LOCATION '{folder}'".encode())
         yield folder
         with server.connect() as admin:
             admin.execute("DROP TABLESPACE small")
+
+
+@contextmanager
+def _small_wal_disk(server: OwnServer) -> Iterator[Path]:
+    """Let the server's WAL be on a disk with hardly any room left; it ends stopped, all as before."""
+    wal, aside, folder = (server.folder / name for name in ("data/pg_wal", "data/wal_aside", "wal"))
+    server.stop()
+    wal.rename(aside)
+    folder.mkdir()
+    used = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()) // 1024
+    try:
+        with _mounted(folder, server.account, kilobytes=used + ROOM_FOR_WAL_KILOBYTES):
+            _copy(aside, folder / "pg_wal")
+            wal.symlink_to(folder / "pg_wal")
+            server.start()
+            yield folder
+            server.stop()
+            wal.unlink()
+            _copy(folder / "pg_wal", wal)
     finally:
-        subprocess.run([_UMOUNT, folder], check=False)
+        if not wal.exists():
+            aside.rename(wal)
+        shutil.rmtree(aside, ignore_errors=True)
         folder.rmdir()
+
+
+def _copy(source: Path, target: Path) -> None:
+    subprocess.run([_CP, "--archive", source, target], check=True)
+
+
+def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotations, tmp_path: Path) -> None:
+    # Without the second it would come back at once, having made room for itself.
+    with server.configured(max_wal_size="4GB", restart_after_crash="off"):
+        audit = make_tickets(database, ROWS_THAT_FILL_THE_WAL)
+        database.query("CHECKPOINT")
+        with _small_wal_disk(server) as folder:
+            finished = rotations.rotated(
+                database.url(), "--outage-budget=3s", f"--report={tmp_path / 'report'}"
+            )
+            subprocess.run([_MOUNT, "-o", "remount,size=4g", folder], check=True)
+            server.start()
+
+            assert "No space left on device" in server.log()
+            assert finished.status == 1
+            assert "Traceback" not in finished.err
+            assert "the server is away: " in finished.err
+            assert finished.out.splitlines()[1].startswith("The ")
+            assert json.loads((tmp_path / "report").read_text())["status"] == "interrupted"
+            audit.assert_each_row_written_at_most_once()
+            assert 0 < audit.changed() < ROWS_THAT_FILL_THE_WAL
+            assert_completed(rotations.rotated(database.url()))
+            audit.assert_rotated_once()
+        server.start()
 
 
 @pytest.mark.usefixtures("small_disk")
