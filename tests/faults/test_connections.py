@@ -11,7 +11,7 @@ from tests.faults.harness import Rotations, assert_completed
 from tests.faults.proxy import At, Proxy
 
 ROWS = 20_000
-CUTS = 5
+CUTS = 4
 # The client's own deadline for an answer is 30 s.
 NOTICED_SECONDS = 60.0
 
@@ -76,14 +76,14 @@ def test_a_range_whose_commit_is_ambiguous(
     audit = make_tickets(database, ROWS)
     slow_down(database, 0.01)
     running = rotations.rotate(database.url(port=proxy.port), "--batch=200")
-    for number in range(1, 4):
+    for number in range(1, 3):
         proxy.cut_at_commit(at, containing=RANGE)
         wait_until(lambda: proxy.commits_cut == number, "a commit is cut")  # noqa: B023 - over before the next
     finished = running.wait()
 
     assert_completed(finished)
     # Two of them may be lost at once.
-    assert finished.err.count("the server is away: ") in (2, 3)
+    assert finished.err.count("the server is away: ") in (1, 2)
     audit.assert_rotated_once()
 
 

@@ -12,7 +12,7 @@ from tests.faults.database import Database, make_tickets, new_role, slow_down, s
 from tests.faults.harness import Rotations, assert_completed
 
 ROLE = "rotating"
-ROWS = 8000
+ROWS = 5000
 _GUIDE: Path = PROJECT / "docs" / "operating.md"
 
 
