@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.faults.own_server import OwnServer
 
 ROWS = 20_000
 CRASHES = 3
+SETTLED_SECONDS = 0.1
 # Preallocated WAL is 80 MB at the least, and a row takes half a kilobyte.
 ROWS_THAT_FILL_THE_WAL = 250_000
 ROOM_FOR_WAL_KILOBYTES = 4096
@@ -43,9 +45,13 @@ def test_crashes_that_lose_acknowledged_commits(
                 lambda: database.checkpoints() > done + 20,  # noqa: B023 - over before the next
                 "more checkpoints",
             )
+            # Frozen, it commits nothing between the count and the crash.
+            running.send(signal.SIGSTOP)
+            time.sleep(SETTLED_SECONDS)
             acknowledged = database.checkpoints()
             server.restart("immediate")
             lost += acknowledged - database.checkpoints()
+            running.send(signal.SIGCONT)
         finished = running.wait()
 
         assert lost > 0, "no crash has lost anything, and the test shows nothing"
