@@ -12,6 +12,22 @@ EndStatus: TypeAlias = Literal["completed", "interrupted", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """What the target's table takes on the server's disk.
+
+    Attributes:
+        heap_bytes: The table without its indexes.
+        index_bytes: All of its indexes.
+        dead_rows: Row versions that nobody can see any more and whose values are still there; the server's
+            own statistics, which are an estimate.
+    """
+
+    heap_bytes: int
+    index_bytes: int
+    dead_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RotationStarted:
     """This process owns the rotation and is about to write.
 
@@ -162,6 +178,33 @@ class LateRowsRotated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VacuumStarted:
+    """The rotation is completed, and its table is being vacuumed for the last time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vacuumed:
+    """The table was vacuumed while the rotation went on, or after it.
+
+    Attributes:
+        seconds: How long it took.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VacuumSkipped:
+    """The table was not vacuumed, or not to the end; the rotation goes on all the same.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted:
     """No more ranges are planned; those in flight commit.
 
@@ -201,6 +244,10 @@ class RotationStopped:
         batch: Rows a range.
         resumed: Whether an earlier run began this rotation.
         failed_keys: Keys of rows that could not be rotated, each with the reason.
+        storage_before: What the table took when this run began; None where that is not known.
+        storage: What it takes now; None where that is not known.
+        vacuums: How often this run vacuumed the table.
+        vacuum_seconds: How long these took.
         error: One sentence that says why it stopped; empty when it completed.
         superseded: Whether another process has taken the rotation over; then this one knows nothing of
             how it stands.
@@ -225,6 +272,10 @@ class RotationStopped:
     batch: int
     resumed: bool
     failed_keys: tuple[tuple[Key, str], ...] = ()
+    storage_before: Storage | None = None
+    storage: Storage | None = None
+    vacuums: int = 0
+    vacuum_seconds: float = 0.0
     error: str = ""
     superseded: bool = False
 
@@ -241,6 +292,9 @@ Event: TypeAlias = (
     | ServerLogShowsValues
     | LateCommitsAwaited
     | LateRowsRotated
+    | VacuumStarted
+    | Vacuumed
+    | VacuumSkipped
     | DrainStarted
     | Tick
     | RotationStopped

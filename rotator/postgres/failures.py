@@ -56,14 +56,14 @@ class RangeGrewError(RotatorError):
 
 @asynccontextmanager
 async def answered(
-    connection: psycopg.AsyncConnection | None = None, *, seconds: float = ANSWER_SECONDS
+    connection: psycopg.AsyncConnection | None = None, *, seconds: float | None = ANSWER_SECONDS
 ) -> AsyncIterator[None]:
     """Turn the driver's errors, and the server's silence, into the rotator's own errors.
 
     Args:
         connection: What is talked over, where there is one already.
         seconds: How long the block may take. A peer behind a proxy can be gone and still acknowledge
-            every packet, so only a clock of our own notices.
+            every packet, so only a clock of our own notices. None for as long as it takes.
 
     Raises:
         ServerLostError: The connection is gone, was never made, or is silent; or more was committed than
@@ -79,7 +79,7 @@ async def answered(
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
-        raise ServerLostError(f"The server has not answered for {seconds:.0f} s.") from None
+        raise ServerLostError(f"The server has not answered for {seconds or 0:.0f} s.") from None
     except (psycopg.Error, PoolTimeout) as error:
         # Not chained: the driver's message can quote values, and a traceback would print it.
         raise meaning(error, connection) from None

@@ -14,10 +14,13 @@ what else they carry; keys are only ever added:
     server_log_shows_values  settings
     late_commits_awaited holders
     late_rows_rotated    rows
+    vacuum_started
+    vacuumed             seconds
+    vacuum_skipped       reason
     drain_started        reason
     stopped              the same keys as the report
 
-``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits`` or ``finishing``.
+``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing`` or ``vacuuming``.
 """
 
 import json
@@ -40,6 +43,9 @@ from rotator.events import (
     RowFailed,
     ServerLogShowsValues,
     Tick,
+    Vacuumed,
+    VacuumSkipped,
+    VacuumStarted,
 )
 from rotator.progress.sink import Sink
 from rotator.progress.summary import report
@@ -54,6 +60,9 @@ _NAMES: Final[dict[type[Event], str]] = {
     ServerLogShowsValues: "server_log_shows_values",
     LateCommitsAwaited: "late_commits_awaited",
     LateRowsRotated: "late_rows_rotated",
+    VacuumStarted: "vacuum_started",
+    Vacuumed: "vacuumed",
+    VacuumSkipped: "vacuum_skipped",
     DrainStarted: "drain_started",
 }
 

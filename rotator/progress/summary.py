@@ -10,7 +10,8 @@ def report(event: RotationStopped) -> dict[str, object]:
     """Return the run as JSON types; these keys are an interface and only ever added to.
 
     Seconds and rows per second are rounded to a thousandth. ``failed_keys`` holds objects with the ``key``
-    (the server's own JSON array text) and the ``reason``.
+    (the server's own JSON array text) and the ``reason``. Sizes are null where the server could not be
+    asked for them.
     """
     return {
         "rotation": event.rotation,
@@ -30,6 +31,13 @@ def report(event: RotationStopped) -> dict[str, object]:
         "peak_memory_bytes": event.peak_memory_bytes,
         "concurrency": event.concurrency,
         "batch": event.batch,
+        "heap_bytes_before": event.storage_before and event.storage_before.heap_bytes,
+        "heap_bytes": event.storage and event.storage.heap_bytes,
+        "index_bytes_before": event.storage_before and event.storage_before.index_bytes,
+        "index_bytes": event.storage and event.storage.index_bytes,
+        "dead_rows": event.storage and event.storage.dead_rows,
+        "vacuums": event.vacuums,
+        "vacuum_seconds": round(event.vacuum_seconds, 3),
         "resumed": event.resumed,
         "failed_keys": [{"key": key, "reason": reason} for key, reason in event.failed_keys],
         "error": event.error,
@@ -94,9 +102,29 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     ]
     if event.outage_seconds > 0:
         facts.append(("server away", duration(event.outage_seconds)))
+    facts += _disk(event)
     if event.peak_memory_bytes:
         facts.append(("peak memory", size(event.peak_memory_bytes)))
     return facts
+
+
+def _disk(event: RotationStopped) -> list[tuple[str, str]]:
+    before, now = event.storage_before, event.storage
+    if before is None or now is None:
+        return []
+    facts = [
+        ("heap", _growth(before.heap_bytes, now.heap_bytes)),
+        ("indexes", _growth(before.index_bytes, now.index_bytes)),
+        ("dead rows", f"about {count(now.dead_rows)}"),
+    ]
+    if event.vacuums:
+        facts.append(("vacuumed", f"{plural(event.vacuums, 'time')}, {duration(event.vacuum_seconds)}"))
+    return facts
+
+
+def _growth(before_bytes: int, now_bytes: int) -> str:
+    percent = f" ({now_bytes / before_bytes - 1:+.0%})" if before_bytes else ""
+    return f"{size(before_bytes)} before, {size(now_bytes)} now{percent}"
 
 
 def _failed(event: RotationStopped) -> list[str]:

@@ -15,10 +15,11 @@ from rotator.events import (
     RangeRetried,
     RotationStarted,
     RowFailed,
+    VacuumStarted,
 )
 from rotator.progress.rate import RecentRate
 
-State: TypeAlias = Literal["rotating", "outage", "draining", "late_commits", "finishing"]
+State: TypeAlias = Literal["rotating", "outage", "draining", "late_commits", "finishing", "vacuuming"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class Tally:
         deferrals: How often a range went to the back of the queue.
         retries: How often a range was tried again.
         outage_since: When the server went away; None while it answers.
+        vacuuming: Whether all is done but for the last VACUUM.
         draining: Whether no more ranges are planned.
         holders: The transactions that are waited for.
     """
@@ -48,6 +50,7 @@ class Tally:
     deferrals: int = 0
     retries: int = 0
     outage_since: float | None = None
+    vacuuming: bool = False
     draining: bool = False
     holders: tuple[str, ...] = ()
     _rate: RecentRate = field(default_factory=RecentRate)
@@ -75,6 +78,8 @@ class Tally:
         """What the run is busy with."""
         if self.outage_since is not None:
             return "outage"
+        if self.vacuuming:
+            return "vacuuming"
         if self.holders:
             return "late_commits"
         if self.draining:
@@ -133,6 +138,8 @@ class Tally:
                 self._rate.restart()
             case LateCommitsAwaited():
                 self.holders = event.holders
+            case VacuumStarted():
+                self.vacuuming = True
             case DrainStarted():
                 self.draining = True
             case _:

@@ -13,6 +13,8 @@ from rotator.events import (
     RotationStarted,
     RowFailed,
     ServerLogShowsValues,
+    VacuumSkipped,
+    VacuumStarted,
 )
 from rotator.progress.format import count, duration, one_line, plural
 from rotator.progress.tally import Tally
@@ -28,41 +30,51 @@ def notice(event: Event, tally: Tally) -> str:
         event: What happened.
         tally: The figures before it happened.
     """
-    line = ""
     match event:
         case RotationStarted():
             line = _resumed(event) if event.resumed else _started(event)
         case RowFailed():
             line = _failed(event, tally.failed_rows)
+        case LateCommitsAwaited():
+            line = _awaited(event.holders) if event.holders != tally.holders else ""
+        case LateRowsRotated():
+            line = f"{plural(event.rows, 'row')} committed late and rotated now"
+        case VacuumStarted():
+            line = "every row is done; vacuuming the table once more, which a stop would cut short"
+        case DrainStarted():
+            line = f"{event.reason}: draining, ranges in flight commit and no more are planned"
+        case _:
+            line = _circumstances(event)
+    return one_line(line)
+
+
+def _circumstances(event: Event) -> str:
+    """Return the line for what the server and other processes do."""
+    match event:
         case OutageStarted():
-            line = (
+            return (
                 f"the server is away: {event.reason.rstrip('.')}; "
                 f"waiting for up to {duration(event.budget_seconds)}"
             )
         case OutageEnded():
-            line = (
+            return (
                 f"the server is back after {duration(event.seconds)}: "
                 f"its checkpoints vouch for {plural(event.rows_done, 'row')}"
             )
         case OwnerWatched():
-            line = (
+            return (
                 f"another process owns this rotation: {event.owner}; "
                 f"watching its heartbeat for up to {duration(event.seconds)}"
             )
         case ServerLogShowsValues():
-            line = (
+            return (
                 f"warning: the server will log the new values, because of {', '.join(event.settings)}: "
                 "set log_parameter_max_length = 0 for this role"
             )
-        case LateCommitsAwaited() if event.holders != tally.holders:
-            line = _awaited(event.holders)
-        case LateRowsRotated():
-            line = f"{plural(event.rows, 'row')} committed late and rotated now"
-        case DrainStarted():
-            line = f"{event.reason}: draining, ranges in flight commit and no more are planned"
+        case VacuumSkipped():
+            return f"the table is not vacuumed: {event.reason.rstrip('.')}"
         case _:
-            pass
-    return one_line(line)
+            return ""
 
 
 def activity(tally: Tally, now: float) -> str:
@@ -74,6 +86,8 @@ def activity(tally: Tally, now: float) -> str:
             return f"waiting for {plural(len(tally.holders), 'transaction')}"
         case "draining":
             return "draining ranges in flight"
+        case "vacuuming":
+            return "vacuuming"
         case "finishing":
             return "finishing"
         case _:

@@ -15,6 +15,8 @@ from rotator.events import (
     RotationStarted,
     RotationStopped,
     RowFailed,
+    Storage,
+    Vacuumed,
 )
 from rotator.keys import Key
 from rotator.process import peak_memory_bytes
@@ -28,16 +30,22 @@ class Figures:
         clock: Returns monotonic seconds.
         rows_done: Rows done in all runs, as far as this process knows.
         failed_keys: Keys of rows that could not be rotated, each with the reason.
+        storage_before: What the table took when the run began, once that is known.
+        storage: What it takes at the end, once that is known.
     """
 
     clock: Callable[[], float] = time.monotonic
     rows_done: int = 0
     failed_keys: list[tuple[Key, str]] = field(default_factory=list)
+    storage_before: Storage | None = None
+    storage: Storage | None = None
     _started: RotationStarted | None = None
     _late_rows: int = 0
     _ranges: int = 0
     _retries: int = 0
     _outage_seconds: float = 0.0
+    _vacuums: int = 0
+    _vacuum_seconds: float = 0.0
     _began_at: float = 0.0
     _first_range_at: float | None = None
     _last_range_at: float = 0.0
@@ -88,6 +96,9 @@ class Figures:
                 self._outage_seconds += event.seconds
                 # They are in gaps that are read anew: they will fail again, or be rotated.
                 self.failed_keys.clear()
+            case Vacuumed():
+                self._vacuums += 1
+                self._vacuum_seconds += event.seconds
             case RowFailed():
                 self.failed_keys.append((event.key, event.reason))
             case _:
@@ -122,6 +133,10 @@ class Figures:
             batch=started.batch,
             resumed=started.resumed,
             failed_keys=tuple(self.failed_keys),
+            storage_before=self.storage_before,
+            storage=self.storage,
+            vacuums=self._vacuums,
+            vacuum_seconds=self._vacuum_seconds,
             error=error,
             superseded=superseded,
         )

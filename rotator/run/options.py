@@ -19,6 +19,7 @@ class RunOptions:
         stop_after_rows: End the run after this many rows; None for no limit.
         stop_after_seconds: End the run after this time; None for no limit.
         outage_budget_seconds: How long to wait for a server that is away, before giving up.
+        vacuum: Vacuum the table now and then.
         limits: How long a range holds the application up.
     """
 
@@ -29,6 +30,7 @@ class RunOptions:
     stop_after_rows: int | None = None
     stop_after_seconds: float | None = None
     outage_budget_seconds: float = 300.0
+    vacuum: bool = True
     limits: WaitLimits = field(default_factory=WaitLimits)
 
     def saved(self) -> dict[str, Any]:

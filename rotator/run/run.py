@@ -27,6 +27,7 @@ from rotator.postgres.connections import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.ownership import Owned
 from rotator.postgres.server_log import settings_that_show_values
 from rotator.postgres.table import TargetTable
+from rotator.postgres.vacuuming import read_storage
 from rotator.process import this_process
 from rotator.run.acquiring import Acquired, Acquisition, regain
 from rotator.run.context import RunContext
@@ -35,12 +36,13 @@ from rotator.run.one_pass import STOP_AFTER, Pass
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
 from rotator.run.stopping import StopRequests
+from rotator.run.vacuuming import Vacuuming
 
 HEARTBEAT_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 LEAST_OPEN_SECONDS: Final = 1.0
-# Beside the workers': the heartbeat's, and one for the planner and the pass over late rows.
-OTHER_CONNECTIONS: Final = 2
+# Beside the workers': the heartbeat's, one for the planner and the pass over late rows, and VACUUM's.
+OTHER_CONNECTIONS: Final = 3
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
 
 
@@ -63,6 +65,9 @@ class Run:
         )
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._acquired: Acquired | None = None
+        self._table: TargetTable | None = None
+        self._vacuuming = Vacuuming(self._context)
+        self._is_completed = False
         self._late_rows_before = 0
 
     @property
@@ -94,7 +99,11 @@ class Run:
             except asyncio.CancelledError:
                 if not self._requests.aborted:
                     raise
-                stopped = await self._leave("interrupted", self._asked())
+                stopped = (
+                    self._stopped("completed", "")
+                    if self._is_completed
+                    else await self._leave("interrupted", self._asked())
+                )
             finally:
                 timer.cancel()
         self._notify(stopped)
@@ -107,13 +116,12 @@ class Run:
             self._requests.ask(STOP_AFTER)
 
     async def _through_outages(self) -> RotationStopped:
-        table: TargetTable | None = None
         while True:
             try:
                 async with connected(self._context.server) as control:
-                    table = table or await self._check(control)
+                    self._table = self._table or await self._check(control)
                     self._acquired = await self._own(control)
-                    status = await self._work(control, table, self._acquired)
+                    status = await self._work(control, self._table, self._acquired)
             except ServerLostError as lost:
                 if self._acquired is None:
                     raise
@@ -124,7 +132,8 @@ class Run:
                 return await self._give_up(error)
             else:
                 if status == "completed":
-                    return self._stopped("completed", "")
+                    self._is_completed = True
+                    return await self._tidy(self._table)
                 return await self._leave(status, self._asked() or _REFUSED_ROWS)
 
     async def _check(self, control: AsyncConnection) -> TargetTable:
@@ -133,7 +142,10 @@ class Run:
         await check_server(control, connections=concurrency + OTHER_CONNECTIONS, concurrency=concurrency)
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
-        return await read_table(control, path=target.path, key=target.key, column=target.column)
+        table = await read_table(control, path=target.path, key=target.key, column=target.column)
+        self._figures.storage_before = await read_storage(control, table)
+        await self._vacuuming.allow(control, table)
+        return table
 
     async def _own(self, control: AsyncConnection) -> Acquired:
         """Own the rotation, the first time or again after an outage."""
@@ -156,7 +168,12 @@ class Run:
                         heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
                         owned = await one_pass.read_owned()
                         self._tell_started(one_pass, owned)
+                        vacuum = tasks.create_task(
+                            self._vacuuming.beside(control, table, rows_total=owned.rows_total),
+                            name="rotator VACUUM",
+                        )
                         status = await one_pass.work(owned)
+                        vacuum.cancel()
                         heart.cancel()
                 # Without the heartbeat, to which a completed rotation would not look like its own.
                 if status != "completed" or await one_pass.complete(owned):
@@ -182,6 +199,14 @@ class Run:
     def _tell_back(self, rows_done: int) -> None:
         if self._outage.is_away:
             self._notify(OutageEnded(seconds=self._outage.back(), rows_done=rows_done))
+
+    async def _tidy(self, table: TargetTable) -> RotationStopped:
+        """Vacuum once more; the workers have left, so what they have done is in the statistics by now."""
+        await self._vacuuming.at_the_end(table)
+        with suppress(RotatorError):
+            async with connected(self._context.server) as connection:
+                self._figures.storage = await read_storage(connection, table)
+        return self._stopped("completed", "")
 
     async def _outlast(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False where the budget is used up or a stop was asked for."""
@@ -222,6 +247,8 @@ class Run:
                     error=error,
                     active_seconds=self._figures.active_seconds,
                 )
+                if self._table is not None:
+                    self._figures.storage = await read_storage(connection, self._table)
 
     def _asked(self) -> str:
         return f"Stopped by {self._requests.reason}." if self._requests.drain.is_set() else ""

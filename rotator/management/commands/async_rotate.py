@@ -32,6 +32,7 @@ class Options(TypedDict):
     restart: bool
     noinput: bool
     take_over: bool
+    no_vacuum: bool
     stop_after: int | float | str | None
     lock_timeout: float | str
     outage_budget: float | str
@@ -113,6 +114,12 @@ class Command(BaseCommand):
             metavar="TIME",
             help="How long to wait for a server that is away before giving up "
             f"(default: {defaults.outage_budget_seconds / 60:.0f}m).",
+        )
+        parser.add_argument(
+            "--no-vacuum",
+            action="store_true",
+            help="Leave the old row versions, and the space they take, to autovacuum; otherwise the table is "
+            "vacuumed after each fifth of its rows and at the end.",
         )
         parser.add_argument(
             "--progress",
@@ -207,6 +214,7 @@ def _run_options(options: Options) -> RunOptions:
         batch=options["batch"],
         restart=options["restart"],
         take_over=options["take_over"],
+        vacuum=not options["no_vacuum"],
         stop_after_rows=stop_after if isinstance(stop_after, int) else None,
         stop_after_seconds=stop_after if isinstance(stop_after, float) else None,
         outage_budget_seconds=seconds(options["outage_budget"]),

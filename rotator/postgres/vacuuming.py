@@ -1,0 +1,112 @@
+"""What a rotation leaves on the server's disk, and VACUUM, which lets its space be used again."""
+
+import asyncio
+from contextlib import suppress
+from typing import Final
+
+from psycopg import AsyncConnection, errors, sql
+from psycopg.errors import Diagnostic
+
+from rotator.events import Storage
+from rotator.postgres.failures import answered
+from rotator.postgres.table import TargetTable
+
+WATCH_SECONDS: Final = 0.25
+_MAINTAIN_SINCE: Final = 170_000
+# vacuum_is_permitted_for_relation() in the server's src/backend/commands/vacuum.c.
+_OWNS: Final = (
+    "SELECT pg_has_role(c.relowner, 'USAGE') OR pg_has_role(d.datdba, 'USAGE')"
+    " FROM pg_class c, pg_database d WHERE c.oid = %s::regclass AND d.datname = current_database()"
+)
+_MAINTAINS: Final = "SELECT has_table_privilege(%s::regclass, 'MAINTAIN')"
+
+
+async def read_storage(connection: AsyncConnection, table: TargetTable) -> Storage:
+    """What the table takes now.
+
+    Raises:
+        ServerLostError: The connection is gone.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(
+            "SELECT pg_relation_size(oid), pg_indexes_size(oid), pg_stat_get_dead_tuples(oid)"
+            " FROM (SELECT %s::regclass::oid AS oid) AS target",
+            (table.regclass,),
+        )
+        heap_bytes, index_bytes, dead_rows = await cursor.fetchone() or (0, 0, 0)
+    return Storage(heap_bytes=heap_bytes, index_bytes=index_bytes, dead_rows=dead_rows)
+
+
+async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
+    """Whether the server would let this role vacuum the table; it skips it with a warning otherwise."""
+    queries = [_OWNS]
+    if connection.info.server_version >= _MAINTAIN_SINCE:
+        queries.append(_MAINTAINS)
+    async with answered(connection):
+        for query in queries:
+            cursor = await connection.execute(query, (table.regclass,))
+            row = await cursor.fetchone()
+            if row and row[0]:
+                return True
+    return False
+
+
+async def vacuum(connection: AsyncConnection, control: AsyncConnection, table: TargetTable) -> str:
+    """Vacuum the table, unless somebody else holds or wants a lock that is in the way of it.
+
+    Truncating would take the strongest lock there is, and more processes at once what the writers need.
+
+    Args:
+        connection: For the statement alone; in autocommit mode.
+        control: Another one in autocommit mode, by which is seen who waits.
+        table: What to vacuum.
+
+    Returns:
+        Why it was not done, or not to its end; empty when it was.
+
+    Raises:
+        RotatorError: The server refused, or was lost.
+    """
+    warnings = set[str | None]()
+
+    def hear(warning: Diagnostic) -> None:
+        # To be read here and now: it is gone when the handler returns.
+        warnings.add(warning.sqlstate)
+
+    connection.add_notice_handler(hear)
+    statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0) {}").format(table.name)
+    vacuuming = asyncio.create_task(_execute(connection, statement), name="rotator VACUUM statement")
+    try:
+        while not (await asyncio.wait([vacuuming], timeout=WATCH_SECONDS))[0]:
+            if await _is_in_the_way(control, table):
+                await connection.cancel_safe()
+                break
+        was_cancelled = not await vacuuming
+    finally:
+        vacuuming.cancel()
+    if was_cancelled:
+        return "it was in the way of somebody else"
+    return "somebody else has locked the table" if errors.LockNotAvailable.sqlstate in warnings else ""
+
+
+async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool:
+    """Whether the statement got to its end; not what else it may have met."""
+    # As long as it takes: whoever waits for it has it cancelled.
+    async with answered(connection, seconds=None):
+        with suppress(errors.QueryCanceled):
+            await connection.execute(statement)
+            return True
+    return False
+
+
+async def _is_in_the_way(control: AsyncConnection, table: TargetTable) -> bool:
+    """Whether anybody waits for a lock on the table while VACUUM has its own."""
+    async with answered(control):
+        cursor = await control.execute(
+            "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"
+            " WHERE w.locktype = 'relation' AND w.relation = %s::regclass AND NOT w.granted"
+            " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')",
+            (table.regclass,),
+        )
+        row = await cursor.fetchone()
+    return bool(row and row[0])

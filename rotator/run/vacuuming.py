@@ -1,0 +1,99 @@
+"""VACUUM beside the workers, so that a rotation uses again the space of the rows it has rewritten."""
+
+import asyncio
+import time
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.errors import RotatorError
+from rotator.events import Vacuumed, VacuumSkipped, VacuumStarted
+from rotator.postgres.connections import connected
+from rotator.postgres.table import TargetTable
+from rotator.postgres.vacuuming import may_vacuum, vacuum
+from rotator.run.context import RunContext
+
+# A vacuum reads every index to its end, however few rows died, so it should be worth that.
+PART_OF_TABLE: Final = 5
+LEAST_ROWS: Final = 20_000
+POLL_SECONDS: Final = 0.1
+
+
+class Vacuuming:
+    """Vacuums the target's table now and then; whatever keeps it from that is told, and never an error."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._is_allowed = False
+        self._told = ""
+
+    async def allow(self, control: AsyncConnection, table: TargetTable) -> None:
+        """Find out whether there may be any, and tell if not.
+
+        Args:
+            control: In autocommit mode.
+            table: The target's table.
+        """
+        if self._context.options.vacuum:
+            self._is_allowed = await may_vacuum(control, table)
+            if not self._is_allowed:
+                self._tell("this role does not own the table, and only autovacuum will clean it")
+
+    async def beside(self, control: AsyncConnection, table: TargetTable, *, rows_total: int) -> None:
+        """Vacuum after each part of the table, until cancelled.
+
+        Args:
+            control: In autocommit mode; may be shared.
+            table: The target's table.
+            rows_total: How many rows the rotation has.
+        """
+        if not self._is_allowed:
+            return
+        figures = self._context.figures
+        part_rows = max(LEAST_ROWS, -(-rows_total // PART_OF_TABLE))
+        due_rows = figures.rows_done + part_rows
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            # With less than half a part to go, the one at the end is soon enough.
+            if due_rows <= figures.rows_done < rows_total - part_rows // 2:
+                due_rows = figures.rows_done + part_rows
+                await self._vacuum(control, table)
+
+    async def at_the_end(self, table: TargetTable) -> None:
+        """Vacuum what the last part has left, unless or until a stop is asked for."""
+        requests = self._context.requests
+        if not self._is_allowed or requests.drain.is_set():
+            return
+        self._context.notify(VacuumStarted())
+        work = asyncio.create_task(self._alone(table), name="rotator last VACUUM")
+        stop = asyncio.create_task(requests.drain.wait(), name="rotator stop during VACUUM")
+        try:
+            await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+            stop.cancel()
+            await asyncio.gather(work, stop, return_exceptions=True)
+
+    async def _alone(self, table: TargetTable) -> None:
+        try:
+            async with connected(self._context.server) as control:
+                await self._vacuum(control, table)
+        except RotatorError as error:
+            self._tell(str(error))
+
+    async def _vacuum(self, control: AsyncConnection, table: TargetTable) -> None:
+        started = time.monotonic()
+        try:
+            async with connected(self._context.server) as connection:
+                reason = await vacuum(connection, control, table)
+        except RotatorError as error:
+            reason = str(error)
+        if reason:
+            self._tell(reason)
+        else:
+            self._context.notify(Vacuumed(seconds=time.monotonic() - started))
+
+    def _tell(self, reason: str) -> None:
+        if reason != self._told:
+            self._told = reason
+            self._context.notify(VacuumSkipped(reason=reason))

@@ -1,0 +1,139 @@
+"""VACUUM beside a rotation, and what keeps it from that."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from rotator.events import Event, Vacuumed, VacuumSkipped, VacuumStarted
+from rotator.postgres.connections import connected
+from rotator.postgres.vacuuming import may_vacuum, read_storage, vacuum
+from rotator.run import vacuuming
+from tests.integration.rotation_tables import COMMITTING, TICKETS, Database
+from tests.integration.test_run import Told, after_ranges, assert_completed, rotate
+
+pytestmark = COMMITTING
+
+LOCKED = "LOCK TABLE tickets_ticket IN SHARE UPDATE EXCLUSIVE MODE"
+
+
+@pytest.fixture
+def slow_vacuum(database: Database) -> Iterator[None]:
+    """A VACUUM that rests after each page that it looks at."""
+    with database.connect() as connection:
+        name = sql.Identifier(connection.info.dbname)
+        connection.execute(sql.SQL("ALTER DATABASE {} SET vacuum_cost_delay = '100ms'").format(name))
+        connection.execute(sql.SQL("ALTER DATABASE {} SET vacuum_cost_limit = 1").format(name))
+        yield
+        connection.execute(sql.SQL("ALTER DATABASE {} RESET vacuum_cost_delay").format(name))
+        connection.execute(sql.SQL("ALTER DATABASE {} RESET vacuum_cost_limit").format(name))
+
+
+def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vacuuming, "LEAST_ROWS", 100)
+    monkeypatch.setattr(vacuuming, "POLL_SECONDS", 0.001)
+    database.make_tickets(1, 10_000)
+    # Slow enough for every fifth to be noticed.
+    database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
+    told = Told()
+
+    stopped = rotate(told, batch=100, concurrency=2).stopped
+
+    assert stopped.status == "completed"
+    assert stopped.storage_before is not None
+    assert stopped.storage is not None
+    assert stopped.vacuums == told.of(Vacuumed) >= 4
+    assert stopped.vacuum_seconds > 0
+    assert told.of(VacuumStarted) == 1
+    assert stopped.storage.heap_bytes < 1.6 * stopped.storage_before.heap_bytes
+    assert stopped.storage.dead_rows < 2000
+
+
+def test_without_it_the_table_doubles(database: Database) -> None:
+    database.execute("ALTER TABLE tickets_ticket SET (autovacuum_enabled = false)")
+    database.make_tickets(1, 10_000)
+    told = Told()
+
+    stopped = rotate(told, batch=100, vacuum=False).stopped
+
+    assert (told.of(Vacuumed), told.of(VacuumStarted), told.of(VacuumSkipped), stopped.vacuums) == (
+        0,
+        0,
+        0,
+        0,
+    )
+    assert stopped.storage_before is not None
+    assert stopped.storage is not None
+    assert stopped.storage.heap_bytes > 1.8 * stopped.storage_before.heap_bytes
+    database.execute("ALTER TABLE tickets_ticket RESET (autovacuum_enabled)")
+
+
+def test_a_table_that_somebody_else_has_locked_is_left_alone(database: Database) -> None:
+    database.make_tickets(1, 1000)
+    neighbour = database.connect()
+    told = Told(after_ranges(1, lambda: neighbour.execute(f"BEGIN; {LOCKED}".encode())))
+
+    assert_completed(rotate(told, batch=100), rows=1000)
+
+    skipped = [event.reason for event in told.events if isinstance(event, VacuumSkipped)]
+    assert skipped == ["somebody else has locked the table"]
+    assert told.of(Vacuumed) == 0
+
+
+@pytest.mark.usefixtures("slow_vacuum")
+async def test_it_makes_way_for_whoever_waits(database: Database, control: psycopg.AsyncConnection) -> None:
+    database.make_tickets(1, 5000)
+    database.execute("UPDATE tickets_ticket SET title = 'another'")
+    neighbour = database.connect()
+    neighbour.execute("SET lock_timeout = '5s'")
+    async with connected(database.server) as connection:
+        vacuuming = asyncio.create_task(vacuum(connection, control, TICKETS))
+        await database.until("EXISTS (SELECT FROM pg_stat_progress_vacuum)")
+
+        await asyncio.to_thread(neighbour.execute, f"BEGIN; {LOCKED}".encode())
+
+        assert await vacuuming == "it was in the way of somebody else"
+        # The connection is as good as before.
+        await connection.execute("SELECT 1")
+
+
+@pytest.mark.usefixtures("slow_vacuum")
+def test_a_stop_ends_the_last_one_and_the_rotation_is_completed_all_the_same(database: Database) -> None:
+    database.make_tickets(1, 5000)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, VacuumStarted):
+            signal.raise_signal(signal.SIGINT)
+
+    told = Told(stop)
+    assert_completed(rotate(told), rows=5000)
+    assert told.of(Vacuumed) == 0
+
+
+async def test_only_who_maintains_the_table_may(database: Database, control: psycopg.AsyncConnection) -> None:
+    assert await may_vacuum(control, TICKETS)
+    database.execute("CREATE ROLE rotator_visitor")
+    try:
+        database.execute("GRANT SELECT, UPDATE ON tickets_ticket TO rotator_visitor")
+        await control.execute("SET ROLE rotator_visitor")
+        assert not await may_vacuum(control, TICKETS)
+        if control.info.server_version >= 170_000:
+            database.execute("GRANT MAINTAIN ON tickets_ticket TO rotator_visitor")
+            assert await may_vacuum(control, TICKETS)
+        await control.execute("RESET ROLE")
+    finally:
+        database.execute("DROP OWNED BY rotator_visitor")
+        database.execute("DROP ROLE rotator_visitor")
+
+
+async def test_what_the_table_takes(database: Database, control: psycopg.AsyncConnection) -> None:
+    empty = await read_storage(control, TICKETS)
+    database.make_tickets(1, 1000)
+    filled = await read_storage(control, TICKETS)
+
+    assert empty.heap_bytes == 0
+    assert filled.heap_bytes > 50_000
+    assert filled.index_bytes > empty.index_bytes
