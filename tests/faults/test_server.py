@@ -25,6 +25,7 @@ SETTLED_SECONDS = 0.1
 # Preallocated WAL is 80 MB at the least, and a row takes half a kilobyte.
 ROWS_THAT_FILL_THE_WAL = 250_000
 ROOM_FOR_WAL_KILOBYTES = 4096
+PLENTY_KILOBYTES = 4 << 20
 _CP = "/bin/cp"
 _MOUNT = "/bin/mount"
 _UMOUNT = "/bin/umount"
@@ -244,24 +245,31 @@ def small_disk(server: OwnServer) -> Iterator[Path]:
 def _small_wal_disk(server: OwnServer) -> Iterator[Path]:
     """Let the server's WAL be on a disk with hardly any room left; it ends stopped, all as before."""
     wal, aside, folder = (server.folder / name for name in ("data/pg_wal", "data/wal_aside", "wal"))
-    server.stop()
-    wal.rename(aside)
     folder.mkdir()
-    used = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()) // 1024
-    try:
-        with _mounted(folder, server.account, kilobytes=used + ROOM_FOR_WAL_KILOBYTES):
+    with ExitStack() as stack:
+        stack.callback(folder.rmdir)
+        # Before the server is stopped: whoever may not mount one leaves it as it was.
+        stack.enter_context(_mounted(folder, server.account, kilobytes=PLENTY_KILOBYTES))
+        server.stop()
+        wal.rename(aside)
+        try:
             _copy(aside, folder / "pg_wal")
+            used = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()) // 1024
+            _resize(folder, kilobytes=used + ROOM_FOR_WAL_KILOBYTES)
             wal.symlink_to(folder / "pg_wal")
             server.start()
             yield folder
             server.stop()
             wal.unlink()
             _copy(folder / "pg_wal", wal)
-    finally:
-        if not wal.exists():
-            aside.rename(wal)
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rmdir()
+        finally:
+            if not wal.exists():
+                aside.rename(wal)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _resize(folder: Path, *, kilobytes: int) -> None:
+    subprocess.run([_MOUNT, "-o", f"remount,size={kilobytes}k", folder], check=True)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -277,7 +285,7 @@ def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotat
             finished = rotations.rotated(
                 database.url(), "--outage-budget=3s", f"--report={tmp_path / 'report'}"
             )
-            subprocess.run([_MOUNT, "-o", "remount,size=4g", folder], check=True)
+            _resize(folder, kilobytes=PLENTY_KILOBYTES)
             server.start()
 
             assert "No space left on device" in server.log()
