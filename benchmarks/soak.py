@@ -164,8 +164,12 @@ class Soak:
     def _freeze(self, running: Running) -> None:
         running.send(signal.SIGSTOP)
         time.sleep(_SETTLED_SECONDS)
-        if not self._database.number("SELECT count(*) FROM rotator_rotation WHERE status = 'running'"):
-            # Another run would begin another rotation, before this one was audited.
+        owned = (
+            f"SELECT count(*) FROM rotator_rotation WHERE status = 'running' AND owner_pid = {running.pid}"
+        )
+        if not self._database.number(owned):
+            # It has completed, and another run would begin another rotation before this one was audited; or
+            # it has yet to begin, and would go on beside the other.
             running.send(signal.SIGCONT)
             self._ended(running)
             return
@@ -174,8 +178,7 @@ class Soak:
         running.send(signal.SIGCONT)
         self._ended(running)
         finished = running.wait()
-        # It may have completed before it was frozen, or not even begun, and then be told who has.
-        if finished.status not in (0, 1) or "Traceback" in finished.err:
+        if finished.status != 1 or "Traceback" in finished.err:
             self.findings.violations.append(f"thawed with status {finished.status}: {finished.err}")
 
     def _cut(self, _running: Running) -> None:
@@ -225,7 +228,9 @@ class Soak:
     @staticmethod
     def _could_not_begin(said: str) -> bool:
         """Whether a connection was lost before there was a rotation to go on with; that ends a run."""
-        return " starts: " not in said and " resumes: " not in said and "Traceback" not in said
+        has_begun = " starts: " in said or " resumes: " in said
+        # While it is still importing, an interrupt ends it as Python does.
+        return not has_begun and ("Traceback" not in said or said.rstrip().endswith("KeyboardInterrupt"))
 
     def _check(self) -> None:
         if self._database.number("SELECT count(*) FROM rotator_rotation") == self.findings.rotations:
