@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias
 
+from rotator.findings import Findings
 from rotator.keys import Key
 
 EndStatus: TypeAlias = Literal["completed", "interrupted", "failed"]
@@ -25,6 +26,13 @@ class Storage:
     heap_bytes: int
     index_bytes: int
     dead_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflighted:
+    """The rotation is about to begin, and this is what it will meet."""
+
+    findings: Findings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,7 +289,8 @@ class RotationStopped:
 
 
 Event: TypeAlias = (
-    RotationStarted
+    Preflighted
+    | RotationStarted
     | RangeCompleted
     | RangeDeferred
     | RangeRetried

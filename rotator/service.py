@@ -17,8 +17,10 @@ from django.db.migrations.recorder import MigrationRecorder
 
 from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
 from rotator.events import Observer, RotationStopped
+from rotator.findings import Findings
 from rotator.models import Rotation
 from rotator.postgres.connections import Server
+from rotator.run.examination import dry_run
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.run import Run
 from rotator.target import resolve
@@ -82,6 +84,16 @@ class Prepared:
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         return _run(self._rotate(observer))
+
+    def examine(self) -> Findings:
+        """Find out what the rotation will meet, and leave everything as it is.
+
+        Raises:
+            RotatorError: It cannot begin, or the server cannot be asked.
+        """
+        connections.close_all()
+        logging.getLogger("psycopg").addHandler(logging.NullHandler())
+        return _run(dry_run(self.server, self.target, self.options))
 
     async def _rotate(self, observer: Observer) -> Outcome:
         run = Run(self.server, self.target, self.options, observer)

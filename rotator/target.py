@@ -9,6 +9,7 @@ from django.core.exceptions import FieldDoesNotExist
 from django.db import connections
 from django.db.models import Field, Model, UUIDField
 from django.db.models.fields import NOT_PROVIDED
+from django.db.models.signals import post_save, pre_save
 
 from rotator.errors import TargetError
 from rotator.postgres.arrays import MakeValues, UuidBlock, Values
@@ -37,6 +38,7 @@ def resolve(label: str, database: str) -> RunTarget:
         key=tuple(_key_columns(field.model)),
         column=str(field.column),
         make_values=_make_values(label, field, database),
+        bypassed=_bypassed(field.model),
     )
 
 
@@ -77,6 +79,21 @@ def _field(label: str) -> "Field[Any, Any]":
 def _path(db_table: str) -> tuple[str, ...]:
     # Django passes a name that is quoted already through, which is how people write a schema: 'a"."b'.
     return tuple(part for part in db_table.strip('"').split('"."'))
+
+
+def _bypassed(model: type[Model]) -> tuple[str, ...]:
+    """What would have acted upon each save() of a row, and never hears of an update by the server."""
+    automatic = [field.name for field in model._meta.concrete_fields if getattr(field, "auto_now", False)]
+    signals = [
+        name
+        for name, signal in (("pre_save", pre_save), ("post_save", post_save))
+        if signal.has_listeners(model)
+    ]
+    return tuple(
+        [f"{name} (auto_now) stays as it is" for name in automatic]
+        + [f"receivers of {name} are not called" for name in signals]
+        + ([f"{model.__name__}.save() is not called"] if model.save is not Model.save else [])
+    )
 
 
 def _key_columns(model: type[Model]) -> list[str]:

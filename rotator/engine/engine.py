@@ -8,10 +8,10 @@ from rotator.engine.backoff import backoff_seconds
 from rotator.engine.flow import Attempt, Flow
 from rotator.engine.pace import Pace
 from rotator.engine.ports import RangePlanner, RangeWriter
-from rotator.engine.tasks import first_error_alone
 from rotator.errors import RangeRefusedError, RangeTooSlowError, RowsLockedError
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import KeyRange, KeySpan
+from rotator.tasks import first_error_alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

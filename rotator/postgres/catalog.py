@@ -2,11 +2,11 @@
 
 from typing import Final
 
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection, errors, sql
 
 from rotator.errors import OptionError, TargetError
 from rotator.postgres.connections import APPLICATION_NAME
-from rotator.postgres.failures import answered
+from rotator.postgres.failures import answered, refused_for_good
 from rotator.postgres.table import Column, TargetTable
 
 OLDEST_VERSION: Final = 150_000
@@ -14,7 +14,7 @@ _BUILTIN_SCHEMA = "pg_catalog"
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
-    """Refuse a server that is too old, or has not enough connections left.
+    """Refuse a server that is too old or read-only, or has not enough connections left.
 
     Args:
         connection: In autocommit mode.
@@ -23,11 +23,13 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
 
     Raises:
         TargetError: It is older than PostgreSQL 15.
+        ServerRefusedError: It is a replica, or read-only for another reason.
         OptionError: It has not that many connections left.
     """
     async with answered(connection):
         cursor = await connection.execute(
             "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"
+            " current_setting('transaction_read_only')::boolean,"
             " current_setting('max_connections')::integer"
             " - current_setting('superuser_reserved_connections')::integer,"
             # A former owner's are gone when this run needs them.
@@ -36,9 +38,11 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
             (APPLICATION_NAME,),
         )
         row = await cursor.fetchone()
-    number, version, allowed, others = row or (0, "unknown", 0, 0)
+    number, version, is_read_only, allowed, others = row or (0, "unknown", False, 0, 0)
     if number < OLDEST_VERSION:
         raise TargetError(f"PostgreSQL 15 or later is needed; this server is {version}.")
+    if is_read_only and (refused := refused_for_good(errors.ReadOnlySqlTransaction)):
+        raise refused
     if connections > allowed - others:
         most = allowed - others - connections + concurrency
         advice = f"ask for at most {most}" if most > 0 else "free some, or raise max_connections"

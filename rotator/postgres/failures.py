@@ -91,7 +91,7 @@ def meaning(error: Exception, connection: psycopg.AsyncConnection | None = None)
         return ServerLostError(_lost_sentence(error))
     if not isinstance(error, psycopg.Error):
         raise error
-    return _said_by_us(error) or _refused_for_good(error) or _refused_range(error)
+    return _said_by_us(error) or refused_for_good(type(error)) or _refused_range(error)
 
 
 def _said_by_us(error: psycopg.Error) -> RotatorError | None:
@@ -101,9 +101,10 @@ def _said_by_us(error: psycopg.Error) -> RotatorError | None:
     return RangeGrewError(RANGE_GREW) if RANGE_GREW in said else None
 
 
-def _refused_for_good(error: psycopg.Error) -> RotatorError | None:
+def refused_for_good(condition: type[psycopg.Error]) -> ServerRefusedError | None:
+    """Return what to say of an error that trying again does not mend; None for any other."""
     for refused, advice in _REFUSED.items():
-        if isinstance(error, refused):
+        if issubclass(condition, refused):
             return ServerRefusedError(f"The server refuses, {advice}; then the same command goes on.")
     return None
 

@@ -91,11 +91,16 @@ async def count_rows(
                 {"through": bound},
             )
             return await _number(counted), True
+    return await estimate_rows(connection, table), False
+
+
+async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
+    """How many rows the server believes the table to have; 0 where it has yet to find out."""
     async with answered(connection):
-        estimated = await connection.execute(
+        cursor = await connection.execute(
             "SELECT GREATEST(reltuples, 0)::bigint FROM pg_class WHERE oid = %s::regclass", (table.regclass,)
         )
-        return await _number(estimated), False
+        return await _number(cursor)
 
 
 async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, bound: Key) -> list[KeySpan]:

@@ -67,6 +67,13 @@ async def guard(
         limits: How long it may wait.
         without: The server's names of joins that the update must not be planned with.
     """
+    await limit(connection, limits, without=without)
+    await share_lock(connection, claim.rotation)
+    await connection.execute(_FENCE, asdict(claim))
+
+
+async def limit(connection: AsyncConnection, limits: WaitLimits, *, without: tuple[str, ...]) -> None:
+    """Make a transaction that has just begun one that is in nobody's way; see :func:`guard`."""
     await connection.execute(
         "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
         # Every role may set the others, and may be asked about this one alone.
@@ -94,8 +101,6 @@ async def guard(
             }
         ),
     )
-    await share_lock(connection, claim.rotation)
-    await connection.execute(_FENCE, asdict(claim))
 
 
 async def share_lock(connection: AsyncConnection, rotation: int) -> None:

@@ -11,7 +11,7 @@ from rotator.keys import KeyRange, KeySpan
 from rotator.postgres.arrays import MakeValues, part
 from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, RangeGrewError, answered
 from rotator.postgres.table import TargetTable, identifier
-from rotator.postgres.transaction import Claim, WaitLimits, guard
+from rotator.postgres.transaction import Claim, WaitLimits, guard, limit
 
 SLICE_ROWS: Final = 2000
 _GROWTHS: Final = 5
@@ -58,26 +58,98 @@ def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Compose
     )
 
 
-class PostgresWriter:
-    """Writes ranges for as long as the claim holds."""
+class RangeUpdate:
+    """The update of one range of a table, in a transaction that is somebody else's to end."""
 
-    def __init__(
-        self,
-        pool: AsyncConnectionPool,
-        table: TargetTable,
-        claim: Claim,
-        make_values: MakeValues,
-        limits: WaitLimits,
-    ) -> None:
-        self._pool = pool
-        self._table = table
-        self._claim = claim
+    def __init__(self, table: TargetTable, make_values: MakeValues, limits: WaitLimits) -> None:
+        self.table = table
         self._make_values = make_values
         self._limits = limits
         # Written out once: putting a statement together takes as long as sending it.
         self._updates = {
             known: update_statement(table, after_is_known=known).as_bytes() for known in (False, True)
         }
+
+    async def execute(
+        self, connection: AsyncConnection, key_range: KeyRange, rows: int, claim: Claim | None
+    ) -> int:
+        """Begin a transaction and give a range's rows new values.
+
+        Args:
+            connection: In autocommit mode.
+            key_range: Which.
+            rows: How many there are.
+            claim: What this process owns; None where the transaction will be rolled back.
+
+        Returns:
+            How many rows got a new value.
+
+        Raises:
+            RangeGrewError: There are more rows.
+            RotatorError: As :func:`answered` has it; all of them leave the transaction to be rolled back.
+        """
+        values = self._make_values(rows)
+        starts = range(0, max(rows, 1), SLICE_ROWS)
+        slices = [
+            {
+                "after": key_range.after,
+                "through": key_range.through,
+                "values": part(values, start, start + SLICE_ROWS),
+                "rows": min(SLICE_ROWS, rows - start),
+                "is_first": start == 0,
+                "limit": None if start == starts[-1] else SLICE_ROWS,
+            }
+            for start in starts
+        ]
+        async with answered(connection):
+            async with connection.pipeline():
+                await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+                # Merging two scans of the key's index is the cheapest join, and keeps the key's order.
+                if claim is None:
+                    await limit(connection, self._limits, without=("nestloop",))
+                else:
+                    await guard(connection, claim, self._limits, without=("nestloop",))
+                cursor: AsyncCursor = connection.cursor()
+                await cursor.executemany(self._updates[key_range.after is not None], slices)
+            if cursor.rowcount < rows and await self._holds_untouched(connection, key_range):
+                raise RangeRefusedError(SUPPRESSED, passing=True)
+        return cursor.rowcount
+
+    async def count(self, connection: AsyncConnection, span: KeySpan) -> int:
+        """How many rows a span holds."""
+        return await self._fetch(connection, span, sql.SQL("SELECT count(*) FROM {} WHERE {}"))
+
+    async def _holds_untouched(self, connection: AsyncConnection, span: KeySpan) -> bool:
+        """Whether the span holds a row that the current transaction has not written.
+
+        Rows that were deleted since they were planned are none of ours; rows that are still there are.
+        """
+        return bool(
+            await self._fetch(
+                connection,
+                span,
+                sql.SQL(
+                    "SELECT EXISTS (SELECT FROM {} WHERE {} AND xmin <> pg_current_xact_id()::xid)::integer"
+                ),
+            )
+        )
+
+    async def _fetch(self, connection: AsyncConnection, span: KeySpan, query: sql.SQL) -> int:
+        cursor = await connection.execute(
+            query.format(self.table.name, self.table.within(after_is_known=span.after is not None)),
+            {"after": span.after, "through": span.through},
+        )
+        row = await cursor.fetchone()
+        return row[0] if row else 0
+
+
+class PostgresWriter:
+    """Writes ranges for as long as the claim holds."""
+
+    def __init__(self, pool: AsyncConnectionPool, update: RangeUpdate, claim: Claim) -> None:
+        self._pool = pool
+        self._update = update
+        self._claim = claim
 
     async def rewrite(self, key_range: KeyRange) -> int:
         """Give a range's rows new values and checkpoint it, in one transaction.
@@ -97,39 +169,14 @@ class PostgresWriter:
         for _ in range(_GROWTHS):
             async with answered(), self._pool.connection() as connection, answered(connection):
                 try:
-                    updated = await self._update(connection, key_range, rows)
+                    updated = await self._update.execute(connection, key_range, rows, self._claim)
                 except RangeGrewError:
                     await connection.rollback()
-                    rows = await self._count(connection, key_range)
+                    rows = await self._update.count(connection, key_range)
                     continue
                 await self._commit(connection, key_range, updated, time.monotonic() - started)
                 return updated
         raise RangeRefusedError("rows keep coming into the range", passing=True)
-
-    async def _update(self, connection: AsyncConnection, key_range: KeyRange, rows: int) -> int:
-        values = self._make_values(rows)
-        starts = range(0, max(rows, 1), SLICE_ROWS)
-        slices = [
-            {
-                "after": key_range.after,
-                "through": key_range.through,
-                "values": part(values, start, start + SLICE_ROWS),
-                "rows": min(SLICE_ROWS, rows - start),
-                "is_first": start == 0,
-                "limit": None if start == starts[-1] else SLICE_ROWS,
-            }
-            for start in starts
-        ]
-        async with answered(connection):
-            async with connection.pipeline():
-                await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-                # Merging two scans of the key's index is the cheapest join, and keeps the key's order.
-                await guard(connection, self._claim, self._limits, without=("nestloop",))
-                cursor: AsyncCursor = connection.cursor()
-                await cursor.executemany(self._updates[key_range.after is not None], slices)
-            if cursor.rowcount < rows and await self._holds_untouched(connection, key_range):
-                raise RangeRefusedError(SUPPRESSED, passing=True)
-        return cursor.rowcount
 
     async def _commit(
         self, connection: AsyncConnection, key_range: KeyRange, rows: int, seconds: float
@@ -141,29 +188,3 @@ class PostgresWriter:
                 (self._claim.rotation, key_range.after, key_range.through, rows, seconds),
             )
             await connection.execute("COMMIT")
-
-    async def _holds_untouched(self, connection: AsyncConnection, span: KeySpan) -> bool:
-        """Whether the span holds a row that the current transaction has not written.
-
-        Rows that were deleted since they were planned are none of ours; rows that are still there are.
-        """
-        return bool(
-            await self._fetch(
-                connection,
-                span,
-                sql.SQL(
-                    "SELECT EXISTS (SELECT FROM {} WHERE {} AND xmin <> pg_current_xact_id()::xid)::integer"
-                ),
-            )
-        )
-
-    async def _count(self, connection: AsyncConnection, span: KeySpan) -> int:
-        return await self._fetch(connection, span, sql.SQL("SELECT count(*) FROM {} WHERE {}"))
-
-    async def _fetch(self, connection: AsyncConnection, span: KeySpan, query: sql.SQL) -> int:
-        cursor = await connection.execute(
-            query.format(self._table.name, self._table.within(after_is_known=span.after is not None)),
-            {"after": span.after, "through": span.through},
-        )
-        row = await cursor.fetchone()
-        return row[0] if row else 0

@@ -15,9 +15,18 @@ from rotator.events import Event, Observer
 from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.lines import LinesObserver
+from rotator.progress.preflight import preflight
 from rotator.progress.summary import report, summary
 
-__all__ = ["PROGRESS_KINDS", "ProgressKind", "open_progress", "report", "summary", "summary_stream"]
+__all__ = [
+    "PROGRESS_KINDS",
+    "ProgressKind",
+    "open_progress",
+    "preflight",
+    "report",
+    "summary",
+    "summary_stream",
+]
 
 ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "none"]
 PROGRESS_KINDS: Final[tuple[ProgressKind, ...]] = get_args(ProgressKind)

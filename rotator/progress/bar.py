@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, TextIO
 
-from rotator.events import Event, RangeCompleted, RotationStarted, RotationStopped
+from rotator.events import Event, Preflighted, RangeCompleted, RotationStarted, RotationStopped
 from rotator.progress.format import count, duration, plural, rate
+from rotator.progress.preflight import preflight
 from rotator.progress.screen import Screen
 from rotator.progress.tally import Tally
 from rotator.progress.throttle import Throttle
@@ -78,6 +79,9 @@ class _Bar:
         if line:
             self._screen.write_above(line, self._columns())
         match event:
+            case Preflighted():
+                for line in preflight(event.findings).splitlines():
+                    self._screen.write_above(line, self._columns())
             case RotationStarted():
                 self._start()
                 self._show(now)

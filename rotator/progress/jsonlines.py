@@ -3,6 +3,8 @@
 Every line has ``event``, ``at`` (UTC, ISO 8601) and ``rotation`` (null until it is known). The events and
 what else they carry; keys are only ever added:
 
+    preflight            what rotator.findings.Findings holds, with wal_bytes, forced_checkpoints and
+                         estimated_seconds (null while not measured)
     started              target, rows_total, rows_total_is_exact, rows_done, seconds_before, stopped_at,
                          concurrency, batch, resumed
     progress             state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second,
@@ -37,6 +39,7 @@ from rotator.events import (
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    Preflighted,
     RangeCompleted,
     RotationStarted,
     RotationStopped,
@@ -47,6 +50,7 @@ from rotator.events import (
     VacuumSkipped,
     VacuumStarted,
 )
+from rotator.findings import Findings, estimate_wal
 from rotator.progress.sink import Sink
 from rotator.progress.summary import report
 from rotator.progress.tally import Tally
@@ -96,6 +100,8 @@ class JsonObserver:
         now = self._clock()
         self._tally.take(event, now)
         match event:
+            case Preflighted():
+                self._write("preflight", _preflight(event.findings))
             case RotationStarted():
                 stopped_at = event.stopped_at and _iso(event.stopped_at)
                 self._write("started", {**asdict(event), "stopped_at": stopped_at, "resumed": event.resumed})
@@ -128,6 +134,15 @@ def figures(tally: Tally, now: float) -> dict[str, object]:
         "deferrals": tally.deferrals,
         "retries": tally.retries,
         "failed_rows": tally.failed_rows,
+    }
+
+
+def _preflight(findings: Findings) -> dict[str, object]:
+    wal = estimate_wal(findings.table, findings.server, findings.rows_left)
+    return asdict(findings) | {
+        "wal_bytes": wal.wal_bytes,
+        "forced_checkpoints": wal.forced_checkpoints,
+        "estimated_seconds": findings.estimated_seconds,
     }
 
 

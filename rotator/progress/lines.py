@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import TextIO
 
-from rotator.events import Event, RangeCompleted, RotationStopped, Tick
+from rotator.events import Event, Preflighted, RangeCompleted, RotationStopped, Tick
 from rotator.progress.format import duration, plural, rate
+from rotator.progress.preflight import preflight
 from rotator.progress.sink import Sink
 from rotator.progress.tally import Tally
 from rotator.progress.throttle import Throttle
@@ -34,6 +35,8 @@ class LinesObserver:
         if line:
             self._sink.write_line(line)
         match event:
+            case Preflighted():
+                self._sink.write_line(preflight(event.findings))
             case RangeCompleted() | Tick() if self._tally.rotation is not None and self._throttle.due(now):
                 self._sink.write_line(figures(self._tally, now))
             case RotationStopped():

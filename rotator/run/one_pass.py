@@ -14,7 +14,7 @@ from rotator.postgres.late_commits import LatePass
 from rotator.postgres.ownership import Owned
 from rotator.postgres.planning import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writing import PostgresWriter
+from rotator.postgres.writing import PostgresWriter, RangeUpdate
 from rotator.run.acquiring import Acquired
 from rotator.run.context import RunContext
 from rotator.run.late_rows import older_writers_are_over, rotate_late_rows
@@ -132,7 +132,9 @@ class Pass:
         engine = Engine(
             IndexPlanner(self._connection, self._table),
             PostgresWriter(
-                self._pool, self._table, owned.claim, self._context.target.make_values, options.limits
+                self._pool,
+                RangeUpdate(self._table, self._context.target.make_values, options.limits),
+                owned.claim,
             ),
             notify=self._context.notify,
             options=EngineOptions(

@@ -20,6 +20,8 @@ class RunOptions:
         stop_after_seconds: End the run after this time; None for no limit.
         outage_budget_seconds: How long to wait for a server that is away, before giving up.
         vacuum: Vacuum the table now and then.
+        preflight: Examine table and server before a new rotation begins.
+        sample: Measure for that, by ranges that are rolled back, how fast it will be.
         limits: How long a range holds the application up.
     """
 
@@ -31,6 +33,8 @@ class RunOptions:
     stop_after_seconds: float | None = None
     outage_budget_seconds: float = 300.0
     vacuum: bool = True
+    preflight: bool = False
+    sample: bool = False
     limits: WaitLimits = field(default_factory=WaitLimits)
 
     def saved(self) -> dict[str, Any]:
@@ -49,6 +53,7 @@ class RunTarget:
         key: The names of the primary key's columns, in its order.
         column: The name of the rotated column.
         make_values: Makes new values.
+        bypassed: What of Django's model would have acted upon each save(), one phrase each.
     """
 
     label: str
@@ -57,3 +62,4 @@ class RunTarget:
     key: tuple[str, ...]
     column: str
     make_values: MakeValues
+    bypassed: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.engine.tasks import first_error_alone
 from rotator.errors import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
 from rotator.events import (
     EndStatus,
@@ -16,13 +15,13 @@ from rotator.events import (
     Observer,
     OutageEnded,
     OutageStarted,
+    Preflighted,
     RangeCompleted,
     RotationStopped,
     ServerLogShowsValues,
     Tick,
 )
 from rotator.postgres import ownership
-from rotator.postgres.catalog import check_server, read_table
 from rotator.postgres.connections import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.ownership import Owned
 from rotator.postgres.server_log import settings_that_show_values
@@ -31,18 +30,18 @@ from rotator.postgres.vacuuming import read_storage
 from rotator.process import this_process
 from rotator.run.acquiring import Acquired, Acquisition, regain
 from rotator.run.context import RunContext
+from rotator.run.examination import Examination, check
 from rotator.run.figures import Figures
 from rotator.run.one_pass import STOP_AFTER, Pass
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
 from rotator.run.stopping import StopRequests
 from rotator.run.vacuuming import Vacuuming
+from rotator.tasks import first_error_alone
 
 HEARTBEAT_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 LEAST_OPEN_SECONDS: Final = 1.0
-# Beside the workers': the heartbeat's, one for the planner and the pass over late rows, and VACUUM's.
-OTHER_CONNECTIONS: Final = 3
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
 
 
@@ -138,14 +137,22 @@ class Run:
 
     async def _check(self, control: AsyncConnection) -> TargetTable:
         """Refuse, before anything is changed, what cannot work; warn of what should not be."""
-        target, concurrency = self._context.target, self._context.options.concurrency
-        await check_server(control, connections=concurrency + OTHER_CONNECTIONS, concurrency=concurrency)
+        table = await check(control, self._context.target, self._context.options)
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
-        table = await read_table(control, path=target.path, key=target.key, column=target.column)
         self._figures.storage_before = await read_storage(control, table)
         await self._vacuuming.allow(control, table)
+        if self._context.options.preflight:
+            await self._preflight(control, table)
         return table
+
+    async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
+        """Tell what a new rotation will meet; one that goes on has been through that."""
+        examination = Examination(control, table, self._context.server, self._context.target)
+        if await examination.unfinished() is None or self._context.options.restart:
+            self._notify(Preflighted(findings=await examination.examine(self._context.options)))
+        if self._requests.drain.is_set():
+            raise StoppedBeforeStartError(self._requests.signal)
 
     async def _own(self, control: AsyncConnection) -> Acquired:
         """Own the rotation, the first time or again after an outage."""

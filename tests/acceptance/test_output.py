@@ -42,6 +42,20 @@ REPORT_KEYS = {
 }
 HEAD_KEYS = {"event", "at", "rotation"}
 EVENT_KEYS = {
+    "preflight": {
+        "target",
+        "database",
+        "concurrency",
+        "rows_left",
+        "unfinished",
+        "table",
+        "server",
+        "sample",
+        "bypassed",
+        "wal_bytes",
+        "forced_checkpoints",
+        "estimated_seconds",
+    },
     "started": {
         "target",
         "rows_total",
@@ -77,7 +91,10 @@ def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
 
     rotation = Rotation.objects.get()
     assert CONTROL.search(finished.out + finished.err) is None
-    started, *_, ended = finished.err.splitlines()
+    *screen, undone, started, last, ended = finished.err.splitlines()
+    assert screen[0].startswith("Before the first write to tickets.Ticket.token ")
+    assert undone.startswith("  - ")
+    assert last.startswith("every row is done")
     assert started == (
         f"rotation {rotation.pk} of tickets.Ticket.token starts: 5,000 rows, 4 workers, 50 rows a range"
     )
@@ -96,12 +113,12 @@ def test_json_is_one_object_a_line_and_the_summary_elsewhere(commands: Commands)
     assert finished.status == 0
     events = [json.loads(line) for line in finished.out.splitlines()]
     names = [event["event"] for event in events]
-    assert names[0] == "started"
+    assert names[:2] == ["preflight", "started"]
     assert names[-2:] == ["drain_started", "stopped"]
-    assert set(names[1:-2]) == {"progress"}
+    assert set(names[2:-2]) == {"progress"}
     for event in events:
         assert set(event) == HEAD_KEYS | EVENT_KEYS[event["event"]]
-        assert event["rotation"] == Rotation.objects.get().pk
+        assert event["rotation"] == (None if event["event"] == "preflight" else Rotation.objects.get().pk)
         assert datetime.fromisoformat(event["at"]).tzinfo is not None
     assert (events[-1]["status"], events[-1]["rows"], events[-1]["ranges"]) == ("interrupted", 10_000, 50)
     assert finished.err.startswith("Interrupted: ")

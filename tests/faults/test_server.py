@@ -131,7 +131,7 @@ def _taken(server: OwnServer, *, but: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("but", "sentence"),
-    [(0, "too many clients already"), (5, "--concurrency 4 needs 6 connections; the server allows ")],
+    [(0, "too many clients already"), (5, "--concurrency 4 needs 7 connections; the server allows ")],
 )
 def test_too_few_connections_are_left(
     server: OwnServer, database: Database, rotations: Rotations, but: int, sentence: str

@@ -18,7 +18,7 @@ from rotator.postgres.connections import Server, pooled
 from rotator.postgres.ownership import begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits
-from rotator.postgres.writing import PostgresWriter
+from rotator.postgres.writing import PostgresWriter, RangeUpdate
 from rotator.process import this_process
 from rotator.values import uuid4_block
 
@@ -242,7 +242,7 @@ async def writing(
 ) -> AsyncIterator[PostgresWriter]:
     """A writer with one connection of its own."""
     async with pooled(database.server, 1) as pool:
-        yield PostgresWriter(pool, table, claim, make_values, limits or WaitLimits())
+        yield PostgresWriter(pool, RangeUpdate(table, make_values, limits or WaitLimits()), claim)
 
 
 def assert_new_uuid4s(before: Mapping[str, UUID], after: Mapping[str, UUID]) -> None:

@@ -14,7 +14,7 @@ from rotator.postgres.late_commits import LatePass
 from rotator.postgres.planning import IndexPlanner, last_key
 from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import Claim
-from rotator.postgres.writing import PostgresWriter
+from rotator.postgres.writing import PostgresWriter, RangeUpdate
 from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, Database, make_uuids
 
 pytestmark = COMMITTING
@@ -130,7 +130,7 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
     assert bound is not None
     rest, batch = KeySpan(after=None, through=bound), len(database.values(table)) // 15
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, table, claim, make_uuids, PATIENT)
+        writer = PostgresWriter(pool, RangeUpdate(table, make_uuids, PATIENT), claim)
         # The table's first range is another statement than those after it.
         for is_analyzed in (False, False, True, True):
             if is_analyzed:

@@ -14,7 +14,15 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from rotator.errors import OptionError, RotatorError, StoppedBeforeStartError
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
-from rotator.progress import PROGRESS_KINDS, ProgressKind, open_progress, report, summary, summary_stream
+from rotator.progress import (
+    PROGRESS_KINDS,
+    ProgressKind,
+    open_progress,
+    preflight,
+    report,
+    summary,
+    summary_stream,
+)
 from rotator.run.options import RunOptions
 from rotator.service import Outcome, Prepared, default_target, prepare
 
@@ -33,6 +41,8 @@ class Options(TypedDict):
     noinput: bool
     take_over: bool
     no_vacuum: bool
+    dry_run: bool
+    no_preflight: bool
     stop_after: int | float | str | None
     lock_timeout: float | str
     outage_budget: float | str
@@ -116,6 +126,17 @@ class Command(BaseCommand):
             f"(default: {defaults.outage_budget_seconds / 60:.0f}m).",
         )
         parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="Show what the rotation will meet, how long it will take and what cannot be undone; change "
+            "nothing.",
+        )
+        parser.add_argument(
+            "--no-preflight",
+            action="store_true",
+            help="Begin without showing that first; where nobody watches, it lacks the estimate of the time.",
+        )
+        parser.add_argument(
             "--no-vacuum",
             action="store_true",
             help="Leave the old row versions, and the space they take, to autovacuum; otherwise the table is "
@@ -136,6 +157,9 @@ class Command(BaseCommand):
         """Rotate, and exit with what the run's end is worth."""
         try:
             prepared, report_file = self._prepare(options)
+            if options["dry_run"]:
+                self._show(prepared)
+                return
             out, err = _raw(self.stdout), _raw(self.stderr)
             with open_progress(options["progress"], out=out, err=err) as observer:
                 outcome = prepared.rotate(observer)
@@ -144,6 +168,13 @@ class Command(BaseCommand):
         self._tell(outcome, options, report_file)
         if outcome.exit_status:
             sys.exit(outcome.exit_status)
+
+    def _show(self, prepared: Prepared) -> None:
+        try:
+            self.stdout.write(preflight(prepared.examine()))
+        except KeyboardInterrupt:
+            self.stderr.write("")
+            raise StoppedBeforeStartError(signal.SIGINT) from None
 
     def _prepare(self, options: Options) -> tuple[Prepared, Path | None]:
         try:
@@ -215,6 +246,9 @@ def _run_options(options: Options) -> RunOptions:
         restart=options["restart"],
         take_over=options["take_over"],
         vacuum=not options["no_vacuum"],
+        preflight=not options["no_preflight"],
+        # Nobody waits for an estimate that nobody reads.
+        sample=options["dry_run"] or sys.stderr.isatty(),
         stop_after_rows=stop_after if isinstance(stop_after, int) else None,
         stop_after_seconds=stop_after if isinstance(stop_after, float) else None,
         outage_budget_seconds=seconds(options["outage_budget"]),

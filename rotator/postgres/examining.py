@@ -1,0 +1,124 @@
+"""What the server says, before the first write, of a target's table and of whoever will feel the rotation."""
+
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.findings import Index, ServerFindings, TableFindings
+from rotator.postgres.failures import answered
+from rotator.postgres.planning import count_rows, estimate_rows, last_key
+from rotator.postgres.server_log import settings_that_show_values
+from rotator.postgres.table import TargetTable
+
+COUNT_SECONDS: Final = 2.0
+HOLDERS_NAMED: Final = 3
+OLD_SECONDS: Final = 5
+
+_INDEXES: Final = (
+    "SELECT c.relname, pg_relation_size(c.oid),"
+    # An index of expressions may hold it too: pg_get_indexdef would have to be parsed, so they all count.
+    " a.attnum = ANY (i.indkey) OR 0 = ANY (i.indkey) OR i.indpred IS NOT NULL"
+    " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+    " JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attname = %s"
+    " WHERE i.indrelid = %s::regclass ORDER BY 2 DESC, 1"
+)
+# Bit 4 of tgtype is UPDATE; 'D' is disabled and 'R' fires on replicas alone.
+_TRIGGERS: Final = (
+    "SELECT tgname FROM pg_trigger WHERE tgrelid = %s::regclass AND NOT tgisinternal"
+    " AND tgtype & 16 <> 0 AND tgenabled NOT IN ('D', 'R') ORDER BY 1"
+)
+_SETTINGS: Final = (
+    "SELECT pg_size_bytes(current_setting('max_wal_size')),"
+    " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"
+    " current_setting('full_page_writes')::boolean,"
+    " CASE WHEN current_setting('archive_mode') = 'off' THEN '' ELSE COALESCE("
+    " 'last archived ' || date_trunc('second', clock_timestamp() - last_archived_time) || ' ago',"
+    " 'nothing archived yet')"
+    " || CASE WHEN last_failed_time > COALESCE(last_archived_time, '-infinity') THEN"
+    " ', FAILING since ' || to_char(last_failed_time AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC' ELSE '' END"
+    " END FROM pg_stat_archiver"
+)
+_REPLICAS: Final = (
+    "SELECT COALESCE(NULLIF(application_name, ''), 'pid ' || pid) || ' (' ||"
+    " COALESCE(sync_state || ', ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn))"
+    " || ' behind', 'its lag is not visible to this role') || ')'"
+    " FROM pg_stat_replication ORDER BY 1"
+)
+_SLOTS: Final = (
+    "SELECT slot_name || ' (' || CASE WHEN active THEN 'active' ELSE 'NOT ACTIVE' END"
+    " || COALESCE(', keeps ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)), '')"
+    " || ')'"
+    " FROM pg_replication_slots ORDER BY 1"
+)
+_HOLDERS: Final = (
+    "SELECT phrase FROM ("
+    " SELECT 'pid ' || pid || COALESCE(', ' || NULLIF(application_name, ''), '')"
+    " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '')"
+    " AS phrase, age(backend_xmin) AS age FROM pg_stat_activity"
+    " WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()"
+    " AND xact_start < clock_timestamp() - make_interval(secs => %(old_seconds)s)"
+    " UNION ALL SELECT 'prepared transaction ' || gid, age(transaction) FROM pg_prepared_xacts"
+    " UNION ALL SELECT 'replication slot ' || slot_name, age(COALESCE(xmin, catalog_xmin))"
+    " FROM pg_replication_slots WHERE xmin IS NOT NULL"
+    " UNION ALL SELECT 'replica ' || COALESCE(application_name, ''), age(backend_xmin)"
+    " FROM pg_stat_replication WHERE backend_xmin IS NOT NULL) AS held ORDER BY age DESC LIMIT %(most)s"
+)
+
+
+async def examine_table(connection: AsyncConnection, table: TargetTable, *, counts: bool) -> TableFindings:
+    """What the table is made of.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+        counts: Whether to count its rows, for a while at most; else the server's estimate has to do.
+    """
+    rows, is_exact = 0 if counts else await estimate_rows(connection, table), False
+    # Without an estimate there was no ANALYZE yet, or there are no rows.
+    if not rows:
+        bound = await last_key(connection, table)
+        rows, is_exact = (
+            (0, True) if bound is None else await count_rows(connection, table, bound, seconds=COUNT_SECONDS)
+        )
+    async with answered(connection):
+        cursor = await connection.execute("SELECT pg_relation_size(%s::regclass)", (table.regclass,))
+        (heap_bytes,) = await cursor.fetchone() or (0,)
+        cursor = await connection.execute(_INDEXES, (table.column.name, table.regclass))
+        indexes = tuple(
+            [Index(name=name, size_bytes=size, holds_column=holds) async for name, size, holds in cursor]
+        )
+    return TableFindings(
+        rows=rows,
+        rows_is_exact=is_exact,
+        heap_bytes=heap_bytes,
+        indexes=indexes,
+        triggers=await _phrases(connection, _TRIGGERS, (table.regclass,)),
+    )
+
+
+async def examine_server(connection: AsyncConnection) -> ServerFindings:
+    """How the server is set up, and who depends on it; as far as this role may see."""
+    async with answered(connection):
+        cursor = await connection.execute(_SETTINGS)
+        settings = await cursor.fetchone()
+    if settings is None:
+        raise AssertionError("a query without a condition has a row")
+    max_wal_size_bytes, checkpoint_timeout_seconds, full_page_writes, archiving = settings
+    return ServerFindings(
+        max_wal_size_bytes=max_wal_size_bytes,
+        checkpoint_timeout_seconds=checkpoint_timeout_seconds,
+        full_page_writes=full_page_writes,
+        archiving=archiving,
+        replicas=await _phrases(connection, _REPLICAS),
+        slots=await _phrases(connection, _SLOTS),
+        holders=await _phrases(connection, _HOLDERS, {"old_seconds": OLD_SECONDS, "most": HOLDERS_NAMED}),
+        log_settings=await settings_that_show_values(connection),
+    )
+
+
+async def _phrases(
+    connection: AsyncConnection, query: str, parameters: tuple[str, ...] | dict[str, int] | None = None
+) -> tuple[str, ...]:
+    async with answered(connection):
+        cursor = await connection.execute(query.encode(), parameters)
+        return tuple([phrase async for (phrase,) in cursor])

@@ -1,0 +1,97 @@
+"""The preflight: what a rotation will meet, before it has written anything."""
+
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.findings import Findings, Sample
+from rotator.postgres import ownership
+from rotator.postgres.catalog import check_server, read_table
+from rotator.postgres.connections import Server, connected
+from rotator.postgres.examining import examine_server, examine_table
+from rotator.postgres.ownership import Unfinished
+from rotator.postgres.sampling import sample
+from rotator.postgres.table import TargetTable
+from rotator.postgres.writing import RangeUpdate
+from rotator.run.options import RunOptions, RunTarget
+
+# Beside the workers': the heartbeat's, one for the planner and the pass over late rows, and VACUUM's.
+OTHER_CONNECTIONS: Final = 3
+
+
+async def check(connection: AsyncConnection, target: RunTarget, options: RunOptions) -> TargetTable:
+    """Refuse what cannot work.
+
+    Args:
+        connection: In autocommit mode.
+        target: What is to be rotated.
+        options: How.
+
+    Raises:
+        RotatorError: It cannot, for the reason that its text gives; nothing was changed.
+    """
+    connections = options.concurrency + OTHER_CONNECTIONS
+    await check_server(connection, connections=connections, concurrency=options.concurrency)
+    return await read_table(connection, path=target.path, key=target.key, column=target.column)
+
+
+class Examination:
+    """Looks at a target and its server."""
+
+    def __init__(
+        self, connection: AsyncConnection, table: TargetTable, server: Server, target: RunTarget
+    ) -> None:
+        """Take a connection in autocommit mode."""
+        self._connection = connection
+        self._table = table
+        self._server = server
+        self._target = target
+
+    async def unfinished(self) -> Unfinished | None:
+        """The rotation that would go on, if there is one."""
+        return await ownership.find_unfinished(self._connection, self._target.label, self._target.database)
+
+    async def examine(self, options: RunOptions, *, counts: bool = False) -> Findings:
+        """Find everything out.
+
+        Args:
+            options: How the rotation would be done.
+            counts: Whether to count the rows, for a while at most.
+
+        Raises:
+            RotatorError: The server could not be asked.
+        """
+        unfinished = None if options.restart else await self.unfinished()
+        table = await examine_table(self._connection, self._table, counts=counts)
+        return Findings(
+            target=self._target.label,
+            database=self._target.database,
+            concurrency=options.concurrency,
+            rows_left=table.rows if unfinished is None else max(0, table.rows - unfinished.rows_done),
+            unfinished=None if unfinished is None else unfinished.id,
+            table=table,
+            server=await examine_server(self._connection),
+            sample=await self._sample(options, table.rows) if options.sample else Sample(),
+            bypassed=self._target.bypassed,
+        )
+
+    async def _sample(self, options: RunOptions, rows: int) -> Sample:
+        return await sample(
+            self._connection,
+            self._server,
+            RangeUpdate(self._table, self._target.make_values, options.limits),
+            rows=rows,
+            batch=options.batch,
+            concurrency=options.concurrency,
+        )
+
+
+async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Findings:
+    """Examine a target and leave everything as it is.
+
+    Raises:
+        RotatorError: It cannot be rotated, or the server cannot be asked.
+    """
+    async with connected(server) as connection:
+        table = await check(connection, target, options)
+        return await Examination(connection, table, server, target).examine(options, counts=True)
