@@ -162,10 +162,11 @@ def estimate_wal(table: TableFindings, server: ServerFindings, rows: int) -> Wal
     once_bytes = rows * row_bytes
     if server.full_page_writes:
         once_bytes += part * (table.heap_bytes + table.index_bytes - table.random_bytes)
-    random_bytes = float(table.random_bytes) if server.full_page_writes else 0.0
-    between_bytes = server.max_wal_size_bytes * _CHECKPOINT_SHARE
     # At the worst each new value meets a page that has not been written since the last checkpoint.
-    most_bytes = once_bytes + rows * _PAGE_BYTES * sum(index.holds_column for index in table.indexes)
+    most_random_bytes = rows * _PAGE_BYTES * sum(index.holds_column for index in table.indexes)
+    most_bytes = once_bytes + most_random_bytes
+    random_bytes = min(table.random_bytes, most_random_bytes) if server.full_page_writes else 0
+    between_bytes = server.max_wal_size_bytes * _CHECKPOINT_SHARE
     calm_bytes = once_bytes + random_bytes
     if calm_bytes <= between_bytes:
         wal_bytes = calm_bytes

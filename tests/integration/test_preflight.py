@@ -1,0 +1,182 @@
+"""What a real server says before the first write."""
+
+import asyncio
+
+import psycopg
+import pytest
+
+from rotator.events import Preflighted, RotationStarted
+from rotator.findings import Findings
+from rotator.models import Rotation
+from rotator.postgres.examining import examine_server, examine_table
+from rotator.postgres.sampling import sample
+from rotator.postgres.transaction import WaitLimits
+from rotator.postgres.writing import RangeUpdate
+from rotator.run.options import RunOptions
+from rotator.service import prepare
+from tests.integration.rotation_tables import COMMITTING, TARGET, TICKETS, Database, make_uuids
+from tests.integration.test_run import Told, rotate
+
+pytestmark = COMMITTING
+
+UPDATE = RangeUpdate(TICKETS, make_uuids, WaitLimits())
+
+
+def dry_run() -> Findings:
+    return prepare(TARGET, "default", RunOptions(sample=True)).examine()
+
+
+async def test_the_table(database: Database, control: psycopg.AsyncConnection) -> None:
+    database.make_tickets(1, 1000)
+    database.execute("CREATE INDEX tickets_by_title ON tickets_ticket (title)")
+    trigger = database.before_update("RETURN NEW;")
+
+    found = await examine_table(control, TICKETS, counts=True)
+
+    assert (found.rows, found.rows_is_exact) == (1000, True)
+    assert found.heap_bytes > 50_000
+    holding = {index.name.split("_")[2]: index.holds_column for index in found.indexes}
+    assert holding == {"token": True, "pkey": False, "title": False}
+    assert all(index.size_bytes > 0 for index in found.indexes)
+    assert [f'"{name}"' for name in found.triggers] == [trigger]
+    database.execute("DROP INDEX tickets_by_title")
+
+
+async def test_an_estimate_is_called_one(database: Database, control: psycopg.AsyncConnection) -> None:
+    database.make_tickets(1, 1000)
+    database.execute("ANALYZE tickets_ticket")
+    database.make_tickets(1001, 1500)
+
+    found = await examine_table(control, TICKETS, counts=False)
+
+    assert (found.rows, found.rows_is_exact) == (1000, False)
+
+
+async def test_an_empty_table(database: Database, control: psycopg.AsyncConnection) -> None:  # noqa: ARG001
+    found = await examine_table(control, TICKETS, counts=True)
+    assert (found.rows, found.rows_is_exact, found.heap_bytes) == (0, True, 0)
+
+
+async def test_who_holds_vacuum_back(
+    database: Database, control: psycopg.AsyncConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotator.postgres.examining.OLD_SECONDS", 0)
+    neighbour = database.connect(application_name="a report")
+    neighbour.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    neighbour.execute("SELECT 1")
+
+    found = await examine_server(control)
+
+    assert [f"pid {neighbour.info.backend_pid}, a report" in holder for holder in found.holders] == [True]
+    assert found.max_wal_size_bytes > 1_000_000
+    assert found.checkpoint_timeout_seconds >= 30
+    assert found.log_settings == ()
+
+
+async def test_a_role_that_may_see_little(database: Database, control: psycopg.AsyncConnection) -> None:
+    database.execute("CREATE ROLE rotator_visitor")
+    try:
+        await control.execute("SET ROLE rotator_visitor")
+        found = await examine_server(control)
+        await control.execute("RESET ROLE")
+    finally:
+        database.execute("DROP ROLE rotator_visitor")
+    assert found.max_wal_size_bytes > 1_000_000
+
+
+async def test_slots_are_named(database: Database, control: psycopg.AsyncConnection) -> None:
+    if database.execute("SHOW max_replication_slots") == [("0",)]:
+        pytest.skip("this server has no replication slots")
+    database.execute("SELECT pg_create_physical_replication_slot('rotator_forgotten', true)")
+    try:
+        found = await examine_server(control)
+    finally:
+        database.execute("SELECT pg_drop_replication_slot('rotator_forgotten')")
+    (slot,) = found.slots
+    assert slot.startswith("rotator_forgotten (NOT ACTIVE, keeps ")
+
+
+async def test_a_sample_measures_and_changes_nothing(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    database.make_tickets(1, 10_000)
+    before = database.values()
+
+    found = await sample(control, database.server, UPDATE, rows=10_000, batch=20, concurrency=3)
+
+    assert found.skipped == ""
+    assert 100 < found.rows <= 10_000 / 30
+    assert found.rows_per_second > 0
+    assert database.values() == before
+
+
+@pytest.mark.parametrize("batch", [200, 10_000])
+async def test_a_small_table_is_not_sampled(
+    database: Database, control: psycopg.AsyncConnection, batch: int
+) -> None:
+    database.make_tickets(1, 1000)
+    found = await sample(control, database.server, UPDATE, rows=1000, batch=batch, concurrency=2)
+    assert found.skipped == "the table is too small for that"
+
+
+async def test_a_sample_that_meets_others_makes_way(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    database.make_tickets(1, 10_000)
+    neighbour = database.connect()
+    neighbour.execute("BEGIN; SELECT FROM tickets_ticket FOR UPDATE")
+
+    found = await sample(control, database.server, UPDATE, rows=10_000, batch=20, concurrency=2)
+
+    assert found.skipped == "others were at work on its rows"
+
+
+async def test_a_sample_that_is_refused_names_the_condition(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    database.make_tickets(1, 10_000)
+    database.before_update("RAISE check_violation USING MESSAGE = 'it is ' || NEW.token;")
+
+    found = await sample(control, database.server, UPDATE, rows=10_000, batch=20, concurrency=2)
+
+    assert found.skipped == "the server refused a range: check_violation (23514)"
+
+
+async def test_a_stop_during_a_sample_leaves_nothing_open(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    database.make_tickets(1, 10_000)
+    database.before_update("PERFORM pg_sleep(0.01); RETURN NEW;")
+    sampling = asyncio.create_task(
+        sample(control, database.server, UPDATE, rows=10_000, batch=20, concurrency=2)
+    )
+    await asyncio.sleep(0.2)
+    sampling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sampling
+    await database.until(
+        "1 = (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'rotator'"
+        " AND datname = current_database())"
+    )
+
+
+def test_it_comes_before_a_new_rotation_and_not_again_when_that_goes_on(database: Database) -> None:
+    database.make_tickets(1, 1000)
+    told = Told()
+    rotate(told, preflight=True, stop_after_rows=100)
+    kinds = [type(event) for event in told.events]
+    assert kinds.index(Preflighted) < kinds.index(RotationStarted)
+
+    told = Told()
+    rotate(told, preflight=True)
+    assert told.of(Preflighted) == 0
+
+
+def test_a_dry_run_of_an_unfinished_rotation_says_what_is_left(database: Database) -> None:
+    database.make_tickets(1, 1000)
+    rotate(stop_after_rows=300)
+
+    found = dry_run()
+
+    assert (found.unfinished, found.rows_left, found.table.rows) == (Rotation.objects.get().pk, 700, 1000)
+    assert Rotation.objects.get().status == "interrupted"
