@@ -7,14 +7,16 @@ embedded one, and every one of them is dropped at the end, however that comes ab
 import argparse
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,7 @@ sys.path.insert(0, str(PROJECT))
 
 from core.embedded.errors import EmbeddedServerError  # noqa: E402
 from core.embedded.server import database_url  # noqa: E402
+from tests.faults.own_server import OwnServer, OwnServerError  # noqa: E402
 
 T = TypeVar("T")
 
@@ -39,6 +42,12 @@ _STOP_SECONDS: Final = 30.0
 _LAST_LINES: Final = 5
 # What a shell reports for a command that a signal ended.
 _SIGNAL_BASE: Final = 128
+_SETTINGS: Final[dict[str, dict[str, str]]] = {
+    "default": {},
+    "tuned": {"max_wal_size": "16GB", "shared_buffers": "2GB", "checkpoint_timeout": "30min"},
+}
+_POLL_SECONDS: Final = 0.02
+_KILOBYTE: Final = 1024
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -65,10 +74,12 @@ class Finished:
     Attributes:
         seconds: From the start of its process to its exit.
         cpu_seconds: What the process used of the processor, in user mode and in the kernel.
+        peak_bytes: The high-water mark of the process's own resident memory; 0 where the system does not say.
     """
 
     seconds: float
     cpu_seconds: float
+    peak_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,18 +152,26 @@ class Database:
         Raises:
             BenchmarkError: It failed; carries the last of what it said.
         """
-        environment = {**os.environ, "DATABASE_URL": self._url}
+        return self.program(sys.executable, str(PROJECT / "manage.py"), *arguments)
+
+    def program(self, *command: str) -> Finished:
+        """Run a program that is told of this database by ``DATABASE_URL``, and wait for its end.
+
+        Raises:
+            BenchmarkError: It failed; carries the last of what it said.
+        """
+        environment = {**os.environ, "DATABASE_URL": self._url, "PYTHONPATH": str(PROJECT)}
         with tempfile.TemporaryFile() as said:
             started = time.perf_counter()
             process = subprocess.Popen(
-                [sys.executable, str(PROJECT / "manage.py"), *arguments],
+                command,
                 cwd=PROJECT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
             )
-            with _ended_with_us(process):
+            with _ended_with_us(process), _peak_of(process.pid) as peak:
                 # Not Popen.wait(): the usage of this one child is asked for, and no other's.
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
@@ -161,12 +180,14 @@ class Database:
                 said.seek(0)
                 last_words = said.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
                 raise BenchmarkError(
-                    f"manage.py {arguments[0]} failed with status {process.returncode}: "
-                    + " / ".join(last_words)
+                    f"{Path(command[1]).name} {' '.join(command[2:])} failed with status "
+                    f"{process.returncode}: " + " / ".join(last_words)
                 )
-        return Finished(seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime)
+        return Finished(
+            seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_bytes=peak.found_bytes
+        )
 
-    def rotate(self, *, concurrency: int, batch: int, rows: int) -> Rotated:
+    def rotate(self, *, concurrency: int, batch: int, rows: int, vacuum: bool = True) -> Rotated:
         """Run ``manage.py async_rotate`` to completion.
 
         Raises:
@@ -174,7 +195,9 @@ class Database:
         """
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "report.json"
-            options = (f"--concurrency={concurrency}", f"--batch={batch}", f"--report={file}")
+            options = [f"--concurrency={concurrency}", f"--batch={batch}", f"--report={file}"]
+            if not vacuum:
+                options.append("--no-vacuum")
             finished = self.manage("async_rotate", "--progress=none", "--noinput", *options)
             report: dict[str, Any] = json.loads(file.read_text())
         if (report["status"], report["rows_this_run"]) != ("completed", rows):
@@ -233,6 +256,10 @@ class Server:
         finally:
             self._drop(copy.name)
 
+    def drop(self, database: Database) -> None:
+        """Drop a database that is not needed any more."""
+        self._drop(database.name)
+
     def drop_all(self) -> None:
         """Drop everything that was made and is still there."""
         for name in reversed(self._made.copy()):
@@ -267,8 +294,12 @@ class Server:
         return _connection(self._url.geturl())
 
 
-def run_script(measure: Callable[[Server], bool]) -> NoReturn:
-    """Run a benchmark on the server, clean up whatever happens, and exit.
+def run_script(measure: Callable[[Server], bool], *, settings: str = "project") -> NoReturn:
+    """Run a benchmark on a server, clean up whatever happens, and exit.
+
+    Args:
+        measure: Whether what the benchmark is about holds.
+        settings: Which server, as ``--settings`` has it.
 
     The process exits with 0 if what the benchmark returns is true, 1 if not, 2 if it could not be run, and
     128 and the signal's number if one ended it.
@@ -276,20 +307,28 @@ def run_script(measure: Callable[[Server], bool]) -> NoReturn:
     for number in _SIGNALS:
         signal.signal(number, _raise_signalled)
     try:
-        # Empty is as good as unset, as in the project's settings.
-        server = Server(os.environ.get("DATABASE_URL") or database_url(PROJECT))
-        try:
-            holds = measure(server)
-        finally:
-            _ignore_signals()
-            server.drop_all()
-    except (BenchmarkError, EmbeddedServerError, psycopg.Error) as error:
+        with _url_of_server(settings) as url:
+            server = Server(url)
+            try:
+                holds = measure(server)
+            finally:
+                _ignore_signals()
+                server.drop_all()
+    except (BenchmarkError, EmbeddedServerError, OwnServerError, psycopg.Error) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except _Signalled as signalled:
         say("interrupted; nothing is left behind")
         sys.exit(_SIGNAL_BASE + signalled.number)
     sys.exit(0 if holds else 1)
+
+
+def statement(database: Database, text: str) -> float:
+    """Execute one statement and return the seconds it took."""
+    with database.connection() as connection:
+        started = time.perf_counter()
+        connection.execute(text.encode())
+        return time.perf_counter() - started
 
 
 def interleaved(repetitions: int, ways: dict[str, Callable[[], T]]) -> dict[str, list[T]]:
@@ -332,6 +371,15 @@ def parser_for(
             help=f"{text} (default: %(default)s)",
         )
     parser.add_argument(
+        "--settings",
+        choices=("project", *_SETTINGS),
+        default="project",
+        help="which server: the one that DATABASE_URL names or the embedded one (project), or one of the "
+        "benchmark's own, as PostgreSQL comes (default) or with "
+        + ", ".join(f"{name} = {value}" for name, value in _SETTINGS["tuned"].items())
+        + " (tuned) (default: %(default)s)",
+    )
+    parser.add_argument(
         "--json", type=writable, metavar="FILE", help="write every measurement to this file too"
     )
     return parser
@@ -361,6 +409,52 @@ def writable(text: str) -> Path:
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"'{text}' cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _url_of_server(settings: str) -> Iterator[str]:
+    if settings == "project":
+        # Empty is as good as unset, as in the project's settings.
+        yield os.environ.get("DATABASE_URL") or database_url(PROJECT)
+        return
+    say("starting a server")
+    with OwnServer(_SETTINGS[settings], is_stock=True) as server:
+        yield server.url("postgres")
+
+
+class _Peak:
+    """Asks the system again and again for a process's high-water mark, which nobody is told at its end.
+
+    The usage that a parent is told of its child begins with the parent's own memory, which forking copies.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.found_bytes = 0
+        self._status = Path(f"/proc/{pid}/status")
+        self._over = threading.Event()
+
+    def watch(self) -> None:
+        """Go on until told to end."""
+        while not self._over.wait(_POLL_SECONDS):
+            with suppress(OSError):
+                found = re.search(r"^VmHWM:\s*(\d+) kB", self._status.read_text(), re.MULTILINE)
+                self.found_bytes = int(found[1]) * _KILOBYTE if found else self.found_bytes
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._over.set()
+
+
+@contextmanager
+def _peak_of(pid: int) -> Iterator[_Peak]:
+    peak = _Peak(pid)
+    watcher = threading.Thread(target=peak.watch, name="peak memory")
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        peak.end()
+        watcher.join()
 
 
 @contextmanager

@@ -1,10 +1,19 @@
 """The whole of async_rotate beside one UPDATE statement on the same data."""
 
 import argparse
-import time
 from dataclasses import dataclass
 
-from harness import TABLE, Database, Server, Storage, at_least_one, interleaved, parser_for, run_script
+from harness import (
+    TABLE,
+    Database,
+    Server,
+    Storage,
+    at_least_one,
+    interleaved,
+    parser_for,
+    run_script,
+    statement,
+)
 from presenting import MEGABYTE, Machine, Spread, table, write_json
 
 _ROTATE = "async_rotate"
@@ -55,7 +64,7 @@ def main() -> None:
         help="how many tickets there are (default: %(default)s)",
     )
     options = parser.parse_args()
-    run_script(lambda server: _compare(server, options))
+    run_script(lambda server: _compare(server, options), settings=options.settings)
 
 
 def _compare(server: Server, options: argparse.Namespace) -> bool:
@@ -103,10 +112,7 @@ def _rotate(server: Server, original: Database, options: argparse.Namespace) -> 
 def _update(server: Server, original: Database, rows: int) -> Measurement:
     with server.copied(original) as database:
         before = database.storage()
-        with database.connection() as connection:
-            started = time.perf_counter()
-            connection.execute(_STATEMENT)
-            seconds = time.perf_counter() - started
+        seconds = statement(database, _STATEMENT)
         after = database.storage()
         making_seconds = _seconds_for(database, "gen_random_uuid()", rows) - _seconds_for(database, "n", rows)
         return _measurement(
@@ -116,10 +122,7 @@ def _update(server: Server, original: Database, rows: int) -> Measurement:
 
 def _seconds_for(database: Database, expression: str, rows: int) -> float:
     """How long the server takes to work an expression out for this many rows that are in no table."""
-    with database.connection() as connection:
-        started = time.perf_counter()
-        connection.execute(f"SELECT count({expression}) FROM generate_series(1, {rows}) AS n".encode())
-        return time.perf_counter() - started
+    return statement(database, f"SELECT count({expression}) FROM generate_series(1, {rows}) AS n")
 
 
 def _measurement(

@@ -39,13 +39,19 @@ class OwnServer:
     Args:
         settings: Lines of its configuration.
         programs: Which PostgreSQL; None for the one that the embedded server would use.
+        is_stock: Whether all other settings are as PostgreSQL comes; else they are those of a server that
+            is made for a test and thrown away.
     """
 
     def __init__(
-        self, settings: Mapping[str, str] | None = None, *, programs: Programs | None = None
+        self,
+        settings: Mapping[str, str] | None = None,
+        *,
+        programs: Programs | None = None,
+        is_stock: bool = False,
     ) -> None:
         self._account = Account.for_server()
-        self._settings = {**_OWN_SETTINGS, **(settings or {})}
+        self._settings = {**({} if is_stock else _OWN_SETTINGS), **(settings or {})}
         self._programs = programs
         self._password = secrets.token_hex(16)
         self.port = 0
