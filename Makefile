@@ -59,7 +59,7 @@ format: .venv/dev ## Format the code
 lock: ## Write the newest versions that fit to constraints.txt, to be tested
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	$(PIP_QUIETLY) build/lock/bin/pip install --quiet -e '.[embedded,test,dev]'
+	$(PIP_QUIETLY) build/lock/bin/pip install --quiet -e '.[embedded,test,dev,benchmark]'
 	@echo '# The versions that were tested; written by "make lock".' > build/lock/constraints.txt
 	build/lock/bin/pip freeze --exclude-editable >> build/lock/constraints.txt
 	mv build/lock/constraints.txt constraints.txt

@@ -27,8 +27,8 @@ class Measurement:
 def main() -> None:
     """Read the options and run."""
     parser = parser_for(
-        "How many rows a second does async_rotate rewrite, with so many workers and so many rows a range? From "
-        "the first range's begin to the last one's commit, without VACUUM, whose time has little to do with it.",
+        "How many rows a second does async_rotate rewrite, with so many workers and so many rows a range? "
+        "From the first range's begin to the last one's commit, without VACUUM, which is alike for all.",
         repetitions=1,
     )
     for name, default, text in (

@@ -122,6 +122,15 @@ class Database:
         self.name = name
         self._url = url
 
+    @property
+    def url(self) -> str:
+        """What DATABASE_URL has to be for a command to use it."""
+        return self._url
+
+    def folder(self) -> AbstractContextManager[Path]:
+        """A temporary folder, for what a command keeps in files."""
+        return _folder()
+
     def connection(self) -> AbstractContextManager[psycopg.Connection]:
         """Connect in autocommit mode, for as long as the context lasts."""
         return _connection(self._url)
@@ -222,7 +231,7 @@ class Server:
 
     def fetch(self, query: str) -> tuple[Any, ...]:
         """Return the first row of a query of the benchmark's own."""
-        with self._connection() as connection:
+        with self.connection() as connection:
             return _first_row(connection, query)
 
     def tickets(self, rows: int) -> Database:
@@ -269,7 +278,7 @@ class Server:
         name = f"{self._run}_{len(self._made)}"
         # On record before it exists: dropping tolerates one that was never made.
         self._made.append(name)
-        with self._connection() as connection:
+        with self.connection() as connection:
             try:
                 connection.execute(
                     sql.SQL("CREATE DATABASE {} TEMPLATE {} {}").format(
@@ -283,14 +292,15 @@ class Server:
         return Database(self._url._replace(path=f"/{name}").geturl(), name)
 
     def _drop(self, name: str) -> None:
-        with self._connection() as connection:
+        with self.connection() as connection:
             # FORCE ends whatever an interrupted measurement has left connected.
             connection.execute(
                 sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
             )
             self._made.remove(name)
 
-    def _connection(self) -> AbstractContextManager[psycopg.Connection]:
+    def connection(self) -> AbstractContextManager[psycopg.Connection]:
+        """Connect to a database that is none of the benchmark's, in autocommit mode."""
         return _connection(self._url.geturl())
 
 
@@ -409,6 +419,12 @@ def writable(text: str) -> Path:
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"'{text}' cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @contextmanager

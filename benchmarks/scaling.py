@@ -30,7 +30,7 @@ class Measurement:
 def main() -> None:
     """Read the options and run."""
     parser = parser_for(
-        "How do rows a second, memory and WAL change with the number of rows? Beside it, one UPDATE statement. "
+        "How do rows a second, memory and WAL change with the number of rows, beside one UPDATE statement? "
         "Exits with 1 if the largest table takes over --difference more memory than the smallest.",
         repetitions=1,
     )
@@ -124,9 +124,8 @@ def _judge(found: dict[int, dict[str, list[Measurement]]], difference: float) ->
         ours.seconds / its.seconds
         for ours, its in zip(found[largest]["async_rotate"], found[largest]["one UPDATE"], strict=True)
     ]
-    print(
-        f"Seconds of async_rotate to those of one UPDATE at {largest:,} rows: {Spread.of(ratio).shown('.2f')}."
-    )
+    shown = Spread.of(ratio).shown(".2f")
+    print(f"Seconds of async_rotate to those of one UPDATE at {largest:,} rows: {shown}.")
     peaks = [
         Spread.of([m.peak_bytes / MEGABYTE for m in found[rows]["async_rotate"]]).median
         for rows in (smallest, largest)

@@ -4,6 +4,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ _OWN_SETTINGS: Final = {
     "logging_collector": "off",
     "log_destination": "stderr",
 }
+_INITDB_ENDS_SECONDS: Final = 10.0
+_POLL_SECONDS: Final = 0.05
 
 
 class OwnServerError(Exception):
@@ -210,6 +213,22 @@ class OwnServer:
             raise OwnServerError(f"{program} failed: {complaint(completed.stdout)}; {complaint(said)}")
 
     def _remove(self) -> None:
-        if (self._data / "postmaster.pid").exists():
-            self.stop("immediate")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self._wait_for_initdb()
+            if self._pid() > 0:
+                self.stop("immediate")
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_for_initdb(self) -> None:
+        """Wait for the server that an interrupted initdb leaves behind, which ends soon, and by itself."""
+        until = time.monotonic() + _INITDB_ENDS_SECONDS
+        while self._pid() < 0 and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+
+    def _pid(self) -> int:
+        """The server's process; negative if it is initdb's own, 0 if there is none."""
+        try:
+            return int((self._data / "postmaster.pid").read_text().split("\n", 1)[0] or 0)
+        except FileNotFoundError:
+            return 0

@@ -1,0 +1,18 @@
+"""Batches in the order of the key, and a bulk_update() for each, with a file that says which was the last."""
+
+from common import PlaceFile, Ticket, options, renew
+
+
+def main() -> None:
+    """Go on after the last ticket."""
+    chosen = options("keyset and bulk_update()")
+    file = PlaceFile(chosen.place)
+    in_order = Ticket.objects.order_by("pk")
+    while tickets := list(in_order.filter(pk__gt=file.place.last_id)[: chosen.batch]):
+        Ticket.objects.bulk_update(renew(tickets), ["token"])
+        file.place.last_id = tickets[-1].pk
+        file.keep()
+
+
+if __name__ == "__main__":
+    main()
