@@ -14,7 +14,7 @@ from rotator.postgres.vacuuming import may_vacuum, vacuum
 from rotator.run.context import RunContext
 
 # A vacuum reads every index to its end, however few rows died, so it should be worth that.
-PART_OF_TABLE: Final = 5
+PART_OF_TABLE: Final = 8
 LEAST_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
 

@@ -143,7 +143,7 @@ class Audit:
                 f"SELECT count(*) FROM {_OLD} LEFT JOIN {TABLE} t USING (id) WHERE t.id IS NULL"
             ),
             "rows never written": self._number(
-                f"SELECT count(*) FROM {_OLD} WHERE id NOT IN (SELECT id FROM {_WRITES})"
+                f"SELECT count(*) FROM {_OLD} o WHERE NOT EXISTS (SELECT FROM {_WRITES} w WHERE w.id = o.id)"
             ),
             "rows written more than once": self._number(
                 f"SELECT count(*) FROM (SELECT FROM {_WRITES} GROUP BY id HAVING count(*) > 1) AS w"

@@ -36,7 +36,7 @@ def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: py
     monkeypatch.setattr(vacuuming, "LEAST_ROWS", 100)
     monkeypatch.setattr(vacuuming, "POLL_SECONDS", 0.001)
     database.make_tickets(1, 10_000)
-    # Slow enough for every fifth to be noticed.
+    # Slow enough for every eighth to be noticed.
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
     told = Told()
 

@@ -140,7 +140,7 @@ class Command(BaseCommand):
             "--no-vacuum",
             action="store_true",
             help="Leave the old row versions, and the space they take, to autovacuum; otherwise the table is "
-            "vacuumed after each fifth of its rows and at the end.",
+            "vacuumed after each eighth of its rows and at the end.",
         )
         parser.add_argument(
             "--progress",
