@@ -6,6 +6,8 @@ of the rotated column.
 
 from signal import Signals
 
+from rotator.keys import KeySpan
+
 
 class RotatorError(Exception):
     """The root of all errors of this package; its text is one sentence for the user.
@@ -64,6 +66,18 @@ class RangeTooSlowError(RangeRefusedError):
 
     def __init__(self, condition: str) -> None:
         super().__init__(condition, passing=True)
+
+
+class ValuesError(RotatorError):
+    """Something is wrong with the new values; never says what they are."""
+
+    def of(self, key_range: KeySpan) -> "ValuesError":
+        """Return the same error, with the range that the values were for."""
+        said = str(self).rstrip(".")
+        return ValuesError(
+            f"{said}; that was for the range {key_range}, which was left as it is: mend it, and the same "
+            "command goes on."
+        )
 
 
 class StoppedBeforeStartError(RotatorError):

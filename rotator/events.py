@@ -83,6 +83,25 @@ class RangeCompleted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowsRotated:
+    """Rows have new values, and that is committed: a range of them, or some that were committed late.
+
+    Attributes:
+        rotation: The rotation's id.
+        after: The last key before the range; None at the table's start, and for late rows.
+        through: The range's last key; None for late rows.
+        keys: The keys of late rows; empty for a range.
+        rows: How many got a new value.
+    """
+
+    rotation: int
+    after: Key | None = None
+    through: Key | None = None
+    keys: tuple[Key, ...] = ()
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RangeDeferred:
     """Somebody else holds rows of a range; it went to the back of the queue."""
 

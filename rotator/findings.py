@@ -28,6 +28,8 @@ class TableFindings:
         heap_bytes: What it takes without its indexes.
         indexes: All of them, the largest first.
         triggers: The names of those that every update fires.
+        refusing_publications: Publications for which the server refuses every update, since the table has no
+            replica identity.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class TableFindings:
     heap_bytes: int
     indexes: tuple[Index, ...]
     triggers: tuple[str, ...]
+    refusing_publications: tuple[str, ...] = ()
 
     @property
     def index_bytes(self) -> int:

@@ -30,7 +30,9 @@ class Rotation(models.Model):
         COMPLETED = "completed"
         ABANDONED = "abandoned"
 
-    target = models.CharField(max_length=255, help_text="As the user writes it: app.Model.field.")
+    target = models.TextField(
+        help_text="As the user writes it: app.Model.field, several with blanks between."
+    )
     database = models.CharField(max_length=255, help_text="Django's alias of the target's database.")
     bound = models.JSONField(
         null=True, help_text="The upper key bound, frozen at the start; null where empty."
@@ -39,6 +41,12 @@ class Rotation(models.Model):
         help_text="The transaction that began it (xid8): rows with an older xmin have not been written since."
     )
     options = models.JSONField(default=dict, help_text="The options of the latest run.")
+    selection = models.JSONField(
+        default=dict, help_text="Which rows it is for, and what makes their values; the same for all runs."
+    )
+    key_collations = models.JSONField(
+        default=dict, help_text="The versions of the key's collations when it began, by column."
+    )
     status = models.CharField(max_length=16, choices=Status, default=Status.RUNNING)
     generation = models.BigIntegerField(default=1, help_text="Fences out an older process of this rotation.")
     active_seconds = models.FloatField(default=0.0, help_text="Time spent over all runs.")

@@ -1,14 +1,16 @@
 """Puts a rotation together from Django's side: its settings, its connections, its models."""
 
 import asyncio
+import json
 import logging
 import pkgutil
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, TypeVar
 
+from django.apps import apps
 from django.conf import settings
 from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -16,13 +18,16 @@ from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
 
 from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
-from rotator.events import Observer, RotationStopped
+from rotator.events import Observer, RotationStopped, RowsRotated
 from rotator.findings import Findings
 from rotator.models import Rotation
 from rotator.postgres.connections import Server
+from rotator.run.context import Announce
 from rotator.run.examination import dry_run
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.run import Run
+from rotator.selection import Selection
+from rotator.signals import range_rotated
 from rotator.target import resolve
 
 if sys.platform != "win32":
@@ -78,12 +83,18 @@ class Prepared:
         Raises:
             RotatorError: It did not begin, or is another process's.
         """
-        # None of Django's connections may idle in a transaction beside the run, or be used by it.
+        # None of Django's connections may idle beside the run, or be used by it.
         connections.close_all()
+        return _run(self.rotate_in_this_loop(observer))
+
+    async def rotate_in_this_loop(self, observer: Observer) -> Outcome:
+        """Do the same in the loop that is running already."""
         # The pool logs what it does about lost connections; told once, by the run itself, that is enough
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        return _run(self._rotate(observer))
+        run = Run(self.server, self.target, self.options, observer, self._announce())
+        stopped = await run.rotate()
+        return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
 
     def examine(self) -> Findings:
         """Find out what the rotation will meet, and leave everything as it is.
@@ -95,35 +106,50 @@ class Prepared:
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         return _run(dry_run(self.server, self.target, self.options))
 
-    async def _rotate(self, observer: Observer) -> Outcome:
-        run = Run(self.server, self.target, self.options, observer)
-        stopped = await run.rotate()
-        return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
+    def _announce(self) -> Announce | None:
+        """Return what tells the signal's receivers; None where there are none."""
+        sender = apps.get_model(self.target.model)
+        if not range_rotated.has_listeners(sender):
+            return None
+
+        async def announce(rotated: RowsRotated) -> None:
+            await range_rotated.asend_robust(
+                sender,
+                rotation=rotated.rotation,
+                database=self.target.database,
+                after=None if rotated.after is None else json.loads(rotated.after),
+                through=None if rotated.through is None else json.loads(rotated.through),
+                keys=[json.loads(key) for key in rotated.keys],
+                rows=rotated.rows,
+            )
+
+        return announce
 
 
-def default_target() -> str | None:
-    """Return the target that the project's settings name, if they do."""
-    name: str | None = getattr(settings, "ROTATOR", {}).get("DEFAULT_TARGET")
-    return name
+def default_target() -> tuple[str, ...]:
+    """Return the target that the project's settings name; empty where they do not."""
+    return tuple(getattr(settings, "ROTATOR", {}).get("DEFAULT_TARGET", "").split())
 
 
-def prepare(label: str | None, database: str, options: RunOptions) -> Prepared:
+def prepare(
+    labels: Sequence[str], database: str, options: RunOptions, selection: Selection | None = None
+) -> Prepared:
     """Check all that can be checked before anything is changed.
 
     Args:
-        label: ``app.Model.field``; None for the setting's.
+        labels: One or several ``app.Model.field``; none for the setting's.
         database: Django's alias of the database.
         options: How to rotate.
+        selection: How rows and values are chosen; None for all rows and the fields' own defaults.
 
     Raises:
         RotatorError: It cannot begin, for the reason that its text gives.
     """
-    label = label or default_target()
-    if label is None:
+    labels = labels or default_target()
+    if not labels:
         raise TargetError(
             "Name the target, as app.Model.field, or set ROTATOR = {'DEFAULT_TARGET': ...} in the settings."
         )
-    target = resolve(label, database)
     connection = connections[database]
     if connection.vendor != "postgresql":
         raise TargetError(
@@ -134,6 +160,7 @@ def prepare(label: str | None, database: str, options: RunOptions) -> Prepared:
             "A rotation cannot run inside a transaction, whose locks it would wait for: call it outside "
             "atomic()."
         )
+    target = resolve(labels, database, selection or Selection())
     _check_migrations(connection)
     return Prepared(target=target, options=options, server=_server(connection))
 

@@ -1,7 +1,6 @@
 """New values as the binary arrays that the server takes, without an object for each value."""
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,9 +50,6 @@ def register(context: AdaptContext) -> None:
 
 Values = UuidBlock | list[Any]
 """Parameters that arrive at the server as an array of the column's type."""
-
-MakeValues = Callable[[int], Values]
-"""Makes as many new values as it is asked for."""
 
 
 def part(values: Values, start: int, stop: int) -> Values:

@@ -1,16 +1,52 @@
 """What the server's catalogue says of a target."""
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from psycopg import AsyncConnection, errors, sql
+from psycopg.rows import dict_row
 
 from rotator.errors import OptionError, TargetError
 from rotator.postgres.connections import APPLICATION_NAME
 from rotator.postgres.failures import answered, refused_for_good
-from rotator.postgres.table import Column, TargetTable
+from rotator.postgres.table import Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
-_BUILTIN_SCHEMA = "pg_catalog"
+_KINDS: Final = ("r", "p")
+_OTHER_KINDS: Final = {"v": "view", "m": "materialized view", "f": "foreign table"}
+_RELATION: Final = (
+    "SELECT c.relkind AS kind, c.relhassubclass AS has_children,"
+    " EXISTS (SELECT FROM pg_partition_tree(c.oid) tree JOIN pg_class leaf ON leaf.oid = tree.relid"
+    " WHERE leaf.relkind = 'f') AS has_foreign_partitions,"
+    " row_security_active(c.oid) AS hides_rows,"
+    " EXISTS (SELECT FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid"
+    " JOIN pg_am am ON am.oid = ic.relam WHERE i.indrelid = c.oid AND am.amname = 'btree'"
+    " AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = "
+    "cardinality(%(key)s::text[]) AND (SELECT array_agg(a.attname::text ORDER BY k.place)"
+    " FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (number, place)"
+    " JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number"
+    " WHERE k.place <= i.indnkeyatts) = %(key)s::text[]) AS is_indexed"
+    " FROM pg_class c WHERE c.oid = to_regclass(%(table)s)"
+)
+_COLUMNS: Final = (
+    "SELECT a.attname AS name, t.typname AS type_name, n.nspname AS type_schema,"
+    " ln.nspname AS collation_schema, l.collname AS collation,"
+    # The database's own has its version there.
+    " CASE WHEN l.collname = 'default' THEN (SELECT pg_database_collation_actual_version(oid)"
+    " FROM pg_database WHERE datname = current_database())"
+    " ELSE pg_collation_actual_version(l.oid) END AS collation_version,"
+    " a.attnotnull AS not_null, a.attgenerated <> '' OR a.attidentity = 'a' AS is_generated,"
+    " t.typcategory = 'A' AS is_array,"
+    " EXISTS (SELECT FROM pg_partitioned_table p WHERE p.partrelid = a.attrelid"
+    " AND a.attnum = ANY (p.partattrs)) AS is_partition_key,"
+    " (SELECT min(f.conrelid::regclass::text) FROM pg_constraint f WHERE f.contype = 'f'"
+    " AND f.confrelid = a.attrelid AND a.attnum = ANY (f.confkey)) AS referrer"
+    " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
+    " JOIN pg_namespace n ON n.oid = t.typnamespace"
+    " LEFT JOIN pg_collation l ON l.oid = a.attcollation"
+    " LEFT JOIN pg_namespace ln ON ln.oid = l.collnamespace"
+    " WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped"
+)
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
@@ -53,7 +89,13 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
 
 
 async def read_table(
-    connection: AsyncConnection, *, path: tuple[str, ...], key: tuple[str, ...], column: str
+    connection: AsyncConnection,
+    *,
+    path: tuple[str, ...],
+    key: tuple[str, ...],
+    columns: tuple[str, ...],
+    condition: Condition | None = None,
+    include_null: bool = False,
 ) -> TargetTable:
     """Look a target up where it lives.
 
@@ -61,56 +103,98 @@ async def read_table(
         connection: In autocommit mode.
         path: The table's name, with its schema before it where it has one; unquoted.
         key: The names of the primary key's columns, in its order.
-        column: The name of the rotated column.
+        columns: The names of the rotated columns.
+        condition: Which rows are rotated; None for all.
+        include_null: Whether a NULL gets a value, too.
 
     Raises:
-        TargetError: The table or one of the columns is missing, its type is not one of the server's own, the
-            table is none of the ordinary kind, or row-level security hides rows.
+        TargetError: The table or one of the columns is missing, rows cannot be found by the key, a column
+        cannot
+            be given a value, other rows refer to it, or row-level security hides rows.
     """
-    async with answered(connection):
-        cursor = await connection.execute(
-            "SELECT c.relkind = 'r' AND NOT c.relhassubclass, row_security_active(c.oid)"
-            " FROM pg_catalog.pg_class c WHERE c.oid = pg_catalog.to_regclass(%s)",
-            (sql.Identifier(*path).as_string(),),
-        )
-        relation = await cursor.fetchone()
-        cursor = await connection.execute(
-            "SELECT a.attname, t.typname, n.nspname, ln.nspname, l.collname"
-            " FROM pg_catalog.pg_attribute a"
-            " JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
-            " JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace"
-            " LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation"
-            " LEFT JOIN pg_catalog.pg_namespace ln ON ln.oid = l.collnamespace"
-            " WHERE a.attrelid = pg_catalog.to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped",
-            (sql.Identifier(*path).as_string(),),
-        )
-        columns = {name: found async for name, *found in cursor}
+    name = sql.Identifier(*path).as_string()
     named = ".".join(path)
-    if relation is None:
-        raise TargetError(
-            f"The table {named} does not exist in this database: run `manage.py migrate`, or choose another "
-            "with --database."
+    async with answered(connection):
+        rows = connection.cursor(row_factory=dict_row)
+        await rows.execute(_RELATION, {"table": name, "key": list(key)})
+        relation = await rows.fetchone()
+        if relation is None:
+            raise TargetError(
+                f"The table {named} does not exist in this database: run `manage.py migrate`, or choose "
+                "another with --database."
+            )
+        await rows.execute(_COLUMNS, {"table": name})
+        found = {row["name"]: row async for row in rows}
+    _check_relation(named, relation)
+    for wanted in (*key, *columns):
+        if wanted not in found:
+            raise TargetError(f"The table {named} has no column {wanted}: run `manage.py migrate`.")
+    for wanted in columns:
+        _check_column(named, found[wanted])
+
+    def column(wanted: str) -> Column:
+        row = found[wanted]
+        return Column(
+            name=wanted,
+            type_name=row["type_name"],
+            type_schema=row["type_schema"],
+            collation=(row["collation_schema"], row["collation"]) if row["collation"] else None,
+            keeps_null=not (row["not_null"] or include_null),
         )
-    is_plain_table, hides_rows = relation
-    if not is_plain_table:
+
+    return TargetTable(
+        path=path,
+        key=tuple(column(wanted) for wanted in key),
+        columns=tuple(column(wanted) for wanted in columns),
+        condition=condition,
+        collation_versions={
+            wanted: found[wanted]["collation_version"] for wanted in key if found[wanted]["collation_version"]
+        },
+    )
+
+
+def _check_relation(named: str, relation: Mapping[str, Any]) -> None:
+    kind = relation["kind"]
+    if kind not in _KINDS:
         raise TargetError(
-            f"{named} is no ordinary table, or has partitions or children: those cannot be rotated yet."
+            f"{named} is a {_OTHER_KINDS.get(kind, 'relation of another kind')}: rotate the table that holds "
+            "its rows."
         )
-    if hides_rows:
+    if kind == "r" and relation["has_children"]:
+        raise TargetError(
+            f"Other tables inherit from {named}, and no index of it says which keys they hold: rotate each "
+            "of them by a model of its own."
+        )
+    if relation["has_foreign_partitions"]:
+        raise TargetError(
+            f"Partitions of {named} are on other servers, where no checkpoint can be committed with them: "
+            "rotate them there."
+        )
+    if relation["hides_rows"]:
         raise TargetError(
             f"Row-level security hides rows of {named} from this role, and they would keep their values: "
             "use a role that owns the table or has BYPASSRLS."
         )
+    if not relation["is_indexed"]:
+        raise TargetError(
+            f"{named} has no unique index on its primary key, by which rows are found: create one, as "
+            "`CREATE UNIQUE INDEX CONCURRENTLY` does."
+        )
 
-    def look_up(name: str) -> Column:
-        if name not in columns:
-            raise TargetError(f"The table {named} has no column {name}: run `manage.py migrate`.")
-        type_name, schema, *collation = columns[name]
-        if schema != _BUILTIN_SCHEMA:
-            raise TargetError(
-                f"The column {name} of {named} has the type {schema}.{type_name}, and only the server's own "
-                "types can be rotated or be keys."
-            )
-        return Column(name=name, type_name=type_name, collation=tuple(collation) if collation[1] else None)
 
-    return TargetTable(path=path, key=tuple(look_up(name) for name in key), column=look_up(column))
+def _check_column(named: str, row: Mapping[str, Any]) -> None:
+    where = f"The column {row['name']} of {named}"
+    if row["is_generated"]:
+        raise TargetError(f"{where} is generated by the server: rotate the columns that it is made from.")
+    if row["is_array"]:
+        raise TargetError(f"{where} is an array, of which no single secret can be made anew.")
+    if row["is_partition_key"]:
+        raise TargetError(
+            f"{where} decides which partition a row is in, so that new values would move rows past the "
+            "planner: add a column for the secret, and rotate that."
+        )
+    if row["referrer"]:
+        raise TargetError(
+            f"{where} is what {row['referrer']} refers to: new values would break these references; add a "
+            "column for the secret, and rotate that."
+        )

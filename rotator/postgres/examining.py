@@ -1,12 +1,14 @@
 """What the server says, before the first write, of a target's table and of whoever will feel the rotation."""
 
+from collections.abc import Mapping
 from typing import Final
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from rotator.findings import Index, ServerFindings, TableFindings
 from rotator.postgres.failures import answered
 from rotator.postgres.planning import count_rows, estimate_rows, last_key
+from rotator.postgres.relations import LEAVES
 from rotator.postgres.server_log import settings_that_show_values
 from rotator.postgres.table import TargetTable
 
@@ -15,18 +17,30 @@ HOLDERS_NAMED: Final = 3
 OLD_SECONDS: Final = 5
 
 _INDEXES: Final = (
-    "SELECT c.relname, pg_relation_size(c.oid),"
+    "SELECT c.relname, (SELECT sum(pg_relation_size(COALESCE(tree.relid, c.oid::regclass)))::bigint"
+    " FROM (SELECT c.oid) AS root LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf),"
     # An index of expressions may hold it too: pg_get_indexdef would have to be parsed, so they all count.
-    " a.attnum = ANY (i.indkey) OR 0 = ANY (i.indkey) OR i.indpred IS NOT NULL"
+    " i.indkey::int2[] && (SELECT array_agg(attnum) FROM pg_attribute WHERE attrelid = i.indrelid"
+    " AND attname = ANY (%(columns)s::text[])) OR 0 = ANY (i.indkey) OR i.indpred IS NOT NULL"
     " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
-    " JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attname = %s"
-    " WHERE i.indrelid = %s::regclass ORDER BY 2 DESC, 1"
+    " WHERE i.indrelid = %(table)s::regclass ORDER BY 2 DESC, 1"
 )
 # Bit 4 of tgtype is UPDATE; 'D' is disabled and 'R' fires on replicas alone.
-_TRIGGERS: Final = (
-    "SELECT tgname FROM pg_trigger WHERE tgrelid = %s::regclass AND NOT tgisinternal"
+_TRIGGERS: Final = sql.SQL(
+    "SELECT tgname FROM pg_trigger WHERE tgrelid = %(table)s::regclass AND NOT tgisinternal"
     " AND tgtype & 16 <> 0 AND tgenabled NOT IN ('D', 'R') ORDER BY 1"
 )
+# Without a replica identity the server refuses every update of a table that is published.
+_PUBLICATIONS: Final = sql.SQL(
+    "SELECT p.pubname FROM pg_publication_tables p JOIN pg_publication d ON d.pubname = p.pubname"
+    " JOIN pg_class c ON c.relname = p.tablename JOIN pg_namespace n ON n.oid = c.relnamespace"
+    " AND n.nspname = p.schemaname"
+    " WHERE c.oid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND d.pubupdate"
+    " AND (c.relreplident = 'n' OR c.relreplident = 'd'"
+    " AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)"
+    " OR c.relreplident = 'i' AND NOT EXISTS"
+    " (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) ORDER BY 1"
+).format(LEAVES)
 _SETTINGS: Final = (
     "SELECT pg_size_bytes(current_setting('max_wal_size')),"
     " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"
@@ -38,19 +52,19 @@ _SETTINGS: Final = (
     " ', FAILING since ' || to_char(last_failed_time AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC' ELSE '' END"
     " END FROM pg_stat_archiver"
 )
-_REPLICAS: Final = (
+_REPLICAS: Final = sql.SQL(
     "SELECT COALESCE(NULLIF(application_name, ''), 'pid ' || pid) || ' (' ||"
     " COALESCE(sync_state || ', ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn))"
     " || ' behind', 'its lag is not visible to this role') || ')'"
     " FROM pg_stat_replication ORDER BY 1"
 )
-_SLOTS: Final = (
+_SLOTS: Final = sql.SQL(
     "SELECT slot_name || ' (' || CASE WHEN active THEN 'active' ELSE 'NOT ACTIVE' END"
     " || COALESCE(', keeps ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)), '')"
     " || ')'"
     " FROM pg_replication_slots ORDER BY 1"
 )
-_HOLDERS: Final = (
+_HOLDERS: Final = sql.SQL(
     "SELECT phrase FROM ("
     " SELECT 'pid ' || pid || COALESCE(', ' || NULLIF(application_name, ''), '')"
     " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '')"
@@ -81,9 +95,14 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
             (0, True) if bound is None else await count_rows(connection, table, bound, seconds=COUNT_SECONDS)
         )
     async with answered(connection):
-        cursor = await connection.execute("SELECT pg_relation_size(%s::regclass)", (table.regclass,))
+        cursor = await connection.execute(
+            sql.SQL("SELECT sum(pg_relation_size(oid))::bigint FROM {} AS leaf").format(LEAVES),
+            {"table": table.regclass},
+        )
         (heap_bytes,) = await cursor.fetchone() or (0,)
-        cursor = await connection.execute(_INDEXES, (table.column.name, table.regclass))
+        cursor = await connection.execute(
+            _INDEXES, {"columns": [c.name for c in table.columns], "table": table.regclass}
+        )
         indexes = tuple(
             [Index(name=name, size_bytes=size, holds_column=holds) async for name, size, holds in cursor]
         )
@@ -92,7 +111,8 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         rows_is_exact=is_exact,
         heap_bytes=heap_bytes,
         indexes=indexes,
-        triggers=await _phrases(connection, _TRIGGERS, (table.regclass,)),
+        triggers=await _phrases(connection, _TRIGGERS, {"table": table.regclass}),
+        refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
     )
 
 
@@ -117,8 +137,8 @@ async def examine_server(connection: AsyncConnection) -> ServerFindings:
 
 
 async def _phrases(
-    connection: AsyncConnection, query: str, parameters: tuple[str, ...] | dict[str, int] | None = None
+    connection: AsyncConnection, query: sql.Composable, parameters: Mapping[str, str | int] | None = None
 ) -> tuple[str, ...]:
     async with answered(connection):
-        cursor = await connection.execute(query.encode(), parameters)
+        cursor = await connection.execute(query, parameters)
         return tuple([phrase async for (phrase,) in cursor])

@@ -1,6 +1,6 @@
 """Who owns a rotation: starting, taking over, the heartbeat, and how a run leaves it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -10,7 +10,7 @@ from psycopg import AsyncConnection, Rollback, errors, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from rotator.errors import RowsLockedError
+from rotator.errors import OwnedElsewhereError, RowsLockedError
 from rotator.events import EndStatus
 from rotator.keys import Key
 from rotator.postgres.failures import answered, superseded
@@ -21,6 +21,8 @@ from rotator.process import Owner
 
 _TAKE_OVER_LOCK_SECONDS: Final = 2
 _TAKE_OVER_ATTEMPTS: Final = 5
+# Ids begin at 1: this one's lock is for beginning.
+_NO_ROTATION: Final = 0
 
 _VOUCHED_FOR: Final = sql.SQL(
     "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
@@ -40,6 +42,8 @@ class Unfinished:
         updated_at: Its latest heartbeat, on the database's clock.
         rows_done: How far it said it was.
         rows_total: Of how many rows.
+        selection: Which rows it is for, and where their values come from, as JSON types.
+        key_collations: The versions of the key's collations when it began, by the names of the columns.
     """
 
     id: int
@@ -50,6 +54,8 @@ class Unfinished:
     updated_at: datetime
     rows_done: int
     rows_total: int
+    selection: Mapping[str, Any]
+    key_collations: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +89,8 @@ async def find_unfinished(connection: AsyncConnection, target: str, database: st
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
             "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
-            " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total"
+            " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
+            " selection, key_collations"
             " FROM rotator_rotation"
             " WHERE target = %s AND database = %s AND status IN ('running', 'interrupted', 'failed')",
             (target, database),
@@ -96,26 +103,59 @@ async def find_unfinished(connection: AsyncConnection, target: str, database: st
 
 
 async def begin_rotation(
-    connection: AsyncConnection, *, target: str, database: str, owner: Owner, options: dict[str, Any]
+    connection: AsyncConnection,
+    *,
+    target: str,
+    database: str,
+    owner: Owner,
+    options: dict[str, Any],
+    selection: Mapping[str, Any],
+    key_collations: Mapping[str, str],
 ) -> Claim | None:
     """Insert a new rotation and own it; None where another process was faster.
 
     Its row says which transaction inserted it: every row of the target that an older one commits, however
     late, has not been rotated by this rotation.
+
+    Raises:
+        OwnedElsewhereError: Another unfinished rotation has some of the same fields.
     """
-    async with answered(connection):
+    async with _alone(connection, _NO_ROTATION):
+        await _check_overlap(connection, target, database)
         cursor = await connection.execute(
-            "INSERT INTO rotator_rotation (target, database, options, status, generation, active_seconds,"
-            " rows_total, rows_total_is_exact, rows_done, late_rows, error, started_xid,"
-            " owner_host, owner_pid, owner_process, owner_user, version)"
-            " VALUES (%(target)s, %(database)s, %(options)s, 'running', 1, 0, 0, true, 0, 0, '',"
-            " pg_current_xact_id()::text::bigint, %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
-            " ON CONFLICT (target, database) WHERE status IN ('running', 'interrupted', 'failed') DO NOTHING"
-            " RETURNING id",
-            {"target": target, "database": database, "options": Jsonb(options), **asdict(owner)},
+            "INSERT INTO rotator_rotation (target, database, options, selection, key_collations, status, "
+            "generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows, error, "
+            "started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
+            " VALUES (%(target)s, %(database)s, %(options)s, %(selection)s, %(key_collations)s, 'running', "
+            "1, 0, 0, true, 0, 0, '', pg_current_xact_id()::text::bigint, %(host)s, %(pid)s, %(process)s, "
+            "%(user)s, %(version)s) ON CONFLICT (target, database) WHERE status IN ('running', "
+            "'interrupted', 'failed') DO NOTHING RETURNING id",
+            {
+                "target": target,
+                "database": database,
+                "options": Jsonb(options),
+                "selection": Jsonb(dict(selection)),
+                "key_collations": Jsonb(dict(key_collations)),
+                **asdict(owner),
+            },
         )
         row = await cursor.fetchone()
     return Claim(rotation=row[0], generation=1) if row else None
+
+
+async def _check_overlap(connection: AsyncConnection, target: str, database: str) -> None:
+    """Refuse a target that shares a field with another one's unfinished rotation."""
+    cursor = await connection.execute(
+        "SELECT id, target FROM rotator_rotation WHERE database = %(database)s AND target <> %(target)s"
+        " AND status IN ('running', 'interrupted', 'failed')"
+        " AND string_to_array(target, ' ') && string_to_array(%(target)s, ' ') ORDER BY id LIMIT 1",
+        {"target": target, "database": database},
+    )
+    if row := await cursor.fetchone():
+        raise OwnedElsewhereError(
+            f"Rotation {row[0]} of {row[1]} is unfinished and has a field of this one: finish it, or abandon "
+            "it with --restart."
+        )
 
 
 async def take_over(

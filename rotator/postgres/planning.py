@@ -7,6 +7,7 @@ from psycopg import AsyncConnection, AsyncCursor, sql
 from rotator.errors import RangeTooSlowError
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.failures import answered
+from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import TargetTable, identifier
 
 
@@ -85,8 +86,8 @@ async def count_rows(
                 "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
             )
             counted = await connection.execute(
-                sql.SQL("SELECT count(*) FROM {} WHERE {}").format(
-                    table.name, table.within(after_is_known=False)
+                sql.SQL("SELECT count(*) FROM {} WHERE {}{}").format(
+                    table.row, table.within(after_is_known=False), table.and_matches
                 ),
                 {"through": bound},
             )
@@ -95,12 +96,22 @@ async def count_rows(
 
 
 async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
-    """How many rows the server believes the table to have; 0 where it has yet to find out."""
+    """How many rows the server believes are to be rotated; 0 where it has yet to find out."""
     async with answered(connection):
         cursor = await connection.execute(
-            "SELECT GREATEST(reltuples, 0)::bigint FROM pg_class WHERE oid = %s::regclass", (table.regclass,)
+            sql.SQL(
+                "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
+            ).format(LEAVES),
+            {"table": table.regclass},
         )
-        return await _number(cursor)
+        rows = await _number(cursor)
+        if not rows or table.matches is None:
+            return rows
+        cursor = await connection.execute(
+            sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {}").format(table.row, table.matches), {}
+        )
+        ((plan,),) = await cursor.fetchall()
+        return int(plan[0]["Plan"]["Plan Rows"])
 
 
 async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, bound: Key) -> list[KeySpan]:

@@ -1,8 +1,23 @@
-"""The target's table, key and column as SQL; keys travel as the server's own JSON arrays."""
+"""The target's table, key and columns as SQL; keys travel as the server's own JSON arrays."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from psycopg import sql
+from psycopg.abc import AdaptContext
+from psycopg.adapt import PyFormat
+
+ROW: Final = "rotator_row"
+"""The alias of a row of the target in every statement that a :class:`Condition` is part of."""
+
+_BUILTIN_SCHEMA: Final = "pg_catalog"
+
+
+def values_name(at: int) -> str:
+    """The name of the parameter that holds the values of the column at this place."""
+    return f"values_{at}"
 
 
 def identifier(*path: str) -> sql.Identifier:
@@ -13,24 +28,52 @@ def identifier(*path: str) -> sql.Identifier:
     return sql.Identifier(*(name.replace("%", "%%") for name in path))
 
 
+@dataclass(frozen=True, slots=True)
+class Condition(sql.Composable):
+    """Which rows of the table are meant, in SQL about the alias :data:`ROW`.
+
+    Attributes:
+        text: With ``%s`` for each parameter and ``%%`` for each percent sign.
+        parameters: Their values, which become literals: the server plans with them.
+    """
+
+    text: str
+    parameters: tuple[Any, ...] = ()
+
+    def as_bytes(self, context: AdaptContext | None = None) -> bytes:
+        """Return SQL for a statement that is executed with parameters."""
+        values = iter(self.parameters)
+
+        def written(found: "re.Match[bytes]") -> bytes:
+            if found[0] == b"%%":
+                return found[0]
+            return sql.Literal(next(values)).as_bytes(context).replace(b"%", b"%%")
+
+        return re.sub(rb"%s|%%", written, self.text.encode())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
     """One column of the table.
 
     Attributes:
         name: The column's name, unquoted.
-        type_name: The type's name in pg_catalog, e.g. ``int8``.
+        type_name: The type's name, e.g. ``int8``.
+        type_schema: The schema that the type is in.
         collation: The collation's schema and name, unquoted; None where the type has none.
+        keeps_null: Whether a NULL in it stays one.
     """
 
     name: str
     type_name: str
+    type_schema: str = _BUILTIN_SCHEMA
     collation: tuple[str, str] | None = None
+    keeps_null: bool = False
 
     @property
     def type(self) -> sql.Composable:
         """The type's quoted name."""
-        return identifier("pg_catalog", self.type_name)
+        return identifier(self.type_schema, self.type_name)
 
     @property
     def cast(self) -> sql.Composable:
@@ -47,12 +90,17 @@ class TargetTable:
     Attributes:
         path: The table's name, with its schema before it where it has one; unquoted.
         key: The columns of the primary key, in the index's order.
-        column: The rotated column.
+        columns: The rotated columns.
+        condition: Which rows are rotated; None for all.
+        collation_versions: The key's collations and their versions, by the names of its columns: what the
+            order of its index rests on.
     """
 
     path: tuple[str, ...]
     key: tuple[Column, ...]
-    column: Column
+    columns: tuple[Column, ...]
+    condition: Condition | None = None
+    collation_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> sql.Composable:
@@ -63,6 +111,43 @@ class TargetTable:
     def regclass(self) -> str:
         """The table's quoted name as a parameter to be cast to ``regclass``."""
         return sql.Identifier(*self.path).as_string()
+
+    @property
+    def row(self) -> sql.Composable:
+        """The table under the alias :data:`ROW`."""
+        return sql.SQL("{} AS {}").format(self.name, identifier(ROW))
+
+    @property
+    def matches(self) -> sql.Composable | None:
+        """A condition about :data:`ROW`: it is rotated; None where all rows are."""
+        conditions = [] if self.condition is None else [sql.SQL("({})").format(self.condition)]
+        if all(column.keeps_null for column in self.columns):
+            nulls = [sql.SQL("{} IS NOT NULL").format(identifier(ROW, c.name)) for c in self.columns]
+            conditions.append(sql.SQL("({})").format(sql.SQL(" OR ").join(nulls)))
+        return sql.SQL(" AND ").join(conditions) if conditions else None
+
+    @property
+    def and_matches(self) -> sql.Composable:
+        """The same, to follow another condition."""
+        return sql.SQL("") if self.matches is None else sql.SQL(" AND {}").format(self.matches)
+
+    def assignments(self, position: sql.Composable) -> sql.Composable:
+        """What UPDATE of :data:`ROW` sets: for each column the value at a position of its own array."""
+        return sql.SQL(", ").join(
+            sql.SQL("{} = {}").format(identifier(column.name), self._value(at, column, position))
+            for at, column in enumerate(self.columns)
+        )
+
+    def _value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
+        value = sql.SQL("({}::{}[])[{}]").format(
+            sql.Placeholder(values_name(at), format=PyFormat.BINARY), column.type, position
+        )
+        # A single column's rows are chosen for it.
+        if not column.keeps_null or len(self.columns) == 1:
+            return value
+        return sql.SQL("CASE WHEN {} IS NULL THEN NULL ELSE {} END").format(
+            identifier(ROW, column.name), value
+        )
 
     @property
     def key_columns(self) -> sql.Composable:

@@ -9,6 +9,7 @@ from psycopg.errors import Diagnostic
 
 from rotator.events import Storage
 from rotator.postgres.failures import answered
+from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import TargetTable
 
 WATCH_SECONDS: Final = 0.25
@@ -29,9 +30,11 @@ async def read_storage(connection: AsyncConnection, table: TargetTable) -> Stora
     """
     async with answered(connection):
         cursor = await connection.execute(
-            "SELECT pg_relation_size(oid), pg_indexes_size(oid), pg_stat_get_dead_tuples(oid)"
-            " FROM (SELECT %s::regclass::oid AS oid) AS target",
-            (table.regclass,),
+            sql.SQL(
+                "SELECT sum(pg_relation_size(oid))::bigint, sum(pg_indexes_size(oid))::bigint,"
+                " sum(pg_stat_get_dead_tuples(oid))::bigint FROM {} AS leaf"
+            ).format(LEAVES),
+            {"table": table.regclass},
         )
         heap_bytes, index_bytes, dead_rows = await cursor.fetchone() or (0, 0, 0)
     return Storage(heap_bytes=heap_bytes, index_bytes=index_bytes, dead_rows=dead_rows)
@@ -51,7 +54,9 @@ async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
     return False
 
 
-async def vacuum(connection: AsyncConnection, control: AsyncConnection, table: TargetTable) -> str:
+async def vacuum(
+    connection: AsyncConnection, control: AsyncConnection, table: TargetTable, *, indexes: bool
+) -> str:
     """Vacuum the table, unless somebody else holds or wants a lock that is in the way of it.
 
     Truncating would take the strongest lock there is, and more processes at once what the writers need.
@@ -60,6 +65,8 @@ async def vacuum(connection: AsyncConnection, control: AsyncConnection, table: T
         connection: For the statement alone; in autocommit mode.
         control: Another one in autocommit mode, by which is seen who waits.
         table: What to vacuum.
+        indexes: Whether to read all of its indexes to remove what points to old row versions; else these are
+            only emptied, which is what frees the space.
 
     Returns:
         Why it was not done, or not to its end; empty when it was.
@@ -74,7 +81,9 @@ async def vacuum(connection: AsyncConnection, control: AsyncConnection, table: T
         warnings.add(warning.sqlstate)
 
     connection.add_notice_handler(hear)
-    statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0) {}").format(table.name)
+    statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0, INDEX_CLEANUP {}) {}").format(
+        sql.SQL("on" if indexes else "off"), table.name
+    )
     vacuuming = asyncio.create_task(_execute(connection, statement), name="rotator VACUUM statement")
     try:
         while not (await asyncio.wait([vacuuming], timeout=WATCH_SECONDS))[0]:
@@ -103,10 +112,12 @@ async def _is_in_the_way(control: AsyncConnection, table: TargetTable) -> bool:
     """Whether anybody waits for a lock on the table while VACUUM has its own."""
     async with answered(control):
         cursor = await control.execute(
-            "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"
-            " WHERE w.locktype = 'relation' AND w.relation = %s::regclass AND NOT w.granted"
-            " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')",
-            (table.regclass,),
+            sql.SQL(
+                "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"
+                " WHERE w.locktype = 'relation' AND w.relation IN {} AND NOT w.granted"
+                " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')"
+            ).format(LEAVES),
+            {"table": table.regclass},
         )
         row = await cursor.fetchone()
     return bool(row and row[0])

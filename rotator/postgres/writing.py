@@ -6,17 +6,18 @@ from typing import Final
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.errors import RangeRefusedError
-from rotator.keys import KeyRange, KeySpan
-from rotator.postgres.arrays import MakeValues, part
+from rotator.errors import RangeRefusedError, ValuesError
+from rotator.keys import Key, KeyRange, KeySpan
+from rotator.postgres.arrays import part
 from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, RangeGrewError, answered
-from rotator.postgres.table import TargetTable, identifier
+from rotator.postgres.keyed import keyed_update
+from rotator.postgres.table import ROW, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits, guard, limit
+from rotator.postgres.value_source import FromRows, InBulk, ValueSource, named
 
 SLICE_ROWS: Final = 2000
 _GROWTHS: Final = 5
 
-_TARGET: Final = "rotator_target"
 _NUMBERED: Final = "rotator_numbered"
 _POSITION: Final = "rotator_position"
 
@@ -24,36 +25,35 @@ _POSITION: Final = "rotator_position"
 def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     """The update of one slice; see docs/decisions/0001.
 
-    Parameters: ``after`` and ``through`` (keys), ``values`` (array), ``rows`` (how many values there are),
-    ``is_first`` (whether no other slice of this range comes before) and ``limit`` (``rows`` again, or NULL in
-    the last slice, where more rows than values are an error). Rows that this transaction has written already
-    belong to an earlier slice.
+    Parameters: ``after`` and ``through`` (keys), ``values_0`` and so on (an array for each column), ``rows``
+    (how many values there are), ``is_first`` (whether no other slice of this range comes before) and
+    ``limit`` (``rows`` again, or NULL in the last slice, where more rows than values are an error). Rows that
+    this transaction has written already belong to an earlier slice.
     """
     return sql.SQL(
-        "UPDATE {table} AS {target} SET {column} = (%(values)b::{type}[])[{numbered}.{position}]"
+        "UPDATE {row} SET {assignments}"
         " FROM (SELECT {key}, (row_number() OVER (ORDER BY {key}))::integer AS {position} FROM"
-        " (SELECT {key} FROM {table} WHERE {within}"
+        " (SELECT {key} FROM {row} WHERE {within}{and_matches}"
         # The planner folds this away where it is the first slice: such statements are not prepared.
         " AND (%(is_first)s::boolean OR xmin <> pg_current_xact_id()::xid)"
         " ORDER BY {key} LIMIT %(limit)s::bigint) AS rotator_slice) AS {numbered}"
-        " WHERE {same_key} AND {target_within}"
+        " WHERE {same_key} AND {target_within}{and_matches}"
         " AND CASE WHEN {numbered}.{position} <= %(rows)s::integer THEN true"
         # Joined with a column, or the planner would work the cast out, and fail, before there is a row.
         " ELSE CAST({grew} || ', at row ' || {numbered}.{position} AS boolean) END"
     ).format(
-        table=table.name,
-        target=identifier(_TARGET),
-        column=identifier(table.column.name),
-        type=table.column.type,
+        row=table.row,
+        assignments=table.assignments(identifier(_NUMBERED, _POSITION)),
+        and_matches=table.and_matches,
         numbered=identifier(_NUMBERED),
         position=identifier(_POSITION),
         key=table.key_columns,
         within=table.within(after_is_known=after_is_known),
         same_key=sql.SQL(" AND ").join(
-            sql.SQL("{} = {}").format(identifier(_TARGET, key.name), identifier(_NUMBERED, key.name))
+            sql.SQL("{} = {}").format(identifier(ROW, key.name), identifier(_NUMBERED, key.name))
             for key in table.key
         ),
-        target_within=table.within(after_is_known=after_is_known, alias=_TARGET),
+        target_within=table.within(after_is_known=after_is_known, alias=ROW),
         grew=sql.Literal(RANGE_GREW),
     )
 
@@ -61,14 +61,15 @@ def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Compose
 class RangeUpdate:
     """The update of one range of a table, in a transaction that is somebody else's to end."""
 
-    def __init__(self, table: TargetTable, make_values: MakeValues, limits: WaitLimits) -> None:
+    def __init__(self, table: TargetTable, source: ValueSource, limits: WaitLimits) -> None:
         self.table = table
-        self._make_values = make_values
+        self._source = source
         self._limits = limits
         # Written out once: putting a statement together takes as long as sending it.
         self._updates = {
             known: update_statement(table, after_is_known=known).as_bytes() for known in (False, True)
         }
+        self._keyed_update = keyed_update(table, sql.SQL("true")).as_bytes()
 
     async def execute(
         self, connection: AsyncConnection, key_range: KeyRange, rows: int, claim: Claim | None
@@ -86,15 +87,31 @@ class RangeUpdate:
 
         Raises:
             RangeGrewError: There are more rows.
+            ValuesError: There is something wrong with the new values.
             RotatorError: As :func:`answered` has it; all of them leave the transaction to be rolled back.
         """
-        values = self._make_values(rows)
+        try:
+            if isinstance(self._source, FromRows):
+                return await self._execute_from_rows(connection, key_range, self._source, claim)
+            return await self._execute_in_bulk(connection, key_range, rows, self._source, claim)
+        except ValuesError as error:
+            raise error.of(key_range) from None
+
+    async def _execute_in_bulk(
+        self,
+        connection: AsyncConnection,
+        key_range: KeyRange,
+        rows: int,
+        source: InBulk,
+        claim: Claim | None,
+    ) -> int:
+        values = await source.make(rows)
         starts = range(0, max(rows, 1), SLICE_ROWS)
         slices = [
             {
                 "after": key_range.after,
                 "through": key_range.through,
-                "values": part(values, start, start + SLICE_ROWS),
+                **named(tuple(part(of_column, start, start + SLICE_ROWS) for of_column in values)),
                 "rows": min(SLICE_ROWS, rows - start),
                 "is_first": start == 0,
                 "limit": None if start == starts[-1] else SLICE_ROWS,
@@ -103,21 +120,59 @@ class RangeUpdate:
         ]
         async with answered(connection):
             async with connection.pipeline():
-                await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
                 # Merging two scans of the key's index is the cheapest join, and keeps the key's order.
-                if claim is None:
-                    await limit(connection, self._limits, without=("nestloop",))
-                else:
-                    await guard(connection, claim, self._limits, without=("nestloop",))
+                await self._begin(connection, claim, without="nestloop")
                 cursor: AsyncCursor = connection.cursor()
                 await cursor.executemany(self._updates[key_range.after is not None], slices)
             if cursor.rowcount < rows and await self._holds_untouched(connection, key_range):
                 raise RangeRefusedError(SUPPRESSED, passing=True)
         return cursor.rowcount
 
+    async def _execute_from_rows(
+        self, connection: AsyncConnection, key_range: KeyRange, source: FromRows, claim: Claim | None
+    ) -> int:
+        """The same where each value needs its row: locked in key order, and updated by their keys."""
+        span: KeySpan = key_range
+        updated = 0
+        async with answered(connection), connection.pipeline():
+            await self._begin(connection, claim, without="mergejoin")
+        while True:
+            async with answered(connection):
+                keys = await self._locked(connection, span)
+                parameters = await source.parameters(keys)
+                cursor = await connection.execute(self._keyed_update, parameters)
+            if cursor.rowcount < len(keys):
+                raise RangeRefusedError(SUPPRESSED, passing=True)
+            updated += cursor.rowcount
+            if len(keys) < SLICE_ROWS:
+                return updated
+            span = KeySpan(after=keys[-1], through=key_range.through)
+
+    async def _begin(self, connection: AsyncConnection, claim: Claim | None, *, without: str) -> None:
+        await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        if claim is None:
+            await limit(connection, self._limits, without=(without,))
+        else:
+            await guard(connection, claim, self._limits, without=(without,))
+
+    async def _locked(self, connection: AsyncConnection, span: KeySpan) -> list[Key]:
+        """Lock the first rows of a span, and return their keys."""
+        cursor = await connection.execute(
+            sql.SQL("SELECT {} FROM {} WHERE {}{} ORDER BY {} LIMIT {} FOR UPDATE").format(
+                self.table.key_json,
+                self.table.row,
+                self.table.within(after_is_known=span.after is not None),
+                self.table.and_matches,
+                self.table.key_columns,
+                sql.Literal(SLICE_ROWS),
+            ),
+            {"after": span.after, "through": span.through},
+        )
+        return [Key(key) async for (key,) in cursor]
+
     async def count(self, connection: AsyncConnection, span: KeySpan) -> int:
         """How many rows a span holds."""
-        return await self._fetch(connection, span, sql.SQL("SELECT count(*) FROM {} WHERE {}"))
+        return await self._fetch(connection, span, sql.SQL("SELECT count(*) FROM {} WHERE {}{}"))
 
     async def _holds_untouched(self, connection: AsyncConnection, span: KeySpan) -> bool:
         """Whether the span holds a row that the current transaction has not written.
@@ -129,14 +184,18 @@ class RangeUpdate:
                 connection,
                 span,
                 sql.SQL(
-                    "SELECT EXISTS (SELECT FROM {} WHERE {} AND xmin <> pg_current_xact_id()::xid)::integer"
+                    "SELECT EXISTS (SELECT FROM {} WHERE {}{} AND xmin <> pg_current_xact_id()::xid)::integer"
                 ),
             )
         )
 
     async def _fetch(self, connection: AsyncConnection, span: KeySpan, query: sql.SQL) -> int:
         cursor = await connection.execute(
-            query.format(self.table.name, self.table.within(after_is_known=span.after is not None)),
+            query.format(
+                self.table.row,
+                self.table.within(after_is_known=span.after is not None),
+                self.table.and_matches,
+            ),
             {"after": span.after, "through": span.through},
         )
         row = await cursor.fetchone()

@@ -46,6 +46,14 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
     ]
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
+    if table.refusing_publications:
+        publications = ", ".join(table.refusing_publications)
+        lines.append(
+            (
+                "published",
+                [f"by {publications} WITHOUT A REPLICA IDENTITY: the server will refuse; give it one"],
+            )
+        )
     return lines
 
 

@@ -7,13 +7,15 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.errors import OwnedElsewhereError, StoppedBeforeStartError
+from rotator.errors import OptionError, OwnedElsewhereError, StoppedBeforeStartError, TargetError
 from rotator.events import OwnerWatched
 from rotator.postgres import ownership
 from rotator.postgres.failures import superseded
 from rotator.postgres.ownership import Unfinished
+from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import Claim
 from rotator.run.context import RunContext
+from rotator.selection import Selection
 
 WATCH_SECONDS: Final = 10.0
 WATCH_EVERY_SECONDS: Final = 0.25
@@ -37,16 +39,21 @@ class Acquired:
 class Acquisition:
     """One process's attempt to own the rotation of a target."""
 
-    def __init__(self, connection: AsyncConnection, context: RunContext) -> None:
+    def __init__(self, connection: AsyncConnection, table: TargetTable, context: RunContext) -> None:
         """Take a connection in autocommit mode."""
         self._connection = connection
+        self._table = table
         self._context = context
 
     async def acquire(self) -> Acquired:
         """Own the unfinished rotation of the target, or a new one where there is none.
 
         Raises:
-            OwnedElsewhereError: Its owner is alive, or finished it just now.
+            OwnedElsewhereError: Its owner is alive, or finished it just now; or another unfinished rotation
+            has
+                some of the same fields.
+            OptionError: The unfinished rotation is for other rows or values.
+            TargetError: The key's order is not what it was when the rotation began.
             StoppedBeforeStartError: A stop was asked for while its owner was being watched.
         """
         target, owner = self._context.target, self._context.owner
@@ -60,6 +67,8 @@ class Acquisition:
                     database=target.database,
                     owner=owner,
                     options=options,
+                    selection=target.selection.saved(),
+                    key_collations=self._table.collation_versions,
                 )
                 if claim is not None:
                     return Acquired(claim=claim, stopped_at=None)
@@ -70,6 +79,7 @@ class Acquisition:
             if self._context.options.restart:
                 await ownership.abandon(self._connection, seen)
                 continue
+            self._check_sameness(unfinished)
             claim = await ownership.take_over(self._connection, seen, owner=owner, options=options)
             if claim is not None:
                 return Acquired(claim=claim, stopped_at=unfinished.updated_at)
@@ -100,6 +110,24 @@ class Acquisition:
             if now.updated_at != seen.updated_at:
                 return True
         return False
+
+    def _check_sameness(self, found: Unfinished) -> None:
+        """Refuse to go on with what was begun under other terms."""
+        label, chosen = self._context.target.label, self._context.target.selection
+        saved = Selection.read(found.selection)
+        if chosen != saved:
+            raise OptionError(
+                f"Rotation {found.id} of {label} was begun with {saved}, and this command has {chosen}: give "
+                "it the same, or abandon that rotation with --restart."
+            )
+        now, then = self._table.collation_versions, found.key_collations
+        for column, version in now.items():
+            if then.get(column, version) != version:
+                raise TargetError(
+                    f"The collation of the key {column} has version {version} and had {then[column]} when "
+                    f"rotation {found.id} began, so its ranges need not be what they were: REINDEX the "
+                    "table, and rotate all rows anew with --restart."
+                )
 
     def _owned_elsewhere(self, found: Unfinished) -> OwnedElsewhereError:
         return OwnedElsewhereError(

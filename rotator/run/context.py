@@ -1,13 +1,18 @@
 """What every part of a run shares."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from rotator.events import Observer
+from rotator.events import Observer, RowsRotated
 from rotator.postgres.connections import Server
 from rotator.process import Owner
 from rotator.run.figures import Figures
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.stopping import StopRequests
+
+Announce: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
+"""Tells whoever acts upon rotated rows; whoever waits for it writes no more rows meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +27,7 @@ class RunContext:
         requests: What has been asked of the run.
         figures: What it has done so far.
         notify: Tells observers, after the run itself has taken note.
+        announce: Is awaited after each commit of rows; None where nobody asked for that.
     """
 
     server: Server
@@ -31,3 +37,4 @@ class RunContext:
     requests: StopRequests
     figures: Figures
     notify: Observer
+    announce: Announce | None

@@ -32,7 +32,14 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
     """
     connections = options.concurrency + OTHER_CONNECTIONS
     await check_server(connection, connections=connections, concurrency=options.concurrency)
-    return await read_table(connection, path=target.path, key=target.key, column=target.column)
+    return await read_table(
+        connection,
+        path=target.path,
+        key=target.key,
+        columns=target.columns,
+        condition=target.condition,
+        include_null=target.include_null,
+    )
 
 
 class Examination:
@@ -79,7 +86,7 @@ class Examination:
         return await sample(
             self._connection,
             self._server,
-            RangeUpdate(self._table, self._target.make_values, options.limits),
+            RangeUpdate(self._table, self._target.source, options.limits),
             rows=rows,
             batch=options.batch,
             concurrency=options.concurrency,

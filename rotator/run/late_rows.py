@@ -13,10 +13,12 @@ from rotator.events import (
     RangeDeferred,
     RangeRetried,
     RowFailed,
+    RowsRotated,
 )
 from rotator.keys import Key
 from rotator.postgres.late_commits import LatePass, holders
 from rotator.postgres.table import TargetTable
+from rotator.run.context import Announce
 from rotator.run.stopping import StopRequests
 
 POLL_SECONDS: Final = 0.25
@@ -59,37 +61,52 @@ async def older_writers_are_over(
 
 
 async def rotate_late_rows(
-    late_pass: LatePass, *, batch: int, requests: StopRequests, notify: Observer
+    late_pass: LatePass, *, batch: int, requests: StopRequests, notify: Observer, announce: Announce | None
 ) -> None:
     """Rotate what was committed late, wherever in the table it is, until a stop is asked for."""
+    rotation = _LateRotation(late_pass, requests, notify, announce)
     async for keys in late_pass.found(batch):
-        await _rotate(late_pass, keys, requests, notify)
+        await rotation.rotate(keys)
         if requests.drain.is_set():
             return
 
 
-async def _rotate(late_pass: LatePass, keys: list[Key], requests: StopRequests, notify: Observer) -> None:
-    deferrals = refusals = 0
-    while not requests.drain.is_set():
-        try:
-            notify(LateRowsRotated(rows=await late_pass.rotate(keys)))
-        except RowsLockedError:
-            deferrals += 1
-            notify(RangeDeferred(rows=len(keys)))
-        except RangeRefusedError as refused:
-            refusals += 1
-            tries_whole = refused.passing and refusals < _REFUSALS
-            if not tries_whole and len(keys) == 1:
-                notify(RowFailed(key=keys[0], reason=refused.condition))
-                return
-            notify(RangeRetried(rows=len(keys), reason=refused.condition, split=not tries_whole))
-            if not tries_whole:
-                middle = len(keys) // 2
-                await _rotate(late_pass, keys[:middle], requests, notify)
-                await _rotate(late_pass, keys[middle:], requests, notify)
-                return
-        else:
-            return
-        await requests.wait(
-            backoff_seconds(deferrals + refusals, first=_FIRST_WAIT_SECONDS, longest=_LONGEST_WAIT_SECONDS)
-        )
+class _LateRotation:
+    def __init__(
+        self, late_pass: LatePass, requests: StopRequests, notify: Observer, announce: Announce | None
+    ) -> None:
+        self._late_pass = late_pass
+        self._requests = requests
+        self._notify = notify
+        self._announce = announce
+
+    async def rotate(self, keys: list[Key]) -> None:
+        deferrals = refusals = 0
+        while not self._requests.drain.is_set():
+            try:
+                return await self._rotate_whole(keys)
+            except RowsLockedError:
+                deferrals += 1
+                self._notify(RangeDeferred(rows=len(keys)))
+            except RangeRefusedError as refused:
+                refusals += 1
+                tries_whole = refused.passing and refusals < _REFUSALS
+                if not tries_whole and len(keys) == 1:
+                    return self._notify(RowFailed(key=keys[0], reason=refused.condition))
+                self._notify(RangeRetried(rows=len(keys), reason=refused.condition, split=not tries_whole))
+                if not tries_whole:
+                    middle = len(keys) // 2
+                    await self.rotate(keys[:middle])
+                    return await self.rotate(keys[middle:])
+            await self._requests.wait(
+                backoff_seconds(
+                    deferrals + refusals, first=_FIRST_WAIT_SECONDS, longest=_LONGEST_WAIT_SECONDS
+                )
+            )
+        return None
+
+    async def _rotate_whole(self, keys: list[Key]) -> None:
+        rows = await self._late_pass.rotate(keys)
+        self._notify(LateRowsRotated(rows=rows))
+        if self._announce is not None:
+            await self._announce(RowsRotated(rotation=self._late_pass.rotation, keys=tuple(keys), rows=rows))

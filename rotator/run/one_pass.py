@@ -16,6 +16,7 @@ from rotator.postgres.planning import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writing import PostgresWriter, RangeUpdate
 from rotator.run.acquiring import Acquired
+from rotator.run.announcing import AnnouncingWriter
 from rotator.run.context import RunContext
 from rotator.run.late_rows import older_writers_are_over, rotate_late_rows
 
@@ -129,13 +130,12 @@ class Pass:
     async def _rotate_gaps(self, owned: Owned) -> None:
         options = self._context.options
         limit = options.stop_after_rows
+        update = RangeUpdate(self._table, self._context.target.source, options.limits)
+        writer = PostgresWriter(self._pool, update, owned.claim)
+        announce = self._context.announce
         engine = Engine(
             IndexPlanner(self._connection, self._table),
-            PostgresWriter(
-                self._pool,
-                RangeUpdate(self._table, self._context.target.make_values, options.limits),
-                owned.claim,
-            ),
+            writer if announce is None else AnnouncingWriter(writer, announce, owned.claim.rotation),
             notify=self._context.notify,
             options=EngineOptions(
                 concurrency=options.concurrency,
@@ -156,7 +156,13 @@ class Pass:
             self._table,
             owned.claim,
             started_xid=owned.started_xid,
-            make_values=self._context.target.make_values,
+            source=self._context.target.source,
             limits=self._context.options.limits,
         )
-        await rotate_late_rows(late_pass, batch=self._context.options.batch, requests=requests, notify=notify)
+        await rotate_late_rows(
+            late_pass,
+            batch=self._context.options.batch,
+            requests=requests,
+            notify=notify,
+            announce=self._context.announce,
+        )

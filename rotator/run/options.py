@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rotator.postgres.arrays import MakeValues
+from rotator.postgres.table import Condition
 from rotator.postgres.transaction import WaitLimits
+from rotator.postgres.value_source import ValueSource
+from rotator.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +25,8 @@ class RunOptions:
         preflight: Examine table and server before a new rotation begins.
         sample: Measure for that, by ranges that are rolled back, how fast it will be.
         limits: How long a range holds the application up.
+        listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP ask the run to stop; else they are the
+        caller's.
     """
 
     concurrency: int = 4
@@ -36,6 +40,7 @@ class RunOptions:
     preflight: bool = False
     sample: bool = False
     limits: WaitLimits = field(default_factory=WaitLimits)
+    listens_to_signals: bool = True
 
     def saved(self) -> dict[str, Any]:
         """Return them as JSON types, for the rotation's row."""
@@ -47,19 +52,27 @@ class RunTarget:
     """What is rotated, in the database's terms.
 
     Attributes:
-        label: As the user writes it, e.g. ``tickets.Ticket.token``.
+        label: As the user writes it, e.g. ``tickets.Ticket.token``; several with blanks between them.
         database: Django's alias of the database.
+        model: The model whose table that is, e.g. ``tickets.Ticket``.
         path: The table's name, with its schema before it where it has one; unquoted.
         key: The names of the primary key's columns, in its order.
-        column: The name of the rotated column.
-        make_values: Makes new values.
+        columns: The names of the rotated columns.
+        source: Where their new values come from.
+        condition: Which rows are rotated; None for all.
+        include_null: Whether a NULL gets a value, too.
+        selection: How the user chose rows and values.
         bypassed: What of Django's model would have acted upon each save(), one phrase each.
     """
 
     label: str
     database: str
+    model: str
     path: tuple[str, ...]
     key: tuple[str, ...]
-    column: str
-    make_values: MakeValues
+    columns: tuple[str, ...]
+    source: ValueSource
+    condition: Condition | None = None
+    include_null: bool = False
+    selection: Selection = field(default_factory=Selection)
     bypassed: tuple[str, ...] = ()

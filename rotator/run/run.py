@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from signal import Signals
 from typing import Final
 
@@ -29,7 +29,7 @@ from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuuming import read_storage
 from rotator.process import this_process
 from rotator.run.acquiring import Acquired, Acquisition, regain
-from rotator.run.context import RunContext
+from rotator.run.context import Announce, RunContext
 from rotator.run.examination import Examination, check
 from rotator.run.figures import Figures
 from rotator.run.one_pass import STOP_AFTER, Pass
@@ -42,13 +42,21 @@ from rotator.tasks import first_error_alone
 HEARTBEAT_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 LEAST_OPEN_SECONDS: Final = 1.0
+_CANCELLED: Final = "Cancelled by the program that it ran in."
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
 
 
 class Run:
     """One process's work on one rotation."""
 
-    def __init__(self, server: Server, target: RunTarget, options: RunOptions, observer: Observer) -> None:
+    def __init__(
+        self,
+        server: Server,
+        target: RunTarget,
+        options: RunOptions,
+        observer: Observer,
+        announce: Announce | None = None,
+    ) -> None:
         """Prepare a run; to be called in the running loop."""
         self._observer = observer
         self._figures = Figures()
@@ -61,6 +69,7 @@ class Run:
             requests=self._requests,
             figures=self._figures,
             notify=self._notify,
+            announce=announce,
         )
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._acquired: Acquired | None = None
@@ -89,7 +98,7 @@ class Run:
             ServerLostError: The server could not be reached in the first place.
             StoppedBeforeStartError: A stop was asked for before anything was changed.
         """
-        with self._requests.signals():
+        with self._requests.signals() if self._context.options.listens_to_signals else nullcontext():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
             work = asyncio.create_task(self._through_outages(), name="rotator run")
             try:
@@ -97,6 +106,7 @@ class Run:
                     stopped = await work
             except asyncio.CancelledError:
                 if not self._requests.aborted:
+                    await self._record("interrupted", _CANCELLED)
                     raise
                 stopped = (
                     self._stopped("completed", "")
@@ -119,7 +129,7 @@ class Run:
             try:
                 async with connected(self._context.server) as control:
                     self._table = self._table or await self._check(control)
-                    self._acquired = await self._own(control)
+                    self._acquired = await self._own(control, self._table)
                     status = await self._work(control, self._table, self._acquired)
             except ServerLostError as lost:
                 if self._acquired is None:
@@ -154,10 +164,10 @@ class Run:
         if self._requests.drain.is_set():
             raise StoppedBeforeStartError(self._requests.signal)
 
-    async def _own(self, control: AsyncConnection) -> Acquired:
+    async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
         """Own the rotation, the first time or again after an outage."""
         if self._acquired is None:
-            return await Acquisition(control, self._context).acquire()
+            return await Acquisition(control, table, self._context).acquire()
         return await regain(control, self._acquired, self._context)
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:

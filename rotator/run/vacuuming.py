@@ -13,7 +13,7 @@ from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuuming import may_vacuum, vacuum
 from rotator.run.context import RunContext
 
-# A vacuum reads every index to its end, however few rows died, so it should be worth that.
+# A vacuum looks at every page that changed, and what the last one missed is looked at again.
 PART_OF_TABLE: Final = 8
 LEAST_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
@@ -57,7 +57,7 @@ class Vacuuming:
             # With less than half a part to go, the one at the end is soon enough.
             if due_rows <= figures.rows_done < rows_total - part_rows // 2:
                 due_rows = figures.rows_done + part_rows
-                await self._vacuum(control, table)
+                await self._vacuum(control, table, indexes=False)
 
     async def at_the_end(self, table: TargetTable) -> None:
         """Vacuum what the last part has left, unless or until a stop is asked for."""
@@ -77,15 +77,15 @@ class Vacuuming:
     async def _alone(self, table: TargetTable) -> None:
         try:
             async with connected(self._context.server) as control:
-                await self._vacuum(control, table)
+                await self._vacuum(control, table, indexes=True)
         except RotatorError as error:
             self._tell(str(error))
 
-    async def _vacuum(self, control: AsyncConnection, table: TargetTable) -> None:
+    async def _vacuum(self, control: AsyncConnection, table: TargetTable, *, indexes: bool) -> None:
         started = time.monotonic()
         try:
             async with connected(self._context.server) as connection:
-                reason = await vacuum(connection, control, table)
+                reason = await vacuum(connection, control, table, indexes=indexes)
         except RotatorError as error:
             reason = str(error)
         if reason:

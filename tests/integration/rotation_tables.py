@@ -13,13 +13,14 @@ import pytest
 from psycopg import sql
 
 from rotator.keys import Key, KeyRange
-from rotator.postgres.arrays import MakeValues, UuidBlock, Values
+from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.connections import Server, pooled
 from rotator.postgres.ownership import begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits
+from rotator.postgres.value_source import InBulk, ValueSource
 from rotator.postgres.writing import PostgresWriter, RangeUpdate
-from rotator.process import this_process
+from rotator.process import Owner, this_process
 from rotator.values import uuid4_block
 
 # Real transactions, without the other apps' tables, whose emptying takes longer than most tests.
@@ -30,7 +31,7 @@ SCHEMA: Final = 'Rotation "tests" %s'
 TARGET: Final = "tickets.Ticket.token"
 TOKEN: Final = Column(name="token", type_name="uuid")
 TICKETS: Final = TargetTable(
-    path=("tickets_ticket",), key=(Column(name="id", type_name="int8"),), column=TOKEN
+    path=("tickets_ticket",), key=(Column(name="id", type_name="int8"),), columns=(TOKEN,)
 )
 _UPDATES: Final = identifier(SCHEMA, "updates")
 # Long enough for a slow machine, short enough to notice.
@@ -40,12 +41,12 @@ PATIENCE_SECONDS: Final = 10.0
 PAIRS: Final = TargetTable(
     path=(SCHEMA, "pairs"),
     key=(Column(name="shop", type_name="text"), Column(name="number", type_name="int4")),
-    column=TOKEN,
+    columns=(TOKEN,),
 )
 ODD: Final = TargetTable(
     path=(SCHEMA, ('Odd"%s %% ' * 7)[:63]),
     key=(Column(name=('K"%(key)s ' * 7)[:63], type_name="int8"),),
-    column=Column(name=('T"%b %% ' * 9)[:63], type_name="uuid"),
+    columns=(Column(name=('T"%b %% ' * 9)[:63], type_name="uuid"),),
 )
 
 
@@ -61,9 +62,12 @@ def once_each(*spans: tuple[int, int]) -> Counter[str]:
     return Counter(f"[{number}]" for first, last in spans for number in range(first, last + 1))
 
 
-def make_uuids(count: int) -> Values:
-    """New values as a rotation of UUIDs makes them."""
-    return UuidBlock(uuid4_block(count))
+async def _make_uuids(count: int) -> tuple[Values, ...]:
+    return (UuidBlock(uuid4_block(count)),)
+
+
+UUIDS: Final = InBulk(_make_uuids)
+"""New values as a rotation of UUIDs makes them."""
 
 
 class Database:
@@ -120,7 +124,7 @@ class Database:
                 if column.type_name == "text" and column in table.key
                 else sql.SQL(""),
             )
-            for column in (*table.key, table.column)
+            for column in (*table.key, *table.columns)
         ]
         self.execute(
             sql.SQL("CREATE TABLE {} ({}, title text, PRIMARY KEY ({}))").format(
@@ -136,16 +140,16 @@ class Database:
             sql.SQL("INSERT INTO {} ({}, {}) SELECT {}, {} FROM generate_series(0, 9) AS i").format(
                 sql.Identifier(*table.path),
                 sql.SQL(", ").join(sql.Identifier(column.name) for column in table.key),
-                sql.Identifier(table.column.name),
+                sql.Identifier(table.columns[0].name),
                 sql.SQL(", ").join(sql.SQL(key) for key in keys),
-                sql.SQL("gen_random_uuid()" if table.column.type_name == "uuid" else "'leaked ' || i"),
+                sql.SQL("gen_random_uuid()" if table.columns[0].type_name == "uuid" else "'leaked ' || i"),
             )
         )
 
     def values(self, table: TargetTable = TICKETS) -> dict[str, Any]:
         """The rotated column's values by their rows' keys, in the key's order."""
         query = sql.SQL("SELECT {}, {} FROM {} ORDER BY {}").format(
-            table.key_json, identifier(table.column.name), table.name, table.key_columns
+            table.key_json, identifier(table.columns[0].name), table.name, table.key_columns
         )
         return dict(self.execute(query, ()))
 
@@ -224,9 +228,24 @@ class Database:
         )
 
 
+async def try_to_begin(
+    control: psycopg.AsyncConnection, owner: Owner, *, target: str = TARGET, database: str = "default"
+) -> Claim | None:
+    """Begin a rotation as somebody's."""
+    return await begin_rotation(
+        control,
+        target=target,
+        database=database,
+        owner=owner,
+        options={},
+        selection={},
+        key_collations={},
+    )
+
+
 async def begin(control: psycopg.AsyncConnection) -> Claim:
     """Begin the tickets' rotation, as this process's."""
-    begun = await begin_rotation(control, target=TARGET, database="default", owner=this_process(), options={})
+    begun = await try_to_begin(control, this_process())
     assert begun is not None
     return begun
 
@@ -237,12 +256,12 @@ async def writing(
     claim: Claim,
     table: TargetTable = TICKETS,
     *,
-    make_values: MakeValues = make_uuids,
+    source: ValueSource = UUIDS,
     limits: WaitLimits | None = None,
 ) -> AsyncIterator[PostgresWriter]:
     """A writer with one connection of its own."""
     async with pooled(database.server, 1) as pool:
-        yield PostgresWriter(pool, RangeUpdate(table, make_values, limits or WaitLimits()), claim)
+        yield PostgresWriter(pool, RangeUpdate(table, source, limits or WaitLimits()), claim)
 
 
 def assert_new_uuid4s(before: Mapping[str, UUID], after: Mapping[str, UUID]) -> None:

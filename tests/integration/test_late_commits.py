@@ -22,10 +22,10 @@ from tests.integration.rotation_tables import (
     PAIRS,
     SCHEMA,
     TICKETS,
+    UUIDS,
     Database,
     assert_new_uuid4s,
     begin,
-    make_uuids,
     once_each,
 )
 
@@ -148,9 +148,7 @@ async def _late_pass(
 ) -> AsyncIterator[LatePass]:
     async with connected(database.server) as side:
         owned = await read_owned(side, claim)
-        yield LatePass(
-            side, table, claim, started_xid=owned.started_xid, make_values=make_uuids, limits=WaitLimits()
-        )
+        yield LatePass(side, table, claim, started_xid=owned.started_xid, source=UUIDS, limits=WaitLimits())
 
 
 def _rotate_all_but(database: Database, *left: int) -> None:

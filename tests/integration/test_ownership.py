@@ -15,7 +15,6 @@ from rotator.postgres.connections import connected
 from rotator.postgres.ownership import (
     abandon,
     beat,
-    begin_rotation,
     complete,
     find_completed,
     find_unfinished,
@@ -35,6 +34,7 @@ from tests.integration.rotation_tables import (
     Database,
     begin,
     key_range,
+    try_to_begin,
     writing,
 )
 
@@ -66,7 +66,7 @@ async def test_a_rotation_remembers_the_transaction_that_began_it(database: Data
 
 
 async def test_a_second_beginning_begins_nothing(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    again = await begin_rotation(control, target=TARGET, database="default", owner=STRANGER, options={})
+    again = await try_to_begin(control, STRANGER)
     assert again is None
     found = await find_unfinished(control, TARGET, "default")
     assert found is not None
@@ -74,13 +74,11 @@ async def test_a_second_beginning_begins_nothing(control: psycopg.AsyncConnectio
 
 
 async def test_of_two_that_begin_at_the_same_time_one_does(database: Database) -> None:
-    async def try_to_begin() -> Claim | None:
+    async def try_one() -> Claim | None:
         async with connected(database.server) as connection:
-            return await begin_rotation(
-                connection, target=TARGET, database="default", owner=STRANGER, options={}
-            )
+            return await try_to_begin(connection, STRANGER)
 
-    begun = await asyncio.gather(*(try_to_begin() for _ in range(5)))
+    begun = await asyncio.gather(*(try_one() for _ in range(5)))
     assert sum(claim is not None for claim in begun) == 1
 
 
@@ -88,7 +86,7 @@ async def test_other_targets_and_databases_are_rotated_beside_it(
     control: psycopg.AsyncConnection, claim: Claim
 ) -> None:
     for target, name in ((TARGET, "other"), ("tickets.Ticket.title", "default")):
-        beside = await begin_rotation(control, target=target, database=name, owner=STRANGER, options={})
+        beside = await try_to_begin(control, STRANGER, target=target, database=name)
         assert beside is not None
         assert beside.rotation != claim.rotation
 

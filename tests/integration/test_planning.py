@@ -13,11 +13,11 @@ from rotator.postgres.table import Column, TargetTable
 pytestmark = pytest.mark.django_db(transaction=True)
 
 TOKEN = Column(name="token", type_name="uuid")
-ODD = TargetTable(path=('od"d %s',), key=(Column(name='I%d"', type_name="int8"),), column=TOKEN)
+ODD = TargetTable(path=('od"d %s',), key=(Column(name='I%d"', type_name="int8"),), columns=(TOKEN,))
 PAIRS = TargetTable(
     path=("pairs",),
     key=(Column(name="shop", type_name="text"), Column(name="number", type_name="int4")),
-    column=TOKEN,
+    columns=(TOKEN,),
 )
 
 

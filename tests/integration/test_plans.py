@@ -15,7 +15,7 @@ from rotator.postgres.planning import IndexPlanner, last_key
 from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import Claim
 from rotator.postgres.writing import PostgresWriter, RangeUpdate
-from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, Database, make_uuids
+from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, UUIDS, Database
 
 pytestmark = COMMITTING
 
@@ -130,7 +130,7 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
     assert bound is not None
     rest, batch = KeySpan(after=None, through=bound), len(database.values(table)) // 15
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, RangeUpdate(table, make_uuids, PATIENT), claim)
+        writer = PostgresWriter(pool, RangeUpdate(table, UUIDS, PATIENT), claim)
         # The table's first range is another statement than those after it.
         for is_analyzed in (False, False, True, True):
             if is_analyzed:
@@ -173,7 +173,7 @@ async def test_late_rows_are_looked_up_by_their_keys(
     keys = [Key(key) for key in database.values(table)]
     # As if all of them had been committed late.
     started_xid = 1 + int(database.execute("SELECT pg_current_xact_id()::text")[0][0])
-    late_pass = LatePass(side, table, claim, started_xid=started_xid, make_values=make_uuids, limits=PATIENT)
+    late_pass = LatePass(side, table, claim, started_xid=started_xid, source=UUIDS, limits=PATIENT)
     for chosen in (keys[10:40], keys[:7]):
         late_before = database.rotation("late_rows")
         await late_pass.rotate(chosen)

@@ -14,16 +14,16 @@ from rotator.postgres.transaction import WaitLimits
 from rotator.postgres.writing import RangeUpdate
 from rotator.run.options import RunOptions
 from rotator.service import prepare
-from tests.integration.rotation_tables import COMMITTING, TARGET, TICKETS, Database, make_uuids
+from tests.integration.rotation_tables import COMMITTING, TARGET, TICKETS, UUIDS, Database
 from tests.integration.test_run import Told, rotate
 
 pytestmark = COMMITTING
 
-UPDATE = RangeUpdate(TICKETS, make_uuids, WaitLimits())
+UPDATE = RangeUpdate(TICKETS, UUIDS, WaitLimits())
 
 
 def dry_run() -> Findings:
-    return prepare(TARGET, "default", RunOptions(sample=True)).examine()
+    return prepare([TARGET], "default", RunOptions(sample=True)).examine()
 
 
 async def test_the_table(database: Database, control: psycopg.AsyncConnection) -> None:

@@ -70,7 +70,7 @@ class Told:
 def rotate(observer: Callable[[Event], None] | None = None, **options: object) -> Outcome:
     """Rotate the tickets' tokens, in small ranges."""
     chosen = replace(RunOptions(batch=10, concurrency=3), **options)  # type: ignore[arg-type] # checked by the class
-    return prepare(TARGET, "default", chosen).rotate(observer or Told())
+    return prepare([TARGET], "default", chosen).rotate(observer or Told())
 
 
 def after_ranges(number: int, do: Callable[[], object]) -> React:

@@ -90,7 +90,7 @@ async def test_it_makes_way_for_whoever_waits(database: Database, control: psyco
     neighbour = database.connect()
     neighbour.execute("SET lock_timeout = '5s'")
     async with connected(database.server) as connection:
-        vacuuming = asyncio.create_task(vacuum(connection, control, TICKETS))
+        vacuuming = asyncio.create_task(vacuum(connection, control, TICKETS, indexes=True))
         await database.until("EXISTS (SELECT FROM pg_stat_progress_vacuum)")
 
         await asyncio.to_thread(neighbour.execute, f"BEGIN; {LOCKED}".encode())

@@ -12,11 +12,11 @@ import pytest
 from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, ServerLostError, SupersededError
 from rotator.keys import Key, KeyRange
 from rotator.postgres import writing as writing_module
-from rotator.postgres.arrays import MakeValues
 from rotator.postgres.failures import SUPPRESSED
 from rotator.postgres.ownership import abandon, stop
 from rotator.postgres.table import Column, TargetTable
 from rotator.postgres.transaction import Claim
+from rotator.postgres.value_source import InBulk, ValueSource
 from rotator.postgres.writing import PostgresWriter
 from tests.integration.rotation_tables import (
     COMMITTING,
@@ -26,10 +26,10 @@ from tests.integration.rotation_tables import (
     SCHEMA,
     TICKETS,
     TOKEN,
+    UUIDS,
     Database,
     assert_new_uuid4s,
     key_range,
-    make_uuids,
     once_each,
     writing,
 )
@@ -37,9 +37,13 @@ from tests.integration.rotation_tables import (
 pytestmark = COMMITTING
 
 NUMBER = Column(name="id", type_name="int8")
-WORDS = TargetTable(path=(SCHEMA, "words"), key=(Column(name="word", type_name="text"),), column=TOKEN)
-SECRETS = TargetTable(path=(SCHEMA, "secrets"), key=(NUMBER,), column=Column(name="secret", type_name="text"))
-BYTES = TargetTable(path=(SCHEMA, "bytes"), key=(NUMBER,), column=Column(name="secret", type_name="bytea"))
+WORDS = TargetTable(path=(SCHEMA, "words"), key=(Column(name="word", type_name="text"),), columns=(TOKEN,))
+SECRETS = TargetTable(
+    path=(SCHEMA, "secrets"), key=(NUMBER,), columns=(Column(name="secret", type_name="text"),)
+)
+BYTES = TargetTable(
+    path=(SCHEMA, "bytes"), key=(NUMBER,), columns=(Column(name="secret", type_name="bytea"),)
+)
 
 
 async def _refused(database: Database, claim: Claim, tried: KeyRange, kind: type[RotatorError]) -> str:
@@ -86,25 +90,25 @@ async def test_the_first_range_begins_with_the_table(database: Database, claim: 
     assert database.checkpoints() == [(None, "[0]", 6)]
 
 
-def _texts(count: int) -> list[str]:
-    return [f"new {number}" for number in range(count)]
+async def _texts(count: int) -> tuple[list[str]]:
+    return ([f"new {number}" for number in range(count)],)
 
 
-def _blobs(count: int) -> list[bytes]:
-    return [bytes([number]) for number in range(count)]
+async def _blobs(count: int) -> tuple[list[bytes]]:
+    return ([bytes([number]) for number in range(count)],)
 
 
 @pytest.mark.parametrize(
-    ("table", "make_values"),
-    [(TICKETS, make_uuids), (SECRETS, _texts), (BYTES, _blobs)],
+    ("table", "source"),
+    [(TICKETS, UUIDS), (SECRETS, InBulk(_texts)), (BYTES, InBulk(_blobs))],
     ids=["uuid", "text", "bytea"],
 )
 async def test_a_range_without_rows_is_checkpointed(
-    database: Database, claim: Claim, table: TargetTable, make_values: MakeValues
+    database: Database, claim: Claim, table: TargetTable, source: ValueSource
 ) -> None:
     if table is not TICKETS:
         database.make_table(table)
-    async with writing(database, claim, table, make_values=make_values) as writer:
+    async with writing(database, claim, table, source=source) as writer:
         assert await writer.rewrite(key_range(20, 25, 0)) == 0
     assert database.checkpoints() == [("[20]", "[25]", 0)]
 
@@ -112,7 +116,7 @@ async def test_a_range_without_rows_is_checkpointed(
 async def test_values_of_other_types_travel_too(database: Database, claim: Claim) -> None:
     database.make_table(SECRETS)
     database.fill(SECRETS, "i")
-    async with writing(database, claim, SECRETS, make_values=_texts) as writer:
+    async with writing(database, claim, SECRETS, source=InBulk(_texts)) as writer:
         assert await writer.rewrite(key_range(None, 9, 10)) == 10
     assert database.values(SECRETS) == {f"[{number}]": f"new {number}" for number in range(10)}
 

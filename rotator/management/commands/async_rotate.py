@@ -24,6 +24,7 @@ from rotator.progress import (
     summary_stream,
 )
 from rotator.run.options import RunOptions
+from rotator.selection import Selection
 from rotator.service import Outcome, Prepared, default_target, prepare
 
 # The rows of a range are numbered by the server's ``integer``.
@@ -33,10 +34,14 @@ _MOST_ROWS: Final = 2**31 - 1
 class Options(TypedDict):
     """The options, as the command line or ``call_command`` gives them."""
 
-    target: str | None
+    target: list[str]
     concurrency: int
     batch: int
     database: str
+    filter: list[str]
+    exclude: list[str]
+    generator: str
+    include_null: bool
     restart: bool
     noinput: bool
     take_over: bool
@@ -54,7 +59,8 @@ class Command(BaseCommand):
     """Rotates; a run that was interrupted goes on where it stopped."""
 
     help = (
-        "Give every row of a column a new value from the field's own default, while the site stays up. "
+        "Give every row of a column a new value from the field's own default, or from --generator, while the "
+        "site stays up. "
         "Ranges of rows are committed together with their checkpoints, so the same command goes on where an "
         "interrupted one stopped, however it ended. The first Ctrl-C lets the ranges in flight commit, the "
         "second rolls them back."
@@ -68,12 +74,13 @@ class Command(BaseCommand):
         # The advice on how to go on leaves some options out, which it could not do with "--rest".
         parser.allow_abbrev = False
         defaults = RunOptions()
-        named = default_target()
+        named = " ".join(default_target())
         parser.add_argument(
             "target",
-            nargs="?",
+            nargs="*",
             metavar="APP.MODEL.FIELD",
-            help="What to rotate" + (f" (default: {named})." if named else "."),
+            help="What to rotate; several fields of one table are written together"
+            + (f" (default: {named})." if named else "."),
         )
         parser.add_argument(
             "--concurrency",
@@ -94,6 +101,33 @@ class Command(BaseCommand):
             default=DEFAULT_DB_ALIAS,
             choices=tuple(connections),
             help="The alias of the database that holds the target (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--filter",
+            action="append",
+            default=[],
+            metavar="LOOKUP=VALUE",
+            help="Rotate only the rows that match this Django lookup, e.g. status=active or "
+            "created_at__lt=2026-11-01T00:00:00Z; may be given several times.",
+        )
+        parser.add_argument(
+            "--exclude",
+            action="append",
+            default=[],
+            metavar="LOOKUP=VALUE",
+            help="Leave the rows alone that match this one; may be given several times.",
+        )
+        parser.add_argument(
+            "--generator",
+            default="",
+            metavar="DOTTED.PATH",
+            help="Make the values with this callable instead of the fields' defaults. It takes nothing, or "
+            "the row's instance, and returns a value, or a mapping of field names to values.",
+        )
+        parser.add_argument(
+            "--include-null",
+            action="store_true",
+            help="Give rows a value that have none (NULL); otherwise they keep it.",
         )
         parser.add_argument(
             "--restart",
@@ -178,7 +212,13 @@ class Command(BaseCommand):
 
     def _prepare(self, options: Options) -> tuple[Prepared, Path | None]:
         try:
-            prepared = prepare(options["target"], options["database"], _run_options(options))
+            selection = Selection(
+                filters=tuple(options["filter"]),
+                excludes=tuple(options["exclude"]),
+                generator=options["generator"],
+                include_null=options["include_null"],
+            )
+            prepared = prepare(options["target"], options["database"], _run_options(options), selection)
             report_file = writable(options["report"])
             if options["restart"] and not options["noinput"]:
                 self._ask_about_restart(prepared)
