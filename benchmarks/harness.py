@@ -75,11 +75,13 @@ class Finished:
         seconds: From the start of its process to its exit.
         cpu_seconds: What the process used of the processor, in user mode and in the kernel.
         peak_bytes: The high-water mark of the process's own resident memory; 0 where the system does not say.
+        output: What it said.
     """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    output: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,15 +187,19 @@ class Database:
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
             seconds = time.perf_counter() - started
+            said.seek(0)
+            output = said.read().decode(errors="replace")
             if process.returncode:
-                said.seek(0)
-                last_words = said.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
+                last_words = output.strip().splitlines()[-_LAST_LINES:]
                 raise BenchmarkError(
                     f"{Path(command[1]).name} {' '.join(command[2:])} failed with status "
                     f"{process.returncode}: " + " / ".join(last_words)
                 )
         return Finished(
-            seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_bytes=peak.found_bytes
+            seconds=seconds,
+            cpu_seconds=usage.ru_utime + usage.ru_stime,
+            peak_bytes=peak.found_bytes,
+            output=output,
         )
 
     def rotate(self, *, concurrency: int, batch: int, rows: int, vacuum: bool = True) -> Rotated:

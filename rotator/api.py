@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 
 from asgiref.sync import sync_to_async
-from django.db import DEFAULT_DB_ALIAS
+from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.errors import OptionError, RotatorError
 from rotator.events import Event, Observer, RotationStopped
@@ -82,6 +82,13 @@ class _Call:
             ),
         )
 
+    def prepare_apart(self) -> Prepared:
+        """Prepare in a thread of its own, and leave no connection behind."""
+        try:
+            return self.prepare()
+        finally:
+            connections[self.target.database].close()
+
 
 async def rotate(  # noqa: PLR0913 - the options of the command, by name
     target: Target,
@@ -127,8 +134,8 @@ async def rotate(  # noqa: PLR0913 - the options of the command, by name
             outage_budget=outage_budget,
         ),
     )
-    # It asks Django's connections, which must not be used in the loop's thread.
-    prepared = await sync_to_async(call.prepare)()
+    # Django's connections must not be used in the loop's thread.
+    prepared = await sync_to_async(call.prepare_apart)()
     outcome = await prepared.rotate_in_this_loop(observer or _ignore)
     return _completed(outcome.stopped)
 

@@ -55,7 +55,7 @@ def row_condition(
     if not query.where:
         return None
     try:
-        if len(query.alias_map) > 1:
+        if sum(1 for uses in query.alias_refcount.values() if uses) > 1:
             raise OptionError(
                 "A filter needs another table: only columns of the rotated one can be asked for."
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, TypeVar
 
+from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.conf import settings
 from django.db import DatabaseError, connections
@@ -93,7 +94,11 @@ class Prepared:
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         run = Run(self.server, self.target, self.options, observer, self._announce())
-        stopped = await run.rotate()
+        try:
+            stopped = await run.rotate()
+        finally:
+            # The one that generators and receivers used, in the thread of their own.
+            await sync_to_async(_close)(self.target.database)
         return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
 
     def examine(self) -> Findings:
@@ -163,6 +168,11 @@ def prepare(
     target = resolve(labels, database, selection or Selection())
     _check_migrations(connection)
     return Prepared(target=target, options=options, server=_server(connection))
+
+
+def _close(database: str) -> None:
+    # Each thread has connections of its own.
+    connections[database].close()
 
 
 def _check_migrations(connection: BaseDatabaseWrapper) -> None:

@@ -45,7 +45,7 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         label=" ".join(map(_name, fields)),
         database=database,
         model=model._meta.label,
-        path=_path(model._meta.db_table),
+        path=table_path(model),
         key=tuple(str(field.column) for field in key_fields(model)),
         columns=tuple(str(field.column) for field in fields),
         source=value_source(fields, model=model, generator=selection.generator, database=database),
@@ -128,9 +128,10 @@ def _check_saving(fields: Sequence[AnyField], model: type[Model], selection: Sel
             )
 
 
-def _path(db_table: str) -> tuple[str, ...]:
+def table_path(model: type[Model]) -> tuple[str, ...]:
+    """Return the name of a model's table, with its schema before it where it has one; unquoted."""
     # Django passes a name that is quoted already through, which is how people write a schema: 'a"."b'.
-    return tuple(part for part in db_table.strip('"').split('"."'))
+    return tuple(part for part in model._meta.db_table.strip('"').split('"."'))
 
 
 def _bypassed(model: type[Model]) -> tuple[str, ...]:

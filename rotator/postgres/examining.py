@@ -137,7 +137,9 @@ async def examine_server(connection: AsyncConnection) -> ServerFindings:
 
 
 async def _phrases(
-    connection: AsyncConnection, query: sql.Composable, parameters: Mapping[str, str | int] | None = None
+    connection: AsyncConnection,
+    query: sql.SQL | sql.Composed,
+    parameters: Mapping[str, str | int] | None = None,
 ) -> tuple[str, ...]:
     async with answered(connection):
         cursor = await connection.execute(query, parameters)

@@ -1,0 +1,45 @@
+"""A rotation in a process of its own, which kills itself in the middle."""
+
+import multiprocessing
+import os
+import signal
+
+import django
+from django.conf import settings
+
+from rotator.events import Event, RangeCompleted
+from rotator.run.options import RunOptions
+from rotator.selection import Selection
+
+# Imported by the server of the processes, which are forked from it and need not import anything again.
+django.setup()
+
+_SECONDS = 30
+
+
+def rotate_until_killed(
+    database: str, labels: list[str], selection: Selection, *, options: RunOptions, ranges: int
+) -> None:
+    """Rotate in a process of its own, which dies by SIGKILL after so many ranges."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_rotate, args=(database, labels, selection, options, ranges))
+    process.start()
+    process.join(_SECONDS)
+    assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode}"
+
+
+def _rotate(database: str, labels: list[str], selection: Selection, options: RunOptions, ranges: int) -> None:
+    # What Django's own connections do not know yet in this process.
+    settings.DATABASES["default"]["NAME"] = database
+    from rotator.service import prepare  # noqa: PLC0415 - its models need the apps
+
+    left = ranges
+
+    def observer(event: Event) -> None:
+        nonlocal left
+        left -= isinstance(event, RangeCompleted)
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare(labels, "default", options, selection).rotate(observer)

@@ -1,0 +1,320 @@
+"""Every kind of key with every kind of secret: rotated, killed, gone on with, and accounted for."""
+
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from django.db import connection as django_connection
+from django.db.models import Model
+from psycopg.sql import SQL, Identifier
+
+from rotator.errors import TargetError
+from rotator.events import Event, RangeDeferred
+from rotator.instances import key_fields
+from rotator.postgres.table import Column, TargetTable, identifier
+from rotator.run.options import RunOptions
+from rotator.selection import Selection
+from rotator.service import prepare
+from rotator.target import table_path
+from tests.integration.killed import rotate_until_killed
+from tests.integration.rotation_tables import SCHEMA, Database
+from tests.integration.test_run import assert_completed
+from tests.shop import models
+
+pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
+
+ROWS = 60
+LETTERS = 'äZa-_ %"'
+BATCH = 7
+START = datetime(2026, 11, 1, 12, tzinfo=UTC)
+
+KEYS: dict[type[Model], Callable[[int], dict[str, Any]]] = {
+    models.ByInteger: lambda i: {"id": i * 1000 - 5000},
+    models.BySmallInteger: lambda i: {"id": i - 30},
+    models.ByBigInteger: lambda i: {"id": (i - 5) * 10**17},
+    models.ByUuid: lambda _: {"id": uuid.uuid4()},
+    models.ByChar: lambda i: {"id": LETTERS[i % 8] + str(i)},
+    models.ByMoment: lambda i: {"id": START + timedelta(microseconds=i * 7919)},
+    models.ByDecimal: lambda i: {"id": Decimal(i) / 7 + Decimal(10) ** 17},
+    models.ByPair: lambda i: {"shop": f"shop {i % 3}", "number": i},
+}
+FIELDS = (
+    "as_uuid",
+    "as_char",
+    "as_text",
+    "as_bytes",
+    "as_integer",
+    "as_big_integer",
+    "as_custom",
+    "nullable",
+)
+
+
+def table_of(model: type[Model], *fields: str) -> TargetTable:
+    """The table of a model, for the account that is kept of it."""
+    return TargetTable(
+        path=table_path(model),
+        key=tuple(Column(name=str(field.column), type_name="text") for field in key_fields(model)),
+        columns=tuple(
+            Column(name=str(field.column), type_name="text")
+            for field in model._meta.concrete_fields
+            if field.name in fields
+        ),
+    )
+
+
+def make_rows(model: type[Model], key_of: Callable[[int], dict[str, Any]]) -> None:
+    model._default_manager.bulk_create(
+        model(**key_of(i), nullable="x" if i % 4 else None) for i in range(ROWS)
+    )
+
+
+def rotate_killed_and_resumed(
+    database: Database, *labels: str, rows: int = ROWS, selection: Selection | None = None
+) -> None:
+    """Rotate, die in the middle, and go on."""
+    chosen = selection or Selection()
+    options = RunOptions(batch=BATCH, concurrency=2)
+    name = str(django_connection.settings_dict["NAME"])
+    rotate_until_killed(name, list(labels), chosen, options=options, ranges=3)
+    done = sum(rows for *_, rows in database.checkpoints())
+    assert 0 < done < rows
+    prepared = prepare(labels, "default", options, chosen)
+    outcome = prepared.rotate(lambda _event: None)
+    assert outcome.stopped.resumed
+    assert_completed(outcome, rows=rows)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("model", KEYS, ids=lambda model: model.__name__)
+def test_each_row_gets_one_new_value(database: Database, model: type[Model], field: str) -> None:
+    make_rows(model, KEYS[model])
+    table = table_of(model, field)
+    database.count_updates(table)
+    before, notes = database.values(table), database.values(table_of(model, "note"))
+    nulls = {key for key, value in before.items() if value is None}
+    assert bool(nulls) == (field == "nullable")
+
+    rotate_killed_and_resumed(database, f"{model._meta.label}.{field}", rows=ROWS - len(nulls))
+
+    after = database.values(table)
+    assert database.updates() == Counter(before.keys() - nulls)
+    assert database.changed(before, table) == before.keys() - nulls
+    assert len(set(after.values()) - {None}) == ROWS - len(nulls)
+    assert database.values(table_of(model, "note")) == notes
+    # Django reads what was written.
+    for row in model._default_manager.all():
+        assert getattr(row, field) is None or getattr(row, field)
+
+
+# --- Models of all kinds ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(database: Database) -> Iterator[TargetTable]:
+    table = table_of(models.Odd, "secret")
+    schema = Identifier(table.path[0])
+    database.execute(SQL("CREATE SCHEMA {}").format(schema))
+    # Made by hand: Django's own quoting of such names is what the model relies on.
+    database.execute(
+        SQL("CREATE TABLE {} ({} bigserial PRIMARY KEY, {} varchar(40))").format(
+            Identifier(*table.path), Identifier(table.key[0].name), Identifier(table.columns[0].name)
+        )
+    )
+    yield table
+    database.execute(SQL("DROP SCHEMA {} CASCADE").format(schema))
+
+
+def test_odd_names_in_a_schema(database: Database, odd: TargetTable) -> None:
+    database.execute(
+        SQL("INSERT INTO {} ({}) SELECT 'leaked ' || i FROM generate_series(1, %s) i").format(
+            odd.name, identifier(odd.columns[0].name)
+        ),
+        (ROWS,),
+    )
+    before = database.values(odd)
+    rotate_killed_and_resumed(database, "shop.Odd.secret")
+    assert database.changed(before, odd) == before.keys()
+
+
+@pytest.fixture
+def orders() -> None:
+    for i in range(ROWS):
+        models.SpecialOrder.objects.create(
+            api_key=f"leaked {i}",
+            status="void" if i % 3 == 0 else "active",
+            created_at=START + timedelta(days=i),
+            is_paid=i % 2 == 0,
+        )
+
+
+@pytest.mark.parametrize(
+    "label", ["shop.SpecialOrder.api_key", "shop.OrderProxy.api_key", "shop.Order.api_key"]
+)
+@pytest.mark.usefixtures("orders")
+def test_the_table_that_holds_the_column_is_rotated(database: Database, label: str) -> None:
+    table = table_of(models.Order, "api_key")
+    before = database.values(table)
+    rotate_killed_and_resumed(database, label, selection=Selection(generator="tests.shop.generators.token"))
+    assert database.changed(before, table) == before.keys()
+    assert database.rotation("target") == "shop.Order.api_key"
+
+
+@pytest.mark.usefixtures("orders")
+def test_the_column_of_a_child_is_found_by_its_parents_key(database: Database) -> None:
+    table = table_of(models.SpecialOrder, "coupon")
+    before = database.values(table)
+    rotate_killed_and_resumed(database, "shop.SpecialOrder.coupon")
+    assert database.changed(before, table) == before.keys()
+
+
+@pytest.fixture
+def partitioned(database: Database) -> Iterator[TargetTable]:
+    database.execute(
+        "CREATE TABLE shop_partitioned (day date, number integer, secret varchar(40) NOT NULL,"
+        " PRIMARY KEY (day, number)) PARTITION BY RANGE (day)"
+    )
+    for name, first, last in (("a", "2026-01-01", "2026-02-01"), ("b", "2026-02-01", "2027-01-01")):
+        database.execute(
+            f"CREATE TABLE shop_partition_{name} PARTITION OF shop_partitioned"
+            f" FOR VALUES FROM ('{first}') TO ('{last}') PARTITION BY HASH (number)"
+        )
+        for part in range(2):
+            database.execute(
+                f"CREATE TABLE shop_partition_{name}{part} PARTITION OF shop_partition_{name}"
+                f" FOR VALUES WITH (MODULUS 2, REMAINDER {part})"
+            )
+    yield table_of(models.Partitioned, "secret")
+    database.execute("DROP TABLE shop_partitioned")
+
+
+def test_a_partitioned_table(database: Database, partitioned: TargetTable) -> None:
+    database.execute(
+        "INSERT INTO shop_partitioned SELECT '2026-01-01'::date + i, i, 'leaked ' || i"
+        f" FROM generate_series(1, {ROWS}) AS i"
+    )
+    database.count_updates(partitioned)
+    before = database.values(partitioned)
+    late = database.connect()
+    late.execute("BEGIN")
+    late.execute("UPDATE shop_partitioned SET secret = 'late' WHERE number = 50")
+
+    def end_it(event: Event) -> None:
+        # After its row was deferred: the range waits for the lock.
+        if isinstance(event, RangeDeferred) and late.info.transaction_status:
+            late.execute("COMMIT")
+
+    outcome = prepare(["shop.Partitioned.secret"], "default", RunOptions(batch=BATCH), Selection()).rotate(
+        end_it
+    )
+
+    assert outcome.stopped.status == "completed"
+    assert database.changed(before, partitioned) == before.keys()
+    assert set(database.values(partitioned).values()).isdisjoint({"late", *before.values()})
+    assert outcome.stopped.storage is not None
+    assert outcome.stopped.storage.heap_bytes > 0
+
+
+def test_partitions_are_killed_and_resumed(database: Database, partitioned: TargetTable) -> None:
+    database.execute(
+        "INSERT INTO shop_partitioned SELECT '2026-01-01'::date + i, i, 'leaked ' || i"
+        f" FROM generate_series(1, {ROWS}) AS i"
+    )
+    database.count_updates(partitioned)
+    before = database.values(partitioned)
+    rotate_killed_and_resumed(database, "shop.Partitioned.secret")
+    assert database.updates() == Counter(before.keys())
+
+
+def test_thirty_indexes(database: Database) -> None:
+    make_rows(models.ByBigInteger, KEYS[models.ByBigInteger])
+    for number in range(30):
+        database.execute(
+            f"CREATE INDEX thirty_{number} ON shop_bybiginteger (as_char, (as_integer % {number + 2}))"
+        )
+    table = table_of(models.ByBigInteger, "as_char")
+    before = database.values(table)
+    rotate_killed_and_resumed(database, "shop.ByBigInteger.as_char")
+    assert database.changed(before, table) == before.keys()
+    database.execute("DROP INDEX " + ", ".join(f"thirty_{number}" for number in range(30)))
+
+
+# --- Keys under collations -------------------------------------------------------------------------
+
+COLLATIONS = {
+    "C": "provider = libc, locale = 'C'",
+    "en_US of libc": "provider = libc, locale = 'en_US.UTF-8'",
+    "ICU": "provider = icu, locale = 'en-US'",
+    "ICU, digits as numbers": "provider = icu, locale = 'und-u-kn-kf-upper'",
+    "ICU, regardless of case": "provider = icu, locale = 'und-u-ks-level2', deterministic = false",
+}
+
+
+def make_collation(database: Database, collation: str) -> None:
+    database.execute(
+        SQL(f"CREATE COLLATION {{}} ({COLLATIONS[collation]})").format(Identifier(SCHEMA, collation))
+    )
+
+
+@pytest.fixture
+def words(database: Database) -> Iterator[TargetTable]:
+    yield table_of(models.Word, "secret")
+    database.execute("DROP TABLE IF EXISTS shop_word")
+
+
+@pytest.mark.parametrize("collation", COLLATIONS)
+def test_no_key_is_missed_or_met_twice(database: Database, words: TargetTable, collation: str) -> None:
+    try:
+        make_collation(database, collation)
+    except psycopg.Error as error:
+        pytest.skip(f"this server has no such collation ({type(error).__name__})")
+    database.execute(
+        SQL("CREATE TABLE shop_word (word text COLLATE {} PRIMARY KEY, secret uuid)").format(
+            Identifier(SCHEMA, collation)
+        )
+    )
+    spelled = [f"{a}{b}{c}" for a in "aAäÄzZ-" for b in ("", " ", "_", "10", "9", "ß") for c in "éEñ'"]
+    database.execute(
+        "INSERT INTO shop_word SELECT word, gen_random_uuid() FROM unnest(%s::text[]) AS word"
+        " ON CONFLICT DO NOTHING",
+        (spelled,),
+    )
+    database.count_updates(words)
+    before = database.values(words)
+    assert len(before) > ROWS
+
+    rotate_killed_and_resumed(database, "shop.Word.secret", rows=len(before))
+
+    assert database.updates() == Counter(before.keys())
+    assert database.changed(before, words) == before.keys()
+
+
+@pytest.mark.usefixtures("words")
+def test_another_version_of_the_keys_collation_is_refused(database: Database) -> None:
+    # C has no versions, for it never changes.
+    for collation in ("ICU", "en_US of libc"):
+        with suppress(psycopg.Error):
+            make_collation(database, collation)
+            break
+    else:
+        pytest.skip("this server has no collations with versions")
+    database.execute(
+        SQL("CREATE TABLE shop_word (word text COLLATE {} PRIMARY KEY, secret uuid)").format(
+            Identifier(SCHEMA, collation)
+        )
+    )
+    database.execute("INSERT INTO shop_word SELECT i, gen_random_uuid() FROM generate_series(1, 60) AS i")
+    name = str(django_connection.settings_dict["NAME"])
+    labels, options = ["shop.Word.secret"], RunOptions(batch=BATCH)
+    rotate_until_killed(name, labels, Selection(), options=options, ranges=2)
+    database.execute('UPDATE rotator_rotation SET key_collations = \'{"word": "0.old"}\'')
+    checkpoints = database.checkpoints()
+    with pytest.raises(TargetError, match=r"had 0\.old when rotation .* REINDEX"):
+        prepare(labels, "default", options).rotate(lambda _event: None)
+    assert database.checkpoints() == checkpoints

@@ -1,0 +1,489 @@
+"""What the user chooses beside the field: which rows, whose values, several fields at once."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from django.db import connection as django_connection
+from django.dispatch import receiver
+
+from rotator.api import RotationUnfinishedError, Target, rotate, rotate_sync
+from rotator.errors import OptionError, OwnedElsewhereError, RotatorError, TargetError, ValuesError
+from rotator.events import Event, RangeCompleted, RotationStarted
+from rotator.run.options import RunOptions
+from rotator.selection import Selection
+from rotator.service import Outcome, prepare
+from rotator.signals import range_rotated
+from tests.integration.killed import rotate_until_killed
+from tests.integration.rotation_tables import Database
+from tests.integration.test_any_model import BATCH, ROWS, START, rotate_killed_and_resumed, table_of
+from tests.integration.test_run import assert_completed
+from tests.shop import models
+
+pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
+
+API_KEY = "shop.Order.api_key"
+WEBHOOK = "shop.Order.webhook_secret"
+MADE_BY = "tests.shop.generators."
+TOKEN = Selection(generator=f"{MADE_BY}token")
+OPTIONS = RunOptions(batch=BATCH, concurrency=2)
+
+
+@pytest.fixture
+def orders(database: Database) -> Database:
+    """Orders, a third of them void, a day apart."""
+    models.Order.objects.bulk_create(
+        models.Order(
+            api_key=f"leaked {i}",
+            webhook_secret=f"leaked too {i}",
+            status="void" if i % 3 == 0 else "active",
+            is_paid=i % 2 == 0,
+            created_at=START + timedelta(days=i),
+        )
+        for i in range(ROWS)
+    )
+    return database
+
+
+def run(
+    *labels: str, selection: Selection = TOKEN, observer: Callable[[Event], None] | None = None
+) -> Outcome:
+    return prepare(labels, "default", OPTIONS, selection).rotate(observer or (lambda _event: None))
+
+
+def leaked(field: str = "api_key") -> set[int]:
+    """Which orders still have the value that they were made with; numbered from 0."""
+    return {
+        int(value.rpartition(" ")[2])
+        for value in models.Order.objects.values_list(field, flat=True)
+        if value.startswith("leaked")
+    }
+
+
+# --- Which rows ------------------------------------------------------------------------------------
+
+FILTERS: dict[str, tuple[Selection, Callable[[int], bool]]] = {
+    "text": (Selection(filters=("status=active",)), lambda i: i % 3 != 0),
+    "exclude": (Selection(excludes=("status=active",)), lambda i: i % 3 == 0),
+    "time": (
+        Selection(filters=("created_at__lt=2026-11-21T00:00:00Z",)),
+        lambda i: START + timedelta(days=i) < datetime(2026, 11, 21, tzinfo=UTC),
+    ),
+    "boolean": (Selection(filters=("is_paid=true",)), lambda i: i % 2 == 0),
+    "several": (
+        Selection(filters=("is_paid=false", "created_at__day__gte=10"), excludes=("status__in=void,lost",)),
+        lambda i: i % 2 == 1 and (START + timedelta(days=i)).day >= 10 and i % 3 != 0,
+    ),
+    "a percent sign": (Selection(excludes=("status__contains=%",)), lambda _: True),
+    "null": (Selection(filters=("parent__isnull=true",)), lambda _: True),
+    "a foreign key": (Selection(filters=("parent_id__isnull=1",)), lambda _: True),
+    "a transform": (
+        Selection(filters=("created_at__month=12",)),
+        lambda i: (START + timedelta(days=i)).month == 12,
+    ),
+    "the rotated column": (Selection(filters=("api_key__isnull=false",)), lambda _: True),
+    "a regular expression": (Selection(filters=("status__iregex=^ACT",)), lambda i: i % 3 != 0),
+}
+
+
+@pytest.mark.parametrize(("selection", "matches"), FILTERS.values(), ids=FILTERS)
+def test_only_rows_that_match_get_a_new_value(
+    orders: Database, selection: Selection, matches: Callable[[int], bool]
+) -> None:
+    chosen = Selection(filters=selection.filters, excludes=selection.excludes, generator=TOKEN.generator)
+    orders.count_updates(table_of(models.Order, "api_key"))
+    expected = {i for i in range(ROWS) if matches(i)}
+
+    outcome = run(API_KEY, selection=chosen)
+
+    assert_completed(outcome, rows=len(expected))
+    assert outcome.stopped.rows_total == len(expected)
+    assert leaked() == set(range(ROWS)) - expected
+    assert sum(orders.updates().values()) == len(expected)
+
+
+def test_a_filtered_rotation_survives_its_death(orders: Database) -> None:
+    selection = Selection(filters=("status=active",), generator=TOKEN.generator)
+    rotate_killed_and_resumed(orders, API_KEY, rows=40, selection=selection)
+    assert leaked() == {i for i in range(ROWS) if i % 3 == 0}
+
+
+def test_a_row_that_comes_to_match_meanwhile_is_left_to_the_next_rotation(orders: Database) -> None:
+    """Which rows match is decided when their range is written."""
+
+    def void(event: Event) -> None:
+        if isinstance(event, RotationStarted):
+            orders.execute("UPDATE shop_order SET status = 'active' WHERE api_key = 'leaked 57'")
+
+    assert_completed(
+        run(
+            API_KEY, selection=Selection(filters=("status=active",), generator=TOKEN.generator), observer=void
+        ),
+        rows=41,
+    )
+
+
+REFUSED_FILTERS = {
+    "status": "write it as field=value",
+    "colour=red": "has no such field; its columns are .*api_key",
+    "parent__status=active": "asks another table",
+    "uses=1": "has no such field|is in another table",
+    "api_key__startswith=leaked": "which is being rotated",
+    "created_at__lt=2026-11-01T00:00:00": "lacks a time zone",
+    "created_at__lt=yesterday": "is no time",
+    "is_paid=perhaps": "true or false",
+    "status__resembles=active": "Unsupported lookup",
+    "id=seven": "expected a number",
+    "status__in=": None,
+    "id__in=": "expected a number",
+    "webhook_secret__length=3": "Unsupported lookup",
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), [(t, r) for t, r in REFUSED_FILTERS.items() if r])
+@pytest.mark.parametrize("option", ["--filter", "--exclude"])
+def test_what_cannot_be_asked_of_one_table_is_refused(text: str, reason: str, option: str) -> None:
+    selection = Selection(
+        filters=(text,) if option == "--filter" else (),
+        excludes=(text,) if option == "--exclude" else (),
+        generator=TOKEN.generator,
+    )
+    with pytest.raises(OptionError, match=reason) as caught:
+        prepare([API_KEY], "default", OPTIONS, selection)
+    assert option in str(caught.value)
+
+
+def test_null_stays_null_unless_it_is_asked_for(database: Database) -> None:
+    models.ByInteger.objects.bulk_create(
+        models.ByInteger(id=i, nullable=None if i % 2 else f"leaked {i}") for i in range(20)
+    )
+    label = "shop.ByInteger.nullable"
+    assert_completed(run(label, selection=Selection()), rows=10)
+    assert models.ByInteger.objects.filter(nullable=None).count() == 10
+    assert_completed(run(label, selection=Selection(include_null=True)), rows=20)
+    assert not models.ByInteger.objects.filter(nullable=None).exists()
+    assert database.rotation("selection")["include_null"]
+
+
+def test_of_several_columns_each_null_stays(database: Database) -> None:
+    models.ByInteger.objects.bulk_create(
+        models.ByInteger(id=i, nullable=None if i % 2 else f"leaked {i}", as_text="leaked") for i in range(20)
+    )
+    assert_completed(run("shop.ByInteger.nullable", "shop.ByInteger.as_text", selection=Selection()), rows=20)
+    assert models.ByInteger.objects.filter(nullable=None).count() == 10
+    assert not models.ByInteger.objects.filter(as_text="leaked").exists()
+    assert database.rotation("rows_done") == 20
+
+
+# --- Whose values ----------------------------------------------------------------------------------
+
+
+def test_several_fields_in_one_update(orders: Database) -> None:
+    orders.count_updates(table_of(models.Order, "api_key"))
+    selection = Selection(generator="tests.shop.generators.two_keys")
+    rotate_killed_and_resumed(orders, WEBHOOK, API_KEY, selection=selection)
+    assert leaked("api_key") | leaked("webhook_secret") == set()
+    assert set(orders.updates().values()) == {1}
+    assert orders.rotation("target") == f"{API_KEY} {WEBHOOK}"
+
+
+def test_columns_that_belong_together(database: Database) -> None:
+    models.Checked.objects.bulk_create(models.Checked(token=f"leaked {i}", checksum="") for i in range(ROWS))
+    rotate_killed_and_resumed(
+        database,
+        "shop.Checked.token",
+        "shop.Checked.checksum",
+        selection=Selection(generator=f"{MADE_BY}token_and_checksum"),
+    )
+    for row in models.Checked.objects.all():
+        assert row.checksum == hashlib.sha256(row.token.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "model", [models.ByInteger, models.ByPair, models.ByMoment, models.ByDecimal, models.ByUuid]
+)
+def test_a_generator_that_wants_the_row(database: Database, model: Any) -> None:  # noqa: ANN401 - any of them
+    from tests.integration.test_any_model import KEYS, make_rows  # noqa: PLC0415 - the same rows as there
+
+    make_rows(model, KEYS[model])
+    rotate_killed_and_resumed(
+        database,
+        f"{model._meta.label}.as_custom",
+        selection=Selection(generator=f"{MADE_BY}named_after_hash"),
+    )
+    for row in model.objects.all():
+        assert row.as_custom.startswith(hashlib.sha256(str(row.pk).encode()).hexdigest()[:16])
+
+
+def test_rows_committed_late_get_values_of_their_own_too(orders: Database) -> None:
+    late = orders.connect()
+    late.execute("BEGIN")
+    late.execute(
+        "INSERT INTO shop_order (created_at, status, is_paid, api_key, webhook_secret) VALUES"
+        " (now(), 'active', true, 'leaked 100', '') RETURNING id"
+    )
+
+    def commit(event: Event) -> None:
+        if isinstance(event, RangeCompleted) and late.info.transaction_status:
+            late.execute("COMMIT")
+
+    outcome = run(API_KEY, selection=Selection(generator=f"{MADE_BY}named_after"), observer=commit)
+    assert outcome.stopped.status == "completed"
+    for order in models.Order.objects.all():
+        assert order.api_key.startswith(f"{order.pk}-")
+
+
+BAD_GENERATORS = {
+    "constant": "same value 100 times",
+    "none": "gave None for api_key",
+    "too_long": r"over its limit \(max_length 80\)",
+    "raising": "raised RuntimeError",
+    "token_and_checksum": "mapping with checksum, token, and the fields are api_key",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), BAD_GENERATORS.items())
+def test_a_bad_generator_is_found_out_before_anything_is_changed(
+    orders: Database, name: str, reason: str
+) -> None:
+    with pytest.raises(ValuesError, match=reason) as caught:
+        run(API_KEY, selection=Selection(generator=MADE_BY + name))
+    assert caught.value.__cause__ is None
+    assert leaked() == set(range(ROWS))
+    assert orders.execute("SELECT id FROM rotator_rotation") == []
+
+
+def test_one_that_fails_later_names_the_range_and_can_be_gone_on_with(orders: Database) -> None:
+    selection = Selection(generator=f"{MADE_BY}later")
+    outcome = run(API_KEY, selection=selection)
+    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
+    assert "over its limit (max_length 80)" in outcome.stopped.error
+    assert "for the range (" in outcome.stopped.error
+    done = sum(rows for *_, rows in orders.checkpoints())
+    assert 0 < done == ROWS - len(leaked()) < ROWS
+
+
+REFUSED_GENERATORS = {
+    "nowhere.at_all": "cannot be imported",
+    f"{MADE_BY}nothing": "cannot be imported",
+    "token": "cannot be imported",
+    f"{MADE_BY}two": "needs first, second",
+    f"{MADE_BY}coroutine": "is a coroutine",
+    "string.ascii_letters": "cannot be called",
+}
+
+
+@pytest.mark.parametrize(("path", "reason"), REFUSED_GENERATORS.items())
+def test_what_cannot_be_called_is_refused(path: str, reason: str) -> None:
+    with pytest.raises(TargetError, match=reason):
+        prepare([API_KEY], "default", OPTIONS, Selection(generator=path))
+
+
+def test_a_hash_is_stored_as_the_generator_made_it(database: Database) -> None:
+    models.Application.objects.bulk_create(models.Application() for _ in range(ROWS))
+    table = table_of(models.Application, "secret")
+    before = database.values(table)
+    with pytest.raises(ValuesError, match="must return a mapping"):
+        run("shop.Application.secret", selection=TOKEN)
+    rotate_killed_and_resumed(
+        database, "shop.Application.secret", selection=Selection(generator=f"{MADE_BY}hashed")
+    )
+    assert database.changed(before, table) == before.keys()
+
+
+# --- What cannot be a target -----------------------------------------------------------------------
+
+REFUSED_TARGETS = {
+    ("shop.Order.api_key",): "has no default .* --generator",
+    ("shop.Order.created_at", "shop.Checked.token"): "are in different tables",
+    ("shop.Order.id",): "is the primary key",
+    ("shop.ByPair.number",): "is the primary key",
+    ("shop.SpecialOrder.order_ptr",): "is the primary key",
+    ("shop.Order.parent",): "refers to other rows",
+    ("shop.Order.generated",): "is generated by the server",
+    ("shop.Code.code",): r"shop\.Use\.code refers to shop\.Code\.code",
+    ("shop.Application.secret",): "is a HashedField, which transforms .* --generator",
+    ("shop.Application.name",): r"name shop\.Application\.secret as a target too",
+}
+
+
+@pytest.mark.parametrize(("labels", "reason"), REFUSED_TARGETS.items())
+def test_what_cannot_be_rotated_is_refused_with_the_reason(labels: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(TargetError, match=reason):
+        prepare(labels, "default", OPTIONS)
+
+
+def test_the_server_knows_of_what_the_models_do_not_say(database: Database) -> None:
+    made = "CREATE TABLE shop_orderview (id bigint PRIMARY KEY, api_key text"
+    cases = {
+        "CREATE VIEW shop_orderview AS SELECT 1::bigint AS id, 'x'::text AS api_key": "is a view",
+        "CREATE MATERIALIZED VIEW shop_orderview AS SELECT 1::bigint AS id": "is a materialized view",
+        "CREATE TABLE shop_orderview (id bigint, api_key text)": "no unique index on its primary key",
+        f"{made} GENERATED ALWAYS AS ('x') STORED)": "is generated by the server",
+        f"{made}[])": "is an array",
+        "CREATE TABLE shop_orderview (id bigint PRIMARY KEY)": "has no column api_key",
+        "CREATE TABLE shop_orderview (id bigint, api_key text) PARTITION BY HASH (api_key);"
+        "CREATE UNIQUE INDEX ON ONLY shop_orderview (api_key, id)": "no unique index",
+        f"{made} UNIQUE); CREATE TABLE shop_referrer (api_key text REFERENCES shop_orderview (api_key))": (
+            "shop_referrer refers to"
+        ),
+        f"{made}); CREATE TABLE shop_child () INHERITS (shop_orderview)": "Other tables inherit",
+    }
+    for statement, reason in cases.items():
+        database.execute(statement)
+        try:
+            with pytest.raises(TargetError, match=reason):
+                run("shop.OrderView.api_key", selection=TOKEN)
+        finally:
+            kind = (
+                "TABLE" if " TABLE " in statement else "MATERIALIZED VIEW" if "MATER" in statement else "VIEW"
+            )
+            database.execute(f"DROP {kind} shop_orderview CASCADE")
+            database.execute("DROP TABLE IF EXISTS shop_referrer, shop_child")
+    with pytest.raises(TargetError, match="does not exist"):
+        run("shop.OrderView.api_key", selection=TOKEN)
+
+
+# --- The same alone goes on ------------------------------------------------------------------------
+
+
+def test_another_selection_does_not_go_on(orders: Database) -> None:
+    selection = Selection(filters=("status=active",), generator=TOKEN.generator)
+    name = str(django_connection.settings_dict["NAME"])
+    rotate_until_killed(name, [API_KEY], selection, options=OPTIONS, ranges=2)
+    before = leaked()
+    for other in (
+        TOKEN,
+        Selection(filters=("status=void",), generator=TOKEN.generator),
+        Selection(filters=("status=active",), generator=f"{MADE_BY}letters"),
+        Selection(filters=("status=active",), generator=TOKEN.generator, include_null=True),
+    ):
+        with pytest.raises(OptionError) as caught:
+            run(API_KEY, selection=other)
+        assert str(selection) in str(caught.value)
+        assert str(other) in str(caught.value)
+    assert leaked() == before
+    assert_completed(run(API_KEY, selection=selection), rows=40)
+    assert orders.rotation("selection") == json.loads(json.dumps(selection.saved()))
+
+
+def test_another_rotation_with_the_same_field_has_to_wait(orders: Database) -> None:
+    name = str(django_connection.settings_dict["NAME"])
+    rotate_until_killed(name, [API_KEY], TOKEN, options=OPTIONS, ranges=2)
+    with pytest.raises(OwnedElsewhereError, match="has a field of this one"):
+        run(API_KEY, WEBHOOK, selection=Selection(generator=f"{MADE_BY}two_keys"))
+    assert leaked("webhook_secret") == set(range(ROWS))
+    assert_completed(run(WEBHOOK, selection=Selection()), rows=ROWS)
+    assert_completed(run(API_KEY), rows=ROWS)
+    assert len(orders.execute("SELECT id FROM rotator_rotation")) == 2
+
+
+# --- Those who want to know ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine"])
+def test_the_application_hears_of_each_commit(orders: Database, kind: str) -> None:
+    heard: list[dict[str, Any]] = []
+
+    def hear(sender: object, **what: Any) -> None:  # noqa: ANN401 - whatever a signal carries
+        del what["signal"]
+        # Committed already, for whoever looks.
+        what["checkpoints"] = len(orders.checkpoints())
+        heard.append(what | {"sender": sender})
+        raise RuntimeError
+
+    async def hear_too(sender: object, **what: Any) -> None:  # noqa: ANN401 - whatever a signal carries
+        await asyncio.sleep(0)
+        hear(sender, **what)
+
+    range_rotated.connect(hear if kind == "function" else hear_too, sender=models.Order)
+    try:
+        outcome = run(API_KEY)
+    finally:
+        range_rotated.disconnect(hear if kind == "function" else hear_too, sender=models.Order)
+
+    assert_completed(outcome, rows=ROWS)
+    assert {what["sender"] for what in heard} == {models.Order}
+    assert sum(what["rows"] for what in heard) == ROWS
+    spans = {(what["after"] and what["after"][0], what["through"][0]) for what in heard}
+    assert {(json.loads(a)[0] if a else None, json.loads(t)[0]) for a, t, _ in orders.checkpoints()} == spans
+    assert all(
+        what["checkpoints"] > 0 and what["rotation"] and what["database"] == "default" for what in heard
+    )
+
+
+def test_it_hears_of_late_rows_by_their_keys(orders: Database) -> None:
+    late = orders.connect()
+    late.execute("BEGIN")
+    ((number,),) = late.execute(
+        "INSERT INTO shop_order (created_at, status, is_paid, api_key, webhook_secret) VALUES"
+        " (now(), 'active', true, 'leaked 100', '') RETURNING id"
+    ).fetchall()
+    heard: list[list[Any]] = []
+
+    @receiver(range_rotated)
+    def hear(keys: list[list[Any]], **_: Any) -> None:  # noqa: ANN401 - whatever a signal carries
+        heard.extend(keys)
+
+    def commit(event: Event) -> None:
+        if isinstance(event, RangeCompleted) and late.info.transaction_status:
+            late.execute("COMMIT")
+
+    run(API_KEY, observer=commit)
+    assert heard in ([[number]], [])
+    assert leaked() == set()
+
+
+# --- From programs ---------------------------------------------------------------------------------
+
+
+def test_a_script_does_what_the_command_does(orders: Database) -> None:
+    heard: list[Event] = []
+    stopped = rotate_sync(
+        Target(API_KEY, filters=["status=active"], generator=TOKEN.generator),
+        batch=BATCH,
+        observer=heard.append,
+    )
+    assert (stopped.status, stopped.rows) == ("completed", 40)
+    assert heard[-1] == stopped
+    assert leaked() == {i for i in range(ROWS) if i % 3 == 0}
+    assert orders.rotation("status") == "completed"
+
+
+async def test_so_does_a_coroutine(orders: Database) -> None:
+    stopped = await rotate(Target([API_KEY], generator=TOKEN.generator), concurrency=2, batch=BATCH)
+    assert stopped.rows == ROWS
+    assert orders.rotation("status") == "completed"
+
+
+async def test_cancelling_it_leaves_the_rotation_to_be_gone_on_with(orders: Database) -> None:
+    target = Target(API_KEY, generator=TOKEN.generator)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RangeCompleted):
+            task.cancel()
+
+    task = asyncio.ensure_future(rotate(target, batch=1, concurrency=1, observer=stop))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert orders.rotation("status") == "interrupted"
+    assert orders.rotation("error") == "Cancelled by the program that it ran in."
+    stopped = await rotate(target)
+    assert (stopped.resumed, stopped.rows) == (True, ROWS)
+
+
+async def test_what_it_cannot_do_it_raises(orders: Database) -> None:
+    with pytest.raises(OptionError, match="must be 1 or more"):
+        await rotate(Target(API_KEY), batch=0)
+    with pytest.raises(TargetError, match="has no default"):
+        await rotate(Target(API_KEY))
+    orders.before_update("RAISE EXCEPTION 'no';", table_of(models.Order, "api_key"))
+    with pytest.raises(RotationUnfinishedError) as caught:
+        await rotate(Target(API_KEY, filters=["id__isnull=false"], generator=TOKEN.generator), batch=ROWS)
+    assert caught.value.stopped.status == "failed"
+    assert len(caught.value.stopped.failed_keys) == ROWS
+    assert isinstance(caught.value, RotatorError)

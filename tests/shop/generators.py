@@ -1,0 +1,88 @@
+"""What the tests name with --generator, good and bad."""
+
+import hashlib
+import secrets
+from typing import NoReturn
+
+from django.db.models import Model
+from django.utils.crypto import get_random_string
+
+
+def token() -> str:
+    return secrets.token_urlsafe(16)
+
+
+def letters() -> str:
+    return get_random_string(32)
+
+
+def number() -> int:
+    return secrets.randbelow(2**31)
+
+
+def big_number() -> int:
+    return secrets.randbelow(2**63)
+
+
+def blob() -> bytes:
+    return secrets.token_bytes(24)
+
+
+def token_and_checksum() -> dict[str, str]:
+    made = token()
+    return {"token": made, "checksum": hashlib.sha256(made.encode()).hexdigest()}
+
+
+def named_after(order: Model) -> str:
+    """A value that shows for which row it was made."""
+    return f"{order.pk}-{secrets.token_hex(8)}"
+
+
+def hashed() -> dict[str, str]:
+    return {"secret": hashlib.sha256(token().encode()).hexdigest()}
+
+
+def constant() -> str:
+    return "the same for everybody"
+
+
+def none() -> None:
+    return None
+
+
+def too_long() -> str:
+    return "x" * 1000
+
+
+def raising() -> NoReturn:
+    raise RuntimeError(secrets.token_hex())
+
+
+def two(first: str, second: str) -> str:
+    return first + second
+
+
+async def coroutine() -> str:
+    return token()
+
+
+class Later:
+    """Good for a while, which is how generators fail that a trial cannot find out."""
+
+    made = 0
+
+    def __call__(self) -> str:
+        type(self).made += 1
+        return token() if self.made < 25 else "x" * 1000
+
+
+later = Later()
+
+
+def two_keys() -> dict[str, str]:
+    return {"api_key": token(), "webhook_secret": token()}
+
+
+def named_after_hash(row: Model) -> str:
+    """The same, in no more letters for any key."""
+    return hashlib.sha256(str(row.pk).encode()).hexdigest()[:16] + secrets.token_hex(8)

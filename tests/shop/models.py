@@ -1,0 +1,154 @@
+"""Tables with every kind of key and of secret."""
+
+import uuid
+
+from django.db import models
+from django.db.models.functions import Upper
+from django.utils import timezone
+
+from tests.shop.fields import HashedField, ReversedField
+from tests.shop.generators import big_number, blob, letters, number, token
+
+
+class Secrets(models.Model):
+    """A secret of each kind."""
+
+    as_uuid = models.UUIDField(default=uuid.uuid4, unique=True)
+    as_char = models.CharField(max_length=40, default=token, unique=True)
+    as_text = models.TextField(default=letters)
+    as_bytes = models.BinaryField(default=blob)
+    as_integer = models.IntegerField(default=number)
+    as_big_integer = models.BigIntegerField(default=big_number)
+    as_custom = ReversedField(max_length=60, default=token)
+    nullable = models.CharField(max_length=40, default=token, null=True)
+    status = models.CharField(max_length=10, default="active")
+    note = models.TextField(default="as it was")
+
+    class Meta:
+        abstract = True
+
+
+class ByInteger(Secrets):
+    id = models.IntegerField(primary_key=True)
+
+
+class BySmallInteger(Secrets):
+    id = models.SmallIntegerField(primary_key=True)
+
+
+class ByBigInteger(Secrets):
+    id = models.BigAutoField(primary_key=True)
+
+
+class ByUuid(Secrets):
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4)
+
+
+class ByChar(Secrets):
+    id = models.CharField(primary_key=True, max_length=40)
+
+
+class ByMoment(Secrets):
+    id = models.DateTimeField(primary_key=True, default=timezone.now)
+
+
+class ByDecimal(Secrets):
+    id = models.DecimalField(primary_key=True, max_digits=30, decimal_places=10)
+
+
+class ByPair(Secrets):
+    pk = models.CompositePrimaryKey("shop", "number")
+    shop = models.CharField(max_length=20)
+    number = models.IntegerField()
+
+
+class Order(models.Model):
+    """What projects rotate most: a key without a default, and fields beside it."""
+
+    created_at = models.DateTimeField(default=timezone.now)
+    status = models.CharField(max_length=10, default="active")
+    is_paid = models.BooleanField(default=False)
+    api_key = models.CharField(max_length=80, unique=True)
+    webhook_secret = models.CharField(max_length=80, default=token)
+    generated = models.GeneratedField(
+        expression=Upper("api_key"), output_field=models.TextField(), db_persist=True
+    )
+    parent = models.ForeignKey("self", null=True, on_delete=models.CASCADE)
+
+
+class Checked(models.Model):
+    """Columns that belong together."""
+
+    token = models.CharField(max_length=80)
+    checksum = models.CharField(max_length=64)
+
+
+class SpecialOrder(Order):
+    """Multi-table inheritance: the key is in the parent's table."""
+
+    discount = models.IntegerField(default=0)
+    coupon = models.CharField(max_length=40, default=token)
+
+
+class OrderProxy(Order):
+    class Meta:
+        proxy = True
+
+
+class Odd(models.Model):
+    """A table and columns with names that have to be quoted, in a schema of their own."""
+
+    key = models.BigAutoField(primary_key=True, db_column='the "key" %s')
+    secret = models.CharField(max_length=40, default=token, db_column='Secret "%(x)s"')
+
+    class Meta:
+        db_table = 'odd schema"."Odd %% table'
+        managed = False
+
+
+class Partitioned(models.Model):
+    """Made by SQL, as Django has no partitions."""
+
+    pk = models.CompositePrimaryKey("day", "number")
+    day = models.DateField()
+    number = models.IntegerField()
+    secret = models.CharField(max_length=40, default=token)
+
+    class Meta:
+        managed = False
+
+
+class Word(models.Model):
+    """Made by SQL, under the collation that a test is about."""
+
+    word = models.TextField(primary_key=True)
+    secret = models.UUIDField(default=uuid.uuid4)
+
+    class Meta:
+        managed = False
+
+
+class OrderView(models.Model):
+    """A view, which has no rows of its own."""
+
+    api_key = models.CharField(max_length=80, default=token)
+
+    class Meta:
+        managed = False
+
+
+class Application(models.Model):
+    """A secret of which the table holds the hash."""
+
+    name = models.CharField(max_length=40, default=token)
+    secret = HashedField(max_length=64, default=token)
+
+
+class Code(models.Model):
+    """Others refer to a column that is not the primary key."""
+
+    code = models.CharField(max_length=40, unique=True, default=token)
+
+
+class Use(models.Model):
+    code = models.ForeignKey(Code, to_field="code", on_delete=models.CASCADE)
