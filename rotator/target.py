@@ -32,14 +32,8 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         TargetError: There is no such field, it is no column of its own, or nothing makes values for it.
         OptionError: A filter cannot be expressed on the table.
     """
-    # By their names, so that the same fields are the same target in whatever order they are given.
-    fields = sorted({_field(label) for label in labels}, key=lambda field: field.name)
+    fields = find_fields(labels)
     model = fields[0].model
-    for field in fields:
-        if field.model is not model:
-            raise TargetError(
-                f"{_name(field)} and {_name(fields[0])} are in different tables: rotate one after the other."
-            )
     _check_saving(fields, model, selection)
     return RunTarget(
         label=" ".join(map(_name, fields)),
@@ -60,6 +54,21 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         selection=selection,
         bypassed=_bypassed(model),
     )
+
+
+def find_fields(labels: Sequence[str]) -> list[AnyField]:
+    """Find the fields that the user names; in an order of their own, since they are the same target in any.
+
+    Raises:
+        TargetError: There is no such field, it cannot be rotated, or they are in different tables.
+    """
+    fields = sorted({_field(label) for label in labels}, key=lambda field: field.name)
+    for field in fields:
+        if field.model is not fields[0].model:
+            raise TargetError(
+                f"{_name(field)} and {_name(fields[0])} are in different tables: rotate one after the other."
+            )
+    return fields
 
 
 def _field(label: str) -> AnyField:

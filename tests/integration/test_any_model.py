@@ -1,8 +1,10 @@
 """Every kind of key with every kind of secret: rotated, killed, gone on with, and accounted for."""
 
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -318,3 +320,43 @@ def test_another_version_of_the_keys_collation_is_refused(database: Database) ->
     with pytest.raises(TargetError, match=r"had 0\.old when rotation .* REINDEX"):
         prepare(labels, "default", options).rotate(lambda _event: None)
     assert database.checkpoints() == checkpoints
+
+
+# --- While others write ----------------------------------------------------------------------------
+
+
+def test_random_keys_while_others_insert_a_thousand_a_second(database: Database) -> None:
+    rows, made_by = 20_000, [str(field.column) for field in models.ByUuid._meta.concrete_fields]
+    make_rows(models.ByUuid, KEYS[models.ByUuid])
+    new = {"id": "gen_random_uuid()", "as_uuid": "gen_random_uuid()", "as_char": "gen_random_uuid()::text"}
+    copied = ", ".join(new.get(name, name) for name in made_by)
+    insert = (
+        f"INSERT INTO shop_byuuid ({', '.join(made_by)}) SELECT {copied}"
+        " FROM (SELECT * FROM shop_byuuid LIMIT 1) AS one, generate_series(1, %s)"
+    )
+    database.execute(insert, (rows,))
+    database.execute("ANALYZE shop_byuuid")
+    table = table_of(models.ByUuid, "as_uuid")
+    before = database.values(table)
+    neighbour, is_over, inserted = database.connect(), threading.Event(), 0
+
+    def insert_now_and_then() -> None:
+        nonlocal inserted
+        while not is_over.wait(0.05):
+            neighbour.execute(insert, (50,))
+            inserted += 50
+
+    with ThreadPoolExecutor(1) as threads:
+        inserting = threads.submit(insert_now_and_then)
+        try:
+            prepared = prepare(["shop.ByUuid.as_uuid"], "default", RunOptions(batch=500))
+            outcome = prepared.rotate(lambda _event: None)
+        finally:
+            is_over.set()
+        inserting.result()
+
+    assert outcome.stopped.status == "completed"
+    assert inserted > 0
+    after = database.values(table)
+    assert all(after[key] != value for key, value in before.items())
+    assert len(after) == len(before) + inserted

@@ -1,0 +1,30 @@
+"""What ``manage.py check`` says of a project."""
+
+import pytest
+from pytest_django import Settings
+
+from rotator.checks import check_databases, check_setting
+
+
+@pytest.mark.parametrize("setting", [{}, {"DEFAULT_TARGET": "tickets.Ticket.token"}])
+def test_a_project_that_is_set_up_hears_nothing(settings: Settings, setting: object) -> None:
+    settings.ROTATOR = setting
+    assert check_setting() + check_databases() == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "number", "said"),
+    [
+        ("tickets.Ticket.token", "E001", "is no dictionary"),
+        ({"TARGET": "tickets.Ticket.token"}, "E001", "has no key TARGET"),
+        ({"DEFAULT_TARGET": ["tickets.Ticket.token"]}, "E002", "is no text"),
+        ({"DEFAULT_TARGET": "tickets.Ticket"}, "E002", "write it as app.Model.field"),
+        ({"DEFAULT_TARGET": "tickets.Ticket.colour"}, "E002", "has no field 'colour'"),
+        ({"DEFAULT_TARGET": "tickets.Ticket.token shop.Order.api_key"}, "E002", "in different tables"),
+    ],
+)
+def test_what_is_wrong_has_an_id(settings: Settings, setting: object, number: str, said: str) -> None:
+    settings.ROTATOR = setting
+    (message,) = check_setting()
+    assert message.id == f"rotator.{number}"
+    assert said in message.msg
