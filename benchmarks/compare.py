@@ -166,7 +166,7 @@ def _ways(options: argparse.Namespace) -> dict[str, Way]:
     if find_spec("pgbulk") is not None:
         ways[PGBULK] = Way(work=_baseline("pgbulk_keyset", 2000), resumes="repeats a step", is_slow=True)
     else:
-        print("django-pgbulk is left out: pip install -e '.[benchmark]'", file=sys.stderr)
+        print("django-pgbulk is left out: pip install -e '.[project,benchmark]'", file=sys.stderr)
     return ways
 
 

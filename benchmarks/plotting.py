@@ -17,7 +17,7 @@ def picture(text: str) -> Path:
         ArgumentTypeError: It cannot be written, or nothing is there to draw with.
     """
     if find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("drawing takes matplotlib: pip install -e '.[benchmark]'")
+        raise argparse.ArgumentTypeError("drawing takes matplotlib: pip install -e '.[project,benchmark]'")
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"'{path.parent}' is no folder")

@@ -20,6 +20,7 @@ from rotator.instances import fetch_instances
 from rotator.keys import Key
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.value_source import FromRows, InBulk, ValueSource
+from rotator.saving import transforms
 from rotator.values import uuid4_block
 
 AnyField: TypeAlias = "Field[Any, Any]"
@@ -82,16 +83,6 @@ def _in_bulk(maker: "_Maker", make_one: Callable[[], Sequence[object]]) -> InBul
     maker.make(2, make_one)
     # In a thread: the project's code may ask the database, and may take its time.
     return InBulk(sync_to_async(partial(maker.make, make_one=make_one)))
-
-
-def transforms(field: AnyField) -> bool:
-    """Whether saving a model writes something else to this field than what it was given."""
-    return any(
-        "pre_save" in vars(kind)
-        for kind in type(field).__mro__
-        # Django's own set the time, or commit a file.
-        if not kind.__module__.startswith("django.db.models.")
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from django.db.models import Field, Model
 from django.db.models.signals import post_save, pre_save
 
 from rotator.errors import TargetError
-from rotator.generators import transforms, value_source
+from rotator.generators import value_source
 from rotator.instances import key_fields
 from rotator.row_filter import row_condition
 from rotator.run.options import RunTarget
+from rotator.saving import derives, transforms
 from rotator.selection import Selection
 
 AnyField: TypeAlias = "Field[Any, Any]"
@@ -120,20 +121,19 @@ def _check_references(field: AnyField) -> None:
 
 def _check_saving(fields: Sequence[AnyField], model: type[Model], selection: Selection) -> None:
     """Refuse what would not be stored as it is made, unless a generator answers for it."""
-    transforming = [field for field in model._meta.concrete_fields if transforms(field)]
-    for field in transforming:
-        kind = type(field).__name__
-        if field in fields and not selection.generator:
+    for field in fields:
+        if transforms(field) and not selection.generator:
             raise TargetError(
-                f"{_name(field)} is a {kind}, which transforms or derives its value when a row is saved (a "
-                "hash, say), so that a new one would be known to nobody: name a callable with --generator "
-                "that returns a mapping of the field's name to what is to be stored."
+                f"{_name(field)} is a {type(field).__name__}, which transforms or derives its value when a "
+                "row is saved (a hash, say), so that a new one would be known to nobody: name a callable "
+                "with --generator that returns a mapping of the field's name to what is to be stored."
             )
-        if field not in fields:
+    for field in model._meta.concrete_fields:
+        if field not in fields and derives(field, fields, model):
             raise TargetError(
-                f"{_name(field)} is a {kind}, which derives its value when a row is saved and would not fit "
-                f"the new values: name {_name(field)} as a target too, and a --generator that returns a "
-                "mapping for all of these fields."
+                f"{_name(field)} is a {type(field).__name__}, which derives its value when a row is saved "
+                f"and would not fit the new values: name {_name(field)} as a target too, and a --generator "
+                "that returns a mapping for all of these fields."
             )
 
 

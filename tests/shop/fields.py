@@ -22,6 +22,13 @@ class ReversedField(_CharField):
         return None if value is None else f"<{str(value)[::-1]}"
 
 
+class ChecksumField(_CharField):
+    """Stores a checksum of its neighbour."""
+
+    def pre_save(self, model_instance: models.Model, add: bool) -> Any:  # noqa: ANN401, FBT001, ARG002 - Django's
+        return hashlib.sha256(model_instance.__dict__["name"].encode()).hexdigest()
+
+
 class HashedField(_CharField):
     """Stores the hash of what it is given."""
 

@@ -6,7 +6,7 @@ from django.db import models
 from django.db.models.functions import Upper
 from django.utils import timezone
 
-from tests.shop.fields import HashedField, ReversedField
+from tests.shop.fields import ChecksumField, HashedField, ReversedField
 from tests.shop.generators import big_number, blob, letters, number, token
 
 
@@ -141,7 +141,9 @@ class Application(models.Model):
     """A secret of which the table holds the hash."""
 
     name = models.CharField(max_length=40, default=token)
+    nickname = models.CharField(max_length=40, default=token)
     secret = HashedField(max_length=64, default=token)
+    checksum = ChecksumField(max_length=64, default="")
 
 
 class Code(models.Model):
