@@ -56,8 +56,9 @@ docs: .venv/dev ## Write docs/api.md from the docstrings
 	$(BIN)/griffe2md rotator.signals >> docs/api.md
 
 current: .venv/dev ## Check that docs/api.md is what the docstrings say
-	@{ $(BIN)/griffe2md rotator.api && $(BIN)/griffe2md rotator.signals; } | diff -q docs/api.md - > /dev/null \
-		|| { echo 'docs/api.md is out of date: make docs'; exit 1; }
+	@mkdir -p build
+	@{ $(BIN)/griffe2md rotator.api && $(BIN)/griffe2md rotator.signals; } > build/api.md
+	@diff docs/api.md build/api.md || { echo 'docs/api.md is out of date: make docs'; exit 1; }
 
 wheel: .venv/bin/python ## Build the wheel of the reusable app
 	$(PIP_QUIETLY) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

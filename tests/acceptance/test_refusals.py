@@ -47,10 +47,21 @@ BAD_INPUT = {
     "auth.User.groups": "auth.User.groups refers to other rows: it holds no secret to be made anew.",
     "auth.Group.user": "auth.Group.user is no column of the table: it cannot be rotated.",
     "tickets.Ticket.id": (
-        "tickets.Ticket.id is the primary key, by which rows are found: it cannot be rotated."
+        "tickets.Ticket.id is the primary key, by which rows are found and referred to: it cannot be "
+        "rotated. Give the rows a secret beside the key, and rotate that; or delete the rows, and let the "
+        "application issue new ones."
     ),
     "auth.Group.name": (
-        "auth.Group.name has no default that makes a new value for each row, so nothing can be made for it."
+        "auth.Group.name has no default that makes a new value for each row: name a callable that does with "
+        "--generator, e.g. --generator secrets.token_urlsafe."
+    ),
+    "--filter title": "--filter title is no filter: write it as field=value or field__lookup=value.",
+    "--filter token=leaked": (
+        "--filter token asks for token, which is being rotated: only token__isnull can be."
+    ),
+    "--generator no.such.thing": (
+        "The generator no.such.thing cannot be imported (ModuleNotFoundError): write it as "
+        "package.module.name."
     ),
     "--batch 0": "--batch must be 1 or more, not 0.",
     "--concurrency 0": "--concurrency must be 1 or more, not 0.",

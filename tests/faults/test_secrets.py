@@ -145,7 +145,7 @@ def test_a_superuser_keeps_the_tokens_out_of_the_log(
     assert_completed(finished)
     assert "warning" not in finished.err
     assert "UPDATE" in log
-    assert "rotator_target" in log
+    assert "rotator_row" in log
     assert _found(database.tokens(), log) == set()
 
 
