@@ -109,6 +109,7 @@ class Findings:
         server: The server.
         sample: What the time is estimated from.
         bypassed: What of Django's model would have acted upon each save(), one phrase each.
+        selection: The options that chose rows and values; empty where there were none.
     """
 
     target: str
@@ -120,6 +121,7 @@ class Findings:
     server: ServerFindings
     sample: Sample
     bypassed: tuple[str, ...]
+    selection: str = ""
 
     @property
     def estimated_seconds(self) -> float | None:

@@ -38,6 +38,7 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
     )
     lines = [
         ("rows", [rows]),
+        *([("chosen by", [findings.selection])] if findings.selection else []),
         ("table", [f"{size(table.heap_bytes)}, its indexes {size(table.index_bytes)}"]),
         (
             "indexes",

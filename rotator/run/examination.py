@@ -14,6 +14,7 @@ from rotator.postgres.sampling import sample
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writing import RangeUpdate
 from rotator.run.options import RunOptions, RunTarget
+from rotator.selection import Selection
 
 # Beside the workers': the heartbeat's, one for the planner and the pass over late rows, and VACUUM's.
 OTHER_CONNECTIONS: Final = 3
@@ -80,6 +81,7 @@ class Examination:
             server=await examine_server(self._connection),
             sample=await self._sample(options, table.rows) if options.sample else Sample(),
             bypassed=self._target.bypassed,
+            selection="" if self._target.selection == Selection() else str(self._target.selection),
         )
 
     async def _sample(self, options: RunOptions, rows: int) -> Sample:

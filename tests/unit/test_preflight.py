@@ -65,6 +65,12 @@ def test_an_estimated_count_and_a_rotation_that_goes_on() -> None:
     assert findings.estimated_seconds is None
 
 
+def test_what_was_chosen_is_shown() -> None:
+    text = preflight(replace(FINDINGS, selection="--filter status=active --generator shop.keys.make"))
+    assert "  chosen by    --filter status=active --generator shop.keys.make" in text
+    assert "chosen by" not in preflight(FINDINGS)
+
+
 def test_what_should_not_be_is_hard_to_miss() -> None:
     server = replace(
         SERVER,

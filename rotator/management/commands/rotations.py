@@ -10,6 +10,7 @@ from django.db.models import QuerySet
 
 from rotator.models import Rotation
 from rotator.progress.format import count, duration
+from rotator.selection import Selection
 
 
 class Options(TypedDict):
@@ -89,6 +90,7 @@ def _facts(rotation: Rotation) -> dict[str, object]:
         "generation": rotation.generation,
         "version": rotation.version,
         "options": rotation.options,
+        "selection": rotation.selection,
         "error": rotation.error,
     }
 
@@ -117,6 +119,7 @@ def _table(rotations: list[Rotation]) -> str:
 def _details(rotation: Rotation) -> str:
     facts = [
         ("target", f"{rotation.target} in database '{rotation.database}'"),
+        ("chosen by", str(Selection.read(rotation.selection))),
         ("status", rotation.status),
         ("rows", f"{_rows(rotation)} ({_percent(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
