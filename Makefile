@@ -8,10 +8,10 @@ PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types contract compose docs current wheel check format benchmarks lock clean
+.PHONY: help demo demo-celery test lint types contract compose docs current wheel check format benchmarks lock clean
 
 help: ## Show what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
@@ -23,11 +23,11 @@ help: ## Show what there is
 	@touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[project,embedded,test]'
+	$(INSTALL) -e '.[project,embedded,celery,broker,test]'
 	@touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[project,embedded,test,dev]'
+	$(INSTALL) -e '.[project,embedded,celery,broker,test,dev]'
 	@touch $@
 
 .venv/benchmark: .venv/bin/python pyproject.toml constraints.txt
@@ -38,6 +38,15 @@ demo: .venv/embedded ## Create COUNT tickets in the embedded PostgreSQL and rota
 	$(BIN)/python manage.py migrate --verbosity 0
 	$(BIN)/python manage.py create_tickets --total $(COUNT)
 	$(BIN)/python manage.py async_rotate --concurrency $(CONCURRENCY) --batch $(BATCH)
+
+.venv/celery: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[project,embedded,celery,broker]'
+	@touch $@
+
+demo-celery: .venv/celery ## Do the same by two Celery workers, with a broker of its own
+	$(BIN)/python manage.py migrate --verbosity 0
+	$(BIN)/python manage.py create_tickets --total $(COUNT)
+	$(BIN)/python -m core.demo_celery --batch $(BATCH)
 
 test: .venv/test ## Run the whole test suite
 	$(BIN)/python -m pytest

@@ -55,4 +55,4 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 STATIC_URL = "static/"
 
-ROTATOR = {"DEFAULT_TARGET": "tickets.Ticket.token"}
+ROTATOR = {"DEFAULT_TARGET": "tickets.Ticket.token", "CELERY_APP": "core.celery.app"}

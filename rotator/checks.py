@@ -13,7 +13,7 @@ from django.db import connections
 
 from rotator.errors import TargetError
 
-_KEYS: Final = ("DEFAULT_TARGET",)
+_KEYS: Final = ("DEFAULT_TARGET", "CELERY_APP")
 
 
 def check_setting(**_: object) -> list[CheckMessage]:
@@ -26,7 +26,7 @@ def check_setting(**_: object) -> list[CheckMessage]:
         return [
             Error(
                 f"The setting ROTATOR has no key {', '.join(unknown)}.",
-                hint=f"There is {', '.join(_KEYS)}.",
+                hint=f"There are {' and '.join(_KEYS)}.",
                 id="rotator.E001",
             )
         ]

@@ -80,6 +80,10 @@ class ValuesError(RotatorError):
         )
 
 
+class BrokerError(RotatorError):
+    """The broker of a distributed rotation cannot be reached; the database is what counts."""
+
+
 class StoppedBeforeStartError(RotatorError):
     """A signal came before anything was changed."""
 

@@ -75,11 +75,13 @@ class RangeCompleted:
         rows: Rows that got a new value.
         seconds: From the range's first statement to its commit, retries left out.
         retries: How often this range was tried before in vain.
+        ranges: How many ranges these were: several where others work on them and are asked now and then.
     """
 
     rows: int
     seconds: float
     retries: int
+    ranges: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +162,17 @@ class OutageEnded:
 
     seconds: float
     rows_done: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BrokerAway:
+    """The broker cannot be reached; spans wait to be published, and what workers have goes on.
+
+    Attributes:
+        reason: One sentence.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,6 +329,7 @@ Event: TypeAlias = (
     | RowFailed
     | OutageStarted
     | OutageEnded
+    | BrokerAway
     | OwnerWatched
     | ServerLogShowsValues
     | LateCommitsAwaited

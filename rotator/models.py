@@ -107,6 +107,31 @@ class Rotation(models.Model):
         return f"rotation {self.pk} of {self.target}"
 
 
+class Span(models.Model):
+    """A part of a distributed rotation that one task at a time works on; its progress, never its record.
+
+    What is done is what the checkpoints say: a span without its row is only one that nobody works on.
+    """
+
+    rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="spans")
+    after = models.JSONField(null=True, help_text="The last key before the span; null at the table's start.")
+    through = models.JSONField(help_text="The span's last key.")
+    checkpoints_before = models.BigIntegerField(help_text="The latest checkpoint's id when it was planned.")
+    generation = models.BigIntegerField(default=0, help_text="Fences out an older task of this span.")
+    worker = models.CharField(max_length=255, default="", blank=True, help_text="The host and pid at it.")
+    rows = models.BigIntegerField(default=0)
+    ranges = models.BigIntegerField(default=0)
+    retries = models.BigIntegerField(default=0)
+    failed_keys = models.JSONField(default=list, help_text="Keys that could not be rotated, with the reason.")
+    error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
+    updated_at = models.DateTimeField(db_default=Now())
+    finished_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        """Return the span as logs show it: half-open."""
+        return f"({self.after or 'start'}, {self.through}]"
+
+
 class CompletedRange(models.Model):
     """The checkpoint: this range of this rotation is done, committed together with its rows."""
 

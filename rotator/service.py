@@ -23,10 +23,13 @@ from rotator.events import Observer, RotationStopped, RowsRotated
 from rotator.findings import Findings
 from rotator.models import Rotation
 from rotator.postgres.connections import Server
+from rotator.postgres.transaction import Claim
 from rotator.run.context import Announce
+from rotator.run.distribution import SpanPublisher
 from rotator.run.examination import dry_run
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.run import Run
+from rotator.run.span_work import SpanWork
 from rotator.selection import Selection
 from rotator.signals import range_rotated
 from rotator.target import resolve
@@ -78,28 +81,51 @@ class Prepared:
             .first()
         )
 
-    def rotate(self, observer: Observer) -> Outcome:
+    def rotate(self, observer: Observer, publisher: SpanPublisher | None = None) -> Outcome:
         """Run until the rotation is completed or the run is stopped.
+
+        Args:
+            observer: Is told of everything.
+            publisher: Has the ranges rewritten by other processes; None where this one does it.
 
         Raises:
             RotatorError: It did not begin, or is another process's.
         """
         # None of Django's connections may idle beside the run, or be used by it.
         connections.close_all()
-        return _run(self.rotate_in_this_loop(observer))
+        return _run(self.rotate_in_this_loop(observer, publisher))
 
-    async def rotate_in_this_loop(self, observer: Observer) -> Outcome:
+    async def rotate_in_this_loop(
+        self, observer: Observer, publisher: SpanPublisher | None = None
+    ) -> Outcome:
         """Do the same in the loop that is running already."""
         # The pool logs what it does about lost connections; told once, by the run itself, that is enough
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        run = Run(self.server, self.target, self.options, observer, self._announce())
+        run = Run(self.server, self.target, self.options, observer, self._announce(), publisher)
         try:
             stopped = await run.rotate()
         finally:
             # The one that generators and receivers used, in the thread of their own.
             await sync_to_async(_close)(self.target.database)
         return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
+
+    def rotate_span(self, claim: Claim, span: int) -> None:
+        """Rewrite what is left of a distributed rotation's span.
+
+        Raises:
+            RotatorError: The server was away for too long.
+        """
+        connections.close_all()
+        logging.getLogger("psycopg").addHandler(logging.NullHandler())
+        _run(self._rotate_span(claim, span))
+
+    async def _rotate_span(self, claim: Claim, span: int) -> None:
+        work = SpanWork(self.server, self.target, self.options, claim, self._announce())
+        try:
+            await work.rotate(span)
+        finally:
+            await sync_to_async(_close)(self.target.database)
 
     def examine(self) -> Findings:
         """Find out what the rotation will meet, and leave everything as it is.
@@ -168,6 +194,27 @@ def prepare(
     target = resolve(labels, database, selection or Selection())
     _check_migrations(connection)
     return Prepared(target=target, options=options, server=_server(connection))
+
+
+def rotate_span_of(database: str, claim: Claim, span: int) -> None:
+    """Rewrite what is left of a span as the rotation's own row says; nothing where that is another's by now.
+
+    Args:
+        database: Django's alias of the database.
+        claim: What the message about the span says of the rotation.
+        span: The span's id.
+
+    Raises:
+        RotatorError: It cannot be done here.
+    """
+    rotation = (
+        Rotation.objects.using(database)
+        .filter(pk=claim.rotation, generation=claim.generation, status=Rotation.Status.RUNNING)
+        .first()
+    )
+    if rotation is not None:
+        options, selection = RunOptions.read(rotation.options), Selection.read(rotation.selection)
+        prepare(rotation.target.split(), database, options, selection).rotate_span(claim, span)
 
 
 def _close(database: str) -> None:

@@ -120,7 +120,7 @@ async def begin_rotation(
     Raises:
         OwnedElsewhereError: Another unfinished rotation has some of the same fields.
     """
-    async with _alone(connection, _NO_ROTATION):
+    async with alone(connection, _NO_ROTATION):
         await _check_overlap(connection, target, database)
         cursor = await connection.execute(
             "INSERT INTO rotator_rotation (target, database, options, selection, key_collations, status, "
@@ -169,7 +169,7 @@ async def take_over(
     Raises:
         RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
     """
-    async with _alone(connection, claim.rotation):
+    async with alone(connection, claim.rotation):
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
             " updated_at = clock_timestamp(), owned_since = clock_timestamp(), options = %(options)s,"
@@ -196,7 +196,7 @@ async def take_over_again(
     Raises:
         RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
     """
-    async with _alone(connection, rotation):
+    async with alone(connection, rotation):
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
             " updated_at = clock_timestamp(), options = %(options)s WHERE id = %(rotation)s"
@@ -222,7 +222,7 @@ async def find_completed(connection: AsyncConnection, rotation: int, owner: Owne
 
 async def abandon(connection: AsyncConnection, claim: Claim) -> bool:
     """End an unfinished rotation for good, and fence its owner out; False where ``claim`` is out of date."""
-    async with _alone(connection, claim.rotation):
+    async with alone(connection, claim.rotation):
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1, status = 'abandoned',"
             " finished_at = clock_timestamp() WHERE id = %(rotation)s AND generation = %(generation)s"
@@ -352,11 +352,13 @@ async def _update(
 
 
 @asynccontextmanager
-async def _alone(connection: AsyncConnection, rotation: int) -> AsyncIterator[None]:
-    """A transaction that begins its work when the last one of the rotation's ranges has ended."""
+async def alone(
+    connection: AsyncConnection, number: int, *, lock_class: int = LOCK_CLASS
+) -> AsyncIterator[None]:
+    """A transaction that begins its work when the last one of the rotation's, or span's, ranges has ended."""
     async with answered(connection), connection.transaction():
         await _limit(connection, {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s", "synchronous_commit": "on"})
-        await _lock_exclusively(connection, rotation)
+        await _lock_exclusively(connection, number, lock_class)
         yield
 
 
@@ -369,20 +371,20 @@ async def _limit(connection: AsyncConnection, settings: dict[str, str]) -> None:
     )
 
 
-async def _lock_exclusively(connection: AsyncConnection, rotation: int) -> None:
-    parameters = {"class": LOCK_CLASS, "rotation": rotation}
+async def _lock_exclusively(connection: AsyncConnection, number: int, lock_class: int) -> None:
+    parameters = {"class": lock_class, "number": number}
     for _ in range(_TAKE_OVER_ATTEMPTS):
         with suppress(errors.LockNotAvailable):
             async with connection.transaction():
                 await connection.execute(
-                    "SELECT pg_advisory_xact_lock(%(class)s::integer, %(rotation)s::integer)", parameters
+                    "SELECT pg_advisory_xact_lock(%(class)s::integer, %(number)s::integer)", parameters
                 )
             return
         # The backend of a client that is frozen stays for ever, and its locks with it.
         await connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            " AND classid = %(class)s::oid AND objid = %(rotation)s::oid AND objsubid = 2"
+            " AND classid = %(class)s::oid AND objid = %(number)s::oid AND objsubid = 2"
             " AND pid <> pg_backend_pid()",
             parameters,
         )

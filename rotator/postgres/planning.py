@@ -114,10 +114,26 @@ async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
         return int(plan[0]["Plan"]["Plan Rows"])
 
 
-async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, bound: Key) -> list[KeySpan]:
+async def gaps(
+    connection: AsyncConnection,
+    table: TargetTable,
+    rotation: int,
+    bound: Key,
+    *,
+    after: Key | None = None,
+    checkpoints_before: int | None = None,
+) -> list[KeySpan]:
     """The spans up to the bound that no checkpoint covers, in key order.
 
     Subtracted by the server, which alone knows the order of the keys.
+
+    Args:
+        connection: In autocommit mode, or in a transaction.
+        table: The target's table.
+        rotation: The rotation's id.
+        bound: The last key that matters.
+        after: The last key that does not; None for the table's start.
+        checkpoints_before: Checkpoints up to this id cover nothing of it; None where they all may.
     """
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
     async with answered(connection):
@@ -125,21 +141,38 @@ async def gaps(connection: AsyncConnection, table: TargetTable, rotation: int, b
             sql.SQL(
                 "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
                 " row_number() OVER ordered AS position FROM rotator_completedrange"
-                " WHERE rotation_id = %(rotation)s WINDOW ordered AS ({order})),"
-                " gaps AS (SELECT before AS after, after AS through, position FROM completed"
-                " UNION ALL SELECT (SELECT through FROM completed ORDER BY position DESC LIMIT 1),"
-                " %(bound)s::jsonb, NULL)"
+                " WHERE rotation_id = %(rotation)s AND id > %(checkpoints_before)s{within}"
+                " WINDOW ordered AS ({order})),"
+                " gaps AS (SELECT COALESCE(before, %(after)s::jsonb) AS after, after AS through, position "
+                "FROM completed UNION ALL SELECT COALESCE((SELECT through FROM completed ORDER BY position "
+                "DESC LIMIT 1), %(after)s::jsonb), %(bound)s::jsonb, NULL)"
                 " SELECT after::text, through::text FROM gaps"
                 " WHERE through IS NOT NULL AND after IS DISTINCT FROM through"
                 " ORDER BY position NULLS LAST"
-            ).format(order=order),
-            {"rotation": rotation, "bound": bound},
+            ).format(
+                order=order,
+                within=sql.SQL("") if checkpoints_before is None else _checkpoint_within(table, after),
+            ),
+            {
+                "rotation": rotation,
+                "bound": bound,
+                "after": after,
+                "checkpoints_before": checkpoints_before or 0,
+            },
         )
         found = await cursor.fetchall()
     return [
         KeySpan(after=Key(after) if after is not None else None, through=Key(through))
         for after, through in found
     ]
+
+
+def _checkpoint_within(table: TargetTable, after: Key | None) -> sql.Composable:
+    through = table.decoded(sql.Identifier("through"))
+    within = sql.SQL(" AND ({}) <= ({})").format(through, table.decoded(sql.SQL("%(bound)s::jsonb")))
+    if after is None:
+        return within
+    return within + sql.SQL(" AND ({}) > ({})").format(through, table.decoded(sql.SQL("%(after)s::jsonb")))
 
 
 async def _number(cursor: AsyncCursor) -> int:

@@ -9,6 +9,8 @@ from rotator.postgres.failures import SUPERSEDED
 
 # "rota" in ASCII: the first half of the advisory locks' key; the second is the rotation's id.
 LOCK_CLASS: Final = 0x726F7461
+# "span", for the locks of a distributed rotation's spans.
+SPAN_LOCK_CLASS: Final = 0x7370616E
 
 STATEMENT_SECONDS_PER_LOCK_SECOND: Final = 5
 IDLE_SECONDS: Final = 10
@@ -24,6 +26,17 @@ _FENCE: Final = (
 )
 
 
+_SPAN_FENCE: Final = (
+    sql.SQL(
+        "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation r JOIN rotator_span s ON s.rotation_id = r.id"
+        " WHERE r.id = %(rotation)s AND r.generation = %(generation)s AND r.status = 'running'"
+        " AND s.id = %(span)s AND s.generation = %(span_generation)s), {}) AS integer)"
+    )
+    .format(sql.Literal(SUPERSEDED))
+    .as_bytes()
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
     """What a process may write for, until another one raises the generation.
@@ -31,10 +44,14 @@ class Claim:
     Attributes:
         rotation: The rotation's id.
         generation: The generation that this process was given.
+        span: The span's id, where it may write for that alone.
+        span_generation: The span's generation that it was given.
     """
 
     rotation: int
     generation: int
+    span: int | None = None
+    span_generation: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +86,11 @@ async def guard(
     """
     await limit(connection, limits, without=without)
     await share_lock(connection, claim.rotation)
-    await connection.execute(_FENCE, asdict(claim))
+    if claim.span is None:
+        await connection.execute(_FENCE, asdict(claim))
+    else:
+        await share_lock(connection, claim.span, lock_class=SPAN_LOCK_CLASS)
+        await connection.execute(_SPAN_FENCE, asdict(claim))
 
 
 async def limit(connection: AsyncConnection, limits: WaitLimits, *, without: tuple[str, ...]) -> None:
@@ -103,13 +124,13 @@ async def limit(connection: AsyncConnection, limits: WaitLimits, *, without: tup
     )
 
 
-async def share_lock(connection: AsyncConnection, rotation: int) -> None:
-    """Make whoever takes the rotation over wait until this transaction has ended, or end it.
+async def share_lock(connection: AsyncConnection, number: int, *, lock_class: int = LOCK_CLASS) -> None:
+    """Make whoever takes the rotation, or the span, over wait until this transaction has ended, or end it.
 
     It has to come before anything that taking over would have to wait for.
     """
     await connection.execute(
-        "SELECT pg_advisory_xact_lock_shared(%s::integer, %s::integer)", (LOCK_CLASS, rotation)
+        "SELECT pg_advisory_xact_lock_shared(%s::integer, %s::integer)", (lock_class, number)
     )
 
 

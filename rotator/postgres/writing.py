@@ -246,4 +246,10 @@ class PostgresWriter:
                 " VALUES (%s, %s::jsonb, %s::jsonb, %s, %s)",
                 (self._claim.rotation, key_range.after, key_range.through, rows, seconds),
             )
+            if self._claim.span is not None:
+                await connection.execute(
+                    "UPDATE rotator_span SET rows = rows + %s, ranges = ranges + 1,"
+                    " updated_at = clock_timestamp() WHERE id = %s",
+                    (rows, self._claim.span),
+                )
             await connection.execute("COMMIT")

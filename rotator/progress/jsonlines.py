@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from typing import Final, TextIO
 
 from rotator.events import (
+    BrokerAway,
     DrainStarted,
     Event,
     LateCommitsAwaited,
@@ -67,6 +68,7 @@ _NAMES: Final[dict[type[Event], str]] = {
     VacuumStarted: "vacuum_started",
     Vacuumed: "vacuumed",
     VacuumSkipped: "vacuum_skipped",
+    BrokerAway: "broker_away",
     DrainStarted: "drain_started",
 }
 

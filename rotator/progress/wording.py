@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 
 from rotator.events import (
+    BrokerAway,
     DrainStarted,
     Event,
     LateCommitsAwaited,
@@ -43,6 +44,8 @@ def notice(event: Event, tally: Tally) -> str:
             line = "every row is done; vacuuming the table once more, which a stop would cut short"
         case DrainStarted():
             line = f"{event.reason}: draining, ranges in flight commit and no more are planned"
+        case BrokerAway():
+            line = f"{event.reason.rstrip('.')}: what workers have goes on, and the rest waits for it"
         case _:
             line = _circumstances(event)
     return one_line(line)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from rotator.events import Observer, RowsRotated
 from rotator.postgres.connections import Server
 from rotator.process import Owner
+from rotator.run.distribution import SpanPublisher
 from rotator.run.figures import Figures
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.stopping import StopRequests
@@ -28,6 +29,7 @@ class RunContext:
         figures: What it has done so far.
         notify: Tells observers, after the run itself has taken note.
         announce: Is awaited after each commit of rows; None where nobody asked for that.
+        publisher: Has the ranges rewritten elsewhere; None where this process does it.
     """
 
     server: Server
@@ -38,3 +40,4 @@ class RunContext:
     figures: Figures
     notify: Observer
     announce: Announce | None
+    publisher: SpanPublisher | None

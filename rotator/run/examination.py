@@ -33,6 +33,15 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
     """
     connections = options.concurrency + OTHER_CONNECTIONS
     await check_server(connection, connections=connections, concurrency=options.concurrency)
+    return await read_target(connection, target)
+
+
+async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetTable:
+    """Look the target's table up.
+
+    Raises:
+        TargetError: It cannot be rotated.
+    """
     return await read_table(
         connection,
         path=target.path,

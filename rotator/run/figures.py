@@ -82,7 +82,7 @@ class Figures:
                 self.rows_done = event.rows_done
             case RangeCompleted():
                 self.rows_done += event.rows
-                self._ranges += 1
+                self._ranges += event.ranges
                 self._last_range_at = self.clock()
                 if self._first_range_at is None:
                     self._first_range_at = self._last_range_at - event.seconds

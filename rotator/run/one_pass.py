@@ -18,6 +18,7 @@ from rotator.postgres.writing import PostgresWriter, RangeUpdate
 from rotator.run.acquiring import Acquired
 from rotator.run.announcing import AnnouncingWriter
 from rotator.run.context import RunContext
+from rotator.run.distribution import Distribution
 from rotator.run.late_rows import older_writers_are_over, rotate_late_rows
 
 STOP_AFTER: Final = "--stop-after"
@@ -130,20 +131,33 @@ class Pass:
     async def _rotate_gaps(self, owned: Owned) -> None:
         options = self._context.options
         limit = options.stop_after_rows
+        rows_at_most = None if limit is None else max(0, limit - self._context.figures.rows_this_run)
+        planner, drain = IndexPlanner(self._connection, self._table), self._context.requests.drain
+        if self._context.publisher is not None:
+            distribution = Distribution(
+                self._connection,
+                planner,
+                owned.claim,
+                self._context.publisher,
+                batch=options.batch,
+                notify=self._context.notify,
+            )
+            await distribution.run(await self._gaps(owned), drain, rows_at_most=rows_at_most)
+            return
         update = RangeUpdate(self._table, self._context.target.source, options.limits)
         writer = PostgresWriter(self._pool, update, owned.claim)
         announce = self._context.announce
         engine = Engine(
-            IndexPlanner(self._connection, self._table),
+            planner,
             writer if announce is None else AnnouncingWriter(writer, announce, owned.claim.rotation),
             notify=self._context.notify,
             options=EngineOptions(
                 concurrency=options.concurrency,
                 batch=options.batch,
-                rows_at_most=None if limit is None else max(0, limit - self._context.figures.rows_this_run),
+                rows_at_most=rows_at_most,
             ),
         )
-        await engine.run(await self._gaps(owned), self._context.requests.drain)
+        await engine.run(await self._gaps(owned), drain)
 
     async def _rotate_late_rows(self, owned: Owned) -> None:
         requests, notify = self._context.requests, self._context.notify

@@ -1,5 +1,6 @@
 """What one run is told: how to work, and on what."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +42,12 @@ class RunOptions:
     sample: bool = False
     limits: WaitLimits = field(default_factory=WaitLimits)
     listens_to_signals: bool = True
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> "RunOptions":
+        """Return what :meth:`saved` was made of, by this version or another."""
+        known = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
+        return cls(**known | {"limits": WaitLimits(**saved.get("limits", {}))})
 
     def saved(self) -> dict[str, Any]:
         """Return them as JSON types, for the rotation's row."""

@@ -30,6 +30,7 @@ from rotator.postgres.vacuuming import read_storage
 from rotator.process import this_process
 from rotator.run.acquiring import Acquired, Acquisition, regain
 from rotator.run.context import Announce, RunContext
+from rotator.run.distribution import SpanPublisher
 from rotator.run.examination import Examination, check
 from rotator.run.figures import Figures
 from rotator.run.one_pass import STOP_AFTER, Pass
@@ -56,6 +57,7 @@ class Run:
         options: RunOptions,
         observer: Observer,
         announce: Announce | None = None,
+        publisher: SpanPublisher | None = None,
     ) -> None:
         """Prepare a run; to be called in the running loop."""
         self._observer = observer
@@ -70,6 +72,7 @@ class Run:
             figures=self._figures,
             notify=self._notify,
             announce=announce,
+            publisher=publisher,
         )
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._acquired: Acquired | None = None
@@ -174,7 +177,9 @@ class Run:
         if acquired.is_completed:
             self._tell_back((await ownership.read_owned(control, acquired.claim)).rows_done)
             return "completed"
-        server, concurrency = self._context.server, self._context.options.concurrency
+        server = self._context.server
+        # The late rows' one is the only worker here where others do the ranges.
+        concurrency = 1 if self._context.publisher else self._context.options.concurrency
         # With little of the budget left, one more attempt all the same.
         seconds = min(OPEN_SECONDS, max(LEAST_OPEN_SECONDS, self._outage.left_seconds))
         async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
 
@@ -23,12 +24,14 @@ from rotator.progress import (
     summary,
     summary_stream,
 )
+from rotator.run.distribution import SpanPublisher
 from rotator.run.options import RunOptions
 from rotator.selection import Selection
 from rotator.service import Outcome, Prepared, default_target, prepare
 
 # The rows of a range are numbered by the server's ``integer``.
 _MOST_ROWS: Final = 2**31 - 1
+_SIGNAL_BASE: Final = 128
 
 
 class Options(TypedDict):
@@ -42,6 +45,8 @@ class Options(TypedDict):
     exclude: list[str]
     generator: str
     include_null: bool
+    celery: bool
+    detach: bool
     restart: bool
     noinput: bool
     take_over: bool
@@ -130,6 +135,17 @@ class Command(BaseCommand):
             help="Give rows a value that have none (NULL); otherwise they keep it.",
         )
         parser.add_argument(
+            "--celery",
+            action="store_true",
+            help="Have the project's Celery workers do it, each with --concurrency connections; this process "
+            "plans and watches.",
+        )
+        parser.add_argument(
+            "--detach",
+            action="store_true",
+            help="With --celery: have a worker plan and watch, too, and return; see rotations ID --follow.",
+        )
+        parser.add_argument(
             "--restart",
             action="store_true",
             help="Abandon the unfinished rotation and begin a new one; asks first on a terminal.",
@@ -194,14 +210,55 @@ class Command(BaseCommand):
             if options["dry_run"]:
                 self._show(prepared)
                 return
+            publisher = self._publisher(options)
+            if options["detach"]:
+                self._hand_over(prepared)
+                return
             out, err = _raw(self.stdout), _raw(self.stderr)
             with open_progress(options["progress"], out=out, err=err) as observer:
-                outcome = prepared.rotate(observer)
+                outcome = prepared.rotate(observer, publisher)
         except RotatorError as error:
             raise CommandError(str(error), returncode=error.exit_status) from error
         self._tell(outcome, options, report_file)
+        if publisher is not None and self._is_left_to_the_workers(outcome):
+            self._hand_over(prepared)
         if outcome.exit_status:
             sys.exit(outcome.exit_status)
+
+    def _publisher(self, options: Options) -> SpanPublisher | None:
+        if not options["celery"]:
+            if options["detach"]:
+                raise OptionError("--detach leaves the rotation to Celery's workers: give it with --celery.")
+            return None
+        try:
+            from rotator.distributed import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
+        except ModuleNotFoundError as error:
+            raise OptionError(
+                f"--celery needs {error.name}: pip install 'django-async-rotator[celery]'."
+            ) from error
+        load_app()
+        return CeleryPublisher(options["database"])
+
+    def _hand_over(self, prepared: Prepared) -> None:
+        from rotator.distributed import hand_over  # noqa: PLC0415 - of an extra
+
+        target = prepared.target
+        # The signals of a worker are its own, and nobody looks at a preflight there.
+        options = replace(prepared.options, listens_to_signals=False, preflight=False)
+        hand_over(target.label.split(), target.database, target.selection, options)
+        self.stderr.write("The workers go on with it: manage.py rotations shows how far they are.")
+
+    def _is_left_to_the_workers(self, outcome: Outcome) -> bool:
+        """Ask whether they shall go on, after a Ctrl-C on a terminal."""
+        is_interrupted = outcome.exit_status == _SIGNAL_BASE + signal.SIGINT
+        if not is_interrupted or not sys.stdin.isatty():
+            return False
+        try:
+            answer = input("Leave it to the workers, to go on without this terminal? [y/N] ")
+        except (EOFError, KeyboardInterrupt):
+            self.stderr.write("")
+            return False
+        return answer.strip().lower() in ("y", "yes")
 
     def _show(self, prepared: Prepared) -> None:
         try:

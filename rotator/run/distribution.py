@@ -1,0 +1,163 @@
+"""The coordinator of a distributed rotation: plans wide spans, has them published, and watches them."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from psycopg import AsyncConnection
+
+from rotator.errors import BrokerError, ServerRefusedError
+from rotator.events import BrokerAway, Observer, RangeCompleted, RangeRetried, RowFailed
+from rotator.keys import Key, KeySpan
+from rotator.postgres import spans
+from rotator.postgres.planning import IndexPlanner
+from rotator.postgres.spans import SpanProgress
+from rotator.postgres.transaction import Claim
+
+POLL_SECONDS: Final = 0.25
+SILENT_SECONDS: Final = 30.0
+SPANS_OUTSTANDING: Final = 16
+RANGES_PER_SPAN: Final = 100
+
+
+class SpanPublisher(Protocol):
+    """Knows the broker."""
+
+    async def publish(self, claim: Claim, span: int) -> None:
+        """Have some worker rotate a span.
+
+        Raises:
+            BrokerError: The broker cannot be reached; the span was perhaps published all the same.
+        """
+        ...
+
+    async def revoke(self) -> None:
+        """Take back what no worker has begun, as well as that can be done."""
+        ...
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    """A span that some worker has, or will have.
+
+    Attributes:
+        rows: How many of its rows are known to be rotated.
+        ranges: In how many ranges.
+        heard_at: When that last changed, or it was published.
+        is_published: Whether the broker took it.
+    """
+
+    rows: int = 0
+    ranges: int = 0
+    heard_at: float = 0.0
+    is_published: bool = False
+
+
+class Distribution:
+    """One pass over some gaps, by workers elsewhere."""
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        planner: IndexPlanner,
+        claim: Claim,
+        publisher: SpanPublisher,
+        *,
+        batch: int,
+        notify: Observer,
+    ) -> None:
+        """Take a connection in autocommit mode, for this pass's use alone."""
+        self._connection = connection
+        self._planner = planner
+        self._claim = claim
+        self._publisher = publisher
+        self._batch = batch
+        self._notify = notify
+        self._outstanding: dict[int, _Outstanding] = {}
+        self._is_broker_away = False
+        self._clock = asyncio.get_running_loop().time
+
+    async def run(self, gaps: Sequence[KeySpan], drain: asyncio.Event, *, rows_at_most: int | None) -> None:
+        """Have the gaps rotated, until a drain is asked for.
+
+        Raises:
+            ServerRefusedError: A worker met what trying again does not mend.
+        """
+        await spans.clear(self._connection, self._claim)
+        left = deque(gaps)
+        rows_left = rows_at_most
+        while not drain.is_set():
+            while left and len(self._outstanding) < SPANS_OUTSTANDING and rows_left != 0:
+                rows_left = await self._plan(left, rows_left)
+            await self._publish_again()
+            if not self._outstanding:
+                return
+            await _wait(drain, POLL_SECONDS)
+            await self._look()
+        await self._publisher.revoke()
+
+    async def _plan(self, left: deque[KeySpan], rows_left: int | None) -> int | None:
+        gap = left.popleft()
+        most = self._batch * RANGES_PER_SPAN
+        planned = await self._planner.next_range(gap, most if rows_left is None else min(most, rows_left))
+        if planned.through != gap.through:
+            left.appendleft(KeySpan(after=planned.through, through=gap.through))
+        number = await spans.plan(self._connection, self._claim, planned)
+        self._outstanding[number] = _Outstanding()
+        return None if rows_left is None else max(0, rows_left - planned.rows)
+
+    async def _publish_again(self) -> None:
+        """Publish what is not yet published, or of which nothing was heard for long."""
+        for number in self._due():
+            span = self._outstanding[number]
+            span.heard_at = self._clock()
+            try:
+                await self._publisher.publish(self._claim, number)
+            except BrokerError as error:
+                span.is_published = False
+                if not self._is_broker_away:
+                    self._notify(BrokerAway(reason=str(error)))
+                self._is_broker_away = True
+                return
+            span.is_published = True
+            self._is_broker_away = False
+
+    def _due(self) -> Iterator[int]:
+        for number, span in list(self._outstanding.items()):
+            if not span.is_published or self._clock() - span.heard_at >= SILENT_SECONDS:
+                yield number
+
+    async def _look(self) -> None:
+        for progress in await spans.read_progress(self._connection, list(self._outstanding)):
+            span = self._outstanding[progress.id]
+            if progress.ranges > span.ranges:
+                self._notify(
+                    RangeCompleted(
+                        rows=progress.rows - span.rows,
+                        seconds=POLL_SECONDS,
+                        retries=0,
+                        ranges=progress.ranges - span.ranges,
+                    )
+                )
+                span.rows, span.ranges, span.heard_at = progress.rows, progress.ranges, self._clock()
+            if progress.is_finished:
+                del self._outstanding[progress.id]
+                self._tell_end(progress)
+
+    def _tell_end(self, progress: SpanProgress) -> None:
+        for _ in range(progress.retries):
+            self._notify(RangeRetried(rows=0, reason="reported by a worker", split=False))
+        for key, reason in progress.failed_keys:
+            self._notify(RowFailed(key=Key(key), reason=reason))
+        if progress.error:
+            raise ServerRefusedError(progress.error)
+
+
+async def _wait(drain: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await drain.wait()
+    except TimeoutError:
+        return
