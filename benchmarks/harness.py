@@ -202,7 +202,9 @@ class Database:
             output=output,
         )
 
-    def rotate(self, *, concurrency: int, batch: int, rows: int, vacuum: bool = True) -> Rotated:
+    def rotate(
+        self, *, concurrency: int, batch: int, rows: int, vacuum: bool = True, more: tuple[str, ...] = ()
+    ) -> Rotated:
         """Run ``manage.py async_rotate`` to completion.
 
         Raises:
@@ -211,6 +213,7 @@ class Database:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "report.json"
             options = [f"--concurrency={concurrency}", f"--batch={batch}", f"--report={file}"]
+            options += more
             if not vacuum:
                 options.append("--no-vacuum")
             finished = self.manage("async_rotate", "--progress=none", "--noinput", *options)

@@ -20,7 +20,7 @@ THAWED_SECONDS = 0.7
 
 
 def _wait_in_statements(database: Database) -> None:
-    slow_down(database, 0.03)
+    slow_down(database, 0.1)
 
 
 def _wait_in_commits(database: Database) -> None:

@@ -221,7 +221,10 @@ class Command(BaseCommand):
             raise CommandError(str(error), returncode=error.exit_status) from error
         self._tell(outcome, options, report_file)
         if publisher is not None and self._is_left_to_the_workers(outcome):
-            self._hand_over(prepared)
+            try:
+                self._hand_over(prepared)
+            except RotatorError as error:
+                raise CommandError(str(error), returncode=error.exit_status) from error
         if outcome.exit_status:
             sys.exit(outcome.exit_status)
 
@@ -230,6 +233,11 @@ class Command(BaseCommand):
             if options["detach"]:
                 raise OptionError("--detach leaves the rotation to Celery's workers: give it with --celery.")
             return None
+        if options["detach"] and (options["restart"] or options["take_over"]):
+            # A message that is delivered again would do either again.
+            raise OptionError(
+                "--detach goes with neither --restart nor --take-over: do that first without it."
+            )
         try:
             from rotator.distributed import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
         except ModuleNotFoundError as error:
@@ -243,8 +251,17 @@ class Command(BaseCommand):
         from rotator.distributed import hand_over  # noqa: PLC0415 - of an extra
 
         target = prepared.target
-        # The signals of a worker are its own, and nobody looks at a preflight there.
-        options = replace(prepared.options, listens_to_signals=False, preflight=False)
+        options = replace(
+            prepared.options,
+            # The signals of a worker are its own, and nobody looks at a preflight there.
+            listens_to_signals=False,
+            preflight=False,
+            # They were meant for this run.
+            restart=False,
+            take_over=False,
+            stop_after_rows=None,
+            stop_after_seconds=None,
+        )
         hand_over(target.label.split(), target.database, target.selection, options)
         self.stderr.write("The workers go on with it: manage.py rotations shows how far they are.")
 
