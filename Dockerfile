@@ -11,7 +11,7 @@ WORKDIR /app
 # The dependencies are a layer of their own: they change less often than the code.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY rotator/__init__.py rotator/__init__.py
-RUN pip install --quiet --constraint constraints.txt --editable '.[project]'
+RUN pip install --quiet --constraint constraints.txt --editable '.[project,celery]'
 
 COPY . .
 

@@ -134,8 +134,10 @@ def _by_workers(
 def _slow_way(url: str, seconds: float) -> Iterator[str]:
     """A URL of the same database through a proxy that delays each piece, in either direction."""
     parts = urlsplit(url)
-    folder = parse_qs(parts.query).get("host", [""])[0]
-    with Proxy(path=f"{folder}/.s.PGSQL.5432") if folder else Proxy(port=parts.port or 5432) as proxy:
+    query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+    port = int(query.get("port", parts.port or 5432))
+    folder = query.get("host", "")
+    with Proxy(path=f"{folder}/.s.PGSQL.{port}") if folder else Proxy(port=port) as proxy:
         proxy.delay(to_server_seconds=seconds, to_client_seconds=seconds)
         user = f"{quote(parts.username)}@" if parts.username else ""
         yield urlunsplit(parts._replace(netloc=f"{user}127.0.0.1:{proxy.port}", query=""))

@@ -176,6 +176,17 @@ class BrokerAway:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersSilent:
+    """Nothing was heard of any span for long; they are published again.
+
+    Attributes:
+        seconds: For how long.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OwnerWatched:
     """Another process owns this rotation; its heartbeat is being watched before taking over.
 
@@ -330,6 +341,7 @@ Event: TypeAlias = (
     | OutageStarted
     | OutageEnded
     | BrokerAway
+    | WorkersSilent
     | OwnerWatched
     | ServerLogShowsValues
     | LateCommitsAwaited

@@ -50,6 +50,7 @@ from rotator.events import (
     Vacuumed,
     VacuumSkipped,
     VacuumStarted,
+    WorkersSilent,
 )
 from rotator.findings import Findings, estimate_wal
 from rotator.progress.sink import Sink
@@ -69,6 +70,7 @@ _NAMES: Final[dict[type[Event], str]] = {
     Vacuumed: "vacuumed",
     VacuumSkipped: "vacuum_skipped",
     BrokerAway: "broker_away",
+    WorkersSilent: "workers_silent",
     DrainStarted: "drain_started",
 }
 

@@ -16,6 +16,7 @@ from rotator.events import (
     ServerLogShowsValues,
     VacuumSkipped,
     VacuumStarted,
+    WorkersSilent,
 )
 from rotator.progress.format import count, duration, one_line, plural
 from rotator.progress.tally import Tally
@@ -44,6 +45,11 @@ def notice(event: Event, tally: Tally) -> str:
             line = "every row is done; vacuuming the table once more, which a stop would cut short"
         case DrainStarted():
             line = f"{event.reason}: draining, ranges in flight commit and no more are planned"
+        case WorkersSilent():
+            line = (
+                f"no worker has done anything for {duration(event.seconds)}: are they running, and do they "
+                "reach broker and database? What they should have is published again"
+            )
         case BrokerAway():
             line = f"{event.reason.rstrip('.')}: what workers have goes on, and the rest waits for it"
         case _:

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from psycopg import AsyncConnection
 
 from rotator.errors import BrokerError, ServerRefusedError
-from rotator.events import BrokerAway, Observer, RangeCompleted, RangeRetried, RowFailed
+from rotator.events import BrokerAway, Observer, RangeCompleted, RangeRetried, RowFailed, WorkersSilent
 from rotator.keys import Key, KeySpan
 from rotator.postgres import spans
 from rotator.postgres.planning import IndexPlanner
@@ -77,6 +77,7 @@ class Distribution:
         self._notify = notify
         self._outstanding: dict[int, _Outstanding] = {}
         self._is_broker_away = False
+        self._heard_at = asyncio.get_running_loop().time()
         self._clock = asyncio.get_running_loop().time
 
     async def run(self, gaps: Sequence[KeySpan], drain: asyncio.Event, *, rows_at_most: int | None) -> None:
@@ -110,7 +111,11 @@ class Distribution:
 
     async def _publish_again(self) -> None:
         """Publish what is not yet published, or of which nothing was heard for long."""
-        for number in self._due():
+        due = list(self._due())
+        silent_seconds = self._clock() - self._heard_at
+        if due and silent_seconds >= SILENT_SECONDS and not self._is_broker_away:
+            self._notify(WorkersSilent(seconds=silent_seconds))
+        for number in due:
             span = self._outstanding[number]
             span.heard_at = self._clock()
             try:
@@ -141,7 +146,8 @@ class Distribution:
                         ranges=progress.ranges - span.ranges,
                     )
                 )
-                span.rows, span.ranges, span.heard_at = progress.rows, progress.ranges, self._clock()
+                span.rows, span.ranges = progress.rows, progress.ranges
+                span.heard_at = self._heard_at = self._clock()
             if progress.is_finished:
                 del self._outstanding[progress.id]
                 self._tell_end(progress)

@@ -277,6 +277,16 @@ sys.exit(any(name in sys.modules for name in ("celery", "kombu", "redis")))
 """
 
 
+def test_without_workers_it_waits_and_says_so(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    coordinator = hosts.coordinator("--batch=50")
+    silent = "are they running, and do they reach broker and database?"
+    wait_until(lambda: silent in coordinator.err, "it says so", seconds=SILENT_SECONDS + 20)
+    hosts.worker()
+    assert coordinator.wait(120).status == 0
+    audit.assert_rotated()
+
+
 def test_nothing_of_celery_is_imported_without_it(commands: Commands) -> None:
     audit = audited_tickets(100)
     finished = commands.start(
