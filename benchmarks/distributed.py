@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from harness import (
     PROJECT,
@@ -134,10 +134,10 @@ def _by_workers(
 def _slow_way(url: str, seconds: float) -> Iterator[str]:
     """A URL of the same database through a proxy that delays each piece, in either direction."""
     parts = urlsplit(url)
-    query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-    port = int(query.get("port", parts.port or 5432))
-    folder = query.get("host", "")
-    with Proxy(path=f"{folder}/.s.PGSQL.{port}") if folder else Proxy(port=port) as proxy:
+    # Not parts.hostname, which is in lower case: it may be the folder of a socket.
+    host, port = unquote(parts.netloc.rpartition("@")[2].rpartition(":")[0]), parts.port or 5432
+    is_socket = host.startswith("/")
+    with Proxy(path=f"{host}/.s.PGSQL.{port}") if is_socket else Proxy(port=port) as proxy:
         proxy.delay(to_server_seconds=seconds, to_client_seconds=seconds)
         user = f"{quote(parts.username)}@" if parts.username else ""
         yield urlunsplit(parts._replace(netloc=f"{user}127.0.0.1:{proxy.port}", query=""))
