@@ -31,8 +31,9 @@ from tests.faults.proxy import Proxy
 _LOCAL: Final = "local, 4 connections"
 _CELERY: Final = "2 Celery workers, 2 connections each"
 _READY_SECONDS: Final = 30.0
-_DELAYS_MS: Final = (5, 50)
-_CONNECTIONS: Final = (2, 4, 8, 16)
+_DELAYS_MS: Final = (0, 5, 50)
+# Workers, and connections of each.
+_HANDS: Final = ((2, 2), (2, 4), (2, 8), (4, 4), (8, 4))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--delayed-rows",
         type=at_least_one,
-        default=200_000,
+        default=500_000,
         metavar="N",
         help="tickets where the workers' way to the server is slow (default: %(default)s)",
     )
@@ -91,11 +92,18 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
     delayed = interleaved(
         1,
         {
-            f"{delay} ms each way, 2 workers, {connections} connections each": partial(
-                _by_workers, server, smaller, options.delayed_rows, options.batch, connections, delay / 1000
+            f"{delay} ms each way, {workers} workers, {connections} connections each": partial(
+                _by_workers,
+                server,
+                smaller,
+                options.delayed_rows,
+                options.batch,
+                connections,
+                workers=workers,
+                delay_seconds=delay / 1000,
             )
-            for delay in (0, *_DELAYS_MS)
-            for connections in _CONNECTIONS
+            for delay in _DELAYS_MS
+            for workers, connections in _HANDS
         },
     )
     print(_table(delayed, options.delayed_rows))
@@ -115,6 +123,8 @@ def _by_workers(
     rows: int,
     batch: int,
     connections: int,
+    *,
+    workers: int = 2,
     delay_seconds: float | None = None,
 ) -> Measurement:
     with server.copied(original) as database, database.folder() as folder, ExitStack() as stack:
@@ -125,7 +135,7 @@ def _by_workers(
             if delay_seconds is None
             else stack.enter_context(_slow_way(database.url, delay_seconds))
         )
-        stack.enter_context(_workers(2, url, folder))
+        stack.enter_context(_workers(workers, url, folder))
         run = database.rotate(concurrency=connections, batch=batch, rows=rows, more=("--celery",))
     return Measurement(seconds=run.command.seconds, rows_per_second=run.report["rows_per_second"])
 

@@ -19,7 +19,10 @@ from rotator.postgres.transaction import Claim
 POLL_SECONDS: Final = 0.25
 SILENT_SECONDS: Final = 30.0
 SPANS_OUTSTANDING: Final = 16
-RANGES_PER_SPAN: Final = 100
+# A task opens its connections anew, which a few ranges would not be worth; and a host that is lost loses no
+# more.
+LEAST_RANGES_PER_SPAN: Final = 10
+MOST_RANGES_PER_SPAN: Final = 100
 
 
 class SpanPublisher(Protocol):
@@ -80,18 +83,31 @@ class Distribution:
         self._heard_at = asyncio.get_running_loop().time()
         self._clock = asyncio.get_running_loop().time
 
-    async def run(self, gaps: Sequence[KeySpan], drain: asyncio.Event, *, rows_at_most: int | None) -> None:
+    async def run(
+        self,
+        gaps: Sequence[KeySpan],
+        drain: asyncio.Event,
+        *,
+        rows_left: int,
+        rows_at_most: int | None,
+    ) -> None:
         """Have the gaps rotated, until a drain is asked for.
+
+        Args:
+            gaps: What is left to do.
+            drain: Once set, no more is planned.
+            rows_left: About how many rows that are.
+            rows_at_most: How many of them are planned at the most; None for no limit.
 
         Raises:
             ServerRefusedError: A worker met what trying again does not mend.
         """
         await spans.clear(self._connection, self._claim)
-        left = deque(gaps)
-        rows_left = rows_at_most
+        left, limit = deque(gaps), rows_at_most
+        span_rows = self._batch * ranges_per_span(rows_left, self._batch)
         while not drain.is_set():
-            while left and len(self._outstanding) < SPANS_OUTSTANDING and rows_left != 0:
-                rows_left = await self._plan(left, rows_left)
+            while left and len(self._outstanding) < SPANS_OUTSTANDING and limit != 0:
+                limit = await self._plan(left, span_rows, limit)
             await self._publish_again()
             if not self._outstanding:
                 return
@@ -99,15 +115,14 @@ class Distribution:
             await self._look()
         await self._publisher.revoke()
 
-    async def _plan(self, left: deque[KeySpan], rows_left: int | None) -> int | None:
+    async def _plan(self, left: deque[KeySpan], span_rows: int, limit: int | None) -> int | None:
         gap = left.popleft()
-        most = self._batch * RANGES_PER_SPAN
-        planned = await self._planner.next_range(gap, most if rows_left is None else min(most, rows_left))
+        planned = await self._planner.next_range(gap, span_rows if limit is None else min(span_rows, limit))
         if planned.through != gap.through:
             left.appendleft(KeySpan(after=planned.through, through=gap.through))
         number = await spans.plan(self._connection, self._claim, planned)
         self._outstanding[number] = _Outstanding()
-        return None if rows_left is None else max(0, rows_left - planned.rows)
+        return None if limit is None else max(0, limit - planned.rows)
 
     async def _publish_again(self) -> None:
         """Publish what is not yet published, or of which nothing was heard for long."""
@@ -159,6 +174,11 @@ class Distribution:
             self._notify(RowFailed(key=Key(key), reason=reason))
         if progress.error:
             raise ServerRefusedError(progress.error)
+
+
+def ranges_per_span(rows: int, batch: int) -> int:
+    """Return how many ranges a span holds, so that small tables too have a span for every worker."""
+    return max(LEAST_RANGES_PER_SPAN, min(MOST_RANGES_PER_SPAN, rows // (batch * SPANS_OUTSTANDING)))
 
 
 async def _wait(drain: asyncio.Event, seconds: float) -> None:

@@ -142,7 +142,12 @@ class Pass:
                 batch=options.batch,
                 notify=self._context.notify,
             )
-            await distribution.run(await self._gaps(owned), drain, rows_at_most=rows_at_most)
+            await distribution.run(
+                await self._gaps(owned),
+                drain,
+                rows_left=max(0, owned.rows_total - owned.rows_done),
+                rows_at_most=rows_at_most,
+            )
             return
         update = RangeUpdate(self._table, self._context.target.source, options.limits)
         writer = PostgresWriter(self._pool, update, owned.claim)

@@ -51,6 +51,7 @@ EVENT_KEYS = {
         "table",
         "server",
         "sample",
+        "selection",
         "bypassed",
         "wal_bytes",
         "forced_checkpoints",
