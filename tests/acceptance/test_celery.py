@@ -25,6 +25,7 @@ from tests.acceptance.harness import (
     Finished,
     Running,
     checkpoints,
+    query,
     wait_for_checkpoints,
     wait_until,
 )
@@ -192,6 +193,31 @@ def test_whichever_mode_began_it_the_other_goes_on(
     assert "Interrupted: " in begun.out
     assert finished.status == 0, finished.err
     audit.assert_rotated()
+
+
+def test_a_row_that_is_refused_is_named_and_the_rest_gets_done(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    query("ALTER TABLE tickets_ticket ADD CONSTRAINT frozen_row CHECK (id <> 8) NOT VALID")
+    try:
+        hosts.worker()
+        finished = hosts.rotate("--batch=100")
+        assert finished.status == 1
+        assert "[8]: check_violation" in finished.out
+        assert audit.changed() == ROWS - 1
+    finally:
+        query("ALTER TABLE tickets_ticket DROP CONSTRAINT frozen_row")
+    assert hosts.rotate().status == 0
+    audit.assert_rotated()
+
+
+def test_a_generator_that_fails_in_a_worker_is_told_here(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.worker()
+    options = ("--batch=100", "--generator=tests.shop.generators.late_uuid")
+    finished = hosts.rotate(*options)
+    assert finished.status == 1
+    assert "gave None for token; that was for the range (" in finished.out
+    audit.assert_checkpoints_and_tokens_agree()
 
 
 def test_ctrl_c_drains_and_the_workers_write_no_more(hosts: Hosts) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+import uuid
 from typing import NoReturn
 
 from django.db.models import Model
@@ -86,3 +87,16 @@ def two_keys() -> dict[str, str]:
 def named_after_hash(row: Model) -> str:
     """The same, in no more letters for any key."""
     return hashlib.sha256(str(row.pk).encode()).hexdigest()[:16] + secrets.token_hex(8)
+
+
+class LateUuid:
+    """Good for a thousand, in each process."""
+
+    made = 0
+
+    def __call__(self) -> uuid.UUID | None:
+        type(self).made += 1
+        return uuid.uuid4() if self.made < 1000 else None
+
+
+late_uuid = LateUuid()
