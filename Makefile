@@ -8,7 +8,7 @@ PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-celery test lint types contract compose docs current wheel check format benchmarks lock clean
+.PHONY: help demo demo-celery test lint types contract compose docs current wheel check format benchmarks lock clean always
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -64,13 +64,16 @@ contract: .venv/dev ## Check which room may import which
 compose: .venv/test ## Check docker-compose.yml against the compose specification
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
-docs: .venv/dev ## Write docs/api.md from the docstrings
-	$(BIN)/griffe2md rotator.api > docs/api.md
-	$(BIN)/griffe2md rotator.signals >> docs/api.md
-
-current: .venv/dev ## Check that docs/api.md is what the docstrings say
+# What the docstrings say, formatted as everything else is.
+build/api.md: .venv/dev always
 	@mkdir -p build
-	@{ $(BIN)/griffe2md rotator.api && $(BIN)/griffe2md rotator.signals; } > build/api.md
+	@{ $(BIN)/griffe2md rotator.api && $(BIN)/griffe2md rotator.signals; } > $@.raw
+	@$(BIN)/ruff format --stdin-filename docs/api.md - < $@.raw > $@
+
+docs: build/api.md ## Write docs/api.md from the docstrings
+	cp build/api.md docs/api.md
+
+current: build/api.md ## Check that docs/api.md is what the docstrings say
 	@diff docs/api.md build/api.md || { echo 'docs/api.md is out of date: make docs'; exit 1; }
 
 wheel: .venv/bin/python ## Build the wheel of the reusable app
