@@ -136,6 +136,8 @@ async def gaps(
         checkpoints_before: Checkpoints up to this id cover nothing of it; None where they all may.
     """
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
+    # No checkpoint of the rotation is past its own bound.
+    is_whole = after is None and checkpoints_before is None
     async with answered(connection):
         cursor = await connection.execute(
             sql.SQL(
@@ -151,7 +153,7 @@ async def gaps(
                 " ORDER BY position NULLS LAST"
             ).format(
                 order=order,
-                within=sql.SQL("") if checkpoints_before is None else _checkpoint_within(table, after),
+                within=sql.SQL("") if is_whole else _checkpoint_within(table, after),
             ),
             {
                 "rotation": rotation,

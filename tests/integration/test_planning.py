@@ -37,7 +37,8 @@ async def connection() -> AsyncIterator[psycopg.AsyncConnection]:
             "CREATE TEMPORARY TABLE pairs (shop text, number int, PRIMARY KEY (shop, number))"
         )
         await opened.execute(
-            "CREATE TEMPORARY TABLE rotator_completedrange (rotation_id bigint, after jsonb, through jsonb)"
+            "CREATE TEMPORARY TABLE rotator_completedrange"
+            " (id bigint GENERATED ALWAYS AS IDENTITY, rotation_id bigint, after jsonb, through jsonb)"
         )
         yield opened
 
@@ -97,10 +98,32 @@ async def test_gaps_are_what_no_checkpoint_covers(
 
     for after, through in completed:
         await connection.execute(
-            "INSERT INTO rotator_completedrange VALUES (1, %s, %s), (2, NULL, '[100]')",
+            "INSERT INTO rotator_completedrange (rotation_id, after, through)"
+            " VALUES (1, %s, %s), (2, NULL, '[100]')",
             (key(after), key(through)),
         )
     found = await gaps(connection, ODD, 1, Key("[100]"))
     assert [(span.after, span.through) for span in found] == [
         (key(after), key(through)) for after, through in left
     ]
+
+
+async def test_gaps_of_a_span_alone(connection: psycopg.AsyncConnection) -> None:
+    await connection.execute(
+        "INSERT INTO rotator_completedrange (rotation_id, after, through)"
+        " VALUES (1, NULL, '[9]'), (1, '[9]', '[20]'), (1, '[30]', '[40]'), (1, '[60]', '[70]')"
+    )
+    bounds = [
+        [(span.after, span.through) for span in await gaps(connection, ODD, 1, Key("[50]"), after=after)]
+        for after in (Key("[9]"), Key("[20]"))
+    ]
+    assert bounds == [[("[20]", "[30]"), ("[40]", "[50]")]] * 2
+
+
+async def test_checkpoints_of_before_are_not_looked_at(connection: psycopg.AsyncConnection) -> None:
+    await connection.execute(
+        "INSERT INTO rotator_completedrange (rotation_id, after, through)"
+        " VALUES (1, NULL, '[9]'), (1, '[9]', '[20]'), (1, '[30]', '[40]')"
+    )
+    found = await gaps(connection, ODD, 1, Key("[40]"), after=Key("[20]"), checkpoints_before=2)
+    assert [(span.after, span.through) for span in found] == [("[20]", "[30]")]
