@@ -3,6 +3,7 @@
 import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -44,7 +45,7 @@ def value_source(
         TargetError: There is nothing that makes values, or it cannot be called.
     """
     for field in fields:
-        if callable(getattr(field, "get_placeholder", None)) and not isinstance(field, BinaryField):
+        if _has_placeholder(field):
             raise TargetError(
                 f"{_name(field)} is written through an expression of its own (get_placeholder), which an "
                 "array of values cannot be: rotate it with the application's own code."
@@ -52,7 +53,7 @@ def value_source(
     if generator:
         return _from_generator(fields, model, generator, database)
     defaults = [_default(field) for field in fields]
-    if len(fields) == 1 and isinstance(fields[0], UUIDField) and defaults[0] is uuid.uuid4:
+    if len(fields) == 1 and type(fields[0]) is UUIDField and defaults[0] is uuid.uuid4:
         return InBulk(_uuid4s)
     named = "The default" if len(fields) == 1 else "The defaults"
     maker = _Maker(f"{named} of {' and '.join(map(_name, fields))}", fields, database)
@@ -134,8 +135,8 @@ class _Maker:
     def _unseen(self, make_one: Callable[[], Sequence[object]], seen: set[object]) -> list[object]:
         for _ in range(TRIES):
             prepared = self._prepared(self._called(make_one))
-            # Values of some types cannot be put into a set.
-            known = repr(prepared)
+            # Values of some types cannot be put into a set, and the driver's wrappers show but a beginning.
+            known = repr([getattr(value, "obj", value) for value in prepared])
             if known not in seen:
                 seen.add(known)
                 return prepared
@@ -173,17 +174,30 @@ class _Maker:
         return prepared
 
     def _check_limits(self, field: AnyField, value: object) -> None:
+        # What the field itself makes of it: a text of a UUID, where that is what is stored. Where it cannot,
+        # it cannot store it either, and that is said of it next.
+        with suppress(Exception):
+            value = field.to_python(value)
         for validator in field.validators:
             # The field's own limits; other validators are the forms' and may ask anything.
             if not isinstance(validator, BaseValidator):
                 continue
             try:
                 validator(value)
-            except (ValidationError, TypeError):
+            except TypeError:
+                # Of another type than the limit is for: the server knows its own.
+                continue
+            except ValidationError:
                 raise ValuesError(
                     f"{self.called} gave a value for {field.name} that is over its limit "
                     f"({validator.code} {validator.limit_value})"
                 ) from None
+
+
+def _has_placeholder(field: AnyField) -> bool:
+    """Whether a field is written through SQL of its own; that of Django's BinaryField adds nothing."""
+    placeholder = getattr(type(field), "get_placeholder", None)
+    return placeholder is not None and placeholder is not getattr(BinaryField, "get_placeholder", None)
 
 
 def _default(field: AnyField) -> Callable[[], object]:

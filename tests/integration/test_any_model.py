@@ -54,6 +54,7 @@ FIELDS = (
     "as_integer",
     "as_big_integer",
     "as_custom",
+    "as_hex",
     "nullable",
 )
 

@@ -182,6 +182,17 @@ def test_of_several_columns_each_null_stays(database: Database) -> None:
 # --- Whose values ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("field", "generator"), [("as_char", "uuid.uuid4"), ("as_bytes", f"{MADE_BY}key_file")]
+)
+def test_values_are_what_the_field_makes_of_them(database: Database, field: str, generator: str) -> None:
+    models.ByInteger.objects.bulk_create(models.ByInteger(id=i) for i in range(ROWS))
+    table = table_of(models.ByInteger, field)
+    before = database.values(table)
+    assert_completed(run(f"shop.ByInteger.{field}", selection=Selection(generator=generator)), rows=ROWS)
+    assert database.changed(before, table) == before.keys()
+
+
 def test_several_fields_in_one_update(orders: Database) -> None:
     orders.count_updates(table_of(models.Order, "api_key"))
     selection = Selection(generator="tests.shop.generators.two_keys")
@@ -315,6 +326,7 @@ REFUSED_TARGETS = {
     ("shop.Code.code",): r"shop\.Use\.code refers to shop\.Code\.code",
     ("shop.Application.secret",): "is a HashedField, which transforms .* --generator",
     ("shop.Application.name",): r"name shop\.Application\.checksum as a target too",
+    ("shop.Application.encrypted",): "through an expression of its own",
 }
 
 

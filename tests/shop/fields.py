@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 from django.db import models
 
 if TYPE_CHECKING:
+    _BinaryField = models.BinaryField[Any, Any]
     _CharField = models.CharField[Any, Any]
+    _UUIDField = models.UUIDField[Any, Any]
 else:
     # Generic for the type checker alone.
+    _BinaryField = models.BinaryField
     _CharField = models.CharField
+    _UUIDField = models.UUIDField
 
 
 class ReversedField(_CharField):
@@ -20,6 +24,23 @@ class ReversedField(_CharField):
 
     def get_prep_value(self, value: Any) -> Any:  # noqa: ANN401 - Django's signature
         return None if value is None else f"<{str(value)[::-1]}"
+
+
+class HexUuidField(_UUIDField):
+    """Stores a UUID as 32 digits, as projects do that came from another database."""
+
+    def db_type(self, connection: Any) -> str:  # noqa: ANN401, ARG002 - Django's signature
+        return "char(32)"
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:  # noqa: ANN401, ARG002, FBT001, FBT002 - Django's signature
+        return None if value is None else self.to_python(value).hex
+
+
+class EncryptedField(_BinaryField):
+    """Is encrypted by the server, while it is written."""
+
+    def get_placeholder(self, value: Any, compiler: Any, connection: Any) -> str:  # noqa: ANN401, ARG002 - Django's signature
+        return "sha256(%s)"
 
 
 class ChecksumField(_CharField):

@@ -29,6 +29,11 @@ def blob() -> bytes:
     return secrets.token_bytes(24)
 
 
+def key_file() -> bytes:
+    """A value whose beginning says nothing."""
+    return b"-----BEGIN PRIVATE KEY-----\n" * 3 + blob()
+
+
 def token_and_checksum() -> dict[str, str]:
     made = token()
     return {"token": made, "checksum": hashlib.sha256(made.encode()).hexdigest()}

@@ -6,7 +6,7 @@ from django.db import models
 from django.db.models.functions import Upper
 from django.utils import timezone
 
-from tests.shop.fields import ChecksumField, HashedField, ReversedField
+from tests.shop.fields import ChecksumField, EncryptedField, HashedField, HexUuidField, ReversedField
 from tests.shop.generators import big_number, blob, letters, number, token
 
 
@@ -20,6 +20,7 @@ class Secrets(models.Model):
     as_integer = models.IntegerField(default=number)
     as_big_integer = models.BigIntegerField(default=big_number)
     as_custom = ReversedField(max_length=60, default=token)
+    as_hex = HexUuidField(default=uuid.uuid4)
     nullable = models.CharField(max_length=40, default=token, null=True)
     status = models.CharField(max_length=10, default="active")
     note = models.TextField(default="as it was")
@@ -144,6 +145,7 @@ class Application(models.Model):
     nickname = models.CharField(max_length=40, default=token)
     secret = HashedField(max_length=64, default=token)
     checksum = ChecksumField(max_length=64, default="")
+    encrypted = EncryptedField(default=blob)
 
 
 class Code(models.Model):
