@@ -1,6 +1,8 @@
 """Where new values come from on Django's side: the fields' defaults, or a generator that the user names."""
 
 import inspect
+import math
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +18,7 @@ from django.db.models import BinaryField, Field, Model, UUIDField
 from django.db.models.fields import NOT_PROVIDED
 from django.utils.module_loading import import_string
 
-from rotator.errors import TargetError, ValuesError
+from rotator.errors import RangeTooSlowError, TargetError, ValuesError
 from rotator.instances import fetch_instances
 from rotator.keys import Key
 from rotator.postgres.arrays import UuidBlock, Values
@@ -28,6 +30,12 @@ AnyField: TypeAlias = "Field[Any, Any]"
 
 TRIES: Final = 100
 """How often a value is made anew that there was in the same range before."""
+
+BULK_SECONDS: Final = 2.0
+"""How long the values of a range may take to make; a slower generator gets smaller ranges."""
+
+ROWS_SECONDS: Final = 0.5
+"""The same where the rows are locked meanwhile."""
 
 
 def value_source(
@@ -68,9 +76,8 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
 
     def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
         rows = fetch_instances(model, keys, database)
-        return list(rows), maker.make_each(
-            [partial(lambda row: maker.of_fields(function(row)), row) for row in rows.values()]
-        )
+        makers = [partial(lambda row: maker.of_fields(function(row)), row) for row in rows.values()]
+        return list(rows), maker.make_each(makers, seconds=ROWS_SECONDS)
 
     return FromRows(sync_to_async(make))
 
@@ -81,7 +88,7 @@ async def _uuid4s(count: int) -> tuple[Values, ...]:
 
 def _in_bulk(maker: "_Maker", make_one: Callable[[], Sequence[object]]) -> InBulk:
     # What it gives cannot be known otherwise, and one row would not show that it is always the same.
-    maker.make(2, make_one)
+    maker.make_each([make_one] * 2, seconds=math.inf)
     # In a thread: the project's code may ask the database, and may take its time.
     return InBulk(sync_to_async(partial(maker.make, make_one=make_one)))
 
@@ -102,12 +109,24 @@ class _Maker:
 
     def make(self, count: int, make_one: Callable[[], Sequence[object]]) -> tuple[Values, ...]:
         """Make the values of so many rows."""
-        return self.make_each([make_one] * count)
+        return self.make_each([make_one] * count, seconds=BULK_SECONDS)
 
-    def make_each(self, makers: Sequence[Callable[[], Sequence[object]]]) -> tuple[Values, ...]:
-        """Make a row's values with each of these."""
+    def make_each(
+        self, makers: Sequence[Callable[[], Sequence[object]]], *, seconds: float
+    ) -> tuple[Values, ...]:
+        """Make a row's values with each of these; one at least, however long it takes.
+
+        Raises:
+            ValuesError: There is something wrong with a value.
+            RangeTooSlowError: They take longer than they may.
+        """
         seen = set[object]()
-        rows = [self._unseen(make_one, seen) for make_one in makers]
+        rows: list[list[object]] = []
+        until = time.monotonic() + seconds
+        for make_one in makers:
+            if rows and time.monotonic() > until:
+                raise RangeTooSlowError(f"{self.called[0].lower()}{self.called[1:]} is slow")
+            rows.append(self._unseen(make_one, seen))
         return tuple([list(column) for column in zip(*rows, strict=True)] or [[] for _ in self.fields])
 
     def of_fields(self, given: object) -> Sequence[object]:

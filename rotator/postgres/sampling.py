@@ -112,9 +112,10 @@ async def _rewrite(
         for key_range in left:
             if time.monotonic() > until:
                 break
+            made = await update.make(key_range, key_range.rows)
             async with answered(), pool.connection() as connection:
                 try:
-                    rewritten += await update.execute(connection, key_range, key_range.rows, None)
+                    rewritten += await update.execute(connection, key_range, made, None)
                 finally:
                     await connection.rollback()
         return rewritten

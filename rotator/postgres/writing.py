@@ -1,6 +1,7 @@
 """Gives the rows of a range new values, and checkpoints it in the same transaction."""
 
 import time
+from dataclasses import dataclass
 from typing import Final
 
 from psycopg import AsyncConnection, AsyncCursor, sql
@@ -8,12 +9,12 @@ from psycopg_pool import AsyncConnectionPool
 
 from rotator.errors import RangeRefusedError, ValuesError
 from rotator.keys import Key, KeyRange, KeySpan
-from rotator.postgres.arrays import part
+from rotator.postgres.arrays import Values, part
 from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, RangeGrewError, answered
 from rotator.postgres.keyed import keyed_update
 from rotator.postgres.table import ROW, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits, guard, limit
-from rotator.postgres.value_source import FromRows, InBulk, ValueSource, named
+from rotator.postgres.value_source import FromRows, ValueSource, named
 
 SLICE_ROWS: Final = 2000
 _GROWTHS: Final = 5
@@ -58,6 +59,19 @@ def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Compose
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """New values for a range.
+
+    Attributes:
+        rows: For how many rows.
+        columns: One array for each column; none where each value needs its row, and is made from that.
+    """
+
+    rows: int
+    columns: tuple[Values, ...] = ()
+
+
 class RangeUpdate:
     """The update of one range of a table, in a transaction that is somebody else's to end."""
 
@@ -71,15 +85,33 @@ class RangeUpdate:
         }
         self._keyed_update = keyed_update(table, sql.SQL("true")).as_bytes()
 
+    async def make(self, key_range: KeySpan, rows: int) -> Made:
+        """Make a range's values ahead of its transaction, which so holds nothing meanwhile.
+
+        Args:
+            key_range: Which.
+            rows: How many there are.
+
+        Raises:
+            ValuesError: There is something wrong with the new values.
+            RangeTooSlowError: Making so many takes too long.
+        """
+        if isinstance(self._source, FromRows):
+            return Made(rows=rows)
+        try:
+            return Made(rows=rows, columns=await self._source.make(rows))
+        except ValuesError as error:
+            raise error.of(key_range) from None
+
     async def execute(
-        self, connection: AsyncConnection, key_range: KeyRange, rows: int, claim: Claim | None
+        self, connection: AsyncConnection, key_range: KeyRange, made: Made, claim: Claim | None
     ) -> int:
         """Begin a transaction and give a range's rows new values.
 
         Args:
             connection: In autocommit mode.
             key_range: Which.
-            rows: How many there are.
+            made: Its values.
             claim: What this process owns; None where the transaction will be rolled back.
 
         Returns:
@@ -93,19 +125,14 @@ class RangeUpdate:
         try:
             if isinstance(self._source, FromRows):
                 return await self._execute_from_rows(connection, key_range, self._source, claim)
-            return await self._execute_in_bulk(connection, key_range, rows, self._source, claim)
+            return await self._execute_in_bulk(connection, key_range, made, claim)
         except ValuesError as error:
             raise error.of(key_range) from None
 
     async def _execute_in_bulk(
-        self,
-        connection: AsyncConnection,
-        key_range: KeyRange,
-        rows: int,
-        source: InBulk,
-        claim: Claim | None,
+        self, connection: AsyncConnection, key_range: KeyRange, made: Made, claim: Claim | None
     ) -> int:
-        values = await source.make(rows)
+        rows, values = made.rows, made.columns
         starts = range(0, max(rows, 1), SLICE_ROWS)
         slices = [
             {
@@ -220,15 +247,17 @@ class PostgresWriter:
             RowsLockedError: Somebody else holds rows of it; nothing was written.
             RangeRefusedError: The server refused it; nothing was written.
             SupersededError: Another process owns the rotation; nothing was written.
+            ValuesError: There is something wrong with the new values; nothing was written.
             ServerRefusedError: The server refuses for good; nothing was written.
             ServerLostError: Nobody knows but the checkpoints.
         """
         started = time.monotonic()
         rows = key_range.rows
         for _ in range(_GROWTHS):
+            made = await self._update.make(key_range, rows)
             async with answered(), self._pool.connection() as connection, answered(connection):
                 try:
-                    updated = await self._update.execute(connection, key_range, rows, self._claim)
+                    updated = await self._update.execute(connection, key_range, made, self._claim)
                 except RangeGrewError:
                     await connection.rollback()
                     rows = await self._update.count(connection, key_range)

@@ -11,9 +11,10 @@ import pytest
 from django.db import connection as django_connection
 from django.dispatch import receiver
 
+from rotator import generators
 from rotator.api import RotationUnfinishedError, Target, rotate, rotate_sync
 from rotator.errors import OptionError, OwnedElsewhereError, RotatorError, TargetError, ValuesError
-from rotator.events import Event, RangeCompleted, RotationStarted
+from rotator.events import Event, RangeCompleted, RangeRetried, RotationStarted
 from rotator.run.options import RunOptions
 from rotator.selection import Selection
 from rotator.service import Outcome, prepare
@@ -276,6 +277,25 @@ def test_one_that_fails_later_names_the_range_and_can_be_gone_on_with(orders: Da
     assert "for the range (" in outcome.stopped.error
     done = sum(rows for *_, rows in orders.checkpoints())
     assert 0 < done == ROWS - len(leaked()) < ROWS
+
+
+@pytest.mark.parametrize("name", ["slow", "slow_for_row"])
+def test_a_slow_generator_gets_smaller_ranges(
+    orders: Database, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(generators, "BULK_SECONDS", 0.06)
+    monkeypatch.setattr(generators, "ROWS_SECONDS", 0.06)
+    heard: list[Event] = []
+    outcome = prepare(
+        [API_KEY], "default", RunOptions(batch=ROWS), Selection(generator=MADE_BY + name)
+    ).rotate(heard.append)
+    assert_completed(outcome, rows=ROWS)
+    assert leaked() == set()
+    retried = [event for event in heard if isinstance(event, RangeRetried)]
+    assert retried
+    assert all(event.split for event in retried)
+    assert retried[0].reason == f"the generator {MADE_BY}{name} is slow"
+    assert len(orders.checkpoints()) > 3
 
 
 REFUSED_GENERATORS = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+import time
 import uuid
 from typing import NoReturn
 
@@ -62,6 +63,16 @@ def too_long() -> str:
 
 def raising() -> NoReturn:
     raise RuntimeError(secrets.token_hex())
+
+
+def slow() -> str:
+    """As slow as a hash for passwords is meant to be, but for the scale of a test."""
+    time.sleep(0.004)
+    return token()
+
+
+def slow_for_row(_row: Model) -> str:
+    return slow()
 
 
 def two(first: str, second: str) -> str:
