@@ -222,6 +222,11 @@ class LateCommitsAwaited:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LateCommitsOver:
+    """The last of those transactions has ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LateRowsRotated:
     """Rows that were committed late were found and rotated."""
 
@@ -345,6 +350,7 @@ Event: TypeAlias = (
     | OwnerWatched
     | ServerLogShowsValues
     | LateCommitsAwaited
+    | LateCommitsOver
     | LateRowsRotated
     | VacuumStarted
     | Vacuumed

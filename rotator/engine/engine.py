@@ -95,7 +95,9 @@ class Engine:
             rest = span
             while not flow.drain.is_set() and rows_left != 0:
                 batch = self._pace.batch if rows_left is None else min(self._pace.batch, rows_left)
-                key_range = await self._planner.next_range(rest, batch)
+                key_range = await self._next_range(rest, batch, flow)
+                if key_range is None:
+                    break
                 if rows_left is not None:
                     rows_left -= key_range.rows
                 await flow.put(key_range)
@@ -134,7 +136,7 @@ class Engine:
         splits = (
             deferrals >= self._options.deferrals_before_split and key_range.rows > 1 and not flow.is_crowded
         )
-        parts = await self._halves(key_range) if splits else [key_range]
+        parts = await self._halves(key_range, flow) if splits else [key_range]
         for part in parts:
             flow.again(Attempt(part, deferrals, attempt.refusals), delay_seconds=delay_seconds)
 
@@ -158,7 +160,7 @@ class Engine:
         if tries_whole:
             flow.again(Attempt(key_range, attempt.deferrals, refusals), delay_seconds=delay_seconds)
             return
-        for part in await self._halves(key_range):
+        for part in await self._halves(key_range, flow):
             flow.again(Attempt(part, attempt.deferrals), delay_seconds=delay_seconds)
 
     def _give_up(self, key_range: KeyRange, refused: RangeRefusedError) -> None:
@@ -167,9 +169,26 @@ class Engine:
         if self._failed_rows > self._options.failed_rows_at_most:
             raise refused
 
-    async def _halves(self, key_range: KeyRange) -> list[KeyRange]:
+    async def _next_range(self, span: KeySpan, batch: int, flow: Flow) -> KeyRange | None:
+        """Plan a range, when nobody holds the whole table any more; None where a drain began before."""
+        attempts = 0
+        while True:
+            try:
+                return await self._planner.next_range(span, batch)
+            except RowsLockedError:
+                attempts += 1
+                self._notify(RangeDeferred(rows=0))
+            delay_seconds = backoff_seconds(
+                attempts, first=self._options.deferral_seconds, longest=self._options.longest_wait_seconds
+            )
+            if await flow.drained_within(delay_seconds):
+                return None
+
+    async def _halves(self, key_range: KeyRange, flow: Flow) -> list[KeyRange]:
         """Split a range after the first half of the rows that it holds now."""
-        half = await self._planner.next_range(key_range, key_range.rows // 2)
+        half = await self._next_range(key_range, key_range.rows // 2, flow)
+        if half is None:
+            return [key_range]
         if half.through == key_range.through:
             # Rows were deleted meanwhile: what is left is no more than a half.
             return [half]

@@ -69,8 +69,7 @@ class Flow:
         while not self.drain.is_set():
             if self._waiting and self._must_turn_to_waiting():
                 first = heapq.heappop(self._waiting)
-                await self._sleep_until(first.due)
-                return None if self.drain.is_set() else first.attempt
+                return None if await self._drained_until(first.due) else first.attempt
             if self._closed:
                 return None
             key_range = await self._get()
@@ -81,13 +80,17 @@ class Flow:
     def _must_turn_to_waiting(self) -> bool:
         return self._closed or self.is_crowded or self._waiting[0].due <= self._clock()
 
-    async def _sleep_until(self, due: float) -> None:
-        """Wait until then, or until the drain begins."""
+    async def drained_within(self, seconds: float) -> bool:
+        """Wait for so long, or until the drain begins, and return whether it has."""
+        return await self._drained_until(self._clock() + seconds)
+
+    async def _drained_until(self, due: float) -> bool:
         try:
             async with asyncio.timeout_at(due):
                 await self.drain.wait()
         except TimeoutError:
-            return
+            return False
+        return True
 
     async def _get(self) -> KeyRange | None:
         """The next planned range; None where a waiting one is due first, or the queue was closed."""

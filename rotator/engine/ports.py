@@ -12,6 +12,9 @@ class RangePlanner(Protocol):
         """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none.
 
         A span without rows is a range too: its checkpoint says that there was nothing to do.
+
+        Raises:
+            RowsLockedError: Somebody else holds all of them; it can be tried again later.
         """
         ...
 

@@ -47,6 +47,7 @@ _PASSING: Final = (
     errors.DeadlockDetected,
     errors.SerializationFailure,
     errors.UniqueViolation,
+    errors.OutOfMemory,
 )
 
 

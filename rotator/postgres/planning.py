@@ -1,14 +1,23 @@
 """Reads ranges from the key's index, and what is left to do from the checkpoints."""
 
+import asyncio
 from contextlib import suppress
+from typing import Final
 
 from psycopg import AsyncConnection, AsyncCursor, sql
 
 from rotator.errors import RangeTooSlowError
 from rotator.keys import Key, KeyRange, KeySpan
-from rotator.postgres.failures import answered
+from rotator.postgres.failures import ANSWER_SECONDS, answered
 from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import TargetTable, identifier
+
+
+# A role's own timeouts are for the application's statements.
+_PLANNING_LIMITS: Final = (
+    "SELECT set_config('lock_timeout', '1s', true),"
+    f" set_config('statement_timeout', '{ANSWER_SECONDS * 1000:.0f}ms', true)"
+).encode()
 
 
 class IndexPlanner:
@@ -17,6 +26,8 @@ class IndexPlanner:
     def __init__(self, connection: AsyncConnection, table: TargetTable) -> None:
         """Take a connection in autocommit mode, for this planner's use alone."""
         self._connection = connection
+        # Workers that split a range ask, too.
+        self._one_at_a_time = asyncio.Lock()
         # Written out once: putting a statement together takes as long as sending it.
         self._last_keys = {
             known: self._last_key(table, after_is_known=known).as_bytes() for known in (False, True)
@@ -43,15 +54,25 @@ class IndexPlanner:
         )
 
     async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
-        """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none."""
-        is_known = span.after is not None
+        """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none.
+
+        Raises:
+            RowsLockedError: Somebody else has locked the whole table, as DDL does.
+        """
+        is_known, connection = span.after is not None, self._connection
         parameters = {"after": span.after, "through": span.through, "skip": batch - 1}
-        async with answered(self._connection):
-            cursor = await self._connection.execute(self._last_keys[is_known], parameters)
+        async with (
+            self._one_at_a_time,
+            answered(connection),
+            connection.pipeline(),
+            connection.transaction(),
+        ):
+            await connection.execute(_PLANNING_LIMITS)
+            cursor = await connection.execute(self._last_keys[is_known], parameters)
             last = await cursor.fetchone()
             if last is not None:
                 return KeyRange(after=span.after, through=Key(last[0]), rows=batch)
-            cursor = await self._connection.execute(self._counts[is_known], parameters)
+            cursor = await connection.execute(self._counts[is_known], parameters)
             return KeyRange(after=span.after, through=span.through, rows=await _number(cursor))
 
 

@@ -14,7 +14,7 @@ from rotator.postgres.failures import answered, superseded
 from rotator.postgres.ownership import alone
 from rotator.postgres.planning import gaps
 from rotator.postgres.table import TargetTable
-from rotator.postgres.transaction import SPAN_LOCK_CLASS, Claim
+from rotator.postgres.transaction import SPAN_LOCK_CLASS, Claim, fence
 
 _STILL_OWNED: Final = sql.SQL(
     " FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
@@ -61,8 +61,13 @@ class ClaimedSpan:
 
 
 async def clear(connection: AsyncConnection, claim: Claim) -> None:
-    """Remove what an earlier owner has planned; its tasks find nothing to do any more."""
-    async with answered(connection):
+    """Remove what an earlier owner has planned; its tasks find nothing to do any more.
+
+    Raises:
+        SupersededError: This process does not own the rotation any more.
+    """
+    async with answered(connection), connection.transaction():
+        await fence(connection, claim)
         await connection.execute("DELETE FROM rotator_span WHERE rotation_id = %s", (claim.rotation,))
 
 

@@ -85,6 +85,15 @@ async def guard(
         without: The server's names of joins that the update must not be planned with.
     """
     await limit(connection, limits, without=without)
+    await fence(connection, claim)
+
+
+async def fence(connection: AsyncConnection, claim: Claim) -> None:
+    """Make sure that what this process owns is its own until the transaction ends; see :func:`guard`.
+
+    Raises:
+        SupersededError: It is not, as soon as the answer is read.
+    """
     await share_lock(connection, claim.rotation)
     if claim.span is None:
         await connection.execute(_FENCE, asdict(claim))

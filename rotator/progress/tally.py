@@ -7,6 +7,7 @@ from rotator.events import (
     DrainStarted,
     Event,
     LateCommitsAwaited,
+    LateCommitsOver,
     LateRowsRotated,
     OutageEnded,
     OutageStarted,
@@ -118,6 +119,8 @@ class Tally:
                 self.rows_done += event.rows
             case OutageEnded():
                 self.rows_done = event.rows_done
+                # They are tried again.
+                self.failed_rows = 0
             case RowFailed():
                 self.failed_rows += 1
             case RangeDeferred():
@@ -129,7 +132,7 @@ class Tally:
 
     def _change_state(self, event: Event, now: float) -> None:
         match event:
-            case RotationStarted() | RangeCompleted() | LateRowsRotated():
+            case RotationStarted() | RangeCompleted() | LateRowsRotated() | LateCommitsOver():
                 self.holders = ()
             case OutageStarted():
                 self.outage_since = now

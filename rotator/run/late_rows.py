@@ -8,6 +8,7 @@ from rotator.engine.backoff import backoff_seconds
 from rotator.errors import RangeRefusedError, RowsLockedError
 from rotator.events import (
     LateCommitsAwaited,
+    LateCommitsOver,
     LateRowsRotated,
     Observer,
     RangeDeferred,
@@ -50,13 +51,17 @@ async def older_writers_are_over(
         Whether they are over.
     """
     waited = 0.0
+    is_waiting = False
     while holding := await holders(connection, table, started_xid):
         if seconds is not None and waited >= seconds:
             return False
+        is_waiting = True
         notify(LateCommitsAwaited(holders=holding))
         if await requests.wait(POLL_SECONDS):
             return False
         waited += POLL_SECONDS
+    if is_waiting:
+        notify(LateCommitsOver())
     return True
 
 

@@ -8,13 +8,16 @@ from rotator.engine.backoff import backoff_seconds
 
 FIRST_RECONNECT_SECONDS: Final = 0.2
 LONGEST_RECONNECT_SECONDS: Final = 5.0
+STEADY_SECONDS: Final = 30.0
 
 
 @dataclass(slots=True, kw_only=True)
 class OutageBudget:
-    """Counts from the moment the server went away until a range is completed again.
+    """Counts from the moment the server went away until it works again.
 
-    A server that comes back and goes away at once has used up the same budget.
+    It does when a range is completed, or when it has answered for ``STEADY_SECONDS``: there may be nothing
+    left to complete but the waiting for others. A server that comes back and goes away at once has used up
+    the same budget.
 
     Attributes:
         seconds: The budget.
@@ -25,6 +28,7 @@ class OutageBudget:
     clock: Callable[[], float]
     _since: float | None = None
     _away_since: float | None = None
+    _back_at: float = 0.0
     _attempts: int = 0
 
     @property
@@ -39,18 +43,21 @@ class OutageBudget:
 
     def lost(self) -> None:
         """Note that the server is away, or still is."""
-        self._attempts += 1
         if self._away_since is None:
             self._away_since = self.clock()
+            if self._away_since - self._back_at >= STEADY_SECONDS:
+                self.works()
+        self._attempts += 1
         if self._since is None:
             self._since = self._away_since
 
     def back(self) -> float:
         """Note that the server answers, and return how long it was away in seconds."""
         away_since, self._away_since = self._away_since, None
-        return 0.0 if away_since is None else self.clock() - away_since
+        self._back_at = self.clock()
+        return 0.0 if away_since is None else self._back_at - away_since
 
-    def range_completed(self) -> None:
+    def works(self) -> None:
         """Begin anew: the server not only answers but works."""
         self._since = None
         self._attempts = 0

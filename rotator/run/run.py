@@ -12,6 +12,7 @@ from rotator.errors import RotatorError, ServerLostError, StoppedBeforeStartErro
 from rotator.events import (
     EndStatus,
     Event,
+    LateRowsRotated,
     Observer,
     OutageEnded,
     OutageStarted,
@@ -282,6 +283,6 @@ class Run:
 
     def _notify(self, event: Event) -> None:
         self._figures.take(event)
-        if isinstance(event, RangeCompleted):
-            self._outage.range_completed()
+        if isinstance(event, RangeCompleted | LateRowsRotated):
+            self._outage.works()
         self._observer(event)

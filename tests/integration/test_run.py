@@ -354,6 +354,27 @@ def test_a_run_that_is_taken_over_writes_nothing_more_and_leaves_the_row_alone(d
     assert [rotation.updated_at, sum(database.updates().values())] == seen
 
 
+# --- A table that is locked ------------------------------------------------------------------------
+
+
+def test_ddl_on_the_table_is_waited_for_without_an_outage(database: Database) -> None:
+    database.make_tickets(1, 50)
+    database.count_updates()
+    other = database.connect()
+
+    def lock(event: Event) -> None:
+        if isinstance(event, RotationStarted):
+            other.execute("BEGIN")
+            other.execute("LOCK TABLE tickets_ticket")
+        elif isinstance(event, RangeDeferred) and not event.rows and other.info.transaction_status:
+            other.execute("COMMIT")
+
+    told = Told(lock)
+    assert_completed(rotate(told, batch=5), rows=50)
+    assert told.of(OutageStarted) == 0
+    assert database.updates() == once_each((1, 50))
+
+
 # --- Rows that cannot be written -------------------------------------------------------------------
 
 

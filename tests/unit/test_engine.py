@@ -36,6 +36,20 @@ class _Numbers:
         return KeyRange(after=span.after, through=Key(f"[{through}]"), rows=through - after)
 
 
+class _LockedTable(_Numbers):
+    """The same, but for a table that somebody has locked at first."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._times = times
+
+    async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
+        if self._times:
+            self._times -= 1
+            raise RowsLockedError("locked")
+        return await super().next_range(span, batch)
+
+
 class _Rows:
     """Counts how often each row was written; some ranges find their rows locked at first."""
 
@@ -100,6 +114,25 @@ async def test_the_planner_waits_for_room() -> None:
     rows.gate.set()
     await running
     assert rows.written == Counter(range(1, 1001))
+
+
+async def test_a_locked_table_is_waited_for() -> None:
+    rows, events = _Rows(), list[Event]()
+    await _engine(_LockedTable(3), rows, events, batch=7).run([_span(0, 100)], asyncio.Event())
+    assert rows.written == Counter(range(1, 101))
+    assert events.count(RangeDeferred(rows=0)) == 3
+
+
+async def test_a_drain_ends_the_waiting_for_a_locked_table() -> None:
+    rows, drain = _Rows(), asyncio.Event()
+
+    def notify(event: Event) -> None:
+        assert isinstance(event, RangeDeferred)
+        drain.set()
+
+    engine = Engine(_LockedTable(1000), rows, notify=notify, options=EngineOptions(deferral_seconds=1000))
+    await engine.run([_span(0, 100)], drain)
+    assert rows.written == Counter()
 
 
 async def test_draining_finishes_what_is_in_flight_and_begins_nothing() -> None:

@@ -1,6 +1,11 @@
 """The budget for a server that is away, by a clock that is turned by hand."""
 
-from rotator.run.outage import FIRST_RECONNECT_SECONDS, LONGEST_RECONNECT_SECONDS, OutageBudget
+from rotator.run.outage import (
+    FIRST_RECONNECT_SECONDS,
+    LONGEST_RECONNECT_SECONDS,
+    STEADY_SECONDS,
+    OutageBudget,
+)
 
 
 class _Clock:
@@ -71,7 +76,7 @@ def test_a_completed_range_gives_the_whole_budget_back() -> None:
     budget.lost()
     clock.now += 50
     budget.back()
-    budget.range_completed()
+    budget.works()
     assert budget.left_seconds == 60
     clock.now += 50
     budget.lost()
@@ -94,3 +99,13 @@ def test_no_delay_is_longer_than_what_is_left() -> None:
         budget.lost()
     clock.now += 59.5
     assert budget.delay_seconds() == 0.5
+
+
+def test_a_server_that_has_answered_for_long_begins_a_new_budget() -> None:
+    budget, clock = _budget()
+    budget.lost()
+    clock.now += 50
+    budget.back()
+    clock.now += STEADY_SECONDS
+    budget.lost()
+    assert budget.left_seconds == 60

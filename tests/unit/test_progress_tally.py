@@ -3,6 +3,7 @@ import pytest
 from rotator.events import (
     DrainStarted,
     LateCommitsAwaited,
+    LateCommitsOver,
     LateRowsRotated,
     OutageEnded,
     OutageStarted,
@@ -92,6 +93,8 @@ def test_draining_and_waiting_have_no_eta() -> None:
     tally.take(LateCommitsAwaited(holders=("pid 1",)), now)
     assert state(tally) == "late_commits"
     assert tally.eta_seconds(now) is None
+    tally.take(LateCommitsOver(), now)
+    assert state(tally) == "rotating"
     tally.take(LateRowsRotated(rows=12), now)
     assert tally.rows_done == 200_012
     assert state(tally) == "rotating"
