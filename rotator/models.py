@@ -33,7 +33,12 @@ class Rotation(models.Model):
     target = models.TextField(
         help_text="As the user writes it: app.Model.field, several with blanks between."
     )
-    database = models.CharField(max_length=255, help_text="Django's alias of the target's database.")
+    table_name = models.TextField(
+        default="", help_text="The target's table with its schema, quoted, as the server has it."
+    )
+    database = models.CharField(
+        max_length=255, help_text="Django's alias of the target's database in the latest run."
+    )
     bound = models.JSONField(
         null=True, help_text="The upper key bound, frozen at the start; null where empty."
     )
@@ -77,7 +82,7 @@ class Rotation(models.Model):
 
         constraints: ClassVar = [
             models.UniqueConstraint(
-                fields=["target", "database"],
+                fields=["target", "table_name"],
                 condition=Q(status__in=_UNFINISHED),
                 name="rotator_one_unfinished_rotation",
             ),

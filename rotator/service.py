@@ -23,10 +23,11 @@ from rotator.events import Observer, RotationStopped, RowsRotated
 from rotator.findings import Findings
 from rotator.models import Rotation
 from rotator.postgres.connections import Server
+from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
 from rotator.run.context import Announce
 from rotator.run.distribution import SpanPublisher
-from rotator.run.examination import dry_run
+from rotator.run.examination import dry_run, find_unfinished
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.run import Run
 from rotator.run.span_work import SpanWork
@@ -73,13 +74,13 @@ class Prepared:
     options: RunOptions
     server: Server
 
-    def unfinished(self) -> Rotation | None:
-        """Return the unfinished rotation of this target, if there is one."""
-        return (
-            Rotation.objects.using(self.target.database)
-            .filter(target=self.target.label, database=self.target.database, status__in=Rotation.UNFINISHED)
-            .first()
-        )
+    def unfinished(self) -> Unfinished | None:
+        """Return the unfinished rotation of this target, if there is one.
+
+        Raises:
+            RotatorError: It cannot be rotated, or the server cannot be asked.
+        """
+        return _run(find_unfinished(self.server, self.target))
 
     def rotate(self, observer: Observer, publisher: SpanPublisher | None = None) -> Outcome:
         """Run until the rotation is completed or the run is stopped.

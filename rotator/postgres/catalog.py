@@ -15,7 +15,9 @@ OLDEST_VERSION: Final = 150_000
 _KINDS: Final = ("r", "p")
 _OTHER_KINDS: Final = {"v": "view", "m": "materialized view", "f": "foreign table"}
 _RELATION: Final = (
-    "SELECT c.relkind AS kind, c.relhassubclass AS has_children,"
+    "SELECT (SELECT format('%%I.%%I', nspname, c.relname) FROM pg_namespace WHERE oid = c.relnamespace)"
+    " AS found_name,"
+    " c.relkind AS kind, c.relhassubclass AS has_children,"
     " EXISTS (SELECT FROM pg_partition_tree(c.oid) tree JOIN pg_class leaf ON leaf.oid = tree.relid"
     " WHERE leaf.relkind = 'f') AS has_foreign_partitions,"
     " row_security_active(c.oid) AS hides_rows,"
@@ -147,6 +149,7 @@ async def read_table(
         key=tuple(column(wanted) for wanted in key),
         columns=tuple(column(wanted) for wanted in columns),
         condition=condition,
+        found_name=relation["found_name"],
         collation_versions={
             wanted: found[wanted]["collation_version"] for wanted in key if found[wanted]["collation_version"]
         },

@@ -83,8 +83,14 @@ class Owned:
     seconds_before: float
 
 
-async def find_unfinished(connection: AsyncConnection, target: str, database: str) -> Unfinished | None:
-    """The unfinished rotation of a target, if there is one; the constraints allow no second."""
+async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> Unfinished | None:
+    """The unfinished rotation of a target, if there is one; the constraints allow no second.
+
+    Args:
+        connection: In autocommit mode.
+        target: As the user writes it.
+        table_name: Its table, as the server has it.
+    """
     async with answered(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
@@ -92,8 +98,8 @@ async def find_unfinished(connection: AsyncConnection, target: str, database: st
             " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
             " selection, key_collations"
             " FROM rotator_rotation"
-            " WHERE target = %s AND database = %s AND status IN ('running', 'interrupted', 'failed')",
-            (target, database),
+            " WHERE target = %s AND table_name = %s AND status IN ('running', 'interrupted', 'failed')",
+            (target, table_name),
         )
         row = await cursor.fetchone()
     if row is None:
@@ -102,16 +108,28 @@ async def find_unfinished(connection: AsyncConnection, target: str, database: st
     return Unfinished(owner=owner, **row)
 
 
-async def begin_rotation(
-    connection: AsyncConnection,
-    *,
-    target: str,
-    database: str,
-    owner: Owner,
-    options: dict[str, Any],
-    selection: Mapping[str, Any],
-    key_collations: Mapping[str, str],
-) -> Claim | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What a rotation is begun as.
+
+    Attributes:
+        target: As the user writes it.
+        table_name: Its table, as the server has it.
+        database: Django's alias of its database.
+        options: Those of the run, as JSON types.
+        selection: Which rows it is for, and where their values come from, as JSON types.
+        key_collations: The versions of the key's collations, by the names of the columns.
+    """
+
+    target: str
+    table_name: str
+    database: str
+    options: Mapping[str, Any]
+    selection: Mapping[str, Any]
+    key_collations: Mapping[str, str]
+
+
+async def begin_rotation(connection: AsyncConnection, terms: Terms, owner: Owner) -> Claim | None:
     """Insert a new rotation and own it; None where another process was faster.
 
     Its row says which transaction inserted it: every row of the target that an older one commits, however
@@ -121,21 +139,23 @@ async def begin_rotation(
         OwnedElsewhereError: Another unfinished rotation has some of the same fields.
     """
     async with alone(connection, _NO_ROTATION):
-        await _check_overlap(connection, target, database)
+        await _check_overlap(connection, terms)
         cursor = await connection.execute(
-            "INSERT INTO rotator_rotation (target, database, options, selection, key_collations, status, "
-            "generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows, error, "
-            "started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
-            " VALUES (%(target)s, %(database)s, %(options)s, %(selection)s, %(key_collations)s, 'running', "
-            "1, 0, 0, true, 0, 0, '', pg_current_xact_id()::text::bigint, %(host)s, %(pid)s, %(process)s, "
-            "%(user)s, %(version)s) ON CONFLICT (target, database) WHERE status IN ('running', "
-            "'interrupted', 'failed') DO NOTHING RETURNING id",
+            "INSERT INTO rotator_rotation (target, table_name, database, options, selection, key_collations,"
+            " status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows,"
+            " error, started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
+            " VALUES (%(target)s, %(table_name)s, %(database)s, %(options)s, %(selection)s,"
+            " %(key_collations)s, 'running', 1, 0, 0, true, 0, 0, '', pg_current_xact_id()::text::bigint,"
+            " %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
+            " ON CONFLICT (target, table_name) WHERE status IN ('running', 'interrupted', 'failed')"
+            " DO NOTHING RETURNING id",
             {
-                "target": target,
-                "database": database,
-                "options": Jsonb(options),
-                "selection": Jsonb(dict(selection)),
-                "key_collations": Jsonb(dict(key_collations)),
+                "target": terms.target,
+                "table_name": terms.table_name,
+                "database": terms.database,
+                "options": Jsonb(dict(terms.options)),
+                "selection": Jsonb(dict(terms.selection)),
+                "key_collations": Jsonb(dict(terms.key_collations)),
                 **asdict(owner),
             },
         )
@@ -143,13 +163,13 @@ async def begin_rotation(
     return Claim(rotation=row[0], generation=1) if row else None
 
 
-async def _check_overlap(connection: AsyncConnection, target: str, database: str) -> None:
+async def _check_overlap(connection: AsyncConnection, terms: Terms) -> None:
     """Refuse a target that shares a field with another one's unfinished rotation."""
     cursor = await connection.execute(
-        "SELECT id, target FROM rotator_rotation WHERE database = %(database)s AND target <> %(target)s"
+        "SELECT id, target FROM rotator_rotation WHERE table_name = %(table_name)s AND target <> %(target)s"
         " AND status IN ('running', 'interrupted', 'failed')"
         " AND string_to_array(target, ' ') && string_to_array(%(target)s, ' ') ORDER BY id LIMIT 1",
-        {"target": target, "database": database},
+        {"target": terms.target, "table_name": terms.table_name},
     )
     if row := await cursor.fetchone():
         raise OwnedElsewhereError(
@@ -159,7 +179,7 @@ async def _check_overlap(connection: AsyncConnection, target: str, database: str
 
 
 async def take_over(
-    connection: AsyncConnection, claim: Claim, *, owner: Owner, options: dict[str, Any]
+    connection: AsyncConnection, claim: Claim, *, database: str, owner: Owner, options: dict[str, Any]
 ) -> Claim | None:
     """Raise the generation of a rotation that ``claim`` still describes, and own it; None where it does not.
 
@@ -173,11 +193,11 @@ async def take_over(
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
             " updated_at = clock_timestamp(), owned_since = clock_timestamp(), options = %(options)s,"
-            " owner_host = %(host)s, owner_pid = %(pid)s, owner_process = %(process)s, owner_user = %(user)s,"
-            " version = %(version)s"
+            " database = %(database)s, owner_host = %(host)s, owner_pid = %(pid)s,"
+            " owner_process = %(process)s, owner_user = %(user)s, version = %(version)s"
             " WHERE id = %(rotation)s AND generation = %(generation)s"
             " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
-            {"options": Jsonb(options), **asdict(claim), **asdict(owner)},
+            {"options": Jsonb(options), "database": database, **asdict(claim), **asdict(owner)},
         )
         row = await cursor.fetchone()
     return Claim(rotation=claim.rotation, generation=row[0]) if row else None

@@ -12,7 +12,6 @@ from rotator.postgres.failures import ANSWER_SECONDS, answered
 from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import TargetTable, identifier
 
-
 # A role's own timeouts are for the application's statements.
 _PLANNING_LIMITS: Final = (
     "SELECT set_config('lock_timeout', '1s', true),"

@@ -94,6 +94,8 @@ class TargetTable:
         condition: Which rows are rotated; None for all.
         collation_versions: The key's collations and their versions, by the names of its columns: what the
             order of its index rests on.
+        found_name: The table's name with its schema, quoted, as the server has it: the same by whatever
+            alias or search path it is reached.
     """
 
     path: tuple[str, ...]
@@ -101,6 +103,7 @@ class TargetTable:
     columns: tuple[Column, ...]
     condition: Condition | None = None
     collation_versions: Mapping[str, str] = field(default_factory=dict)
+    found_name: str = ""
 
     @property
     def name(self) -> sql.Composable:

@@ -11,7 +11,7 @@ from rotator.errors import OptionError, OwnedElsewhereError, StoppedBeforeStartE
 from rotator.events import OwnerWatched
 from rotator.postgres import ownership
 from rotator.postgres.failures import superseded
-from rotator.postgres.ownership import Unfinished
+from rotator.postgres.ownership import Terms, Unfinished
 from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import Claim
 from rotator.run.context import RunContext
@@ -61,15 +61,15 @@ class Acquisition:
         while True:
             unfinished = await self._find()
             if unfinished is None:
-                claim = await ownership.begin_rotation(
-                    self._connection,
+                terms = Terms(
                     target=target.label,
+                    table_name=self._table.found_name,
                     database=target.database,
-                    owner=owner,
                     options=options,
                     selection=target.selection.saved(),
                     key_collations=self._table.collation_versions,
                 )
+                claim = await ownership.begin_rotation(self._connection, terms, owner)
                 if claim is not None:
                     return Acquired(claim=claim, stopped_at=None)
                 continue
@@ -80,13 +80,15 @@ class Acquisition:
                 await ownership.abandon(self._connection, seen)
                 continue
             self._check_sameness(unfinished)
-            claim = await ownership.take_over(self._connection, seen, owner=owner, options=options)
+            claim = await ownership.take_over(
+                self._connection, seen, database=target.database, owner=owner, options=options
+            )
             if claim is not None:
                 return Acquired(claim=claim, stopped_at=unfinished.updated_at)
 
     async def _find(self) -> Unfinished | None:
-        target = self._context.target
-        return await ownership.find_unfinished(self._connection, target.label, target.database)
+        label = self._context.target.label
+        return await ownership.find_unfinished(self._connection, label, self._table.found_name)
 
     async def _is_alive(self, seen: Unfinished) -> bool:
         """Whether the rotation's owner still works on it; takes up to ``WATCH_SECONDS`` to say no."""

@@ -66,7 +66,7 @@ class Examination:
 
     async def unfinished(self) -> Unfinished | None:
         """The rotation that would go on, if there is one."""
-        return await ownership.find_unfinished(self._connection, self._target.label, self._target.database)
+        return await ownership.find_unfinished(self._connection, self._target.label, self._table.found_name)
 
     async def examine(self, options: RunOptions, *, counts: bool = False) -> Findings:
         """Find everything out.
@@ -113,3 +113,14 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Fin
     async with connected(server) as connection:
         table = await check(connection, target, options)
         return await Examination(connection, table, server, target).examine(options, counts=True)
+
+
+async def find_unfinished(server: Server, target: RunTarget) -> Unfinished | None:
+    """The rotation that would go on, if there is one.
+
+    Raises:
+        RotatorError: It cannot be rotated, or the server cannot be asked.
+    """
+    async with connected(server) as connection:
+        table = await read_target(connection, target)
+        return await ownership.find_unfinished(connection, target.label, table.found_name)

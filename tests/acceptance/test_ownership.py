@@ -67,6 +67,7 @@ def test_a_rotation_that_is_finished_while_it_is_watched_is_not_begun_anew(comma
     audit = audited_tickets(100)
     rotation = Rotation.objects.create(
         target="tickets.Ticket.token",
+        table_name="public.tickets_ticket",
         database="default",
         started_xid=1,
         version="0",

@@ -15,7 +15,7 @@ from psycopg import sql
 from rotator.keys import Key, KeyRange
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.connections import Server, pooled
-from rotator.postgres.ownership import begin_rotation
+from rotator.postgres.ownership import Terms, begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits
 from rotator.postgres.value_source import InBulk, ValueSource
@@ -29,6 +29,7 @@ COMMITTING: Final = pytest.mark.django_db(transaction=True, available_apps=["rot
 PATIENT: Final = WaitLimits(lock_seconds=10, statement_seconds=10)
 SCHEMA: Final = 'Rotation "tests" %s'
 TARGET: Final = "tickets.Ticket.token"
+TABLE_NAME: Final = "public.tickets_ticket"
 TOKEN: Final = Column(name="token", type_name="uuid")
 TICKETS: Final = TargetTable(
     path=("tickets_ticket",), key=(Column(name="id", type_name="int8"),), columns=(TOKEN,)
@@ -229,18 +230,23 @@ class Database:
 
 
 async def try_to_begin(
-    control: psycopg.AsyncConnection, owner: Owner, *, target: str = TARGET, database: str = "default"
+    control: psycopg.AsyncConnection,
+    owner: Owner,
+    *,
+    target: str = TARGET,
+    table_name: str = TABLE_NAME,
+    database: str = "default",
 ) -> Claim | None:
     """Begin a rotation as somebody's."""
-    return await begin_rotation(
-        control,
+    terms = Terms(
         target=target,
+        table_name=table_name,
         database=database,
-        owner=owner,
         options={},
         selection={},
         key_collations={},
     )
+    return await begin_rotation(control, terms, owner)
 
 
 async def begin(control: psycopg.AsyncConnection) -> Claim:

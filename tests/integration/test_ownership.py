@@ -29,6 +29,7 @@ from rotator.process import Owner, this_process
 from tests.integration.rotation_tables import (
     COMMITTING,
     PATIENT,
+    TABLE_NAME,
     TARGET,
     TICKETS,
     Database,
@@ -45,7 +46,7 @@ BOUND = Key("[20]")
 
 
 async def _take(control: psycopg.AsyncConnection, claim: Claim) -> Claim | None:
-    return await take_over(control, claim, owner=STRANGER, options={"batch": 7})
+    return await take_over(control, claim, database="default", owner=STRANGER, options={"batch": 7})
 
 
 def _in_a_range(database: Database, claim: Claim) -> psycopg.Connection:
@@ -68,7 +69,7 @@ async def test_a_rotation_remembers_the_transaction_that_began_it(database: Data
 async def test_a_second_beginning_begins_nothing(control: psycopg.AsyncConnection, claim: Claim) -> None:
     again = await try_to_begin(control, STRANGER)
     assert again is None
-    found = await find_unfinished(control, TARGET, "default")
+    found = await find_unfinished(control, TARGET, TABLE_NAME)
     assert found is not None
     assert (found.id, found.owner, found.status) == (claim.rotation, this_process(), "running")
 
@@ -82,17 +83,25 @@ async def test_of_two_that_begin_at_the_same_time_one_does(database: Database) -
     assert sum(claim is not None for claim in begun) == 1
 
 
-async def test_other_targets_and_databases_are_rotated_beside_it(
+async def test_other_targets_and_tables_are_rotated_beside_it(
     control: psycopg.AsyncConnection, claim: Claim
 ) -> None:
-    for target, name in ((TARGET, "other"), ("tickets.Ticket.title", "default")):
-        beside = await try_to_begin(control, STRANGER, target=target, database=name)
+    for target, name in ((TARGET, "tenant.tickets_ticket"), ("tickets.Ticket.title", TABLE_NAME)):
+        beside = await try_to_begin(control, STRANGER, target=target, table_name=name)
         assert beside is not None
         assert beside.rotation != claim.rotation
 
 
+async def test_by_another_alias_it_is_the_same_rotation(
+    control: psycopg.AsyncConnection, claim: Claim
+) -> None:
+    assert await try_to_begin(control, STRANGER, database="direct") is None
+    taken = await take_over(control, claim, database="direct", owner=STRANGER, options={})
+    assert taken == Claim(rotation=claim.rotation, generation=2)
+
+
 async def test_nothing_is_unfinished_before_the_first_rotation(control: psycopg.AsyncConnection) -> None:
-    assert await find_unfinished(control, TARGET, "default") is None
+    assert await find_unfinished(control, TARGET, TABLE_NAME) is None
 
 
 # --- Coming back after a lost reply ----------------------------------------------------------------
@@ -101,7 +110,7 @@ async def test_nothing_is_unfinished_before_the_first_rotation(control: psycopg.
 async def test_this_process_takes_over_from_itself_whatever_the_lost_reply_was_to(
     control: psycopg.AsyncConnection, claim: Claim
 ) -> None:
-    taken = await take_over(control, claim, owner=this_process(), options={})
+    taken = await take_over(control, claim, database="default", owner=this_process(), options={})
     assert taken is not None
     again = await take_over_again(control, claim.rotation, owner=this_process(), options={})
     assert again == Claim(rotation=claim.rotation, generation=taken.generation + 1)
@@ -134,7 +143,7 @@ async def test_taking_over_makes_a_new_owner_of_a_new_generation(
     database.execute("UPDATE rotator_rotation SET status = %s, error = 'broken'", (status,))
     taken = await _take(control, claim)
     assert taken == Claim(rotation=claim.rotation, generation=2)
-    found = await find_unfinished(control, TARGET, "default")
+    found = await find_unfinished(control, TARGET, TABLE_NAME)
     assert found is not None
     assert (found.owner, found.generation, found.status) == (STRANGER, 2, "running")
     assert (database.rotation("error"), database.rotation("options")) == ("", {"batch": 7})
@@ -167,7 +176,7 @@ async def test_a_takeover_that_was_overtaken_changes_nothing(
     database: Database, control: psycopg.AsyncConnection, claim: Claim
 ) -> None:
     await _take(control, claim)
-    again = await take_over(control, claim, owner=this_process(), options={})
+    again = await take_over(control, claim, database="default", owner=this_process(), options={})
     assert again is None
     assert (database.rotation("generation"), database.rotation("owner_host")) == (2, STRANGER.host)
 
@@ -332,7 +341,7 @@ async def test_without_a_gap_it_is_completed(
     assert await complete(control, TICKETS, claim, BOUND, active_seconds=8) == 20
     assert (database.rotation("status"), database.rotation("rows_done")) == ("completed", 20)
     assert database.rotation("finished_at") is not None
-    assert await find_unfinished(control, TARGET, "default") is None
+    assert await find_unfinished(control, TARGET, TABLE_NAME) is None
 
 
 async def test_checkpoints_of_another_rotation_complete_nothing(

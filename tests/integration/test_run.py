@@ -33,7 +33,14 @@ from rotator.process import this_process
 from rotator.run import acquiring, one_pass, run
 from rotator.run.options import RunOptions
 from rotator.service import Outcome, prepare
-from tests.integration.rotation_tables import COMMITTING, TARGET, Database, assert_new_uuid4s, once_each
+from tests.integration.rotation_tables import (
+    COMMITTING,
+    TABLE_NAME,
+    TARGET,
+    Database,
+    assert_new_uuid4s,
+    once_each,
+)
 
 pytestmark = COMMITTING
 
@@ -100,6 +107,7 @@ def make_rotation(**fields: object) -> Rotation:
     """A rotation that some process is said to be at."""
     values = {
         "target": TARGET,
+        "table_name": TABLE_NAME,
         "database": "default",
         "version": "0",
         "started_xid": 3,

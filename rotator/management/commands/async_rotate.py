@@ -303,11 +303,11 @@ class Command(BaseCommand):
         return prepared, report_file
 
     def _ask_about_restart(self, prepared: Prepared) -> None:
-        unfinished = prepared.unfinished()
-        if unfinished is None or not sys.stdin.isatty():
+        unfinished = prepared.unfinished() if sys.stdin.isatty() else None
+        if unfinished is None:
             return
         question = (
-            f"Rotation {unfinished.pk} of {unfinished.target} is unfinished, with "
+            f"Rotation {unfinished.id} of {prepared.target.label} is unfinished, with "
             f"{unfinished.rows_done:,} of {unfinished.rows_total:,} rows done. "
             "Abandon it and rotate all rows anew? [y/N] "
         )
