@@ -4,25 +4,47 @@ Imported by workers, and by the command with ``--celery``; nothing else of this 
 """
 
 import asyncio
+import logging
+import mmap
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
-from celery import Celery, current_app, shared_task
+from celery import Celery, Task, current_app, shared_task
+from celery.signals import worker_shutting_down
 from django.conf import settings
 from django.utils.module_loading import import_string
-from kombu.exceptions import OperationalError
 
-from rotator.errors import BrokerError, OptionError, OwnedElsewhereError
+from rotator.errors import BrokerError, OptionError, OwnedElsewhereError, ServerLostError
 from rotator.postgres.transaction import Claim
+from rotator.progress import log_observer
 from rotator.run.distribution import SPANS_OUTSTANDING
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
-from rotator.service import prepare, rotate_span_of
+from rotator.tasks import in_abandonable_thread
+from rotator.working import coordinate as coordinate_rotation
+from rotator.working import rotate_span as rotate_span_of
 
 # Well below the hour after which Redis hands a message to another worker.
 TIME_LIMIT_SECONDS: Final = 1800
+# A project's own limit would end a rotation in the middle, and there is none to be named.
+NO_LIMIT_SECONDS: Final = timedelta(days=3650).total_seconds()
+ASK_AGAIN_SECONDS: Final = 60
 PUBLISH_SECONDS: Final = 10.0
+
+# Shared with the processes that the worker forks, which are told nothing else of its shutdown.
+_shutdown = mmap.mmap(-1, 1)
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator] # Celery has no types
+def _note_shutdown(**_: object) -> None:
+    _shutdown[0] = 1
+
+
+def is_shutting_down() -> bool:
+    """Whether this worker has been asked to stop."""
+    return bool(_shutdown[0])
 
 
 @shared_task(
@@ -32,19 +54,41 @@ PUBLISH_SECONDS: Final = 10.0
     reject_on_worker_lost=True,
     ignore_result=True,
     time_limit=TIME_LIMIT_SECONDS,
+    soft_time_limit=TIME_LIMIT_SECONDS,
 )  # type: ignore[untyped-decorator] # Celery has no types
 def rotate_span(database: str, rotation: int, generation: int, span: int) -> None:
     """Rewrite what is left of a span; harmless however often and late it is delivered."""
-    rotate_span_of(database, Claim(rotation=rotation, generation=generation), span)
+    rotate_span_of(database, Claim(rotation=rotation, generation=generation), span, is_shutting_down)
 
 
-@shared_task(name="rotator.coordinate", acks_late=True, reject_on_worker_lost=True, ignore_result=True)  # type: ignore[untyped-decorator] # Celery has no types
-def coordinate(labels: list[str], database: str, selection: dict[str, Any], options: dict[str, Any]) -> None:
-    """Plan and watch a rotation without a terminal; takes one of the workers' places until its end."""
-    prepared = prepare(labels, database, RunOptions.read(options), Selection.read(selection))
-    # Delivered again while the first delivery is alive, it leaves the rotation to that.
-    with suppress(OwnedElsewhereError):
-        prepared.rotate(lambda _event: None, CeleryPublisher(database))
+@shared_task(
+    name="rotator.coordinate",
+    bind=True,
+    acks_late=True,
+    reject_on_worker_lost=True,
+    ignore_result=True,
+    max_retries=None,
+    time_limit=NO_LIMIT_SECONDS,
+    soft_time_limit=NO_LIMIT_SECONDS,
+)  # type: ignore[untyped-decorator] # Celery has no types
+def coordinate(task: Task, database: str, rotation: int) -> None:
+    """Plan and watch a rotation without a terminal; takes one of the workers' places until its end.
+
+    Harmless however often and late it is delivered. While another delivery is at it, or the server is away,
+    this one asks again now and then, so that there is always one that would go on.
+    """
+    try:
+        is_left = coordinate_rotation(
+            database,
+            rotation,
+            log_observer(logging.getLogger(__name__)),
+            CeleryPublisher(database),
+            is_shutting_down,
+        )
+    except (OwnedElsewhereError, ServerLostError):
+        raise task.retry(countdown=ASK_AGAIN_SECONDS) from None
+    if is_left:
+        raise task.retry(countdown=0)
 
 
 class CeleryPublisher:
@@ -67,17 +111,16 @@ class CeleryPublisher:
     async def revoke(self) -> None:
         """Take back what no worker has begun; what one has begun, the fence ends."""
         with suppress(BrokerError):
-            await _in_time(current_app.control.revoke, list(self._published))
+            await _in_time(partial(current_app.control.revoke, list(self._published)))
 
 
-def hand_over(labels: list[str], database: str, selection: Selection, options: RunOptions) -> None:
-    """Have a worker coordinate the rotation.
+def hand_over(database: str, rotation: int) -> None:
+    """Have a worker coordinate a rotation that was begun.
 
     Raises:
         BrokerError: The broker cannot be reached.
     """
-    arguments = (labels, database, selection.saved(), options.saved())
-    asyncio.run(_published(coordinate, arguments))
+    asyncio.run(_published(coordinate, (database, rotation)))
 
 
 def load_app() -> None:
@@ -102,15 +145,16 @@ def load_app() -> None:
         )
 
 
-async def _published(task: Any, arguments: tuple[object, ...]) -> str:  # noqa: ANN401 - Celery has no types
+async def _published(task: Task, arguments: tuple[object, ...]) -> str:
     # What Celery would write of the arguments beside the arguments is for people who watch it.
-    result = await _in_time(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr="")
+    result = await _in_time(partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr=""))
     return str(result.id)
 
 
-async def _in_time(call: Any, *arguments: object, **options: object) -> Any:  # noqa: ANN401 - Celery has no types
+async def _in_time(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - Celery has no types
+    # A broker that is away can hold a call up for good.
     try:
         async with asyncio.timeout(PUBLISH_SECONDS):
-            return await asyncio.to_thread(call, *arguments, **options)
-    except (OperationalError, OSError, TimeoutError) as error:
+            return await in_abandonable_thread(call)
+    except Exception as error:  # noqa: BLE001 - each broker's library has errors of its own
         raise BrokerError(f"The broker cannot be reached ({type(error).__name__}).") from None

@@ -35,6 +35,10 @@ class SupersededError(RotatorError):
     """Another process has taken the rotation over; this one must not write any more."""
 
 
+class RotationOverError(RotatorError):
+    """The rotation that was to be gone on with is not unfinished any more; nothing was changed."""
+
+
 class ServerLostError(RotatorError):
     """The connection to the server is gone; what was in flight may or may not have been committed."""
 

@@ -21,11 +21,10 @@ from django.db.migrations.recorder import MigrationRecorder
 from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
 from rotator.events import Observer, RotationStopped, RowsRotated
 from rotator.findings import Findings
-from rotator.models import Rotation
 from rotator.postgres.connections import Server
 from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
-from rotator.run.context import Announce
+from rotator.run.context import Announce, ShouldStop
 from rotator.run.distribution import SpanPublisher
 from rotator.run.examination import dry_run, find_unfinished
 from rotator.run.options import RunOptions, RunTarget
@@ -82,28 +81,52 @@ class Prepared:
         """
         return _run(find_unfinished(self.server, self.target))
 
-    def rotate(self, observer: Observer, publisher: SpanPublisher | None = None) -> Outcome:
+    def begin(self, observer: Observer) -> int:
+        """Begin the rotation, or go on with it, and leave it to the workers; return its id.
+
+        Args:
+            observer: Is told of the preflight.
+
+        Raises:
+            RotatorError: It cannot be rotated, or another process is at it; nothing was changed.
+        """
+        connections.close_all()
+        return _run(self._begin(observer))
+
+    async def _begin(self, observer: Observer) -> int:
+        return await Run(self.server, self.target, self.options, observer).begin()
+
+    def rotate(
+        self,
+        observer: Observer,
+        publisher: SpanPublisher | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Outcome:
         """Run until the rotation is completed or the run is stopped.
 
         Args:
             observer: Is told of everything.
             publisher: Has the ranges rewritten by other processes; None where this one does it.
+            should_stop: Is asked now and then whether to drain; None where signals alone say so.
 
         Raises:
             RotatorError: It did not begin, or is another process's.
         """
         # None of Django's connections may idle beside the run, or be used by it.
         connections.close_all()
-        return _run(self.rotate_in_this_loop(observer, publisher))
+        return _run(self.rotate_in_this_loop(observer, publisher, should_stop))
 
     async def rotate_in_this_loop(
-        self, observer: Observer, publisher: SpanPublisher | None = None
+        self,
+        observer: Observer,
+        publisher: SpanPublisher | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> Outcome:
         """Do the same in the loop that is running already."""
         # The pool logs what it does about lost connections; told once, by the run itself, that is enough
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        run = Run(self.server, self.target, self.options, observer, self._announce(), publisher)
+        run = Run(self.server, self.target, self.options, observer, self._announce(), publisher, should_stop)
         try:
             stopped = await run.rotate()
         finally:
@@ -111,18 +134,18 @@ class Prepared:
             await sync_to_async(_close)(self.target.database)
         return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
 
-    def rotate_span(self, claim: Claim, span: int) -> None:
+    def rotate_span(self, claim: Claim, span: int, should_stop: ShouldStop) -> None:
         """Rewrite what is left of a distributed rotation's span.
 
         Raises:
-            RotatorError: The server was away for too long.
+            RotatorError: As :meth:`SpanWork.rotate` has it.
         """
         connections.close_all()
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        _run(self._rotate_span(claim, span))
+        _run(self._rotate_span(claim, span, should_stop))
 
-    async def _rotate_span(self, claim: Claim, span: int) -> None:
-        work = SpanWork(self.server, self.target, self.options, claim, self._announce())
+    async def _rotate_span(self, claim: Claim, span: int, should_stop: ShouldStop) -> None:
+        work = SpanWork(self.server, self.target, self.options, claim, self._announce(), should_stop)
         try:
             await work.rotate(span)
         finally:
@@ -195,27 +218,6 @@ def prepare(
     target = resolve(labels, database, selection or Selection())
     _check_migrations(connection)
     return Prepared(target=target, options=options, server=_server(connection))
-
-
-def rotate_span_of(database: str, claim: Claim, span: int) -> None:
-    """Rewrite what is left of a span as the rotation's own row says; nothing where that is another's by now.
-
-    Args:
-        database: Django's alias of the database.
-        claim: What the message about the span says of the rotation.
-        span: The span's id.
-
-    Raises:
-        RotatorError: It cannot be done here.
-    """
-    rotation = (
-        Rotation.objects.using(database)
-        .filter(pk=claim.rotation, generation=claim.generation, status=Rotation.Status.RUNNING)
-        .first()
-    )
-    if rotation is not None:
-        options, selection = RunOptions.read(rotation.options), Selection.read(rotation.selection)
-        prepare(rotation.target.split(), database, options, selection).rotate_span(claim, span)
 
 
 def _close(database: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from rotator.engine.backoff import backoff_seconds
 from rotator.engine.flow import Attempt, Flow
@@ -12,6 +13,8 @@ from rotator.errors import RangeRefusedError, RangeTooSlowError, RowsLockedError
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import KeyRange, KeySpan
 from rotator.tasks import first_error_alone
+
+FAILED_ROWS_AT_MOST: Final = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +45,7 @@ class EngineOptions:
     longest_wait_seconds: float = 5.0
     refusals_before_split: int = 3
     refusals_of_one_row: int = 8
-    failed_rows_at_most: int = 1000
+    failed_rows_at_most: int = FAILED_ROWS_AT_MOST
 
 
 class Engine:

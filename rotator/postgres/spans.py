@@ -28,6 +28,8 @@ class SpanProgress:
 
     Attributes:
         id: The span's id.
+        generation: How often a task has begun with it.
+        is_held: Whether a task has it, as far as is known.
         rows: How many rows were rotated.
         ranges: In how many ranges.
         retries: How often one had to be tried again; known at the end.
@@ -37,6 +39,8 @@ class SpanProgress:
     """
 
     id: int
+    generation: int
+    is_held: bool
     rows: int
     ranges: int
     retries: int
@@ -99,7 +103,8 @@ async def read_progress(connection: AsyncConnection, ids: Sequence[int]) -> list
     async with answered(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
-            "SELECT id, rows, ranges, retries, finished_at IS NOT NULL AS is_finished, failed_keys, error"
+            "SELECT id, generation, worker <> '' AS is_held, rows, ranges, retries,"
+            " finished_at IS NOT NULL AS is_finished, failed_keys, error"
             " FROM rotator_span WHERE id = ANY (%s) ORDER BY id",
             (list(ids),),
         )
@@ -151,6 +156,17 @@ async def claim_span(
         span=KeySpan(after=None if after is None else Key(after), through=Key(through)),
         gaps=left,
     )
+
+
+async def release(connection: AsyncConnection, claim: Claim, *, retries: int) -> None:
+    """Leave a span to another task."""
+    async with answered(connection):
+        await connection.execute(
+            "UPDATE rotator_span SET worker = '', updated_at = clock_timestamp(),"
+            " retries = retries + %(retries)s"
+            " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
+            {"retries": retries, **asdict(claim)},
+        )
 
 
 async def finish(

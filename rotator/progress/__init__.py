@@ -1,9 +1,10 @@
-"""How a rotation looks: a bar, plain lines, or JSON lines.
+"""How a rotation looks: a bar, plain lines, JSON lines, or log records.
 
 Bar and lines are for people and go to ``err``, so that ``out`` can be piped and holds the summary alone.
 JSON lines are for programs and go to ``out``; then the summary goes to ``err``.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from rotator.events import Event, Observer
 from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.lines import LinesObserver
+from rotator.progress.logged import LogObserver
 from rotator.progress.preflight import preflight
 from rotator.progress.summary import report, summary
 
 __all__ = [
     "PROGRESS_KINDS",
     "ProgressKind",
+    "log_observer",
     "open_progress",
     "preflight",
     "report",
@@ -53,6 +56,11 @@ def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[O
                 yield observer
         case _:
             yield LinesObserver(err, clock=time.monotonic)
+
+
+def log_observer(logger: logging.Logger) -> Observer:
+    """Return an observer for a process that nobody watches."""
+    return LogObserver(logger, clock=time.monotonic)
 
 
 def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:

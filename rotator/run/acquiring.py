@@ -7,7 +7,13 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.errors import OptionError, OwnedElsewhereError, StoppedBeforeStartError, TargetError
+from rotator.errors import (
+    OptionError,
+    OwnedElsewhereError,
+    RotationOverError,
+    StoppedBeforeStartError,
+    TargetError,
+)
 from rotator.events import OwnerWatched
 from rotator.postgres import ownership
 from rotator.postgres.failures import superseded
@@ -54,12 +60,14 @@ class Acquisition:
                 some of the same fields.
             OptionError: The unfinished rotation is for other rows or values.
             TargetError: The key's order is not what it was when the rotation began.
+            RotationOverError: It is not the one that was asked for.
             StoppedBeforeStartError: A stop was asked for while its owner was being watched.
         """
         target, owner = self._context.target, self._context.owner
         options = self._context.options.saved()
         while True:
             unfinished = await self._find()
+            self._check_identity(unfinished)
             if unfinished is None:
                 terms = Terms(
                     target=target.label,
@@ -112,6 +120,13 @@ class Acquisition:
             if now.updated_at != seen.updated_at:
                 return True
         return False
+
+    def _check_identity(self, found: Unfinished | None) -> None:
+        wanted = self._context.options.rotation
+        if wanted is not None and (found is None or found.id != wanted):
+            raise RotationOverError(
+                f"Rotation {wanted} of {self._context.target.label} is not unfinished any more."
+            )
 
     def _check_sameness(self, found: Unfinished) -> None:
         """Refuse to go on with what was begun under other terms."""

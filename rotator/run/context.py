@@ -15,6 +15,9 @@ from rotator.run.stopping import StopRequests
 Announce: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
 """Tells whoever acts upon rotated rows; whoever waits for it writes no more rows meanwhile."""
 
+ShouldStop: TypeAlias = Callable[[], bool]
+"""Says whether whoever this is done for has to stop; called now and then."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:

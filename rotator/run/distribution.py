@@ -2,13 +2,14 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from psycopg import AsyncConnection
 
-from rotator.errors import BrokerError, ServerRefusedError
+from rotator.engine.engine import FAILED_ROWS_AT_MOST
+from rotator.errors import BrokerError, RangeRefusedError, ServerLostError, ServerRefusedError
 from rotator.events import BrokerAway, Observer, RangeCompleted, RangeRetried, RowFailed, WorkersSilent
 from rotator.keys import Key, KeySpan
 from rotator.postgres import spans
@@ -18,6 +19,8 @@ from rotator.postgres.transaction import Claim
 
 POLL_SECONDS: Final = 0.25
 SILENT_SECONDS: Final = 30.0
+# No message is heard of where there is no worker; after a while a new one is worth little.
+LONGEST_PATIENCE_SECONDS: Final = 300.0
 SPANS_OUTSTANDING: Final = 16
 # A task opens its connections anew, which a few ranges would not be worth; and a host that is lost loses no
 # more.
@@ -48,12 +51,16 @@ class _Outstanding:
     Attributes:
         rows: How many of its rows are known to be rotated.
         ranges: In how many ranges.
-        heard_at: When that last changed, or it was published.
+        generation: How often a worker has begun with it.
+        is_held: Whether a worker has it.
+        heard_at: When one of these last changed, or it was published.
         is_published: Whether the broker took it.
     """
 
     rows: int = 0
     ranges: int = 0
+    generation: int = 0
+    is_held: bool = False
     heard_at: float = 0.0
     is_published: bool = False
 
@@ -80,8 +87,10 @@ class Distribution:
         self._notify = notify
         self._outstanding: dict[int, _Outstanding] = {}
         self._is_broker_away = False
-        self._heard_at = asyncio.get_running_loop().time()
         self._clock = asyncio.get_running_loop().time
+        self._heard_at = self._clock()
+        self._patience_seconds = SILENT_SECONDS
+        self._failed_rows = 0
 
     async def run(
         self,
@@ -101,6 +110,9 @@ class Distribution:
 
         Raises:
             ServerRefusedError: A worker met what trying again does not mend.
+            RangeRefusedError: More rows were refused than ``FAILED_ROWS_AT_MOST``.
+            ServerLostError: The spans are gone, so that what is done has to be read anew.
+            SupersededError: This process does not own the rotation any more.
         """
         await spans.clear(self._connection, self._claim)
         left, limit = deque(gaps), rows_at_most
@@ -113,7 +125,8 @@ class Distribution:
                 return
             await _wait(drain, POLL_SECONDS)
             await self._look()
-        await self._publisher.revoke()
+        if not self._is_broker_away:
+            await self._publisher.revoke()
 
     async def _plan(self, left: deque[KeySpan], span_rows: int, limit: int | None) -> int | None:
         gap = left.popleft()
@@ -126,10 +139,12 @@ class Distribution:
 
     async def _publish_again(self) -> None:
         """Publish what is not yet published, or of which nothing was heard for long."""
-        due = list(self._due())
+        due = [number for number, span in self._outstanding.items() if self._is_due(span)]
         silent_seconds = self._clock() - self._heard_at
         if due and silent_seconds >= SILENT_SECONDS and not self._is_broker_away:
             self._notify(WorkersSilent(seconds=silent_seconds))
+            # Perhaps nobody will come for long, and messages are not to pile up until then.
+            self._patience_seconds = min(2 * self._patience_seconds, LONGEST_PATIENCE_SECONDS)
         for number in due:
             span = self._outstanding[number]
             span.heard_at = self._clock()
@@ -144,13 +159,18 @@ class Distribution:
             span.is_published = True
             self._is_broker_away = False
 
-    def _due(self) -> Iterator[int]:
-        for number, span in list(self._outstanding.items()):
-            if not span.is_published or self._clock() - span.heard_at >= SILENT_SECONDS:
-                yield number
+    def _is_due(self, span: _Outstanding) -> bool:
+        if not span.is_published:
+            return True
+        # One that nobody has may well wait for its turn, as long as anybody does anything.
+        heard_at = span.heard_at if span.is_held else max(span.heard_at, self._heard_at)
+        return self._clock() - heard_at >= self._patience_seconds
 
     async def _look(self) -> None:
-        for progress in await spans.read_progress(self._connection, list(self._outstanding)):
+        found = await spans.read_progress(self._connection, list(self._outstanding))
+        if len(found) < len(self._outstanding):
+            raise ServerLostError("What was planned for the workers is gone from the database.")
+        for progress in found:
             span = self._outstanding[progress.id]
             if progress.ranges > span.ranges:
                 self._notify(
@@ -161,8 +181,14 @@ class Distribution:
                         ranges=progress.ranges - span.ranges,
                     )
                 )
-                span.rows, span.ranges = progress.rows, progress.ranges
+            if not progress.is_held and (span.is_held or progress.generation > span.generation):
+                # A worker has begun with it and left it to others.
+                span.is_published = False
+            if (progress.generation, progress.ranges) != (span.generation, span.ranges):
                 span.heard_at = self._heard_at = self._clock()
+                self._patience_seconds = SILENT_SECONDS
+            span.rows, span.ranges = progress.rows, progress.ranges
+            span.generation, span.is_held = progress.generation, progress.is_held
             if progress.is_finished:
                 del self._outstanding[progress.id]
                 self._tell_end(progress)
@@ -171,7 +197,10 @@ class Distribution:
         for _ in range(progress.retries):
             self._notify(RangeRetried(rows=0, reason="reported by a worker", split=False))
         for key, reason in progress.failed_keys:
+            self._failed_rows += 1
             self._notify(RowFailed(key=Key(key), reason=reason))
+            if self._failed_rows > FAILED_ROWS_AT_MOST:
+                raise RangeRefusedError(reason, passing=False)
         if progress.error:
             raise ServerRefusedError(progress.error)
 

@@ -17,6 +17,7 @@ class RunOptions:
     Attributes:
         concurrency: How many workers write at the same time.
         batch: How many rows a range holds.
+        rotation: Go on with this one alone; None for the target's unfinished one, or a new one.
         restart: Abandon the unfinished rotation and begin anew.
         take_over: Take the rotation from its owner without watching whether that is alive.
         stop_after_rows: End the run after this many rows; None for no limit.
@@ -32,6 +33,7 @@ class RunOptions:
 
     concurrency: int = 4
     batch: int = 2000
+    rotation: int | None = None
     restart: bool = False
     take_over: bool = False
     stop_after_rows: int | None = None

@@ -30,7 +30,7 @@ from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuuming import read_storage
 from rotator.process import this_process
 from rotator.run.acquiring import Acquired, Acquisition, regain
-from rotator.run.context import Announce, RunContext
+from rotator.run.context import Announce, RunContext, ShouldStop
 from rotator.run.distribution import SpanPublisher
 from rotator.run.examination import Examination, check
 from rotator.run.figures import Figures
@@ -39,11 +39,13 @@ from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
 from rotator.run.stopping import StopRequests
 from rotator.run.vacuuming import Vacuuming
-from rotator.tasks import first_error_alone
+from rotator.tasks import first_error_alone, watch
 
 HEARTBEAT_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 LEAST_OPEN_SECONDS: Final = 1.0
+LEFT_TO_WORKERS: Final = "Left to the workers."
+_WORKER_STOPS: Final = "a worker's shutdown"
 _CANCELLED: Final = "Cancelled by the program that it ran in."
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
 
@@ -59,9 +61,21 @@ class Run:
         observer: Observer,
         announce: Announce | None = None,
         publisher: SpanPublisher | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> None:
-        """Prepare a run; to be called in the running loop."""
+        """Prepare a run; to be called in the running loop.
+
+        Args:
+            server: Where the target is.
+            target: What is rotated.
+            options: How.
+            observer: Is told of everything.
+            announce: Is awaited after each commit of rows; None where nobody asked for that.
+            publisher: Has the ranges rewritten elsewhere; None where this process does it.
+            should_stop: Is asked now and then whether to drain, beside the signals; None where nobody knows.
+        """
         self._observer = observer
+        self._should_stop = should_stop
         self._figures = Figures()
         self._requests = StopRequests(self._notify)
         self._context = RunContext(
@@ -104,6 +118,7 @@ class Run:
         """
         with self._requests.signals() if self._context.options.listens_to_signals else nullcontext():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
+            watching = asyncio.create_task(self._stop_when_told(), name="rotator watch for a stop")
             work = asyncio.create_task(self._through_outages(), name="rotator run")
             try:
                 with self._requests.aborting(work):
@@ -119,14 +134,31 @@ class Run:
                 )
             finally:
                 timer.cancel()
+                watching.cancel()
         self._notify(stopped)
         return stopped
+
+    async def begin(self) -> int:
+        """Begin the rotation, or go on with it, for others to work on; return its id.
+
+        Raises:
+            RotatorError: It cannot be rotated, or another process is at it; nothing was changed.
+        """
+        async with connected(self._context.server) as control:
+            table = await self._check(control)
+            self._acquired = await Acquisition(control, table, self._context).acquire()
+        await self._record("interrupted", LEFT_TO_WORKERS)
+        return self._acquired.claim.rotation
 
     async def _stop_in_time(self) -> None:
         seconds = self._context.options.stop_after_seconds
         if seconds is not None:
             await asyncio.sleep(seconds)
             self._requests.ask(STOP_AFTER)
+
+    async def _stop_when_told(self) -> None:
+        if self._should_stop is not None:
+            await watch(self._should_stop, lambda: self._requests.ask(_WORKER_STOPS))
 
     async def _through_outages(self) -> RotationStopped:
         while True:

@@ -1,14 +1,14 @@
 """A worker's part of a distributed rotation: one span, with the same engine."""
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.engine.backoff import backoff_seconds
 from rotator.engine.engine import Engine, EngineOptions
 from rotator.errors import RotatorError, ServerLostError, SupersededError
-from rotator.events import Event, RangeDeferred, RangeRetried, RowFailed
+from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import Key
 from rotator.postgres import spans
 from rotator.postgres.connections import Server, connected, pooled
@@ -19,23 +19,25 @@ from rotator.postgres.transaction import Claim
 from rotator.postgres.writing import PostgresWriter, RangeUpdate
 from rotator.process import this_process
 from rotator.run.announcing import AnnouncingWriter
-from rotator.run.context import Announce
+from rotator.run.context import Announce, ShouldStop
 from rotator.run.examination import read_target
 from rotator.run.options import RunOptions, RunTarget
-
-_FIRST_WAIT_SECONDS = 0.2
-_LONGEST_WAIT_SECONDS = 5.0
+from rotator.run.outage import OutageBudget
+from rotator.tasks import watch
 
 
 @dataclass
 class _Told:
     """What the engine tells, as far as the coordinator wants to know it."""
 
+    outage: OutageBudget
     retries: int = 0
     failed_keys: list[tuple[Key, str]] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
         match event:
+            case RangeCompleted():
+                self.outage.works()
             case RangeDeferred() | RangeRetried():
                 self.retries += 1
             case RowFailed():
@@ -54,6 +56,7 @@ class SpanWork:
         options: RunOptions,
         claim: Claim,
         announce: Announce | None,
+        should_stop: ShouldStop,
     ) -> None:
         """Prepare it; the claim is the rotation's, as the task's message has it."""
         self._server = server
@@ -61,37 +64,44 @@ class SpanWork:
         self._options = options
         self._claim = claim
         self._announce = announce
+        self._should_stop = should_stop
+        self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
+        self._drain = asyncio.Event()
 
     async def rotate(self, span: int) -> None:
-        """Rewrite what is left of a span; an error that trying again does not mend is noted with it.
+        """Rewrite what is left of a span, or as much of it as can be done until the worker has to stop.
 
-        Whatever else this task was too late for is no error: the span is another task's, or nobody's.
+        What this task was too late for is no error: the span is another task's, or nobody's.
 
         Raises:
             ServerLostError: The server was away for longer than the outage budget.
+            RowsLockedError: Another task of the same span could not be ended.
+            TargetError: It cannot be rotated by this worker.
+            ServerRefusedError: This worker may not begin with it.
         """
-        clock = asyncio.get_running_loop().time
-        until, attempts = clock() + self._options.outage_budget_seconds, 0
-        while True:
-            try:
-                return await self._attempt(span)
-            except SupersededError:
-                return None
-            except ServerLostError:
-                attempts += 1
-                if clock() > until:
-                    raise
-                await asyncio.sleep(
-                    backoff_seconds(attempts, first=_FIRST_WAIT_SECONDS, longest=_LONGEST_WAIT_SECONDS)
-                )
+        watching = asyncio.create_task(watch(self._should_stop, self._drain.set), name="rotator watch")
+        try:
+            while not self._drain.is_set():
+                try:
+                    return await self._attempt(span)
+                except SupersededError:
+                    return None
+                except ServerLostError:
+                    self._outage.lost()
+                    if not self._outage.left_seconds:
+                        raise
+                    await asyncio.sleep(self._outage.delay_seconds())
+        finally:
+            watching.cancel()
 
     async def _attempt(self, span: int) -> None:
         async with connected(self._server) as connection:
             table = await read_target(connection, self._target)
             claimed = await spans.claim_span(connection, table, self._claim, span, worker=str(this_process()))
+            self._outage.back()
             if claimed is None:
                 return
-            told = _Told()
+            told = _Told(self._outage)
             error = ""
             try:
                 async with (
@@ -99,11 +109,15 @@ class SpanWork:
                     pooled(self._server, self._options.concurrency) as pool,
                 ):
                     engine = self._engine(IndexPlanner(side, table), pool, table, claimed, told)
-                    await engine.run(claimed.gaps, asyncio.Event())
+                    await engine.run(claimed.gaps, self._drain)
             except (SupersededError, ServerLostError):
                 raise
             except RotatorError as refused:
                 error = str(refused)
+            if self._drain.is_set() and not error:
+                # Whoever has it next finds out what is left, if anything.
+                await spans.release(connection, claimed.claim, retries=told.retries)
+                return
             await spans.finish(
                 connection, claimed.claim, retries=told.retries, failed_keys=told.failed_keys, error=error
             )

@@ -70,15 +70,24 @@ class Hosts:
         wait_until(lambda: "ready." in worker.err, "the worker is ready")
         return worker
 
-    def coordinator(self, *options: str) -> Running:
-        return self._start(*MANAGE, COMMAND, "--celery", *options)
+    def coordinator(self, *options: str, **environment: str) -> Running:
+        return self._start(*MANAGE, COMMAND, "--celery", *options, **environment)
 
     def rotate(self, *options: str) -> Finished:
         return self.coordinator(*options).wait(120)
 
-    def _start(self, *command: str) -> Running:
+    def deliver_again(self, rotation: int) -> None:
+        """Do as a broker does that has heard nothing for long of who coordinates a rotation."""
+        from core.celery import app  # noqa: PLC0415 - of an extra
+        from rotator.distributed import coordinate  # noqa: PLC0415 - of an extra
+
+        with app.connection(self.url) as connection:
+            coordinate.apply_async(("default", rotation), connection=connection)
+
+    def _start(self, *command: str, **environment: str) -> Running:
         # Celery warns of what is not ours to mend, and of root.
         known = ("env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}")
+        known += tuple(f"{name}={value}" for name, value in environment.items())
         return self._commands.start(program=(*known, *command))
 
 
@@ -238,34 +247,109 @@ def test_ctrl_c_drains_and_the_workers_write_no_more(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
-def test_a_worker_that_is_asked_to_stop_finishes_its_span(hosts: Hosts) -> None:
+def test_a_worker_that_is_asked_to_stop_leaves_its_span_to_another(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
-    slow_down(0.01)
+    slow_down(0.1)
     worker = hosts.worker()
-    coordinator = hosts.coordinator("--batch=50", "--concurrency=2")
+    coordinator = hosts.coordinator("--batch=20", "--concurrency=2")
     wait_for_checkpoints(10)
+    other = hosts.worker()
     worker.send(signal.SIGTERM)
-    assert worker.wait().status == 0
+    # A span takes five of these, and a container's grace is ten seconds.
+    assert worker.wait(8).status == 0
+    assert Span.objects.filter(worker="", generation=1, finished_at=None).exists()
     speed_up()
-    assert all(span.finished_at for span in Span.objects.exclude(worker=""))
-    hosts.worker()
-    assert coordinator.wait(SILENT_SECONDS + 60).status == 0
+    assert coordinator.wait(SILENT_SECONDS - 10).status == 0
+    assert other.is_alive
     audit.assert_rotated()
+
+
+def detached(hosts: Hosts, *options: str) -> int:
+    """Leave a rotation to the workers, and return its id."""
+    started = hosts.rotate("--detach", *options)
+    assert started.status == 0, started.err
+    said = started.err.splitlines()[-1]
+    number = Rotation.objects.get().pk
+    assert said == (
+        f"Rotation {number} is left to the workers; see how far they are with: "
+        f"manage.py rotations {number} --follow"
+    )
+    return int(number)
+
+
+def follow(commands: Commands, number: int) -> Running:
+    return commands.start(str(number), "--follow", program=(*MANAGE, "rotations"))
 
 
 def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
+    following = follow(commands, detached(hosts, "--batch=50"))
     # One place for whoever plans and watches.
     hosts.worker(processes=2)
-    started = hosts.rotate("--detach", "--batch=50")
-    assert started.status == 0, started.err
-    assert "The workers go on with it" in started.err
-    wait_until(Rotation.objects.exists, "the rotation is begun")
-    followed = commands.start(str(Rotation.objects.get().pk), "--follow", program=(*MANAGE, "rotations"))
-    finished = followed.wait(60)
+    finished = following.wait(60)
     assert finished.status == 0, finished.err
+    assert "interrupted: 0 of 0 rows (0%), waiting for a worker" in finished.out
     assert finished.out.splitlines()[-1].startswith("completed: 20,000 of 20,000 rows (100%)")
     audit.assert_rotated()
+
+
+def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
+    hosts: Hosts, commands: Commands
+) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    worker = hosts.worker(processes=2)
+    number = detached(hosts, "--batch=20")
+    wait_for_checkpoints(20)
+    worker.send(signal.SIGTERM)
+    assert worker.wait(10).status == 0
+    assert (Rotation.objects.get().status, Rotation.objects.get().error) == (
+        "interrupted",
+        "Left to the workers.",
+    )
+    speed_up()
+    hosts.worker(processes=2)
+    assert follow(commands, number).wait(60).status == 0
+    audit.assert_rotated()
+
+
+def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, commands: Commands) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.01)
+    worker = hosts.worker(processes=3)
+    number = detached(hosts, "--batch=50")
+    wait_for_checkpoints(20)
+    # While the first is at it, and when all is done.
+    hosts.deliver_again(number)
+    wait_until(lambda: "Retry in 60s" in worker.err, "it leaves it to the first", seconds=20)
+    speed_up()
+    assert follow(commands, number).wait(60).status == 0
+    hosts.deliver_again(number)
+    wait_until(lambda: worker.err.count("succeeded in") == Span.objects.count() + 2, "it is over")
+    assert Rotation.objects.count() == 1
+    audit.assert_rotated()
+
+
+def test_what_a_worker_cannot_do_is_told_here(hosts: Hosts, tmp_path: Path) -> None:
+    audit = audited_tickets(ROWS)
+    (tmp_path / "only_here.py").write_text("import uuid\nmake = uuid.uuid4\n")
+    hosts.worker()
+    finished = hosts.coordinator("--generator=only_here.make", PYTHONPATH=str(tmp_path)).wait(60)
+    assert finished.status == 1
+    assert "The generator only_here.make cannot be imported (ModuleNotFoundError)" in finished.out
+    audit.assert_untouched()
+
+
+def test_ctrl_c_without_a_broker_ends_it(hosts: Hosts) -> None:
+    audited_tickets(ROWS)
+    coordinator = hosts.coordinator()
+    wait_until(Span.objects.exists, "it has begun")
+    hosts.end()
+    # There is one more to be published when one is done.
+    coordinator.send(signal.SIGINT)
+    finished = coordinator.wait(20)
+    assert finished.status == 128 + signal.SIGINT
+    assert "Interrupted: " in finished.out
 
 
 @pytest.mark.parametrize("batch", [10_000, 50_000])

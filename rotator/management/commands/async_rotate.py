@@ -143,7 +143,8 @@ class Command(BaseCommand):
         parser.add_argument(
             "--detach",
             action="store_true",
-            help="With --celery: have a worker plan and watch, too, and return; see rotations ID --follow.",
+            help="With --celery: have a worker plan and watch, too, and return; see rotations ID --follow. "
+            "Takes two worker processes at the least.",
         )
         parser.add_argument(
             "--restart",
@@ -212,7 +213,7 @@ class Command(BaseCommand):
                 return
             publisher = self._publisher(options)
             if options["detach"]:
-                self._hand_over(prepared)
+                self._hand_over(prepared, options)
                 return
             out, err = _raw(self.stdout), _raw(self.stderr)
             with open_progress(options["progress"], out=out, err=err) as observer:
@@ -222,7 +223,7 @@ class Command(BaseCommand):
         self._tell(outcome, options, report_file)
         if publisher is not None and self._is_left_to_the_workers(outcome):
             try:
-                self._hand_over(prepared)
+                self._hand_over(_without_ends(prepared), options)
             except RotatorError as error:
                 raise CommandError(str(error), returncode=error.exit_status) from error
         if outcome.exit_status:
@@ -233,11 +234,6 @@ class Command(BaseCommand):
             if options["detach"]:
                 raise OptionError("--detach leaves the rotation to Celery's workers: give it with --celery.")
             return None
-        if options["detach"] and (options["restart"] or options["take_over"]):
-            # A message that is delivered again would do either again.
-            raise OptionError(
-                "--detach goes with neither --restart nor --take-over: do that first without it."
-            )
         try:
             from rotator.distributed import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
         except ModuleNotFoundError as error:
@@ -247,23 +243,22 @@ class Command(BaseCommand):
         load_app()
         return CeleryPublisher(options["database"])
 
-    def _hand_over(self, prepared: Prepared) -> None:
+    def _hand_over(self, prepared: Prepared, options: Options) -> None:
         from rotator.distributed import hand_over  # noqa: PLC0415 - of an extra
 
-        target = prepared.target
-        options = replace(
-            prepared.options,
-            # The signals of a worker are its own, and nobody looks at a preflight there.
-            listens_to_signals=False,
-            preflight=False,
-            # They were meant for this run.
-            restart=False,
-            take_over=False,
-            stop_after_rows=None,
-            stop_after_seconds=None,
+        try:
+            with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:
+                rotation = prepared.begin(observer)
+        except KeyboardInterrupt:
+            self.stderr.write("")
+            raise StoppedBeforeStartError(signal.SIGINT) from None
+        hand_over(prepared.target.database, rotation)
+        database = prepared.target.database
+        where = "" if database == DEFAULT_DB_ALIAS else f" --database {database}"
+        self.stderr.write(
+            f"Rotation {rotation} is left to the workers; see how far they are with: "
+            f"manage.py rotations {rotation} --follow{where}"
         )
-        hand_over(target.label.split(), target.database, target.selection, options)
-        self.stderr.write("The workers go on with it: manage.py rotations shows how far they are.")
 
     def _is_left_to_the_workers(self, outcome: Outcome) -> bool:
         """Ask whether they shall go on, after a Ctrl-C on a terminal."""
@@ -338,6 +333,19 @@ class Command(BaseCommand):
                 report_file.write_text(json.dumps(report(outcome.stopped), indent=2) + "\n")
             except OSError as error:
                 raise CommandError(f"The report could not be written: {error}") from error
+
+
+def _without_ends(prepared: Prepared) -> Prepared:
+    """The same, but for what was meant for the run that has just ended."""
+    options = replace(
+        prepared.options,
+        preflight=False,
+        restart=False,
+        take_over=False,
+        stop_after_rows=None,
+        stop_after_seconds=None,
+    )
+    return replace(prepared, options=options)
 
 
 def _raw(wrapper: OutputWrapper) -> TextIO:

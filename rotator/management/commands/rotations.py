@@ -11,9 +11,12 @@ from django.db.models import QuerySet
 
 from rotator.models import Rotation
 from rotator.progress.format import count, duration
+from rotator.run.run import LEFT_TO_WORKERS
 from rotator.selection import Selection
 
 _FOLLOW_SECONDS: Final = 1.0
+# A heartbeat comes each second.
+_SILENT_SECONDS: Final = 10.0
 
 
 class Options(TypedDict):
@@ -41,7 +44,6 @@ class Command(BaseCommand):
             help="The alias of the database that holds the targets (default: %(default)s).",
         )
         parser.add_argument("--json", action="store_true", help="Print JSON, for programs.")
-
         parser.add_argument(
             "--follow", action="store_true", help="With an ID: show how far it is until it ends or stops."
         )
@@ -53,10 +55,9 @@ class Command(BaseCommand):
         try:
             rotations = list(_chosen(found, number))
         except Error as error:
-            reason = " ".join(str(error).split("\n", 1)[0].split())
             raise CommandError(
                 f"The rotations of the database '{options['database']}' cannot be read; is it migrated, and "
-                f"does it run? {reason}"
+                f"does it run? {_first_line(error)}"
             ) from error
         if number is not None and not rotations:
             raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
@@ -79,17 +80,44 @@ class Command(BaseCommand):
         try:
             while True:
                 rotation = found.get(pk=number)
-                line = f"{rotation.status}: {_rows(rotation)} rows ({_percent(rotation)}%)"
+                line = _standing(rotation)
                 if line != said:
                     self.stdout.write(said := line)
                     self.stdout.flush()
-                if rotation.status != Rotation.Status.RUNNING:
+                if rotation.status != Rotation.Status.RUNNING and not _awaits_workers(rotation):
                     break
                 time.sleep(_FOLLOW_SECONDS)
         except KeyboardInterrupt:
             raise CommandError("", returncode=130) from None
+        except Error as error:
+            raise CommandError(
+                "The database cannot be asked any more, which the rotation need not have noticed. "
+                f"{_first_line(error)}"
+            ) from error
         if rotation.status != Rotation.Status.COMPLETED:
             raise CommandError(rotation.error or f"It is {rotation.status}.")
+
+
+def _standing(rotation: Rotation) -> str:
+    """Return how far a rotation is, and whether anybody is at it."""
+    line = f"{rotation.status}: {_rows(rotation)} rows ({_percent(rotation)}%)"
+    if _awaits_workers(rotation):
+        return f"{line}, waiting for a worker"
+    if rotation.status == Rotation.Status.RUNNING and _silent_seconds(rotation) > _SILENT_SECONDS:
+        return f"{line}, but nothing was heard of {_owner(rotation)} since {_moment(rotation.updated_at)}"
+    return line
+
+
+def _awaits_workers(rotation: Rotation) -> bool:
+    return rotation.status == Rotation.Status.INTERRUPTED and rotation.error == LEFT_TO_WORKERS
+
+
+def _silent_seconds(rotation: Rotation) -> float:
+    return max(0.0, (datetime.now(UTC) - rotation.updated_at).total_seconds())
+
+
+def _first_line(error: Error) -> str:
+    return " ".join(str(error).split("\n", 1)[0].split())
 
 
 def _chosen(found: QuerySet[Rotation], number: int | None) -> QuerySet[Rotation]:
@@ -181,8 +209,7 @@ def _owner(rotation: Rotation) -> str:
 
 
 def _age(rotation: Rotation) -> str:
-    seconds = max(0.0, (datetime.now(UTC) - rotation.updated_at).total_seconds())
-    return f"{duration(seconds)} ago"
+    return f"{duration(_silent_seconds(rotation))} ago"
 
 
 def _moment(at: datetime) -> str:

@@ -1,0 +1,114 @@
+"""What Celery's workers do for a distributed rotation, by what its row in the database says."""
+
+from dataclasses import replace
+
+from django.db import OperationalError
+from django.db.models.functions import Now
+
+from rotator.errors import (
+    OwnedElsewhereError,
+    RotationOverError,
+    RotatorError,
+    RowsLockedError,
+    ServerLostError,
+    StoppedBeforeStartError,
+)
+from rotator.events import Observer
+from rotator.models import Rotation, Span
+from rotator.postgres.transaction import Claim
+from rotator.run.context import ShouldStop
+from rotator.run.distribution import SpanPublisher
+from rotator.run.options import RunOptions
+from rotator.run.run import LEFT_TO_WORKERS
+from rotator.selection import Selection
+from rotator.service import prepare
+
+
+def rotate_span(database: str, claim: Claim, span: int, should_stop: ShouldStop) -> None:
+    """Rewrite what is left of a span; nothing where it is another's by now, or nobody's.
+
+    An error that trying again here does not mend is noted with the span, and ends the rotation: what it is
+    has to be known where somebody looks.
+
+    Args:
+        database: Django's alias of the database.
+        claim: What the message about the span says of the rotation.
+        span: The span's id.
+        should_stop: Whether the worker has to stop.
+
+    Raises:
+        RotatorError: It cannot be done here.
+    """
+    rotation = (
+        Rotation.objects.using(database)
+        .filter(pk=claim.rotation, generation=claim.generation, status=Rotation.Status.RUNNING)
+        .first()
+    )
+    if rotation is None:
+        return
+    options, selection = RunOptions.read(rotation.options), Selection.read(rotation.selection)
+    try:
+        prepared = prepare(rotation.target.split(), database, options, selection)
+        prepared.rotate_span(claim, span, should_stop)
+    except (ServerLostError, RowsLockedError):
+        raise
+    except RotatorError as error:
+        Span.objects.using(database).filter(
+            pk=span, rotation=rotation, rotation__generation=claim.generation, finished_at=None
+        ).update(error=str(error), finished_at=Now(), updated_at=Now())
+        raise
+
+
+def coordinate(
+    database: str, number: int, observer: Observer, publisher: SpanPublisher, should_stop: ShouldStop
+) -> bool:
+    """Plan and watch a rotation that was begun and left to the workers.
+
+    Args:
+        database: Django's alias of the database.
+        number: The rotation's id; one that is over is nobody's work any more.
+        observer: Is told of everything.
+        publisher: Has the spans rewritten.
+        should_stop: Whether the worker has to stop.
+
+    Returns:
+        Whether another worker is to go on with it.
+
+    Raises:
+        OwnedElsewhereError: Another process is alive and coordinates it.
+        ServerLostError: The server could not be reached in the first place.
+        RotatorError: It cannot be done here; the rotation's row says why.
+    """
+    rotations = Rotation.objects.using(database).filter(pk=number, status__in=Rotation.UNFINISHED)
+    try:
+        rotation = rotations.first()
+    except OperationalError as error:
+        raise ServerLostError(f"The database '{database}' cannot be reached.") from error
+    if rotation is None:
+        return False
+    options = replace(
+        RunOptions.read(rotation.options),
+        rotation=number,
+        # The signals of a worker are its own, and nobody looks at a preflight here.
+        listens_to_signals=False,
+        preflight=False,
+        # They were meant for the beginning.
+        restart=False,
+        take_over=False,
+    )
+    try:
+        prepared = prepare(rotation.target.split(), database, options, Selection.read(rotation.selection))
+        stopped = prepared.rotate(observer, publisher, should_stop).stopped
+        is_left = stopped.status == "interrupted" and should_stop()
+    except RotationOverError:
+        is_left = False
+    except StoppedBeforeStartError:
+        is_left = True
+    except (OwnedElsewhereError, ServerLostError):
+        raise
+    except RotatorError as error:
+        rotations.filter(error=LEFT_TO_WORKERS).update(status=Rotation.Status.FAILED, error=str(error))
+        raise
+    if is_left:
+        rotations.filter(status=Rotation.Status.INTERRUPTED).update(error=LEFT_TO_WORKERS)
+    return is_left
