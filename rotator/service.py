@@ -249,7 +249,9 @@ def _server(connection: BaseDatabaseWrapper) -> Server:
     parameters: dict[str, Any] = connection.get_connection_params()
     role = connection.settings_dict.get("OPTIONS", {}).get("assume_role")
     return Server(
-        parameters={name: value for name, value in parameters.items() if name not in _DJANGOS_OWN}, role=role
+        parameters={name: value for name, value in parameters.items() if name not in _DJANGOS_OWN},
+        role=role,
+        time_zone=connection.timezone_name,
     )
 
 

@@ -34,10 +34,12 @@ class Server:
     Attributes:
         parameters: What libpq needs, as keyword arguments.
         role: The role to assume; None for the one that logs in.
+        time_zone: That of its sessions, for conditions that have none; None for the server's own.
     """
 
     parameters: Mapping[str, Any]
     role: str | None = None
+    time_zone: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a connection."""
@@ -57,6 +59,9 @@ class Server:
         arrays.register(connection)
         if self.role is not None:
             await connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(self.role)))
+        # A setting that transaction poolers keep for each client.
+        if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
+            await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))
 
 
 @asynccontextmanager

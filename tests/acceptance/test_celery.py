@@ -86,8 +86,8 @@ class Hosts:
 
     def _start(self, *command: str, **environment: str) -> Running:
         # Celery warns of what is not ours to mend, and of root.
-        known = ("env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}")
-        known += tuple(f"{name}={value}" for name, value in environment.items())
+        known = ["env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}"]
+        known += [f"{name}={value}" for name, value in environment.items()]
         return self._commands.start(program=(*known, *command))
 
 

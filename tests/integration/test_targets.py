@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from django.db import connection as django_connection
 from django.dispatch import receiver
+from django.test import override_settings
 
 from rotator import generators
 from rotator.api import RotationUnfinishedError, Target, rotate, rotate_sync
@@ -105,6 +106,22 @@ def test_only_rows_that_match_get_a_new_value(
     assert outcome.stopped.rows_total == len(expected)
     assert leaked() == set(range(ROWS)) - expected
     assert sum(orders.updates().values()) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # Six hours behind UTC, as the last order is made at noon.
+        ("created_at__lt=2026-11-21T10:00:00", 21),
+        ("created_at__hour=6", ROWS),
+    ],
+)
+@pytest.mark.usefixtures("orders")
+def test_without_time_zones_a_time_is_one_of_the_projects(text: str, expected: int) -> None:
+    with override_settings(USE_TZ=False, TIME_ZONE="America/Chicago"):
+        outcome = run(API_KEY, selection=Selection(filters=(text,), generator=TOKEN.generator))
+    assert_completed(outcome, rows=expected)
+    assert len(leaked()) == ROWS - expected
 
 
 def test_a_filtered_rotation_survives_its_death(orders: Database) -> None:
