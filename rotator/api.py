@@ -18,7 +18,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from rotator.errors import OptionError, RotatorError
 from rotator.events import Event, Observer, RotationStopped
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
-from rotator.run.options import RunOptions
+from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
 from rotator.service import Prepared, prepare
 
@@ -87,7 +87,8 @@ class _Call:
         try:
             return self.prepare()
         finally:
-            connections[self.target.database].close()
+            if self.target.database in connections:
+                connections[self.target.database].close()
 
 
 async def rotate(  # noqa: PLR0913 - the options of the command, by name
@@ -199,8 +200,14 @@ def _options(
     lock_timeout: timedelta,
     outage_budget: timedelta,
 ) -> RunOptions:
-    if concurrency < 1 or batch < 1:
-        raise OptionError(f"concurrency and batch must be 1 or more, not {concurrency} and {batch}.")
+    if concurrency < 1 or not 1 <= batch <= MOST_BATCH_ROWS:
+        raise OptionError(
+            f"concurrency and batch must be 1 or more, and batch {MOST_BATCH_ROWS:,} or less, not "
+            f"{concurrency} and {batch}."
+        )
+    # The server takes a timeout of 0 for none.
+    if lock_timeout < timedelta(milliseconds=1) or outage_budget <= timedelta(0):
+        raise OptionError("lock_timeout must be a millisecond or more, and outage_budget more than 0.")
     lock_seconds = lock_timeout.total_seconds()
     return RunOptions(
         concurrency=concurrency,

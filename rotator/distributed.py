@@ -15,12 +15,12 @@ from typing import Any, Final
 
 from celery import Celery, Task, current_app, shared_task
 from celery.signals import worker_shutting_down
-from django.conf import settings
 from django.utils.module_loading import import_string
 
 from rotator.errors import BrokerError, OptionError, OwnedElsewhereError, ServerLostError
 from rotator.postgres.transaction import Claim
 from rotator.progress import log_observer
+from rotator.project_setting import read_setting
 from rotator.run.distribution import SPANS_OUTSTANDING
 from rotator.tasks import in_abandonable_thread
 from rotator.working import coordinate as coordinate_rotation
@@ -129,7 +129,7 @@ def load_app() -> None:
     Raises:
         OptionError: There is none.
     """
-    path = getattr(settings, "ROTATOR", {}).get("CELERY_APP", "")
+    path = read_setting().get("CELERY_APP", "")
     if path:
         try:
             app = import_string(path)

@@ -18,6 +18,7 @@ from django.db.models.constants import LOOKUP_SEP
 from django.utils import timezone
 
 from rotator.errors import OptionError
+from rotator.instances import key_fields
 from rotator.postgres.table import ROW, Condition
 
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
@@ -94,6 +95,9 @@ def _lookup(model: type[Model], option: str, text: str, rotated: Sequence[str]) 
 def _field(model: type[Model], option: str, name: str) -> "Field[Any, Any]":
     meta = model._meta
     by_column = {field.attname: field for field in meta.local_concrete_fields}
+    if name == "pk" and len(key_fields(model)) > 1:
+        names = " and ".join(field.name for field in key_fields(model))
+        raise OptionError(f"{option} {name}: the key is composite; ask for {names} one by one.")
     try:
         found = meta.pk if name == "pk" else by_column.get(name) or meta.get_field(name)
     except FieldDoesNotExist:

@@ -12,7 +12,6 @@ from typing import Any, Final, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.apps import apps
-from django.conf import settings
 from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
@@ -24,6 +23,7 @@ from rotator.findings import Findings
 from rotator.postgres.connections import Server
 from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
+from rotator.project_setting import read_setting
 from rotator.run.context import Announce, ShouldStop
 from rotator.run.distribution import SpanPublisher
 from rotator.run.examination import dry_run, find_unfinished
@@ -182,8 +182,12 @@ class Prepared:
 
 
 def default_target() -> tuple[str, ...]:
-    """Return the target that the project's settings name; empty where they do not."""
-    return tuple(getattr(settings, "ROTATOR", {}).get("DEFAULT_TARGET", "").split())
+    """Return the target that the project's settings name; empty where they do not.
+
+    Raises:
+        OptionError: The setting is none.
+    """
+    return tuple(read_setting().get("DEFAULT_TARGET", "").split())
 
 
 def prepare(
@@ -205,6 +209,8 @@ def prepare(
         raise TargetError(
             "Name the target, as app.Model.field, or set ROTATOR = {'DEFAULT_TARGET': ...} in the settings."
         )
+    if database not in connections:
+        raise OptionError(f"There is no database '{database}': the project has {', '.join(connections)}.")
     connection = connections[database]
     if connection.vendor != "postgresql":
         raise TargetError(

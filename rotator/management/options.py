@@ -20,6 +20,8 @@ def seconds(text: str | float) -> float:
         OptionError: It is none.
     """
     if not isinstance(text, str):
+        if not 0 < text <= _LONGEST_SECONDS:
+            raise OptionError(f"{text} s is no time to wait: it must be more than 0 and at most a year.")
         return text
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", text)
     if found is None or not float(found[1]):

@@ -27,9 +27,10 @@ _INDEXES: Final = (
 )
 # Bit 4 of tgtype is UPDATE; 'D' is disabled and 'R' fires on replicas alone.
 _TRIGGERS: Final = sql.SQL(
-    "SELECT tgname FROM pg_trigger WHERE tgrelid = %(table)s::regclass AND NOT tgisinternal"
+    "SELECT DISTINCT tgname FROM pg_trigger"
+    " WHERE tgrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND NOT tgisinternal"
     " AND tgtype & 16 <> 0 AND tgenabled NOT IN ('D', 'R') ORDER BY 1"
-)
+).format(LEAVES)
 # Without a replica identity the server refuses every update of a table that is published.
 _PUBLICATIONS: Final = sql.SQL(
     "SELECT p.pubname FROM pg_publication_tables p JOIN pg_publication d ON d.pubname = p.pubname"

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from rotator.postgres.table import Condition
 from rotator.postgres.transaction import WaitLimits
 from rotator.postgres.value_source import ValueSource
 from rotator.selection import Selection
+
+# The rows of a range are numbered by the server's ``integer``.
+MOST_BATCH_ROWS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

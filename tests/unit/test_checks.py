@@ -17,7 +17,7 @@ def test_a_project_that_is_set_up_hears_nothing(settings: Settings, setting: obj
     [
         ("tickets.Ticket.token", "E001", "is no dictionary"),
         ({"TARGET": "tickets.Ticket.token"}, "E001", "has no key TARGET"),
-        ({"DEFAULT_TARGET": ["tickets.Ticket.token"]}, "E002", "is no text"),
+        ({"DEFAULT_TARGET": ["tickets.Ticket.token"]}, "E001", "is no text"),
         ({"DEFAULT_TARGET": "tickets.Ticket"}, "E002", "write it as app.Model.field"),
         ({"DEFAULT_TARGET": "tickets.Ticket.colour"}, "E002", "has no field 'colour'"),
         ({"DEFAULT_TARGET": "tickets.Ticket.token shop.Order.api_key"}, "E002", "in different tables"),

@@ -25,12 +25,10 @@ from rotator.progress import (
     summary_stream,
 )
 from rotator.run.distribution import SpanPublisher
-from rotator.run.options import RunOptions
+from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
 from rotator.service import Outcome, Prepared, default_target, prepare
 
-# The rows of a range are numbered by the server's ``integer``.
-_MOST_ROWS: Final = 2**31 - 1
 _SIGNAL_BASE: Final = 128
 
 
@@ -79,7 +77,10 @@ class Command(BaseCommand):
         # The advice on how to go on leaves some options out, which it could not do with "--rest".
         parser.allow_abbrev = False
         defaults = RunOptions()
-        named = " ".join(default_target())
+        named = ""
+        # Said when it is needed, which it is not for --help.
+        with suppress(OptionError):
+            named = " ".join(default_target())
         parser.add_argument(
             "target",
             nargs="*",
@@ -358,8 +359,8 @@ def _run_options(options: Options) -> RunOptions:
     for name in ("concurrency", "batch"):
         if options[name] < 1:
             raise OptionError(f"--{name} must be 1 or more, not {options[name]}.")
-    if options["batch"] > _MOST_ROWS:
-        raise OptionError(f"--batch must be {_MOST_ROWS:,} or less, not {options['batch']}.")
+    if options["batch"] > MOST_BATCH_ROWS:
+        raise OptionError(f"--batch must be {MOST_BATCH_ROWS:,} or less, not {options['batch']}.")
     stop_after = rows_or_seconds(options["stop_after"])
     lock_seconds = seconds(options["lock_timeout"])
     return RunOptions(
