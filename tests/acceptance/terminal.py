@@ -100,8 +100,9 @@ class Terminal:
 
 
 @contextmanager
-def rotating_in_a_terminal(*options: str, columns: int = 120) -> Iterator[Terminal]:
-    terminal = Terminal(columns, [*MANAGE, COMMAND, *options])
+def rotating_in_a_terminal(*options: str, columns: int = 120, **variables: str) -> Iterator[Terminal]:
+    known = ["env", *(f"{name}={value}" for name, value in variables.items())]
+    terminal = Terminal(columns, [*known, *MANAGE, COMMAND, *options])
     try:
         yield terminal
     finally:

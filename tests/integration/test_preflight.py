@@ -42,6 +42,23 @@ async def test_the_table(database: Database, control: psycopg.AsyncConnection) -
     database.execute("DROP INDEX tickets_by_title")
 
 
+async def test_a_publication_for_which_every_update_fails(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    async def refusing() -> tuple[str, ...]:
+        return (await examine_table(control, TICKETS, counts=False)).refusing_publications
+
+    # What is published is only of use with another wal_level, of which the server warns.
+    database.execute("CREATE PUBLICATION warehouse FOR TABLE tickets_ticket")
+    try:
+        assert await refusing() == ()
+        database.execute("ALTER TABLE tickets_ticket REPLICA IDENTITY NOTHING")
+        assert await refusing() == ("warehouse",)
+    finally:
+        database.execute("ALTER TABLE tickets_ticket REPLICA IDENTITY DEFAULT")
+        database.execute("DROP PUBLICATION warehouse")
+
+
 async def test_an_estimate_is_called_one(database: Database, control: psycopg.AsyncConnection) -> None:
     database.make_tickets(1, 1000)
     database.execute("ANALYZE tickets_ticket")

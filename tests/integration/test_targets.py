@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from django.db import connection as django_connection
+from django.db.models.signals import post_save
 from django.dispatch import receiver
 from django.test import override_settings
 
@@ -160,6 +161,11 @@ REFUSED_FILTERS = {
     "id__in=": "expected a number",
     "webhook_secret__length=3": "Unsupported lookup",
 }
+
+
+def test_a_composite_key_is_asked_for_by_its_columns() -> None:
+    with pytest.raises(OptionError, match=r"--filter pk: .* ask for shop and number one by one"):
+        prepare(["shop.ByPair.as_char"], "default", OPTIONS, Selection(filters=("pk=3",)))
 
 
 @pytest.mark.parametrize(("text", "reason"), [(t, r) for t, r in REFUSED_FILTERS.items() if r])
@@ -350,6 +356,23 @@ def test_a_neighbour_that_derives_nothing_from_it_is_left_alone(database: Databa
     assert database.values(table_of(models.Application, "secret")) == before
 
 
+def test_what_saving_would_have_done_is_named() -> None:
+    def hear(**_: object) -> None:
+        pass
+
+    labels = ["shop.Checked.token", "shop.Checked.checksum"]
+    selection = Selection(generator=f"{MADE_BY}token_and_checksum")
+    post_save.connect(hear, sender=models.Checked)
+    try:
+        bypassed = prepare(labels, "default", OPTIONS, selection).target.bypassed
+    finally:
+        post_save.disconnect(hear, sender=models.Checked)
+    assert bypassed == (
+        "changed_at (auto_now) stays as it is",
+        "receivers of post_save are not called",
+    )
+
+
 # --- What cannot be a target -----------------------------------------------------------------------
 
 REFUSED_TARGETS = {
@@ -535,6 +558,10 @@ async def test_cancelling_it_leaves_the_rotation_to_be_gone_on_with(orders: Data
 async def test_what_it_cannot_do_it_raises(orders: Database) -> None:
     with pytest.raises(OptionError, match="must be 1 or more"):
         await rotate(Target(API_KEY), batch=0)
+    with pytest.raises(OptionError, match="lock_timeout must be"):
+        await rotate(Target(API_KEY), lock_timeout=timedelta(0))
+    with pytest.raises(OptionError, match="no database 'nope'"):
+        await rotate(Target(API_KEY, database="nope"))
     with pytest.raises(TargetError, match="has no default"):
         await rotate(Target(API_KEY))
     orders.before_update("RAISE EXCEPTION 'no';", table_of(models.Order, "api_key"))

@@ -82,6 +82,7 @@ class Checked(models.Model):
 
     token = models.CharField(max_length=80)
     checksum = models.CharField(max_length=64)
+    changed_at = models.DateTimeField(auto_now=True)
 
 
 class SpecialOrder(Order):
