@@ -8,7 +8,7 @@ PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-celery test lint types contract compose docs current wheel check format benchmarks lock clean always
+.PHONY: help demo demo-celery test test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -50,6 +50,10 @@ demo-celery: .venv/celery ## Do the same by two Celery workers, with a broker of
 
 test: .venv/test ## Run the whole test suite
 	$(BIN)/python -m pytest
+
+test-installed: .venv/test ## Run the tests of keys, SQL and runs on the PostgreSQL that Debian's packages brought
+	pg_virtualenv -o max_prepared_transactions=10 sh -c 'DATABASE_URL="postgres://$$PGUSER:$$PGPASSWORD@$$PGHOST:$$PGPORT/postgres" \
+		$(BIN)/python -m pytest tests/integration --ignore=tests/integration/test_embedded_server.py --ignore=tests/integration/test_tickets.py'
 
 lint: .venv/dev ## Check style
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import pytest
 
 from core.embedded.account import Account
 from core.embedded.binaries import find_programs
+from core.embedded.configuration import PORT
 from core.embedded.errors import EmbeddedServerError
 from core.embedded.server import EmbeddedServer
 from core.embedded.state import state_folder
@@ -68,7 +69,7 @@ class _User:
 
 def _answers(socket: Path) -> bool:
     try:
-        with psycopg.connect(host=str(socket), user="postgres", dbname="rotator"):
+        with psycopg.connect(host=str(socket), port=PORT, user="postgres", dbname="rotator"):
             return True
     except psycopg.OperationalError:
         return False
