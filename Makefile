@@ -11,7 +11,7 @@ INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 .PHONY: help demo demo-celery test test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
 
 help: ## Show what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
