@@ -10,6 +10,7 @@ WORKDIR /app
 
 # The dependencies are a layer of their own: they change less often than the code.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY docs/changelog.md docs/changelog.md
 COPY rotator/__init__.py rotator/__init__.py
 RUN pip install --quiet --constraint constraints.txt --editable '.[project,celery]'
 

@@ -45,6 +45,7 @@ def test_the_wheel_holds_the_reusable_app_alone(clone: Path) -> None:
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"rotator"}
     assert {"rotator/py.typed", "rotator/migrations/0001_initial.py", "rotator/apps.py"} <= set(names)
     assert "Classifier: Framework :: Django" in metadata
+    assert "# Changelog" in metadata
     needed = [
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
     ]
@@ -89,7 +90,7 @@ def test_a_data_migration_rotates(site: Site) -> None:
         "    rotate_sync(Target('shop.Order.api_key'))\n\n\n"
         "class Migration(migrations.Migration):\n"
         "    atomic = False\n"
-        "    dependencies = [('shop', '0001_initial'), ('rotator', '0002_selection')]\n"
+        "    dependencies = [('shop', '0001_initial'), ('rotator', '0004_table_name')]\n"
         "    operations = [migrations.RunPython(rotate)]\n"
     )
     site.assert_rotated("shop_order", ["api_key"], lambda: site.run("python manage.py migrate"))
