@@ -100,6 +100,7 @@ benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows,
 		$(BIN)/python benchmarks/memory.py --rows 1000000 --batch $$batch --repetitions 1 || exit 1; done
 	$(BIN)/python benchmarks/gaps.py
 	$(BIN)/python benchmarks/gaps.py --vacuum full
+	$(BIN)/python benchmarks/distributed.py
 
 lock: ## Write the newest versions that fit to constraints.txt, to be tested
 	rm -rf build/lock
