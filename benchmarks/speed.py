@@ -118,9 +118,8 @@ def _rotate(
             concurrency=options.concurrency, batch=options.batch, rows=options.rows, vacuum=vacuum
         )
         return _measurement(
+            database,
             before,
-            database.storage(),
-            _cleaned(database),
             seconds=run.command.seconds,
             writing_seconds=options.rows / run.report["rows_per_second"],
             client_cpu_seconds=run.command.cpu_seconds,
@@ -132,17 +131,10 @@ def _update(server: Server, original: Database, rows: int) -> Measurement:
     with server.copied(original) as database:
         before = database.storage()
         seconds = statement(database, _STATEMENT)
-        after, cleaned = database.storage(), _cleaned(database)
         making_seconds = _seconds_for(database, "gen_random_uuid()", rows) - _seconds_for(database, "n", rows)
         return _measurement(
-            before, after, cleaned, seconds=seconds, writing_seconds=seconds, making_seconds=making_seconds
+            database, before, seconds=seconds, writing_seconds=seconds, making_seconds=making_seconds
         )
-
-
-def _cleaned(database: Database) -> Storage:
-    """Measure again when the old rows are gone, which somebody has to see to in any case."""
-    statement(database, f"VACUUM (TRUNCATE false) {TABLE}")
-    return database.storage()
 
 
 def _seconds_for(database: Database, expression: str, rows: int) -> float:
@@ -151,9 +143,8 @@ def _seconds_for(database: Database, expression: str, rows: int) -> float:
 
 
 def _measurement(
+    database: Database,
     before: Storage,
-    after: Storage,
-    cleaned: Storage,
     *,
     seconds: float,
     writing_seconds: float,
@@ -161,6 +152,10 @@ def _measurement(
     client_cpu_seconds: float | None = None,
     retries: int = 0,
 ) -> Measurement:
+    after = database.storage()
+    # Old rows that are still there have to be removed some day.
+    statement(database, f"VACUUM (TRUNCATE false) {TABLE}")
+    cleaned = database.storage()
     return Measurement(
         seconds=seconds,
         writing_seconds=writing_seconds,
