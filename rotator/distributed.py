@@ -6,14 +6,15 @@ Imported by workers, and by the command with ``--celery``; nothing else of this 
 import asyncio
 import logging
 import mmap
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from celery import Celery, Task, current_app, shared_task
+from celery.exceptions import Reject
 from celery.signals import worker_shutting_down
 from django.utils.module_loading import import_string
 
@@ -26,10 +27,11 @@ from rotator.tasks import in_abandonable_thread
 from rotator.working import coordinate as coordinate_rotation
 from rotator.working import rotate_span as rotate_span_of
 
-# Well below the hour after which Redis hands a message to another worker.
+# A project's own limit would end a span, or a rotation, in the middle.
 TIME_LIMIT_SECONDS: Final = 1800
-# A project's own limit would end a rotation in the middle, and there is none to be named.
-NO_LIMIT_SECONDS: Final = timedelta(days=3650).total_seconds()
+# A broker takes a message back that nobody has acknowledged for long: Redis after an hour, RabbitMQ after
+# half of one, and then it closes the worker's channel.
+COORDINATE_SECONDS: Final = 1200
 ASK_AGAIN_SECONDS: Final = 60
 PUBLISH_SECONDS: Final = 10.0
 
@@ -68,27 +70,39 @@ def rotate_span(database: str, rotation: int, generation: int, span: int) -> Non
     reject_on_worker_lost=True,
     ignore_result=True,
     max_retries=None,
-    time_limit=NO_LIMIT_SECONDS,
-    soft_time_limit=NO_LIMIT_SECONDS,
+    time_limit=TIME_LIMIT_SECONDS,
+    soft_time_limit=TIME_LIMIT_SECONDS,
 )  # type: ignore[untyped-decorator] # Celery has no types
 def coordinate(task: Task, database: str, rotation: int) -> None:
     """Plan and watch a rotation without a terminal; takes one of the workers' places until its end.
 
-    Harmless however often and late it is delivered. While another delivery is at it, or the server is away,
-    this one asks again now and then, so that there is always one that would go on.
+    Hands it on after a while, and when its worker has to stop. Harmless however often and late it is
+    delivered: while another delivery is at it, or the server is away, this one asks again now and then, so
+    that there is always one that would go on.
     """
+    until = time.monotonic() + COORDINATE_SECONDS
     try:
         is_left = coordinate_rotation(
             database,
             rotation,
             log_observer(logging.getLogger(__name__)),
             CeleryPublisher(database),
-            is_shutting_down,
+            lambda: is_shutting_down() or time.monotonic() > until,
         )
     except (OwnedElsewhereError, ServerLostError):
-        raise task.retry(countdown=ASK_AGAIN_SECONDS) from None
-    if is_left:
-        raise task.retry(countdown=0)
+        _again(task, seconds=ASK_AGAIN_SECONDS)
+    else:
+        if is_left:
+            _again(task, seconds=0)
+
+
+def _again(task: Task, *, seconds: int) -> NoReturn:
+    """Have the same message delivered once more, and end this delivery."""
+    try:
+        raise task.retry(countdown=seconds)
+    except Reject as error:
+        # It could not be published: let the broker keep the one there is.
+        raise Reject(error.reason, requeue=True) from None
 
 
 class CeleryPublisher:

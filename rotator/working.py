@@ -66,7 +66,7 @@ def coordinate(
 
     Args:
         database: Django's alias of the database.
-        number: The rotation's id; one that is over is nobody's work any more.
+        number: The rotation's id; one that is over, or was stopped on purpose, is no worker's work.
         observer: Is told of everything.
         publisher: Has the spans rewritten.
         should_stop: Whether the worker has to stop.
@@ -84,7 +84,7 @@ def coordinate(
         rotation = rotations.first()
     except OperationalError as error:
         raise ServerLostError(f"The database '{database}' cannot be reached.") from error
-    if rotation is None:
+    if rotation is None or (rotation.status != Rotation.Status.RUNNING and rotation.error != LEFT_TO_WORKERS):
         return False
     options = replace(
         RunOptions.read(rotation.options),
@@ -107,8 +107,9 @@ def coordinate(
     except (OwnedElsewhereError, ServerLostError):
         raise
     except RotatorError as error:
-        rotations.filter(error=LEFT_TO_WORKERS).update(status=Rotation.Status.FAILED, error=str(error))
+        # Unless somebody has taken it over meanwhile.
+        rotations.filter(generation=rotation.generation, updated_at=rotation.updated_at).update(
+            status=Rotation.Status.FAILED, error=str(error), updated_at=Now()
+        )
         raise
-    if is_left:
-        rotations.filter(status=Rotation.Status.INTERRUPTED).update(error=LEFT_TO_WORKERS)
     return is_left

@@ -27,6 +27,8 @@ _NO_ROTATION: Final = 0
 _VOUCHED_FOR: Final = sql.SQL(
     "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
 )
+# A run that has not read yet what those before it took knows of its own time alone.
+_ACTIVE: Final = sql.SQL("active_seconds = GREATEST(active_seconds, %(active_seconds)s)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +296,7 @@ async def beat(connection: AsyncConnection, claim: Claim, *, rows_done: int, act
     await _update(
         connection,
         claim,
-        sql.SQL("rows_done = %(rows_done)s, active_seconds = %(active_seconds)s"),
+        sql.SQL("rows_done = %(rows_done)s, {}").format(_ACTIVE),
         {"rows_done": rows_done, "active_seconds": active_seconds},
     )
 
@@ -313,9 +315,7 @@ async def stop(
     return await _update(
         connection,
         claim,
-        sql.SQL(
-            "status = %(status)s, error = %(error)s, active_seconds = %(active_seconds)s, rows_done = {}"
-        ).format(_VOUCHED_FOR),
+        sql.SQL("status = %(status)s, error = %(error)s, {}, rows_done = {}").format(_ACTIVE, _VOUCHED_FOR),
         {"status": status, "error": error, "active_seconds": active_seconds},
     )
 
@@ -341,9 +341,8 @@ async def complete(
             connection,
             claim,
             sql.SQL(
-                "status = 'completed', finished_at = clock_timestamp(), error = '',"
-                " active_seconds = %(active_seconds)s, rows_done = {}"
-            ).format(_VOUCHED_FOR),
+                "status = 'completed', finished_at = clock_timestamp(), error = '', {}, rows_done = {}"
+            ).format(_ACTIVE, _VOUCHED_FOR),
             {"active_seconds": active_seconds},
         )
         if bound is not None and await gaps(connection, table, claim.rotation, bound):

@@ -9,8 +9,22 @@ from typing import Final, Protocol
 from psycopg import AsyncConnection
 
 from rotator.engine.engine import FAILED_ROWS_AT_MOST
-from rotator.errors import BrokerError, RangeRefusedError, ServerLostError, ServerRefusedError
-from rotator.events import BrokerAway, Observer, RangeCompleted, RangeRetried, RowFailed, WorkersSilent
+from rotator.errors import (
+    BrokerError,
+    RangeRefusedError,
+    RowsLockedError,
+    ServerLostError,
+    ServerRefusedError,
+)
+from rotator.events import (
+    BrokerAway,
+    Observer,
+    RangeCompleted,
+    RangeDeferred,
+    RangeRetried,
+    RowFailed,
+    WorkersSilent,
+)
 from rotator.keys import Key, KeySpan
 from rotator.postgres import spans
 from rotator.postgres.planning import IndexPlanner
@@ -118,10 +132,15 @@ class Distribution:
         left, limit = deque(gaps), rows_at_most
         span_rows = self._batch * ranges_per_span(rows_left, self._batch)
         while not drain.is_set():
-            while left and len(self._outstanding) < SPANS_OUTSTANDING and limit != 0:
-                limit = await self._plan(left, span_rows, limit)
+            is_locked = False
+            while left and len(self._outstanding) < SPANS_OUTSTANDING and limit != 0 and not is_locked:
+                try:
+                    limit = await self._plan(left, span_rows, limit)
+                except RowsLockedError:
+                    is_locked = True
+                    self._notify(RangeDeferred(rows=0))
             await self._publish_again()
-            if not self._outstanding:
+            if not self._outstanding and not is_locked:
                 return
             await _wait(drain, POLL_SECONDS)
             await self._look()
@@ -129,8 +148,9 @@ class Distribution:
             await self._publisher.revoke()
 
     async def _plan(self, left: deque[KeySpan], span_rows: int, limit: int | None) -> int | None:
-        gap = left.popleft()
+        gap = left[0]
         planned = await self._planner.next_range(gap, span_rows if limit is None else min(span_rows, limit))
+        left.popleft()
         if planned.through != gap.through:
             left.appendleft(KeySpan(after=planned.through, through=gap.through))
         number = await spans.plan(self._connection, self._claim, planned)

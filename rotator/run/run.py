@@ -45,7 +45,7 @@ HEARTBEAT_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 LEAST_OPEN_SECONDS: Final = 1.0
 LEFT_TO_WORKERS: Final = "Left to the workers."
-_WORKER_STOPS: Final = "a worker's shutdown"
+_WORKER_STOPS: Final = "a worker that has to stop"
 _CANCELLED: Final = "Cancelled by the program that it ran in."
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
 
@@ -265,9 +265,10 @@ class Run:
 
     async def _outlast(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False where the budget is used up or a stop was asked for."""
-        if not self._outage.is_away:
-            self._notify(OutageStarted(reason=str(lost), budget_seconds=self._outage.left_seconds))
+        is_new = not self._outage.is_away
         self._outage.lost()
+        if is_new:
+            self._notify(OutageStarted(reason=str(lost), budget_seconds=self._outage.left_seconds))
         if self._outage.left_seconds <= 0:
             return False
         return not await self._requests.wait(self._outage.delay_seconds())
@@ -306,7 +307,11 @@ class Run:
                     self._figures.storage = await read_storage(connection, self._table)
 
     def _asked(self) -> str:
-        return f"Stopped by {self._requests.reason}." if self._requests.drain.is_set() else ""
+        if not self._requests.drain.is_set():
+            return ""
+        # Said at once, or somebody who looks would take it for the end.
+        is_handed_on = self._requests.reason == _WORKER_STOPS
+        return LEFT_TO_WORKERS if is_handed_on else f"Stopped by {self._requests.reason}."
 
     def _stopped(self, status: EndStatus, error: str, *, superseded: bool = False) -> RotationStopped:
         return self._figures.stopped(

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from psycopg_pool import AsyncConnectionPool
@@ -90,7 +91,9 @@ class SpanWork:
                     self._outage.lost()
                     if not self._outage.left_seconds:
                         raise
-                    await asyncio.sleep(self._outage.delay_seconds())
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._outage.delay_seconds()):
+                            await self._drain.wait()
         finally:
             watching.cancel()
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from core.broker import broker_url, running_broker
@@ -26,6 +27,7 @@ from tests.acceptance.harness import (
     Running,
     checkpoints,
     query,
+    url_of,
     wait_for_checkpoints,
     wait_until,
 )
@@ -294,6 +296,23 @@ def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands
     audit.assert_rotated()
 
 
+def test_detached_without_a_broker_nothing_is_lost(hosts: Hosts, commands: Commands) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.end()
+    refused = hosts.rotate("--detach")
+    number = Rotation.objects.get().pk
+    assert refused.status == 1
+    assert refused.err.splitlines()[-1] == (
+        "CommandError: The broker cannot be reached (OperationalError). "
+        f"Rotation {number} is begun and nothing is lost: the same command tries again."
+    )
+    hosts.restart_broker()
+    hosts.worker(processes=2)
+    assert detached(hosts) == number
+    assert follow(commands, number).wait(60).status == 0
+    audit.assert_rotated()
+
+
 def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
     hosts: Hosts, commands: Commands
 ) -> None:
@@ -429,6 +448,31 @@ def test_nothing_of_celery_is_imported_without_it(commands: Commands) -> None:
             _IMPORTING,
         )
     ).wait()
+    assert finished.status == 0, finished.err
+    audit.assert_rotated()
+
+
+def test_what_was_stopped_on_purpose_is_not_gone_on_with(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    worker = hosts.worker()
+    assert hosts.rotate("--batch=50", f"--stop-after={ROWS // 2}").status == 0
+    stopped = Rotation.objects.values().get()
+    hosts.deliver_again(stopped["id"])
+    wait_until(lambda: "rotator.coordinate[" in worker.err and "succeeded" in worker.err, "it is over")
+    assert Rotation.objects.values().get() == stopped
+    audit.assert_checkpoints_and_tokens_agree()
+
+
+def test_ddl_on_the_table_is_waited_for(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.worker()
+    # So many spans that some are planned only when others are done.
+    coordinator = hosts.coordinator("--batch=5")
+    wait_for_checkpoints(20)
+    with psycopg.connect(url_of()) as other:
+        other.execute("LOCK TABLE tickets_ticket")
+        time.sleep(3)
+    finished = coordinator.wait(60)
     assert finished.status == 0, finished.err
     audit.assert_rotated()
 

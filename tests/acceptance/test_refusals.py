@@ -68,6 +68,10 @@ BAD_INPUT = {
     "--batch 99999999999999999999": "--batch must be 2,147,483,647 or less, not 99999999999999999999.",
     "--stop-after soon": "'soon' is neither rows (5000) nor a time (90s, 30m, 2h).",
     "--stop-after 0": "'0' is neither rows (5000) nor a time (90s, 30m, 2h).",
+    "--detach": "--detach leaves the rotation to Celery's workers: give it with --celery.",
+    "--celery --detach --stop-after 5": (
+        "--stop-after ends the run of this process, and with --detach there is none: leave one out."
+    ),
     "--lock-timeout 5": "'5' is no time: write it as 100ms, 30s, 5m or 2h.",
 }
 

@@ -12,7 +12,7 @@ from django.db import connection as django_connection
 from django.db import transaction
 
 from rotator.engine import engine
-from rotator.errors import OptionError, OwnedElsewhereError, ServerLostError
+from rotator.errors import OptionError, OwnedElsewhereError, RotationOverError, ServerLostError
 from rotator.events import (
     DrainStarted,
     Event,
@@ -360,6 +360,38 @@ def test_a_run_that_is_taken_over_writes_nothing_more_and_leaves_the_row_alone(d
     rotation = Rotation.objects.get()
     assert (rotation.status, rotation.owner_host) == ("running", "elsewhere.example")
     assert [rotation.updated_at, sum(database.updates().values())] == seen
+
+
+# --- Left to others --------------------------------------------------------------------------------
+
+
+def test_what_is_left_to_the_workers_keeps_its_account(database: Database) -> None:
+    database.make_tickets(1, 50)
+    database.count_updates()
+    rotate(stop_after_rows=20)
+    Rotation.objects.update(active_seconds=100)
+    number = prepare([TARGET], "default", RunOptions(batch=7)).begin(Told())
+    left = Rotation.objects.get()
+    assert (left.pk, left.status, left.error, left.generation) == (
+        number,
+        "interrupted",
+        "Left to the workers.",
+        2,
+    )
+    assert (left.rows_done, left.active_seconds, left.options["batch"]) == (20, 100, 7)
+    outcome = rotate(rotation=number)
+    assert_completed(outcome, rows=50)
+    assert outcome.stopped.seconds_total > 100
+    assert database.updates() == once_each((1, 50))
+
+
+def test_one_that_is_over_is_not_begun_anew(database: Database) -> None:
+    database.make_tickets(1, 10)
+    number = rotate().stopped.rotation
+    for wanted in (number, number + 1):
+        with pytest.raises(RotationOverError, match=f"Rotation {wanted} of .* is not unfinished any more"):
+            rotate(rotation=wanted)
+    assert Rotation.objects.count() == 1
 
 
 # --- A table that is locked ------------------------------------------------------------------------

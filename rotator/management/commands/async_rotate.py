@@ -12,7 +12,7 @@ from django.core.management import BaseCommand, CommandError, CommandParser
 from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from rotator.errors import OptionError, RotatorError, StoppedBeforeStartError
+from rotator.errors import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
 from rotator.progress import (
@@ -222,7 +222,8 @@ class Command(BaseCommand):
         except RotatorError as error:
             raise CommandError(str(error), returncode=error.exit_status) from error
         self._tell(outcome, options, report_file)
-        if publisher is not None and self._is_left_to_the_workers(outcome):
+        may_ask = publisher is not None and not options["noinput"]
+        if may_ask and self._is_left_to_the_workers(outcome):
             try:
                 self._hand_over(_without_ends(prepared), options)
             except RotatorError as error:
@@ -235,6 +236,10 @@ class Command(BaseCommand):
             if options["detach"]:
                 raise OptionError("--detach leaves the rotation to Celery's workers: give it with --celery.")
             return None
+        if options["detach"] and options["stop_after"] is not None:
+            raise OptionError(
+                "--stop-after ends the run of this process, and with --detach there is none: leave one out."
+            )
         try:
             from rotator.distributed import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
         except ModuleNotFoundError as error:
@@ -253,8 +258,13 @@ class Command(BaseCommand):
         except KeyboardInterrupt:
             self.stderr.write("")
             raise StoppedBeforeStartError(signal.SIGINT) from None
-        hand_over(prepared.target.database, rotation)
         database = prepared.target.database
+        try:
+            hand_over(database, rotation)
+        except BrokerError as error:
+            raise BrokerError(
+                f"{error} Rotation {rotation} is begun and nothing is lost: the same command tries again."
+            ) from error
         where = "" if database == DEFAULT_DB_ALIAS else f" --database {database}"
         self.stderr.write(
             f"Rotation {rotation} is left to the workers; see how far they are with: "
