@@ -5,7 +5,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Self, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, Final, Self, TypeVar
 T = TypeVar("T")
 
 _PIECE_BYTES: Final = 65_536
+_MOST_PIECES_TRAVELLING: Final = 256
 _THROTTLED_PIECES_PER_SECOND: Final = 20
 _LATE_SECONDS: Final = 0.7
 _ANSWER_SECONDS: Final = 10.0
@@ -99,6 +100,34 @@ def _is_commit(message: bytes) -> bool:
     return statement.partition(b"\0")[0].strip().rstrip(b";").upper() == b"COMMIT"
 
 
+class _LongWay:
+    """What a reader reads, later: pieces travel behind each other, and none waits for the one before."""
+
+    def __init__(self, reader: asyncio.StreamReader, seconds: Callable[[], float]) -> None:
+        self._reader = reader
+        self._seconds = seconds
+        self._travelling: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_MOST_PIECES_TRAVELLING)
+        self._clock = asyncio.get_running_loop().time
+
+    async def take_in(self, piece_bytes: Callable[[], int]) -> None:
+        """Let what comes in set out, until there is no more."""
+        piece = b"not the last one"
+        while piece:
+            try:
+                piece = await self._reader.read(piece_bytes())
+            except OSError:
+                piece = b""
+            await self._travelling.put((self._clock() + self._seconds(), piece))
+
+    async def read(self) -> bytes:
+        """The next piece, once it has arrived; empty at the end."""
+        due, piece = await self._travelling.get()
+        # Even a sleep of no time lets others go first.
+        if (left := due - self._clock()) > 0:
+            await asyncio.sleep(left)
+        return piece
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Trap:
     at: At
@@ -181,7 +210,7 @@ class Proxy:
         self._call(self._go_silent(new_ones_too=new_ones_too))
 
     def delay(self, *, to_server_seconds: float = 0.0, to_client_seconds: float = 0.0) -> None:
-        """Hold back every piece that is read for so long, one after the other."""
+        """Make the way longer: each piece arrives so much later, however many are on their way."""
         self._to_server_seconds = to_server_seconds
         self._to_client_seconds = to_client_seconds
 
@@ -248,16 +277,19 @@ class Proxy:
             return
         link = _Link(client, server, forwards=not self._new_ones_are_silent)
         self._links.add(link)
+        to_server = _LongWay(client_reader, lambda: self._to_server_seconds)
+        to_client = _LongWay(server_reader, lambda: self._to_client_seconds)
+        intakes = {asyncio.ensure_future(way.take_in(self._piece_bytes)) for way in (to_server, to_client)}
         pumps = {
-            asyncio.ensure_future(self._pump_to_server(link, client_reader)),
-            asyncio.ensure_future(self._pump_to_client(link, server_reader)),
+            asyncio.ensure_future(self._pump_to_server(link, to_server)),
+            asyncio.ensure_future(self._pump_to_client(link, to_client)),
         }
         self._pumps |= pumps
         # Whoever hangs up first, hangs up for both.
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        for pump in pumps:
+        for pump in pumps | intakes:
             pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await asyncio.gather(*pumps, *intakes, return_exceptions=True)
         self._pumps -= pumps
         client.close()
         server.close()
@@ -269,26 +301,26 @@ class Proxy:
             return await asyncio.open_unix_connection(self._upstream_path)
         return await asyncio.open_connection("127.0.0.1", self._upstream_port)
 
-    async def _pump_to_server(self, link: _Link, reader: asyncio.StreamReader) -> None:
+    async def _pump_to_server(self, link: _Link, way: _LongWay) -> None:
         with contextlib.suppress(OSError):
-            while piece := await reader.read(self._piece_bytes()):
-                await self._hold_back(piece, self._to_server_seconds)
+            while piece := await way.read():
+                await self._throttle(piece)
                 if not link.forwards:
                     continue
                 trap = self._sprung(link, piece)
                 if trap is not None:
-                    await self._cut_at_commit(link, reader, piece, *trap)
+                    await self._cut_at_commit(link, way, piece, *trap)
                     return
                 link.server.write(piece)
                 await link.server.drain()
 
-    async def _pump_to_client(self, link: _Link, reader: asyncio.StreamReader) -> None:
+    async def _pump_to_client(self, link: _Link, way: _LongWay) -> None:
         with contextlib.suppress(OSError):
-            while piece := await reader.read(self._piece_bytes()):
+            while piece := await way.read():
                 link.answered.set()
                 if link.swallows_answers:
                     continue
-                await self._hold_back(piece, self._to_client_seconds)
+                await self._throttle(piece)
                 if link.forwards:
                     link.client.write(piece)
                     await link.client.drain()
@@ -306,10 +338,10 @@ class Proxy:
         return trap, before
 
     async def _cut_at_commit(
-        self, link: _Link, reader: asyncio.StreamReader, piece: bytes, trap: _Trap, before: int
+        self, link: _Link, way: _LongWay, piece: bytes, trap: _Trap, before: int
     ) -> None:
         link.swallows_answers = True
-        while not link.messages.is_awaiting and (more := await reader.read(_PIECE_BYTES)):
+        while not link.messages.is_awaiting and (more := await way.read()):
             link.messages.before_commit(more, trap.containing)
             piece += more
         link.server.write(piece[:before])
@@ -336,11 +368,9 @@ class Proxy:
             return _PIECE_BYTES
         return max(1, int(self._bytes_per_second / _THROTTLED_PIECES_PER_SECOND))
 
-    async def _hold_back(self, piece: bytes, seconds: float) -> None:
+    async def _throttle(self, piece: bytes) -> None:
         if self._bytes_per_second is not None:
-            seconds += len(piece) / self._bytes_per_second
-        if seconds:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(len(piece) / self._bytes_per_second)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -130,6 +130,21 @@ def test_each_direction_has_its_delay(
         assert expected <= _exchange(client, b"x") < expected + 0.15
 
 
+def test_pieces_are_delayed_beside_each_other(echo: Proxy) -> None:
+    with _client(echo) as client:
+        _exchange(client, b"x")
+        echo.delay(to_server_seconds=0.2)
+        began = time.monotonic()
+        for _ in range(5):
+            client.sendall(b"x")
+            # Apart enough to be pieces of their own.
+            time.sleep(0.02)
+        received = b""
+        while len(received) < 5:
+            received += client.recv(10)
+        assert 0.2 <= time.monotonic() - began < 0.45
+
+
 def test_throttle_limits_the_bytes_per_second(echo: Proxy) -> None:
     with _client(echo) as client:
         _exchange(client, b"x")
