@@ -1,6 +1,7 @@
 """Reads ranges from the key's index, and what is left to do from the checkpoints."""
 
 import asyncio
+from collections import deque
 from contextlib import suppress
 from typing import Final
 
@@ -10,13 +11,35 @@ from rotator.errors import RangeTooSlowError
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.failures import ANSWER_SECONDS, answered
 from rotator.postgres.relations import LEAVES
-from rotator.postgres.table import TargetTable, identifier
+from rotator.postgres.table import ROW, TargetTable, identifier
 
-# A role's own timeouts are for the application's statements.
+# So far the planner looks ahead: a way to the server that delays everything then delays many ranges at once.
+_AHEAD_ROWS: Final = 20_000
+_MOST_RANGES_AHEAD: Final = 16
+
 _PLANNING_LIMITS: Final = (
-    "SELECT set_config('lock_timeout', '1s', true),"
-    f" set_config('statement_timeout', '{ANSWER_SECONDS * 1000:.0f}ms', true)"
-).encode()
+    sql.SQL("SELECT {}")
+    .format(
+        sql.SQL(", ").join(
+            sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(setting))
+            for name, setting in {
+                # A role's own timeouts are for the application's statements.
+                "lock_timeout": "1s",
+                "statement_timeout": f"{ANSWER_SECONDS * 1000:.0f}ms",
+                # Only the key's index says where a range ends without reading what comes after it.
+                "enable_seqscan": "off",
+                "enable_bitmapscan": "off",
+                "enable_sort": "off",
+                "jit": "off",
+            }.items()
+        )
+    )
+    .as_bytes()
+)
+
+_PLANNED: Final = "rotator_planned"
+_NEXT: Final = "rotator_next"
+_POSITION: Final = "rotator_position"
 
 
 class IndexPlanner:
@@ -27,24 +50,14 @@ class IndexPlanner:
         self._connection = connection
         # Workers that split a range ask, too.
         self._one_at_a_time = asyncio.Lock()
+        self._ahead = deque[KeyRange]()
+        self._ahead_batch = 0
+        self._expected: KeySpan | None = None
         # Written out once: putting a statement together takes as long as sending it.
         self._last_keys = {
-            known: self._last_key(table, after_is_known=known).as_bytes() for known in (False, True)
+            known: last_keys(table, after_is_known=known).as_bytes() for known in (False, True)
         }
         self._counts = {known: self._count(table, after_is_known=known).as_bytes() for known in (False, True)}
-
-    @staticmethod
-    def _last_key(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
-        # The JSON outside, or the server makes one of every key that it skips.
-        return sql.SQL(
-            "SELECT {} FROM (SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET %(skip)s LIMIT 1) AS last"
-        ).format(
-            table.key_json,
-            table.key_columns,
-            table.name,
-            table.within(after_is_known=after_is_known),
-            table.key_columns,
-        )
 
     @staticmethod
     def _count(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
@@ -55,24 +68,81 @@ class IndexPlanner:
     async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
         """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none.
 
+        Who goes on where the range before ended is answered from what was planned ahead.
+
         Raises:
             RowsLockedError: Somebody else has locked the whole table, as DDL does.
         """
-        is_known, connection = span.after is not None, self._connection
-        parameters = {"after": span.after, "through": span.through, "skip": batch - 1}
-        async with (
-            self._one_at_a_time,
-            answered(connection),
-            connection.pipeline(),
-            connection.transaction(),
-        ):
+        async with self._one_at_a_time:
+            goes_on = span == self._expected
+            if goes_on and batch != self._ahead_batch:
+                self._ahead.clear()
+            if goes_on and not self._ahead:
+                most = min(_MOST_RANGES_AHEAD, _AHEAD_ROWS // batch)
+                self._ahead.extend(await self._plan(span, batch, ranges=max(1, most)))
+                self._ahead_batch = batch
+            if goes_on:
+                planned = self._ahead.popleft()
+            else:
+                (planned,) = await self._plan(span, batch, ranges=1)
+            # Whoever splits a range in between leaves what was planned ahead as it is.
+            if goes_on or not self._ahead:
+                self._expected = KeySpan(after=planned.through, through=span.through)
+            return planned
+
+    async def _plan(self, span: KeySpan, batch: int, *, ranges: int) -> list[KeyRange]:
+        connection, is_known = self._connection, span.after is not None
+        parameters = {
+            "after": span.after,
+            "through": span.through,
+            "skip": batch - 1,
+            "ranges": ranges,
+        }
+        async with answered(connection), connection.pipeline(), connection.transaction():
             await connection.execute(_PLANNING_LIMITS)
             cursor = await connection.execute(self._last_keys[is_known], parameters)
-            last = await cursor.fetchone()
-            if last is not None:
-                return KeyRange(after=span.after, through=Key(last[0]), rows=batch)
-            cursor = await connection.execute(self._counts[is_known], parameters)
-            return KeyRange(after=span.after, through=span.through, rows=await _number(cursor))
+            keys = [Key(key) for _, key in sorted(await cursor.fetchall())]
+            if not keys:
+                cursor = await connection.execute(self._counts[is_known], parameters)
+                return [KeyRange(after=span.after, through=span.through, rows=await _number(cursor))]
+        return [
+            KeyRange(after=after, through=through, rows=batch)
+            for after, through in zip([span.after, *keys], keys, strict=False)
+        ]
+
+
+def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
+    """The keys at which the next ranges of a span end, as far as these are full, each with its number.
+
+    Parameters: ``after`` and ``through`` (keys), ``skip`` (one less than the rows of a range) and ``ranges``
+    (how many of them at the most).
+    """
+    following = sql.SQL("({}) > ({}) AND {}").format(
+        table.key_columns_of(ROW),
+        table.key_columns_of(_PLANNED),
+        table.within(after_is_known=False, alias=ROW),
+    )
+    return sql.SQL(
+        "WITH RECURSIVE {planned} ({position}, {key}) AS ("
+        "(SELECT 1, {key} FROM {table} WHERE {within} ORDER BY {key} OFFSET %(skip)s LIMIT 1)"
+        " UNION ALL SELECT {planned}.{position} + 1, {next_key} FROM {planned}, LATERAL ("
+        "SELECT {row_key} FROM {row} WHERE {following} ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS {next}"
+        " WHERE {planned}.{position} < %(ranges)s::integer)"
+        # The JSON outside, or the server makes one of every key that it skips.
+        " SELECT {position}, {json} FROM {planned}"
+    ).format(
+        planned=identifier(_PLANNED),
+        next=identifier(_NEXT),
+        position=identifier(_POSITION),
+        key=table.key_columns,
+        next_key=table.key_columns_of(_NEXT),
+        row_key=table.key_columns_of(ROW),
+        json=table.key_json,
+        table=table.name,
+        row=table.row,
+        within=table.within(after_is_known=after_is_known),
+        following=following,
+    )
 
 
 async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:

@@ -78,6 +78,29 @@ async def test_composite_keys_are_planned_in_the_order_of_their_index(
     assert [key_range.through for key_range in planned] == ['["a", 10]', '["b", 9]', '["b", 11]']
 
 
+async def test_what_is_planned_ahead_is_what_is_planned_one_by_one(
+    connection: psycopg.AsyncConnection,
+) -> None:
+    await connection.execute(
+        "INSERT INTO pairs SELECT 'shop ' || i / 90, i %% 90 * 3 FROM generate_series(1, %s) AS i", (1000,)
+    )
+    bound = await last_key(connection, PAIRS)
+    assert bound is not None
+    planner, span, planned = IndexPlanner(connection, PAIRS), KeySpan(after=None, through=bound), 0
+    while span.after != bound:
+        # A slower server gets smaller ranges, and a range that is refused is split.
+        batch = 7 if planned % 20 < 15 else 3
+        key_range = await planner.next_range(span, batch)
+        alone = await IndexPlanner(connection, PAIRS).next_range(span, batch)
+        assert key_range == alone
+        if planned % 4 == 0:
+            half = await planner.next_range(key_range, 2)
+            assert half == await IndexPlanner(connection, PAIRS).next_range(key_range, 2)
+        span = KeySpan(after=key_range.through, through=bound)
+        planned += 1
+    assert planned > 1000 / 7
+
+
 @pytest.mark.parametrize(
     ("completed", "left"),
     [
