@@ -191,7 +191,12 @@ def default_target() -> tuple[str, ...]:
 
 
 def prepare(
-    labels: Sequence[str], database: str, options: RunOptions, selection: Selection | None = None
+    labels: Sequence[str],
+    database: str,
+    options: RunOptions,
+    selection: Selection | None = None,
+    *,
+    is_begun: bool = False,
 ) -> Prepared:
     """Check all that can be checked before anything is changed.
 
@@ -200,6 +205,7 @@ def prepare(
         database: Django's alias of the database.
         options: How to rotate.
         selection: How rows and values are chosen; None for all rows and the fields' own defaults.
+        is_begun: Whether the rotation is there, so that its tables are.
 
     Raises:
         RotatorError: It cannot begin, for the reason that its text gives.
@@ -222,7 +228,8 @@ def prepare(
             "atomic()."
         )
     target = resolve(labels, database, selection or Selection())
-    _check_migrations(connection)
+    if not is_begun:
+        _check_migrations(connection)
     return Prepared(target=target, options=options, server=_server(connection))
 
 

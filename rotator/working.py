@@ -48,7 +48,7 @@ def rotate_span(database: str, claim: Claim, span: int, should_stop: ShouldStop)
         return
     options, selection = RunOptions.read(rotation.options), Selection.read(rotation.selection)
     try:
-        prepared = prepare(rotation.target.split(), database, options, selection)
+        prepared = prepare(rotation.target.split(), database, options, selection, is_begun=True)
         prepared.rotate_span(claim, span, should_stop)
     except (ServerLostError, RowsLockedError):
         raise

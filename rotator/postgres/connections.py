@@ -97,6 +97,8 @@ async def pooled(
         kwargs=server.arguments(),
         min_size=size,
         max_size=size,
+        # Each is opened by one of them.
+        num_workers=size,
         open=False,
         configure=server.configure,
         name="rotator workers",

@@ -31,7 +31,7 @@ from rotator.postgres.planning import IndexPlanner
 from rotator.postgres.spans import SpanProgress
 from rotator.postgres.transaction import Claim
 
-POLL_SECONDS: Final = 0.25
+POLL_SECONDS: Final = 0.1
 SILENT_SECONDS: Final = 30.0
 # No message is heard of where there is no worker; after a while a new one is worth little.
 LONGEST_PATIENCE_SECONDS: Final = 300.0

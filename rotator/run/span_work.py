@@ -4,6 +4,7 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Final
 
 from psycopg_pool import AsyncConnectionPool
 
@@ -12,7 +13,7 @@ from rotator.errors import RotatorError, ServerLostError, SupersededError
 from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import Key
 from rotator.postgres import spans
-from rotator.postgres.connections import Server, connected, pooled
+from rotator.postgres.connections import Server, pooled
 from rotator.postgres.planning import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
@@ -25,6 +26,9 @@ from rotator.run.examination import read_target
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
 from rotator.tasks import watch
+
+# Beside the workers': the span's own, and the planner's.
+OTHER_CONNECTIONS: Final = 2
 
 
 @dataclass
@@ -98,7 +102,12 @@ class SpanWork:
             watching.cancel()
 
     async def _attempt(self, span: int) -> None:
-        async with connected(self._server) as connection:
+        # All of its connections at once: a span takes less than a second where the server is near.
+        async with (
+            pooled(self._server, self._options.concurrency + OTHER_CONNECTIONS) as pool,
+            pool.connection() as connection,
+            pool.connection() as side,
+        ):
             table = await read_target(connection, self._target)
             claimed = await spans.claim_span(connection, table, self._claim, span, worker=str(this_process()))
             self._outage.back()
@@ -107,12 +116,8 @@ class SpanWork:
             told = _Told(self._outage)
             error = ""
             try:
-                async with (
-                    connected(self._server) as side,
-                    pooled(self._server, self._options.concurrency) as pool,
-                ):
-                    engine = self._engine(IndexPlanner(side, table), pool, table, claimed, told)
-                    await engine.run(claimed.gaps, self._drain)
+                engine = self._engine(IndexPlanner(side, table), pool, table, claimed, told)
+                await engine.run(claimed.gaps, self._drain)
             except (SupersededError, ServerLostError):
                 raise
             except RotatorError as refused:
