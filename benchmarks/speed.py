@@ -94,6 +94,11 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
         for ours, without in zip(found[_ROTATE], found[_WITHOUT_VACUUM], strict=True)
     ]
     print(f"Its writing beside VACUUM to that without: {Spread.of(costs).shown('.2f')}.")
+    costs = [
+        ours.seconds / without.seconds
+        for ours, without in zip(found[_ROTATE], found[_WITHOUT_VACUUM], strict=True)
+    ]
+    print(f"As a whole, with the VACUUM at the end, to that without: {Spread.of(costs).shown('.2f')}.")
     wal = [ours.wal_cleaned_bytes / its.wal_cleaned_bytes for ours, its in pairs]
     print(
         f"WAL of {_ROTATE} to that of {_UPDATE}, once the table is vacuumed: {Spread.of(wal).shown('.4f')}."
