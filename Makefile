@@ -88,7 +88,7 @@ check: lint types contract compose current ## Run every check but the tests
 format: .venv/dev ## Format the code
 	$(BIN)/ruff format .
 
-benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in about an hour
+benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in half an hour to an hour
 	$(BIN)/python benchmarks/speed.py --settings default --repetitions 5
 	$(BIN)/python benchmarks/compare.py --slow-rows 50000 --repetitions 1 --plot docs/pictures/compare.svg
 	$(BIN)/python benchmarks/concurrency.py --plot docs/pictures/concurrency.svg

@@ -129,6 +129,7 @@ def _facts(rotation: Rotation) -> dict[str, object]:
     return {
         "rotation": rotation.pk,
         "target": rotation.target,
+        "table": rotation.table_name,
         "database": rotation.database,
         "status": rotation.status,
         "rows": rotation.rows_done,
@@ -176,6 +177,7 @@ def _table(rotations: list[Rotation]) -> str:
 def _details(rotation: Rotation) -> str:
     facts = [
         ("target", f"{rotation.target} in database '{rotation.database}'"),
+        ("table", rotation.table_name),
         ("chosen by", str(Selection.read(rotation.selection))),
         ("status", rotation.status),
         ("rows", f"{_rows(rotation)} ({_percent(rotation)}%)"),
