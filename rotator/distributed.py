@@ -22,6 +22,7 @@ from rotator.errors import BrokerError, OptionError, OwnedElsewhereError, Server
 from rotator.postgres.transaction import Claim
 from rotator.progress import log_observer
 from rotator.project_setting import read_setting
+from rotator.run.context import ShouldStop
 from rotator.run.distribution import SPANS_OUTSTANDING
 from rotator.tasks import in_abandonable_thread
 from rotator.working import coordinate as coordinate_rotation
@@ -31,7 +32,7 @@ from rotator.working import rotate_span as rotate_span_of
 TIME_LIMIT_SECONDS: Final = 1800
 # A broker takes a message back that nobody has acknowledged for long: Redis after an hour, RabbitMQ after
 # half of one, and then it closes the worker's channel.
-COORDINATE_SECONDS: Final = 1200
+HAND_ON_SECONDS: Final = 1200
 ASK_AGAIN_SECONDS: Final = 60
 PUBLISH_SECONDS: Final = 10.0
 
@@ -44,9 +45,10 @@ def _note_shutdown(**_: object) -> None:
     _shutdown[0] = 1
 
 
-def is_shutting_down() -> bool:
-    """Whether this worker has been asked to stop."""
-    return bool(_shutdown[0])
+def _until_handed_on() -> ShouldStop:
+    """What tells a task that begins now to leave the rest to another: its worker's shutdown, or the time."""
+    until = time.monotonic() + HAND_ON_SECONDS
+    return lambda: bool(_shutdown[0]) or time.monotonic() > until
 
 
 @shared_task(
@@ -60,7 +62,8 @@ def is_shutting_down() -> bool:
 )  # type: ignore[untyped-decorator] # Celery has no types
 def rotate_span(database: str, rotation: int, generation: int, span: int) -> None:
     """Rewrite what is left of a span; harmless however often and late it is delivered."""
-    rotate_span_of(database, Claim(rotation=rotation, generation=generation), span, is_shutting_down)
+    claim = Claim(rotation=rotation, generation=generation)
+    rotate_span_of(database, claim, span, _until_handed_on())
 
 
 @shared_task(
@@ -80,15 +83,9 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
     delivered: while another delivery is at it, or the server is away, this one asks again now and then, so
     that there is always one that would go on.
     """
-    until = time.monotonic() + COORDINATE_SECONDS
+    observer, publisher = log_observer(logging.getLogger(__name__)), CeleryPublisher(database)
     try:
-        is_left = coordinate_rotation(
-            database,
-            rotation,
-            log_observer(logging.getLogger(__name__)),
-            CeleryPublisher(database),
-            lambda: is_shutting_down() or time.monotonic() > until,
-        )
+        is_left = coordinate_rotation(database, rotation, observer, publisher, _until_handed_on())
     except (OwnedElsewhereError, ServerLostError):
         _again(task, seconds=ASK_AGAIN_SECONDS)
     else:

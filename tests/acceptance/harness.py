@@ -125,6 +125,11 @@ class Running:
         return self._process.poll() is None
 
     @property
+    def out(self) -> str:
+        """What it has said on standard output so far."""
+        return self._out.read_text()
+
+    @property
     def err(self) -> str:
         """What it has said on standard error so far."""
         return self._err.read_text()

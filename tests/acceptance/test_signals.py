@@ -154,3 +154,19 @@ def test_a_signal_before_the_first_row_shows_no_traceback(commands: Commands) ->
     assert "Traceback" not in finished.err
     assert audit.changed() in (0, 100)
     assert Rotation.objects.get().status == "interrupted"
+
+
+def test_ctrl_c_ends_the_following_and_not_the_rotation(commands: Commands) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    running = commands.start("--batch", "50")
+    wait_for_checkpoints(20)
+    following = commands.start(str(Rotation.objects.get().pk), "--follow", program=(*MANAGE, "rotations"))
+    wait_until(lambda: following.out.startswith("running: "), "it says how far it is")
+    following.send(signal.SIGINT)
+    finished = following.wait()
+    assert (finished.status, finished.err.strip()) == (130, "")
+    assert running.is_alive
+    speed_up()
+    assert running.wait().status == 0
+    audit.assert_rotated()

@@ -1,6 +1,8 @@
 """``manage.py rotations``: what was rotated, what is being rotated, and how far it is."""
 
 import json
+import signal
+import sys
 import time
 from datetime import UTC, datetime
 from typing import Final, TypedDict, Unpack
@@ -15,6 +17,7 @@ from rotator.run.run import LEFT_TO_WORKERS
 from rotator.selection import Selection
 
 _FOLLOW_SECONDS: Final = 1.0
+_SIGNAL_BASE: Final = 128
 # A heartbeat comes each second.
 _SILENT_SECONDS: Final = 10.0
 
@@ -88,7 +91,9 @@ class Command(BaseCommand):
                     break
                 time.sleep(_FOLLOW_SECONDS)
         except KeyboardInterrupt:
-            raise CommandError("", returncode=130) from None
+            # Not in the middle of the line that says ^C.
+            self.stderr.write("")
+            sys.exit(_SIGNAL_BASE + signal.SIGINT)
         except Error as error:
             raise CommandError(
                 "The database cannot be asked any more, which the rotation need not have noticed. "
