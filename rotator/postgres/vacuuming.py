@@ -13,6 +13,7 @@ from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import TargetTable
 
 WATCH_SECONDS: Final = 0.25
+SCATTERED_CORRELATION: Final = 0.1
 _MAINTAIN_SINCE: Final = 170_000
 # vacuum_is_permitted_for_relation() in the server's src/backend/commands/vacuum.c.
 _OWNS: Final = (
@@ -52,6 +53,20 @@ async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
             if row and row[0]:
                 return True
     return False
+
+
+async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
+    """Whether the rows lie in an order that has nothing to do with the key's, as far as the server knows."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            "SELECT abs(s.correlation) < %(most)s FROM pg_stats s"
+            " JOIN pg_class c ON c.relname = s.tablename AND c.oid = %(table)s::regclass"
+            " JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = s.schemaname"
+            " WHERE s.attname = %(key)s AND NOT s.inherited",
+            {"most": SCATTERED_CORRELATION, "table": table.regclass, "key": table.key[0].name},
+        )
+        row = await cursor.fetchone()
+    return bool(row and row[0])
 
 
 async def vacuum(

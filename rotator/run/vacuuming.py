@@ -10,11 +10,14 @@ from rotator.errors import RotatorError
 from rotator.events import Vacuumed, VacuumSkipped, VacuumStarted
 from rotator.postgres.connections import connected
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuuming import may_vacuum, vacuum
+from rotator.postgres.vacuuming import is_scattered, may_vacuum, vacuum
 from rotator.run.context import RunContext
 
 # A vacuum looks at every page that changed, and what the last one missed is looked at again.
 PART_OF_TABLE: Final = 8
+# Where ranges have rows on pages all over the table, and so meet each page again and again, the server itself
+# removes old rows from a page when it needs room there.
+PART_OF_SCATTERED_TABLE: Final = 2
 LEAST_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
 
@@ -25,6 +28,7 @@ class Vacuuming:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._is_allowed = False
+        self._part_of_table = PART_OF_TABLE
         self._told = ""
 
     async def allow(self, control: AsyncConnection, table: TargetTable) -> None:
@@ -36,11 +40,13 @@ class Vacuuming:
         """
         if self._context.options.vacuum:
             self._is_allowed = await may_vacuum(control, table)
+            if await is_scattered(control, table):
+                self._part_of_table = PART_OF_SCATTERED_TABLE
             if not self._is_allowed:
                 self._tell("this role does not own the table, and only autovacuum will clean it")
 
     async def beside(self, control: AsyncConnection, table: TargetTable, *, rows_total: int) -> None:
-        """Vacuum after each part of the table, until cancelled.
+        """Vacuum after each part of the table's rows, until cancelled.
 
         Args:
             control: In autocommit mode; may be shared.
@@ -50,7 +56,7 @@ class Vacuuming:
         if not self._is_allowed:
             return
         figures = self._context.figures
-        part_rows = max(LEAST_ROWS, -(-rows_total // PART_OF_TABLE))
+        part_rows = max(LEAST_ROWS, -(-rows_total // self._part_of_table))
         due_rows = figures.rows_done + part_rows
         while True:
             await asyncio.sleep(POLL_SECONDS)

@@ -52,6 +52,20 @@ def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: py
     assert stopped.storage.dead_rows < 2000
 
 
+def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vacuuming, "LEAST_ROWS", 100)
+    monkeypatch.setattr(vacuuming, "POLL_SECONDS", 0.001)
+    database.execute(
+        "INSERT INTO tickets_ticket (id, title, created_at, token)"
+        " SELECT i, repeat('x', 100), now(), gen_random_uuid() FROM generate_series(1, 10000) AS i"
+        " ORDER BY hashint8(i)"
+    )
+    database.execute("ANALYZE tickets_ticket")
+    database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
+    stopped = rotate(batch=100, concurrency=2).stopped
+    assert (stopped.status, stopped.vacuums) == ("completed", 2)
+
+
 def test_without_it_the_table_doubles(database: Database) -> None:
     database.execute("ALTER TABLE tickets_ticket SET (autovacuum_enabled = false)")
     database.make_tickets(1, 10_000)
