@@ -36,6 +36,7 @@ SILENT_SECONDS: Final = 30.0
 # No message is heard of where there is no worker; after a while a new one is worth little.
 LONGEST_PATIENCE_SECONDS: Final = 300.0
 SPANS_OUTSTANDING: Final = 16
+SPANS_OF_SMALL_TABLE: Final = 8
 # A task opens its connections anew, which a few ranges would not be worth; and a host that is lost loses no
 # more.
 LEAST_RANGES_PER_SPAN: Final = 10
@@ -226,8 +227,8 @@ class Distribution:
 
 
 def ranges_per_span(rows: int, batch: int) -> int:
-    """Return how many ranges a span holds, so that small tables too have a span for every worker."""
-    return max(LEAST_RANGES_PER_SPAN, min(MOST_RANGES_PER_SPAN, rows // (batch * SPANS_OUTSTANDING)))
+    """Return how many ranges a span holds, so that small tables too have spans for several workers."""
+    return max(LEAST_RANGES_PER_SPAN, min(MOST_RANGES_PER_SPAN, rows // (batch * SPANS_OF_SMALL_TABLE)))
 
 
 async def _wait(drain: asyncio.Event, seconds: float) -> None:

@@ -78,7 +78,7 @@ async def test_what_another_owner_planned_is_nobodys(
 
 @pytest.mark.parametrize(
     ("rows", "batch", "ranges"),
-    [(0, 2000, 10), (20_000, 2000, 10), (1_000_000, 2000, 31), (10**9, 2000, 100), (1_000_000, 50_000, 10)],
+    [(0, 2000, 10), (20_000, 2000, 10), (1_000_000, 2000, 62), (10**9, 2000, 100), (1_000_000, 50_000, 10)],
 )
-def test_small_tables_too_have_a_span_for_every_worker(rows: int, batch: int, ranges: int) -> None:
+def test_small_tables_too_have_spans_for_several_workers(rows: int, batch: int, ranges: int) -> None:
     assert ranges_per_span(rows, batch) == ranges
