@@ -51,31 +51,24 @@ def _until_handed_on() -> ShouldStop:
     return lambda: bool(_shutdown[0]) or time.monotonic() > until
 
 
-@shared_task(
-    name="rotator.rotate_span",
+_OPTIONS: Final[dict[str, Any]] = {
     # A worker that dies has not done it.
-    acks_late=True,
-    reject_on_worker_lost=True,
-    ignore_result=True,
-    time_limit=TIME_LIMIT_SECONDS,
-    soft_time_limit=TIME_LIMIT_SECONDS,
-)  # type: ignore[untyped-decorator] # Celery has no types
+    "acks_late": True,
+    "reject_on_worker_lost": True,
+    "ignore_result": True,
+    "time_limit": TIME_LIMIT_SECONDS,
+    "soft_time_limit": TIME_LIMIT_SECONDS,
+}
+
+
+@shared_task(name="rotator.rotate_span", **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
 def rotate_span(database: str, rotation: int, generation: int, span: int) -> None:
     """Rewrite what is left of a span; harmless however often and late it is delivered."""
     claim = Claim(rotation=rotation, generation=generation)
     rotate_span_of(database, claim, span, _until_handed_on())
 
 
-@shared_task(
-    name="rotator.coordinate",
-    bind=True,
-    acks_late=True,
-    reject_on_worker_lost=True,
-    ignore_result=True,
-    max_retries=None,
-    time_limit=TIME_LIMIT_SECONDS,
-    soft_time_limit=TIME_LIMIT_SECONDS,
-)  # type: ignore[untyped-decorator] # Celery has no types
+@shared_task(name="rotator.coordinate", bind=True, max_retries=None, **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
 def coordinate(task: Task, database: str, rotation: int) -> None:
     """Plan and watch a rotation without a terminal; takes one of the workers' places until its end.
 
