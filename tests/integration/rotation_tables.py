@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any, Final
 from uuid import UUID
 
@@ -97,6 +97,17 @@ class Database:
         connection = psycopg.connect(**{**self.server.parameters, **parameters}, autocommit=True)
         self._connections.callback(connection.close)
         return connection
+
+    @contextmanager
+    def role(self) -> Iterator[sql.Identifier]:
+        """Make a role that may do nothing; its name is this connection's, since roles are the server's."""
+        name = sql.Identifier(f"rotator_visitor_{self._own.info.backend_pid}")
+        self.execute(sql.SQL("CREATE ROLE {}").format(name))
+        try:
+            yield name
+        finally:
+            self.execute(sql.SQL("DROP OWNED BY {}").format(name))
+            self.execute(sql.SQL("DROP ROLE {}").format(name))
 
     def execute(
         self, statement: str | sql.Composed, parameters: Mapping[str, Any] | tuple[Any, ...] | None = None

@@ -107,7 +107,10 @@ async def test_it_makes_way_for_whoever_waits(database: Database, control: psyco
     neighbour.execute("SET lock_timeout = '5s'")
     async with connected(database.server) as connection:
         vacuuming = asyncio.create_task(vacuum(connection, control, TICKETS, indexes=True))
-        await database.until("EXISTS (SELECT FROM pg_stat_progress_vacuum)")
+        await database.until(
+            "EXISTS (SELECT FROM pg_stat_progress_vacuum WHERE datname = current_database()"
+            " AND relid = 'tickets_ticket'::regclass)"
+        )
 
         await asyncio.to_thread(neighbour.execute, f"BEGIN; {LOCKED}".encode())
 
@@ -131,18 +134,14 @@ def test_a_stop_ends_the_last_one_and_the_rotation_is_completed_all_the_same(dat
 
 async def test_only_who_maintains_the_table_may(database: Database, control: psycopg.AsyncConnection) -> None:
     assert await may_vacuum(control, TICKETS)
-    database.execute("CREATE ROLE rotator_visitor")
-    try:
-        database.execute("GRANT SELECT, UPDATE ON tickets_ticket TO rotator_visitor")
-        await control.execute("SET ROLE rotator_visitor")
+    with database.role() as visitor:
+        database.execute(sql.SQL("GRANT SELECT, UPDATE ON tickets_ticket TO {}").format(visitor))
+        await control.execute(sql.SQL("SET ROLE {}").format(visitor))
         assert not await may_vacuum(control, TICKETS)
         if control.info.server_version >= 170_000:
-            database.execute("GRANT MAINTAIN ON tickets_ticket TO rotator_visitor")
+            database.execute(sql.SQL("GRANT MAINTAIN ON tickets_ticket TO {}").format(visitor))
             assert await may_vacuum(control, TICKETS)
         await control.execute("RESET ROLE")
-    finally:
-        database.execute("DROP OWNED BY rotator_visitor")
-        database.execute("DROP ROLE rotator_visitor")
 
 
 async def test_what_the_table_takes(database: Database, control: psycopg.AsyncConnection) -> None:
