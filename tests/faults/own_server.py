@@ -2,7 +2,6 @@
 
 import secrets
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from core.embedded.account import Account
 from core.embedded.binaries import Programs, find_programs
 from core.embedded.configuration import SUPERUSER, initdb_arguments
 from core.embedded.postmaster import complaint
+from tests.faults.ports import unused_port
 
 _OWN_SETTINGS: Final = {
     # A crash of the server alone, which is what happens here, loses what was not written to the system.
@@ -185,9 +185,7 @@ class OwnServer:
             "--no-sync",
         )
         password_file.unlink()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = unused_port()
         with (self._data / "postgresql.conf").open("a") as configuration:
             configuration.write("\ninclude 'tests.conf'\n")
         self._configure(self._settings)

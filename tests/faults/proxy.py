@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Self, TypeVar
 
+from tests.faults.ports import unused_port
+
 T = TypeVar("T")
 
 _PIECE_BYTES: Final = 65_536
@@ -155,7 +157,7 @@ class Proxy:
     """
 
     def __init__(self, *, port: int | None = None, path: str | None = None) -> None:
-        self.port = 0
+        self.port = unused_port()
         self.commits_cut = 0
         self._upstream_port = port
         self._upstream_path = path

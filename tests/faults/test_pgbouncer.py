@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.own_server import OwnServer
+from tests.faults.ports import unused_port
 
 ROWS = int(os.environ.get("ROTATOR_TEST_ROWS", "100000"))
 
@@ -28,9 +28,7 @@ def bouncer_port(server: OwnServer) -> Iterator[int]:
         pytest.skip("PgBouncer is not installed")
     folder = server.folder / "bouncer"
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = unused_port()
     users = folder / "users.txt"
     users.write_text(f'"postgres" "{server.password}"\n')
     configuration = folder / "pgbouncer.ini"
