@@ -16,6 +16,7 @@ from django.conf import settings
 from django.db import connection
 
 from core.embedded.server import database_url
+from tests.signals import stop_ignoring_signals
 
 PROJECT: Path = settings.BASE_DIR
 MANAGE = (sys.executable, "manage.py")
@@ -161,6 +162,7 @@ class Commands:
 
     def start_on(self, url: str, *command: str) -> Running:
         """Start a program with this DATABASE_URL."""
+        stop_ignoring_signals()
         name = f"{len(self._running):02}"
         out, err = self._folder / f"{name}.out", self._folder / f"{name}.err"
         with out.open("wb") as out_file, err.open("wb") as err_file:
