@@ -335,13 +335,14 @@ def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
 
 def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
-    slow_down(0.01)
+    # Slow enough that the rotation is not over before the second message is read, on a busy machine too.
+    slow_down(0.1)
     worker = hosts.worker(processes=3)
     number = detached(hosts, "--batch=50")
-    wait_for_checkpoints(20)
+    wait_for_checkpoints(5)
     # While the first is at it, and when all is done.
     hosts.deliver_again(number)
-    wait_until(lambda: "Retry in 60s" in worker.err, "it leaves it to the first", seconds=20)
+    wait_until(lambda: "Retry in 60s" in worker.err, "it leaves it to the first")
     speed_up()
     assert follow(commands, number).wait(60).status == 0
     hosts.deliver_again(number)
