@@ -77,7 +77,7 @@ class Hosts:
         return self._start(*MANAGE, COMMAND, "--celery", *options, **environment)
 
     def rotate(self, *options: str) -> Finished:
-        return self.coordinator(*options).wait(120)
+        return self.coordinator(*options).wait()
 
     def deliver_again(self, rotation: int) -> None:
         """Do as a broker does that has heard nothing for long of who coordinates a rotation."""
@@ -259,7 +259,7 @@ def test_a_worker_that_is_asked_to_stop_leaves_its_span_to_another(hosts: Hosts)
     other = hosts.worker()
     worker.send(signal.SIGTERM)
     # A span takes five of these, and a container's grace is ten seconds.
-    assert worker.wait(8).status == 0
+    assert worker.wait(10).status == 0
     assert Span.objects.filter(worker="", generation=1, finished_at=None).exists()
     speed_up()
     assert coordinator.wait(SILENT_SECONDS - 10).status == 0
@@ -289,7 +289,7 @@ def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands
     following = follow(commands, detached(hosts, "--batch=50"))
     # One place for whoever plans and watches.
     hosts.worker(processes=2)
-    finished = following.wait(60)
+    finished = following.wait()
     assert finished.status == 0, finished.err
     assert "interrupted: 0 of 0 rows (0%), waiting for a worker" in finished.out
     assert finished.out.splitlines()[-1].startswith("completed: 20,000 of 20,000 rows (100%)")
@@ -309,7 +309,7 @@ def test_detached_without_a_broker_nothing_is_lost(hosts: Hosts, commands: Comma
     hosts.restart_broker()
     hosts.worker(processes=2)
     assert detached(hosts) == number
-    assert follow(commands, number).wait(60).status == 0
+    assert follow(commands, number).wait().status == 0
     audit.assert_rotated()
 
 
@@ -322,14 +322,14 @@ def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
     number = detached(hosts, "--batch=20")
     wait_for_checkpoints(20)
     worker.send(signal.SIGTERM)
-    assert worker.wait(10).status == 0
+    assert worker.wait().status == 0
     assert (Rotation.objects.get().status, Rotation.objects.get().error) == (
         "interrupted",
         "Left to the workers.",
     )
     speed_up()
     hosts.worker(processes=2)
-    assert follow(commands, number).wait(60).status == 0
+    assert follow(commands, number).wait().status == 0
     audit.assert_rotated()
 
 
@@ -344,7 +344,7 @@ def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, co
     hosts.deliver_again(number)
     wait_until(lambda: "Retry in 60s" in worker.err, "it leaves it to the first")
     speed_up()
-    assert follow(commands, number).wait(60).status == 0
+    assert follow(commands, number).wait().status == 0
     hosts.deliver_again(number)
     wait_until(lambda: worker.err.count("succeeded in") == Span.objects.count() + 2, "it is over")
     assert Rotation.objects.count() == 1
@@ -355,7 +355,7 @@ def test_what_a_worker_cannot_do_is_told_here(hosts: Hosts, tmp_path: Path) -> N
     audit = audited_tickets(ROWS)
     (tmp_path / "only_here.py").write_text("import uuid\nmake = uuid.uuid4\n")
     hosts.worker()
-    finished = hosts.coordinator("--generator=only_here.make", PYTHONPATH=str(tmp_path)).wait(60)
+    finished = hosts.coordinator("--generator=only_here.make", PYTHONPATH=str(tmp_path)).wait()
     assert finished.status == 1
     assert "The generator only_here.make cannot be imported (ModuleNotFoundError)" in finished.out
     audit.assert_untouched()
@@ -376,7 +376,7 @@ def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
     speed_up()
     number = Rotation.objects.get().pk
     assert (f"Rotation {number} is left to the workers" in terminal.said) == is_left
-    assert follow(commands, number).wait(60).status == int(not is_left)
+    assert follow(commands, number).wait().status == int(not is_left)
     if is_left:
         audit.assert_rotated()
     else:
@@ -390,7 +390,7 @@ def test_ctrl_c_without_a_broker_ends_it(hosts: Hosts) -> None:
     hosts.end()
     # There is one more to be published when one is done.
     coordinator.send(signal.SIGINT)
-    finished = coordinator.wait(20)
+    finished = coordinator.wait()
     assert finished.status == 128 + signal.SIGINT
     assert "Interrupted: " in finished.out
 
@@ -406,7 +406,7 @@ def test_large_batches_are_nothing_to_the_broker(hosts: Hosts, batch: int) -> No
     (message, *_) = broker.lrange("celery", 0, -1)
     assert len(message) <= MOST_MESSAGE_BYTES, json.loads(message)
     hosts.worker()
-    assert coordinator.wait(120).status == 0
+    assert coordinator.wait().status == 0
     assert broker.info("memory")["used_memory_peak"] < MOST_BROKER_BYTES
     audit.assert_rotated()
 
@@ -418,7 +418,7 @@ def test_without_a_broker_it_waits_and_says_so(hosts: Hosts) -> None:
     wait_until(lambda: "The broker cannot be reached" in coordinator.err, "it says so")
     hosts.restart_broker()
     hosts.worker()
-    assert coordinator.wait(120).status == 0
+    assert coordinator.wait().status == 0
     audit.assert_rotated()
 
 
@@ -436,7 +436,7 @@ def test_without_workers_it_waits_and_says_so(hosts: Hosts) -> None:
     silent = "are they running, and do they reach broker and database?"
     wait_until(lambda: silent in coordinator.err, "it says so", seconds=SILENT_SECONDS + 20)
     hosts.worker()
-    assert coordinator.wait(120).status == 0
+    assert coordinator.wait().status == 0
     audit.assert_rotated()
 
 
@@ -473,7 +473,7 @@ def test_ddl_on_the_table_is_waited_for(hosts: Hosts) -> None:
     with psycopg.connect(url_of()) as other:
         other.execute("LOCK TABLE tickets_ticket")
         time.sleep(3)
-    finished = coordinator.wait(60)
+    finished = coordinator.wait()
     assert finished.status == 0, finished.err
     audit.assert_rotated()
 

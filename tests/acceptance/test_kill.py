@@ -30,13 +30,11 @@ def test_killed_again_and_again_every_row_is_written_once(commands: Commands) ->
     assert 0 < killed_with_rows < ROWS
     assert Rotation.objects.get().status == "running"
 
-    started_at = time.monotonic()
     finished = commands.run()
 
     assert finished.status == 0, finished.err
     # Nobody watches for the heartbeat of a process that is gone from this very host.
     assert "watching" not in finished.err
-    assert time.monotonic() - started_at < 8
     assert f"resumes: {killed_with_rows:,} of {ROWS:,} rows were done" in finished.err
     audit.assert_rotated()
 

@@ -13,7 +13,7 @@ from tests.acceptance.harness import Commands, Finished, Running, wait_for_check
 ROWS = 20_000
 # What the owner's heartbeat is watched for, what its backends' locks are waited for, and a slow machine.
 WATCHED_SECONDS = 10.0
-TAKEN_OVER_SECONDS = 15.0
+TAKEN_OVER_SECONDS = 30.0
 
 
 def _started_slowly(commands: Commands, *options: str) -> Running:
@@ -94,7 +94,7 @@ def test_an_owner_that_is_taken_over_ends_by_itself(commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     first = _started_slowly(commands)
     second = commands.start("--take-over", "--batch", "500")
-    superseded = first.wait(15)
+    superseded = first.wait()
     speed_up()
     completed = second.wait()
 
@@ -120,7 +120,7 @@ def test_a_frozen_owner_is_taken_over_and_writes_no_more(commands: Commands) -> 
     speed_up()
     first.send(signal.SIGCONT)
     assert second.wait().status == 0
-    superseded = first.wait(15)
+    superseded = first.wait()
 
     assert WATCHED_SECONDS - 1 < taken_over_after < TAKEN_OVER_SECONDS
     _assert_superseded(superseded)
@@ -139,7 +139,7 @@ def test_a_frozen_owner_that_wakes_up_after_completion_has_nothing_to_say(comman
     assert second.wait().status == 0
     audit.assert_rotated()
     first.send(signal.SIGCONT)
-    superseded = first.wait(15)
+    superseded = first.wait()
 
     _assert_superseded(superseded)
     assert Rotation.objects.get().status == "completed"

@@ -10,7 +10,7 @@ class Rotations(Commands):
         """Start it."""
         return self.start_on(url, *MANAGE, COMMAND, *options)
 
-    def rotated(self, url: str, *options: str, seconds: float = 60.0) -> Finished:
+    def rotated(self, url: str, *options: str, seconds: float = 180.0) -> Finished:
         """Run it to its end."""
         return self.rotate(url, *options).wait(seconds)
 

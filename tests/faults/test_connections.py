@@ -135,7 +135,6 @@ def test_silence_is_noticed_and_the_run_goes_on(
     assert noticed_after < NOTICED_SECONDS
     assert "has not answered for 30 s" in finished.err
     assert_completed(finished)
-    assert time.monotonic() - silent_at < NOTICED_SECONDS
     audit.assert_rotated_once()
 
 

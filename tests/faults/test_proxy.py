@@ -45,7 +45,7 @@ def echo() -> Iterator[Proxy]:
 
 
 def _client(proxy: Proxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), timeout=5)
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=30)
 
 
 def _exchange(client: socket.socket, said: bytes) -> float:
@@ -58,9 +58,14 @@ def _exchange(client: socket.socket, said: bytes) -> float:
     return time.monotonic() - started
 
 
+def _quickest(client: socket.socket, said: bytes) -> float:
+    """Return how many seconds the quickest of several echoes took: one may wait for a busy CPU."""
+    return min(_exchange(client, said) for _ in range(5))
+
+
 def test_it_forwards_both_ways(echo: Proxy) -> None:
     with _client(echo) as client:
-        assert _exchange(client, b"x" * 300_000) < 5
+        assert _exchange(client, b"x" * 300_000) < 30
         assert echo.connections == 1
     wait_until(lambda: echo.connections == 0, "it notices that the client has gone")
 
@@ -125,9 +130,9 @@ def test_each_direction_has_its_delay(
     echo: Proxy, to_server_seconds: float, to_client_seconds: float, expected: float
 ) -> None:
     with _client(echo) as client:
-        assert _exchange(client, b"x") < 0.1
+        assert _quickest(client, b"x") < 0.1
         echo.delay(to_server_seconds=to_server_seconds, to_client_seconds=to_client_seconds)
-        assert expected <= _exchange(client, b"x") < expected + 0.15
+        assert expected <= _quickest(client, b"x") < expected + 0.15
 
 
 def test_pieces_are_delayed_beside_each_other(echo: Proxy) -> None:
@@ -142,18 +147,19 @@ def test_pieces_are_delayed_beside_each_other(echo: Proxy) -> None:
         received = b""
         while len(received) < 5:
             received += client.recv(10)
-        assert 0.2 <= time.monotonic() - began < 0.45
+        # One after the other they would take a second.
+        assert 0.2 <= time.monotonic() - began < 0.9
 
 
 def test_throttle_limits_the_bytes_per_second(echo: Proxy) -> None:
     with _client(echo) as client:
         _exchange(client, b"x")
         echo.throttle(50_000)
-        assert 0.4 <= _exchange(client, b"x" * 20_000) < 2
+        assert 0.4 <= _exchange(client, b"x" * 20_000) < 10
         echo.throttle(None)
         # The next piece may still be awaited by the measure of before.
         _exchange(client, b"x")
-        assert _exchange(client, b"x" * 20_000) < 0.2
+        assert _quickest(client, b"x" * 20_000) < 0.2
 
 
 def _connect(proxy: Proxy, database: Database) -> psycopg.Connection:

@@ -96,7 +96,7 @@ def test_away_for_longer_than_the_budget(
     waited = time.monotonic() - away_at
     server.start()
 
-    assert 2 <= waited < 5
+    assert 2 <= waited < 20
     assert finished.status == 1
     assert "Traceback" not in finished.err
     assert finished.out.splitlines()[0].startswith("Interrupted: ")
@@ -159,7 +159,7 @@ def test_a_role_that_may_not_have_so_many_connections(database: Database, rotati
         assert finished.err.splitlines()[-1] == (
             "CommandError: The server does not give 4 more connections; are too many in use?"
         )
-        assert took < 10
+        assert took < 30
         assert audit.written() == 0
 
         running = rotations.rotate(url)

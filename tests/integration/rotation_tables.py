@@ -36,7 +36,7 @@ TICKETS: Final = TargetTable(
 )
 _UPDATES: Final = identifier(SCHEMA, "updates")
 # Long enough for a slow machine, short enough to notice.
-PATIENCE_SECONDS: Final = 10.0
+PATIENCE_SECONDS: Final = 30.0
 
 
 PAIRS: Final = TargetTable(
