@@ -335,9 +335,9 @@ def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
 
 def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
-    # Slow enough that the rotation is not over before the second message is read, on a busy machine too.
-    slow_down(0.1)
-    worker = hosts.worker(processes=3)
+    slow_down(0.3)
+    # A process for each of the eight spans, and two more: the second message does not wait for them.
+    worker = hosts.worker(processes=10)
     number = detached(hosts, "--batch=50")
     wait_for_checkpoints(5)
     # While the first is at it, and when all is done.
