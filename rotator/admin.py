@@ -18,7 +18,17 @@ else:
 class RotationAdmin(_ModelAdmin):
     """Shows how far each rotation is."""
 
-    list_display = ("id", "target", "database", "status", "progress", "owner", "started_at", "updated_at")
+    list_display = (
+        "id",
+        "target",
+        "database",
+        "status",
+        "progress",
+        "unconfirmed_rows",
+        "owner",
+        "started_at",
+        "updated_at",
+    )
     list_filter = ("status", "database")
     search_fields = ("target",)
     ordering: ClassVar = ["-id"]

@@ -72,6 +72,22 @@ class RangeTooSlowError(RangeRefusedError):
         super().__init__(condition, passing=True)
 
 
+class OldValuesKeptError(RotatorError):
+    """Rows of a range still had their old values after the update; the range was rolled back."""
+
+    def __init__(self, where: str, triggers: tuple[str, ...]) -> None:
+        cause = (
+            f"One of the triggers that an update fires ({', '.join(triggers)}) puts them back"
+            if triggers
+            else "The server puts them back, although no trigger of the table was found that does"
+        )
+        super().__init__(
+            f"Rows {where} still have their old values after the update, which was rolled back. "
+            f"{cause}: disable it during the rotation, or let it accept new values, and run the same command "
+            "again."
+        )
+
+
 class ValuesError(RotatorError):
     """Something is wrong with the new values; never says what they are."""
 

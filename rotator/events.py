@@ -234,6 +234,24 @@ class LateRowsRotated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConfirmationStarted:
+    """Every range is completed, and the table is read once to see who wrote each row last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsConfirmed:
+    """No row is left that nothing has written since the rotation began.
+
+    Attributes:
+        confirmed: The rows that this rotation wrote last.
+        unconfirmed: The rows that other sessions or triggers have written since.
+    """
+
+    confirmed: int
+    unconfirmed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VacuumStarted:
     """The rotation is completed, and its table is being vacuumed for the last time."""
 
@@ -288,7 +306,9 @@ class RotationStopped:
         rows_total: Rows up to the frozen upper bound.
         rows_total_is_exact: False where the total is the server's estimate.
         rows_this_run: Rows rotated by this run.
-        late_rows: Rows, among ``rows``, that were committed late.
+        late_rows: Rows, among ``rows``, that no range had written: they were committed late, say.
+        unconfirmed_rows: Rows that other sessions or triggers wrote last, after the rotation's start; None
+            unless it is completed.
         ranges: Ranges committed by this run.
         seconds: What this run took, from its start to its last status.
         seconds_total: Active seconds over all runs.
@@ -327,6 +347,7 @@ class RotationStopped:
     concurrency: int
     batch: int
     resumed: bool
+    unconfirmed_rows: int | None = None
     failed_keys: tuple[tuple[Key, str], ...] = ()
     storage_before: Storage | None = None
     storage: Storage | None = None
@@ -352,6 +373,8 @@ Event: TypeAlias = (
     | LateCommitsAwaited
     | LateCommitsOver
     | LateRowsRotated
+    | ConfirmationStarted
+    | RowsConfirmed
     | VacuumStarted
     | Vacuumed
     | VacuumSkipped

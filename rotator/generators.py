@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,10 @@ from django.db.models.fields import NOT_PROVIDED
 from django.utils.module_loading import import_string
 
 from rotator.errors import RangeTooSlowError, TargetError, ValuesError
-from rotator.instances import fetch_instances
+from rotator.instances import fetch_instances, fetch_instances_at
 from rotator.keys import Key
 from rotator.postgres.arrays import UuidBlock, Values
-from rotator.postgres.value_source import FromRows, InBulk, ValueSource
+from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
 from rotator.saving import transforms
 from rotator.values import uuid4_block
 
@@ -74,12 +74,19 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
     if not _takes_instance(path, function):
         return _in_bulk(maker, lambda: maker.of_fields(function()))
 
+    def values_of(rows: Iterable[Model]) -> tuple[Values, ...]:
+        makers = [partial(lambda row: maker.of_fields(function(row)), row) for row in rows]
+        return maker.make_each(makers, seconds=ROWS_SECONDS)
+
     def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
         rows = fetch_instances(model, keys, database)
-        makers = [partial(lambda row: maker.of_fields(function(row)), row) for row in rows.values()]
-        return list(rows), maker.make_each(makers, seconds=ROWS_SECONDS)
+        return list(rows), values_of(rows.values())
 
-    return FromRows(sync_to_async(make))
+    def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
+        rows = fetch_instances_at(model, places, database)
+        return list(rows), values_of(rows.values())
+
+    return FromRows(sync_to_async(make), sync_to_async(make_at))
 
 
 async def _uuid4s(count: int) -> tuple[Values, ...]:

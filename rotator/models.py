@@ -49,8 +49,8 @@ class Rotation(models.Model):
     selection = models.JSONField(
         default=dict, help_text="Which rows it is for, and what makes their values; the same for all runs."
     )
-    key_collations = models.JSONField(
-        default=dict, help_text="The versions of the key's collations when it began, by column."
+    identity = models.JSONField(
+        default=dict, help_text="The server, database, table, key and files that it was begun on."
     )
     status = models.CharField(max_length=16, choices=Status, default=Status.RUNNING)
     generation = models.BigIntegerField(default=1, help_text="Fences out an older process of this rotation.")
@@ -60,6 +60,10 @@ class Rotation(models.Model):
     rows_done = models.BigIntegerField(default=0)
     late_rows = models.BigIntegerField(
         default=0, help_text="Rows that were committed late and rotated outside the ranges."
+    )
+    unconfirmed_rows = models.BigIntegerField(
+        null=True,
+        help_text="Rows that other sessions or triggers wrote last, counted at completion.",
     )
     started_at = models.DateTimeField(db_default=Now())
     updated_at = models.DateTimeField(db_default=Now(), help_text="The owner's heartbeat.")
@@ -145,6 +149,12 @@ class CompletedRange(models.Model):
     through = models.JSONField(help_text="The range's last key.")
     rows = models.BigIntegerField()
     seconds = models.FloatField()
+    xid = models.BigIntegerField(
+        null=True, help_text="The transaction (xid8); null where an older version wrote the range."
+    )
+    has_other_writes = models.BooleanField(
+        db_default=False, help_text="Whether a trigger wrote other rows of the table in the same transaction."
+    )
     committed_at = models.DateTimeField(db_default=Now())
 
     class Meta:
@@ -166,3 +176,16 @@ class CompletedRange(models.Model):
     def __str__(self) -> str:
         """Return the range as logs show it: half-open."""
         return f"({self.after or 'start'}, {self.through}]"
+
+
+class LateTransaction(models.Model):
+    """A transaction that rotated rows which no range had written: they were committed late, say."""
+
+    rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="late_transactions")
+    xid = models.BigIntegerField(help_text="The transaction (xid8).")
+    rows = models.BigIntegerField()
+    committed_at = models.DateTimeField(db_default=Now())
+
+    def __str__(self) -> str:
+        """Return the transaction as logs show it."""
+        return f"transaction {self.xid}"

@@ -5,8 +5,8 @@ import json
 import logging
 import pkgutil
 import sys
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Final, TypeVar
 
@@ -16,13 +16,18 @@ from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
+from psycopg.sql import Identifier
 
 from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
 from rotator.events import Observer, RotationStopped, RowsRotated
 from rotator.findings import Findings
+from rotator.keys import Key
+from rotator.postgres.arrays import Values
 from rotator.postgres.connections import Server
+from rotator.postgres.identity import SESSION_QUERY, Session, TargetIdentity, check_same_session
 from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
+from rotator.postgres.value_source import FromRows, Place
 from rotator.project_setting import read_setting
 from rotator.run.context import Announce, ShouldStop
 from rotator.run.distribution import SpanPublisher
@@ -134,20 +139,30 @@ class Prepared:
             await sync_to_async(_close)(self.target.database)
         return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
 
-    def rotate_span(self, claim: Claim, span: int, should_stop: ShouldStop) -> None:
+    def rotate_span(
+        self, claim: Claim, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
+    ) -> None:
         """Rewrite what is left of a distributed rotation's span.
+
+        Args:
+            claim: What the message about the span says of the rotation.
+            span: The span's id.
+            should_stop: Whether the worker has to stop.
+            identity: What the rotation was begun on.
 
         Raises:
             RotatorError: As :meth:`SpanWork.rotate` has it.
         """
         connections.close_all()
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        _run(self._rotate_span(claim, span, should_stop))
+        _run(self._rotate_span(claim, span, should_stop, identity))
 
-    async def _rotate_span(self, claim: Claim, span: int, should_stop: ShouldStop) -> None:
+    async def _rotate_span(
+        self, claim: Claim, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
+    ) -> None:
         work = SpanWork(self.server, self.target, self.options, claim, self._announce(), should_stop)
         try:
-            await work.rotate(span)
+            await work.rotate(span, TargetIdentity.from_json(identity))
         finally:
             await sync_to_async(_close)(self.target.database)
 
@@ -230,7 +245,48 @@ def prepare(
     target = resolve(labels, database, selection or Selection())
     if not is_begun:
         _check_migrations(connection)
-    return Prepared(target=target, options=options, server=_server(connection))
+    session = read_session(connection, target.path)
+    if session.table_schema is not None:
+        # The rotator's own sessions need not look in the same schemas.
+        target = replace(target, path=(session.table_schema, target.path[-1]))
+    if isinstance(target.source, FromRows):
+        target = replace(target, source=_in_session(target.source, database, target.path, session))
+    target = replace(target, session=session)
+    return Prepared(target=target, options=options, server=_server(connection, session))
+
+
+def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> Session:
+    """Ask one of Django's own connections what it sees.
+
+    Args:
+        connection: The connection.
+        path: The table's name, with its schema before it where it has one; unquoted.
+    """
+    name = Identifier(*path).as_string()
+    with connection.cursor() as cursor:
+        cursor.execute(SESSION_QUERY, (name, name))
+        names = [column.name for column in cursor.description]
+        return Session(**dict(zip(names, cursor.fetchone(), strict=True)))
+
+
+def _in_session(source: FromRows, database: str, path: tuple[str, ...], session: Session) -> FromRows:
+    """Return a source that reads the rows of the same table, in whichever thread it is.
+
+    Each thread has Django connections of its own, and a project may have set up this thread's alone.
+    """
+
+    def check() -> None:
+        check_same_session(path, session, read_session(connections[database], path))
+
+    async def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
+        await sync_to_async(check)()
+        return await source.make(keys)
+
+    async def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
+        await sync_to_async(check)()
+        return await source.make_at(places)
+
+    return FromRows(make, make_at)
 
 
 def _close(database: str) -> None:
@@ -258,13 +314,14 @@ def _check_migrations(connection: BaseDatabaseWrapper) -> None:
         )
 
 
-def _server(connection: BaseDatabaseWrapper) -> Server:
+def _server(connection: BaseDatabaseWrapper, session: Session) -> Server:
     parameters: dict[str, Any] = connection.get_connection_params()
     role = connection.settings_dict.get("OPTIONS", {}).get("assume_role")
     return Server(
         parameters={name: value for name, value in parameters.items() if name not in _DJANGOS_OWN},
         role=role,
         time_zone=connection.timezone_name,
+        search_path=session.search_path,
     )
 
 

@@ -49,7 +49,7 @@ def rotate_span(database: str, claim: Claim, span: int, should_stop: ShouldStop)
     options, selection = RunOptions.read(rotation.options), Selection.read(rotation.selection)
     try:
         prepared = prepare(rotation.target.split(), database, options, selection, is_begun=True)
-        prepared.rotate_span(claim, span, should_stop)
+        prepared.rotate_span(claim, span, should_stop, rotation.identity)
     except (ServerLostError, RowsLockedError):
         raise
     except RotatorError as error:

@@ -9,6 +9,7 @@ from psycopg.rows import dict_row
 from rotator.errors import OptionError, TargetError
 from rotator.postgres.connections import APPLICATION_NAME
 from rotator.postgres.failures import answered, refused_for_good
+from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
@@ -21,34 +22,60 @@ _RELATION: Final = (
     " EXISTS (SELECT FROM pg_partition_tree(c.oid) tree JOIN pg_class leaf ON leaf.oid = tree.relid"
     " WHERE leaf.relkind = 'f') AS has_foreign_partitions,"
     " row_security_active(c.oid) AS hides_rows,"
+    # Bit 2 of ev_type is UPDATE.
+    " (SELECT string_agg(r.rulename, ', ' ORDER BY r.rulename) FROM pg_rewrite r"
+    " WHERE r.ev_class = c.oid AND r.ev_type = '2' AND r.ev_enabled NOT IN ('D', 'R')) AS update_rules,"
     " EXISTS (SELECT FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid"
     " JOIN pg_am am ON am.oid = ic.relam WHERE i.indrelid = c.oid AND am.amname = 'btree'"
-    " AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = "
-    "cardinality(%(key)s::text[]) AND (SELECT array_agg(a.attname::text ORDER BY k.place)"
+    # A deferred one lets a transaction see two rows with one key.
+    " AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL"
+    " AND i.indnkeyatts = cardinality(%(key)s::text[])"
+    " AND (SELECT array_agg(a.attname::text ORDER BY k.place)"
     " FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (number, place)"
     " JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number"
-    " WHERE k.place <= i.indnkeyatts) = %(key)s::text[]) AS is_indexed"
+    " WHERE k.place <= i.indnkeyatts"
+    # The order and the equality of the index are those of the comparisons: the column's own collation, and
+    # the operators of the type's default class.
+    " AND i.indcollation[k.place - 1] = a.attcollation"
+    " AND EXISTS (SELECT FROM pg_opclass o JOIN pg_opclass d ON d.opcmethod = o.opcmethod"
+    " AND d.opcintype = o.opcintype AND d.opcfamily = o.opcfamily AND d.opcdefault"
+    " WHERE o.oid = i.indclass[k.place - 1])) = %(key)s::text[]) AS is_indexed"
     " FROM pg_class c WHERE c.oid = to_regclass(%(table)s)"
 )
 _COLUMNS: Final = (
-    "SELECT a.attname AS name, t.typname AS type_name, n.nspname AS type_schema,"
+    # A domain's base type is what its values are sent as; a domain may be over another one.
+    "WITH RECURSIVE base AS (SELECT a.attnum, t.oid, t.typtype, t.typbasetype FROM pg_attribute a"
+    " JOIN pg_type t ON t.oid = a.atttypid WHERE a.attrelid = to_regclass(%(table)s)"
+    " UNION ALL SELECT b.attnum, t.oid, t.typtype, t.typbasetype FROM base b"
+    " JOIN pg_type t ON t.oid = b.typbasetype WHERE b.typtype = 'd')"
+    " SELECT a.attname AS name, t.typname AS type_name, n.nspname AS type_schema,"
     " ln.nspname AS collation_schema, l.collname AS collation,"
-    # The database's own has its version there.
-    " CASE WHEN l.collname = 'default' THEN (SELECT pg_database_collation_actual_version(oid)"
-    " FROM pg_database WHERE datname = current_database())"
-    " ELSE pg_collation_actual_version(l.oid) END AS collation_version,"
+    # What the server recorded when the indexes were built, and what it would compare with now; the
+    # database's own collation has both elsewhere.
+    " CASE WHEN l.collprovider = 'd' THEN d.datcollversion ELSE l.collversion END AS recorded_version,"
+    " CASE WHEN l.collprovider = 'd' THEN pg_database_collation_actual_version(d.oid)"
+    " ELSE pg_collation_actual_version(l.oid) END AS actual_version,"
     " a.attnotnull AS not_null, a.attgenerated <> '' OR a.attidentity = 'a' AS is_generated,"
-    " t.typcategory = 'A' AS is_array,"
+    " t.typcategory = 'A' AS is_array, t.typtype = 'c' OR t.typname IN ('json', 'jsonb', 'xml')"
+    " AS is_composite,"
     " EXISTS (SELECT FROM pg_partitioned_table p WHERE p.partrelid = a.attrelid"
     " AND a.attnum = ANY (p.partattrs)) AS is_partition_key,"
     " (SELECT min(f.conrelid::regclass::text) FROM pg_constraint f WHERE f.contype = 'f'"
     " AND f.confrelid = a.attrelid AND a.attnum = ANY (f.confkey)) AS referrer"
-    " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
+    " FROM pg_attribute a JOIN base b ON b.attnum = a.attnum AND b.typtype <> 'd'"
+    " JOIN pg_type t ON t.oid = b.oid"
     " JOIN pg_namespace n ON n.oid = t.typnamespace"
+    " JOIN pg_database d ON d.datname = current_database()"
     " LEFT JOIN pg_collation l ON l.oid = a.attcollation"
     " LEFT JOIN pg_namespace ln ON ln.oid = l.collnamespace"
     " WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped"
 )
+# Bit 4 of tgtype is UPDATE; 'D' is disabled and 'R' fires on replicas alone.
+_UPDATE_TRIGGERS: Final = sql.SQL(
+    "SELECT DISTINCT tgname FROM pg_trigger"
+    " WHERE tgrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND NOT tgisinternal"
+    " AND tgtype & 16 <> 0 AND tgenabled NOT IN ('D', 'R') ORDER BY 1"
+).format(LEAVES)
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
@@ -111,8 +138,7 @@ async def read_table(
 
     Raises:
         TargetError: The table or one of the columns is missing, rows cannot be found by the key, a column
-        cannot
-            be given a value, other rows refer to it, or row-level security hides rows.
+            cannot be given a value, other rows refer to it, or row-level security hides rows.
     """
     name = sql.Identifier(*path).as_string()
     named = ".".join(path)
@@ -131,6 +157,9 @@ async def read_table(
     for wanted in (*key, *columns):
         if wanted not in found:
             raise TargetError(f"The table {named} has no column {wanted}: run `manage.py migrate`.")
+    for wanted in key:
+        _check_key_column(named, found[wanted])
+    _check_key_index(named, relation)
     for wanted in columns:
         _check_column(named, found[wanted])
 
@@ -150,10 +179,20 @@ async def read_table(
         columns=tuple(column(wanted) for wanted in columns),
         condition=condition,
         found_name=relation["found_name"],
-        collation_versions={
-            wanted: found[wanted]["collation_version"] for wanted in key if found[wanted]["collation_version"]
-        },
+        is_partitioned=relation["kind"] == "p",
     )
+
+
+async def read_update_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
+    """The names of the enabled triggers that an update of the table fires.
+
+    Args:
+        connection: In autocommit mode, or in a transaction.
+        table: The target's table.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(_UPDATE_TRIGGERS, {"table": table.regclass})
+        return tuple([name async for (name,) in cursor])
 
 
 def _check_relation(named: str, relation: Mapping[str, Any]) -> None:
@@ -178,10 +217,45 @@ def _check_relation(named: str, relation: Mapping[str, Any]) -> None:
             f"Row-level security hides rows of {named} from this role, and they would keep their values: "
             "use a role that owns the table or has BYPASSRLS."
         )
+    if relation["update_rules"]:
+        raise TargetError(
+            f"The rule {relation['update_rules']} of {named} rewrites each UPDATE, so the rotation could not "
+            "tell which rows were updated: disable it with ALTER TABLE ... DISABLE RULE during the rotation."
+        )
+
+
+def _check_key_index(named: str, relation: Mapping[str, Any]) -> None:
     if not relation["is_indexed"]:
         raise TargetError(
-            f"{named} has no unique index on its primary key, by which rows are found: create one, as "
-            "`CREATE UNIQUE INDEX CONCURRENTLY` does."
+            f"{named} has no index on its primary key that finds each row by it: the index must be unique, "
+            "valid, not deferrable and not partial, and have the columns' own collation and default operator "
+            "class. Create one with `CREATE UNIQUE INDEX CONCURRENTLY`."
+        )
+
+
+def _check_key_column(named: str, row: Mapping[str, Any]) -> None:
+    name = row["name"]
+    if not row["not_null"]:
+        raise TargetError(
+            f"The key column {name} of {named} allows NULL, and a row without a key cannot be found by it: "
+            f"run ALTER TABLE ... ALTER COLUMN {name} SET NOT NULL."
+        )
+    if row["is_array"] or row["is_composite"]:
+        raise TargetError(
+            f"The key column {name} of {named} has the type {row['type_name']}, whose values are not written "
+            "as one text: rotate by a model whose key has a simple type."
+        )
+    recorded, actual = row["recorded_version"], row["actual_version"]
+    if recorded and actual and recorded != actual:
+        refresh = (
+            "ALTER DATABASE ... REFRESH COLLATION VERSION"
+            if row["collation"] == "default"
+            else f"ALTER COLLATION {row['collation_schema']}.{row['collation']} REFRESH VERSION"
+        )
+        raise TargetError(
+            f"The indexes on the key column {name} of {named} were built with version {recorded} of its "
+            f"collation, and the server compares with version {actual}, so rows may be missing from them: "
+            f"run REINDEX TABLE, then {refresh}."
         )
 
 

@@ -35,11 +35,13 @@ class Server:
         parameters: What libpq needs, as keyword arguments.
         role: The role to assume; None for the one that logs in.
         time_zone: That of its sessions, for conditions that have none; None for the server's own.
+        search_path: The schemas that Django's own connection looks in; None for the role's own.
     """
 
     parameters: Mapping[str, Any]
     role: str | None = None
     time_zone: str | None = None
+    search_path: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a connection."""
@@ -62,6 +64,13 @@ class Server:
         # A setting that transaction poolers keep for each client.
         if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
             await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))
+        if self.search_path is not None:
+            # A project may set it on each of Django's connections, as those with a schema for each tenant do.
+            await connection.execute(
+                "SELECT set_config('search_path', %(path)s, false)"
+                " WHERE current_setting('search_path') <> %(path)s",
+                {"path": self.search_path},
+            )
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.findings import Index, ServerFindings, TableFindings
+from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.failures import answered
 from rotator.postgres.planning import count_rows, estimate_rows, last_key
 from rotator.postgres.relations import LEAVES
@@ -25,12 +26,6 @@ _INDEXES: Final = (
     " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
     " WHERE i.indrelid = %(table)s::regclass ORDER BY 2 DESC, 1"
 )
-# Bit 4 of tgtype is UPDATE; 'D' is disabled and 'R' fires on replicas alone.
-_TRIGGERS: Final = sql.SQL(
-    "SELECT DISTINCT tgname FROM pg_trigger"
-    " WHERE tgrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND NOT tgisinternal"
-    " AND tgtype & 16 <> 0 AND tgenabled NOT IN ('D', 'R') ORDER BY 1"
-).format(LEAVES)
 # Without a replica identity the server refuses every update of a table that is published.
 _PUBLICATIONS: Final = sql.SQL(
     "SELECT p.pubname FROM pg_publication_tables p JOIN pg_publication d ON d.pubname = p.pubname"
@@ -112,7 +107,7 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         rows_is_exact=is_exact,
         heap_bytes=heap_bytes,
         indexes=indexes,
-        triggers=await _phrases(connection, _TRIGGERS, {"table": table.regclass}),
+        triggers=await read_update_triggers(connection, table),
         refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
     )
 

@@ -1,4 +1,4 @@
-"""Rows that are named one by one, by the parameter ``keys``."""
+"""The update of rows that are named one by one, by the parameter ``keys``."""
 
 from typing import Final
 
@@ -10,41 +10,37 @@ _KEYED: Final = "rotator_keyed"
 _POSITION: Final = "rotator_position"
 
 
-def keyed_update(table: TargetTable, condition: sql.Composable) -> sql.Composed:
-    """The update of the rows with these keys for which a condition about the alias ROW holds.
+def keyed_update(table: TargetTable) -> sql.Composed:
+    """The update of the rows with these keys; it returns what :func:`update_statement` does.
 
     Parameters: ``keys`` (texts of JSON arrays) and ``values_0`` and so on (an array for
     each column, in the order of the keys).
     """
-    return sql.SQL("UPDATE {} SET {} FROM {} WHERE {} AND {}").format(
-        table.row,
-        table.assignments(identifier(_KEYED, _POSITION)),
-        _keyed(table),
-        _same_key(table),
-        condition,
+    return sql.SQL(
+        "WITH written AS (UPDATE {row} SET {assignments} FROM"
+        " (SELECT keys.*, {old_values} FROM {keys} AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
+        # Sorted, so that the rows are locked in the key's order.
+        " ORDER BY {key_of_keys}) AS {keyed} WHERE ({row_key}) = ({keyed_key}) RETURNING {outcome})"
+        " SELECT count(*), count(*) FILTER (WHERE kept), count(*) FILTER (WHERE repeated) FROM written"
+    ).format(
+        row=table.row,
+        assignments=table.assignments(identifier(_KEYED, _POSITION)),
+        old_values=table.old_values,
+        keys=_keys(table),
+        row_key=table.key_columns_of(ROW),
+        key_of_keys=table.key_columns_of("keys"),
+        keyed=identifier(_KEYED),
+        keyed_key=table.key_columns_of(_KEYED),
+        outcome=table.outcome(_KEYED, identifier(_KEYED, _POSITION)),
     )
 
 
-def keyed_select(table: TargetTable, condition: sql.Composable) -> sql.Composed:
-    """One of the rows with these keys for which a condition about the alias ROW holds."""
-    return sql.SQL("SELECT FROM {}, {} WHERE {} AND {} LIMIT 1").format(
-        table.row, _keyed(table), _same_key(table), condition
-    )
-
-
-def _keyed(table: TargetTable) -> sql.Composable:
+def _keys(table: TargetTable) -> sql.Composable:
     """The keys of the parameter as columns, each with its position in it."""
     return sql.SQL(
-        # Sorted, so that the rows are locked in the key's order.
         "(SELECT {decoded}, {position} FROM unnest(%(keys)s::text[]) WITH ORDINALITY"
-        " AS keys (rotator_key, {position}) ORDER BY {key}) AS {keyed}"
+        " AS texts (rotator_key, {position}))"
     ).format(
-        key=table.key_columns,
         position=identifier(_POSITION),
         decoded=table.decoded_columns(sql.SQL("rotator_key::jsonb")),
-        keyed=identifier(_KEYED),
     )
-
-
-def _same_key(table: TargetTable) -> sql.Composable:
-    return sql.SQL("({}) = ({})").format(table.key_columns_of(ROW), table.key_columns_of(_KEYED))

@@ -45,7 +45,8 @@ class Unfinished:
         rows_done: How far it said it was.
         rows_total: Of how many rows.
         selection: Which rows it is for, and where their values come from, as JSON types.
-        key_collations: The versions of the key's collations when it began, by the names of the columns.
+        identity: What it was begun on; see :class:`rotator.postgres.identity.TargetIdentity`.
+        started_xid: The transaction that began it, epoch included.
     """
 
     id: int
@@ -57,7 +58,8 @@ class Unfinished:
     rows_done: int
     rows_total: int
     selection: Mapping[str, Any]
-    key_collations: Mapping[str, str]
+    identity: Mapping[str, Any]
+    started_xid: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +73,9 @@ class Owned:
         rows_total: Rows up to the bound.
         rows_total_is_exact: False where that is an estimate.
         rows_done: Rows that checkpoints and late rows vouch for.
-        late_rows: Rows among them that were committed late.
+        late_rows: Rows among them that no range had written.
         seconds_before: Active seconds of earlier runs.
+        identity: What the rotation was begun on.
     """
 
     claim: Claim
@@ -83,6 +86,7 @@ class Owned:
     rows_done: int
     late_rows: int
     seconds_before: float
+    identity: Mapping[str, Any]
 
 
 async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> Unfinished | None:
@@ -98,7 +102,7 @@ async def find_unfinished(connection: AsyncConnection, target: str, table_name: 
         await cursor.execute(
             "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
             " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
-            " selection, key_collations"
+            " selection, identity, started_xid"
             " FROM rotator_rotation"
             " WHERE target = %s AND table_name = %s AND status IN ('running', 'interrupted', 'failed')",
             (target, table_name),
@@ -120,7 +124,7 @@ class Terms:
         database: Django's alias of its database.
         options: Those of the run, as JSON types.
         selection: Which rows it is for, and where their values come from, as JSON types.
-        key_collations: The versions of the key's collations, by the names of the columns.
+        identity: What it is begun on, as JSON types.
     """
 
     target: str
@@ -128,7 +132,7 @@ class Terms:
     database: str
     options: Mapping[str, Any]
     selection: Mapping[str, Any]
-    key_collations: Mapping[str, str]
+    identity: Mapping[str, Any]
 
 
 async def begin_rotation(connection: AsyncConnection, terms: Terms, owner: Owner) -> Claim | None:
@@ -143,11 +147,11 @@ async def begin_rotation(connection: AsyncConnection, terms: Terms, owner: Owner
     async with alone(connection, _NO_ROTATION):
         await _check_overlap(connection, terms)
         cursor = await connection.execute(
-            "INSERT INTO rotator_rotation (target, table_name, database, options, selection, key_collations,"
+            "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
             " status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows,"
             " error, started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
             " VALUES (%(target)s, %(table_name)s, %(database)s, %(options)s, %(selection)s,"
-            " %(key_collations)s, 'running', 1, 0, 0, true, 0, 0, '', pg_current_xact_id()::text::bigint,"
+            " %(identity)s, 'running', 1, 0, 0, true, 0, 0, '', pg_current_xact_id()::text::bigint,"
             " %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
             " ON CONFLICT (target, table_name) WHERE status IN ('running', 'interrupted', 'failed')"
             " DO NOTHING RETURNING id",
@@ -157,7 +161,7 @@ async def begin_rotation(connection: AsyncConnection, terms: Terms, owner: Owner
                 "database": terms.database,
                 "options": Jsonb(dict(terms.options)),
                 "selection": Jsonb(dict(terms.selection)),
-                "key_collations": Jsonb(dict(terms.key_collations)),
+                "identity": Jsonb(dict(terms.identity)),
                 **asdict(owner),
             },
         )
@@ -264,7 +268,7 @@ async def read_owned(connection: AsyncConnection, claim: Claim) -> Owned:
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
             "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
-            " active_seconds AS seconds_before, late_rows + COALESCE((SELECT sum(rows) FROM"
+            " active_seconds AS seconds_before, identity, late_rows + COALESCE((SELECT sum(rows) FROM"
             " rotator_completedrange WHERE rotation_id = %(rotation)s), 0)::bigint AS rows_done"
             " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s",
             asdict(claim),
@@ -321,7 +325,13 @@ async def stop(
 
 
 async def complete(
-    connection: AsyncConnection, table: TargetTable, claim: Claim, bound: Key | None, *, active_seconds: float
+    connection: AsyncConnection,
+    table: TargetTable,
+    claim: Claim,
+    bound: Key | None,
+    *,
+    active_seconds: float,
+    unconfirmed_rows: int | None = None,
 ) -> int | None:
     """Mark the rotation completed, synchronously, if the checkpoints leave no gap.
 
@@ -341,9 +351,10 @@ async def complete(
             connection,
             claim,
             sql.SQL(
-                "status = 'completed', finished_at = clock_timestamp(), error = '', {}, rows_done = {}"
+                "status = 'completed', finished_at = clock_timestamp(), error = '', {}, rows_done = {},"
+                " unconfirmed_rows = %(unconfirmed_rows)s"
             ).format(_ACTIVE, _VOUCHED_FOR),
-            {"active_seconds": active_seconds},
+            {"active_seconds": active_seconds, "unconfirmed_rows": unconfirmed_rows},
         )
         if bound is not None and await gaps(connection, table, claim.rotation, bound):
             raise Rollback

@@ -7,39 +7,51 @@ from typing import Final
 
 from psycopg import AsyncConnection, AsyncCursor, sql
 
-from rotator.errors import RangeTooSlowError
+from rotator.errors import RangeTooSlowError, TargetError
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.failures import ANSWER_SECONDS, answered
 from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import ROW, TargetTable, identifier
+from rotator.postgres.transaction import KEY_SETTINGS
 
 # So far the planner looks ahead: a way to the server that delays everything then delays many ranges at once.
 _AHEAD_ROWS: Final = 20_000
 _MOST_RANGES_AHEAD: Final = 16
 
-_PLANNING_LIMITS: Final = (
-    sql.SQL("SELECT {}")
-    .format(
-        sql.SQL(", ").join(
-            sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(setting))
-            for name, setting in {
-                # A role's own timeouts are for the application's statements.
-                "lock_timeout": "1s",
-                "statement_timeout": f"{ANSWER_SECONDS * 1000:.0f}ms",
-                # Only the key's index says where a range ends without reading what comes after it.
-                "enable_seqscan": "off",
-                "enable_bitmapscan": "off",
-                "enable_sort": "off",
-                "jit": "off",
-            }.items()
+
+def _settings(settings: dict[str, str]) -> bytes:
+    """Write the statement that changes settings for one transaction."""
+    return (
+        sql.SQL("SELECT {}")
+        .format(
+            sql.SQL(", ").join(
+                sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(setting))
+                for name, setting in settings.items()
+            )
         )
+        .as_bytes()
     )
-    .as_bytes()
+
+
+_READING_SETTINGS: Final = _settings(KEY_SETTINGS)
+_PLANNING_SETTINGS: Final = _settings(
+    {
+        **KEY_SETTINGS,
+        # A role's own timeouts are for the application's statements.
+        "lock_timeout": "1s",
+        "statement_timeout": f"{ANSWER_SECONDS * 1000:.0f}ms",
+        # Only the key's index says where a range ends without reading what comes after it.
+        "enable_seqscan": "off",
+        "enable_bitmapscan": "off",
+        "enable_sort": "off",
+        "jit": "off",
+    }
 )
 
 _PLANNED: Final = "rotator_planned"
 _NEXT: Final = "rotator_next"
 _POSITION: Final = "rotator_position"
+_TEXT: Final = "rotator_text"
 
 
 class IndexPlanner:
@@ -71,7 +83,8 @@ class IndexPlanner:
         Who goes on where the range before ended is answered from what was planned ahead.
 
         Raises:
-            RowsLockedError: Somebody else has locked the whole table, as DDL does.
+            RowsLockedError: Another session has locked the whole table, as DDL does.
+            TargetError: A key does not survive as text.
         """
         async with self._one_at_a_time:
             goes_on = span == self._expected
@@ -99,9 +112,9 @@ class IndexPlanner:
             "ranges": ranges,
         }
         async with answered(connection), connection.pipeline(), connection.transaction():
-            await connection.execute(_PLANNING_LIMITS)
+            await connection.execute(_PLANNING_SETTINGS)
             cursor = await connection.execute(self._last_keys[is_known], parameters)
-            keys = [Key(key) for _, key in sorted(await cursor.fetchall())]
+            keys = [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
             if not keys:
                 cursor = await connection.execute(self._counts[is_known], parameters)
                 return [KeyRange(after=span.after, through=span.through, rows=await _number(cursor))]
@@ -112,7 +125,9 @@ class IndexPlanner:
 
 
 def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
-    """The keys at which the next ranges of a span end, as far as these are full, each with its number.
+    """The keys at which the next ranges of a span end, as far as these are full.
+
+    Each comes after its number, and before whether it survives as text.
 
     Parameters: ``after`` and ``through`` (keys), ``skip`` (one less than the rows of a range) and ``ranges``
     (how many of them at the most).
@@ -129,7 +144,7 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
         "SELECT {row_key} FROM {row} WHERE {following} ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS {next}"
         " WHERE {planned}.{position} < %(ranges)s::integer)"
         # The JSON outside, or the server makes one of every key that it skips.
-        " SELECT {position}, {json} FROM {planned}"
+        " SELECT {position}, {text}, {survives} FROM (SELECT *, {json} AS {text} FROM {planned}) AS {planned}"
     ).format(
         planned=identifier(_PLANNED),
         next=identifier(_NEXT),
@@ -138,6 +153,8 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
         next_key=table.key_columns_of(_NEXT),
         row_key=table.key_columns_of(ROW),
         json=table.key_json,
+        text=identifier(_TEXT),
+        survives=table.survives_as_text(sql.SQL("{}::jsonb").format(identifier(_TEXT))),
         table=table.name,
         row=table.row,
         within=table.within(after_is_known=after_is_known),
@@ -145,18 +162,65 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     )
 
 
+async def slice_ends(
+    connection: AsyncConnection, table: TargetTable, span: KeySpan, *, rows: int, most: int
+) -> list[Key]:
+    """The keys at which the full slices of a span end, in key order.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+        span: The span.
+        rows: The number of rows in a slice.
+        most: The largest number of slices.
+    """
+    statement = last_keys(table, after_is_known=span.after is not None)
+    async with answered(connection), connection.transaction():
+        await connection.execute(_PLANNING_SETTINGS)
+        cursor = await connection.execute(
+            statement, {"after": span.after, "through": span.through, "skip": rows - 1, "ranges": most}
+        )
+        return [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
+
+
 async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:
     """The highest key that the table holds now; None where it is empty."""
     descending = sql.SQL(", ").join(
         sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key
     )
-    async with answered(connection):
+    async with answered(connection), connection.transaction():
+        await connection.execute(_READING_SETTINGS)
         cursor = await connection.execute(
-            sql.SQL("SELECT {} FROM {} ORDER BY {} LIMIT 1").format(table.key_json, table.name, descending),
+            sql.SQL(
+                "SELECT {text}, {survives} FROM (SELECT *, {json} AS {text} FROM"
+                " (SELECT {key} FROM {table} ORDER BY {descending} LIMIT 1) AS {last}) AS {last}"
+            ).format(
+                text=identifier(_TEXT),
+                survives=table.survives_as_text(sql.SQL("{}::jsonb").format(identifier(_TEXT))),
+                json=table.key_json,
+                key=table.key_columns,
+                table=table.name,
+                descending=descending,
+                last=identifier(_NEXT),
+            ),
             {},
         )
         row = await cursor.fetchone()
-    return Key(row[0]) if row is not None else None
+    return None if row is None else _checked(row[0], survives=row[1])
+
+
+def _checked(key: str, *, survives: bool) -> Key:
+    """Return a key that means the same row once it comes back to the server.
+
+    Raises:
+        TargetError: It does not.
+    """
+    if not survives:
+        raise TargetError(
+            f"The key {key} is not equal to itself once it has been written as text and read again, so no "
+            "range can end there: rotate by a model whose key has another type."
+        )
+    return Key(key)
 
 
 async def count_rows(

@@ -2,10 +2,9 @@
 
 from typing import Final
 
-from psycopg import AsyncConnection, sql
+from psycopg import sql
 
-from rotator.postgres.failures import answered
-from rotator.postgres.table import TargetTable, identifier
+from rotator.postgres.table import TargetTable
 
 LEAVES: Final = sql.SQL(
     "(SELECT COALESCE(tree.relid, root.oid::regclass)::oid AS oid"
@@ -16,19 +15,14 @@ LEAVES: Final = sql.SQL(
 """A subquery: the ``oid`` of each of them; takes the parameter ``table``."""
 
 
-async def read_leaves(connection: AsyncConnection, table: TargetTable) -> list[sql.Composable]:
-    """The quoted names of the tables that hold the rows now.
+def rows_written_so_far(table: TargetTable) -> sql.Composed:
+    """The number of row versions that this session has written to the table, within and since any time.
 
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
+    Only its change within a transaction means anything; takes the parameter ``table``.
     """
-    async with answered(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-                " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
-            ).format(LEAVES),
-            {"table": table.regclass},
-        )
-        return [identifier(schema, name) async for schema, name in cursor]
+    writes = sql.SQL("pg_stat_get_xact_tuples_inserted({0}) + pg_stat_get_xact_tuples_updated({0})")
+    if not table.is_partitioned:
+        return sql.SQL("SELECT {}").format(writes.format(sql.SQL("%(table)s::regclass")))
+    return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint FROM {} AS leaf").format(
+        writes.format(sql.SQL("oid")), LEAVES
+    )

@@ -19,7 +19,7 @@ from rotator.postgres.connections import Server, pooled
 from rotator.postgres.failures import RangeGrewError, answered
 from rotator.postgres.planning import IndexPlanner, last_key
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writing import RangeUpdate
+from rotator.postgres.writing import RangeUpdate, RewriteError
 from rotator.tasks import first_error_alone
 
 # What is rolled back leaves dead rows behind, so it is kept to a small part of the table.
@@ -63,13 +63,17 @@ async def sample(
             rewritten = await _rewrite(pool, update, planned[len(warming) :], concurrency)
             seconds = time.monotonic() - started
     except RangeRefusedError as refused:
-        return Sample(skipped=f"the server refused a range: {refused.condition}")
+        skipped = f"the server refused a range: {refused.condition}"
     except (RowsLockedError, RangeGrewError):
-        return Sample(skipped="others were at work on its rows")
+        skipped = "other sessions wrote to its rows"
+    except RewriteError:
+        skipped = "rows kept their old values, perhaps because of a trigger"
     except (ServerRefusedError, ServerLostError) as error:
-        return Sample(skipped=str(error).rstrip("."))
-    if not rewritten:
-        return Sample(skipped="no rows were found for it")
+        skipped = str(error).rstrip(".")
+    else:
+        skipped = "" if rewritten else "no rows were found for it"
+    if skipped:
+        return Sample(skipped=skipped)
     return Sample(rows=sum(key_range.rows for key_range in planned), rows_per_second=rewritten / seconds)
 
 
@@ -115,7 +119,7 @@ async def _rewrite(
             made = await update.make(key_range, key_range.rows)
             async with answered(), pool.connection() as connection:
                 try:
-                    rewritten += await update.execute(connection, key_range, made, None)
+                    rewritten += (await update.execute(connection, key_range, made, None)).rows
                 finally:
                     await connection.rollback()
         return rewritten

@@ -1,8 +1,7 @@
 """The target's table, key and columns as SQL; keys travel as the server's own JSON arrays."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from psycopg import sql
@@ -13,6 +12,11 @@ ROW: Final = "rotator_row"
 """The alias of a row of the target in every statement that a :class:`Condition` is part of."""
 
 _BUILTIN_SCHEMA: Final = "pg_catalog"
+
+
+def _old_name(at: int) -> str:
+    """The name of the column with the old value of the rotated column at this place."""
+    return f"rotator_old_{at}"
 
 
 def values_name(at: int) -> str:
@@ -58,7 +62,8 @@ class Column:
 
     Attributes:
         name: The column's name, unquoted.
-        type_name: The type's name, e.g. ``int8``.
+        type_name: The type's name, e.g. ``int8``; that of the base type where the column's is a domain.
+            Without its length: an explicit cast would cut a value, where an assignment is an error.
         type_schema: The schema that the type is in.
         collation: The collation's schema and name, unquoted; None where the type has none.
         keeps_null: Whether a NULL in it stays one.
@@ -92,18 +97,17 @@ class TargetTable:
         key: The columns of the primary key, in the index's order.
         columns: The rotated columns.
         condition: Which rows are rotated; None for all.
-        collation_versions: The key's collations and their versions, by the names of its columns: what the
-            order of its index rests on.
         found_name: The table's name with its schema, quoted, as the server has it: the same by whatever
             alias or search path it is reached.
+        is_partitioned: Whether its rows are in partitions.
     """
 
     path: tuple[str, ...]
     key: tuple[Column, ...]
     columns: tuple[Column, ...]
     condition: Condition | None = None
-    collation_versions: Mapping[str, str] = field(default_factory=dict)
     found_name: str = ""
+    is_partitioned: bool = False
 
     @property
     def name(self) -> sql.Composable:
@@ -134,6 +138,46 @@ class TargetTable:
         """The same, to follow another condition."""
         return sql.SQL("") if self.matches is None else sql.SQL(" AND {}").format(self.matches)
 
+    @property
+    def old_values(self) -> sql.Composable:
+        """The rotated columns of :data:`ROW`, as columns of a subquery that an update joins with."""
+        return sql.SQL(", ").join(
+            sql.SQL("{} AS {}").format(identifier(ROW, column.name), identifier(_old_name(at)))
+            for at, column in enumerate(self.columns)
+        )
+
+    def outcome(self, alias: str, position: sql.Composable) -> sql.Composable:
+        """What an update of :data:`ROW` returns of each row: ``kept`` and ``repeated``.
+
+        ``kept`` is whether a rotated column still has its old value although it was given another one;
+        ``repeated`` is whether it has it because the new value is the same. Compared are the stored bytes
+        (``*=``): other operators call different values equal, or do not exist for the type.
+
+        Args:
+            alias: The alias of the subquery that has :attr:`old_values`.
+            position: The row's position in the arrays of new values.
+        """
+        unchanged, repeated = [], []
+        for at, column in enumerate(self.columns):
+            old = identifier(alias, _old_name(at))
+            same = sql.SQL("ROW({})::record *= ROW({})::record")
+            is_unchanged = same.format(identifier(ROW, column.name), old)
+            if column.keeps_null:
+                is_unchanged = sql.SQL("{} IS NOT NULL AND {}").format(old, is_unchanged)
+            is_repeated = same.format(
+                self._new_value(at, column, position), sql.SQL("{}::{}").format(old, column.type)
+            )
+            unchanged.append(sql.SQL("({} AND NOT {})").format(is_unchanged, is_repeated))
+            repeated.append(sql.SQL("({} AND {})").format(is_unchanged, is_repeated))
+        either = sql.SQL(" OR ")
+        return sql.SQL("{} AS kept, {} AS repeated").format(either.join(unchanged), either.join(repeated))
+
+    @property
+    def digest(self) -> sql.Composable:
+        """A number that stands for the rotated columns' stored values of :data:`ROW`."""
+        values = sql.SQL(", ").join(identifier(ROW, column.name) for column in self.columns)
+        return sql.SQL("hashtextextended(ROW({})::text, 0)").format(values)
+
     def assignments(self, position: sql.Composable) -> sql.Composable:
         """What UPDATE of :data:`ROW` sets: for each column the value at a position of its own array."""
         return sql.SQL(", ").join(
@@ -141,10 +185,13 @@ class TargetTable:
             for at, column in enumerate(self.columns)
         )
 
-    def _value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
-        value = sql.SQL("({}::{}[])[{}]").format(
+    def _new_value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
+        return sql.SQL("({}::{}[])[{}]").format(
             sql.Placeholder(values_name(at), format=PyFormat.BINARY), column.type, position
         )
+
+    def _value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
+        value = self._new_value(at, column, position)
         # A single column's rows are chosen for it.
         if not column.keeps_null or len(self.columns) == 1:
             return value
@@ -182,6 +229,10 @@ class TargetTable:
             )
             for position, column in enumerate(self.key)
         )
+
+    def survives_as_text(self, array: sql.Composable) -> sql.Composable:
+        """Whether a row's key is the same once it has been made a JSON array and read from it again."""
+        return sql.SQL("({}) = ({})").format(self.key_columns, self.decoded(array))
 
     def within(self, *, after_is_known: bool, alias: str | None = None) -> sql.Composable:
         """A condition: the key lies in the span of the parameters ``after`` and ``through``."""

@@ -12,6 +12,14 @@ LOCK_CLASS: Final = 0x726F7461
 # "span", for the locks of a distributed rotation's spans.
 SPAN_LOCK_CLASS: Final = 0x7370616E
 
+# What the text of some keys depends on; the server's most exact forms. Input is read in any of them.
+KEY_SETTINGS: Final = {
+    "extra_float_digits": "1",
+    "DateStyle": "ISO, YMD",
+    "IntervalStyle": "postgres",
+    "bytea_output": "hex",
+}
+
 STATEMENT_SECONDS_PER_LOCK_SECOND: Final = 5
 IDLE_SECONDS: Final = 10
 CHECK_CONNECTION_SECONDS: Final = 1
@@ -128,6 +136,7 @@ async def limit(connection: AsyncConnection, limits: WaitLimits, *, without: tup
                 **{f"enable_{join}": "off" for join in without},
                 # Compiling takes longer than the update of a range.
                 "jit": "off",
+                **KEY_SETTINGS,
             }
         ),
     )

@@ -16,13 +16,16 @@ what else they carry; keys are only ever added:
     server_log_shows_values  settings
     late_commits_awaited holders
     late_rows_rotated    rows
+    confirmation_started
+    rows_confirmed       confirmed, unconfirmed
     vacuum_started
     vacuumed             seconds
     vacuum_skipped       reason
     drain_started        reason
     stopped              the same keys as the report
 
-``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing`` or ``vacuuming``.
+``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing``, ``confirming`` or
+``vacuuming``.
 """
 
 import json
@@ -33,6 +36,7 @@ from typing import Final, TextIO
 
 from rotator.events import (
     BrokerAway,
+    ConfirmationStarted,
     DrainStarted,
     Event,
     LateCommitsAwaited,
@@ -46,6 +50,7 @@ from rotator.events import (
     RotationStarted,
     RotationStopped,
     RowFailed,
+    RowsConfirmed,
     ServerLogShowsValues,
     Tick,
     Vacuumed,
@@ -68,6 +73,8 @@ _NAMES: Final[dict[type[Event], str]] = {
     LateCommitsAwaited: "late_commits_awaited",
     LateCommitsOver: "late_commits_over",
     LateRowsRotated: "late_rows_rotated",
+    ConfirmationStarted: "confirmation_started",
+    RowsConfirmed: "rows_confirmed",
     VacuumStarted: "vacuum_started",
     Vacuumed: "vacuumed",
     VacuumSkipped: "vacuum_skipped",

@@ -2,6 +2,7 @@
 
 from rotator.events import RotationStopped
 from rotator.progress.format import count, duration, one_line, plural, rate, size
+from rotator.progress.wording import unconfirmed
 
 FAILED_KEYS_NAMED = 20
 
@@ -22,6 +23,7 @@ def report(event: RotationStopped) -> dict[str, object]:
         "rows_total_is_exact": event.rows_total_is_exact,
         "rows_this_run": event.rows_this_run,
         "late_rows": event.late_rows,
+        "unconfirmed_rows": event.unconfirmed_rows,
         "ranges": event.ranges,
         "seconds": round(event.seconds, 3),
         "seconds_total": round(event.seconds_total, 3),
@@ -67,9 +69,10 @@ def verdict(event: RotationStopped) -> str:
     if event.status == "completed":
         failed = len(event.failed_keys)
         exception = f", except {plural(failed, 'row')} that cannot be rotated" if failed else ""
+        not_confirmed = f"; {unconfirmed(event.unconfirmed_rows)}" if event.unconfirmed_rows else ""
         return (
             f"Completed: rotation {event.rotation} gave {plural(event.rows, 'row')} of {event.target} "
-            f"a new value{exception}."
+            f"a new value{exception}{not_confirmed}."
         )
     if event.superseded:
         return (
@@ -91,7 +94,7 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
         rows = f"{rows} in this run, {count(event.rows)} in all"
         seconds = f"{seconds} in this run, {duration(event.seconds_total)} in all"
     if event.late_rows:
-        rows = f"{rows}; {count(event.late_rows)} of them committed late"
+        rows = f"{rows}; {count(event.late_rows)} of them outside the ranges"
     facts = [
         ("rows", rows),
         ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),

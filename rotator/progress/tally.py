@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from rotator.events import (
+    ConfirmationStarted,
     DrainStarted,
     Event,
     LateCommitsAwaited,
@@ -20,7 +21,9 @@ from rotator.events import (
 )
 from rotator.progress.rate import RecentRate
 
-State: TypeAlias = Literal["rotating", "outage", "draining", "late_commits", "finishing", "vacuuming"]
+State: TypeAlias = Literal[
+    "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming"
+]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +40,7 @@ class Tally:
         deferrals: How often a range went to the back of the queue.
         retries: How often a range was tried again.
         outage_since: When the server went away; None while it answers.
+        confirming: Whether the table is being read to see who wrote each row last.
         vacuuming: Whether all is done but for the last VACUUM.
         draining: Whether no more ranges are planned.
         holders: The transactions that are waited for.
@@ -51,6 +55,7 @@ class Tally:
     deferrals: int = 0
     retries: int = 0
     outage_since: float | None = None
+    confirming: bool = False
     vacuuming: bool = False
     draining: bool = False
     holders: tuple[str, ...] = ()
@@ -83,8 +88,8 @@ class Tally:
             return "vacuuming"
         if self.holders:
             return "late_commits"
-        if self.draining:
-            return "draining"
+        if self.draining or self.confirming:
+            return "draining" if self.draining else "confirming"
         if self.rows_total_is_exact and self.rows_done >= self.rows_total:
             return "finishing"
         return "rotating"
@@ -138,9 +143,12 @@ class Tally:
                 self.outage_since = now
             case OutageEnded():
                 self.outage_since = None
+                self.confirming = False
                 self._rate.restart()
             case LateCommitsAwaited():
                 self.holders = event.holders
+            case ConfirmationStarted():
+                self.confirming = True
             case VacuumStarted():
                 self.vacuuming = True
             case DrainStarted():

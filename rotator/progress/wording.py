@@ -1,6 +1,7 @@
 """The sentences and phrases that the bar and the lines share."""
 
 from datetime import UTC, datetime
+from typing import Final
 
 from rotator.events import (
     BrokerAway,
@@ -13,16 +14,23 @@ from rotator.events import (
     OwnerWatched,
     RotationStarted,
     RowFailed,
+    RowsConfirmed,
     ServerLogShowsValues,
     VacuumSkipped,
     VacuumStarted,
     WorkersSilent,
 )
 from rotator.progress.format import count, duration, one_line, plural
-from rotator.progress.tally import Tally
+from rotator.progress.tally import State, Tally
 
 FAILED_ROWS_NAMED = 20
 HOLDERS_NAMED = 5
+_ACTIVITIES: Final[dict[State, str]] = {
+    "draining": "draining ranges in flight",
+    "confirming": "confirming rows",
+    "vacuuming": "vacuuming",
+    "finishing": "finishing",
+}
 
 
 def notice(event: Event, tally: Tally) -> str:
@@ -40,7 +48,9 @@ def notice(event: Event, tally: Tally) -> str:
         case LateCommitsAwaited():
             line = _awaited(event.holders) if event.holders != tally.holders else ""
         case LateRowsRotated():
-            line = f"{plural(event.rows, 'row')} committed late and rotated now"
+            line = f"{plural(event.rows, 'row')} that no range had written, rotated now"
+        case RowsConfirmed():
+            line = unconfirmed(event.unconfirmed)
         case VacuumStarted():
             line = "every row is done; vacuuming the table once more, which a stop would cut short"
         case DrainStarted():
@@ -90,17 +100,16 @@ def activity(tally: Tally, now: float) -> str:
     """Return what the run is busy with instead of getting on, or an empty text while rows are being done."""
     if tally.outage_since is not None:
         return f"server away for {duration(now - tally.outage_since)}"
-    match tally.state:
-        case "late_commits":
-            return f"waiting for {plural(len(tally.holders), 'transaction')}"
-        case "draining":
-            return "draining ranges in flight"
-        case "vacuuming":
-            return "vacuuming"
-        case "finishing":
-            return "finishing"
-        case _:
-            return ""
+    if tally.state == "late_commits":
+        return f"waiting for {plural(len(tally.holders), 'transaction')}"
+    return _ACTIVITIES.get(tally.state, "")
+
+
+def unconfirmed(rows: int | None) -> str:
+    """Return the phrase for rows that others wrote last; empty where there are none."""
+    if not rows:
+        return ""
+    return f"{plural(rows, 'row')} not confirmed: written by other sessions or triggers since the start"
 
 
 def done_of_total(tally: Tally) -> str:

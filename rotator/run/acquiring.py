@@ -12,11 +12,12 @@ from rotator.errors import (
     OwnedElsewhereError,
     RotationOverError,
     StoppedBeforeStartError,
-    TargetError,
 )
 from rotator.events import OwnerWatched
 from rotator.postgres import ownership
 from rotator.postgres.failures import superseded
+from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
+from rotator.postgres.last_writers import count_last_writers
 from rotator.postgres.ownership import Terms, Unfinished
 from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import Claim
@@ -59,12 +60,13 @@ class Acquisition:
             has
                 some of the same fields.
             OptionError: The unfinished rotation is for other rows or values.
-            TargetError: The key's order is not what it was when the rotation began.
+            TargetError: The target is not what it was when the rotation began.
             RotationOverError: It is not the one that was asked for.
             StoppedBeforeStartError: A stop was asked for while its owner was being watched.
         """
         target, owner = self._context.target, self._context.owner
         options = self._context.options.saved()
+        identity = await read_identity(self._connection, self._table)
         while True:
             unfinished = await self._find()
             self._check_identity(unfinished)
@@ -75,7 +77,7 @@ class Acquisition:
                     database=target.database,
                     options=options,
                     selection=target.selection.saved(),
-                    key_collations=self._table.collation_versions,
+                    identity=identity.to_json(),
                 )
                 claim = await ownership.begin_rotation(self._connection, terms, owner)
                 if claim is not None:
@@ -87,7 +89,8 @@ class Acquisition:
             if self._context.options.restart:
                 await ownership.abandon(self._connection, seen)
                 continue
-            self._check_sameness(unfinished)
+            self._check_selection(unfinished)
+            await self._check_target(unfinished, identity)
             claim = await ownership.take_over(
                 self._connection, seen, database=target.database, owner=owner, options=options
             )
@@ -128,8 +131,8 @@ class Acquisition:
                 f"Rotation {wanted} of {self._context.target.label} is not unfinished any more."
             )
 
-    def _check_sameness(self, found: Unfinished) -> None:
-        """Refuse to go on with what was begun under other terms."""
+    def _check_selection(self, found: Unfinished) -> None:
+        """Refuse to resume what was begun for other rows or values."""
         label, chosen = self._context.target.label, self._context.target.selection
         saved = Selection.read(found.selection)
         if chosen != saved:
@@ -137,14 +140,24 @@ class Acquisition:
                 f"Rotation {found.id} of {label} was begun with {saved}, and this command has {chosen}: give "
                 "it the same, or abandon that rotation with --restart."
             )
-        now, then = self._table.collation_versions, found.key_collations
-        for column, version in now.items():
-            if then.get(column, version) != version:
-                raise TargetError(
-                    f"The collation of the key {column} has version {version} and had {then[column]} when "
-                    f"rotation {found.id} began, so its ranges need not be what they were: REINDEX the "
-                    "table, and rotate all rows anew with --restart."
-                )
+
+    async def _check_target(self, found: Unfinished, identity: TargetIdentity) -> None:
+        """Refuse to resume on a target whose checkpoints mean something else now."""
+        saved = TargetIdentity.from_json(found.identity)
+        if saved is None:
+            return
+        difference = saved.difference(identity)
+        if not difference and (rewritten := saved.rewritten(identity)):
+            writers = await count_last_writers(
+                self._connection,
+                self._table,
+                rotation=found.id,
+                started_xid=found.started_xid,
+                rewritten=rewritten,
+            )
+            difference = REWRITTEN if writers.renewed else ""
+        if difference:
+            raise changed_target(found.id, self._context.target.label, difference)
 
     def _owned_elsewhere(self, found: Unfinished) -> OwnedElsewhereError:
         return OwnedElsewhereError(

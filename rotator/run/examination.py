@@ -9,6 +9,7 @@ from rotator.postgres import ownership
 from rotator.postgres.catalog import check_server, read_table
 from rotator.postgres.connections import Server, connected
 from rotator.postgres.examining import examine_server, examine_table
+from rotator.postgres.identity import check_session
 from rotator.postgres.ownership import Unfinished
 from rotator.postgres.sampling import sample
 from rotator.postgres.table import TargetTable
@@ -40,8 +41,10 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
     """Look the target's table up.
 
     Raises:
-        TargetError: It cannot be rotated.
+        TargetError: It cannot be rotated, or is not the one that Django's own connection uses.
     """
+    if target.session is not None:
+        await check_session(connection, target.path, target.session)
     return await read_table(
         connection,
         path=target.path,

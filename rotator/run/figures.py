@@ -15,6 +15,7 @@ from rotator.events import (
     RotationStarted,
     RotationStopped,
     RowFailed,
+    RowsConfirmed,
     Storage,
     Vacuumed,
 )
@@ -32,6 +33,7 @@ class Figures:
         failed_keys: Keys of rows that could not be rotated, each with the reason.
         storage_before: What the table took when the run began, once that is known.
         storage: What it takes at the end, once that is known.
+        unconfirmed_rows: Rows that others wrote last, once that is known.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -40,6 +42,7 @@ class Figures:
     storage_before: Storage | None = None
     storage: Storage | None = None
     _started: RotationStarted | None = None
+    unconfirmed_rows: int | None = None
     _late_rows: int = 0
     _ranges: int = 0
     _retries: int = 0
@@ -96,6 +99,8 @@ class Figures:
                 self._outage_seconds += event.seconds
                 # They are in gaps that are read anew: they will fail again, or be rotated.
                 self.failed_keys.clear()
+            case RowsConfirmed():
+                self.unconfirmed_rows = event.unconfirmed
             case Vacuumed():
                 self._vacuums += 1
                 self._vacuum_seconds += event.seconds
@@ -132,6 +137,7 @@ class Figures:
             concurrency=started.concurrency,
             batch=started.batch,
             resumed=started.resumed,
+            unconfirmed_rows=self.unconfirmed_rows if status == "completed" else None,
             failed_keys=tuple(self.failed_keys),
             storage_before=self.storage_before,
             storage=self.storage,

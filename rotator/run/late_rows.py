@@ -1,5 +1,6 @@
-"""The pass over rows that transactions older than the rotation have committed."""
+"""Waits for transactions older than the rotation, and rotates the rows that no range has written."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -16,8 +17,8 @@ from rotator.events import (
     RowFailed,
     RowsRotated,
 )
-from rotator.keys import Key
-from rotator.postgres.late_commits import LatePass, holders
+from rotator.postgres.late_commits import holders
+from rotator.postgres.older_rows import OlderRow, OlderRows
 from rotator.postgres.table import TargetTable
 from rotator.run.context import Announce
 from rotator.run.stopping import StopRequests
@@ -65,44 +66,50 @@ async def older_writers_are_over(
     return True
 
 
-async def rotate_late_rows(
-    late_pass: LatePass, *, batch: int, requests: StopRequests, notify: Observer, announce: Announce | None
-) -> None:
-    """Rotate what was committed late, wherever in the table it is, until a stop is asked for."""
-    rotation = _LateRotation(late_pass, requests, notify, announce)
-    async for keys in late_pass.found(batch):
-        await rotation.rotate(keys)
+async def rotate_older_rows(
+    older_rows: OlderRows, *, batch: int, requests: StopRequests, notify: Observer, announce: Announce | None
+) -> int:
+    """Rotate the rows that nothing has written since the start, until a stop is asked for.
+
+    Returns:
+        The number of rows that have new values.
+    """
+    rotation = _OlderRotation(older_rows, requests, notify, announce)
+    async for rows in older_rows.find(batch):
+        await rotation.rotate(rows)
         if requests.drain.is_set():
-            return
+            break
+    return rotation.rows
 
 
-class _LateRotation:
+class _OlderRotation:
     def __init__(
-        self, late_pass: LatePass, requests: StopRequests, notify: Observer, announce: Announce | None
+        self, older_rows: OlderRows, requests: StopRequests, notify: Observer, announce: Announce | None
     ) -> None:
-        self._late_pass = late_pass
+        self._older_rows = older_rows
         self._requests = requests
         self._notify = notify
         self._announce = announce
+        self.rows = 0
 
-    async def rotate(self, keys: list[Key]) -> None:
+    async def rotate(self, rows: Sequence[OlderRow]) -> None:
         deferrals = refusals = 0
         while not self._requests.drain.is_set():
             try:
-                return await self._rotate_whole(keys)
+                return await self._rotate_whole(rows)
             except RowsLockedError:
                 deferrals += 1
-                self._notify(RangeDeferred(rows=len(keys)))
+                self._notify(RangeDeferred(rows=len(rows)))
             except RangeRefusedError as refused:
                 refusals += 1
                 tries_whole = refused.passing and refusals < _REFUSALS
-                if not tries_whole and len(keys) == 1:
-                    return self._notify(RowFailed(key=keys[0], reason=refused.condition))
-                self._notify(RangeRetried(rows=len(keys), reason=refused.condition, split=not tries_whole))
+                if not tries_whole and len(rows) == 1:
+                    return self._notify(RowFailed(key=rows[0].key, reason=refused.condition))
+                self._notify(RangeRetried(rows=len(rows), reason=refused.condition, split=not tries_whole))
                 if not tries_whole:
-                    middle = len(keys) // 2
-                    await self.rotate(keys[:middle])
-                    return await self.rotate(keys[middle:])
+                    middle = len(rows) // 2
+                    await self.rotate(rows[:middle])
+                    return await self.rotate(rows[middle:])
             await self._requests.wait(
                 backoff_seconds(
                     deferrals + refusals, first=_FIRST_WAIT_SECONDS, longest=_LONGEST_WAIT_SECONDS
@@ -110,8 +117,10 @@ class _LateRotation:
             )
         return None
 
-    async def _rotate_whole(self, keys: list[Key]) -> None:
-        rows = await self._late_pass.rotate(keys)
-        self._notify(LateRowsRotated(rows=rows))
+    async def _rotate_whole(self, rows: Sequence[OlderRow]) -> None:
+        written = await self._older_rows.rotate(rows)
+        self.rows += written
+        self._notify(LateRowsRotated(rows=written))
         if self._announce is not None:
-            await self._announce(RowsRotated(rotation=self._late_pass.rotation, keys=tuple(keys), rows=rows))
+            keys = tuple(row.key for row in rows)
+            await self._announce(RowsRotated(rotation=self._older_rows.rotation, keys=keys, rows=written))

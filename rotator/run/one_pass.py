@@ -1,4 +1,4 @@
-"""One generation's work: freeze the bound, rewrite the gaps, find what came late, complete."""
+"""One generation's work: freeze the bound, rewrite the gaps, confirm who wrote each row last, complete."""
 
 from dataclasses import replace
 from typing import Final
@@ -7,10 +7,13 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.engine.engine import Engine, EngineOptions
-from rotator.events import EndStatus, RotationStarted
+from rotator.errors import RotatorError
+from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed
 from rotator.keys import KeySpan
 from rotator.postgres import ownership
-from rotator.postgres.late_commits import LatePass
+from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
+from rotator.postgres.last_writers import LastWriters, count_last_writers
+from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.ownership import Owned
 from rotator.postgres.planning import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.table import TargetTable
@@ -19,11 +22,12 @@ from rotator.run.acquiring import Acquired
 from rotator.run.announcing import AnnouncingWriter
 from rotator.run.context import RunContext
 from rotator.run.distribution import Distribution
-from rotator.run.late_rows import older_writers_are_over, rotate_late_rows
+from rotator.run.late_rows import older_writers_are_over, rotate_older_rows
 
 STOP_AFTER: Final = "--stop-after"
 OLDER_WRITERS_SECONDS: Final = 5.0
 COUNT_SECONDS: Final = 2.0
+CONFIRMATIONS: Final = 5
 
 
 class Pass:
@@ -87,16 +91,21 @@ class Pass:
         if options.stop_after_rows is not None and await self._gaps(owned):
             requests.ask(STOP_AFTER)
             return "interrupted"
-        await self._rotate_late_rows(owned)
+        is_confirmed = await self._confirm(owned)
         if requests.drain.is_set():
             return "interrupted"
-        return "failed" if self._context.figures.failed_keys else "completed"
+        return "completed" if is_confirmed else "failed"
 
     async def complete(self, owned: Owned) -> bool:
         """Mark the rotation completed; False where the checkpoints leave a gap after all."""
         figures = self._context.figures
         rows_done = await ownership.complete(
-            self._connection, self._table, owned.claim, owned.bound, active_seconds=figures.active_seconds
+            self._connection,
+            self._table,
+            owned.claim,
+            owned.bound,
+            active_seconds=figures.active_seconds,
+            unconfirmed_rows=figures.unconfirmed_rows,
         )
         if rows_done is None:
             return False
@@ -164,13 +173,22 @@ class Pass:
         )
         await engine.run(await self._gaps(owned), drain)
 
-    async def _rotate_late_rows(self, owned: Owned) -> None:
+    async def _confirm(self, owned: Owned) -> bool:
+        """Make sure that no row is left that nothing has written since the rotation began.
+
+        Returns:
+            Whether that is so; not where a stop was asked for, or rows were refused.
+
+        Raises:
+            TargetError: The target is not what the rotation was begun on.
+            RotatorError: Such rows are left, whatever is tried.
+        """
         requests, notify = self._context.requests, self._context.notify
         if not await older_writers_are_over(
             self._connection, self._table, owned.started_xid, seconds=None, requests=requests, notify=notify
         ):
-            return
-        late_pass = LatePass(
+            return False
+        older_rows = OlderRows(
             self._connection,
             self._table,
             owned.claim,
@@ -178,10 +196,46 @@ class Pass:
             source=self._context.target.source,
             limits=self._context.options.limits,
         )
-        await rotate_late_rows(
-            late_pass,
-            batch=self._context.options.batch,
-            requests=requests,
-            notify=notify,
-            announce=self._context.announce,
+        notify(ConfirmationStarted())
+        attempts = 0
+        while True:
+            writers = await requests.unless_asked(self._count_last_writers(owned))
+            if writers is None:
+                return False
+            if not writers.older:
+                notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
+                return True
+            rotated = await rotate_older_rows(
+                older_rows,
+                batch=self._context.options.batch,
+                requests=requests,
+                notify=notify,
+                announce=self._context.announce,
+            )
+            if requests.drain.is_set() or self._context.figures.failed_keys:
+                return False
+            attempts = 0 if rotated else attempts + 1
+            if attempts >= CONFIRMATIONS:
+                raise RotatorError(
+                    f"{writers.older:,} rows of {self._context.target.label} have not been written since the "
+                    f"rotation began, and {attempts} attempts have not reached them: look for a trigger or a "
+                    "policy that hides them, then run the same command again."
+                )
+
+    async def _count_last_writers(self, owned: Owned) -> LastWriters:
+        rewritten: tuple[int, ...] = ()
+        if saved := TargetIdentity.from_json(owned.identity):
+            now = await read_identity(self._connection, self._table)
+            rewritten = saved.rewritten(now)
+            if difference := saved.difference(now):
+                raise changed_target(owned.claim.rotation, self._context.target.label, difference)
+        writers = await count_last_writers(
+            self._connection,
+            self._table,
+            rotation=owned.claim.rotation,
+            started_xid=owned.started_xid,
+            rewritten=rewritten,
         )
+        if writers.renewed:
+            raise changed_target(owned.claim.rotation, self._context.target.label, REWRITTEN)
+        return writers

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from rotator.postgres.identity import Session
 from rotator.postgres.table import Condition
 from rotator.postgres.transaction import WaitLimits
 from rotator.postgres.value_source import ValueSource
@@ -75,6 +76,7 @@ class RunTarget:
         include_null: Whether a NULL gets a value, too.
         selection: How the user chose rows and values.
         bypassed: What of Django's model would have acted upon each save(), one phrase each.
+        session: What Django's own connection sees under these names; None until it was asked.
     """
 
     label: str
@@ -88,3 +90,4 @@ class RunTarget:
     include_null: bool = False
     selection: Selection = field(default_factory=Selection)
     bypassed: tuple[str, ...] = ()
+    session: Session | None = None

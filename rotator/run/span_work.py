@@ -14,6 +14,7 @@ from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, R
 from rotator.keys import Key
 from rotator.postgres import spans
 from rotator.postgres.connections import Server, pooled
+from rotator.postgres.identity import TargetIdentity, changed_target, read_identity
 from rotator.postgres.planning import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
@@ -73,10 +74,14 @@ class SpanWork:
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._drain = asyncio.Event()
 
-    async def rotate(self, span: int) -> None:
+    async def rotate(self, span: int, identity: TargetIdentity | None) -> None:
         """Rewrite what is left of a span, or as much of it as can be done until the worker has to stop.
 
         What this task was too late for is no error: the span is another task's, or nobody's.
+
+        Args:
+            span: The span's id.
+            identity: What the rotation was begun on; None where an older version began it.
 
         Raises:
             ServerLostError: The server was away for longer than the outage budget.
@@ -88,7 +93,7 @@ class SpanWork:
         try:
             while not self._drain.is_set():
                 try:
-                    return await self._attempt(span)
+                    return await self._attempt(span, identity)
                 except SupersededError:
                     return None
                 except ServerLostError:
@@ -101,7 +106,7 @@ class SpanWork:
         finally:
             watching.cancel()
 
-    async def _attempt(self, span: int) -> None:
+    async def _attempt(self, span: int, identity: TargetIdentity | None) -> None:
         # All of its connections at once: a span takes less than a second where the server is near.
         async with (
             pooled(self._server, self._options.concurrency + OTHER_CONNECTIONS) as pool,
@@ -109,6 +114,9 @@ class SpanWork:
             pool.connection() as side,
         ):
             table = await read_target(connection, self._target)
+            difference = identity and identity.difference(await read_identity(connection, table))
+            if difference:
+                raise changed_target(self._claim.rotation, self._target.label, difference)
             claimed = await spans.claim_span(connection, table, self._claim, span, worker=str(this_process()))
             self._outage.back()
             if claimed is None:

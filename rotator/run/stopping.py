@@ -3,11 +3,13 @@
 import asyncio
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from rotator.events import DrainStarted, Observer
+
+T = TypeVar("T")
 
 # What a terminal's Ctrl-C, a service manager and a dropped connection send.
 _SIGNALS: Final = tuple(
@@ -60,6 +62,18 @@ class StopRequests:
         except TimeoutError:
             return False
         return True
+
+    async def unless_asked(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Await some work and return its result; cancel it and return None once a stop is asked for."""
+        working = asyncio.create_task(work, name="rotator work until a stop")
+        stop = asyncio.create_task(self.drain.wait(), name="rotator wait for a stop")
+        try:
+            await asyncio.wait([working, stop], return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            working.cancel()
+            stop.cancel()
+            await asyncio.gather(working, stop, return_exceptions=True)
 
     @contextmanager
     def aborting(self, work: "asyncio.Task[object]") -> Iterator[None]:

@@ -71,14 +71,7 @@ class Vacuuming:
         if not self._is_allowed or requests.drain.is_set():
             return
         self._context.notify(VacuumStarted())
-        work = asyncio.create_task(self._alone(table), name="rotator last VACUUM")
-        stop = asyncio.create_task(requests.drain.wait(), name="rotator stop during VACUUM")
-        try:
-            await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()
-            stop.cancel()
-            await asyncio.gather(work, stop, return_exceptions=True)
+        await requests.unless_asked(self._alone(table))
 
     async def _alone(self, table: TargetTable) -> None:
         try:

@@ -13,6 +13,7 @@ from django.db.models import QuerySet
 
 from rotator.models import Rotation
 from rotator.progress.format import count, duration
+from rotator.progress.wording import unconfirmed
 from rotator.run.run import LEFT_TO_WORKERS
 from rotator.selection import Selection
 
@@ -141,6 +142,7 @@ def _facts(rotation: Rotation) -> dict[str, object]:
         "rows_total": rotation.rows_total,
         "rows_total_is_exact": rotation.rows_total_is_exact,
         "late_rows": rotation.late_rows,
+        "unconfirmed_rows": rotation.unconfirmed_rows,
         "percent": _percent(rotation),
         "seconds_total": round(rotation.active_seconds, 3),
         "started_at": rotation.started_at.isoformat(),
@@ -195,6 +197,8 @@ def _details(rotation: Rotation) -> str:
         ("generation", str(rotation.generation)),
         ("version", rotation.version),
     ]
+    if rotation.unconfirmed_rows is not None:
+        facts.append(("others", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
     if rotation.error:
         facts.append(("error", rotation.error))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])

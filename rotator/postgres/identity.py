@@ -1,0 +1,231 @@
+"""What the target is, whatever it is called: the server, the database, the table, its key and its files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from psycopg import AsyncConnection, sql
+from psycopg.rows import dict_row
+
+from rotator.errors import TargetError
+from rotator.postgres.failures import answered
+from rotator.postgres.relations import LEAVES
+from rotator.postgres.table import TargetTable
+
+SESSION_QUERY: Final = (
+    "SELECT (SELECT system_identifier FROM pg_control_system())::text AS system,"
+    " d.oid::bigint AS database_oid, d.datname AS database, current_user::text AS role,"
+    " current_setting('search_path') AS search_path, to_regclass(%s)::oid::bigint AS table_oid,"
+    " (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+    " WHERE c.oid = to_regclass(%s)) AS table_schema,"
+    " to_regclass('rotator_rotation')::oid::bigint AS rotations_oid"
+    " FROM pg_database d WHERE d.datname = current_database()"
+)
+"""Reads a :class:`Session`; takes the target table's quoted name twice. Any role may execute it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What one connection of a project is connected to, and what it sees there.
+
+    Attributes:
+        system: The server's system identifier.
+        database_oid: The database's oid.
+        database: The database's name.
+        role: The role whose privileges the session has.
+        search_path: The schemas in which it looks for unqualified names.
+        table_oid: The oid of the target's table; None where it sees none of that name.
+        table_schema: That table's schema; None likewise.
+        rotations_oid: The oid of the table of rotations; None likewise.
+    """
+
+    system: str
+    database_oid: int
+    database: str
+    role: str
+    search_path: str
+    table_oid: int | None
+    table_schema: str | None
+    rotations_oid: int | None
+
+
+async def check_session(connection: AsyncConnection, path: tuple[str, ...], expected: Session) -> None:
+    """Refuse a connection that does not work where Django's own does.
+
+    Args:
+        connection: In autocommit mode; one of the rotator's.
+        path: The table's name, with its schema before it where it has one; unquoted.
+        expected: What Django's own connection sees.
+
+    Raises:
+        TargetError: The server, the database, the role or a table is another one.
+    """
+    name = sql.Identifier(*path).as_string()
+    async with answered(connection):
+        cursor = connection.cursor(row_factory=dict_row)
+        await cursor.execute(SESSION_QUERY, (name, name))
+        row = await cursor.fetchone()
+    if row is None:
+        raise AssertionError("the session's own database has a row")
+    check_same_session(path, expected, Session(**row))
+
+
+def check_same_session(path: tuple[str, ...], django: Session, rotator: Session) -> None:
+    """Refuse two sessions that do not work in the same place; see :func:`check_session`."""
+    for what, of_django, of_rotator in (
+        ("server (system identifier)", django.system, rotator.system),
+        ("database", django.database, rotator.database),
+        ("database (oid)", django.database_oid, rotator.database_oid),
+        ("role", django.role, rotator.role),
+        (f"table {'.'.join(path)} (oid)", django.table_oid, rotator.table_oid),
+        ("table rotator_rotation (oid)", django.rotations_oid, rotator.rotations_oid),
+    ):
+        if of_django != of_rotator:
+            raise TargetError(
+                f"Django's own connection and the rotator's do not use the same {what}: Django's has "
+                f"{of_django}, the rotator's has {of_rotator}. Set it in DATABASES, which both read, instead "
+                "of a connection_created receiver or a custom engine."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyColumn:
+    """One column of the key, as far as the order of its values depends on it.
+
+    Attributes:
+        name: The column's name.
+        type: The type's name, as the server prints it.
+        collation: The collation's schema and name; empty where the type has none.
+        collation_version: The version that the operating system or ICU has of it; empty likewise.
+    """
+
+    name: str
+    type: str
+    collation: str
+    collation_version: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetIdentity:
+    """What a rotation was begun on; the same name may mean something else later.
+
+    Attributes:
+        system: The server's system identifier.
+        database_oid: The database's oid.
+        table_oid: The table's oid.
+        key: The key's columns.
+        files: The number of the file (``relfilenode``) that holds the rows of each partition, or of the
+            table itself, by the oid as a text. A rewrite of the table changes it.
+    """
+
+    system: str
+    database_oid: int
+    table_oid: int
+    key: tuple[KeyColumn, ...]
+    files: Mapping[str, int]
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "TargetIdentity | None":
+        """Return what :meth:`to_json` was made of; None for a rotation that an older version began."""
+        if not saved:
+            return None
+        known = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
+        return cls(**known | {"key": tuple(KeyColumn(**column) for column in saved["key"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON types, for the rotation's row."""
+        return asdict(self)
+
+    def difference(self, now: "TargetIdentity") -> str:
+        """Return in one phrase how the target is another one now; empty where it is the same.
+
+        Partitions come and go, and VACUUM FULL changes the files: neither makes it another target.
+        """
+        if self.system != now.system:
+            return (
+                f"the server is another one: its system identifier is {now.system} and was {self.system}, as "
+                "after a dump and restore or pg_upgrade"
+            )
+        if self.database_oid != now.database_oid:
+            return f"the database is another one: its oid is {now.database_oid} and was {self.database_oid}"
+        if self.table_oid != now.table_oid:
+            return (
+                f"the table is another one: its oid is {now.table_oid} and was {self.table_oid}, as after "
+                "DROP TABLE and a restore"
+            )
+        if self._order_of(self.key) != self._order_of(now.key):
+            return f"the key is {_phrase(now.key)} and was {_phrase(self.key)}"
+        for before, after in zip(self.key, now.key, strict=True):
+            if before.collation_version != after.collation_version:
+                return (
+                    f"the collation {after.collation} of the key {after.name} has version "
+                    f"{after.collation_version or 'unknown'} and had {before.collation_version or 'unknown'}"
+                )
+        return ""
+
+    def rewritten(self, now: "TargetIdentity") -> tuple[int, ...]:
+        """Return the oids of the partitions, or of the table, whose rows are in other files now."""
+        return tuple(int(oid) for oid, file in now.files.items() if self.files.get(oid, file) != file)
+
+    @staticmethod
+    def _order_of(key: Sequence[KeyColumn]) -> list[tuple[str, str, str]]:
+        return [(column.name, column.type, column.collation) for column in key]
+
+
+def _phrase(key: Sequence[KeyColumn]) -> str:
+    return ", ".join(
+        f"{column.name} {column.type}" + (f" COLLATE {column.collation}" if column.collation else "")
+        for column in key
+    )
+
+
+REWRITTEN: Final = (
+    "another session has written every row anew, as ALTER TABLE, TRUNCATE and pg_repack do, so the server "
+    "does not tell any more which rows have new values"
+)
+
+
+def changed_target(rotation: int, target: str, difference: str) -> TargetError:
+    """Return the error of a rotation whose target is not what it was begun on."""
+    return TargetError(
+        f"Rotation {rotation} of {target} cannot go on: {difference}. Rotate all rows again with --restart."
+    )
+
+
+_KEY: Final = (
+    "SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,"
+    " COALESCE(n.nspname || '.' || l.collname, '') AS collation,"
+    # The database's own has its version there.
+    " COALESCE(CASE WHEN l.collprovider = 'd' THEN (SELECT pg_database_collation_actual_version(oid)"
+    " FROM pg_database WHERE datname = current_database())"
+    " ELSE pg_collation_actual_version(l.oid) END, '') AS collation_version"
+    " FROM unnest(%(key)s::text[]) WITH ORDINALITY AS k (name, place)"
+    " JOIN pg_attribute a ON a.attrelid = %(table)s::regclass AND a.attname = k.name"
+    " LEFT JOIN pg_collation l ON l.oid = a.attcollation LEFT JOIN pg_namespace n ON n.oid = l.collnamespace"
+    " ORDER BY k.place"
+)
+_TARGET: Final = sql.SQL(
+    "SELECT (SELECT system_identifier FROM pg_control_system())::text AS system,"
+    " (SELECT oid FROM pg_database WHERE datname = current_database())::bigint AS database_oid,"
+    " %(table)s::regclass::oid::bigint AS table_oid,"
+    " (SELECT COALESCE(jsonb_object_agg(oid::text, pg_relation_filenode(oid)), '{{}}')"
+    " FROM {} AS leaf) AS files"
+).format(LEAVES)
+
+
+async def read_identity(connection: AsyncConnection, table: TargetTable) -> TargetIdentity:
+    """Read what the target is now.
+
+    Args:
+        connection: In autocommit mode, or in a transaction.
+        table: The target's table.
+    """
+    async with answered(connection):
+        rows = connection.cursor(row_factory=dict_row)
+        await rows.execute(_KEY, {"table": table.regclass, "key": [column.name for column in table.key]})
+        key = tuple([KeyColumn(**row) async for row in rows])
+        await rows.execute(_TARGET, {"table": table.regclass})
+        row = await rows.fetchone()
+    if row is None:
+        raise AssertionError("a query without a condition has a row")
+    return TargetIdentity(key=key, **row)
