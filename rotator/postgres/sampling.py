@@ -56,12 +56,7 @@ async def sample(
         return Sample(skipped="the table is too small for that")
     try:
         planned = await _plan(connection, update.table, rows=rows, batch=batch, ranges=ranges)
-        async with pooled(server, concurrency) as pool:
-            warming = planned[: int(len(planned) * WARMING_PART)]
-            await _rewrite(pool, update, warming, concurrency)
-            started = time.monotonic()
-            rewritten = await _rewrite(pool, update, planned[len(warming) :], concurrency)
-            seconds = time.monotonic() - started
+        return await _measure(server, update, planned, concurrency)
     except RangeRefusedError as refused:
         skipped = f"the server refused a range: {refused.condition}"
     except (RowsLockedError, RangeGrewError):
@@ -70,10 +65,18 @@ async def sample(
         skipped = "rows kept their old values, perhaps because of a trigger"
     except (ServerRefusedError, ServerLostError) as error:
         skipped = str(error).rstrip(".")
-    else:
-        skipped = "" if rewritten else "no rows were found for it"
-    if skipped:
-        return Sample(skipped=skipped)
+    return Sample(skipped=skipped)
+
+
+async def _measure(server: Server, update: RangeUpdate, planned: list[KeyRange], concurrency: int) -> Sample:
+    async with pooled(server, concurrency) as pool:
+        warming = planned[: int(len(planned) * WARMING_PART)]
+        await _rewrite(pool, update, warming, concurrency)
+        started = time.monotonic()
+        rewritten = await _rewrite(pool, update, planned[len(warming) :], concurrency)
+        seconds = time.monotonic() - started
+    if not rewritten:
+        return Sample(skipped="no rows were found for it")
     return Sample(rows=sum(key_range.rows for key_range in planned), rows_per_second=rewritten / seconds)
 
 

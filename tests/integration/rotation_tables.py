@@ -51,6 +51,18 @@ ODD: Final = TargetTable(
 )
 
 
+UPDATE: Final = "UPDATE tickets_ticket SET title = 'else' WHERE id = 3"
+INSERT: Final = (
+    "INSERT INTO tickets_ticket (id, title, created_at, token) VALUES (99, '', now(), gen_random_uuid())"
+)
+
+
+def execute_all(connection: psycopg.Connection, *statements: str) -> None:
+    """Execute statements, one after the other."""
+    for statement in statements:
+        connection.execute(statement.encode())
+
+
 def key_range(after: int | None, through: int, rows: int) -> KeyRange:
     """A range of a table whose key is one number."""
     return KeyRange(
@@ -255,7 +267,7 @@ async def try_to_begin(
         database=database,
         options={},
         selection={},
-        key_collations={},
+        identity={},
     )
     return await begin_rotation(control, terms, owner)
 

@@ -147,7 +147,7 @@ async def test_a_sample_that_meets_others_makes_way(
 
     found = await sample(control, database.server, UPDATE, rows=10_000, batch=20, concurrency=2)
 
-    assert found.skipped == "others were at work on its rows"
+    assert found.skipped == "other sessions wrote to its rows"
 
 
 async def test_a_sample_that_is_refused_names_the_condition(

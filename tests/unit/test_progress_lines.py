@@ -114,7 +114,7 @@ def test_a_resumed_start_is_one_line() -> None:
                 "pid 4711, psql; pid 4712, app"
             ),
         ),
-        (LateRowsRotated(rows=12), "12 rows committed late and rotated now"),
+        (LateRowsRotated(rows=12), "12 rows that no range had written, rotated now"),
         (
             DrainStarted(reason="SIGINT"),
             "SIGINT: draining, ranges in flight commit and no more are planned",

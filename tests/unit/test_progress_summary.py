@@ -6,7 +6,7 @@ from tests.unit.progress_fakes import stopped
 
 FAILED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
 KEYS = (
-    "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows ranges seconds "
+    "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows unconfirmed_rows ranges seconds "
     "seconds_total rows_per_second retries outage_seconds peak_memory_bytes concurrency batch "
     "heap_bytes_before heap_bytes index_bytes_before index_bytes dead_rows vacuums vacuum_seconds resumed "
     "failed_keys error"
@@ -44,7 +44,7 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
             "700,000 of 1,000,000 rows have a new value."
         ),
         "SIGINT asked it to stop.",
-        "  rows         288,000 in this run, 700,000 in all; 12 of them committed late",
+        "  rows         288,000 in this run, 700,000 in all; 12 of them outside the ranges",
         "  ranges       500 of up to 2,000 rows",
         "  workers      4",
         "  time         40 s in this run, 2 min 05 s in all",

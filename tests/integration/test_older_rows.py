@@ -1,0 +1,215 @@
+"""Rows that nothing has written since the rotation began, found by reading the table."""
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from itertools import chain
+
+import psycopg
+import pytest
+
+from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, SupersededError
+from rotator.keys import Key
+from rotator.postgres import older_rows as older_rows_module
+from rotator.postgres.connections import connected
+from rotator.postgres.older_rows import OlderRow, OlderRows
+from rotator.postgres.ownership import abandon, read_owned
+from rotator.postgres.table import TargetTable
+from rotator.postgres.transaction import Claim, WaitLimits
+from tests.integration.rotation_tables import (
+    COMMITTING,
+    INSERT,
+    ODD,
+    PAIRS,
+    TICKETS,
+    UPDATE,
+    UUIDS,
+    Database,
+    assert_new_uuid4s,
+    begin,
+    execute_all,
+    once_each,
+)
+
+pytestmark = COMMITTING
+
+
+@pytest.fixture
+def other(database: Database) -> psycopg.Connection:
+    """A transaction of an application, begun before any rotation."""
+    database.make_tickets(1, 20)
+    opened = database.connect(application_name="shop")
+    opened.execute("BEGIN")
+    return opened
+
+
+@asynccontextmanager
+async def _older_rows(
+    database: Database, claim: Claim, table: TargetTable = TICKETS
+) -> AsyncIterator[OlderRows]:
+    async with connected(database.server) as side:
+        owned = await read_owned(side, claim)
+        yield OlderRows(side, table, claim, started_xid=owned.started_xid, source=UUIDS, limits=WaitLimits())
+
+
+def _keys(rows: Iterable[OlderRow]) -> list[Key]:
+    return sorted(row.key for row in rows)
+
+
+def _rotate_all_but(database: Database, *left: int) -> None:
+    """Write every row, as the ranges do, but for those whose transactions are not over."""
+    database.execute(
+        "UPDATE tickets_ticket SET token = gen_random_uuid() WHERE id <> ALL (%s)", (list(left),)
+    )
+
+
+async def test_what_is_committed_late_is_rotated_and_nothing_else(
+    database: Database, control: psycopg.AsyncConnection, other: psycopg.Connection
+) -> None:
+    execute_all(other, UPDATE, INSERT, "DELETE FROM tickets_ticket WHERE id = 4", "SAVEPOINT here")
+    execute_all(other, "UPDATE tickets_ticket SET title = 'sub' WHERE id = 7", "SAVEPOINT there")
+    execute_all(other, "UPDATE tickets_ticket SET title = 'undone' WHERE id = 8", "ROLLBACK TO there")
+    claim = await begin(control)
+    _rotate_all_but(database, 3, 4, 7, 99)
+    database.make_tickets(50, 60)
+    other.execute("COMMIT")
+    before = database.values()
+    database.count_updates()
+    async with _older_rows(database, claim) as older_rows:
+        found = [rows async for rows in older_rows.find(2000)]
+        assert [_keys(rows) for rows in found] == [["[3]", "[7]", "[99]"]]
+        assert await older_rows.rotate(found[0]) == 3
+        assert [rows async for rows in older_rows.find(2000)] == []
+    assert database.updates() == once_each((3, 3), (7, 7), (99, 99))
+    assert database.changed(before) == {"[3]", "[7]", "[99]"}
+    assert_new_uuid4s(before, {key: database.values()[key] for key in ("[3]", "[7]", "[99]")})
+    assert database.rotation("late_rows") == 3
+    assert database.checkpoints() == []
+
+
+async def test_what_such_a_transaction_writes_after_the_start_counts_too(
+    database: Database, control: psycopg.AsyncConnection, other: psycopg.Connection
+) -> None:
+    execute_all(other, UPDATE)
+    claim = await begin(control)
+    _rotate_all_but(database, 3)
+    execute_all(other, INSERT, "COMMIT")
+    async with _older_rows(database, claim) as older_rows:
+        assert [_keys(rows) async for rows in older_rows.find(2000)] == [["[3]", "[99]"]]
+
+
+@pytest.mark.parametrize("chunk_blocks", [1, 2, 3, 16_384])
+@pytest.mark.parametrize("batch", [1, 7, 2000])
+async def test_the_whole_table_is_walked_whatever_the_chunks_and_batches(
+    database: Database,
+    control: psycopg.AsyncConnection,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    chunk_blocks: int,
+) -> None:
+    monkeypatch.setattr(older_rows_module, "CHUNK_BLOCKS", chunk_blocks)
+    database.make_tickets(1, 300)
+    # Seven blocks and more, with late rows in the first line of the table, in its last, and in runs.
+    database.execute("UPDATE tickets_ticket SET title = repeat('x', 200)")
+    claim = await begin(control)
+    late = [*range(1, 20), *range(100, 140), 300]
+    _rotate_all_but(database, *late)
+    async with _older_rows(database, claim) as older_rows:
+        found = [rows async for rows in older_rows.find(batch)]
+        assert max(map(len, found)) <= batch
+        keys = _keys(chain.from_iterable(found))
+        assert len(keys) == len(late)
+        assert {int(key[1:-1]) for key in keys} == set(late)
+        before = database.values()
+        assert [await older_rows.rotate(some) for some in found] == [len(some) for some in found]
+    assert database.changed(before) == set(keys)
+    assert database.rotation("late_rows") == len(late)
+
+
+async def test_rows_are_rotated_while_they_are_looked_for(
+    database: Database, control: psycopg.AsyncConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(older_rows_module, "CHUNK_BLOCKS", 1)
+    database.make_tickets(1, 300)
+    claim = await begin(control)
+    database.count_updates()
+    async with _older_rows(database, claim) as older_rows:
+        rotated = [await older_rows.rotate(rows) async for rows in older_rows.find(7)]
+    assert sum(rotated) == 300
+    assert database.updates() == once_each((1, 300))
+
+
+@pytest.mark.parametrize("meanwhile", ["DELETE FROM tickets_ticket", "UPDATE tickets_ticket SET title = ''"])
+async def test_rows_that_were_written_since_they_were_found_are_left_alone(
+    database: Database, control: psycopg.AsyncConnection, meanwhile: str
+) -> None:
+    database.make_tickets(1, 5)
+    claim = await begin(control)
+    async with _older_rows(database, claim) as older_rows:
+        (rows,) = [rows async for rows in older_rows.find(10)]
+        database.execute(f"{meanwhile} WHERE id = 2")
+        before = database.values()
+        assert await older_rows.rotate(rows) == 4
+    assert database.changed(before) == set(once_each((1, 1), (3, 5)))
+    assert database.rotation("late_rows") == 4
+
+
+async def _refused(database: Database, claim: Claim, kind: type[RotatorError]) -> None:
+    before = database.values()
+    async with _older_rows(database, claim) as older_rows:
+        (rows,) = [rows async for rows in older_rows.find(2000)]
+        with pytest.raises(kind):
+            await older_rows.rotate(rows)
+        assert database.values() == before
+        assert database.rotation("late_rows") == 0
+
+
+async def test_locked_late_rows_are_left_for_later(
+    database: Database, control: psycopg.AsyncConnection, other: psycopg.Connection
+) -> None:
+    claim = await begin(control)
+    execute_all(other, UPDATE)
+    await _refused(database, claim, RowsLockedError)
+
+
+@pytest.mark.parametrize("body", ["RETURN NULL;", "RAISE EXCEPTION 'no';"])
+async def test_refused_late_rows_are_not_counted(
+    database: Database, control: psycopg.AsyncConnection, body: str
+) -> None:
+    database.make_tickets(1, 5)
+    claim = await begin(control)
+    database.before_update(f"IF OLD.id = 2 THEN {body} END IF; RETURN NEW;")
+    await _refused(database, claim, RangeRefusedError)
+
+
+async def test_late_rows_are_fenced_like_ranges(database: Database, control: psycopg.AsyncConnection) -> None:
+    database.make_tickets(1, 5)
+    claim = await begin(control)
+    async with _older_rows(database, claim) as older_rows:
+        (rows,) = [rows async for rows in older_rows.find(2000)]
+        await abandon(control, claim)
+        with pytest.raises(SupersededError):
+            await older_rows.rotate(rows)
+
+
+@pytest.mark.parametrize(
+    ("table", "keys"),
+    [(ODD, ["i * 1000"]), (PAIRS, ["chr(97 + i / 5)", "i % 5"])],
+    ids=["odd names", "pairs"],
+)
+async def test_late_rows_of_tables_of_any_name_and_shape(
+    database: Database, control: psycopg.AsyncConnection, table: TargetTable, keys: list[str]
+) -> None:
+    database.make_table(table)
+    database.fill(table, *keys)
+    claim = await begin(control)
+    before = database.values(table)
+    async with _older_rows(database, claim, table) as older_rows:
+        assert sum([await older_rows.rotate(some) async for some in older_rows.find(3)]) == 10
+    assert database.changed(before, table) == set(before)
+
+
+async def test_an_empty_table_holds_nothing_late(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    async with _older_rows(database, await begin(control)) as older_rows:
+        assert [rows async for rows in older_rows.find(10)] == []
