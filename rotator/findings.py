@@ -28,6 +28,8 @@ class TableFindings:
         heap_bytes: What it takes without its indexes.
         indexes: All of them, the largest first.
         triggers: The names of those that every update fires.
+        writing_triggers: Triggers, of this or another table, whose functions write to it, one phrase each.
+        subscriptions: The names of the subscriptions that write to it.
         refusing_publications: Publications for which the server refuses every update, since the table has no
             replica identity.
     """
@@ -37,6 +39,8 @@ class TableFindings:
     heap_bytes: int
     indexes: tuple[Index, ...]
     triggers: tuple[str, ...]
+    writing_triggers: tuple[str, ...] = ()
+    subscriptions: tuple[str, ...] = ()
     refusing_publications: tuple[str, ...] = ()
 
     @property

@@ -37,6 +37,20 @@ _PUBLICATIONS: Final = sql.SQL(
     " OR c.relreplident = 'i' AND NOT EXISTS"
     " (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) ORDER BY 1"
 ).format(LEAVES)
+# Whatever they write has no new value; a subscription's worker can bring old ones back.
+_SUBSCRIPTIONS: Final = sql.SQL(
+    "SELECT DISTINCT s.subname FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid"
+    " WHERE r.srrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND s.subenabled"
+    " ORDER BY 1"
+).format(LEAVES)
+# The text of a function says what it writes to, unless it puts its statements together.
+_WRITING_TRIGGERS: Final = (
+    "SELECT DISTINCT t.tgname || ' on ' || t.tgrelid::regclass FROM pg_trigger t"
+    " JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = %(table)s::regclass"
+    " WHERE NOT t.tgisinternal AND t.tgenabled NOT IN ('D', 'R')"
+    " AND p.prosrc ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
+    " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\s|$)') ORDER BY 1"
+)
 _SETTINGS: Final = (
     "SELECT pg_size_bytes(current_setting('max_wal_size')),"
     " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"
@@ -108,6 +122,8 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         heap_bytes=heap_bytes,
         indexes=indexes,
         triggers=await read_update_triggers(connection, table),
+        writing_triggers=await _phrases(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
+        subscriptions=await _phrases(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
         refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
     )
 

@@ -4,6 +4,7 @@ from rotator.findings import Findings, estimate_wal
 from rotator.progress.format import count, duration, plural, rate, size
 
 _INDEXES_NAMED = 4
+_NOT_CONFIRMED = "are reported as not confirmed"
 _CANNOT_BE_UNDONE = (
     "there is no way back to the old values, and whoever holds one is locked out at once;",
     "they survive in WAL, backups, replicas and caches, and in dead rows until a VACUUM;",
@@ -47,6 +48,23 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
     ]
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
+    if table.writing_triggers:
+        lines.append(
+            (
+                "warning",
+                [f"the triggers {', '.join(table.writing_triggers)} write to it: such rows", _NOT_CONFIRMED],
+            )
+        )
+    if table.subscriptions:
+        lines.append(
+            (
+                "warning",
+                [
+                    f"the subscriptions {', '.join(table.subscriptions)} write to it:",
+                    f"disable them, or old values can come back; such rows {_NOT_CONFIRMED}",
+                ],
+            )
+        )
     if table.refusing_publications:
         publications = ", ".join(table.refusing_publications)
         lines.append(

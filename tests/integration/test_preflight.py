@@ -43,6 +43,42 @@ async def test_the_table(database: Database, control: psycopg.AsyncConnection) -
     database.execute("DROP INDEX tickets_by_title")
 
 
+async def test_triggers_that_write_to_the_table_are_named(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    for name, body in {
+        "touch": "UPDATE tickets_ticket SET title = 'x' WHERE id = 1;",
+        "copy": "INSERT INTO public.tickets_ticket SELECT NEW.*;",
+        "elsewhere": "PERFORM 'update tickets_ticket_old';",
+    }.items():
+        trigger = database.before_update(f"{body} RETURN NEW;")
+        database.execute(f"ALTER TRIGGER {trigger} ON tickets_ticket RENAME TO {name}")
+    found = await examine_table(control, TICKETS, counts=False)
+    assert found.writing_triggers == ("copy on tickets_ticket", "touch on tickets_ticket")
+
+
+async def test_a_subscription_that_writes_to_the_table_is_named(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    try:
+        database.execute(
+            "CREATE SUBSCRIPTION elsewhere CONNECTION 'dbname=none' PUBLICATION none WITH (connect = false)"
+        )
+    except psycopg.Error as error:
+        pytest.skip(f"this role cannot make a subscription: {error}")
+    try:
+        database.execute(
+            "INSERT INTO pg_subscription_rel (srsubid, srrelid, srsubstate)"
+            " SELECT oid, 'tickets_ticket'::regclass, 'r' FROM pg_subscription"
+        )
+        database.execute("UPDATE pg_subscription SET subenabled = true")
+        assert (await examine_table(control, TICKETS, counts=False)).subscriptions == ("elsewhere",)
+    finally:
+        database.execute("UPDATE pg_subscription SET subenabled = false")
+        database.execute("ALTER SUBSCRIPTION elsewhere SET (slot_name = NONE)")
+        database.execute("DROP SUBSCRIPTION elsewhere")
+
+
 async def test_a_publication_for_which_every_update_fails(
     database: Database, control: psycopg.AsyncConnection
 ) -> None:

@@ -6,8 +6,8 @@ from tests.unit.progress_fakes import stopped
 
 FAILED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
 KEYS = (
-    "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows unconfirmed_rows ranges seconds "
-    "seconds_total rows_per_second retries outage_seconds peak_memory_bytes concurrency batch "
+    "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows unconfirmed_rows "
+    "ranges seconds seconds_total rows_per_second retries outage_seconds peak_memory_bytes concurrency batch "
     "heap_bytes_before heap_bytes index_bytes_before index_bytes dead_rows vacuums vacuum_seconds resumed "
     "failed_keys error"
 )
