@@ -72,6 +72,16 @@ class RangeTooSlowError(RangeRefusedError):
         super().__init__(condition, passing=True)
 
 
+class EveryRowRefusedError(RotatorError):
+    """The server refused every row that was tried; none was changed."""
+
+    def __init__(self, rows: int, condition: str) -> None:
+        super().__init__(
+            f"The server refused each of the {rows} rows that were tried, in different ranges: {condition}. "
+            "No row was changed: remove the cause, and run the same command again."
+        )
+
+
 class OldValuesKeptError(RotatorError):
     """Rows of a range still had their old values after the update; the range was rolled back."""
 

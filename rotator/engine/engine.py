@@ -9,7 +9,7 @@ from rotator.engine.backoff import backoff_seconds
 from rotator.engine.flow import Attempt, Flow
 from rotator.engine.pace import Pace
 from rotator.engine.ports import RangePlanner, RangeWriter
-from rotator.errors import RangeRefusedError, RangeTooSlowError, RowsLockedError
+from rotator.errors import EveryRowRefusedError, RangeRefusedError, RangeTooSlowError, RowsLockedError
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import KeyRange, KeySpan
 from rotator.tasks import first_error_alone
@@ -33,6 +33,9 @@ class EngineOptions:
         refusals_before_split: How often a range is tried again whole where that may help.
         refusals_of_one_row: How often a single row is tried where that may help.
         failed_rows_at_most: After how many rows that cannot be rotated the run gives up.
+        failed_rows_at_first: After how many of them it gives up where no row was rotated at all.
+        probe_delay_seconds: How long the rest of a refused range waits while no row was rotated, so that
+            other ranges are tried first.
     """
 
     concurrency: int = 4
@@ -46,6 +49,8 @@ class EngineOptions:
     refusals_before_split: int = 3
     refusals_of_one_row: int = 8
     failed_rows_at_most: int = FAILED_ROWS_AT_MOST
+    failed_rows_at_first: int = 8
+    probe_delay_seconds: float = 1.0
 
 
 class Engine:
@@ -59,6 +64,7 @@ class Engine:
         self._notify = notify
         self._options = options
         self._failed_rows = 0
+        self._has_rotated = False
         self._pace = Pace(options.batch)
 
     async def run(self, spans: Iterable[KeySpan], drain: asyncio.Event) -> None:
@@ -69,12 +75,16 @@ class Engine:
         up and told of as :class:`RowFailed`. A range that takes too long is split at once, and the planner
         makes the next ones smaller.
 
+        A fault that every row meets ends the run soon: while no row was rotated, the first row of each
+        refused range is tried alone before the rest of it.
+
         Args:
             spans: Where no range is completed yet, in the order to plan them.
             drain: Once set, no more ranges are begun; those in flight are finished.
 
         Raises:
             RangeRefusedError: More rows were refused than ``failed_rows_at_most``.
+            EveryRowRefusedError: As many rows as ``failed_rows_at_first`` were refused, and none was rotated.
             Exception: What the planner or the writer raised first, other than the above. The other workers
                 are cancelled.
         """
@@ -121,6 +131,7 @@ class Engine:
                 await self._retry(attempt, refused, flow)
             else:
                 self._pace.completed()
+                self._has_rotated = self._has_rotated or rows > 0
                 self._notify(
                     RangeCompleted(
                         rows=rows,
@@ -139,7 +150,7 @@ class Engine:
         splits = (
             deferrals >= self._options.deferrals_before_split and key_range.rows > 1 and not flow.is_crowded
         )
-        parts = await self._halves(key_range, flow) if splits else [key_range]
+        parts = await self._split(key_range, key_range.rows // 2, flow) if splits else [key_range]
         for part in parts:
             flow.again(Attempt(part, deferrals, attempt.refusals), delay_seconds=delay_seconds)
 
@@ -163,7 +174,14 @@ class Engine:
         if tries_whole:
             flow.again(Attempt(key_range, attempt.deferrals, refusals), delay_seconds=delay_seconds)
             return
-        for part in await self._halves(key_range, flow):
+        if not (self._has_rotated or is_too_slow or attempt.is_probed):
+            first, *rest = await self._split(key_range, 1, flow)
+            flow.again(Attempt(first, attempt.deferrals), delay_seconds=delay_seconds)
+            for part in rest:
+                waiting = Attempt(part, attempt.deferrals, is_probed=True)
+                flow.again(waiting, delay_seconds=options.probe_delay_seconds)
+            return
+        for part in await self._split(key_range, key_range.rows // 2, flow):
             flow.again(Attempt(part, attempt.deferrals), delay_seconds=delay_seconds)
 
     def _give_up(self, key_range: KeyRange, refused: RangeRefusedError) -> None:
@@ -171,6 +189,8 @@ class Engine:
         self._notify(RowFailed(key=key_range.through, reason=refused.condition))
         if self._failed_rows > self._options.failed_rows_at_most:
             raise refused
+        if not self._has_rotated and self._failed_rows >= self._options.failed_rows_at_first:
+            raise EveryRowRefusedError(self._failed_rows, refused.condition)
 
     async def _next_range(self, span: KeySpan, batch: int, flow: Flow) -> KeyRange | None:
         """Plan a range, when nobody holds the whole table any more; None where a drain began before."""
@@ -187,13 +207,13 @@ class Engine:
             if await flow.drained_within(delay_seconds):
                 return None
 
-    async def _halves(self, key_range: KeyRange, flow: Flow) -> list[KeyRange]:
-        """Split a range after the first half of the rows that it holds now."""
-        half = await self._next_range(key_range, key_range.rows // 2, flow)
-        if half is None:
+    async def _split(self, key_range: KeyRange, rows: int, flow: Flow) -> list[KeyRange]:
+        """Split a range after the first of the rows that it holds now."""
+        first = await self._next_range(key_range, rows, flow)
+        if first is None:
             return [key_range]
-        if half.through == key_range.through:
-            # Rows were deleted meanwhile: what is left is no more than a half.
-            return [half]
-        rest = KeyRange(after=half.through, through=key_range.through, rows=key_range.rows - half.rows)
-        return [half, rest]
+        if first.through == key_range.through:
+            # Rows were deleted meanwhile: what is left is no more than this part.
+            return [first]
+        rest = KeyRange(after=first.through, through=key_range.through, rows=key_range.rows - first.rows)
+        return [first, rest]

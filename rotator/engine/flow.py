@@ -15,11 +15,13 @@ class Attempt(NamedTuple):
         key_range: What to write.
         deferrals: How often its rows were found locked.
         refusals: How often the server refused it.
+        is_probed: Whether its first row was tried alone, while no row had been rotated.
     """
 
     key_range: KeyRange
     deferrals: int = 0
     refusals: int = 0
+    is_probed: bool = False
 
 
 class _Waiting(NamedTuple):

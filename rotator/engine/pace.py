@@ -3,6 +3,7 @@
 from typing import Final
 
 COMPLETED_BEFORE_GROWTH: Final = 64
+LEAST_ROWS: Final = 16
 
 
 class Pace:
@@ -17,7 +18,7 @@ class Pace:
     def too_slow(self, rows: int) -> None:
         """Note that a range of this many rows took too long."""
         self._completed = 0
-        self.batch = max(1, min(self.batch, rows // 2))
+        self.batch = max(min(LEAST_ROWS, self._most), min(self.batch, rows // 2))
 
     def completed(self) -> None:
         """Note that a range was completed."""

@@ -44,7 +44,7 @@ _SUBSCRIPTIONS: Final = sql.SQL(
     " ORDER BY 1"
 ).format(LEAVES)
 # The text of a function says what it writes to, unless it puts its statements together.
-_WRITING_TRIGGERS: Final = (
+_WRITING_TRIGGERS: Final = sql.SQL(
     "SELECT DISTINCT t.tgname || ' on ' || t.tgrelid::regclass FROM pg_trigger t"
     " JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = %(table)s::regclass"
     " WHERE NOT t.tgisinternal AND t.tgenabled NOT IN ('D', 'R')"

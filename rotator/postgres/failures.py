@@ -23,9 +23,10 @@ from rotator.errors import (
     SupersededError,
 )
 
-# Both are raised by casts of these words inside the statements, since SQL has no RAISE.
+# These are raised by casts of these words inside the statements, since SQL has no RAISE.
 SUPERSEDED: Final = "this process does not own the rotation any more"
 RANGE_GREW: Final = "the range holds more rows than were planned"
+TOO_LONG: Final = "the transaction of the range takes too long"
 SUPPRESSED: Final = "rows stayed as they were, perhaps because of a trigger"
 
 # The constraints of rotator.models that no two checkpoints of a rotation get past.
@@ -43,6 +44,16 @@ _REFUSED: Final[dict[type[psycopg.Error], str]] = {
     errors.UndefinedColumn: "a column is missing: run `manage.py migrate`",
     errors.UndefinedFunction: "a function is missing: PostgreSQL 15 or later is needed",
 }
+# Functions of the server's own source that report what does not exist, or is not permitted, by its name.
+_NAMES_ALONE: Final = (
+    "ParseFuncOrColumn",
+    "parserOpenTable",
+    "errorMissingColumn",
+    "op_error",
+    "find_option",
+    "GetConfigOptionByName",
+    "aclcheck_error",
+)
 _PASSING: Final = (
     errors.DeadlockDetected,
     errors.SerializationFailure,
@@ -92,14 +103,27 @@ def meaning(error: Exception, connection: psycopg.AsyncConnection | None = None)
         return ServerLostError(_lost_sentence(error))
     if not isinstance(error, psycopg.Error):
         raise error
-    return _said_by_us(error) or refused_for_good(type(error)) or _refused_range(error)
+    # What a trigger of the application lacks is nothing that our own statements lack.
+    for_good = None if _function(error) else refused_for_good(type(error))
+    return _said_by_us(error) or for_good or _refused_range(error)
 
 
 def _said_by_us(error: psycopg.Error) -> RotatorError | None:
     said = error.diag.message_primary or ""
     if SUPERSEDED in said:
         return superseded()
+    if TOO_LONG in said:
+        return RangeTooSlowError(TOO_LONG)
     return RangeGrewError(RANGE_GREW) if RANGE_GREW in said else None
+
+
+def _function(error: psycopg.Error) -> str:
+    """Return the name of the function that met the error; empty where it was our own statement.
+
+    Of the context it takes the name alone: the rest can quote statements, and these values.
+    """
+    found = re.search(r"PL/pgSQL function ([^\s(]+\([^)]*\))", error.diag.context or "")
+    return found[1] if found else ""
 
 
 def refused_for_good(condition: type[psycopg.Error]) -> ServerRefusedError | None:
@@ -131,10 +155,19 @@ def superseded() -> SupersededError:
 
 
 def condition(error: psycopg.Error) -> str:
-    """Return the server's name for an error, e.g. ``check_violation of token_not_empty``."""
+    """Return the server's name for an error, e.g. ``check_violation (23514) of token_not_empty``.
+
+    Its text is added where the server itself has put it together from names alone, and the function that met
+    it, which is a trigger's.
+    """
     words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
     name = words if error.sqlstate is None else f"{words} ({error.sqlstate})"
-    return f"{name} of {error.diag.constraint_name}" if error.diag.constraint_name else name
+    if error.diag.constraint_name:
+        name = f"{name} of {error.diag.constraint_name}"
+    if error.diag.source_function in _NAMES_ALONE:
+        name = f"{name}: {error.diag.message_primary}"
+    function = _function(error)
+    return f"{name}, in the function {function}" if function else name
 
 
 def _is_lost(error: Exception, connection: psycopg.AsyncConnection | None) -> bool:

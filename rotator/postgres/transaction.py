@@ -70,10 +70,13 @@ class WaitLimits:
         lock_seconds: The longest wait for one lock; well below the server's ``deadlock_timeout``, so that
             the application is never the one that is told of a deadlock.
         statement_seconds: The longest time for the update of a slice, waits included.
+        transaction_seconds: The age of the transaction at which no more slices of it are updated; so it holds
+            its rows for at most this and ``statement_seconds``.
     """
 
     lock_seconds: float = 0.1
     statement_seconds: float = 0.5
+    transaction_seconds: float = 2.0
 
 
 async def guard(

@@ -8,11 +8,11 @@ from typing import Final, TypeAlias
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.errors import OldValuesKeptError, RangeRefusedError, ValuesError
+from rotator.errors import OldValuesKeptError, RangeRefusedError, RangeTooSlowError, ValuesError
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.arrays import Values, part
 from rotator.postgres.catalog import read_update_triggers
-from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, RangeGrewError, answered
+from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, TOO_LONG, RangeGrewError, answered
 from rotator.postgres.keyed import keyed_update
 from rotator.postgres.planning import slice_ends
 from rotator.postgres.relations import rows_written_so_far
@@ -34,7 +34,7 @@ Digests: TypeAlias = Mapping[str, int]
 """For each key a number that stands for the row's values."""
 
 
-def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
+def update_statement(table: TargetTable, *, after_is_known: bool, transaction_seconds: float) -> sql.Composed:
     """The update of one slice; see docs/decisions/0001.
 
     It returns one row: the number of rows that were updated, of those that still have their old value, and of
@@ -42,6 +42,11 @@ def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Compose
 
     Parameters: ``after`` and ``through`` (keys), ``values_0`` and so on (an array for each column) and
     ``rows`` (the number of values; more rows than that are an error).
+
+    Args:
+        table: The table.
+        after_is_known: Whether the slice has a lower bound.
+        transaction_seconds: The age of the transaction at which the statement fails instead.
     """
     return sql.SQL(
         "WITH written AS (UPDATE {row} SET {assignments}"
@@ -51,6 +56,9 @@ def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Compose
         " AND CASE WHEN {numbered}.{position} <= %(rows)s::integer THEN true"
         # Joined with a column, or the planner would work the cast out, and fail, before there is a row.
         " ELSE CAST({grew} || ', at row ' || {numbered}.{position} AS boolean) END"
+        # Evaluated once, before the first row.
+        " AND (SELECT CASE WHEN clock_timestamp() - transaction_timestamp() < {limit}"
+        " THEN true ELSE CAST({too_long} || clock_timestamp() AS boolean) END)"
         " RETURNING {outcome})"
         " SELECT count(*), count(*) FILTER (WHERE kept), count(*) FILTER (WHERE repeated) FROM written"
     ).format(
@@ -69,6 +77,8 @@ def update_statement(table: TargetTable, *, after_is_known: bool) -> sql.Compose
         ),
         target_within=table.within(after_is_known=after_is_known, alias=ROW),
         grew=sql.Literal(RANGE_GREW),
+        limit=sql.SQL("make_interval(secs => {})").format(sql.Literal(transaction_seconds)),
+        too_long=sql.Literal(TOO_LONG),
     )
 
 
@@ -123,7 +133,10 @@ class RangeUpdate:
         self._limits = limits
         # Written out once: putting a statement together takes as long as sending it.
         self._updates = {
-            known: update_statement(table, after_is_known=known).as_bytes() for known in (False, True)
+            known: update_statement(
+                table, after_is_known=known, transaction_seconds=limits.transaction_seconds
+            ).as_bytes()
+            for known in (False, True)
         }
         self._keyed_update = keyed_update(table).as_bytes()
         self._rows_written_so_far = rows_written_so_far(table).as_bytes()
@@ -228,7 +241,7 @@ class RangeUpdate:
         """The same where each value needs its row: locked in key order, and updated by their keys."""
         span: KeySpan = key_range
         outcomes: list[tuple[int, int, int]] = []
-        rows = 0
+        rows, began = 0, time.monotonic()
         async with answered(connection), connection.pipeline():
             await self._begin(connection, claim, without="mergejoin")
             before = await self._digests(connection, key_range)
@@ -242,6 +255,8 @@ class RangeUpdate:
             rows += len(keys)
             if len(keys) < SLICE_ROWS:
                 break
+            if time.monotonic() - began > self._limits.transaction_seconds:
+                raise RangeTooSlowError(TOO_LONG)
             span = KeySpan(after=keys[-1], through=key_range.through)
         async with answered(connection):
             async with connection.pipeline():

@@ -30,7 +30,7 @@ _KEYS_SQL = ", ".join(map(str, KEYS))
                 f" WHEN (OLD.id IN ({_KEYS_SQL})) EXECUTE FUNCTION telltale()"
             ),
             "DROP FUNCTION telltale() CASCADE",
-            "raise_exception (P0001)",
+            "raise_exception (P0001), in the function telltale()",
         ),
     ],
     ids=["check", "trigger"],

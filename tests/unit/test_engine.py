@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 
 from rotator.engine.engine import Engine, EngineOptions
-from rotator.errors import RangeRefusedError, RangeTooSlowError, RowsLockedError
+from rotator.errors import EveryRowRefusedError, RangeRefusedError, RangeTooSlowError, RowsLockedError
 from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
 from rotator.keys import Key, KeyRange, KeySpan
 
@@ -72,7 +72,8 @@ class _Rows:
 
 
 def _engine(planner: _Numbers, writer: _Rows, events: list[Event], **options: int) -> Engine:
-    return Engine(planner, writer, notify=events.append, options=EngineOptions(deferral_seconds=0, **options))
+    without_delays = EngineOptions(deferral_seconds=0, probe_delay_seconds=0, **options)
+    return Engine(planner, writer, notify=events.append, options=without_delays)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 50])
@@ -203,9 +204,10 @@ async def test_refused_ranges_are_split_down_to_the_rows_at_fault(
 async def test_a_refusal_for_good_is_never_tried_again_whole() -> None:
     rows, events = _Refusals({3}), list[Event]()
     await _engine(_Numbers(), rows, events, concurrency=1, batch=4).run([_span(0, 4)], asyncio.Event())
-    assert sorted(rows.tried) == [(0, 2), (0, 4), (2, 3), (2, 4), (3, 4)]
+    assert sorted(rows.tried) == [(0, 1), (0, 4), (1, 2), (1, 4), (2, 3), (2, 4), (3, 4)]
     assert [(event.rows, event.split) for event in events if isinstance(event, RangeRetried)] == [
         (4, True),
+        (3, True),
         (2, True),
     ]
 
@@ -224,23 +226,52 @@ async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
         _Numbers(), rows, events, concurrency=1, batch=4, refusals_before_split=2, refusals_of_one_row=5
     )
     await engine.run([_span(0, 4)], asyncio.Event())
-    assert Counter(rows.tried) == {(0, 4): 2, (0, 2): 1, (2, 4): 2, (2, 3): 5, (3, 4): 1}
+    assert Counter(rows.tried) == {
+        (0, 4): 2,
+        (0, 1): 1,
+        (1, 4): 2,
+        (1, 2): 1,
+        (2, 4): 2,
+        (2, 3): 5,
+        (3, 4): 1,
+    }
     assert [event.key for event in events if isinstance(event, RowFailed)] == ["[3]"]
     assert rows.written == Counter([1, 2, 4])
 
 
 async def test_too_many_rows_at_fault_end_the_run() -> None:
-    engine = _engine(_Numbers(), _Refusals(range(1, 101)), [], concurrency=2, batch=10, failed_rows_at_most=5)
+    refused = _Refusals(range(2, 101))
+    engine = _engine(_Numbers(), refused, [], concurrency=2, batch=10, failed_rows_at_most=5)
     with pytest.raises(RangeRefusedError, match="check_violation of sober"):
         await engine.run([_span(0, 100)], asyncio.Event())
 
 
+@pytest.mark.parametrize("passing", [True, False])
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_a_fault_that_every_row_meets_ends_the_run_after_a_few_ranges(
+    concurrency: int, *, passing: bool
+) -> None:
+    rows, events = _Refusals(range(1, 100_001), passing=passing), list[Event]()
+    engine = _engine(_Numbers(), rows, events, concurrency=concurrency, batch=1000)
+    with pytest.raises(EveryRowRefusedError, match=r"each of the .* rows .* check_violation of sober"):
+        await engine.run([_span(0, 100_000)], asyncio.Event())
+    assert len(rows.tried) < 250
+    assert 8 <= sum(isinstance(event, RowFailed) for event in events) <= 8 + concurrency
+
+
+async def test_a_fault_that_every_row_of_one_range_meets_ends_the_run_too() -> None:
+    rows = _Refusals(range(1, 1001))
+    with pytest.raises(EveryRowRefusedError):
+        await _engine(_Numbers(), rows, [], concurrency=4, batch=1000).run([_span(0, 1000)], asyncio.Event())
+    assert len(rows.tried) < 100
+
+
 async def test_a_range_that_is_too_slow_is_split_at_once_and_the_next_ones_are_smaller() -> None:
-    planner, rows = _Numbers(), _Refusals((), slow_rows=10)
-    engine = _engine(planner, rows, [], concurrency=1, batch=32, queue_ranges=1)
-    await engine.run([_span(0, 320)], asyncio.Event())
-    assert rows.written == Counter(range(1, 321))
-    assert max(through - after for after, through in rows.tried[-10:]) < 10
+    planner, rows = _Numbers(), _Refusals((), slow_rows=40)
+    engine = _engine(planner, rows, [], concurrency=1, batch=128, queue_ranges=1)
+    await engine.run([_span(0, 1280)], asyncio.Event())
+    assert rows.written == Counter(range(1, 1281))
+    assert max(through - after for after, through in rows.tried[-10:]) < 40
     assert len(rows.tried) == len(set(rows.tried))
 
 
