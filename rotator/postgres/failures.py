@@ -44,8 +44,11 @@ _REFUSED: Final[dict[type[psycopg.Error], str]] = {
     errors.UndefinedColumn: "a column is missing: run `manage.py migrate`",
     errors.UndefinedFunction: "a function is missing: PostgreSQL 15 or later is needed",
 }
-# Functions of the server's own source that report what does not exist, or is not permitted, by its name.
+# Functions of the server's own source that report what does not exist, is not permitted, or is too long for
+# its type, by names alone.
 _NAMES_ALONE: Final = (
+    "varchar",
+    "bpchar",
     "ParseFuncOrColumn",
     "parserOpenTable",
     "errorMissingColumn",
