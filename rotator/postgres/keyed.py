@@ -4,7 +4,7 @@ from typing import Final
 
 from psycopg import sql
 
-from rotator.postgres.table import ROW, TargetTable, identifier
+from rotator.postgres.table import COUNT_OUTCOMES, ROW, TargetTable, identifier
 
 _KEYED: Final = "rotator_keyed"
 _POSITION: Final = "rotator_position"
@@ -21,8 +21,9 @@ def keyed_update(table: TargetTable) -> sql.Composed:
         " (SELECT keys.*, {old_values} FROM {keys} AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
         # Sorted, so that the rows are locked in the key's order.
         " ORDER BY {key_of_keys}) AS {keyed} WHERE ({row_key}) = ({keyed_key}) RETURNING {outcome})"
-        " SELECT count(*), count(*) FILTER (WHERE kept), count(*) FILTER (WHERE repeated) FROM written"
+        " {count_outcomes}"
     ).format(
+        count_outcomes=COUNT_OUTCOMES,
         row=table.row,
         assignments=table.assignments(identifier(_KEYED, _POSITION)),
         old_values=table.old_values,

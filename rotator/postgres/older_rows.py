@@ -16,7 +16,7 @@ from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.failures import SUPPRESSED, answered
 from rotator.postgres.last_writers import ATTACHED, RECORDED, is_older
 from rotator.postgres.relations import LEAVES, rows_written_so_far
-from rotator.postgres.table import ROW, TargetTable, identifier
+from rotator.postgres.table import COUNT_OUTCOMES, ROW, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits, guard
 from rotator.postgres.value_source import InBulk, Place, ValueSource, named
 
@@ -239,8 +239,9 @@ def update_at_places(table: TargetTable) -> sql.Composed:
         "WITH written AS (UPDATE {row} SET {assignments}"
         " FROM (SELECT places.*, {old_values} FROM {places} JOIN {row} ON {at_place}) AS {placed}"
         " WHERE {at_same_place}{and_matches} RETURNING {outcome})"
-        " SELECT count(*), count(*) FILTER (WHERE kept), count(*) FILTER (WHERE repeated) FROM written"
+        " {count_outcomes}"
     ).format(
+        count_outcomes=COUNT_OUTCOMES,
         row=table.row,
         assignments=table.assignments(identifier(_PLACED, _POSITION)),
         old_values=table.old_values,

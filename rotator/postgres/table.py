@@ -11,6 +11,13 @@ from psycopg.adapt import PyFormat
 ROW: Final = "rotator_row"
 """The alias of a row of the target in every statement that a :class:`Condition` is part of."""
 
+REPEATED: Final = 1
+KEPT: Final = 2
+COUNT_OUTCOMES: Final = sql.SQL(
+    "SELECT count(*), count(*) FILTER (WHERE outcome = {}), count(*) FILTER (WHERE outcome = {}) FROM written"
+).format(sql.Literal(KEPT), sql.Literal(REPEATED))
+"""Counts the rows of the update ``written``, those that kept their values, and those with repeated ones."""
+
 _BUILTIN_SCHEMA: Final = "pg_catalog"
 
 
@@ -147,30 +154,32 @@ class TargetTable:
         )
 
     def outcome(self, alias: str, position: sql.Composable) -> sql.Composable:
-        """What an update of :data:`ROW` returns of each row: ``kept`` and ``repeated``.
+        """What an update of :data:`ROW` returns of each row, as a number named ``outcome``.
 
-        ``kept`` is whether a rotated column still has its old value although it was given another one;
-        ``repeated`` is whether it has it because the new value is the same. Compared are the stored bytes
-        (``*=``): other operators call different values equal, or do not exist for the type.
+        :data:`KEPT` where a rotated column still has its old value although it was given another one,
+        :data:`REPEATED` where it has it because the new value is the same, else 0. Compared are the stored
+        bytes (``*=``): other operators call different values equal, or do not exist for the type.
 
         Args:
             alias: The alias of the subquery that has :attr:`old_values`.
             position: The row's position in the arrays of new values.
         """
-        unchanged, repeated = [], []
+        same = sql.SQL("ROW({})::record *= ROW({})::record")
+        outcomes = []
         for at, column in enumerate(self.columns):
             old = identifier(alias, _old_name(at))
-            same = sql.SQL("ROW({})::record *= ROW({})::record")
             is_unchanged = same.format(identifier(ROW, column.name), old)
             if column.keeps_null:
                 is_unchanged = sql.SQL("{} IS NOT NULL AND {}").format(old, is_unchanged)
             is_repeated = same.format(
                 self._new_value(at, column, position), sql.SQL("{}::{}").format(old, column.type)
             )
-            unchanged.append(sql.SQL("({} AND NOT {})").format(is_unchanged, is_repeated))
-            repeated.append(sql.SQL("({} AND {})").format(is_unchanged, is_repeated))
-        either = sql.SQL(" OR ")
-        return sql.SQL("{} AS kept, {} AS repeated").format(either.join(unchanged), either.join(repeated))
+            outcomes.append(
+                sql.SQL("CASE WHEN {} THEN CASE WHEN {} THEN {} ELSE {} END ELSE 0 END").format(
+                    is_unchanged, is_repeated, sql.Literal(REPEATED), sql.Literal(KEPT)
+                )
+            )
+        return sql.SQL("GREATEST({}) AS outcome").format(sql.SQL(", ").join(outcomes))
 
     @property
     def digest(self) -> sql.Composable:

@@ -16,7 +16,7 @@ from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, TOO_LONG, RangeGre
 from rotator.postgres.keyed import keyed_update
 from rotator.postgres.planning import slice_ends
 from rotator.postgres.relations import rows_written_so_far
-from rotator.postgres.table import ROW, TargetTable, identifier
+from rotator.postgres.table import COUNT_OUTCOMES, ROW, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits, guard, limit
 from rotator.postgres.value_source import FromRows, ValueSource, named
 
@@ -60,8 +60,9 @@ def update_statement(table: TargetTable, *, after_is_known: bool, transaction_se
         " AND (SELECT CASE WHEN clock_timestamp() - transaction_timestamp() < {limit}"
         " THEN true ELSE CAST({too_long} || clock_timestamp() AS boolean) END)"
         " RETURNING {outcome})"
-        " SELECT count(*), count(*) FILTER (WHERE kept), count(*) FILTER (WHERE repeated) FROM written"
+        " {count_outcomes}"
     ).format(
+        count_outcomes=COUNT_OUTCOMES,
         row=table.row,
         assignments=table.assignments(identifier(_NUMBERED, _POSITION)),
         old_values=table.old_values,
