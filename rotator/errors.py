@@ -4,6 +4,7 @@ Messages are for the person at the terminal: what is wrong, and what to do next.
 of the rotated column.
 """
 
+from datetime import UTC, datetime
 from signal import Signals
 
 from rotator.keys import KeySpan
@@ -25,6 +26,21 @@ class TargetError(RotatorError):
 
 class OptionError(RotatorError):
     """An option makes no sense here; nothing was changed."""
+
+
+class RotationRepeatedError(OptionError):
+    """A completed rotation had the same fields, rows and values; nothing was changed.
+
+    Attributes:
+        rotation: The id of the completed rotation.
+    """
+
+    def __init__(self, rotation: int, target: str, finished_at: datetime) -> None:
+        super().__init__(
+            f"Rotation {rotation} of {target} completed at {finished_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} "
+            "UTC. To rotate the same rows again, use --restart (restart=True in Python)."
+        )
+        self.rotation = rotation
 
 
 class OwnedElsewhereError(RotatorError):

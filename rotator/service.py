@@ -25,13 +25,12 @@ from rotator.keys import Key
 from rotator.postgres.arrays import Values
 from rotator.postgres.connections import Server
 from rotator.postgres.identity import SESSION_QUERY, Session, TargetIdentity, check_same_session
-from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
 from rotator.postgres.value_source import FromRows, Place
 from rotator.project_setting import read_setting
 from rotator.run.context import Announce, ShouldStop
 from rotator.run.distribution import SpanPublisher
-from rotator.run.examination import dry_run, find_unfinished
+from rotator.run.examination import Earlier, dry_run, find_earlier
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.run import Run
 from rotator.run.span_work import SpanWork
@@ -78,13 +77,13 @@ class Prepared:
     options: RunOptions
     server: Server
 
-    def unfinished(self) -> Unfinished | None:
-        """Return the unfinished rotation of this target, if there is one.
+    def earlier(self) -> Earlier:
+        """Return the earlier rotations of this target that a new run has to do with.
 
         Raises:
-            RotatorError: It cannot be rotated, or the server cannot be asked.
+            RotatorError: The target cannot be rotated, or the server cannot be reached.
         """
-        return _run(find_unfinished(self.server, self.target))
+        return _run(find_earlier(self.server, self.target))
 
     def begin(self, observer: Observer) -> int:
         """Begin the rotation, or go on with it, and leave it to the workers; return its id.

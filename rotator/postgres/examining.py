@@ -148,6 +148,14 @@ async def examine_server(connection: AsyncConnection) -> ServerFindings:
     )
 
 
+async def name_server(connection: AsyncConnection) -> str:
+    """Return the role, the host or socket, the port and the database, as ``app@host:5432/name``."""
+    async with answered(connection):
+        cursor = await connection.execute("SELECT current_user, current_database()")
+        role, database = await cursor.fetchone() or ("", "")
+    return f"{role}@{connection.info.host}:{connection.info.port}/{database}"
+
+
 async def _phrases(
     connection: AsyncConnection,
     query: sql.SQL | sql.Composed,

@@ -41,9 +41,12 @@ class Screen:
                 self._frame.clear()
 
     def write_above(self, line: str, columns: int) -> None:
-        """Write a line, broken between words to the width, where the bar is; the bar comes again below."""
+        """Write a line, broken between words to the width, where the bar is; the bar comes again below.
+
+        Only a word that is wider than the terminal is broken itself.
+        """
         with self._lock:
-            wrapped = textwrap.fill(line, max(columns - 1, 1), break_long_words=False, break_on_hyphens=False)
+            wrapped = textwrap.fill(line, max(columns - 1, 1), break_on_hyphens=False)
             self._sink.write(f"{_CLEAR_LINE}{wrapped}\n")
 
     def fileno(self) -> int:

@@ -194,9 +194,16 @@ class Run:
 
     async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
         """Tell what a new rotation will meet; one that goes on has been through that."""
-        examination = Examination(control, table, self._context.server, self._context.target)
-        if await examination.unfinished() is None or self._context.options.restart:
-            self._notify(Preflighted(findings=await examination.examine(self._context.options)))
+        target, options = self._context.target, self._context.options
+        examination = Examination(control, table, self._context.server, target)
+        unfinished = await examination.unfinished()
+        if unfinished is None and not options.restart:
+            # Acquiring the rotation checks this too, but the report is not worth showing before a refusal.
+            await ownership.check_repetition(
+                control, target.label, table.found_name, target.selection, after=options.after
+            )
+        if unfinished is None or options.restart:
+            self._notify(Preflighted(findings=await examination.examine(options)))
         if self._requests.drain.is_set():
             raise StoppedBeforeStartError(self._requests.signal)
 

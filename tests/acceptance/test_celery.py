@@ -368,7 +368,9 @@ def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
     audit = audited_tickets(ROWS)
     slow_down(0.02)
     hosts.worker(processes=2)
-    with rotating_in_a_terminal("--celery", "--batch=20", CELERY_BROKER_URL=hosts.url) as terminal:
+    with rotating_in_a_terminal(
+        "--noinput", "--celery", "--batch=20", CELERY_BROKER_URL=hosts.url
+    ) as terminal:
         wait_for_checkpoints(20)
         terminal.type("\x03")
         terminal.wait_for("Leave it to the workers, to go on without this terminal? [y/N] ")
@@ -450,6 +452,24 @@ def test_nothing_of_celery_is_imported_without_it(commands: Commands) -> None:
         )
     ).wait()
     assert finished.status == 0, finished.err
+    audit.assert_rotated()
+
+
+@pytest.mark.parametrize("detach", [(), ("--detach",)], ids=["celery", "detached"])
+def test_the_same_command_after_completion_is_refused(hosts: Hosts, detach: tuple[str, ...]) -> None:
+    audit = audited_tickets(ROWS)
+    worker = hosts.worker(processes=2)
+    assert hosts.rotate("--batch=100").status == 0
+    number = Rotation.objects.get().pk
+
+    refused = hosts.rotate(*detach)
+
+    assert refused.status == 1
+    assert refused.complaint.startswith(f"Rotation {number} of tickets.Ticket.token completed at ")
+    # Its message comes once more, although it is completed.
+    hosts.deliver_again(number)
+    wait_until(lambda: "rotator.coordinate[" in worker.err and "succeeded" in worker.err, "it is over")
+    assert Rotation.objects.count() == 1
     audit.assert_rotated()
 
 

@@ -45,6 +45,8 @@ EVENT_KEYS = {
     "preflight": {
         "target",
         "database",
+        "server_name",
+        "table_name",
         "concurrency",
         "rows_left",
         "unfinished",

@@ -48,7 +48,7 @@ def test_the_documented_grants_are_enough_to_rotate_and_to_take_over(
 
     assert_completed(rotations.rotated(url, "--take-over"))
     audit.assert_rotated_once()
-    assert_completed(rotations.rotated(url))
+    assert_completed(rotations.rotated(url, "--restart"))
 
 
 def test_without_the_right_to_update_the_column(database: Database, rotations: Rotations, url: str) -> None:

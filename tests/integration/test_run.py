@@ -159,7 +159,7 @@ def test_rows_above_the_bound_are_left_alone(database: Database) -> None:
 def test_a_completed_rotation_is_followed_by_a_new_one(database: Database) -> None:
     database.make_tickets(1, 30)
     database.count_updates()
-    first, second = rotate(), rotate()
+    first, second = rotate(), rotate(restart=True)
     assert_completed(second, rows=30)
     assert first.stopped.rotation != second.stopped.rotation
     assert not second.stopped.resumed
@@ -713,7 +713,7 @@ def test_the_heartbeat_does_not_take_completion_for_a_takeover(
     database.make_tickets(1, 200)
     monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
     for _ in range(5):
-        assert_completed(rotate(), rows=200)
+        assert_completed(rotate(restart=True), rows=200)
 
 
 # --- Replies that are lost -------------------------------------------------------------------------

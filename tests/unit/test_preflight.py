@@ -29,6 +29,8 @@ SERVER = ServerFindings(
 FINDINGS = Findings(
     target="shop.Order.api_key",
     database="default",
+    server_name="app@db1:5432/shop",
+    table_name="public.shop_order",
     concurrency=4,
     rows_left=1_000_000,
     unfinished=None,
@@ -43,10 +45,11 @@ def test_it_is_one_screen() -> None:
     lines = preflight(FINDINGS).splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 110
-    assert lines[:4] == [
+    assert lines[:5] == [
         "Before the first write to shop.Order.api_key in the database 'default':",
+        "  server       app@db1:5432/shop",
         "  rows         1,000,000 counted",
-        "  table        77 MB, its indexes 62 MB",
+        "  table        public.shop_order: 77 MB, its indexes 62 MB",
         "  indexes      each update writes to all 2: ticket_token_key 40 MB, ticket_pkey 22 MB",
     ]
     (time,) = (line for line in lines if line.startswith("  time "))

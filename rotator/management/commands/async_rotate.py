@@ -13,6 +13,8 @@ from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.errors import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
+from rotator.events import Observer, Preflighted
+from rotator.management.asking import agrees, can_ask
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
 from rotator.progress import (
@@ -24,6 +26,7 @@ from rotator.progress import (
     summary,
     summary_stream,
 )
+from rotator.progress.format import duration, one_line, plural
 from rotator.run.distribution import SpanPublisher
 from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
@@ -150,9 +153,15 @@ class Command(BaseCommand):
         parser.add_argument(
             "--restart",
             action="store_true",
-            help="Abandon the unfinished rotation and begin a new one; asks first on a terminal.",
+            help="Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a "
+            "completed one. Asks first on a terminal.",
         )
-        parser.add_argument("--noinput", "--no-input", action="store_true", help="Never ask.")
+        parser.add_argument(
+            "--noinput",
+            "--no-input",
+            action="store_true",
+            help="Do not ask before the first write. After a completed rotation, --restart is needed too.",
+        )
         parser.add_argument(
             "--take-over",
             action="store_true",
@@ -218,6 +227,7 @@ class Command(BaseCommand):
                 return
             out, err = _raw(self.stdout), _raw(self.stderr)
             with open_progress(options["progress"], out=out, err=err) as observer:
+                prepared = self._agree(prepared, observer, options)
                 outcome = prepared.rotate(observer, publisher)
         except RotatorError as error:
             raise CommandError(str(error), returncode=error.exit_status) from error
@@ -254,6 +264,7 @@ class Command(BaseCommand):
 
         try:
             with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:
+                prepared = self._agree(prepared, observer, options)
                 rotation = prepared.begin(observer)
         except KeyboardInterrupt:
             self.stderr.write("")
@@ -274,14 +285,13 @@ class Command(BaseCommand):
     def _is_left_to_the_workers(self, outcome: Outcome) -> bool:
         """Ask whether they shall go on, after a Ctrl-C on a terminal."""
         is_interrupted = outcome.exit_status == _SIGNAL_BASE + signal.SIGINT
-        if not is_interrupted or not sys.stdin.isatty():
+        if not is_interrupted or not can_ask():
             return False
         try:
-            answer = input("Leave it to the workers, to go on without this terminal? [y/N] ")
-        except (EOFError, KeyboardInterrupt):
+            return agrees("Leave it to the workers, to go on without this terminal?")
+        except KeyboardInterrupt:
             self.stderr.write("")
             return False
-        return answer.strip().lower() in ("y", "yes")
 
     def _show(self, prepared: Prepared) -> None:
         try:
@@ -300,31 +310,27 @@ class Command(BaseCommand):
             )
             prepared = prepare(options["target"], options["database"], _run_options(options), selection)
             report_file = writable(options["report"])
-            if options["restart"] and not options["noinput"]:
-                self._ask_about_restart(prepared)
         except KeyboardInterrupt:
             # Not in the middle of the line that says ^C.
             self.stderr.write("")
             raise StoppedBeforeStartError(signal.SIGINT) from None
         return prepared, report_file
 
-    def _ask_about_restart(self, prepared: Prepared) -> None:
-        unfinished = prepared.unfinished() if sys.stdin.isatty() else None
-        if unfinished is None:
-            return
-        question = (
-            f"Rotation {unfinished.id} of {prepared.target.label} is unfinished, with "
-            f"{unfinished.rows_done:,} of {unfinished.rows_total:,} rows done. "
-            "Abandon it and rotate all rows anew? [y/N] "
-        )
+    def _agree(self, prepared: Prepared, observer: Observer, options: Options) -> Prepared:
+        """Ask on a terminal whether to begin; return what the user has agreed to.
+
+        Raises:
+            OptionError: The user has not agreed.
+            StoppedBeforeStartError: The user has pressed Ctrl-C.
+        """
+        if options["noinput"] or not can_ask():
+            return prepared
         try:
-            answer = input(question)
-        except EOFError:
-            # Ctrl-D ends no line.
+            return _agreed(prepared, observer)
+        except KeyboardInterrupt:
+            # Not in the middle of the line that says ^C.
             self.stderr.write("")
-            answer = ""
-        if answer.strip().lower() not in ("y", "yes"):
-            raise OptionError("Nothing was changed; without --restart the rotation goes on.")
+            raise StoppedBeforeStartError(signal.SIGINT) from None
 
     def _tell(self, outcome: Outcome, options: Options, report_file: Path | None) -> None:
         stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
@@ -346,12 +352,52 @@ class Command(BaseCommand):
                 raise CommandError(f"The report could not be written: {error}") from error
 
 
+def _agreed(prepared: Prepared, observer: Observer) -> Prepared:
+    """Ask what has to be asked before the first write of a new rotation.
+
+    Raises:
+        OptionError: The user has not agreed.
+    """
+    options, earlier = prepared.options, prepared.earlier()
+    if earlier.unfinished is not None and not options.restart:
+        return prepared
+    if earlier.unfinished is not None:
+        if not agrees(
+            f"Rotation {earlier.unfinished.id} of {prepared.target.label} is unfinished, with "
+            f"{earlier.unfinished.rows_done:,} of {earlier.unfinished.rows_total:,} rows done. "
+            "Abandon it and rotate all rows again?"
+        ):
+            raise OptionError(
+                "Nothing was changed. Without --restart, the same command resumes the rotation."
+            )
+    elif earlier.completed is not None and not options.restart:
+        if not agrees(
+            f"Rotation {earlier.completed.id} completed {duration(earlier.completed.seconds_ago)} ago. "
+            "Rotate all rows again?"
+        ):
+            raise OptionError("Nothing was changed.")
+        # Not --restart, which would abandon a rotation that another process begins at this moment.
+        options = replace(options, after=earlier.completed.id)
+    findings = replace(
+        prepared, options=replace(options, sample=options.sample and options.preflight)
+    ).examine()
+    if options.preflight:
+        observer(Preflighted(findings=findings))
+    about = "" if findings.table.rows_is_exact else "about "
+    rows = f"{about}{plural(findings.rows_left, 'row')}"
+    sys.stderr.write(f"{one_line(f'{findings.server_name}, table {findings.table_name}, {rows}')}\n")
+    if not agrees(f"Rotate {rows} of {prepared.target.label} now?"):
+        raise OptionError("Nothing was changed.")
+    return replace(prepared, options=replace(options, preflight=False))
+
+
 def _without_ends(prepared: Prepared) -> Prepared:
     """The same, but for what was meant for the run that has just ended."""
     options = replace(
         prepared.options,
         preflight=False,
         restart=False,
+        after=None,
         take_over=False,
         stop_after_rows=None,
         stop_after_seconds=None,
