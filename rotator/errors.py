@@ -4,6 +4,7 @@ Messages are for the person at the terminal: what is wrong, and what to do next.
 of the rotated column.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from signal import Signals
 
@@ -22,6 +23,13 @@ class RotatorError(Exception):
 
 class TargetError(RotatorError):
     """The target cannot be rotated as asked; nothing was changed."""
+
+
+class MissingPrivilegesError(TargetError):
+    """The role lacks privileges that the rotation needs; nothing was changed."""
+
+    def __init__(self, grants: Sequence[str]) -> None:
+        super().__init__(f"This role lacks a privilege that the rotation needs. Run: {' '.join(grants)}")
 
 
 class OptionError(RotatorError):

@@ -16,9 +16,10 @@ from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
+from psycopg.errors import InsufficientPrivilege
 from psycopg.sql import Identifier
 
-from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
+from rotator.errors import MissingPrivilegesError, OptionError, RotatorError, ServerLostError, TargetError
 from rotator.events import Observer, RotationStopped, RowsRotated
 from rotator.findings import Findings
 from rotator.keys import Key
@@ -166,7 +167,7 @@ class Prepared:
             await sync_to_async(_close)(self.target.database)
 
     def examine(self) -> Findings:
-        """Find out what the rotation will meet, and leave everything as it is.
+        """Find out what the rotation will meet; rewrite rows of a sample, if asked for, and roll them back.
 
         Raises:
             RotatorError: It cannot begin, or the server cannot be asked.
@@ -297,6 +298,9 @@ def _check_migrations(connection: BaseDatabaseWrapper) -> None:
     try:
         applied = MigrationRecorder(connection).applied_migrations()
     except DatabaseError as error:
+        if isinstance(error.__cause__, InsufficientPrivilege):
+            role = connection.settings_dict["USER"]
+            raise MissingPrivilegesError([f"GRANT SELECT ON django_migrations TO {role};"]) from error
         # The lines after the first one only ask whether the server runs, or tell of the next address.
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ServerLostError(

@@ -129,7 +129,11 @@ def _run(findings: Findings) -> list[tuple[str, list[str]]]:
             f"rows were rewritten at {rate(sample.rows_per_second)} rows/s, and rolled back"
         )
     else:
-        time = f"not measured: {sample.skipped}" if sample.skipped else "not measured; --dry-run does"
+        time = (
+            f"not measured: {sample.skipped}"
+            if sample.skipped
+            else "not measured; --dry-run without --no-sample measures it"
+        )
     lines = [
         (
             "durability",

@@ -5,6 +5,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
+from rotator.errors import MissingPrivilegesError
 from rotator.findings import Findings, Sample
 from rotator.postgres import ownership
 from rotator.postgres.catalog import check_server, read_table
@@ -12,6 +13,7 @@ from rotator.postgres.connections import Server, connected
 from rotator.postgres.examining import examine_server, examine_table, name_server
 from rotator.postgres.identity import check_session
 from rotator.postgres.ownership import Completed, Unfinished
+from rotator.postgres.privileges import missing_grants
 from rotator.postgres.sampling import sample
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writing import RangeUpdate
@@ -111,13 +113,16 @@ class Examination:
 
 
 async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Findings:
-    """Examine a target and leave everything as it is.
+    """Examine a target; the rows of the sample, if there is to be one, are rewritten and rolled back.
 
     Raises:
+        MissingPrivilegesError: The role lacks a privilege.
         RotatorError: It cannot be rotated, or the server cannot be asked.
     """
     async with connected(server) as connection:
         table = await check(connection, target, options)
+        if grants := await missing_grants(connection, table):
+            raise MissingPrivilegesError(grants)
         return await Examination(connection, table, server, target).examine(options, counts=True)
 
 

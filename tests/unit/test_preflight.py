@@ -64,7 +64,7 @@ def test_an_estimated_count_and_a_rotation_that_goes_on() -> None:
     )
     text = preflight(findings)
     assert "about 1,000,000 (estimate); rotation 7 goes on, with about 300,000 left" in text
-    assert "not measured; --dry-run does" in text
+    assert "not measured; --dry-run without --no-sample measures it" in text
     assert findings.estimated_seconds is None
 
 

@@ -14,7 +14,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.errors import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.events import Observer, Preflighted
-from rotator.management.asking import agrees, can_ask
+from rotator.management.asking import agrees, can_ask, is_terminal
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
 from rotator.progress import (
@@ -53,6 +53,7 @@ class Options(TypedDict):
     take_over: bool
     no_vacuum: bool
     dry_run: bool
+    no_sample: bool
     no_preflight: bool
     stop_after: int | float | str | None
     lock_timeout: float | str
@@ -189,8 +190,14 @@ class Command(BaseCommand):
         parser.add_argument(
             "--dry-run",
             action="store_true",
-            help="Show what the rotation will meet, how long it will take and what cannot be undone; change "
-            "nothing.",
+            help="Show what the rotation will meet, how long it will take and what cannot be undone, and "
+            "exit. To estimate the time, it rewrites up to a thirtieth of the rows and rolls them back, "
+            "which leaves dead rows and WAL behind; see --no-sample.",
+        )
+        parser.add_argument(
+            "--no-sample",
+            action="store_true",
+            help="Do not rewrite rows to estimate the time, before a rotation or with --dry-run.",
         )
         parser.add_argument(
             "--no-preflight",
@@ -427,7 +434,7 @@ def _run_options(options: Options) -> RunOptions:
         vacuum=not options["no_vacuum"],
         preflight=not options["no_preflight"],
         # Nobody waits for an estimate that nobody reads.
-        sample=options["dry_run"] or sys.stderr.isatty(),
+        sample=not options["no_sample"] and (options["dry_run"] or is_terminal(sys.stderr)),
         stop_after_rows=stop_after if isinstance(stop_after, int) else None,
         stop_after_seconds=stop_after if isinstance(stop_after, float) else None,
         outage_budget_seconds=seconds(options["outage_budget"]),
