@@ -22,6 +22,11 @@ class Selection:
     generator: str = ""
     include_null: bool = False
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some rows of the table are not rotated on purpose."""
+        return bool(self.filters or self.excludes)
+
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> "Selection":
         """Return what :meth:`saved` was made of."""

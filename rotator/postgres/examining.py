@@ -1,10 +1,12 @@
 """What the server says, before the first write, of a target's table and of whoever will feel the rotation."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 from psycopg import AsyncConnection, sql
 
+from rotator.errors import RangeTooSlowError
 from rotator.findings import Index, ServerFindings, TableFindings
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.failures import answered
@@ -126,6 +128,33 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         subscriptions=await _phrases(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
         refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
     )
+
+
+async def count_table(connection: AsyncConnection, table: TargetTable, *, seconds: float) -> tuple[int, bool]:
+    """Return the rows of the whole table, whether or not they are rotated, and whether they are counted.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+        seconds: The longest time to count; after that it is the server's own estimate.
+    """
+    with suppress(RangeTooSlowError):
+        async with answered(connection), connection.transaction():
+            await connection.execute(
+                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
+            )
+            cursor = await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table.name), {})
+            ((rows,),) = await cursor.fetchall()
+            return int(rows), True
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
+            ).format(LEAVES),
+            {"table": table.regclass},
+        )
+        ((rows,),) = await cursor.fetchall()
+    return int(rows), False
 
 
 async def examine_server(connection: AsyncConnection) -> ServerFindings:

@@ -23,6 +23,7 @@ from rotator.progress.summary import report, summary
 __all__ = [
     "PROGRESS_KINDS",
     "ProgressKind",
+    "can_draw",
     "log_observer",
     "open_progress",
     "preflight",
@@ -51,11 +52,11 @@ def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[O
             yield _ignore
         case "json":
             yield JsonObserver(out, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
-        case "auto" | "bar" if kind == "bar" or _can_draw(err):
+        case "auto" | "bar" if kind == "bar" or can_draw(err):
             with bar_observer(err, clock=time.monotonic) as observer:
                 yield observer
         case _:
-            yield LinesObserver(err, clock=time.monotonic)
+            yield LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
 
 
 def log_observer(logger: logging.Logger) -> Observer:
@@ -68,7 +69,8 @@ def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:
     return err if kind == "json" else out
 
 
-def _can_draw(stream: TextIO) -> bool:
+def can_draw(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that can draw a bar."""
     # A terminal without a width (some CI runners have them) would be given an empty bar.
     return (
         stream.isatty()

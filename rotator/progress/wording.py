@@ -24,6 +24,7 @@ from rotator.progress.format import count, duration, one_line, plural
 from rotator.progress.tally import State, Tally
 
 FAILED_ROWS_NAMED = 20
+_STOPPED_BY = "Stopped by "
 HOLDERS_NAMED = 5
 _ACTIVITIES: Final[dict[State, str]] = {
     "draining": "draining ranges in flight",
@@ -116,6 +117,16 @@ def done_of_total(tally: Tally) -> str:
     """Return rows done and in all, e.g. ``412,000 of about 1,000,000``."""
     about = "" if tally.rows_total_is_exact else "about "
     return f"{count(tally.rows_shown)} of {about}{count(tally.rows_total)}"
+
+
+def is_stop(error: str) -> bool:
+    """Return whether the sentence that a run left says that an option or a signal stopped it."""
+    return error.startswith(_STOPPED_BY)
+
+
+def reason(error: str) -> str:
+    """Return the reason of such a stop as a phrase, e.g. ``stopped by --stop-after``; empty otherwise."""
+    return f"s{error[1:].rstrip('.')}" if is_stop(error) else ""
 
 
 def moment(at: datetime) -> str:

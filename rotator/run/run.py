@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
 from signal import Signals
 from typing import Final
 
@@ -19,12 +20,16 @@ from rotator.events import (
     Preflighted,
     RangeCompleted,
     RotationStopped,
+    RunFacts,
     ServerLogShowsValues,
     Tick,
 )
+from rotator.keys import spans_between
 from rotator.postgres import ownership
 from rotator.postgres.connections import OPEN_SECONDS, Server, connected, pooled
+from rotator.postgres.examining import COUNT_SECONDS, count_table, name_server
 from rotator.postgres.ownership import Owned
+from rotator.postgres.planning import gaps
 from rotator.postgres.server_log import settings_that_show_values
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuuming import read_storage
@@ -95,6 +100,7 @@ class Run:
         self._vacuuming = Vacuuming(self._context)
         self._is_completed = False
         self._late_rows_before = 0
+        self._server_name = ""
 
     @property
     def signal(self) -> Signals | None:
@@ -186,6 +192,7 @@ class Run:
         table = await check(control, self._context.target, self._context.options)
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
+        self._server_name = await name_server(control)
         self._figures.storage_before = await read_storage(control, table)
         await self._vacuuming.allow(control, table)
         if self._context.options.preflight:
@@ -268,6 +275,8 @@ class Run:
         with suppress(RotatorError):
             async with connected(self._context.server) as connection:
                 self._figures.storage = await read_storage(connection, table)
+                if self._context.target.condition is not None:
+                    self._figures.table_rows = await count_table(connection, table, seconds=COUNT_SECONDS)
         return self._stopped("completed", "")
 
     async def _outlast(self, lost: ServerLostError) -> bool:
@@ -312,6 +321,10 @@ class Run:
                 )
                 if self._table is not None:
                     self._figures.storage = await read_storage(connection, self._table)
+                    owned = await ownership.read_owned(connection, self._acquired.claim)
+                    if owned.bound is not None:
+                        left = await gaps(connection, self._table, owned.claim.rotation, owned.bound)
+                        self._figures.spans = spans_between(left, owned.bound)
 
     def _asked(self) -> str:
         if not self._requests.drain.is_set():
@@ -321,8 +334,24 @@ class Run:
         return LEFT_TO_WORKERS if is_handed_on else f"Stopped by {self._requests.reason}."
 
     def _stopped(self, status: EndStatus, error: str, *, superseded: bool = False) -> RotationStopped:
+        owner, chosen = self._context.owner, self._context.target.selection
         return self._figures.stopped(
-            status, error=error, late_rows_before=self._late_rows_before, superseded=superseded
+            status,
+            error=error,
+            late_rows_before=self._late_rows_before,
+            superseded=superseded,
+            run=RunFacts(
+                started_at=self._figures.started_at,
+                ended_at=datetime.now(UTC),
+                user=owner.user,
+                host=owner.host,
+                server_name=self._server_name,
+                table_name=self._table.found_name if self._table else "",
+                filters=chosen.filters,
+                excludes=chosen.excludes,
+                generator=chosen.generator,
+                include_null=chosen.include_null,
+            ),
         )
 
     def _notify(self, event: Event) -> None:

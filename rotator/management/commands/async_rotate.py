@@ -12,6 +12,7 @@ from django.core.management import BaseCommand, CommandError, CommandParser
 from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
+from rotator import __version__
 from rotator.errors import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.events import Observer, Preflighted
 from rotator.management.asking import agrees, can_ask, is_terminal
@@ -27,6 +28,7 @@ from rotator.progress import (
     summary_stream,
 )
 from rotator.progress.format import duration, one_line, plural
+from rotator.progress.summary import verdict
 from rotator.run.distribution import SpanPublisher
 from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
@@ -60,6 +62,7 @@ class Options(TypedDict):
     outage_budget: float | str
     progress: ProgressKind
     report: Path | str | None
+    verbosity: int
 
 
 class Command(BaseCommand):
@@ -75,6 +78,10 @@ class Command(BaseCommand):
 
     # Checks of the whole project would hold up, or stop, what has to be done now.
     requires_system_checks = ()
+
+    def get_version(self) -> str:
+        """Return the version of this app, not Django's, for ``--version``."""
+        return __version__
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
@@ -222,7 +229,9 @@ class Command(BaseCommand):
         )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Rotate, and exit with what the run's end is worth."""
+        """Rotate, and exit with the status of the run."""
+        if not options["verbosity"]:
+            options["progress"] = "none"
         try:
             prepared, report_file = self._prepare(options)
             if options["dry_run"]:
@@ -284,10 +293,11 @@ class Command(BaseCommand):
                 f"{error} Rotation {rotation} is begun and nothing is lost: the same command tries again."
             ) from error
         where = "" if database == DEFAULT_DB_ALIAS else f" --database {database}"
-        self.stderr.write(
-            f"Rotation {rotation} is left to the workers; see how far they are with: "
-            f"manage.py rotations {rotation} --follow{where}"
-        )
+        if options["verbosity"]:
+            self.stderr.write(
+                f"Rotation {rotation} is left to the workers; see how far they are with: "
+                f"manage.py rotations {rotation} --follow{where}"
+            )
 
     def _is_left_to_the_workers(self, outcome: Outcome) -> bool:
         """Ask whether they shall go on, after a Ctrl-C on a terminal."""
@@ -348,10 +358,18 @@ class Command(BaseCommand):
             else None
         )
         text = summary(outcome.stopped, resume_command=command)
+        if not options["verbosity"]:
+            stream = _raw(self.stderr)
+            text = (
+                ""
+                if outcome.stopped.status == "completed" or not outcome.exit_status
+                else verdict(outcome.stopped)
+            )
         # A terminal that hung up takes nothing with it: the database says the same.
         with suppress(OSError):
-            stream.write(f"{text}\n")
-            stream.flush()
+            if text:
+                stream.write(f"{text}\n")
+                stream.flush()
         if report_file is not None:
             try:
                 report_file.write_text(json.dumps(report(outcome.stopped), indent=2) + "\n")
