@@ -273,9 +273,11 @@ class VacuumSkipped:
 
     Attributes:
         reason: Why.
+        is_once: Whether only this one was skipped, and the next may well succeed.
     """
 
     reason: str
+    is_once: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

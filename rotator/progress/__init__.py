@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "none"]
+_FEWEST_COLUMNS: Final = 20
 PROGRESS_KINDS: Final[tuple[ProgressKind, ...]] = get_args(ProgressKind)
 
 
@@ -71,11 +72,11 @@ def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:
 
 def can_draw(stream: TextIO) -> bool:
     """Return whether a stream is a terminal that can draw a bar."""
-    # A terminal without a width (some CI runners have them) would be given an empty bar.
+    # A terminal without a width (some CI runners have them), or a very narrow one, has no room for a bar.
     return (
         stream.isatty()
         and os.environ.get("TERM") != "dumb"
-        and terminal_columns(stream) > 0
+        and terminal_columns(stream) >= _FEWEST_COLUMNS
         and _can_encode(stream, BAR_CHARACTERS)
     )
 

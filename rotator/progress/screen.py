@@ -1,14 +1,22 @@
 """The terminal as alive-progress sees it: whole frames, and lines above them."""
 
+import re
 import textwrap
 from threading import Lock
 from typing import Final, TextIO
 
 from rotator.progress.sink import Sink
 
+_FEWEST_COLUMNS_TO_WRAP: Final = 30
 _FRAME_START: Final = "\r"
 _CLEAR_REST: Final = "\x1b[K"
 _CLEAR_LINE: Final = "\r\x1b[2K"
+
+
+def _indent(line: str) -> str:
+    """Return the indent of a line's continuation: that of the value where a label stands before it."""
+    found = re.match(r"  [\w ]{12} (?=\S)| *(?:- )?", line)
+    return " " * (found.end() if found else 0)
 
 
 class Screen:
@@ -46,7 +54,11 @@ class Screen:
         Only a word that is wider than the terminal is broken itself.
         """
         with self._lock:
-            wrapped = textwrap.fill(line, max(columns - 1, 1), break_on_hyphens=False)
+            wrapped = (
+                textwrap.fill(line, columns - 1, break_on_hyphens=False, subsequent_indent=_indent(line))
+                if columns >= _FEWEST_COLUMNS_TO_WRAP
+                else line
+            )
             self._sink.write(f"{_CLEAR_LINE}{wrapped}\n")
 
     def fileno(self) -> int:

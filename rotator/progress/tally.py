@@ -39,8 +39,9 @@ class Tally:
         failed_rows: Rows that could not be rotated.
         deferrals: How often a range went to the back of the queue.
         retries: How often a range was tried again.
-        outage_since: When the server went away; None while it answers.
         confirming: Whether the table is being read to see who wrote each row last.
+        outage_since: When the server became unreachable; None while it is reachable.
+        outage_budget_seconds: How long the run waits for it from then on.
         vacuuming: Whether all is done but for the last VACUUM.
         draining: Whether no more ranges are planned.
         holders: The transactions that are waited for.
@@ -56,6 +57,7 @@ class Tally:
     retries: int = 0
     outage_since: float | None = None
     confirming: bool = False
+    outage_budget_seconds: float = 0.0
     vacuuming: bool = False
     draining: bool = False
     holders: tuple[str, ...] = ()
@@ -93,6 +95,11 @@ class Tally:
         if self.rows_total_is_exact and self.rows_done >= self.rows_total:
             return "finishing"
         return "rotating"
+
+    def outage_left_seconds(self, now: float) -> float:
+        """Return how much longer the run waits for an unreachable server."""
+        since = now if self.outage_since is None else self.outage_since
+        return max(0.0, self.outage_budget_seconds - (now - since))
 
     def rows_per_second(self, now: float) -> float | None:
         """Return the recent rate; None while it is unknown or the server is away."""
@@ -140,7 +147,7 @@ class Tally:
             case RotationStarted() | RangeCompleted() | LateRowsRotated() | LateCommitsOver():
                 self.holders = ()
             case OutageStarted():
-                self.outage_since = now
+                self.outage_since, self.outage_budget_seconds = now, event.budget_seconds
             case OutageEnded():
                 self.outage_since = None
                 self.confirming = False

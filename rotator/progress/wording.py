@@ -92,7 +92,8 @@ def _circumstances(event: Event) -> str:
                 "set log_parameter_max_length = 0 for this role"
             )
         case VacuumSkipped():
-            return f"the table is not vacuumed: {event.reason.rstrip('.')}"
+            what = "skipped one VACUUM" if event.is_once else "the table is not vacuumed"
+            return f"{what}: {event.reason.rstrip('.')}"
         case _:
             return ""
 
@@ -100,7 +101,8 @@ def _circumstances(event: Event) -> str:
 def activity(tally: Tally, now: float) -> str:
     """Return what the run is busy with instead of getting on, or an empty text while rows are being done."""
     if tally.outage_since is not None:
-        return f"server away for {duration(now - tally.outage_since)}"
+        away = duration(now - tally.outage_since)
+        return f"unreachable {away}, {duration(tally.outage_left_seconds(now))} left"
     if tally.state == "late_commits":
         return f"waiting for {plural(len(tally.holders), 'transaction')}"
     return _ACTIVITIES.get(tally.state, "")

@@ -47,6 +47,7 @@ from rotator.run.vacuuming import Vacuuming
 from rotator.tasks import first_error_alone, watch
 
 HEARTBEAT_SECONDS: Final = 1.0
+TICK_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 LEAST_OPEN_SECONDS: Final = 1.0
 LEFT_TO_WORKERS: Final = "Left to the workers."
@@ -125,6 +126,7 @@ class Run:
         with self._requests.signals() if self._context.options.listens_to_signals else nullcontext():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
             watching = asyncio.create_task(self._stop_when_told(), name="rotator watch for a stop")
+            ticking = asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks")
             work = asyncio.create_task(self._through_outages(), name="rotator run")
             try:
                 with self._requests.aborting(work):
@@ -141,6 +143,7 @@ class Run:
             finally:
                 timer.cancel()
                 watching.cancel()
+                ticking.cancel()
         self._notify(stopped)
         return stopped
 
@@ -165,6 +168,13 @@ class Run:
     async def _stop_when_told(self) -> None:
         if self._should_stop is not None:
             await watch(self._should_stop, lambda: self._requests.ask(_WORKER_STOPS))
+
+    async def _tick_through_outages(self) -> None:
+        """Tick while the server is unreachable, when there is no heartbeat."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if self._outage.is_away:
+                self._notify(Tick())
 
     async def _through_outages(self) -> RotationStopped:
         while True:

@@ -368,9 +368,9 @@ def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
     audit = audited_tickets(ROWS)
     slow_down(0.02)
     hosts.worker(processes=2)
-    with rotating_in_a_terminal(
-        "--noinput", "--celery", "--batch=20", CELERY_BROKER_URL=hosts.url
-    ) as terminal:
+    with rotating_in_a_terminal("--celery", "--batch=20", CELERY_BROKER_URL=hosts.url) as terminal:
+        terminal.wait_for("now? [y/N] ")
+        terminal.type("y\n")
         wait_for_checkpoints(20)
         terminal.type("\x03")
         terminal.wait_for("Leave it to the workers, to go on without this terminal? [y/N] ")
@@ -504,4 +504,4 @@ def test_without_the_extra_it_says_what_to_install(commands: Commands, tmp_path:
     known = ("env", *(f"{name}={value}" for name, value in environment.items()))
     finished = commands.start("--celery", program=(*known, *MANAGE, COMMAND)).wait()
     assert finished.status == 1
-    assert finished.complaint == "--celery needs celery: pip install 'django-async-rotator[celery]'."
+    assert finished.complaint == "--celery needs celery: pip install 'celery[redis]>=5.5'."

@@ -5,12 +5,22 @@ import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from rotator import __version__
 from rotator.models import Rotation
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
-from tests.acceptance.harness import COMMAND, MANAGE, Commands, number, query
+from tests.acceptance.harness import (
+    COMMAND,
+    MANAGE,
+    Commands,
+    number,
+    query,
+    url_of,
+    wait_for_checkpoints,
+    wait_until,
+)
 
 REPORT_KEYS = {
     "rotation",
@@ -97,6 +107,7 @@ EVENT_KEYS = {
         "deferrals",
         "retries",
         "failed_rows",
+        "outage_left_seconds",
     },
     "drain_started": {"reason"},
     "stopped": REPORT_KEYS,
@@ -335,3 +346,25 @@ def test_verbosity_0_tells_of_errors(commands: Commands) -> None:
 def test_the_version_is_that_of_the_app(commands: Commands, command: str) -> None:
     finished = commands.start("--version", program=(*MANAGE, command)).wait()
     assert (finished.status, finished.out) == (0, f"{__version__}\n")
+
+
+def test_while_a_range_waits_for_a_lock_the_eta_is_unknown(commands: Commands) -> None:
+    audit = audited_tickets(8000)
+    slow_down(0.15)
+    with psycopg.connect(url_of()) as other:
+        other.execute("SELECT FROM tickets_ticket WHERE id = (SELECT max(id) FROM tickets_ticket) FOR UPDATE")
+        running = commands.start("--batch", "100", "--progress", "json")
+        wait_for_checkpoints(79)
+        said = len(running.out.splitlines())
+        wait_until(lambda: len(running.out.splitlines()) > said + 5, "progress while it waits")
+        other.rollback()
+    assert running.wait().status == 0
+
+    events = [json.loads(line) for line in running.out.splitlines()]
+    shown = [event for event in events if event["event"] == "progress"]
+    assert any(event["eta_seconds"] for event in shown)
+    waiting = [event["eta_seconds"] for event in shown if event["rows_done"] == 7900]
+    assert len(waiting) >= 5
+    # The first second may be the time that a range takes.
+    assert waiting[2:] == [None] * len(waiting[2:])
+    audit.assert_rotated()

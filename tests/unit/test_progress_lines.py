@@ -14,6 +14,7 @@ from rotator.events import (
     RangeRetried,
     RowFailed,
     Tick,
+    VacuumSkipped,
 )
 from rotator.keys import Key
 from rotator.progress.lines import LinesObserver
@@ -92,8 +93,8 @@ def test_what_holds_the_run_up_is_in_the_figures() -> None:
     clock.now = 7
     observer(Tick())
     assert lines_of(stream)[-1] == (
-        "0 of 1,000,000 rows (0%), server away for 7 s, ranges put off 2 times, tried again 1 time, "
-        "1 row failed"
+        "0 of 1,000,000 rows (0%), unreachable 7 s, 4 min 53 s left, ranges put off 2 times, "
+        "tried again 1 time, 1 row failed"
     )
 
 
@@ -128,6 +129,10 @@ def test_a_resumed_start_is_one_line() -> None:
             ),
         ),
         (LateRowsRotated(rows=12), "12 rows that no range had written, rotated now"),
+        (
+            VacuumSkipped(reason="the table is busy", is_once=True),
+            "skipped one VACUUM: the table is busy",
+        ),
         (
             DrainStarted(reason="SIGINT"),
             "SIGINT: draining, ranges in flight commit and no more are planned",

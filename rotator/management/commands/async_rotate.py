@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
@@ -17,6 +17,7 @@ from rotator.errors import BrokerError, OptionError, RotatorError, StoppedBefore
 from rotator.events import Observer, Preflighted
 from rotator.management.asking import agrees, can_ask, is_terminal
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
+from rotator.management.streams import Interrupts, open_closed_streams
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
 from rotator.progress import (
     PROGRESS_KINDS,
@@ -28,6 +29,7 @@ from rotator.progress import (
     summary_stream,
 )
 from rotator.progress.format import duration, one_line, plural
+from rotator.progress.sink import Sink
 from rotator.progress.summary import verdict
 from rotator.run.distribution import SpanPublisher
 from rotator.run.options import MOST_BATCH_ROWS, RunOptions
@@ -232,22 +234,27 @@ class Command(BaseCommand):
         """Rotate, and exit with the status of the run."""
         if not options["verbosity"]:
             options["progress"] = "none"
-        try:
-            prepared, report_file = self._prepare(options)
-            if options["dry_run"]:
-                self._show(prepared)
-                return
-            publisher = self._publisher(options)
-            if options["detach"]:
-                self._hand_over(prepared, options)
-                return
-            out, err = _raw(self.stdout), _raw(self.stderr)
-            with open_progress(options["progress"], out=out, err=err) as observer:
-                prepared = self._agree(prepared, observer, options)
-                outcome = prepared.rotate(observer, publisher)
-        except RotatorError as error:
-            raise CommandError(str(error), returncode=error.exit_status) from error
-        self._tell(outcome, options, report_file)
+        open_closed_streams(self)
+        interrupts = Interrupts()
+        with ExitStack() as until_told:
+            try:
+                prepared, report_file = self._prepare(options)
+                if options["dry_run"]:
+                    self._show(prepared)
+                    return
+                publisher = self._publisher(options)
+                if options["detach"]:
+                    self._hand_over(prepared, options)
+                    return
+                out, err = _raw(self.stdout), _raw(self.stderr)
+                with open_progress(options["progress"], out=out, err=err) as observer:
+                    prepared = self._agree(prepared, observer, options)
+                    is_last = publisher is None and bool(vars(self).get("_called_from_command_line"))
+                    until_told.enter_context(interrupts.until_told(ends_process=is_last))
+                    outcome = prepared.rotate(interrupts.noting(observer), publisher)
+            except RotatorError as error:
+                raise CommandError(str(error), returncode=error.exit_status) from error
+            self._tell(outcome, options, report_file)
         may_ask = publisher is not None and not options["noinput"]
         if may_ask and self._is_left_to_the_workers(outcome):
             try:
@@ -269,9 +276,7 @@ class Command(BaseCommand):
         try:
             from rotator.distributed import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
         except ModuleNotFoundError as error:
-            raise OptionError(
-                f"--celery needs {error.name}: pip install 'django-async-rotator[celery]'."
-            ) from error
+            raise OptionError(f"--celery needs {error.name}: pip install 'celery[redis]>=5.5'.") from error
         load_app()
         return CeleryPublisher(options["database"])
 
@@ -312,7 +317,7 @@ class Command(BaseCommand):
 
     def _show(self, prepared: Prepared) -> None:
         try:
-            self.stdout.write(preflight(prepared.examine()))
+            Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
         except KeyboardInterrupt:
             self.stderr.write("")
             raise StoppedBeforeStartError(signal.SIGINT) from None
@@ -360,16 +365,9 @@ class Command(BaseCommand):
         text = summary(outcome.stopped, resume_command=command)
         if not options["verbosity"]:
             stream = _raw(self.stderr)
-            text = (
-                ""
-                if outcome.stopped.status == "completed" or not outcome.exit_status
-                else verdict(outcome.stopped)
-            )
-        # A terminal that hung up takes nothing with it: the database says the same.
-        with suppress(OSError):
-            if text:
-                stream.write(f"{text}\n")
-                stream.flush()
+            text = verdict(outcome.stopped) if outcome.exit_status else ""
+        if text:
+            Sink(stream).write_line(text)
         if report_file is not None:
             try:
                 report_file.write_text(json.dumps(report(outcome.stopped), indent=2) + "\n")

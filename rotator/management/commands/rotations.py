@@ -13,6 +13,7 @@ from django.db.models import DurationField, ExpressionWrapper, F, QuerySet
 from django.db.models.functions import Now
 
 from rotator import __version__
+from rotator.management.streams import open_closed_streams
 from rotator.models import Rotation
 from rotator.process import Owner
 from rotator.progress import can_draw
@@ -65,6 +66,7 @@ class Command(BaseCommand):
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print them."""
+        open_closed_streams(self)
         number = options["rotation"]
         silence = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
         found = Rotation.objects.using(options["database"]).annotate(silence=silence).order_by("-pk")
