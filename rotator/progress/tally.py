@@ -21,6 +21,8 @@ from rotator.events import (
 )
 from rotator.progress.rate import RecentRate
 
+LOCK_SECONDS = 10.0
+
 State: TypeAlias = Literal[
     "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming"
 ]
@@ -61,6 +63,7 @@ class Tally:
     vacuuming: bool = False
     draining: bool = False
     holders: tuple[str, ...] = ()
+    _deferred_at: float | None = None
     _rate: RecentRate = field(default_factory=RecentRate)
 
     @property
@@ -111,7 +114,12 @@ class Tally:
         guess_is_used_up = rows_left <= 0 and not self.rows_total_is_exact
         if self.state not in ("rotating", "finishing") or guess_is_used_up:
             return None
-        return self._rate.eta_seconds(rows_left, now)
+        eta_seconds = self._rate.eta_seconds(rows_left, now)
+        deferred_at = self._deferred_at
+        if eta_seconds is not None and deferred_at is not None and now - deferred_at < LOCK_SECONDS:
+            # What is left may be what waits for a lock.
+            return eta_seconds if eta_seconds >= LOCK_SECONDS else None
+        return eta_seconds
 
     def take(self, event: Event, now: float) -> None:
         """Add what one event tells."""
@@ -137,6 +145,7 @@ class Tally:
                 self.failed_rows += 1
             case RangeDeferred():
                 self.deferrals += 1
+                self._deferred_at = now
             case RangeRetried():
                 self.retries += 1
             case _:
