@@ -1,4 +1,4 @@
-"""Standard streams that were closed before the command started, and Ctrl-C while it says how it ended."""
+"""Standard streams that are closed when the command starts, and Ctrl-C while it writes the summary."""
 
 import os
 import signal
@@ -15,9 +15,9 @@ from rotator.events import DrainStarted, Event, Observer, RotationStarted, Rotat
 
 
 def open_closed_streams(command: BaseCommand) -> None:
-    """Let what is written to a closed stream go nowhere.
+    """Discard what is written to a closed stream.
 
-    A connection to the server would get the descriptor otherwise, and with it what is written there.
+    Otherwise a connection to the server gets the descriptor, and with it the text that is written there.
     """
     for descriptor in range(3):
         try:
@@ -32,7 +32,7 @@ def open_closed_streams(command: BaseCommand) -> None:
 
 
 class Interrupts:
-    """What Ctrl-C does around a run, which listens to it only while it works."""
+    """The effect of Ctrl-C before and after a run, which handles it itself while it works."""
 
     def __init__(self) -> None:
         self._has_begun = False

@@ -39,7 +39,7 @@ class Sink:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let what the stream still holds go nowhere: Python writes it at its end, and would fail again."""
+    """Discard the text that the stream still holds: Python writes it at its end, and fails again."""
     if stream not in (sys.stdout, sys.stderr):
         return
     with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device
