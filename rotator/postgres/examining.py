@@ -82,8 +82,11 @@ _HOLDERS: Final = sql.SQL(
     " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '')"
     " AS phrase, age(backend_xmin) AS age FROM pg_stat_activity"
     " WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()"
+    # Those of other databases do not keep VACUUM from the rows of this one.
+    " AND datname = current_database()"
     " AND xact_start < clock_timestamp() - make_interval(secs => %(old_seconds)s)"
     " UNION ALL SELECT 'prepared transaction ' || gid, age(transaction) FROM pg_prepared_xacts"
+    " WHERE database = current_database()"
     " UNION ALL SELECT 'replication slot ' || slot_name, age(COALESCE(xmin, catalog_xmin))"
     " FROM pg_replication_slots WHERE xmin IS NOT NULL"
     " UNION ALL SELECT 'replica ' || COALESCE(application_name, ''), age(backend_xmin)"

@@ -10,6 +10,7 @@ from rotator.postgres.table import TargetTable
 _OWN_TABLES: Final = {
     "rotator_rotation": ("SELECT", "INSERT", "UPDATE"),
     "rotator_completedrange": ("SELECT", "INSERT"),
+    "rotator_latetransaction": ("SELECT", "INSERT"),
 }
 _HAS: Final = (
     "SELECT COALESCE(has_table_privilege(to_regclass(%(table)s)::oid, %(privilege)s), true)"
