@@ -621,7 +621,7 @@ def test_a_limit_counts_the_rows_before_an_outage_too(database: Database) -> Non
 
 def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Database) -> None:
     database.make_tickets(1, 500)
-    database.before_update("IF OLD.id = 7 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
+    database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def end(event: Event) -> None:
         if isinstance(event, RowFailed) and told.of(RowFailed) == 1:
@@ -631,14 +631,14 @@ def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Data
     outcome = rotate(told)
     assert outcome.stopped.status == "failed"
     assert told.of(OutageEnded) == 1
-    assert outcome.stopped.failed_keys == (("[7]", "raise_exception (P0001)"),)
+    assert outcome.stopped.failed_keys == (("[257]", "raise_exception (P0001)"),)
 
 
 def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_nothing(
     database: Database,
 ) -> None:
     database.make_tickets(1, 500)
-    trigger = database.before_update("IF OLD.id = 7 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
+    trigger = database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def mend(event: Event) -> None:
         if isinstance(event, RowFailed):
