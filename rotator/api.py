@@ -18,7 +18,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.errors import OptionError, RotatorError
 from rotator.events import Event, Observer, RotationStopped
-from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
+from rotator.postgres.transaction import WaitLimits
 from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
 from rotator.service import Prepared, prepare
@@ -219,9 +219,7 @@ def _options(
         take_over=take_over,
         vacuum=vacuum,
         outage_budget_seconds=outage_budget.total_seconds(),
-        limits=WaitLimits(
-            lock_seconds=lock_seconds, statement_seconds=lock_seconds * STATEMENT_SECONDS_PER_LOCK_SECOND
-        ),
+        limits=WaitLimits.of_lock_seconds(lock_seconds),
         listens_to_signals=False,
     )
 

@@ -21,6 +21,7 @@ KEY_SETTINGS: Final = {
 }
 
 STATEMENT_SECONDS_PER_LOCK_SECOND: Final = 5
+TRANSACTION_SECONDS_PER_STATEMENT_SECOND: Final = 4
 IDLE_SECONDS: Final = 10
 CHECK_CONNECTION_SECONDS: Final = 1
 
@@ -77,6 +78,16 @@ class WaitLimits:
     lock_seconds: float = 0.1
     statement_seconds: float = 0.5
     transaction_seconds: float = 2.0
+
+    @classmethod
+    def of_lock_seconds(cls, lock_seconds: float) -> "WaitLimits":
+        """Return the limits that go with a wait for one lock."""
+        statement_seconds = lock_seconds * STATEMENT_SECONDS_PER_LOCK_SECOND
+        return cls(
+            lock_seconds=lock_seconds,
+            statement_seconds=statement_seconds,
+            transaction_seconds=statement_seconds * TRANSACTION_SECONDS_PER_STATEMENT_SECOND,
+        )
 
 
 async def guard(

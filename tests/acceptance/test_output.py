@@ -31,6 +31,7 @@ REPORT_KEYS = {
     "rows_total_is_exact",
     "rows_this_run",
     "late_rows",
+    "unconfirmed_rows",
     "ranges",
     "seconds",
     "seconds_total",

@@ -17,7 +17,7 @@ NOTICED_SECONDS = 60.0
 
 RANGE = b"INTO rotator_completedrange"
 TAKEN_OVER = b"generation = generation + 1"
-COMPLETED = b"status = 'completed'"
+COMPLETED = b"status = 'completed', finished_at"
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -18,7 +18,7 @@ from rotator.events import Observer, Preflighted
 from rotator.management.asking import agrees, can_ask, is_terminal
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
 from rotator.management.streams import Interrupts, open_closed_streams
-from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
+from rotator.postgres.transaction import WaitLimits
 from rotator.progress import (
     PROGRESS_KINDS,
     ProgressKind,
@@ -454,7 +454,5 @@ def _run_options(options: Options) -> RunOptions:
         stop_after_rows=stop_after if isinstance(stop_after, int) else None,
         stop_after_seconds=stop_after if isinstance(stop_after, float) else None,
         outage_budget_seconds=seconds(options["outage_budget"]),
-        limits=WaitLimits(
-            lock_seconds=lock_seconds, statement_seconds=lock_seconds * STATEMENT_SECONDS_PER_LOCK_SECOND
-        ),
+        limits=WaitLimits.of_lock_seconds(lock_seconds),
     )
