@@ -56,6 +56,7 @@ _COLUMNS: Final = (
     " CASE WHEN l.collprovider = 'd' THEN pg_database_collation_actual_version(d.oid)"
     " ELSE pg_collation_actual_version(l.oid) END AS actual_version,"
     " a.attnotnull AS not_null, a.attgenerated <> '' OR a.attidentity = 'a' AS is_generated,"
+    " format_type(a.atttypid, a.atttypmod) AS stored_type,"
     " t.typcategory = 'A' AS is_array, t.typtype = 'c' OR t.typname IN ('json', 'jsonb', 'xml')"
     " AS is_composite,"
     " EXISTS (SELECT FROM pg_partitioned_table p WHERE p.partrelid = a.attrelid"
@@ -171,6 +172,7 @@ async def read_table(
             type_schema=row["type_schema"],
             collation=(row["collation_schema"], row["collation"]) if row["collation"] else None,
             keeps_null=not (row["not_null"] or include_null),
+            stored_type=row["stored_type"],
         )
 
     return TargetTable(

@@ -74,6 +74,8 @@ class Column:
         type_schema: The schema that the type is in.
         collation: The collation's schema and name, unquoted; None where the type has none.
         keeps_null: Whether a NULL in it stays one.
+        stored_type: The column's own type as SQL, e.g. ``numeric(5,2)``: what an assignment turns a value
+            into; empty where it is the base type.
     """
 
     name: str
@@ -81,11 +83,17 @@ class Column:
     type_schema: str = _BUILTIN_SCHEMA
     collation: tuple[str, str] | None = None
     keeps_null: bool = False
+    stored_type: str = ""
 
     @property
     def type(self) -> sql.Composable:
         """The type's quoted name."""
         return identifier(self.type_schema, self.type_name)
+
+    @property
+    def stored(self) -> sql.Composable:
+        """The column's own type."""
+        return sql.SQL(self.stored_type.replace("%", "%%")) if self.stored_type else self.type
 
     @property
     def cast(self) -> sql.Composable:
@@ -171,8 +179,11 @@ class TargetTable:
             is_unchanged = same.format(identifier(ROW, column.name), old)
             if column.keeps_null:
                 is_unchanged = sql.SQL("{} IS NOT NULL AND {}").format(old, is_unchanged)
+            # Only what an assignment makes of the new value: rounded, or padded with blanks.
+            stored = sql.SQL("{}::{}")
             is_repeated = same.format(
-                self._new_value(at, column, position), sql.SQL("{}::{}").format(old, column.type)
+                stored.format(self._new_value(at, column, position), column.stored),
+                stored.format(old, column.stored),
             )
             outcomes.append(
                 sql.SQL("CASE WHEN {} THEN CASE WHEN {} THEN {} ELSE {} END ELSE 0 END").format(
