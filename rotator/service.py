@@ -246,11 +246,12 @@ def prepare(
     if not is_begun:
         _check_migrations(connection)
     session = read_session(connection, target.path)
+    if isinstance(target.source, FromRows):
+        # By the name that the model has: in another thread it may mean another schema's table.
+        target = replace(target, source=_in_session(target.source, database, target.path, session))
     if session.table_schema is not None:
         # The rotator's own sessions need not look in the same schemas.
         target = replace(target, path=(session.table_schema, target.path[-1]))
-    if isinstance(target.source, FromRows):
-        target = replace(target, source=_in_session(target.source, database, target.path, session))
     target = replace(target, session=session)
     return Prepared(target=target, options=options, server=_server(connection, session))
 
