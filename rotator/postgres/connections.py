@@ -61,7 +61,9 @@ class Server:
         arrays.register(connection)
         if self.role is not None:
             await connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(self.role)))
-        # A setting that transaction poolers keep for each client.
+        # Settings that transaction poolers keep for each client. The driver reads times in this style alone.
+        if not (connection.info.parameter_status("DateStyle") or "ISO").startswith("ISO"):
+            await connection.execute("SELECT set_config('DateStyle', 'ISO', false)")
         if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
             await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))
         if self.search_path is not None:
