@@ -193,10 +193,20 @@ class TargetTable:
         return sql.SQL("GREATEST({}) AS outcome").format(sql.SQL(", ").join(outcomes))
 
     @property
-    def digest(self) -> sql.Composable:
-        """A number that stands for the rotated columns' stored values of :data:`ROW`."""
-        values = sql.SQL(", ").join(identifier(ROW, column.name) for column in self.columns)
-        return sql.SQL("hashtextextended(ROW({})::text, 0)").format(values)
+    def digests(self) -> sql.Composable:
+        """An array of numbers, each of which stands for the stored value of a rotated column of :data:`ROW`.
+
+        It has a NULL for a NULL that stays one.
+        """
+        return sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(map(self._digest, self.columns)))
+
+    @staticmethod
+    def _digest(column: Column) -> sql.Composable:
+        value = identifier(ROW, column.name)
+        digest = sql.SQL("hashtextextended(ROW({})::text, 0)").format(value)
+        if not column.keeps_null:
+            return digest
+        return sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(value, digest)
 
     def assignments(self, position: sql.Composable) -> sql.Composable:
         """What UPDATE of :data:`ROW` sets: for each column the value at a position of its own array."""
@@ -227,7 +237,11 @@ class TargetTable:
     @property
     def key_json(self) -> sql.Composable:
         """A row's key as JSON array text."""
-        return sql.SQL("jsonb_build_array({})::text").format(self.key_columns)
+        return self.key_json_of(None)
+
+    def key_json_of(self, alias: str | None) -> sql.Composable:
+        """A row's key as JSON array text, of this alias."""
+        return sql.SQL("jsonb_build_array({})::text").format(self.key_columns_of(alias))
 
     def key_columns_of(self, alias: str | None) -> sql.Composable:
         """The key's columns, as those of this alias."""

@@ -1,9 +1,8 @@
 """Gives the rows of a range new values, and checkpoints it in the same transaction."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
@@ -12,6 +11,7 @@ from rotator.errors import OldValuesKeptError, RangeRefusedError, RangeTooSlowEr
 from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.arrays import Values, part
 from rotator.postgres.catalog import read_update_triggers
+from rotator.postgres.digests import by_key, count_kept
 from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, TOO_LONG, RangeGrewError, answered
 from rotator.postgres.keyed import keyed_update
 from rotator.postgres.planning import slice_ends
@@ -29,9 +29,6 @@ _POSITION: Final = "rotator_position"
 _RUN_DEFERRED_TRIGGERS: Final = "SET CONSTRAINTS ALL IMMEDIATE"
 _WRITTEN_BY_OTHERS: Final = "a trigger wrote other rows of the range"
 _REPEATED: Final = "new values are equal to the old ones"
-
-Digests: TypeAlias = Mapping[str, int]
-"""For each key a number that stands for the row's values."""
 
 
 def update_statement(table: TargetTable, *, after_is_known: bool, transaction_seconds: float) -> sql.Composed:
@@ -319,8 +316,7 @@ class RangeUpdate:
                 self._compares_digests = True
                 raise _UncomparedError
             after = await self._digests(connection, span)
-            old, new = await _by_key(before), await _by_key(after)
-            if any(new.get(key) == digest for key, digest in old.items()):
+            if count_kept(await by_key(before), await by_key(after)):
                 raise _RowsKeptError
         return Written(rows=written, has_other_writes=has_other_writes)
 
@@ -328,7 +324,7 @@ class RangeUpdate:
         """Ask for the digests of the rows' values; None while nothing else writes to the table."""
         if not self._compares_digests:
             return None
-        columns = sql.SQL("{}, {}").format(self.table.key_json, self.table.digest)
+        columns = sql.SQL("{}, {}").format(self.table.key_json, self.table.digests)
         return await self._select(connection, span, columns)
 
     async def _written_so_far(self, connection: AsyncConnection) -> AsyncCursor:
@@ -453,7 +449,3 @@ class PostgresWriter:
 async def _number(cursor: AsyncCursor) -> int:
     row = await cursor.fetchone()
     return int(row[0]) if row else 0
-
-
-async def _by_key(cursor: AsyncCursor | None) -> Digests:
-    return {} if cursor is None else {key: digest async for key, digest in cursor}
