@@ -28,13 +28,13 @@ RECORDED: Final = sql.SQL(
 
 ATTACHED: Final = sql.SQL(
     # The latest of the transactions that attached the leaf, or a partition that it is part of.
-    "SELECT leaf.oid AS leaf, min(age(i.xmin)) AS age FROM {} AS leaf,"
+    "SELECT leaf.oid AS leaf, (array_agg(i.xmin ORDER BY age(i.xmin)))[1] AS xid FROM {} AS leaf,"
     " pg_partition_ancestors(leaf.oid) AS ancestor"
     " JOIN pg_partition_tree(%(table)s::regclass) AS tree ON tree.relid = ancestor.relid AND tree.level > 0"
     " JOIN pg_inherits i ON i.inhrelid = ancestor.relid"
     " WHERE age(i.xmin) BETWEEN 0 AND age({}) GROUP BY leaf.oid"
 ).format(LEAVES, _STARTED)
-"""The age of the transaction that made each leaf a partition, if that was since the rotation's start.
+"""The transaction that made each leaf a partition, if that was since the rotation's start.
 
 Takes the parameters ``table`` and ``started_xid``.
 """
@@ -57,20 +57,21 @@ class LastWriters:
     renewed: tuple[int, ...]
 
 
-def is_older(age: sql.Composable, attached_age: sql.Composable) -> sql.Composable:
-    """A condition: a transaction of this age cannot have written a row of the target since the start.
+def is_older(xid: sql.Composable, attached_xid: sql.Composable) -> sql.Composable:
+    """A condition: this transaction cannot have written a row of the target since the start.
 
     It has to be evaluated in autocommit mode: within a transaction, newer rows have a negative age. A
     negative age is that of a row of an earlier epoch. A row that is older than the attachment of its
     partition was written while the rotation did not know of it.
 
     Args:
-        age: The age of the row's ``xmin``.
-        attached_age: The age in :data:`ATTACHED`, or NULL.
+        xid: The row's ``xmin``.
+        attached_xid: The transaction in :data:`ATTACHED`, or NULL. Its age is read by the same query as that
+            of the row's, since both grow.
     """
-    return sql.SQL("({age} NOT BETWEEN 0 AND age({started}) OR COALESCE({age} >= {attached}, false))").format(
-        age=age, started=_STARTED, attached=attached_age
-    )
+    return sql.SQL(
+        "(age({xid}) NOT BETWEEN 0 AND age({started}) OR COALESCE(age({xid}) >= age({attached_xid}), false))"
+    ).format(xid=xid, started=_STARTED, attached_xid=attached_xid)
 
 
 _COUNT: Final = (
@@ -132,7 +133,7 @@ async def count_last_writers(
         and_matches=table.and_matches,
         recorded=RECORDED,
         attached=ATTACHED,
-        is_older=is_older(sql.SQL("age(c.xid)"), sql.SQL("a.age")),
+        is_older=is_older(sql.SQL("c.xid"), sql.SQL("a.xid")),
     )
     # It takes as long as the table is large.
     async with answered(connection, seconds=None):

@@ -52,7 +52,7 @@ class OlderRow:
 class _Leaf:
     name: sql.Composable
     oid: int
-    attached_age: int | None
+    attached_xid: str | None
 
 
 class OlderRows:
@@ -102,15 +102,15 @@ class OlderRows:
         async with answered(self._connection):
             cursor = await self._connection.execute(
                 sql.SQL(
-                    "SELECT n.nspname, c.relname, c.oid::bigint, a.age FROM pg_class c"
+                    "SELECT n.nspname, c.relname, c.oid::bigint, a.xid::text FROM pg_class c"
                     " JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN ({}) AS a ON a.leaf = c.oid"
                     " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
                 ).format(ATTACHED, LEAVES),
                 {"table": self._table.regclass, "started_xid": self._started_xid},
             )
             return [
-                _Leaf(name=identifier(schema, name), oid=oid, attached_age=age)
-                async for schema, name, oid, age in cursor
+                _Leaf(name=identifier(schema, name), oid=oid, attached_xid=xid)
+                async for schema, name, oid, xid in cursor
             ]
 
     async def _blocks(self, leaf: _Leaf) -> int:
@@ -125,9 +125,9 @@ class OlderRows:
 
     async def _find_in(self, leaf: _Leaf, after: str, end: str, batch: int) -> list[OlderRow]:
         xmin = identifier(ROW, "xmin")
-        older = is_older(sql.SQL("age({})").format(xmin), sql.SQL("%(attached_age)s::integer"))
-        if leaf.attached_age is not None:
-            # These ages are also those of rows that the rotation has written since.
+        older = is_older(xmin, sql.SQL("%(attached_xid)s::xid"))
+        if leaf.attached_xid is not None:
+            # Rows that the rotation wrote before the partition was attached again are as old as these.
             older = sql.SQL("{} AND NOT EXISTS (SELECT FROM ({}) AS r WHERE r.xid = {})").format(
                 older, RECORDED, xmin
             )
@@ -145,7 +145,7 @@ class OlderRows:
                     "after": after,
                     "end": end,
                     "started_xid": self._started_xid,
-                    "attached_age": leaf.attached_age,
+                    "attached_xid": leaf.attached_xid,
                     "rotation": self._claim.rotation,
                     "batch": batch,
                 },
