@@ -36,6 +36,20 @@ def keyed_update(table: TargetTable) -> sql.Composed:
     )
 
 
+def select_digests(table: TargetTable) -> sql.Composed:
+    """The key and the digests of each of the rows with the keys of the parameter ``keys``."""
+    return sql.SQL(
+        "SELECT {key}, {digests} FROM {keys} AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
+    ).format(
+        key=table.key_json_of(ROW),
+        digests=table.digests,
+        keys=_keys(table),
+        row=table.row,
+        row_key=table.key_columns_of(ROW),
+        key_of_keys=table.key_columns_of("keys"),
+    )
+
+
 def _keys(table: TargetTable) -> sql.Composable:
     """The keys of the parameter as columns, each with its position in it."""
     return sql.SQL(

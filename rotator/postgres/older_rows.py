@@ -13,7 +13,9 @@ from psycopg import AsyncConnection, sql
 from rotator.errors import OldValuesKeptError, RangeRefusedError
 from rotator.keys import Key
 from rotator.postgres.catalog import read_update_triggers
+from rotator.postgres.digests import Digests, by_key, count_kept
 from rotator.postgres.failures import SUPPRESSED, answered
+from rotator.postgres.keyed import select_digests
 from rotator.postgres.last_writers import ATTACHED, RECORDED, is_older
 from rotator.postgres.relations import LEAVES, rows_written_so_far
 from rotator.postgres.table import COUNT_OUTCOMES, ROW, TargetTable, identifier
@@ -75,6 +77,8 @@ class OlderRows:
         self._started_xid = started_xid
         self._source = source
         self._limits = limits
+        # Once triggers have written to the table, each transaction notes its old values first.
+        self._compares_digests = False
 
     @property
     def rotation(self) -> int:
@@ -175,7 +179,7 @@ class OlderRows:
         for _ in range(_ATTEMPTS):
             parameters = await self._parameters(rows)
             written, kept, repeated = await self._write(parameters, rows)
-            if not kept and not repeated:
+            if written is not None and not kept and not repeated:
                 return written
         if kept:
             triggers = await read_update_triggers(self._connection, self._table)
@@ -197,10 +201,19 @@ class OlderRows:
             **named(values),
         }
 
-    async def _write(self, parameters: dict[str, object], rows: Sequence[OlderRow]) -> tuple[int, int, int]:
+    async def _write(
+        self, parameters: dict[str, object], rows: Sequence[OlderRow]
+    ) -> tuple[int | None, int, int]:
+        """Write the rows, and return the number that were written, kept their values, and got the same again.
+
+        The first is None where triggers wrote, too, and the old values were not noted: nothing was written.
+        """
         connection, count_writes = self._connection, rows_written_so_far(self._table)
         async with answered(connection), connection.transaction() as transaction:
             await guard(connection, self._claim, self._limits, without=("mergejoin",))
+            digests: Digests | None = None
+            if self._compares_digests:
+                digests = await by_key(await connection.execute(_digests_at_places(self._table), parameters))
             before = await (await connection.execute(count_writes, parameters)).fetchone() or (0,)
             cursor = await connection.execute(update_at_places(self._table), parameters)
             written, kept, repeated = await cursor.fetchone() or (0, 0, 0)
@@ -215,12 +228,24 @@ class OlderRows:
             # Deferred triggers would run in the COMMIT, after the last look at what they do.
             await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
             after = await (await connection.execute(count_writes, parameters)).fetchone() or (0,)
+            has_other_writes = after[0] - before[0] != written
+            if has_other_writes:
+                # What an update returns is older than what the triggers after it do.
+                if digests is None:
+                    self._compares_digests = True
+                    transaction.force_rollback = True
+                    return None, 0, 0
+                keys = {"keys": list(digests)}
+                now = await by_key(await connection.execute(select_digests(self._table), keys))
+                if kept := count_kept(digests, now):
+                    transaction.force_rollback = True
+                    return written, kept, 0
             await connection.execute(
                 "UPDATE rotator_rotation SET late_rows = late_rows + %s WHERE id = %s",
                 (written, self._claim.rotation),
             )
             # Where triggers wrote, too, nothing tells their rows from these: none is confirmed.
-            if after[0] - before[0] == written:
+            if not has_other_writes:
                 await connection.execute(
                     "INSERT INTO rotator_latetransaction (rotation_id, xid, rows)"
                     " VALUES (%s, pg_current_xact_id()::text::bigint, %s)",
@@ -258,6 +283,13 @@ def _select_at_places(table: TargetTable) -> sql.Composed:
     """One of the rows that are still at these places."""
     return sql.SQL("SELECT FROM {} JOIN {} ON {}{} LIMIT 1").format(
         _PLACES, table.row, _at_place("places"), table.and_matches
+    )
+
+
+def _digests_at_places(table: TargetTable) -> sql.Composed:
+    """The key and the digests of each of the rows at these places."""
+    return sql.SQL("SELECT {}, {} FROM {} JOIN {} ON {}").format(
+        table.key_json_of(ROW), table.digests, _PLACES, table.row, _at_place("places")
     )
 
 
