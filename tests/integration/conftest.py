@@ -1,13 +1,15 @@
 """What the tests on a real server share."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import psycopg
 import pytest
 from django.db import connection
 
 from rotator.postgres.connections import connected
+from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import Claim
+from tests.integration.outcomes import CODED
 from tests.integration.rotation_tables import Database, begin
 
 # Django's own: its cursors and adapters.
@@ -34,3 +36,16 @@ async def control(database: Database) -> AsyncIterator[psycopg.AsyncConnection]:
 async def claim(control: psycopg.AsyncConnection) -> Claim:
     """A rotation that has just begun and is this process's."""
     return await begin(control)
+
+
+@pytest.fixture
+def coded(database: Database) -> Iterator[Callable[[str], TargetTable]]:
+    """Make the table of codes, with secrets of a type that the test chooses."""
+
+    def make(type_name: str = "text") -> TargetTable:
+        database.execute("DROP TABLE IF EXISTS shop_coded")
+        database.execute(f"CREATE TABLE shop_coded (id bigint PRIMARY KEY, secret {type_name})")
+        return CODED
+
+    yield make
+    database.execute("DROP TABLE IF EXISTS shop_coded CASCADE")

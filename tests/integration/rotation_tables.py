@@ -51,6 +51,10 @@ ODD: Final = TargetTable(
 )
 
 
+END_THE_ROTATOR: Final = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE application_name = 'rotator' AND datname = current_database()"
+)
 UPDATE: Final = "UPDATE tickets_ticket SET title = 'else' WHERE id = 3"
 INSERT: Final = (
     "INSERT INTO tickets_ticket (id, title, created_at, token) VALUES (99, '', now(), gen_random_uuid())"
@@ -220,6 +224,41 @@ class Database:
             )
         )
         return name.as_string()
+
+    def make_trigger(
+        self,
+        body: str,
+        table: TargetTable = TICKETS,
+        *,
+        timing: str = "AFTER UPDATE",
+        each: str = "ROW",
+        referencing: str = "",
+        is_deferred: bool = False,
+    ) -> str:
+        """Have PL/pgSQL run at a row's or a statement's update, and return the trigger's name.
+
+        The body runs for updates of other sessions alone, never for those of a trigger.
+        """
+        self._triggers += 1
+        name = f"made trigger {self._triggers}"
+        function = sql.Identifier(SCHEMA, name)
+        self.execute(
+            sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS {}").format(
+                function,
+                sql.Literal(
+                    f"BEGIN IF pg_trigger_depth() > 1 THEN RETURN COALESCE(NEW, OLD); END IF; {body}"
+                    " RETURN COALESCE(NEW, OLD); END"
+                ),
+            )
+        )
+        self.execute(
+            sql.SQL(
+                f"CREATE {'CONSTRAINT' if is_deferred else ''} TRIGGER {{}} {timing} ON {{}} {referencing}"
+                f" {'DEFERRABLE INITIALLY DEFERRED' if is_deferred else ''} FOR EACH {each}"
+                " EXECUTE FUNCTION {}()"
+            ).format(sql.Identifier(name), sql.Identifier(*table.path), function)
+        )
+        return name
 
     def checkpoints(self) -> list[tuple[str | None, str, int]]:
         """All checkpoints: after, through and rows, in the order of their making."""

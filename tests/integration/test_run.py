@@ -35,6 +35,7 @@ from rotator.run.options import RunOptions
 from rotator.service import Outcome, prepare
 from tests.integration.rotation_tables import (
     COMMITTING,
+    END_THE_ROTATOR,
     TABLE_NAME,
     TARGET,
     Database,
@@ -45,11 +46,6 @@ from tests.integration.rotation_tables import (
 pytestmark = COMMITTING
 
 React = Callable[[Event], None]
-
-END_THE_ROTATOR = (
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-    " WHERE application_name = 'rotator' AND datname = current_database()"
-)
 
 
 class Told:

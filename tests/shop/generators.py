@@ -45,6 +45,28 @@ def named_after(order: Model) -> str:
     return f"{order.pk}-{secrets.token_hex(8)}"
 
 
+def uuid_for_row(_row: Model) -> uuid.UUID:
+    """A value that takes its row, and needs nothing of it."""
+    return uuid.uuid4()
+
+
+def token_for_row(_row: Model) -> str:
+    return token()
+
+
+def two_keys_for_row(_row: Model) -> dict[str, str]:
+    return two_keys()
+
+
+def digit() -> str:
+    """One of a few values, so that a row often gets the one that it has."""
+    return str(secrets.randbelow(5))
+
+
+def digit_for_row(_row: Model) -> str:
+    return digit()
+
+
 def hashed() -> dict[str, str]:
     return {"secret": hashlib.sha256(token().encode()).hexdigest()}
 
@@ -116,3 +138,27 @@ class LateUuid:
 
 
 late_uuid = LateUuid()
+
+
+def bits() -> str:
+    return f"{secrets.randbits(128):0128b}"
+
+
+def bits_for_row(_row: Model) -> str:
+    return bits()
+
+
+def large_number() -> str:
+    return f"{secrets.randbelow(10**9) + 100}.125"
+
+
+def large_number_for_row(_row: Model) -> str:
+    return large_number()
+
+
+def uuid_text() -> str:
+    return str(uuid.uuid4())
+
+
+def uuid_text_for_row(_row: Model) -> str:
+    return uuid_text()

@@ -130,6 +130,16 @@ class Word(models.Model):
         managed = False
 
 
+class Coded(models.Model):
+    """Made by SQL, so that a test may drop, rename or rewrite the table, and choose the columns' types."""
+
+    id = models.BigIntegerField(primary_key=True)
+    secret = models.TextField(default=token)
+
+    class Meta:
+        managed = False
+
+
 class OrderView(models.Model):
     """A view, which has no rows of its own."""
 
