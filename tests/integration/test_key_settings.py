@@ -1,0 +1,85 @@
+"""Keys whose text depends on settings of the role that the rotator logs in as."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from psycopg.sql import SQL, Literal
+
+from rotator.postgres.table import Column, TargetTable
+from tests.integration.outcomes import SHOP, assert_unconfirmed, each_connection, rotate
+from tests.integration.rotation_tables import Database
+
+pytestmark = SHOP
+
+ROWS = 60
+WORD = "shop.Word.secret"
+ODD_NUMBERS = "ARRAY['NaN', '-Infinity', 'Infinity', '-0', '1e-300', '0.30000000000000004', '0.3']::float8[]"
+KEYS = {
+    "float8": ("extra_float_digits", "0", "float8", "0.1 + i / 3.0::float8 + 1e-15 * i"),
+    "float4": ("extra_float_digits", "-3", "float4", "1.0000001 + i / 8388608.0::float4"),
+    "float8 that is no number": ("extra_float_digits", "-15", "float8", f"({ODD_NUMBERS})[i]"),
+    "interval": ("IntervalStyle", "sql_standard", "interval", "i * interval '-1 day 2 hours 3.000001 s'"),
+    "interval of months": (
+        "IntervalStyle", "iso_8601", "interval", "i * interval '1 month -1 day -0.5 s' - interval '1 year'"
+    ),
+    "bytea": ("bytea_output", "escape", "bytea", "decode(md5(i::text), 'hex')"),
+    "date": ("DateStyle", "SQL, DMY", "date", "'2026-01-25'::date + i::int"),
+    "timestamp": ("DateStyle", "German", "timestamp", "'2026-01-25'::timestamp + i * interval '7.000001 s'"),
+    "timestamptz": (
+        "TimeZone", "America/St_Johns", "timestamptz",
+        "'2026-11-01T03:00:00Z'::timestamptz + i * interval '7 minutes 0.000001 s'",
+    ),
+}  # fmt: skip
+TABLE = TargetTable(
+    path=("shop_word",),
+    key=(Column(name="word", type_name="text"),),
+    columns=(Column(name="secret", type_name="uuid"),),
+)
+
+
+@pytest.fixture
+def role_setting(database: Database) -> Iterator[list[tuple[str, str]]]:
+    """Settings of the role; they are reset in the end."""
+    settings: list[tuple[str, str]] = []
+    yield settings
+    for name, _ in settings:
+        database.execute(f"ALTER ROLE CURRENT_USER RESET {name}")
+    database.execute("DROP TABLE IF EXISTS shop_word")
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+@pytest.mark.parametrize(("setting", "value", "type_name", "key"), KEYS.values(), ids=KEYS)
+def test_every_row_is_changed_exactly_once(
+    database: Database,
+    role_setting: list[tuple[str, str]],
+    setting: str,
+    value: str,
+    type_name: str,
+    key: str,
+    *,
+    is_interrupted: bool,
+) -> None:
+    database.execute(f"CREATE TABLE shop_word (word {type_name} PRIMARY KEY, secret uuid)")
+    database.execute(
+        f"INSERT INTO shop_word SELECT {key}, gen_random_uuid() FROM generate_series(1, {ROWS}) AS i"
+        f" WHERE ({key}) IS NOT NULL"
+    )
+    database.count_updates(TABLE)
+    before = database.execute("SELECT secret FROM shop_word")
+    role_setting.append((setting, value))
+    database.execute(SQL("ALTER ROLE CURRENT_USER SET {} = {}").format(SQL(setting), Literal(value)))
+    ((seen,),) = database.connect().execute(f"SHOW {setting}".encode())
+    assert str(seen).startswith(value)
+
+    # Django itself reads times in this style alone.
+    with each_connection("SET DateStyle = 'ISO'"):
+        if is_interrupted:
+            rotate(WORD, batch=7, stop_after_rows=len(before) // 2)
+        outcome = rotate(WORD, batch=7)
+        assert_unconfirmed(outcome, 0)
+
+    assert outcome.stopped.rows == len(before)
+    assert outcome.stopped.resumed == is_interrupted
+    assert set(database.execute("SELECT secret FROM shop_word")).isdisjoint(before)
+    assert Counter(database.updates().values()) == {1: len(before)}

@@ -1,0 +1,147 @@
+"""Columns whose type limits or changes values: they hold what a plain UPDATE would store, or are refused."""
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from psycopg.sql import Identifier
+
+from rotator.postgres.table import TargetTable
+from rotator.selection import Selection
+from tests.integration.outcomes import CODES, SHOP, assert_unconfirmed, rotate
+from tests.integration.rotation_tables import SCHEMA, Database
+
+pytestmark = SHOP
+
+MakeTable = Callable[[str], TargetTable]
+
+ROWS = 20
+GENERATORS = "tests.shop.generators."
+SOURCES = ["", "_for_row"]
+DOMAIN = Identifier(SCHEMA, "a domain").as_string()
+OVER_DOMAIN = Identifier(SCHEMA, "over a domain").as_string()
+CITEXT = Identifier(SCHEMA, "citext").as_string()
+
+# The generator's values are 22 letters.
+TOO_SHORT = {
+    "varchar": "varchar(16)",
+    "char": "char(16)",
+    "a domain over varchar": DOMAIN,
+    "a domain over that": OVER_DOMAIN,
+}
+
+
+def make_domains(database: Database, base: str = "varchar(16)", check: str = "") -> None:
+    database.execute(f"CREATE DOMAIN {DOMAIN} AS {base} {check}")
+    database.execute(f"CREATE DOMAIN {OVER_DOMAIN} AS {DOMAIN}")
+
+
+def fill(database: Database, value: str = "'leaked ' || i") -> None:
+    database.execute(f"INSERT INTO shop_coded SELECT i, {value} FROM generate_series(1, {ROWS}) AS i")
+
+
+def assert_plain_update_fails(database: Database, value: str, reason: str) -> None:
+    """The server itself refuses such a value with this condition."""
+    with pytest.raises(psycopg.Error) as caught:
+        database.execute("UPDATE shop_coded SET secret = %s WHERE id = 1", (value,))
+    assert type(caught.value).__name__.lower() == reason.replace("_", "")
+
+
+def assert_all_refused(database: Database, table: TargetTable, generator: str, reason: str) -> None:
+    """Every row is refused for this reason and stays as it was."""
+    before = database.values(table)
+    outcome = rotate(CODES, batch=5, selection=Selection(generator=GENERATORS + generator))
+    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
+    assert {key for key, _ in outcome.stopped.failed_keys} == before.keys()
+    assert all(found.startswith(reason) for _, found in outcome.stopped.failed_keys)
+    assert database.values(table) == before
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("type_name", TOO_SHORT.values(), ids=TOO_SHORT)
+def test_a_value_that_is_too_long_is_not_cut(
+    database: Database, coded: MakeTable, type_name: str, source: str
+) -> None:
+    make_domains(database)
+    table = coded(type_name)
+    fill(database)
+    assert_plain_update_fails(database, "x" * 22, "string_data_right_truncation")
+    assert_all_refused(database, table, f"token{source}", "string_data_right_truncation")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("type_name", [DOMAIN, OVER_DOMAIN], ids=["a domain", "over a domain"])
+def test_a_value_that_a_domain_refuses_is_refused(
+    database: Database, coded: MakeTable, type_name: str, source: str
+) -> None:
+    make_domains(database, "text", "CONSTRAINT is_leaked CHECK (VALUE LIKE 'leaked %')")
+    table = coded(type_name)
+    fill(database)
+    assert_plain_update_fails(database, "x", "check_violation")
+    assert_all_refused(database, table, f"token{source}", "check_violation")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_bits_that_are_too_many_are_refused(database: Database, coded: MakeTable, source: str) -> None:
+    table = coded("varbit(3)")
+    fill(database, "B'101'")
+    assert_plain_update_fails(database, "1010", "string_data_right_truncation")
+    assert_all_refused(database, table, f"bits{source}", "string_data_right_truncation")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_number_that_is_too_large_is_refused(database: Database, coded: MakeTable, source: str) -> None:
+    table = coded("numeric(3, 2)")
+    fill(database, "1.25")
+    assert_plain_update_fails(database, "12.5", "numeric_value_out_of_range")
+    assert_all_refused(database, table, f"large_number{source}", "numeric_value_out_of_range")
+
+
+# --- What fits -------------------------------------------------------------------------------------
+
+FITTING = {
+    "varchar": ("varchar(22)", "token", 22),
+    "char that is padded": ("char(40)", "token", 22),
+    "a domain": (DOMAIN, "token", 22),
+    "a domain over that": (OVER_DOMAIN, "token", 22),
+    "bits": ("varbit(200)", "bits", 128),
+    "a number that is rounded": ("numeric(12, 2)", "large_number", None),
+    "a domain over a number": (OVER_DOMAIN, "large_number", None),
+    "a text of a uuid": ("uuid", "uuid_text", 36),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("type_name", "generator", "length"), FITTING.values(), ids=FITTING)
+def test_a_value_that_fits_is_stored_as_a_plain_update_stores_it(
+    database: Database, coded: MakeTable, type_name: str, generator: str, length: int | None, source: str
+) -> None:
+    make_domains(database, "varchar(30)" if generator == "token" else "numeric(12, 2)")
+    table = coded(type_name)
+    fill(
+        database,
+        {"bits": "B'1'", "large_number": "0", "uuid_text": "gen_random_uuid()"}.get(
+            generator, "'leaked ' || i"
+        ),
+    )
+    before = database.values(table)
+    selection = Selection(generator=f"{GENERATORS}{generator}{source}")
+    assert_unconfirmed(rotate(CODES, selection=selection), 0)
+    assert database.changed(before, table) == before.keys()
+    assert len(set(database.values(table).values())) == ROWS
+    lengths = database.execute("SELECT DISTINCT octet_length(secret::text) FROM shop_coded")
+    assert length is None or lengths == [(length,)]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_type_of_an_extension(database: Database, coded: MakeTable, source: str) -> None:
+    """Whose own equality would call values that differ in case the same."""
+    if not database.execute("SELECT FROM pg_available_extensions WHERE name = 'citext'"):
+        pytest.skip("this server lacks citext")
+    database.execute(f"CREATE EXTENSION citext SCHEMA {Identifier(SCHEMA).as_string()}")
+    table = coded(CITEXT)
+    fill(database, "'LEAKED ' || i")
+    before = database.values(table)
+    selection = Selection(generator=f"{GENERATORS}token{source}")
+    assert_unconfirmed(rotate(CODES, selection=selection), 0)
+    assert database.changed(before, table) == before.keys()
