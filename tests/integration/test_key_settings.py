@@ -19,7 +19,7 @@ KEYS = {
     "float8": ("extra_float_digits", "0", "float8", "0.1 + i / 3.0::float8 + 1e-15 * i"),
     "float4": ("extra_float_digits", "-3", "float4", "1.0000001 + i / 8388608.0::float4"),
     "float8 that is no number": ("extra_float_digits", "-15", "float8", f"({ODD_NUMBERS})[i]"),
-    "interval": ("IntervalStyle", "sql_standard", "interval", "i * interval '-1 day 2 hours 3.000001 s'"),
+    "interval": ("IntervalStyle", "sql_standard", "interval", "i * interval '-1 day -2 hours -3.000001 s'"),
     "interval of months": (
         "IntervalStyle", "iso_8601", "interval", "i * interval '1 month -1 day -0.5 s' - interval '1 year'"
     ),
@@ -38,27 +38,45 @@ TABLE = TargetTable(
 )
 
 
+RUNS = {
+    "one run": (True,),
+    "two runs": (True, True),
+    "the second run without the setting": (True, False),
+    "the first run without the setting": (False, True),
+}
+
+
 @pytest.fixture
-def role_setting(database: Database) -> Iterator[list[tuple[str, str]]]:
-    """Settings of the role; they are reset in the end."""
-    settings: list[tuple[str, str]] = []
-    yield settings
-    for name, _ in settings:
+def settings(database: Database) -> Iterator[list[str]]:
+    """The names of the role's settings that are reset in the end."""
+    names: list[str] = []
+    yield names
+    for name in names:
         database.execute(f"ALTER ROLE CURRENT_USER RESET {name}")
     database.execute("DROP TABLE IF EXISTS shop_word")
 
 
-@pytest.mark.parametrize("is_interrupted", [False, True])
+def change_setting(database: Database, name: str, value: str, *, is_set: bool) -> None:
+    """Give the role a setting, or take it back, and look whether its next sessions have it."""
+    if is_set:
+        change = SQL("ALTER ROLE CURRENT_USER SET {} = {}").format(SQL(name), Literal(value))
+    else:
+        change = SQL("ALTER ROLE CURRENT_USER RESET {}").format(SQL(name))
+    database.execute(change)
+    ((seen,),) = database.connect().execute(f"SHOW {name}".encode())
+    assert str(seen).startswith(value) == is_set
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize(("setting", "value", "type_name", "key"), KEYS.values(), ids=KEYS)
 def test_every_row_is_changed_exactly_once(
     database: Database,
-    role_setting: list[tuple[str, str]],
+    settings: list[str],
     setting: str,
     value: str,
     type_name: str,
     key: str,
-    *,
-    is_interrupted: bool,
+    runs: tuple[bool, ...],
 ) -> None:
     database.execute(f"CREATE TABLE shop_word (word {type_name} PRIMARY KEY, secret uuid)")
     database.execute(
@@ -67,19 +85,17 @@ def test_every_row_is_changed_exactly_once(
     )
     database.count_updates(TABLE)
     before = database.execute("SELECT secret FROM shop_word")
-    role_setting.append((setting, value))
-    database.execute(SQL("ALTER ROLE CURRENT_USER SET {} = {}").format(SQL(setting), Literal(value)))
-    ((seen,),) = database.connect().execute(f"SHOW {setting}".encode())
-    assert str(seen).startswith(value)
+    settings.append(setting)
 
     # Django itself reads times in this style alone.
     with each_connection("SET DateStyle = 'ISO'"):
-        if is_interrupted:
-            rotate(WORD, batch=7, stop_after_rows=len(before) // 2)
-        outcome = rotate(WORD, batch=7)
+        for number, is_set in enumerate(runs, 1):
+            change_setting(database, setting, value, is_set=is_set)
+            rows = None if number == len(runs) else len(before) // 2
+            outcome = rotate(WORD, batch=7, stop_after_rows=rows)
         assert_unconfirmed(outcome, 0)
 
     assert outcome.stopped.rows == len(before)
-    assert outcome.stopped.resumed == is_interrupted
+    assert outcome.stopped.resumed == (len(runs) > 1)
     assert set(database.execute("SELECT secret FROM shop_word")).isdisjoint(before)
     assert Counter(database.updates().values()) == {1: len(before)}
