@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 
 import django
 from django.conf import settings
@@ -21,12 +22,22 @@ def rotate_until_killed(
     database: str, labels: list[str], selection: Selection, *, options: RunOptions, ranges: int
 ) -> None:
     """Rotate in a process of its own, which dies by SIGKILL after so many ranges."""
+    until_killed(_rotate, database, labels, selection, options, ranges)
+
+
+def until_killed(work: Callable[..., None], *arguments: object) -> None:
+    """Work in a process of its own, which has to kill itself; the arguments are pickled."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_rotate, args=(database, labels, selection, options, ranges))
+    process = context.Process(target=work, args=arguments)
     process.start()
     process.join(_SECONDS)
     assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode}"
+
+
+def kill_itself() -> None:
+    """Die by SIGKILL."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _rotate(database: str, labels: list[str], selection: Selection, options: RunOptions, ranges: int) -> None:
@@ -40,6 +51,6 @@ def _rotate(database: str, labels: list[str], selection: Selection, options: Run
         nonlocal left
         left -= isinstance(event, RangeCompleted)
         if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_itself()
 
     prepare(labels, "default", options, selection).rotate(observer)

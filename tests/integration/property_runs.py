@@ -1,0 +1,127 @@
+"""Runs of a rotation of a table that is no model's, in this process or in one that kills itself."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Final
+from unittest.mock import patch
+from uuid import uuid4
+
+import uvloop
+
+from rotator.events import (
+    ConfirmationStarted,
+    Event,
+    LateCommitsAwaited,
+    LateRowsRotated,
+    Observer,
+    RangeCompleted,
+    RangeDeferred,
+    RotationStarted,
+    RotationStopped,
+)
+from rotator.keys import Key
+from rotator.postgres import older_rows, writing
+from rotator.postgres.arrays import UuidBlock, Values
+from rotator.postgres.connections import Server
+from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
+from rotator.run import late_rows, one_pass
+from rotator.run.options import RunOptions, RunTarget
+from rotator.run.run import Run
+from rotator.values import uuid4_block
+from tests.integration.killed import kill_itself, until_killed
+
+# What is counted of a run that is to die: something of it comes, whatever is left to do.
+_STEPS: Final = (
+    RotationStarted,
+    RangeCompleted,
+    RangeDeferred,
+    LateCommitsAwaited,
+    LateRowsRotated,
+    ConfirmationStarted,
+    RotationStopped,
+)
+
+
+async def _make_uuids(count: int) -> tuple[Values, ...]:
+    return (UuidBlock(uuid4_block(count)),)
+
+
+async def _make_texts(count: int) -> tuple[Values, ...]:
+    return ([f"new {uuid4()}" for _ in range(count)],)
+
+
+async def _make_for_rows(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
+    return list(keys), await _make_texts(len(keys))
+
+
+async def _make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
+    return list(places), await _make_texts(len(places))
+
+
+async def _make_uuids_for_rows(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
+    return list(keys), ([uuid4() for _ in keys],)
+
+
+async def _make_uuids_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
+    return list(places), ([uuid4() for _ in places],)
+
+
+def value_source(value_type: str, *, from_rows: bool) -> ValueSource:
+    """Return what makes values of a type."""
+    if value_type == "uuid":
+        return FromRows(_make_uuids_for_rows, _make_uuids_at) if from_rows else InBulk(_make_uuids)
+    return FromRows(_make_for_rows, _make_at) if from_rows else InBulk(_make_texts)
+
+
+@contextmanager
+def scaled_down(slice_rows: int) -> Iterator[None]:
+    """Make of a small table what a large one is: several slices in a range, and chunks of one block."""
+    with ExitStack() as stack:
+        for module, name, value in (
+            (writing, "SLICE_ROWS", slice_rows),
+            (older_rows, "CHUNK_BLOCKS", 1),
+            # A transaction that stays open has been waited for, in vain.
+            (one_pass, "OLDER_WRITERS_SECONDS", 0),
+            (late_rows, "POLL_SECONDS", 0.02),
+        ):
+            stack.enter_context(patch.object(module, name, value))
+        yield
+
+
+def rotate(
+    server: Server, target: RunTarget, options: RunOptions, observer: Observer, *, slice_rows: int
+) -> RotationStopped:
+    """Rotate until the run ends."""
+
+    async def main() -> RotationStopped:
+        return await Run(server, target, options, observer).rotate()
+
+    with scaled_down(slice_rows):
+        return uvloop.run(main())
+
+
+def rotate_until_killed(
+    server: Server, target: RunTarget, options: RunOptions, *, slice_rows: int, events: int
+) -> None:
+    """Rotate in a process of its own, which dies by SIGKILL after so many events, or at the end."""
+    until_killed(_rotate, server, target, options, slice_rows, events)
+
+
+def _rotate(server: Server, target: RunTarget, options: RunOptions, slice_rows: int, events: int) -> None:
+    try:
+        rotate(server, target, options, _killer(events), slice_rows=slice_rows)
+    finally:
+        # Refused, perhaps.
+        kill_itself()
+
+
+def _killer(events: int) -> Callable[[Event], None]:
+    left = events
+
+    def observer(event: Event) -> None:
+        nonlocal left
+        left -= isinstance(event, _STEPS)
+        if not left:
+            kill_itself()
+
+    return observer

@@ -1,0 +1,43 @@
+"""Whatever happens to a table while it is rotated: no row that has its old value is confirmed."""
+
+import os
+
+from hypothesis import HealthCheck, Phase, event, given, settings
+
+from tests.integration.property_scenarios import Rotate, Scenario, scenarios
+from tests.integration.property_world import world
+from tests.integration.rotation_tables import COMMITTING, Database
+
+pytestmark = COMMITTING
+
+# A few that are always the same; to look for more, set it to some hundreds.
+_EXAMPLES = int(os.environ.get("ROTATOR_PROPERTY_EXAMPLES", "0"))
+# An example takes a second, so that to look for the smallest that fails takes minutes.
+_SHRINKS = "ROTATOR_PROPERTY_SHRINK" in os.environ
+
+
+@settings(
+    max_examples=_EXAMPLES or 25,
+    derandomize=not _EXAMPLES,
+    deadline=None,
+    print_blob=True,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if _SHRINKS else [])],
+    suppress_health_check=[
+        # Each example makes its own table, and empties the rotator's.
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
+)
+@given(scenario=scenarios())
+def test_no_row_with_an_old_value_is_confirmed(database: Database, scenario: Scenario) -> None:
+    with world(database.server, scenario) as made:
+        for step in scenario.steps:
+            if isinstance(step, Rotate):
+                made.run(step)
+            else:
+                made.edit(step)
+        made.finish()
+        for what, times in made.done.items():
+            event(what if times else f"no {what}")
