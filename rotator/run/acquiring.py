@@ -174,7 +174,9 @@ class Acquisition:
         )
 
 
-async def regain(connection: AsyncConnection, acquired: Acquired, context: RunContext) -> Acquired:
+async def regain(
+    connection: AsyncConnection, acquired: Acquired, table: TargetTable, context: RunContext
+) -> Acquired:
     """Own again what this process owned before it lost a connection.
 
     Nobody knows what the lost connections were about to commit: a range, the taking over itself, completion.
@@ -182,11 +184,16 @@ async def regain(connection: AsyncConnection, acquired: Acquired, context: RunCo
 
     Raises:
         SupersededError: Another process owns it.
+        TargetError: What answers now is another server, or another table.
     """
     rotation, owner = acquired.claim.rotation, context.owner
     options = context.options.saved()
     claim = await ownership.take_over_again(connection, rotation, owner=owner, options=options)
     if claim is not None:
+        saved = TargetIdentity.from_json((await ownership.read_owned(connection, claim)).identity)
+        difference = saved and saved.difference(await read_identity(connection, table))
+        if difference:
+            raise changed_target(rotation, context.target.label, difference)
         return replace(acquired, claim=claim)
     completed = await ownership.find_completed(connection, rotation, owner)
     if completed is None:

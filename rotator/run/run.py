@@ -228,7 +228,7 @@ class Run:
         """Own the rotation, the first time or again after an outage."""
         if self._acquired is None:
             return await Acquisition(control, table, self._context).acquire()
-        return await regain(control, self._acquired, self._context)
+        return await regain(control, self._acquired, table, self._context)
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
         if acquired.is_completed:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from rotator.errors import TargetError
-from rotator.events import Event, LateCommitsAwaited
+from rotator.events import ConfirmationStarted, Event, LateCommitsAwaited
 from rotator.models import Rotation
 from rotator.postgres.table import TargetTable
 from rotator.run import one_pass
@@ -203,7 +203,10 @@ def test_another_place_is_noticed_before_completion(
         change_identity(database, **changed)
         database.execute(END_THE_ROTATOR)
 
-    assert_failed(rotate(CODES, EventRecorder(after_range(2, replace))), reason)
+    recorder = EventRecorder(after_range(2, replace))
+    assert_failed(rotate(CODES, recorder), reason)
+    # Not after all ranges: none is written in another place.
+    assert not any(isinstance(event, ConfirmationStarted) for event in recorder.events)
     assert_resuming_is_refused(database, reason)
 
 
