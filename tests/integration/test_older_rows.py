@@ -6,6 +6,7 @@ from itertools import chain
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, SupersededError
 from rotator.keys import Key
@@ -20,6 +21,7 @@ from tests.integration.rotation_tables import (
     INSERT,
     ODD,
     PAIRS,
+    SCHEMA,
     TICKETS,
     UPDATE,
     UUIDS,
@@ -151,6 +153,29 @@ async def test_rows_that_were_written_since_they_were_found_are_left_alone(
         assert await older_rows.rotate(rows) == 4
     assert database.changed(before) == set(once_each((1, 1), (3, 5)))
     assert database.rotation("late_rows") == 4
+
+
+async def test_what_others_write_after_the_attachment_stays_theirs(
+    database: Database, control: psycopg.AsyncConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(older_rows_module, "CHUNK_BLOCKS", 1)
+    table = TargetTable(
+        path=(SCHEMA, "parted"), key=TICKETS.key, columns=TICKETS.columns, is_partitioned=True
+    )
+    parent, leaf = (sql.Identifier(SCHEMA, name).as_string() for name in ("parted", "leaf"))
+    database.execute(f"CREATE TABLE {parent} (id bigint PRIMARY KEY, token uuid) PARTITION BY RANGE (id)")
+    database.execute(f"CREATE TABLE {leaf} (LIKE {parent} INCLUDING ALL)")
+    database.execute(f"INSERT INTO {leaf} SELECT i, gen_random_uuid() FROM generate_series(1, 5) AS i")
+    claim = await begin(control)
+    database.execute(f"ALTER TABLE {parent} ATTACH PARTITION {leaf} FOR VALUES FROM (1) TO (100)")
+    database.execute(f"INSERT INTO {parent} VALUES (9, gen_random_uuid())")
+    async with _older_rows(database, claim, table) as older_rows:
+        found = []
+        async for rows in older_rows.find(1):
+            found += rows
+            # Each transaction makes all rows older, and the attachment too.
+            assert await older_rows.rotate(rows) == 1
+    assert _keys(found) == [f"[{number}]" for number in range(1, 6)]
 
 
 async def _refused(database: Database, claim: Claim, kind: type[RotatorError]) -> None:
