@@ -441,8 +441,9 @@ class World:
 
     def run(self, step: Rotate) -> None:
         """Rotate until the run ends, and check what it says, if it says that it is completed."""
-        is_restarted = self._is_refused
-        if is_restarted or not self._is_unfinished():
+        # A rotation that is refused is abandoned, and one that was completed is repeated.
+        is_restarted = self._is_refused or not self._is_unfinished()
+        if is_restarted:
             self._note_old_values()
             self._open_late()
         options = RunOptions(

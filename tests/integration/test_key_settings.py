@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from psycopg.sql import SQL, Literal
+from psycopg.sql import SQL, Composed, Identifier, Literal
 
 from rotator.postgres.table import Column, TargetTable
 from tests.integration.outcomes import SHOP, assert_unconfirmed, each_connection, rotate
@@ -52,16 +52,22 @@ def settings(database: Database) -> Iterator[list[str]]:
     names: list[str] = []
     yield names
     for name in names:
-        database.execute(f"ALTER ROLE CURRENT_USER RESET {name}")
+        database.execute(SQL("{} RESET {}").format(_of_role(database), SQL(name)))
     database.execute("DROP TABLE IF EXISTS shop_word")
+
+
+def _of_role(database: Database) -> Composed:
+    """Begin a statement about the role's settings in this database: tests of others go on beside it."""
+    ((name,),) = database.execute("SELECT current_database()")
+    return SQL("ALTER ROLE CURRENT_USER IN DATABASE {}").format(Identifier(name))
 
 
 def change_setting(database: Database, name: str, value: str, *, is_set: bool) -> None:
     """Give the role a setting, or take it back, and look whether its next sessions have it."""
     if is_set:
-        change = SQL("ALTER ROLE CURRENT_USER SET {} = {}").format(SQL(name), Literal(value))
+        change = SQL("{} SET {} = {}").format(_of_role(database), SQL(name), Literal(value))
     else:
-        change = SQL("ALTER ROLE CURRENT_USER RESET {}").format(SQL(name))
+        change = SQL("{} RESET {}").format(_of_role(database), SQL(name))
     database.execute(change)
     ((seen,),) = database.connect().execute(f"SHOW {name}".encode())
     assert str(seen).startswith(value) == is_set

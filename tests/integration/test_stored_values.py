@@ -48,11 +48,13 @@ def assert_plain_update_fails(database: Database, value: str, reason: str) -> No
 
 
 def assert_all_refused(database: Database, table: TargetTable, generator: str, reason: str) -> None:
-    """Every row is refused for this reason and stays as it was."""
+    """Every row that is tried is refused for this reason, and all stay as they were."""
     before = database.values(table)
     outcome = rotate(CODES, batch=5, selection=Selection(generator=GENERATORS + generator))
     assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
-    assert {key for key, _ in outcome.stopped.failed_keys} == before.keys()
+    failed = {key for key, _ in outcome.stopped.failed_keys}
+    assert len(failed) >= 8
+    assert failed <= before.keys()
     assert all(found.startswith(reason) for _, found in outcome.stopped.failed_keys)
     assert database.values(table) == before
 
