@@ -586,6 +586,8 @@ class World:
     def _check(self, stopped: RotationStopped) -> None:
         """Compare what the rotation says with the account."""
         self.completed += 1
+        # It has been waited for, unless it wrote nothing.
+        self._end_late()
         unconfirmed, confirmed = stopped.unconfirmed_rows, self._confirmed
         assert confirmed is not None
         assert unconfirmed == confirmed.unconfirmed == self._latest("unconfirmed_rows")

@@ -17,7 +17,7 @@ _SHRINKS = "ROTATOR_PROPERTY_SHRINK" in os.environ
 
 
 @settings(
-    max_examples=_EXAMPLES or 25,
+    max_examples=_EXAMPLES or 30,
     derandomize=not _EXAMPLES,
     deadline=None,
     print_blob=True,
