@@ -14,7 +14,7 @@ from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
 from django.core.validators import BaseValidator
 from django.db import connections
-from django.db.models import BinaryField, Field, Model, UUIDField
+from django.db.models import Field, Model, UUIDField
 from django.db.models.fields import NOT_PROVIDED
 from django.utils.module_loading import import_string
 
@@ -23,7 +23,7 @@ from rotator.instances import fetch_instances, fetch_instances_at
 from rotator.keys import Key
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
-from rotator.saving import transforms
+from rotator.saving import is_expression, sql_hook, transforms
 from rotator.values import uuid4_block
 
 AnyField: TypeAlias = "Field[Any, Any]"
@@ -52,12 +52,6 @@ def value_source(
     Raises:
         TargetError: There is nothing that makes values, or it cannot be called.
     """
-    for field in fields:
-        if _has_placeholder(field):
-            raise TargetError(
-                f"{_name(field)} is written through an expression of its own (get_placeholder), which an "
-                "array of values cannot be: rotate it with the application's own code."
-            )
     if generator:
         return _from_generator(fields, model, generator, database)
     defaults = [_default(field) for field in fields]
@@ -87,6 +81,17 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
         return list(rows), values_of(rows.values())
 
     return FromRows(sync_to_async(make), sync_to_async(make_at))
+
+
+def check_plain_values(fields: Sequence[AnyField], model: type[Model]) -> None:
+    """Refuse fields whose values are changed in SQL.
+
+    Raises:
+        TargetError: One of them is.
+    """
+    for field in fields:
+        if hook := sql_hook(field, model):
+            raise _written_by_sql(field, hook)
 
 
 async def _uuid4s(count: int) -> tuple[Values, ...]:
@@ -160,11 +165,13 @@ class _Maker:
 
     def _unseen(self, make_one: Callable[[], Sequence[object]], seen: set[object]) -> list[object]:
         for _ in range(TRIES):
-            prepared = self._prepared(self._called(make_one))
-            # Values of some types cannot be put into a set, and the driver's wrappers show but a beginning.
-            known = repr([getattr(value, "obj", value) for value in prepared])
-            if known not in seen:
-                seen.add(known)
+            given = self._called(make_one)
+            prepared = self._prepared(given)
+            # An encrypting field stores the same value differently each time, another one stores different
+            # values as the same.
+            both = {("given", _comparable(given)), ("prepared", _comparable(prepared))}
+            if seen.isdisjoint(both):
+                seen |= both
                 return prepared
         raise ValuesError(
             f"{self.called} gave the same value {TRIES} times for rows of one range: it must make a new one "
@@ -195,6 +202,8 @@ class _Maker:
             raise ValuesError(
                 f"{self.called} gave something that {field.name} cannot store ({type(error).__name__})"
             ) from None
+        if is_expression(prepared):
+            raise _written_by_sql(field, "get_db_prep_save")
         if isinstance(prepared, str) and "\x00" in prepared:
             raise ValuesError(f"{self.called} gave a text with a zero byte for {field.name}")
         return prepared
@@ -220,10 +229,18 @@ class _Maker:
                 ) from None
 
 
-def _has_placeholder(field: AnyField) -> bool:
-    """Whether a field is written through SQL of its own; that of Django's BinaryField adds nothing."""
-    placeholder = getattr(type(field), "get_placeholder", None)
-    return placeholder is not None and placeholder is not getattr(BinaryField, "get_placeholder", None)
+def _comparable(values: Sequence[object]) -> str:
+    # Values of some types cannot be put into a set. The driver's wrappers and views of memory do not show
+    # their whole value.
+    whole = [getattr(value, "obj", value) for value in values]
+    return repr([bytes(value) if isinstance(value, memoryview | bytearray) else value for value in whole])
+
+
+def _written_by_sql(field: AnyField, hook: str) -> TargetError:
+    return TargetError(
+        f"{_name(field)} is written through an SQL expression of its own ({hook}), and the rotation writes "
+        "plain values, which the application could not read. Rotate it with the application's own code."
+    )
 
 
 def _default(field: AnyField) -> Callable[[], object]:

@@ -17,15 +17,35 @@ _EXAMPLES: Final[tuple[tuple[type[AnyField], tuple[object, object]], ...]] = (
 )
 _TEXTS: Final = ("one", "two")
 
+# The first is Django's name for it up to 6.0, the second from 6.1 on.
+_SQL_HOOKS: Final = ("get_placeholder", "get_placeholder_sql")
+
+
+def sql_hook(field: AnyField, model: type[Model]) -> str:
+    """Return the name of the method by which a field changes its value in SQL; empty where it has none."""
+    for name in _SQL_HOOKS:
+        hook = getattr(field, name, None)
+        # Those of Django's own binary columns only add the type.
+        if hook is not None and getattr(hook, "__func__", hook) is not getattr(BinaryField, name, None):
+            return name
+    if _overrides(field, "pre_save"):
+        try:
+            saved = field.pre_save(model(), False)  # noqa: FBT003 - Django's signature
+        except Exception:  # noqa: BLE001 - whatever the project's code raises
+            return ""
+        return "pre_save" if is_expression(saved) else ""
+    return ""
+
+
+def is_expression(value: object) -> bool:
+    """Whether Django would write SQL in the place of this value."""
+    return hasattr(value, "resolve_expression") or hasattr(value, "as_sql")
+
 
 def transforms(field: AnyField) -> bool:
     """Whether saving may write something else to this field than what it was given, a hash, say."""
-    return any(
-        "pre_save" in vars(kind)
-        for kind in type(field).__mro__
-        # Django's own set the time, or commit a file.
-        if not kind.__module__.startswith("django.db.models.")
-    )
+    # Django's own set the time, or commit a file.
+    return _overrides(field, "pre_save")
 
 
 def derives(field: AnyField, fields: Sequence[AnyField], model: type[Model]) -> bool:
@@ -51,3 +71,12 @@ def _saved(field: AnyField, fields: Sequence[AnyField], blank: Model, example: i
         examples = next((pair for kind, pair in _EXAMPLES if isinstance(other, kind)), _TEXTS)
         setattr(instance, other.attname, examples[example])
     return field.pre_save(instance, False)  # noqa: FBT003 - Django's signature
+
+
+def _overrides(field: AnyField, name: str) -> bool:
+    """Whether a class that is not Django's own defines this method of a field."""
+    return any(
+        name in vars(kind)
+        for kind in type(field).__mro__
+        if not kind.__module__.startswith("django.db.models.")
+    )

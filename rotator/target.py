@@ -9,7 +9,7 @@ from django.db.models import Field, Model
 from django.db.models.signals import post_save, pre_save
 
 from rotator.errors import TargetError
-from rotator.generators import value_source
+from rotator.generators import check_plain_values, value_source
 from rotator.instances import key_fields
 from rotator.row_filter import row_condition
 from rotator.run.options import RunTarget
@@ -35,6 +35,7 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
     """
     fields = find_fields(labels)
     model = fields[0].model
+    check_plain_values(fields, model)
     _check_saving(fields, model, selection)
     return RunTarget(
         label=" ".join(map(_name, fields)),

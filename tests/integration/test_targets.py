@@ -386,7 +386,7 @@ REFUSED_TARGETS = {
     ("shop.Code.code",): r"shop\.Use\.code refers to shop\.Code\.code",
     ("shop.Application.secret",): "is a HashedField, which transforms .* --generator",
     ("shop.Application.name",): r"name shop\.Application\.checksum as a target too",
-    ("shop.Application.encrypted",): "through an expression of its own",
+    ("shop.Application.encrypted",): "through an SQL expression of its own",
 }
 
 
