@@ -13,11 +13,11 @@ from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 
 from asgiref.sync import sync_to_async
-from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.errors import OptionError, RotatorError
 from rotator.events import Event, Observer, RotationStopped
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
+from rotator.project_connections import borrowed, check_no_running_loop
 from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
 from rotator.service import Prepared, prepare
@@ -31,7 +31,8 @@ class Target:
 
     Attributes:
         fields: ``app.Model.field``, or several of them.
-        database: Django's alias of the database.
+        database: Django's alias of the database; None for the one that the project's routers write the model
+            to.
         filters: Rows match all of these Django lookups, written as on the command line:
             ``created_at__lt=2026-11-01T00:00:00Z``.
         excludes: Rows match none of these.
@@ -42,7 +43,7 @@ class Target:
 
     fields: str | Sequence[str]
     _: KW_ONLY
-    database: str = DEFAULT_DB_ALIAS
+    database: str | None = None
     filters: Sequence[str] = ()
     excludes: Sequence[str] = ()
     generator: str = ""
@@ -82,13 +83,10 @@ class _Call:
             ),
         )
 
-    def prepare_apart(self) -> Prepared:
-        """Prepare in a thread of its own, and leave no connection behind."""
-        try:
+    def prepare_beside(self) -> Prepared:
+        """Prepare with the caller's connections, and leave them as they were."""
+        with borrowed():
             return self.prepare()
-        finally:
-            if self.target.database in connections:
-                connections[self.target.database].close()
 
 
 async def rotate(  # noqa: PLR0913 - the options of the command, by name
@@ -136,7 +134,7 @@ async def rotate(  # noqa: PLR0913 - the options of the command, by name
         ),
     )
     # Django's connections must not be used in the loop's thread.
-    prepared = await sync_to_async(call.prepare_apart)()
+    prepared = await sync_to_async(call.prepare_beside)()
     outcome = await prepared.rotate_in_this_loop(observer or _ignore)
     return _completed(outcome.stopped)
 
@@ -155,7 +153,8 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
 ) -> RotationStopped:
     """Do what :func:`rotate` does, with an event loop of its own, for scripts and data migrations.
 
-    Closes Django's connections of this thread first, which open again when they are used.
+    Leaves Django's connections of this thread as they are. Generators and receivers use them, in a thread of
+    their own. In a thread with a running event loop it raises an error: use :func:`rotate` there.
 
     Args:
         target: What is rotated.
@@ -175,6 +174,7 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
         RotationUnfinishedError: The run ended before the rotation did, for the reason that its text gives.
         RotatorError: It could not begin, for the reason that its text gives; nothing was changed.
     """
+    check_no_running_loop()
     call = _Call(
         target,
         _options(
@@ -187,7 +187,9 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
             outage_budget=outage_budget,
         ),
     )
-    return _completed(call.prepare().rotate(observer or _ignore).stopped)
+    prepared = call.prepare_beside()
+    with borrowed():
+        return _completed(prepared.rotate(observer or _ignore, keeps_connections=True).stopped)
 
 
 def _options(

@@ -38,7 +38,7 @@ class Options(TypedDict):
     target: list[str]
     concurrency: int
     batch: int
-    database: str
+    database: str | None
     filter: list[str]
     exclude: list[str]
     generator: str
@@ -104,9 +104,9 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--database",
-            default=DEFAULT_DB_ALIAS,
             choices=tuple(connections),
-            help="The alias of the database that holds the target (default: %(default)s).",
+            help="The alias of the database that holds the target (default: the one that the project's "
+            "database routers write the model to).",
         )
         parser.add_argument(
             "--filter",
@@ -212,7 +212,7 @@ class Command(BaseCommand):
             if options["dry_run"]:
                 self._show(prepared)
                 return
-            publisher = self._publisher(options)
+            publisher = self._publisher(options, prepared.target.database)
             if options["detach"]:
                 self._hand_over(prepared, options)
                 return
@@ -231,7 +231,7 @@ class Command(BaseCommand):
         if outcome.exit_status:
             sys.exit(outcome.exit_status)
 
-    def _publisher(self, options: Options) -> SpanPublisher | None:
+    def _publisher(self, options: Options, database: str) -> SpanPublisher | None:
         if not options["celery"]:
             if options["detach"]:
                 raise OptionError("--detach leaves the rotation to Celery's workers: give it with --celery.")
@@ -247,7 +247,7 @@ class Command(BaseCommand):
                 f"--celery needs {error.name}: pip install 'django-async-rotator[celery]'."
             ) from error
         load_app()
-        return CeleryPublisher(options["database"])
+        return CeleryPublisher(database)
 
     def _hand_over(self, prepared: Prepared, options: Options) -> None:
         from rotator.distributed import hand_over  # noqa: PLC0415 - of an extra
