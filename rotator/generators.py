@@ -23,6 +23,7 @@ from rotator.instances import fetch_instances, fetch_instances_at
 from rotator.keys import Key
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
+from rotator.project_connections import unlogged
 from rotator.saving import is_expression, sql_hook, transforms
 from rotator.values import uuid4_block
 
@@ -73,12 +74,14 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
         return maker.make_each(makers, seconds=ROWS_SECONDS)
 
     def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
-        rows = fetch_instances(model, keys, database)
-        return list(rows), values_of(rows.values())
+        with unlogged(database):
+            rows = fetch_instances(model, keys, database)
+            return list(rows), values_of(rows.values())
 
     def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
-        rows = fetch_instances_at(model, places, database)
-        return list(rows), values_of(rows.values())
+        with unlogged(database):
+            rows = fetch_instances_at(model, places, database)
+            return list(rows), values_of(rows.values())
 
     return FromRows(sync_to_async(make), sync_to_async(make_at))
 
@@ -121,7 +124,8 @@ class _Maker:
 
     def make(self, count: int, make_one: Callable[[], Sequence[object]]) -> tuple[Values, ...]:
         """Make the values of so many rows."""
-        return self.make_each([make_one] * count, seconds=BULK_SECONDS)
+        with unlogged(self.database):
+            return self.make_each([make_one] * count, seconds=BULK_SECONDS)
 
     def make_each(
         self, makers: Sequence[Callable[[], Sequence[object]]], *, seconds: float

@@ -84,6 +84,11 @@ def _field(label: str) -> AnyField:
         raise TargetError(
             f"There is no model {app}.{model_name}: check the name, and that '{app}' is in INSTALLED_APPS."
         ) from None
+    if other := model._meta.swapped:
+        raise TargetError(
+            f"{model._meta.label} has no table: the setting {model._meta.swappable} puts {other} in its place. "
+            f"Rotate {other}.{field_name}."
+        )
     try:
         field = model._meta.get_field(field_name)
     except FieldDoesNotExist:

@@ -1,6 +1,7 @@
 """Fields and models as other packages write them: what is refused, and where new values come from."""
 
 import pytest
+from django.contrib.auth.models import User
 
 from rotator.errors import TargetError, ValuesError
 from rotator.run.options import RunOptions
@@ -40,3 +41,18 @@ def test_a_binary_field_of_django_is_not_refused() -> None:
 def test_a_constant_is_refused_although_each_ciphertext_differs() -> None:
     with pytest.raises(ValuesError, match="gave the same value 100 times"):
         prepare(["shop.WrittenInSql.encrypted"], "default", OPTIONS)
+
+
+# --- Names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.django_db(
+    transaction=True,
+    available_apps=["rotator", "tests.shop", "django.contrib.auth", "django.contrib.contenttypes"],
+)
+def test_a_model_that_another_one_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(User._meta, "swapped", "shop.Client")
+    with pytest.raises(
+        TargetError, match=r"AUTH_USER_MODEL puts shop\.Client in its place. Rotate shop\.Client\.pass"
+    ):
+        prepare(["auth.User.password"], "default", OPTIONS)
