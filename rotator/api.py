@@ -39,6 +39,8 @@ class Target:
         generator: The dotted path of a callable that makes the values; empty for the fields' own defaults. It
             takes nothing, or the row's instance, and returns a value, or a mapping of field names to values.
         include_null: Whether a NULL gets a value, too.
+        include_blank: Whether an empty text gets a value, too.
+        ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
     """
 
     fields: str | Sequence[str]
@@ -48,6 +50,8 @@ class Target:
     excludes: Sequence[str] = ()
     generator: str = ""
     include_null: bool = False
+    include_blank: bool = False
+    ignore_derived: Sequence[str] = ()
 
 
 class RotationUnfinishedError(RotatorError):
@@ -80,6 +84,8 @@ class _Call:
                 excludes=tuple(target.excludes),
                 generator=target.generator,
                 include_null=target.include_null,
+                include_blank=target.include_blank,
+                ignore_derived=tuple(target.ignore_derived),
             ),
         )
 

@@ -19,6 +19,21 @@ class Index:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeptValues:
+    """The values of one column that the rotation leaves as they are.
+
+    Attributes:
+        column: The column's name.
+        null: The number of rows that are NULL.
+        blank: The number of rows that are the empty text.
+    """
+
+    column: str
+    null: int
+    blank: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TableFindings:
     """The target's table.
 
@@ -32,6 +47,8 @@ class TableFindings:
         subscriptions: The names of the subscriptions that write to it.
         refusing_publications: Publications for which the server refuses every update, since the table has no
             replica identity.
+        kept: The values that the rotation leaves as they are, by column; None where they could not be counted
+            in time.
     """
 
     rows: int
@@ -42,6 +59,7 @@ class TableFindings:
     writing_triggers: tuple[str, ...] = ()
     subscriptions: tuple[str, ...] = ()
     refusing_publications: tuple[str, ...] = ()
+    kept: tuple[KeptValues, ...] | None = ()
 
     @property
     def index_bytes(self) -> int:

@@ -24,7 +24,7 @@ from rotator.keys import Key
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
 from rotator.project_connections import unlogged
-from rotator.saving import is_expression, sql_hook, transforms
+from rotator.saving import comparable, is_expression, sql_hook, transforms
 from rotator.values import uuid4_block
 
 AnyField: TypeAlias = "Field[Any, Any]"
@@ -173,7 +173,7 @@ class _Maker:
             prepared = self._prepared(given)
             # An encrypting field stores the same value differently each time, another one stores different
             # values as the same.
-            both = {("given", _comparable(given)), ("prepared", _comparable(prepared))}
+            both = {("given", *map(comparable, given)), ("prepared", *map(comparable, prepared))}
             if seen.isdisjoint(both):
                 seen |= both
                 return prepared
@@ -231,13 +231,6 @@ class _Maker:
                     f"{self.called} gave a value for {field.name} that is over its limit "
                     f"({validator.code} {validator.limit_value})"
                 ) from None
-
-
-def _comparable(values: Sequence[object]) -> str:
-    # Values of some types cannot be put into a set. The driver's wrappers and views of memory do not show
-    # their whole value.
-    whole = [getattr(value, "obj", value) for value in values]
-    return repr([bytes(value) if isinstance(value, memoryview | bytearray) else value for value in whole])
 
 
 def _written_by_sql(field: AnyField, hook: str) -> TargetError:

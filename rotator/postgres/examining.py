@@ -1,17 +1,19 @@
 """What the server says, before the first write, of a target's table and of whoever will feel the rotation."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 from psycopg import AsyncConnection, sql
 
-from rotator.findings import Index, ServerFindings, TableFindings
+from rotator.errors import RangeTooSlowError
+from rotator.findings import Index, KeptValues, ServerFindings, TableFindings
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.failures import answered
 from rotator.postgres.planning import count_rows, estimate_rows, last_key
 from rotator.postgres.relations import LEAVES
 from rotator.postgres.server_log import settings_that_show_values
-from rotator.postgres.table import TargetTable
+from rotator.postgres.table import ROW, TargetTable, identifier
 
 COUNT_SECONDS: Final = 2.0
 HOLDERS_NAMED: Final = 3
@@ -125,7 +127,48 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         writing_triggers=await _phrases(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
         subscriptions=await _phrases(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
         refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
+        kept=await count_kept(connection, table),
     )
+
+
+async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[KeptValues, ...] | None:
+    """Count the rows whose NULL or empty text stays; None where that takes too long.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+    """
+    columns = [column for column in table.columns if column.keeps_null or column.keeps_blank]
+    if not columns:
+        return ()
+    count = sql.SQL("count(*) FILTER (WHERE {}), count(*) FILTER (WHERE {})")
+    counts = [
+        count.format(
+            sql.SQL("{} IS NULL").format(name) if column.keeps_null else sql.SQL("false"),
+            sql.SQL("{} = ''").format(name) if column.keeps_blank else sql.SQL("false"),
+        )
+        for column in columns
+        for name in (identifier(ROW, column.name),)
+    ]
+    condition = sql.SQL("true") if table.condition is None else table.condition
+    with suppress(RangeTooSlowError):
+        async with answered(connection), connection.transaction():
+            await connection.execute(
+                "SELECT set_config('statement_timeout', %s, true)", (f"{COUNT_SECONDS * 1000:.0f}ms",)
+            )
+            cursor = await connection.execute(
+                sql.SQL("SELECT {} FROM {} WHERE {}").format(
+                    sql.SQL(", ").join(counts), table.row, condition
+                ),
+                {},
+            )
+            found = await cursor.fetchone() or ()
+        return tuple(
+            KeptValues(column=column.name, null=null, blank=blank)
+            for column, null, blank in zip(columns, found[::2], found[1::2], strict=True)
+            if null or blank
+        )
+    return None
 
 
 async def examine_server(connection: AsyncConnection) -> ServerFindings:

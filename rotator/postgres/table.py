@@ -74,6 +74,7 @@ class Column:
         type_schema: The schema that the type is in.
         collation: The collation's schema and name, unquoted; None where the type has none.
         keeps_null: Whether a NULL in it stays one.
+        keeps_blank: Whether an empty text in it stays one; only where the type has such a value.
     """
 
     name: str
@@ -81,6 +82,14 @@ class Column:
     type_schema: str = _BUILTIN_SCHEMA
     collation: tuple[str, str] | None = None
     keeps_null: bool = False
+    keeps_blank: bool = False
+
+    def is_given(self, value: sql.Composable) -> sql.Composable | None:
+        """Return a condition that is true where a row with this old value gets a new one; None for always."""
+        conditions = [sql.SQL("{} IS NOT NULL").format(value)] if self.keeps_null else []
+        if self.keeps_blank:
+            conditions.append(sql.SQL("{} IS DISTINCT FROM ''").format(value))
+        return sql.SQL(" AND ").join(conditions) if conditions else None
 
     @property
     def type(self) -> sql.Composable:
@@ -135,9 +144,12 @@ class TargetTable:
     def matches(self) -> sql.Composable | None:
         """A condition about :data:`ROW`: it is rotated; None where all rows are."""
         conditions = [] if self.condition is None else [sql.SQL("({})").format(self.condition)]
-        if all(column.keeps_null for column in self.columns):
-            nulls = [sql.SQL("{} IS NOT NULL").format(identifier(ROW, c.name)) for c in self.columns]
-            conditions.append(sql.SQL("({})").format(sql.SQL(" OR ").join(nulls)))
+        given = [column.is_given(identifier(ROW, column.name)) for column in self.columns]
+        restricting = [condition for condition in given if condition is not None]
+        # A column that always gets a value takes every row.
+        if len(restricting) == len(given):
+            either = sql.SQL(" OR ").join(sql.SQL("({})").format(condition) for condition in restricting)
+            conditions.append(sql.SQL("({})").format(either))
         return sql.SQL(" AND ").join(conditions) if conditions else None
 
     @property
@@ -169,8 +181,8 @@ class TargetTable:
         for at, column in enumerate(self.columns):
             old = identifier(alias, _old_name(at))
             is_unchanged = same.format(identifier(ROW, column.name), old)
-            if column.keeps_null:
-                is_unchanged = sql.SQL("{} IS NOT NULL AND {}").format(old, is_unchanged)
+            if (is_given := column.is_given(old)) is not None:
+                is_unchanged = sql.SQL("{} AND {}").format(is_given, is_unchanged)
             is_repeated = same.format(
                 self._new_value(at, column, position), sql.SQL("{}::{}").format(old, column.type)
             )
@@ -201,12 +213,12 @@ class TargetTable:
 
     def _value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
         value = self._new_value(at, column, position)
+        old = identifier(ROW, column.name)
+        is_given = column.is_given(old)
         # A single column's rows are chosen for it.
-        if not column.keeps_null or len(self.columns) == 1:
+        if is_given is None or len(self.columns) == 1:
             return value
-        return sql.SQL("CASE WHEN {} IS NULL THEN NULL ELSE {} END").format(
-            identifier(ROW, column.name), value
-        )
+        return sql.SQL("CASE WHEN {} THEN {} ELSE {} END").format(is_given, value, old)
 
     @property
     def key_columns(self) -> sql.Composable:

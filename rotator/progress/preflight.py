@@ -46,6 +46,7 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
             [touched, *(f"  {name}" for name in named)] if named[2:] else [touched + ", ".join(named)],
         ),
     ]
+    lines += _kept(findings)
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
     if table.writing_triggers:
@@ -74,6 +75,22 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
             )
         )
     return lines
+
+
+def _kept(findings: Findings) -> list[tuple[str, list[str]]]:
+    """Return what is said of the rows that get no new value."""
+    kept = findings.table.kept
+    if kept is None:
+        return [("kept", ["values that are NULL or blank; they could not be counted in time"])]
+    lines = []
+    for values in kept:
+        if values.null:
+            lines.append(f"{values.column} stays NULL in {plural(values.null, 'row')} without --include-null")
+        if values.blank:
+            lines.append(
+                f"{values.column} stays blank in {plural(values.blank, 'row')} without --include-blank"
+            )
+    return [("kept", lines)] if lines else []
 
 
 def _disk(findings: Findings) -> list[tuple[str, list[str]]]:

@@ -52,6 +52,7 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
         columns=target.columns,
         condition=target.condition,
         include_null=target.include_null,
+        include_blank=target.include_blank,
     )
 
 

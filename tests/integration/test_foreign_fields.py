@@ -3,9 +3,17 @@
 import pytest
 from django.contrib.auth.models import User
 
-from rotator.errors import TargetError, ValuesError
+from rotator.api import Target, rotate_sync
+from rotator.errors import OptionError, TargetError, ValuesError
+from rotator.progress import preflight
 from rotator.run.options import RunOptions
+from rotator.selection import Selection
 from rotator.service import prepare
+from tests.integration.rotation_tables import Database
+from tests.integration.test_any_model import table_of
+from tests.integration.test_run import assert_completed
+from tests.shop import models
+from tests.shop.models import Client
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
 
@@ -56,3 +64,93 @@ def test_a_model_that_another_one_replaces(monkeypatch: pytest.MonkeyPatch) -> N
         TargetError, match=r"AUTH_USER_MODEL puts shop\.Client in its place. Rotate shop\.Client\.pass"
     ):
         prepare(["auth.User.password"], "default", OPTIONS)
+
+
+# --- Rows without a secret -------------------------------------------------------------------------
+
+
+def make_clients(database: Database) -> None:
+    Client.objects.bulk_create(Client(secret="" if i % 4 == 0 else f"leaked {i}") for i in range(ROWS))
+    database.count_updates(table_of(Client, "secret"))
+
+
+def test_a_blank_secret_stays_blank(database: Database) -> None:
+    make_clients(database)
+    prepared = prepare(["shop.Client.secret"], "default", OPTIONS)
+    assert "secret stays blank in 10 rows without --include-blank" in preflight(prepared.examine())
+    assert_completed(prepared.rotate(lambda _event: None), rows=30)
+    assert Client.objects.filter(secret="").count() == 10
+    assert "leaked" not in "".join(Client.objects.values_list("secret", flat=True))
+    assert sum(database.updates().values()) == 30
+
+
+def test_a_blank_secret_is_rotated_where_that_is_asked_for(database: Database) -> None:
+    make_clients(database)
+    assert rotate_sync(Target("shop.Client.secret", include_blank=True)).rows == ROWS
+    assert not Client.objects.filter(secret="").exists()
+    assert database.rotation("selection")["include_blank"]
+
+
+def test_of_several_columns_each_blank_and_each_null_stays(database: Database) -> None:
+    models.ByInteger.objects.bulk_create(
+        models.ByInteger(
+            id=i, as_text="" if i % 2 else "leaked", nullable=("", None, "leaked")[i % 3], as_bytes=b""
+        )
+        for i in range(60)
+    )
+    labels = [f"shop.ByInteger.{name}" for name in ("as_text", "nullable", "as_bytes")]
+    prepared = prepare(labels, "default", OPTIONS)
+    said = preflight(prepared.examine())
+    assert "nullable stays NULL in 20 rows without --include-null" in said
+    assert "as_bytes stays blank in 60 rows" in said
+    # Those with an odd number and no text in the other column have nothing to rotate.
+    assert_completed(prepared.rotate(lambda _event: None), rows=40)
+    for row in models.ByInteger.objects.all():
+        assert (row.as_text == "") == bool(row.id % 2)
+        assert (row.nullable == "", row.nullable is None) == (row.id % 3 == 0, row.id % 3 == 1)
+        assert bytes(row.as_bytes) == b""
+    assert not models.ByInteger.objects.filter(as_text="leaked").exists()
+    assert not models.ByInteger.objects.filter(nullable="leaked").exists()
+    assert database.rotation("rows_done") == 40
+
+
+# --- Fields that are derived, or seem to be --------------------------------------------------------
+
+
+def test_fields_that_change_with_each_save_are_not_derived(database: Database) -> None:
+    make_clients(database)
+    before = list(Client.objects.order_by("id").values_list("modified", "tag", "once", "encrypted"))
+    prepared = prepare(["shop.Client.secret"], "default", OPTIONS)
+    assert prepared.target.bypassed == ("modified (ModifiedField) stays as it is",)
+    assert_completed(prepared.rotate(lambda _event: None), rows=30)
+    assert list(Client.objects.order_by("id").values_list("modified", "tag", "once", "encrypted")) == before
+
+
+def test_a_hash_with_a_salt_is_unclear_and_can_be_ignored_by_name(database: Database) -> None:
+    models.Salted.objects.bulk_create(models.Salted() for _ in range(ROWS))
+    with pytest.raises(TargetError, match=r"may derive it .* use --ignore-derived salted: it keeps"):
+        prepare(["shop.Salted.secret"], "default", OPTIONS)
+    before = list(models.Salted.objects.order_by("id").values_list("salted", flat=True))
+    assert rotate_sync(Target("shop.Salted.secret", ignore_derived=["salted"])).rows == ROWS
+    assert list(models.Salted.objects.order_by("id").values_list("salted", flat=True)) == before
+    assert database.rotation("selection")["ignore_derived"] == ["salted"]
+
+
+def test_only_a_field_next_to_the_target_can_be_ignored() -> None:
+    for name in ("secret", "nothing"):
+        with pytest.raises(OptionError, match=f"--ignore-derived {name}: .* it has id, salted"):
+            prepare(["shop.Salted.secret"], "default", OPTIONS, Selection(ignore_derived=(name,)))
+
+
+def test_a_field_that_is_derived_by_a_descriptor_is_found() -> None:
+    with pytest.raises(
+        TargetError, match=r"Searchable\.search is a SearchField, which derives its value from"
+    ):
+        prepare(["shop.Searchable.secret"], "default", OPTIONS)
+
+
+def test_a_field_that_makes_its_own_value_stores_another_one_as_it_is(database: Database) -> None:
+    Client.objects.bulk_create(Client(once="leaked") for _ in range(ROWS))
+    database.count_updates(table_of(Client, "once"))
+    assert rotate_sync(Target("shop.Client.once", generator=f"{MADE_BY}short")).rows == ROWS
+    assert "leaked" not in Client.objects.values_list("once", flat=True)

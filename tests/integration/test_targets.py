@@ -227,7 +227,9 @@ def test_several_fields_in_one_update(orders: Database) -> None:
 
 
 def test_columns_that_belong_together(database: Database) -> None:
-    models.Checked.objects.bulk_create(models.Checked(token=f"leaked {i}", checksum="") for i in range(ROWS))
+    models.Checked.objects.bulk_create(
+        models.Checked(token=f"leaked {i}", checksum="leaked") for i in range(ROWS)
+    )
     rotate_killed_and_resumed(
         database,
         "shop.Checked.token",

@@ -14,6 +14,10 @@ def token() -> str:
     return secrets.token_urlsafe(16)
 
 
+def short() -> str:
+    return secrets.token_hex(8)
+
+
 def letters() -> str:
     return get_random_string(32)
 

@@ -43,6 +43,8 @@ class Options(TypedDict):
     exclude: list[str]
     generator: str
     include_null: bool
+    include_blank: bool
+    ignore_derived: list[str]
     celery: bool
     detach: bool
     restart: bool
@@ -134,6 +136,19 @@ class Command(BaseCommand):
             "--include-null",
             action="store_true",
             help="Give rows a value that have none (NULL); otherwise they keep it.",
+        )
+        parser.add_argument(
+            "--include-blank",
+            action="store_true",
+            help="Also rotate rows whose value is the empty text; otherwise they keep it.",
+        )
+        parser.add_argument(
+            "--ignore-derived",
+            action="append",
+            default=[],
+            metavar="FIELD",
+            help="Rotate although this field seems to derive its value from the target when a row is saved. "
+            "The field keeps its values. May be given several times.",
         )
         parser.add_argument(
             "--celery",
@@ -297,6 +312,8 @@ class Command(BaseCommand):
                 excludes=tuple(options["exclude"]),
                 generator=options["generator"],
                 include_null=options["include_null"],
+                include_blank=options["include_blank"],
+                ignore_derived=tuple(options["ignore_derived"]),
             )
             prepared = prepare(options["target"], options["database"], _run_options(options), selection)
             report_file = writable(options["report"])
