@@ -38,25 +38,28 @@ help: ## Show what there is
 	$(INSTALL) -e '.[project,embedded,benchmark]'
 	@touch $@
 
+# Never the database of a DATABASE_URL that happens to be exported.
+EMBEDDED := env -u DATABASE_URL $(BIN)/python
+
 demo: .venv/embedded ## Create COUNT tickets in the embedded PostgreSQL and rotate their tokens
-	$(BIN)/python manage.py migrate --verbosity 0
-	$(BIN)/python manage.py create_tickets --total $(COUNT)
-	$(BIN)/python manage.py async_rotate --concurrency $(CONCURRENCY) --batch $(BATCH)
+	$(EMBEDDED) manage.py migrate --verbosity 0
+	$(EMBEDDED) manage.py create_tickets --total $(COUNT)
+	$(EMBEDDED) -m core.demo --concurrency $(CONCURRENCY) --batch $(BATCH)
 
 .venv/celery: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[project,embedded,celery,broker]'
 	@touch $@
 
 demo-celery: .venv/celery ## Do the same by two Celery workers, with a broker of its own
-	$(BIN)/python manage.py migrate --verbosity 0
-	$(BIN)/python manage.py create_tickets --total $(COUNT)
-	$(BIN)/python -m core.demo_celery --batch $(BATCH)
+	$(EMBEDDED) manage.py migrate --verbosity 0
+	$(EMBEDDED) manage.py create_tickets --total $(COUNT)
+	$(EMBEDDED) -m core.demo --celery --batch $(BATCH)
 
 test: .venv/test ## Run the whole test suite
 	$(PYTEST)
 
 test-installed: .venv/test ## Run the tests of keys, SQL and runs on the PostgreSQL that Debian's packages brought
-	pg_virtualenv -o max_prepared_transactions=10 sh -c 'DATABASE_URL="postgres://$$PGUSER:$$PGPASSWORD@$$PGHOST:$$PGPORT/postgres" \
+	pg_virtualenv -o max_prepared_transactions=10 sh -c 'TEST_DATABASE_URL="postgres://$$PGUSER:$$PGPASSWORD@$$PGHOST:$$PGPORT/postgres" \
 		$(PYTEST) tests/integration --ignore=tests/integration/test_embedded_server.py --ignore=tests/integration/test_tickets.py'
 
 lint: .venv/dev ## Check style

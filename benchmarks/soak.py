@@ -132,6 +132,9 @@ class Soak:
 
     def _start(self, *options: str) -> Running:
         self.findings.runs += 1
+        unfinished = "SELECT count(*) FROM rotator_rotation WHERE status NOT IN ('completed', 'abandoned')"
+        if not self._database.number(unfinished):
+            options += ("--restart",)
         return self._rotations.rotate(
             self._database.url(port=self._proxy.port),
             f"--batch={self._chance.choice((20, 100, 500, 2000, 5000))}",

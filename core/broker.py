@@ -37,8 +37,9 @@ def running_broker(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     socket = folder / "broker"
     socket.unlink(missing_ok=True)
     command = [program, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder]
-    # A program of an installed package, and no word of anybody else.
-    with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL) as process:  # noqa: S603
+    words = [str(word) for word in command]
+    # A program of an installed package, and no word of anybody else. Ctrl-C on the terminal is not for it.
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True) as process:  # noqa: S603
         try:
             deadline = time.monotonic() + _SECONDS
             while not socket.exists():

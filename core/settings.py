@@ -53,6 +53,8 @@ DATABASES = {"default": database_from(os.environ.get("DATABASE_URL", ""))}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 USE_TZ = True
+# That of the rotator's own output.
+TIME_ZONE = "UTC"
 STATIC_URL = "static/"
 
 ROTATOR = {"DEFAULT_TARGET": "tickets.Ticket.token", "CELERY_APP": "core.celery.app"}

@@ -4,7 +4,8 @@
 (with ``atomic = False``: a rotation commits as it goes, so it cannot be part of a transaction).
 
 Both go on with an unfinished rotation of the same target, and can be called again after whatever stopped
-them. Neither touches the process's signal handlers. Cancelling the task that awaits ``rotate`` rolls back the
+them. After a completed rotation of the same rows they raise, unless they are called with ``restart=True``.
+Neither touches the process's signal handlers. Cancelling the task that awaits ``rotate`` rolls back the
 ranges in flight and leaves the rotation to be gone on with.
 """
 
@@ -113,7 +114,7 @@ async def rotate(  # noqa: PLR0913 - the options of the command, by name
         target: What is rotated.
         concurrency: How many workers write at the same time, a connection each; three more are needed.
         batch: How many rows a range holds; each is one transaction.
-        restart: Abandon the target's unfinished rotation and begin a new one.
+        restart: Begin a new rotation: abandon the target's unfinished one, or repeat a completed one.
         take_over: Take the rotation from the process that owns it, even if that is alive; it will stop.
         vacuum: Vacuum the table now and then.
         lock_timeout: How long a range waits for a lock before it goes to the back of the queue.
@@ -125,6 +126,7 @@ async def rotate(  # noqa: PLR0913 - the options of the command, by name
 
     Raises:
         RotationUnfinishedError: The run ended before the rotation did, for the reason that its text gives.
+        OptionError: A completed rotation had the same fields, rows and values, and ``restart`` is false.
         RotatorError: It could not begin, for the reason that its text gives; nothing was changed.
     """
     call = _Call(
@@ -166,7 +168,7 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
         target: What is rotated.
         concurrency: How many workers write at the same time, a connection each; three more are needed.
         batch: How many rows a range holds; each is one transaction.
-        restart: Abandon the target's unfinished rotation and begin a new one.
+        restart: Begin a new rotation: abandon the target's unfinished one, or repeat a completed one.
         take_over: Take the rotation from the process that owns it, even if that is alive; it will stop.
         vacuum: Vacuum the table now and then.
         lock_timeout: How long a range waits for a lock before it goes to the back of the queue.
@@ -178,6 +180,7 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
 
     Raises:
         RotationUnfinishedError: The run ended before the rotation did, for the reason that its text gives.
+        OptionError: A completed rotation had the same fields, rows and values, and ``restart`` is false.
         RotatorError: It could not begin, for the reason that its text gives; nothing was changed.
     """
     check_no_running_loop()

@@ -4,6 +4,8 @@ Messages are for the person at the terminal: what is wrong, and what to do next.
 of the rotated column.
 """
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from signal import Signals
 
 from rotator.keys import KeySpan
@@ -23,8 +25,30 @@ class TargetError(RotatorError):
     """The target cannot be rotated as asked; nothing was changed."""
 
 
+class MissingPrivilegesError(TargetError):
+    """The role lacks privileges that the rotation needs; nothing was changed."""
+
+    def __init__(self, grants: Sequence[str]) -> None:
+        super().__init__(f"This role lacks a privilege that the rotation needs. Run: {' '.join(grants)}")
+
+
 class OptionError(RotatorError):
     """An option makes no sense here; nothing was changed."""
+
+
+class RotationRepeatedError(OptionError):
+    """A completed rotation had the same fields, rows and values; nothing was changed.
+
+    Attributes:
+        rotation: The id of the completed rotation.
+    """
+
+    def __init__(self, rotation: int, target: str, finished_at: datetime) -> None:
+        super().__init__(
+            f"Rotation {rotation} of {target} completed at {finished_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} "
+            "UTC. To rotate the same rows again, use --restart (restart=True in Python)."
+        )
+        self.rotation = rotation
 
 
 class OwnedElsewhereError(RotatorError):

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Literal, TypeAlias
 
 from rotator.findings import Findings
-from rotator.keys import Key
+from rotator.keys import Key, KeySpan
 
 EndStatus: TypeAlias = Literal["completed", "interrupted", "failed"]
 """How a run can leave its rotation."""
@@ -273,9 +273,11 @@ class VacuumSkipped:
 
     Attributes:
         reason: Why.
+        is_once: Whether only this one was skipped, and the next may well succeed.
     """
 
     reason: str
+    is_once: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +294,40 @@ class DrainStarted:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
     """A second has passed; observers without a clock of their own may speak."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """Who ran a rotation, when, where and on which rows.
+
+    Attributes:
+        started_at: The time of the run's start.
+        ended_at: The time of its end.
+        user: The user of the process.
+        host: The host of the process.
+        server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
+        table_name: The table's name, as the server has it.
+        filters: The Django lookups that all rotated rows match.
+        excludes: The Django lookups that no rotated row matches.
+        generator: The dotted path of what makes the values; empty for the fields' own defaults.
+        include_null: Whether a NULL gets a value, too.
+    """
+
+    started_at: datetime
+    ended_at: datetime
+    user: str
+    host: str
+    server_name: str
+    table_name: str
+    filters: tuple[str, ...]
+    excludes: tuple[str, ...]
+    generator: str
+    include_null: bool
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some rows of the table are not rotated on purpose."""
+        return bool(self.filters or self.excludes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -327,6 +363,11 @@ class RotationStopped:
         error: One sentence that says why it stopped; empty when it completed.
         superseded: Whether another process has taken the rotation over; then this one knows nothing of
             how it stands.
+        run: Who ran it, when, where and on which rows; None where that is not known.
+        spans: The spans of keys that the rotation has written, in key order, where it is unfinished.
+        table_rows: The rows of the whole table, where only some are rotated and the rotation is completed;
+            None otherwise.
+        table_rows_is_exact: False where that is the server's estimate.
     """
 
     rotation: int
@@ -355,6 +396,10 @@ class RotationStopped:
     vacuum_seconds: float = 0.0
     error: str = ""
     superseded: bool = False
+    run: RunFacts | None = None
+    spans: tuple[KeySpan, ...] = ()
+    table_rows: int | None = None
+    table_rows_is_exact: bool = True
 
 
 Event: TypeAlias = (

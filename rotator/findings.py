@@ -124,6 +124,8 @@ class Findings:
     Attributes:
         target: The target as the user writes it.
         database: Django's alias of the database.
+        server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
+        table_name: The table's name, as the server has it.
         concurrency: How many workers there will be.
         rows_left: How many rows are still to be done; those of the table, but for an unfinished rotation.
         unfinished: The id of the rotation that would go on; None for a new one.
@@ -136,6 +138,8 @@ class Findings:
 
     target: str
     database: str
+    server_name: str
+    table_name: str
     concurrency: int
     rows_left: int
     unfinished: int | None

@@ -1,5 +1,6 @@
 """Keys and ranges of keys, as PostgreSQL writes them; nothing here compares two keys."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType
 
@@ -37,3 +38,20 @@ class KeyRange(KeySpan):
     """
 
     rows: int
+
+
+def spans_between(gaps: Sequence[KeySpan], bound: Key) -> tuple[KeySpan, ...]:
+    """Return the spans up to the bound that lie between gaps.
+
+    Args:
+        gaps: The gaps up to the bound, in key order.
+        bound: The upper key bound.
+    """
+    spans, after, is_covered = list[KeySpan](), None, True
+    for gap in gaps:
+        if gap.after != after and gap.after is not None:
+            spans.append(KeySpan(after=after, through=gap.after))
+        after, is_covered = gap.through, gap.through != bound
+    if is_covered:
+        spans.append(KeySpan(after=after, through=bound))
+    return tuple(spans)

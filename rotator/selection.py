@@ -27,6 +27,11 @@ class Selection:
     include_blank: bool = False
     ignore_derived: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some rows of the table are not rotated on purpose."""
+        return bool(self.filters or self.excludes)
+
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> "Selection":
         """Return what :meth:`saved` was made of."""

@@ -14,16 +14,16 @@ from django.db import DatabaseError, connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
+from psycopg.errors import InsufficientPrivilege
 from psycopg.sql import Identifier
 
-from rotator.errors import OptionError, RotatorError, ServerLostError, TargetError
+from rotator.errors import MissingPrivilegesError, OptionError, RotatorError, ServerLostError, TargetError
 from rotator.events import Observer, RotationStopped, RowsRotated
 from rotator.findings import Findings
 from rotator.keys import Key
 from rotator.postgres.arrays import Values
 from rotator.postgres.connections import Server
 from rotator.postgres.identity import SESSION_QUERY, Session, TargetIdentity, check_same_session
-from rotator.postgres.ownership import Unfinished
 from rotator.postgres.transaction import Claim
 from rotator.postgres.value_source import FromRows, Place
 from rotator.project_connections import (
@@ -38,7 +38,7 @@ from rotator.project_connections import (
 from rotator.project_setting import read_setting
 from rotator.run.context import Announce, ShouldStop
 from rotator.run.distribution import SpanPublisher
-from rotator.run.examination import dry_run, find_unfinished
+from rotator.run.examination import Earlier, dry_run, find_earlier
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.run import Run
 from rotator.run.span_work import SpanWork
@@ -80,13 +80,13 @@ class Prepared:
     options: RunOptions
     server: Server
 
-    def unfinished(self) -> Unfinished | None:
-        """Return the unfinished rotation of this target, if there is one.
+    def earlier(self) -> Earlier:
+        """Return the earlier rotations of this target that a new run has to do with.
 
         Raises:
-            RotatorError: It cannot be rotated, or the server cannot be asked.
+            RotatorError: The target cannot be rotated, or the server cannot be reached.
         """
-        return run(lambda: find_unfinished(self.server, self.target))
+        return run(lambda: find_earlier(self.server, self.target))
 
     def begin(self, observer: Observer) -> int:
         """Begin the rotation, or go on with it, and leave it to the workers; return its id.
@@ -177,7 +177,7 @@ class Prepared:
             await sync_to_async(restore)(aliases)
 
     def examine(self) -> Findings:
-        """Find out what the rotation will meet, and leave everything as it is.
+        """Find out what the rotation will meet; rewrite rows of a sample, if asked for, and roll them back.
 
         Raises:
             RotatorError: It cannot begin, or the server cannot be asked.
@@ -307,6 +307,9 @@ def _check_migrations(connection: BaseDatabaseWrapper) -> None:
     try:
         applied = MigrationRecorder(connection).applied_migrations()
     except DatabaseError as error:
+        if isinstance(error.__cause__, InsufficientPrivilege):
+            role = connection.settings_dict["USER"]
+            raise MissingPrivilegesError([f"GRANT SELECT ON django_migrations TO {role};"]) from error
         # The lines after the first one only ask whether the server runs, or tell of the next address.
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ServerLostError(

@@ -161,8 +161,8 @@ def _check_derivation(field: AnyField, fields: Sequence[AnyField], found: Deriva
         raise TargetError(
             f"{_name(field)} is a {type(field).__name__}, which has another value after each save, and may "
             f"derive it from {names}. If it does not, use --ignore-derived {field.name}: it keeps its "
-            "values. If it does, name it as a target too, and a --generator that returns a mapping for all of these "
-            "fields."
+            "values. If it does, name it as a target too, and a --generator that returns a mapping for all "
+            "of these fields."
         )
 
 

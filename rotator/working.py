@@ -94,6 +94,7 @@ def coordinate(
         preflight=False,
         # They were meant for the beginning.
         restart=False,
+        after=None,
         take_over=False,
     )
     try:

@@ -82,8 +82,11 @@ _HOLDERS: Final = sql.SQL(
     " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '')"
     " AS phrase, age(backend_xmin) AS age FROM pg_stat_activity"
     " WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()"
+    # Those of other databases do not keep VACUUM from the rows of this one.
+    " AND datname = current_database()"
     " AND xact_start < clock_timestamp() - make_interval(secs => %(old_seconds)s)"
     " UNION ALL SELECT 'prepared transaction ' || gid, age(transaction) FROM pg_prepared_xacts"
+    " WHERE database = current_database()"
     " UNION ALL SELECT 'replication slot ' || slot_name, age(COALESCE(xmin, catalog_xmin))"
     " FROM pg_replication_slots WHERE xmin IS NOT NULL"
     " UNION ALL SELECT 'replica ' || COALESCE(application_name, ''), age(backend_xmin)"
@@ -171,6 +174,33 @@ async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[K
     return None
 
 
+async def count_table(connection: AsyncConnection, table: TargetTable, *, seconds: float) -> tuple[int, bool]:
+    """Return the rows of the whole table, whether or not they are rotated, and whether they are counted.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+        seconds: The longest time to count; after that it is the server's own estimate.
+    """
+    with suppress(RangeTooSlowError):
+        async with answered(connection), connection.transaction():
+            await connection.execute(
+                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
+            )
+            cursor = await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table.name), {})
+            ((rows,),) = await cursor.fetchall()
+            return int(rows), True
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
+            ).format(LEAVES),
+            {"table": table.regclass},
+        )
+        ((rows,),) = await cursor.fetchall()
+    return int(rows), False
+
+
 async def examine_server(connection: AsyncConnection) -> ServerFindings:
     """How the server is set up, and who depends on it; as far as this role may see."""
     async with answered(connection):
@@ -189,6 +219,14 @@ async def examine_server(connection: AsyncConnection) -> ServerFindings:
         holders=await _phrases(connection, _HOLDERS, {"old_seconds": OLD_SECONDS, "most": HOLDERS_NAMED}),
         log_settings=await settings_that_show_values(connection),
     )
+
+
+async def name_server(connection: AsyncConnection) -> str:
+    """Return the role, the host or socket, the port and the database, as ``app@host:5432/name``."""
+    async with answered(connection):
+        cursor = await connection.execute("SELECT current_user, current_database()")
+        role, database = await cursor.fetchone() or ("", "")
+    return f"{role}@{connection.info.host}:{connection.info.port}/{database}"
 
 
 async def _phrases(

@@ -10,7 +10,7 @@ from psycopg import AsyncConnection, Rollback, errors, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from rotator.errors import OwnedElsewhereError, RowsLockedError
+from rotator.errors import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.events import EndStatus
 from rotator.keys import Key
 from rotator.postgres.failures import answered, superseded
@@ -18,6 +18,7 @@ from rotator.postgres.planning import gaps
 from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import IDLE_SECONDS, LOCK_CLASS, Claim, share_lock
 from rotator.process import Owner
+from rotator.selection import Selection
 
 _TAKE_OVER_LOCK_SECONDS: Final = 2
 _TAKE_OVER_ATTEMPTS: Final = 5
@@ -60,6 +61,21 @@ class Unfinished:
     selection: Mapping[str, Any]
     identity: Mapping[str, Any]
     started_xid: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completed:
+    """A completed rotation, as it stands in the database.
+
+    Attributes:
+        id: The rotation's id.
+        finished_at: The time of its completion.
+        seconds_ago: The time since then, on the database's clock.
+    """
+
+    id: int
+    finished_at: datetime
+    seconds_ago: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,17 +151,80 @@ class Terms:
     identity: Mapping[str, Any]
 
 
-async def begin_rotation(connection: AsyncConnection, terms: Terms, owner: Owner) -> Claim | None:
+async def find_last_completed(
+    connection: AsyncConnection, target: str, table_name: str, selection: Selection
+) -> Completed | None:
+    """Return the latest completed rotation of the same fields, rows and values, if there is one.
+
+    Args:
+        connection: In autocommit mode, or in a transaction that does nothing else at the same time.
+        target: The target as the user writes it.
+        table_name: The table's name, as the server has it.
+        selection: Which rows it is for, and where their values come from.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(
+            "SELECT id, selection, finished_at,"
+            " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision"
+            " FROM rotator_rotation WHERE target = %s AND table_name = %s AND status = 'completed'"
+            " ORDER BY id DESC",
+            (target, table_name),
+        )
+        async for rotation, saved, finished_at, seconds_ago in cursor:
+            if Selection.read(saved) == selection:
+                return Completed(id=rotation, finished_at=finished_at, seconds_ago=seconds_ago)
+    return None
+
+
+async def check_repetition(
+    connection: AsyncConnection, target: str, table_name: str, selection: Selection, *, after: int | None
+) -> None:
+    """Refuse to rotate again what a completed rotation has rotated.
+
+    Args:
+        connection: The same as for :func:`find_last_completed`.
+        target: The target as the user writes it.
+        table_name: The table's name, as the server has it.
+        selection: Which rows it is for, and where their values come from.
+        after: The completed rotation that may be repeated; None for no rotation.
+
+    Raises:
+        RotationRepeatedError: A completed rotation had the same fields, rows and values.
+    """
+    completed = await find_last_completed(connection, target, table_name, selection)
+    if completed is not None and completed.id != after:
+        raise RotationRepeatedError(completed.id, target, completed.finished_at)
+
+
+async def begin_rotation(
+    connection: AsyncConnection,
+    terms: Terms,
+    owner: Owner,
+    *,
+    repeats: bool = False,
+    after: int | None = None,
+) -> Claim | None:
     """Insert a new rotation and own it; None where another process was faster.
 
     Its row says which transaction inserted it: every row of the target that an older one commits, however
     late, has not been rotated by this rotation.
 
+    Args:
+        connection: In autocommit mode.
+        terms: What the rotation is begun as.
+        owner: This process.
+        repeats: Whether it may repeat any completed rotation.
+        after: The completed rotation that it may repeat; None for no rotation.
+
     Raises:
         OwnedElsewhereError: Another unfinished rotation has some of the same fields.
+        RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
+    selection = Selection.read(terms.selection)
     async with alone(connection, _NO_ROTATION):
         await _check_overlap(connection, terms)
+        if not repeats:
+            await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
         cursor = await connection.execute(
             "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
             " status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows,"
@@ -166,6 +245,10 @@ async def begin_rotation(connection: AsyncConnection, terms: Terms, owner: Owner
             },
         )
         row = await cursor.fetchone()
+        if row and not repeats:
+            # The unfinished rotation that the first check did not count may have been completed since. With
+            # this row inserted, there is no other unfinished one.
+            await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
     return Claim(rotation=row[0], generation=1) if row else None
 
 

@@ -130,6 +130,8 @@ async def _is_in_the_way(control: AsyncConnection, table: TargetTable) -> bool:
             sql.SQL(
                 "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"
                 " WHERE w.locktype = 'relation' AND w.relation IN {} AND NOT w.granted"
+                # In a copy of a database, other tables have the same oids.
+                " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
                 " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')"
             ).format(LEAVES),
             {"table": table.regclass},

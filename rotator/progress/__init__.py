@@ -23,6 +23,7 @@ from rotator.progress.summary import report, summary
 __all__ = [
     "PROGRESS_KINDS",
     "ProgressKind",
+    "can_draw",
     "log_observer",
     "open_progress",
     "preflight",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "none"]
+_FEWEST_COLUMNS: Final = 20
 PROGRESS_KINDS: Final[tuple[ProgressKind, ...]] = get_args(ProgressKind)
 
 
@@ -51,11 +53,11 @@ def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[O
             yield _ignore
         case "json":
             yield JsonObserver(out, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
-        case "auto" | "bar" if kind == "bar" or _can_draw(err):
+        case "auto" | "bar" if kind == "bar" or can_draw(err):
             with bar_observer(err, clock=time.monotonic) as observer:
                 yield observer
         case _:
-            yield LinesObserver(err, clock=time.monotonic)
+            yield LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
 
 
 def log_observer(logger: logging.Logger) -> Observer:
@@ -68,12 +70,13 @@ def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:
     return err if kind == "json" else out
 
 
-def _can_draw(stream: TextIO) -> bool:
-    # A terminal without a width (some CI runners have them) would be given an empty bar.
+def can_draw(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that can draw a bar."""
+    # A terminal without a width (some CI runners have them), or a very narrow one, has no room for a bar.
     return (
         stream.isatty()
         and os.environ.get("TERM") != "dumb"
-        and terminal_columns(stream) > 0
+        and terminal_columns(stream) >= _FEWEST_COLUMNS
         and _can_encode(stream, BAR_CHARACTERS)
     )
 

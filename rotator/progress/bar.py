@@ -23,6 +23,12 @@ _DEFAULT_COLUMNS: Final = 80
 _SHORTEST_BAR, _LONGEST_BAR = 8, 30
 _BAR_BORDERS: Final = 3
 _UNFINISHED_MARK: Final = "(!) "
+_FEWEST_COLUMNS, _MOST_COLUMNS = 3, 1000
+# The width of rate and ETA, or of what holds the run up: it stays the same for a whole run.
+_SPEED_WIDTH: Final = 9
+_ETA_WIDTH: Final = 12
+_TAIL_WIDTH: Final = 36
+_DEFERRED_WIDTH: Final = 18
 
 
 def terminal_columns(stream: TextIO) -> int:
@@ -108,7 +114,8 @@ class _Bar:
                 self._tally.rows_total,
                 file=self._screen,
                 force_tty=True,
-                max_cols=columns,
+                # Only where the terminal does not say; it knows no other widths.
+                max_cols=max(_FEWEST_COLUMNS, min(_MOST_COLUMNS, columns)),
                 length=self._length,
                 bar="smooth",
                 spinner=None,
@@ -128,7 +135,7 @@ class _Bar:
         if self._handle is None:
             return
         self._move(self._tally.rows_capped)
-        self._handle.text = fitting(bar_texts(self._tally, now), self._room())
+        self._handle.text = bar_text(self._tally, now, self._room())
 
     def _finish(self, event: RotationStopped) -> None:
         if self._handle is None:
@@ -160,20 +167,40 @@ class _Bar:
         return self._columns() - self._length - _BAR_BORDERS - 1
 
 
-def bar_texts(tally: Tally, now: float) -> list[str]:
-    """Return what stands beside the bar, the longest form first."""
-    rows, percent = done_of_total(tally), f"{tally.percent}%"
+def bar_text(tally: Tally, now: float, room: int) -> str:
+    """Return what stands beside the bar.
+
+    Which figures there is room for depends on the total and the terminal alone, and each has a width of its
+    own, so that none of them comes, goes or moves during a run.
+    """
+    total = count(tally.rows_total)
+    rows = done_of_total(tally).rjust(len(f"{total} of {total}") + (0 if tally.rows_total_is_exact else 6))
+    head = f"{tally.percent:>3}%"
+    ample, compact = f"{rows} rows  {head}", f"{rows}  {head}"
+    for start in (ample, compact, head):
+        left = room - len(start) - 2
+        if left >= _TAIL_WIDTH or (start is head and left >= _ETA_WIDTH):
+            text = f"{start}  {_tail(tally, now, left)}"
+            if tally.deferrals and left >= _TAIL_WIDTH + _DEFERRED_WIDTH:
+                text = f"{text:<{len(start) + 2 + _TAIL_WIDTH}}  {count(tally.deferrals)} deferred"
+            return text
+    return head[: max(room, 0)]
+
+
+def _tail(tally: Tally, now: float, room: int) -> str:
     if busy := activity(tally, now):
-        return [f"{rows} rows  {percent}  {busy}", f"{rows}  {percent}  {busy}", f"{percent}  {busy}", busy]
+        return fitting([busy, ""], room)
     rows_per_second, eta_seconds = tally.rows_per_second(now), tally.eta_seconds(now)
     speed = "?" if rows_per_second is None else rate(rows_per_second)
-    eta = "ETA ?" if eta_seconds is None else f"ETA {duration(eta_seconds)}"
-    ample, compact = f"{rows} rows  {percent}  {speed} rows/s  {eta}", f"{rows}  {percent}  {speed}/s  {eta}"
-    texts = [ample, compact, f"{percent}  {speed}/s  {eta}", f"{percent}  {eta}", percent]
-    if tally.deferrals:
-        put_off = f"{count(tally.deferrals)} put off"
-        texts = [f"{ample}  {put_off}", f"{compact}  {put_off}", *texts]
-    return texts
+    eta = "unknown" if eta_seconds is None else duration(eta_seconds)
+    return fitting(
+        [
+            f"{speed:>{_SPEED_WIDTH}} rows/s  ETA {eta:<{_ETA_WIDTH}}",
+            f"ETA {eta:<{_ETA_WIDTH}}",
+            f"{eta:<{_ETA_WIDTH}}",
+        ],
+        room,
+    )
 
 
 def completed_texts(event: RotationStopped) -> list[str]:

@@ -1,7 +1,9 @@
 """Numbers as people read them."""
 
 _KEPT_DIGITS = 1000
-_SIZE_STEP = 1000.0
+_MOST_BYTES = 10 * 1024
+_MOST_HALVES = 20 * 1024 - 1
+_SIZE_UNITS = ("kB", "MB", "GB", "TB", "PB")
 _MINUTE_SECONDS = 60
 _HOUR_SECONDS = 3600
 
@@ -41,13 +43,16 @@ def rate(rows_per_second: float) -> str:
 
 
 def size(number_of_bytes: int) -> str:
-    """Return an amount of memory in decimal units, e.g. ``52 MB`` or ``1.3 GB``."""
-    value = float(number_of_bytes)
-    for unit in ("B", "kB", "MB"):
-        if round(value) < _SIZE_STEP:
-            return f"{value:.0f} {unit}"
-        value /= _SIZE_STEP
-    return f"{value:.1f} GB"
+    """Return an amount of memory as PostgreSQL's ``pg_size_pretty`` does, e.g. ``52 MB``."""
+    if number_of_bytes < _MOST_BYTES:
+        return f"{number_of_bytes} bytes"
+    # The server halves last, so that a half is rounded up.
+    halves = number_of_bytes >> 9
+    for unit in _SIZE_UNITS:
+        if halves < _MOST_HALVES or unit == _SIZE_UNITS[-1]:
+            return f"{(halves + 1) // 2} {unit}"
+        halves >>= 10
+    raise AssertionError("the last unit is for every larger size")
 
 
 def one_line(text: str) -> str:

@@ -8,7 +8,8 @@ what else they carry; keys are only ever added:
     started              target, rows_total, rows_total_is_exact, rows_done, seconds_before, stopped_at,
                          concurrency, batch, resumed
     progress             state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second,
-                         eta_seconds (both null while unknown), deferrals, retries, failed_rows
+                         eta_seconds (both null while unknown), deferrals, retries, failed_rows,
+                         outage_left_seconds (null while the server is reachable)
     row_failed           key, reason
     outage_started       reason, budget_seconds
     outage_ended         seconds, rows_done
@@ -20,7 +21,7 @@ what else they carry; keys are only ever added:
     rows_confirmed       confirmed, unconfirmed
     vacuum_started
     vacuumed             seconds
-    vacuum_skipped       reason
+    vacuum_skipped       reason, is_once
     drain_started        reason
     stopped              the same keys as the report
 
@@ -147,6 +148,9 @@ def figures(tally: Tally, now: float) -> dict[str, object]:
         "deferrals": tally.deferrals,
         "retries": tally.retries,
         "failed_rows": tally.failed_rows,
+        "outage_left_seconds": (
+            None if tally.outage_since is None else round(tally.outage_left_seconds(now), 3)
+        ),
     }
 
 

@@ -1,12 +1,14 @@
 """Progress as plain lines, for logs and pipes."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TextIO
 
 from rotator.events import Event, Preflighted, RangeCompleted, RotationStopped, Tick
 from rotator.progress.format import duration, plural, rate
 from rotator.progress.preflight import preflight
 from rotator.progress.sink import Sink
+from rotator.progress.summary import unchanged_rows
 from rotator.progress.tally import Tally
 from rotator.progress.throttle import Throttle
 from rotator.progress.wording import activity, done_of_total, notice
@@ -18,11 +20,20 @@ class LinesObserver:
     Args:
         stream: Where the lines go; the raw stream, not one that adds line ends.
         clock: Returns monotonic seconds.
+        wall_clock: Returns the time of day with its time zone.
         every_seconds: How long it is silent between two lines of figures.
     """
 
-    def __init__(self, stream: TextIO, *, clock: Callable[[], float], every_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], datetime],
+        every_seconds: float = 5.0,
+    ) -> None:
         self._sink = Sink(stream)
+        self._wall_clock = wall_clock
         self._clock = clock
         self._throttle = Throttle(every_seconds, clock())
         self._tally = Tally()
@@ -33,19 +44,25 @@ class LinesObserver:
         line = notice(event, self._tally)
         self._tally.take(event, now)
         if line:
-            self._sink.write_line(line)
+            self._write(line)
         match event:
             case Preflighted():
-                self._sink.write_line(preflight(event.findings))
+                for row in preflight(event.findings).splitlines():
+                    self._write(row)
             case RangeCompleted() | Tick() if self._tally.rotation is not None and self._throttle.due(now):
-                self._sink.write_line(figures(self._tally, now))
+                self._write(figures(self._tally, now))
             case RotationStopped():
-                self._sink.write_line(
+                unchanged = unchanged_rows(event) if event.status == "completed" else ""
+                self._write(
                     f"rotation {event.rotation} of {event.target} {event.status} after "
                     f"{duration(event.seconds)}: {plural(event.rows_this_run, 'row')} in this run"
+                    f"{f'; {unchanged}' if unchanged else ''}"
                 )
             case _:
                 pass
+
+    def _write(self, line: str) -> None:
+        self._sink.write_line(f"{self._wall_clock().astimezone(UTC):%Y-%m-%dT%H:%M:%SZ} {line}")
 
 
 def figures(tally: Tally, now: float) -> str:

@@ -38,9 +38,13 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         else f"each update writes to {'all ' + str(len(table.indexes)) if named[1:] else 'the one'}: "
     )
     lines = [
+        ("server", [findings.server_name]),
         ("rows", [rows]),
         *([("chosen by", [findings.selection])] if findings.selection else []),
-        ("table", [f"{size(table.heap_bytes)}, its indexes {size(table.index_bytes)}"]),
+        (
+            "table",
+            [f"{findings.table_name}: {size(table.heap_bytes)}, its indexes {size(table.index_bytes)}"],
+        ),
         (
             "indexes",
             [touched, *(f"  {name}" for name in named)] if named[2:] else [touched + ", ".join(named)],
@@ -142,7 +146,11 @@ def _run(findings: Findings) -> list[tuple[str, list[str]]]:
             f"rows were rewritten at {rate(sample.rows_per_second)} rows/s, and rolled back"
         )
     else:
-        time = f"not measured: {sample.skipped}" if sample.skipped else "not measured; --dry-run does"
+        time = (
+            f"not measured: {sample.skipped}"
+            if sample.skipped
+            else "not measured; --dry-run without --no-sample measures it"
+        )
     lines = [
         (
             "durability",

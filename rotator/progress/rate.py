@@ -7,6 +7,7 @@ WINDOW_SECONDS = 20.0
 FEWEST_SAMPLES = 8
 WARM_UP_SECONDS = 2.0
 STALL_SECONDS = 10.0
+HELD_UP_SECONDS = 1.0
 MERGE_SECONDS = 0.25
 
 
@@ -67,7 +68,12 @@ class RecentRate:
         if rows_left <= 0:
             return 0.0
         rate = self.rows_per_second(now)
-        if not rate or now - self._samples[-1].at > max(STALL_SECONDS, 2 * self._patience()):
+        if not rate:
+            return None
+        silent_seconds, patience_seconds = now - self._samples[-1].at, 2 * self._patience()
+        # Where nothing was completed for longer than all the rest would take, something holds it up.
+        is_held_up = silent_seconds > max(HELD_UP_SECONDS, patience_seconds, rows_left / rate)
+        if is_held_up or silent_seconds > max(STALL_SECONDS, patience_seconds):
             return None
         return rows_left / rate
 

@@ -1,14 +1,22 @@
 """The terminal as alive-progress sees it: whole frames, and lines above them."""
 
+import re
 import textwrap
 from threading import Lock
 from typing import Final, TextIO
 
 from rotator.progress.sink import Sink
 
+_FEWEST_COLUMNS_TO_WRAP: Final = 30
 _FRAME_START: Final = "\r"
 _CLEAR_REST: Final = "\x1b[K"
 _CLEAR_LINE: Final = "\r\x1b[2K"
+
+
+def _indent(line: str) -> str:
+    """Return the indent of a line's continuation: that of the value where a label stands before it."""
+    found = re.match(r"  [\w ]{12} (?=\S)| *(?:- )?", line)
+    return " " * (found.end() if found else 0)
 
 
 class Screen:
@@ -41,9 +49,16 @@ class Screen:
                 self._frame.clear()
 
     def write_above(self, line: str, columns: int) -> None:
-        """Write a line, broken between words to the width, where the bar is; the bar comes again below."""
+        """Write a line, broken between words to the width, where the bar is; the bar comes again below.
+
+        Only a word that is wider than the terminal is broken itself.
+        """
         with self._lock:
-            wrapped = textwrap.fill(line, max(columns - 1, 1), break_long_words=False, break_on_hyphens=False)
+            wrapped = (
+                textwrap.fill(line, columns - 1, break_on_hyphens=False, subsequent_indent=_indent(line))
+                if columns >= _FEWEST_COLUMNS_TO_WRAP
+                else line
+            )
             self._sink.write(f"{_CLEAR_LINE}{wrapped}\n")
 
     def fileno(self) -> int:

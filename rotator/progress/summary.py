@@ -1,10 +1,11 @@
 """What is left to say when a run is over: for people, and for programs."""
 
-from rotator.events import RotationStopped
+from rotator.events import RotationStopped, RunFacts
 from rotator.progress.format import count, duration, one_line, plural, rate, size
-from rotator.progress.wording import unconfirmed
+from rotator.progress.wording import is_stop, reason, unconfirmed
 
 FAILED_KEYS_NAMED = 20
+SPANS_NAMED = 5
 
 
 def report(event: RotationStopped) -> dict[str, object]:
@@ -42,7 +43,28 @@ def report(event: RotationStopped) -> dict[str, object]:
         "vacuum_seconds": round(event.vacuum_seconds, 3),
         "resumed": event.resumed,
         "failed_keys": [{"key": key, "reason": reason} for key, reason in event.failed_keys],
-        "error": event.error,
+        "error": "" if is_stop(event.error) else event.error,
+        "reason": reason(event.error),
+        "spans": [{"after": span.after, "through": span.through} for span in event.spans],
+        "table_rows": event.table_rows,
+        "table_rows_is_exact": event.table_rows_is_exact,
+        "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
+        **_run(event.run),
+    }
+
+
+def _run(run: RunFacts | None) -> dict[str, object]:
+    return {
+        "started_at": run and run.started_at.isoformat(timespec="milliseconds"),
+        "ended_at": run and run.ended_at.isoformat(timespec="milliseconds"),
+        "user": run and run.user,
+        "host": run and run.host,
+        "server": run and run.server_name,
+        "table": run and run.table_name,
+        "filters": run and list(run.filters),
+        "excludes": run and list(run.excludes),
+        "generator": run and run.generator,
+        "include_null": run and run.include_null,
     }
 
 
@@ -70,9 +92,10 @@ def verdict(event: RotationStopped) -> str:
         failed = len(event.failed_keys)
         exception = f", except {plural(failed, 'row')} that cannot be rotated" if failed else ""
         not_confirmed = f"; {unconfirmed(event.unconfirmed_rows)}" if event.unconfirmed_rows else ""
+        unchanged = unchanged_rows(event)
         return (
             f"Completed: rotation {event.rotation} gave {plural(event.rows, 'row')} of {event.target} "
-            f"a new value{exception}{not_confirmed}."
+            f"a new value{exception}{not_confirmed}.{f' {unchanged}.' if unchanged else ''}"
         )
     if event.superseded:
         return (
@@ -88,6 +111,29 @@ def verdict(event: RotationStopped) -> str:
     )
 
 
+def unchanged_rows(event: RotationStopped) -> str:
+    """Return a clause on the rows that a filter left unchanged; empty where every row was to be rotated."""
+    if event.run is None or not event.run.is_filtered:
+        return ""
+    if event.table_rows is None:
+        return f"{plural(event.rows, 'row')} match the filter; all others were left unchanged"
+    about = "" if event.table_rows_is_exact else "about "
+    table_rows = max(event.rows, event.table_rows)
+    return (
+        f"{count(event.rows)} of {about}{plural(table_rows, 'row')} match the filter; "
+        f"{about}{count(table_rows - event.rows)} were left unchanged"
+    )
+
+
+def _spans(event: RotationStopped) -> str:
+    first = event.spans[0]
+    if event.spans[1:] or first.after is not None:
+        named = ", ".join(str(span) for span in event.spans[:SPANS_NAMED])
+        more = len(event.spans) - SPANS_NAMED
+        return f"{named}, and {plural(more, 'span')} more" if more > 0 else named
+    return f"up to {first.through}"
+
+
 def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     rows, seconds = count(event.rows_this_run), duration(event.seconds)
     if event.resumed:
@@ -97,6 +143,7 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
         rows = f"{rows}; {count(event.late_rows)} of them outside the ranges"
     facts = [
         ("rows", rows),
+        *([("keys", one_line(_spans(event)))] if event.spans else []),
         ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),
         ("workers", count(event.concurrency)),
         ("time", seconds),

@@ -21,6 +21,8 @@ from rotator.events import (
 )
 from rotator.progress.rate import RecentRate
 
+LOCK_SECONDS = 10.0
+
 State: TypeAlias = Literal[
     "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming"
 ]
@@ -39,8 +41,9 @@ class Tally:
         failed_rows: Rows that could not be rotated.
         deferrals: How often a range went to the back of the queue.
         retries: How often a range was tried again.
-        outage_since: When the server went away; None while it answers.
         confirming: Whether the table is being read to see who wrote each row last.
+        outage_since: When the server became unreachable; None while it is reachable.
+        outage_budget_seconds: How long the run waits for it from then on.
         vacuuming: Whether all is done but for the last VACUUM.
         draining: Whether no more ranges are planned.
         holders: The transactions that are waited for.
@@ -56,9 +59,11 @@ class Tally:
     retries: int = 0
     outage_since: float | None = None
     confirming: bool = False
+    outage_budget_seconds: float = 0.0
     vacuuming: bool = False
     draining: bool = False
     holders: tuple[str, ...] = ()
+    _deferred_at: float | None = None
     _rate: RecentRate = field(default_factory=RecentRate)
 
     @property
@@ -94,6 +99,11 @@ class Tally:
             return "finishing"
         return "rotating"
 
+    def outage_left_seconds(self, now: float) -> float:
+        """Return how much longer the run waits for an unreachable server."""
+        since = now if self.outage_since is None else self.outage_since
+        return max(0.0, self.outage_budget_seconds - (now - since))
+
     def rows_per_second(self, now: float) -> float | None:
         """Return the recent rate; None while it is unknown or the server is away."""
         return None if self.outage_since is not None else self._rate.rows_per_second(now)
@@ -104,7 +114,12 @@ class Tally:
         guess_is_used_up = rows_left <= 0 and not self.rows_total_is_exact
         if self.state not in ("rotating", "finishing") or guess_is_used_up:
             return None
-        return self._rate.eta_seconds(rows_left, now)
+        eta_seconds = self._rate.eta_seconds(rows_left, now)
+        deferred_at = self._deferred_at
+        if eta_seconds is not None and deferred_at is not None and now - deferred_at < LOCK_SECONDS:
+            # What is left may be what waits for a lock.
+            return eta_seconds if eta_seconds >= LOCK_SECONDS else None
+        return eta_seconds
 
     def take(self, event: Event, now: float) -> None:
         """Add what one event tells."""
@@ -130,6 +145,7 @@ class Tally:
                 self.failed_rows += 1
             case RangeDeferred():
                 self.deferrals += 1
+                self._deferred_at = now
             case RangeRetried():
                 self.retries += 1
             case _:
@@ -140,7 +156,7 @@ class Tally:
             case RotationStarted() | RangeCompleted() | LateRowsRotated() | LateCommitsOver():
                 self.holders = ()
             case OutageStarted():
-                self.outage_since = now
+                self.outage_since, self.outage_budget_seconds = now, event.budget_seconds
             case OutageEnded():
                 self.outage_since = None
                 self.confirming = False

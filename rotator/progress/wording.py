@@ -24,6 +24,7 @@ from rotator.progress.format import count, duration, one_line, plural
 from rotator.progress.tally import State, Tally
 
 FAILED_ROWS_NAMED = 20
+_STOPPED_BY = "Stopped by "
 HOLDERS_NAMED = 5
 _ACTIVITIES: Final[dict[State, str]] = {
     "draining": "draining ranges in flight",
@@ -91,7 +92,8 @@ def _circumstances(event: Event) -> str:
                 "set log_parameter_max_length = 0 for this role"
             )
         case VacuumSkipped():
-            return f"the table is not vacuumed: {event.reason.rstrip('.')}"
+            what = "skipped one VACUUM" if event.is_once else "the table is not vacuumed"
+            return f"{what}: {event.reason.rstrip('.')}"
         case _:
             return ""
 
@@ -99,7 +101,8 @@ def _circumstances(event: Event) -> str:
 def activity(tally: Tally, now: float) -> str:
     """Return what the run is busy with instead of getting on, or an empty text while rows are being done."""
     if tally.outage_since is not None:
-        return f"server away for {duration(now - tally.outage_since)}"
+        away = duration(now - tally.outage_since)
+        return f"unreachable {away}, {duration(tally.outage_left_seconds(now))} left"
     if tally.state == "late_commits":
         return f"waiting for {plural(len(tally.holders), 'transaction')}"
     return _ACTIVITIES.get(tally.state, "")
@@ -116,6 +119,16 @@ def done_of_total(tally: Tally) -> str:
     """Return rows done and in all, e.g. ``412,000 of about 1,000,000``."""
     about = "" if tally.rows_total_is_exact else "about "
     return f"{count(tally.rows_shown)} of {about}{count(tally.rows_total)}"
+
+
+def is_stop(error: str) -> bool:
+    """Return whether the sentence that a run left says that an option or a signal stopped it."""
+    return error.startswith(_STOPPED_BY)
+
+
+def reason(error: str) -> str:
+    """Return the reason of such a stop as a phrase, e.g. ``stopped by --stop-after``; empty otherwise."""
+    return f"s{error[1:].rstrip('.')}" if is_stop(error) else ""
 
 
 def moment(at: datetime) -> str:

@@ -61,6 +61,7 @@ class Acquisition:
                 some of the same fields.
             OptionError: The unfinished rotation is for other rows or values.
             TargetError: The target is not what it was when the rotation began.
+            RotationRepeatedError: A completed rotation had the same fields, rows and values.
             RotationOverError: It is not the one that was asked for.
             StoppedBeforeStartError: A stop was asked for while its owner was being watched.
         """
@@ -79,7 +80,13 @@ class Acquisition:
                     selection=target.selection.saved(),
                     identity=identity.to_json(),
                 )
-                claim = await ownership.begin_rotation(self._connection, terms, owner)
+                claim = await ownership.begin_rotation(
+                    self._connection,
+                    terms,
+                    owner,
+                    repeats=self._context.options.restart,
+                    after=self._context.options.after,
+                )
                 if claim is not None:
                     return Acquired(claim=claim, stopped_at=None)
                 continue
@@ -115,7 +122,7 @@ class Acquisition:
             if now is None and not self._context.options.restart:
                 raise OwnedElsewhereError(
                     f"Rotation {seen.id} of {self._context.target.label} was finished by {seen.owner} just "
-                    "now: start again for a new one, if you mean to."
+                    "now. To rotate the same rows again, use --restart."
                 )
             if now is None or (now.id, now.generation, now.status) != (seen.id, seen.generation, seen.status):
                 # It is another one's by now, or nobody's: taking over will find out.

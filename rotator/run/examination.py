@@ -1,16 +1,19 @@
 """The preflight: what a rotation will meet, before it has written anything."""
 
+from dataclasses import dataclass
 from typing import Final
 
 from psycopg import AsyncConnection
 
+from rotator.errors import MissingPrivilegesError
 from rotator.findings import Findings, Sample
 from rotator.postgres import ownership
 from rotator.postgres.catalog import check_server, read_table
 from rotator.postgres.connections import Server, connected
-from rotator.postgres.examining import examine_server, examine_table
+from rotator.postgres.examining import examine_server, examine_table, name_server
 from rotator.postgres.identity import check_session
-from rotator.postgres.ownership import Unfinished
+from rotator.postgres.ownership import Completed, Unfinished
+from rotator.postgres.privileges import missing_grants
 from rotator.postgres.sampling import sample
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writing import RangeUpdate
@@ -87,6 +90,8 @@ class Examination:
         return Findings(
             target=self._target.label,
             database=self._target.database,
+            server_name=await name_server(self._connection),
+            table_name=self._table.found_name,
             concurrency=options.concurrency,
             rows_left=table.rows if unfinished is None else max(0, table.rows - unfinished.rows_done),
             unfinished=None if unfinished is None else unfinished.id,
@@ -109,22 +114,42 @@ class Examination:
 
 
 async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Findings:
-    """Examine a target and leave everything as it is.
+    """Examine a target; the rows of the sample, if there is to be one, are rewritten and rolled back.
 
     Raises:
+        MissingPrivilegesError: The role lacks a privilege.
         RotatorError: It cannot be rotated, or the server cannot be asked.
     """
     async with connected(server) as connection:
         table = await check(connection, target, options)
+        if grants := await missing_grants(connection, table):
+            raise MissingPrivilegesError(grants)
         return await Examination(connection, table, server, target).examine(options, counts=True)
 
 
-async def find_unfinished(server: Server, target: RunTarget) -> Unfinished | None:
-    """The rotation that would go on, if there is one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Earlier:
+    """The rotations of a target that a new run has to do with.
+
+    Attributes:
+        unfinished: The rotation to resume; None where there is none.
+        completed: The latest completed rotation of the same rows and values; None where there is none.
+    """
+
+    unfinished: Unfinished | None
+    completed: Completed | None
+
+
+async def find_earlier(server: Server, target: RunTarget) -> Earlier:
+    """Find the earlier rotations of a target.
 
     Raises:
-        RotatorError: It cannot be rotated, or the server cannot be asked.
+        RotatorError: The target cannot be rotated, or the server cannot be reached.
     """
     async with connected(server) as connection:
         table = await read_target(connection, target)
-        return await ownership.find_unfinished(connection, target.label, table.found_name)
+        name = table.found_name
+        return Earlier(
+            unfinished=await ownership.find_unfinished(connection, target.label, name),
+            completed=await ownership.find_last_completed(connection, target.label, name, target.selection),
+        )

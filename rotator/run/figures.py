@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from rotator.events import (
     EndStatus,
@@ -16,10 +17,11 @@ from rotator.events import (
     RotationStopped,
     RowFailed,
     RowsConfirmed,
+    RunFacts,
     Storage,
     Vacuumed,
 )
-from rotator.keys import Key
+from rotator.keys import Key, KeySpan
 from rotator.process import peak_memory_bytes
 
 
@@ -34,6 +36,9 @@ class Figures:
         storage_before: What the table took when the run began, once that is known.
         storage: What it takes at the end, once that is known.
         unconfirmed_rows: Rows that others wrote last, once that is known.
+        started_at: The time of the run's start.
+        spans: The spans of keys that are written, once they are known.
+        table_rows: The rows of the whole table and whether they are counted, once that is known.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -41,6 +46,9 @@ class Figures:
     failed_keys: list[tuple[Key, str]] = field(default_factory=list)
     storage_before: Storage | None = None
     storage: Storage | None = None
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    spans: tuple[KeySpan, ...] = ()
+    table_rows: tuple[int | None, bool] = (None, True)
     _started: RotationStarted | None = None
     unconfirmed_rows: int | None = None
     _late_rows: int = 0
@@ -110,7 +118,7 @@ class Figures:
                 pass
 
     def stopped(
-        self, status: EndStatus, *, error: str, late_rows_before: int, superseded: bool
+        self, status: EndStatus, *, error: str, late_rows_before: int, superseded: bool, run: RunFacts
     ) -> RotationStopped:
         """Return the account of a run that has started."""
         started = self._started
@@ -145,4 +153,8 @@ class Figures:
             vacuum_seconds=self._vacuum_seconds,
             error=error,
             superseded=superseded,
+            run=run,
+            spans=self.spans,
+            table_rows=self.table_rows[0],
+            table_rows_is_exact=self.table_rows[1],
         )

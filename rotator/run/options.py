@@ -22,7 +22,8 @@ class RunOptions:
         concurrency: How many workers write at the same time.
         batch: How many rows a range holds.
         rotation: Go on with this one alone; None for the target's unfinished one, or a new one.
-        restart: Abandon the unfinished rotation and begin anew.
+        restart: Abandon the unfinished rotation, or repeat the completed one, and begin a new one.
+        after: The completed rotation that a new one may repeat; None for no rotation.
         take_over: Take the rotation from its owner without watching whether that is alive.
         stop_after_rows: End the run after this many rows; None for no limit.
         stop_after_seconds: End the run after this time; None for no limit.
@@ -39,6 +40,7 @@ class RunOptions:
     batch: int = 2000
     rotation: int | None = None
     restart: bool = False
+    after: int | None = None
     take_over: bool = False
     stop_after_rows: int | None = None
     stop_after_seconds: float | None = None

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
 from signal import Signals
 from typing import Final
 
@@ -19,12 +20,16 @@ from rotator.events import (
     Preflighted,
     RangeCompleted,
     RotationStopped,
+    RunFacts,
     ServerLogShowsValues,
     Tick,
 )
+from rotator.keys import spans_between
 from rotator.postgres import ownership
 from rotator.postgres.connections import OPEN_SECONDS, Server, connected, pooled
+from rotator.postgres.examining import COUNT_SECONDS, count_table, name_server
 from rotator.postgres.ownership import Owned
+from rotator.postgres.planning import gaps
 from rotator.postgres.server_log import settings_that_show_values
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuuming import read_storage
@@ -42,6 +47,7 @@ from rotator.run.vacuuming import Vacuuming
 from rotator.tasks import first_error_alone, watch
 
 HEARTBEAT_SECONDS: Final = 1.0
+TICK_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 LEAST_OPEN_SECONDS: Final = 1.0
 LEFT_TO_WORKERS: Final = "Left to the workers."
@@ -95,6 +101,7 @@ class Run:
         self._vacuuming = Vacuuming(self._context)
         self._is_completed = False
         self._late_rows_before = 0
+        self._server_name = ""
 
     @property
     def signal(self) -> Signals | None:
@@ -119,6 +126,7 @@ class Run:
         with self._requests.signals() if self._context.options.listens_to_signals else nullcontext():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
             watching = asyncio.create_task(self._stop_when_told(), name="rotator watch for a stop")
+            ticking = asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks")
             work = asyncio.create_task(self._through_outages(), name="rotator run")
             try:
                 with self._requests.aborting(work):
@@ -135,6 +143,7 @@ class Run:
             finally:
                 timer.cancel()
                 watching.cancel()
+                ticking.cancel()
         self._notify(stopped)
         return stopped
 
@@ -159,6 +168,13 @@ class Run:
     async def _stop_when_told(self) -> None:
         if self._should_stop is not None:
             await watch(self._should_stop, lambda: self._requests.ask(_WORKER_STOPS))
+
+    async def _tick_through_outages(self) -> None:
+        """Tick while the server is unreachable, when there is no heartbeat."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if self._outage.is_away:
+                self._notify(Tick())
 
     async def _through_outages(self) -> RotationStopped:
         while True:
@@ -186,6 +202,7 @@ class Run:
         table = await check(control, self._context.target, self._context.options)
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
+        self._server_name = await name_server(control)
         self._figures.storage_before = await read_storage(control, table)
         await self._vacuuming.allow(control, table)
         if self._context.options.preflight:
@@ -194,9 +211,16 @@ class Run:
 
     async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
         """Tell what a new rotation will meet; one that goes on has been through that."""
-        examination = Examination(control, table, self._context.server, self._context.target)
-        if await examination.unfinished() is None or self._context.options.restart:
-            self._notify(Preflighted(findings=await examination.examine(self._context.options)))
+        target, options = self._context.target, self._context.options
+        examination = Examination(control, table, self._context.server, target)
+        unfinished = await examination.unfinished()
+        if unfinished is None and not options.restart:
+            # Acquiring the rotation checks this too, but the report is not worth showing before a refusal.
+            await ownership.check_repetition(
+                control, target.label, table.found_name, target.selection, after=options.after
+            )
+        if unfinished is None or options.restart:
+            self._notify(Preflighted(findings=await examination.examine(options)))
         if self._requests.drain.is_set():
             raise StoppedBeforeStartError(self._requests.signal)
 
@@ -261,6 +285,8 @@ class Run:
         with suppress(RotatorError):
             async with connected(self._context.server) as connection:
                 self._figures.storage = await read_storage(connection, table)
+                if self._context.target.condition is not None:
+                    self._figures.table_rows = await count_table(connection, table, seconds=COUNT_SECONDS)
         return self._stopped("completed", "")
 
     async def _outlast(self, lost: ServerLostError) -> bool:
@@ -305,6 +331,10 @@ class Run:
                 )
                 if self._table is not None:
                     self._figures.storage = await read_storage(connection, self._table)
+                    owned = await ownership.read_owned(connection, self._acquired.claim)
+                    if owned.bound is not None:
+                        left = await gaps(connection, self._table, owned.claim.rotation, owned.bound)
+                        self._figures.spans = spans_between(left, owned.bound)
 
     def _asked(self) -> str:
         if not self._requests.drain.is_set():
@@ -314,8 +344,24 @@ class Run:
         return LEFT_TO_WORKERS if is_handed_on else f"Stopped by {self._requests.reason}."
 
     def _stopped(self, status: EndStatus, error: str, *, superseded: bool = False) -> RotationStopped:
+        owner, chosen = self._context.owner, self._context.target.selection
         return self._figures.stopped(
-            status, error=error, late_rows_before=self._late_rows_before, superseded=superseded
+            status,
+            error=error,
+            late_rows_before=self._late_rows_before,
+            superseded=superseded,
+            run=RunFacts(
+                started_at=self._figures.started_at,
+                ended_at=datetime.now(UTC),
+                user=owner.user,
+                host=owner.host,
+                server_name=self._server_name,
+                table_name=self._table.found_name if self._table else "",
+                filters=chosen.filters,
+                excludes=chosen.excludes,
+                generator=chosen.generator,
+                include_null=chosen.include_null,
+            ),
         )
 
     def _notify(self, event: Event) -> None:

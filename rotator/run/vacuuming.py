@@ -84,11 +84,12 @@ class Vacuuming:
         started = time.monotonic()
         try:
             async with connected(self._context.server) as connection:
-                reason = await vacuum(connection, control, table, indexes=indexes)
+                is_busy = bool(await vacuum(connection, control, table, indexes=indexes))
         except RotatorError as error:
-            reason = str(error)
-        if reason:
-            self._tell(reason)
+            self._tell(str(error))
+            return
+        if is_busy:
+            self._context.notify(VacuumSkipped(reason="the table is busy", is_once=True))
         else:
             self._context.notify(Vacuumed(seconds=time.monotonic() - started))
 

@@ -51,7 +51,7 @@ def number(statement: str, parameters: Sequence[int | str] = ()) -> int:
 def url_of(database: str | None = None) -> str:
     """Name the test database, or another one of its server, to a process that does not run under pytest."""
     name = database or str(connection.settings_dict["NAME"])
-    configured = os.environ.get("DATABASE_URL")
+    configured = os.environ.get("TEST_DATABASE_URL")
     if not configured:
         return database_url(PROJECT, name)
     return urlunsplit(urlsplit(configured)._replace(path=f"/{quote(name, safe='')}"))
@@ -198,7 +198,9 @@ class Commands:
 def environment(url: str) -> dict[str, str]:
     """Return this process's environment, with a virtual environment that looks activated."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    return {**os.environ, "DATABASE_URL": url, "PATH": path, "PYTHONWARNINGS": "error"}
+    # The first is for the project's settings, the second for those of the tests.
+    urls = {"DATABASE_URL": url, "TEST_DATABASE_URL": url}
+    return {**os.environ, **urls, "PATH": path, "PYTHONWARNINGS": "error"}
 
 
 def resolved(command: Sequence[str]) -> list[str]:

@@ -21,9 +21,9 @@ _SECONDS = 300
 _DJANGOS_OWN = ("cursor_factory", "context", "prepare_threshold", "dbname")
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of docs/install.md in one language, in their order."""
-    text = (PROJECT / "docs" / "install.md").read_text()
+def blocks(language: str, guide: str = "install.md") -> list[str]:
+    """The fenced blocks of a guide in one language, in their order."""
+    text = (PROJECT / "docs" / guide).read_text()
     return [block for kind, block in _FENCED.findall(text) if kind == language]
 
 

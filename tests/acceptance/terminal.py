@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 
 from tests.acceptance.harness import COMMAND, MANAGE, PROJECT, environment, resolved, url_of, wait_until
 
+CTRL_C, CTRL_D = "\x03", "\x04"
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 # The terminal that a session's leader opens first becomes the session's own: it types Ctrl-C, it hangs up.

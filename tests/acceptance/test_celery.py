@@ -369,6 +369,8 @@ def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
     slow_down(0.02)
     hosts.worker(processes=2)
     with rotating_in_a_terminal("--celery", "--batch=20", CELERY_BROKER_URL=hosts.url) as terminal:
+        terminal.wait_for("now? [y/N] ")
+        terminal.type("y\n")
         wait_for_checkpoints(20)
         terminal.type("\x03")
         terminal.wait_for("Leave it to the workers, to go on without this terminal? [y/N] ")
@@ -453,6 +455,24 @@ def test_nothing_of_celery_is_imported_without_it(commands: Commands) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.parametrize("detach", [(), ("--detach",)], ids=["celery", "detached"])
+def test_the_same_command_after_completion_is_refused(hosts: Hosts, detach: tuple[str, ...]) -> None:
+    audit = audited_tickets(ROWS)
+    worker = hosts.worker(processes=2)
+    assert hosts.rotate("--batch=100").status == 0
+    number = Rotation.objects.get().pk
+
+    refused = hosts.rotate(*detach)
+
+    assert refused.status == 1
+    assert refused.complaint.startswith(f"Rotation {number} of tickets.Ticket.token completed at ")
+    # Its message comes once more, although it is completed.
+    hosts.deliver_again(number)
+    wait_until(lambda: "rotator.coordinate[" in worker.err and "succeeded" in worker.err, "it is over")
+    assert Rotation.objects.count() == 1
+    audit.assert_rotated()
+
+
 def test_what_was_stopped_on_purpose_is_not_gone_on_with(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     worker = hosts.worker()
@@ -484,4 +504,4 @@ def test_without_the_extra_it_says_what_to_install(commands: Commands, tmp_path:
     known = ("env", *(f"{name}={value}" for name, value in environment.items()))
     finished = commands.start("--celery", program=(*known, *MANAGE, COMMAND)).wait()
     assert finished.status == 1
-    assert finished.complaint == "--celery needs celery: pip install 'django-async-rotator[celery]'."
+    assert finished.complaint == "--celery needs celery: pip install 'celery[redis]>=5.5'."

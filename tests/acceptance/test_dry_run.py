@@ -1,9 +1,9 @@
-"""``--dry-run`` shows the preflight and changes nothing."""
+"""``--dry-run`` shows the preflight and leaves every row as it was."""
 
 from django.db import connection
 
 from tests.acceptance.audit import audited_tickets
-from tests.acceptance.harness import Commands
+from tests.acceptance.harness import Commands, query
 
 _TABLES = (
     "SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -39,6 +39,22 @@ def test_a_dry_run_changes_nothing(commands: Commands) -> None:
     (time,) = (line for line in lines if line.startswith("  time "))
     assert "rows were rewritten at " in time
     assert "  - there is no way back to the old values" in finished.out
+
+
+_VERSIONS = "SELECT sum(xmax::text::bigint)::text, count(DISTINCT xmax::text) FROM tickets_ticket"
+
+
+def test_without_a_sample_no_row_is_touched(commands: Commands) -> None:
+    audited_tickets(20_000)
+    before = query(_VERSIONS)
+
+    finished = commands.run("--dry-run", "--no-sample", "--batch", "50")
+
+    assert (finished.status, finished.err) == (0, "")
+    assert "not measured; --dry-run without --no-sample measures it" in finished.out
+    assert query(_VERSIONS) == before == [("0", 1)]
+    assert commands.run("--dry-run", "--batch", "50").status == 0
+    assert query(_VERSIONS) != before
 
 
 def test_without_a_preflight(commands: Commands) -> None:

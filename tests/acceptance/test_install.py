@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.acceptance.harness import PROJECT
 from tests.acceptance.installed import Environment, Site, blocks, copy_of_this_repository
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -50,6 +51,21 @@ def test_the_wheel_holds_the_reusable_app_alone(clone: Path) -> None:
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
     ]
     assert not [line for line in needed if "dj-database-url" in line or "embedded" in line]
+
+
+def test_the_extra_for_celery_can_be_installed_as_the_guide_says(
+    environment: Environment, clone: Path
+) -> None:
+    install, *_ = blocks("sh", guide="celery.md")
+    said = environment.run(install.replace("pip install", "pip install --dry-run"), cwd=clone)
+    assert "Would install" in said
+    assert "celery" in said.lower()
+
+
+def test_no_advice_names_an_index_that_has_no_such_package() -> None:
+    guides = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"), *(PROJECT / "rotator").rglob("*.py")]
+    named = [guide.name for guide in guides if "install 'django-async-rotator" in guide.read_text()]
+    assert named == []
 
 
 def test_the_guide_word_for_word(site: Site) -> None:

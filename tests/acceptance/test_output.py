@@ -2,14 +2,25 @@
 
 import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 
+from rotator import __version__
 from rotator.models import Rotation
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
-from tests.acceptance.harness import COMMAND, Commands
+from tests.acceptance.harness import (
+    COMMAND,
+    MANAGE,
+    Commands,
+    number,
+    query,
+    url_of,
+    wait_for_checkpoints,
+    wait_until,
+)
 
 REPORT_KEYS = {
     "rotation",
@@ -39,12 +50,29 @@ REPORT_KEYS = {
     "resumed",
     "failed_keys",
     "error",
+    "reason",
+    "spans",
+    "table_rows",
+    "table_rows_is_exact",
+    "unchanged_rows",
+    "started_at",
+    "ended_at",
+    "user",
+    "host",
+    "server",
+    "table",
+    "filters",
+    "excludes",
+    "generator",
+    "include_null",
 }
 HEAD_KEYS = {"event", "at", "rotation"}
 EVENT_KEYS = {
     "preflight": {
         "target",
         "database",
+        "server_name",
+        "table_name",
         "concurrency",
         "rows_left",
         "unfinished",
@@ -79,11 +107,24 @@ EVENT_KEYS = {
         "deferrals",
         "retries",
         "failed_rows",
+        "outage_left_seconds",
     },
     "drain_started": {"reason"},
     "stopped": REPORT_KEYS,
 }
 CONTROL = re.compile(r"[^\n -~]")
+
+
+def untimed(said: str) -> list[str]:
+    """Return the lines without the time that each of them begins with."""
+    now = datetime.now(UTC)
+    lines = []
+    for line in said.splitlines():
+        at, _, rest = line.partition(" ")
+        assert re.fullmatch(r"[-0-9]{10}T[:0-9]{8}Z", at)
+        assert abs(datetime.fromisoformat(at) - now) < timedelta(minutes=5)
+        lines.append(rest)
+    return lines
 
 
 def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
@@ -92,7 +133,7 @@ def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
 
     rotation = Rotation.objects.get()
     assert CONTROL.search(finished.out + finished.err) is None
-    *screen, undone, started, last, ended = finished.err.splitlines()
+    *screen, undone, started, last, ended = untimed(finished.err)
     assert screen[0].startswith("Before the first write to tickets.Ticket.token ")
     assert undone.startswith("  - ")
     assert last.startswith("every row is done")
@@ -165,12 +206,19 @@ def test_the_report_says_what_the_summary_says(commands: Commands, tmp_path: Pat
         "error": "",
     }
     assert {name: second[name] for name in expected} == expected
-    assert (first["status"], first["rows"], first["resumed"], first["error"]) == (
+    assert (first["status"], first["rows"], first["resumed"], first["error"], first["reason"]) == (
         "interrupted",
         1000,
         False,
-        "Stopped by --stop-after.",
+        "",
+        "stopped by --stop-after",
     )
+    assert (second["user"], second["host"]) == (rotation.owner_user, rotation.owner_host)
+    assert re.fullmatch(r"\w+@[^@]+:\d+/\w+", second["server"])
+    assert (second["table"], second["filters"], second["generator"]) == ("public.tickets_ticket", [], "")
+    started_at, ended_at = (datetime.fromisoformat(second[name]) for name in ("started_at", "ended_at"))
+    assert started_at.tzinfo is not None
+    assert (ended_at - started_at).total_seconds() == pytest.approx(second["seconds"], abs=0.5)
     assert second["seconds_total"] > second["seconds"] > 0
     assert second["seconds_total"] == pytest.approx(first["seconds_total"] + second["seconds"], abs=0.1)
     assert second["peak_memory_bytes"] > 10_000_000
@@ -191,7 +239,7 @@ def test_a_resumed_run_says_how_far_it_was_and_when_it_stopped(commands: Command
     assert re.fullmatch(
         f"rotation {rotation.pk} of tickets.Ticket.token resumes: 5,000 of 8,000 rows were done in "
         f"[0-9.]+ s when it stopped at {left_at:%Y-%m-%d %H:%M:%S} UTC",
-        resumed.err.splitlines()[0],
+        untimed(resumed.err)[0],
     )
     assert resumed.summary[1].split() == ["rows", "3,000", "in", "this", "run,", "8,000", "in", "all"]
     audit.assert_rotated()
@@ -238,3 +286,85 @@ def test_restart_begins_anew_without_asking_where_nobody_could_answer(commands: 
     assert commands.go_on(stopped).status == 0
     assert audit.changed() == 6000
     assert Rotation.objects.latest("pk").status == "completed"
+
+
+def test_a_filtered_rotation_says_so_wherever_it_completes(commands: Commands, tmp_path: Path) -> None:
+    audit = audited_tickets(6000)
+    file = tmp_path / "report.json"
+    finished = commands.run("--filter", "title__endswith=0", "--report", str(file))
+
+    assert finished.status == 0
+    changed = number("SELECT count(*) FROM tickets_ticket WHERE title LIKE '%0'")
+    assert audit.changed() == changed == 600
+    sentence = "600 of 6,000 rows match the filter; 5,400 were left unchanged"
+    assert finished.summary[0].endswith(f"gave 600 rows of tickets.Ticket.token a new value. {sentence}.")
+    assert untimed(finished.err)[-1].endswith(f": 600 rows in this run; {sentence}")
+    report = json.loads(file.read_text())
+    assert (report["rows"], report["table_rows"], report["unchanged_rows"]) == (600, 6000, 5400)
+    assert report["filters"] == ["title__endswith=0"]
+    pk = str(Rotation.objects.get().pk)
+    for words in ((), (pk,)):
+        listed = commands.start(*words, program=(*MANAGE, "rotations")).wait()
+        assert "600 of 600 that match the filter" in listed.out
+    facts = json.loads(commands.start("--json", program=(*MANAGE, "rotations")).wait().out)
+    assert facts[0]["is_filtered"] is True
+
+
+def test_a_canary_says_which_keys_to_look_at(commands: Commands, tmp_path: Path) -> None:
+    audited_tickets(6000)
+    file = tmp_path / "report.json"
+    stopped = commands.run("--batch", "500", "--stop-after", "2500", "--report", str(file))
+
+    last = number("SELECT max((through->>0)::bigint) FROM rotator_completedrange")
+    assert stopped.summary[3].split() == ["keys", "up", "to", f"[{last}]"]
+    assert json.loads(file.read_text())["spans"] == [{"after": None, "through": f"[{last}]"}]
+    assert "  keys " not in commands.run().out
+
+
+@pytest.mark.parametrize("options", [(), ("--progress=lines",)])
+def test_verbosity_0_is_silent(commands: Commands, options: tuple[str, ...]) -> None:
+    audit = audited_tickets(1000)
+    finished = commands.run("-v0", *options)
+    assert (finished.status, finished.out, finished.err) == (0, "", "")
+    audit.assert_rotated()
+
+
+def test_verbosity_0_tells_of_errors(commands: Commands) -> None:
+    audited_tickets(100)
+    query("ALTER TABLE tickets_ticket ADD CONSTRAINT frozen CHECK (id <> 8) NOT VALID")
+    try:
+        finished = commands.run("--verbosity=0")
+    finally:
+        query("ALTER TABLE tickets_ticket DROP CONSTRAINT frozen")
+    assert (finished.status, finished.out) == (1, "")
+    assert finished.complaint.startswith("Failed: rotation ")
+    assert commands.run("-v0").err == ""
+    assert commands.run("-v0").complaint.startswith("Rotation ")
+
+
+@pytest.mark.parametrize("command", ["async_rotate", "rotations"])
+def test_the_version_is_that_of_the_app(commands: Commands, command: str) -> None:
+    finished = commands.start("--version", program=(*MANAGE, command)).wait()
+    assert (finished.status, finished.out) == (0, f"{__version__}\n")
+
+
+def test_while_a_range_waits_for_a_lock_the_eta_is_unknown(commands: Commands) -> None:
+    audit = audited_tickets(8000)
+    slow_down(0.15)
+    with psycopg.connect(url_of()) as other:
+        other.execute("SELECT FROM tickets_ticket WHERE id = (SELECT max(id) FROM tickets_ticket) FOR UPDATE")
+        running = commands.start("--batch", "100", "--progress", "json")
+        wait_for_checkpoints(79)
+        said = len(running.out.splitlines())
+        wait_until(lambda: len(running.out.splitlines()) > said + 5, "progress while it waits")
+        other.rollback()
+    assert running.wait().status == 0
+
+    events = [json.loads(line) for line in running.out.splitlines()]
+    shown = [event for event in events if event["event"] == "progress"]
+    assert any(event["eta_seconds"] for event in shown)
+    waiting = [event["eta_seconds"] for event in shown if 7900 <= event["rows_done"] < 8000]
+    assert len(waiting) >= 5
+    # The first second may be the time that a range takes.
+    assert waiting[2:] == [None] * len(waiting[2:])
+    audit.assert_rotated()

@@ -84,7 +84,7 @@ def test_a_rotation_that_is_finished_while_it_is_watched_is_not_begun_anew(comma
     assert not finished.out
     assert finished.err.splitlines()[-1] == (
         f"CommandError: Rotation {rotation.pk} of tickets.Ticket.token was finished by somebody on elsewhere "
-        "(pid 42) just now: start again for a new one, if you mean to."
+        "(pid 42) just now. To rotate the same rows again, use --restart."
     )
     assert Rotation.objects.count() == 1
     audit.assert_untouched()

@@ -175,6 +175,6 @@ def test_a_database_that_does_not_exist(commands: Commands, audit: Audit) -> Non
     assert finished.status == 1
     assert finished.complaint.startswith("The database 'default' cannot be reached; ")
     assert 'database "nobody_made_this" does not exist' in finished.complaint
-    password = urlsplit(os.environ.get("DATABASE_URL", "")).password
+    password = urlsplit(os.environ.get("TEST_DATABASE_URL", "")).password
     assert not password or password not in finished.err
     _assert_nothing_happened(audit, finished)

@@ -67,7 +67,7 @@ def test_a_completed_rotation_is_followed_by_another_one(commands: Commands) -> 
     assert commands.run().status == 0
     between = query("SELECT id, token FROM tickets_ticket")
 
-    finished = commands.run()
+    finished = commands.run("--restart")
 
     assert finished.status == 0
     assert set(query("SELECT id, token FROM tickets_ticket")).isdisjoint(between)

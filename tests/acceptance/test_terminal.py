@@ -5,12 +5,19 @@ import pytest
 from rotator.models import CompletedRange, Rotation
 from tests.acceptance.audit import audited_tickets
 from tests.acceptance.harness import Commands, wait_for_checkpoints, wait_until
-from tests.acceptance.terminal import HIDE_CURSOR, SHOW_CURSOR, Terminal, rotating_in_a_terminal, seen
+from tests.acceptance.terminal import (
+    CTRL_C,
+    CTRL_D,
+    HIDE_CURSOR,
+    SHOW_CURSOR,
+    Terminal,
+    rotating_in_a_terminal,
+    seen,
+)
 
 pytestmark = pytest.mark.usefixtures("commands")
 
 ROWS = 20_000
-CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 def _assert_restored(said: str) -> None:
@@ -21,7 +28,7 @@ def _assert_restored(said: str) -> None:
 @pytest.mark.parametrize("columns", [120, 40])
 def test_the_bar_fits_and_ends_with_all_of_it(columns: int) -> None:
     audit = audited_tickets(ROWS)
-    with rotating_in_a_terminal("--batch", "50", columns=columns) as terminal:
+    with rotating_in_a_terminal("--noinput", "--batch", "50", columns=columns) as terminal:
         status = terminal.wait()
 
     # The summary's lines are the terminal's to wrap.
@@ -38,7 +45,7 @@ def test_the_bar_fits_and_ends_with_all_of_it(columns: int) -> None:
 
 def test_ctrl_c_drains_and_the_bar_says_so() -> None:
     audit = audited_tickets(ROWS)
-    with rotating_in_a_terminal("--batch", "20") as terminal:
+    with rotating_in_a_terminal("--noinput", "--batch", "20") as terminal:
         wait_for_checkpoints(10)
         terminal.type(CTRL_C)
         status = terminal.wait()
@@ -57,7 +64,7 @@ def test_ctrl_c_drains_and_the_bar_says_so() -> None:
 
 def test_a_window_that_is_closed_drains_as_a_signal_does() -> None:
     audit = audited_tickets(ROWS)
-    with rotating_in_a_terminal("--batch", "20") as terminal:
+    with rotating_in_a_terminal("--noinput", "--batch", "20") as terminal:
         wait_for_checkpoints(10)
         terminal.close()
         status = terminal.wait()
@@ -71,7 +78,7 @@ def _wait_for_the_question(terminal: Terminal) -> None:
     rotation = Rotation.objects.get()
     terminal.wait_for(
         f"Rotation {rotation.pk} of tickets.Ticket.token is unfinished, with 500 of 1,000 rows done. "
-        "Abandon it and rotate all rows anew? [y/N] "
+        "Abandon it and rotate all rows again? [y/N] "
     )
 
 
@@ -79,7 +86,10 @@ def test_restart_asks_and_leaves_all_as_it_was(commands: Commands) -> None:
     audit = audited_tickets(1000)
     commands.run("--stop-after", "500")
     before = Rotation.objects.values().get()
-    unchanged = (1, "CommandError: Nothing was changed; without --restart the rotation goes on.")
+    unchanged = (
+        1,
+        "CommandError: Nothing was changed. Without --restart, the same command resumes the rotation.",
+    )
     stopped = (130, "CommandError: Stopped before anything was changed.")
 
     for answer, expected in (
@@ -103,6 +113,8 @@ def test_restart_asks_and_begins_anew(commands: Commands) -> None:
     with rotating_in_a_terminal("--restart") as terminal:
         _wait_for_the_question(terminal)
         terminal.type("y\n")
+        terminal.wait_for("Rotate 1,000 rows of tickets.Ticket.token now? [y/N] ")
+        terminal.type("y\n")
         assert terminal.wait() == 0
 
     assert list(Rotation.objects.order_by("pk").values_list("status", flat=True)) == [
@@ -124,7 +136,7 @@ def test_noinput_asks_nothing(commands: Commands) -> None:
 
 def test_a_second_ctrl_c_leaves_the_terminal_as_it_was() -> None:
     audit = audited_tickets(ROWS)
-    with rotating_in_a_terminal("--batch", "20") as terminal:
+    with rotating_in_a_terminal("--noinput", "--batch", "20") as terminal:
         wait_for_checkpoints(10)
         terminal.type(CTRL_C + CTRL_C + CTRL_C)
         status = terminal.wait()

@@ -48,7 +48,7 @@ def test_the_documented_grants_are_enough_to_rotate_and_to_take_over(
 
     assert_completed(rotations.rotated(url, "--take-over"))
     audit.assert_rotated_once()
-    assert_completed(rotations.rotated(url))
+    assert_completed(rotations.rotated(url, "--restart"))
 
 
 def test_without_the_right_to_update_the_column(database: Database, rotations: Rotations, url: str) -> None:
@@ -68,6 +68,30 @@ def test_without_the_right_to_update_the_column(database: Database, rotations: R
     database.query(f"GRANT UPDATE (token) ON tickets_ticket TO {ROLE}")
     assert_completed(rotations.rotated(url))
     audit.assert_rotated_once()
+
+
+@pytest.mark.parametrize(
+    ("revoked", "grant"),
+    [
+        ("UPDATE (token) ON tickets_ticket", 'GRANT UPDATE ("token") ON "tickets_ticket" TO rotating;'),
+        ("INSERT ON rotator_completedrange", "GRANT INSERT ON rotator_completedrange TO rotating;"),
+        ("SELECT, UPDATE ON rotator_rotation", "GRANT SELECT, UPDATE ON rotator_rotation TO rotating;"),
+        ("SELECT ON django_migrations", "GRANT SELECT ON django_migrations TO rotating;"),
+    ],
+)
+def test_a_dry_run_without_a_privilege_says_what_to_grant(
+    database: Database, rotations: Rotations, url: str, revoked: str, grant: str
+) -> None:
+    make_tickets(database, 100)
+    database.query(f"REVOKE {revoked} FROM {ROLE}")
+
+    refused = rotations.rotated(url, "--dry-run")
+
+    assert refused.status == 1
+    sentence = "This role lacks a privilege that the rotation needs. Run: "
+    assert refused.complaint == sentence + grant
+    database.query(refused.complaint.removeprefix(sentence))
+    assert rotations.rotated(url, "--dry-run").status == 0
 
 
 def test_row_level_security_that_hides_rows_is_refused(

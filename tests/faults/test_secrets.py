@@ -160,7 +160,7 @@ def test_anybody_else_is_warned(talkative: OwnServer, database: Database, rotati
         # What the warning advises.
         database.query("ALTER ROLE ordinary SET log_parameter_max_length = 0")
         before = len(talkative.log())
-        quiet = rotations.rotated(url, "--batch=100")
+        quiet = rotations.rotated(url, "--batch=100", "--restart")
 
     warning = (
         "warning: the server will log the new values, because of log_min_duration_statement = 0, "

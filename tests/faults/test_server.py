@@ -321,3 +321,26 @@ def test_a_full_disk(database: Database, rotations: Rotations, tmp_path: Path) -
 
     assert_completed(rotations.rotated(database.url()))
     audit.assert_rotated_once()
+
+
+def test_an_outage_ticks_and_shows_the_budget_that_is_left(
+    server: OwnServer, database: Database, rotations: Rotations
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    options = ("--batch=100", "--outage-budget=60s")
+    running = rotations.rotate(database.url(), *options, "--progress=json")
+    wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
+    server.stop()
+    wait_until(lambda: running.out.count('"state": "outage"') >= 3, "the outage ticks")
+    server.start()
+    finished = running.wait()
+
+    events = [json.loads(line) for line in finished.out.splitlines()]
+    outage = [event for event in events if event.get("state") == "outage"]
+    left = [event["outage_left_seconds"] for event in outage]
+    assert left == sorted(left, reverse=True)
+    assert 50 < left[-1] < left[0] < 60
+    assert {event["eta_seconds"] for event in outage} == {None}
+    assert events[-1]["status"] == "completed"
+    audit.assert_rotated_once()

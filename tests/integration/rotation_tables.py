@@ -259,6 +259,7 @@ async def try_to_begin(
     target: str = TARGET,
     table_name: str = TABLE_NAME,
     database: str = "default",
+    repeats: bool = True,
 ) -> Claim | None:
     """Begin a rotation as somebody's."""
     terms = Terms(
@@ -269,7 +270,7 @@ async def try_to_begin(
         selection={},
         identity={},
     )
-    return await begin_rotation(control, terms, owner)
+    return await begin_rotation(control, terms, owner, repeats=repeats)
 
 
 async def begin(control: psycopg.AsyncConnection) -> Claim:

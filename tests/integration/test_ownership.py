@@ -7,7 +7,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from rotator.errors import RowsLockedError, SupersededError
+from rotator.errors import RotationRepeatedError, RowsLockedError, SupersededError
 from rotator.events import EndStatus
 from rotator.keys import Key
 from rotator.postgres import ownership
@@ -98,6 +98,25 @@ async def test_by_another_alias_it_is_the_same_rotation(
     assert await try_to_begin(control, STRANGER, database="direct") is None
     taken = await take_over(control, claim, database="direct", owner=STRANGER, options={})
     assert taken == Claim(rotation=claim.rotation, generation=2)
+
+
+async def test_a_completion_just_before_the_insert_is_not_repeated(
+    database: Database, control: psycopg.AsyncConnection, claim: Claim
+) -> None:
+    database.execute(
+        "CREATE FUNCTION completes() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN UPDATE rotator_rotation"
+        " SET status = 'completed', finished_at = clock_timestamp() WHERE status = 'running';"
+        " RETURN NEW; END $$",
+    )
+    database.execute(
+        "CREATE TRIGGER completes BEFORE INSERT ON rotator_rotation FOR EACH ROW EXECUTE FUNCTION completes()"
+    )
+    try:
+        with pytest.raises(RotationRepeatedError, match=f"Rotation {claim.rotation} of {TARGET} completed"):
+            await try_to_begin(control, STRANGER, repeats=False)
+    finally:
+        database.execute("DROP FUNCTION completes() CASCADE")
+    assert database.execute("SELECT count(*) FROM rotator_rotation") == [(1,)]
 
 
 async def test_nothing_is_unfinished_before_the_first_rotation(control: psycopg.AsyncConnection) -> None:

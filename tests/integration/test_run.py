@@ -159,7 +159,7 @@ def test_rows_above_the_bound_are_left_alone(database: Database) -> None:
 def test_a_completed_rotation_is_followed_by_a_new_one(database: Database) -> None:
     database.make_tickets(1, 30)
     database.count_updates()
-    first, second = rotate(), rotate()
+    first, second = rotate(), rotate(restart=True)
     assert_completed(second, rows=30)
     assert first.stopped.rotation != second.stopped.rotation
     assert not second.stopped.resumed
@@ -621,7 +621,7 @@ def test_a_limit_counts_the_rows_before_an_outage_too(database: Database) -> Non
 
 def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Database) -> None:
     database.make_tickets(1, 500)
-    database.before_update("IF OLD.id = 7 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
+    database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def end(event: Event) -> None:
         if isinstance(event, RowFailed) and told.of(RowFailed) == 1:
@@ -631,14 +631,14 @@ def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Data
     outcome = rotate(told)
     assert outcome.stopped.status == "failed"
     assert told.of(OutageEnded) == 1
-    assert outcome.stopped.failed_keys == (("[7]", "raise_exception (P0001)"),)
+    assert outcome.stopped.failed_keys == (("[257]", "raise_exception (P0001)"),)
 
 
 def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_nothing(
     database: Database,
 ) -> None:
     database.make_tickets(1, 500)
-    trigger = database.before_update("IF OLD.id = 7 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
+    trigger = database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def mend(event: Event) -> None:
         if isinstance(event, RowFailed):
@@ -713,7 +713,7 @@ def test_the_heartbeat_does_not_take_completion_for_a_takeover(
     database.make_tickets(1, 200)
     monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
     for _ in range(5):
-        assert_completed(rotate(), rows=200)
+        assert_completed(rotate(restart=True), rows=200)
 
 
 # --- Replies that are lost -------------------------------------------------------------------------

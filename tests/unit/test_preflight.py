@@ -29,6 +29,8 @@ SERVER = ServerFindings(
 FINDINGS = Findings(
     target="shop.Order.api_key",
     database="default",
+    server_name="app@db1:5432/shop",
+    table_name="public.shop_order",
     concurrency=4,
     rows_left=1_000_000,
     unfinished=None,
@@ -43,11 +45,12 @@ def test_it_is_one_screen() -> None:
     lines = preflight(FINDINGS).splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 110
-    assert lines[:4] == [
+    assert lines[:5] == [
         "Before the first write to shop.Order.api_key in the database 'default':",
+        "  server       app@db1:5432/shop",
         "  rows         1,000,000 counted",
-        "  table        77 MB, its indexes 62 MB",
-        "  indexes      each update writes to all 2: ticket_token_key 40 MB, ticket_pkey 22 MB",
+        "  table        public.shop_order: 73 MB, its indexes 59 MB",
+        "  indexes      each update writes to all 2: ticket_token_key 38 MB, ticket_pkey 21 MB",
     ]
     (time,) = (line for line in lines if line.startswith("  time "))
     assert time.endswith(
@@ -61,7 +64,7 @@ def test_an_estimated_count_and_a_rotation_that_goes_on() -> None:
     )
     text = preflight(findings)
     assert "about 1,000,000 (estimate); rotation 7 goes on, with about 300,000 left" in text
-    assert "not measured; --dry-run does" in text
+    assert "not measured; --dry-run without --no-sample measures it" in text
     assert findings.estimated_seconds is None
 
 
@@ -104,7 +107,7 @@ def test_many_indexes_are_named_below_each_other_and_the_smallest_only_counted()
     indexes = tuple(Index(name=f"index_{n}", size_bytes=1000, holds_column=True) for n in range(30))
     text = preflight(replace(FINDINGS, table=replace(TABLE, indexes=indexes)))
     assert "each update writes to all 30:" in text
-    assert "index_3 1.0 kB\n" in text or "index_3 1 kB\n" in text
+    assert "index_3 1000 bytes\n" in text
     assert "26 more" in text
     assert "index_4" not in text
 

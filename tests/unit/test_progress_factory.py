@@ -24,7 +24,7 @@ def test_the_kinds_are_those_of_the_option() -> None:
 def test_lines_go_to_err() -> None:
     out, err = told("lines", io.StringIO())
     assert out == ""
-    assert err.startswith("rotation 7 of tickets.Ticket.token starts")
+    assert "Z rotation 7 of tickets.Ticket.token starts" in err.splitlines()[0]
 
 
 def test_json_goes_to_out_and_nothing_else_does() -> None:

@@ -43,11 +43,12 @@ def test_rates(rows_per_second: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("number_of_bytes", "text"),
     [
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (52_300_000, "52 MB"),
-        (999_700_000, "1.0 GB"),
-        (1_340_000_000, "1.3 GB"),
+        (0, "0 bytes"),
+        (10239, "10239 bytes"),
+        (10240, "10 kB"),
+        (52_300_000, "50 MB"),
+        (10_737_418_239, "10 GB"),
+        (1_340_000_000, "1278 MB"),
     ],
 )
 def test_sizes(number_of_bytes: int, text: str) -> None:

@@ -96,6 +96,7 @@ def test_progress_comes_once_a_second_with_the_figures() -> None:
         "deferrals": 1,
         "retries": 1,
         "failed_rows": 0,
+        "outage_left_seconds": None,
     }
 
 

@@ -14,30 +14,44 @@ from rotator.events import (
     RangeRetried,
     RowFailed,
     Tick,
+    VacuumSkipped,
 )
 from rotator.keys import Key
 from rotator.progress.lines import LinesObserver
-from tests.unit.progress_fakes import Clock, Gone, completed, resumed, started, stopped
+from tests.unit.progress_fakes import STOPPED_AT, Clock, Gone, completed, resumed, started, stopped
+
+AT = "2026-03-01T12:03:05Z "
+
+
+def observer_of(stream: io.StringIO, clock: Clock) -> LinesObserver:
+    return LinesObserver(stream, clock=clock, wall_clock=lambda: STOPPED_AT)
+
+
+def lines_of(stream: io.StringIO) -> list[str]:
+    """Return the lines without the time that each begins with."""
+    lines = stream.getvalue().splitlines()
+    assert all(line.startswith(AT) for line in lines)
+    return [line.removeprefix(AT) for line in lines]
 
 
 def told(*events: Event) -> list[str]:
     """Return the lines that the events give when none of them takes any time."""
     stream = io.StringIO()
-    observer = LinesObserver(stream, clock=Clock())
+    observer = observer_of(stream, Clock())
     for event in events:
         observer(event)
-    return stream.getvalue().splitlines()
+    return lines_of(stream)
 
 
 def test_figures_come_every_five_seconds() -> None:
     stream, clock = io.StringIO(), Clock()
-    observer = LinesObserver(stream, clock=clock)
+    observer = observer_of(stream, clock)
     observer(started())
     for step in range(1, 121):
         clock.now = step / 10
         observer(completed(rows=2000))
         observer(Tick())
-    first, *figures = stream.getvalue().splitlines()
+    first, *figures = lines_of(stream)
     assert first == (
         "rotation 7 of tickets.Ticket.token starts: 1,000,000 rows, 4 workers, 2,000 rows a range"
     )
@@ -49,7 +63,7 @@ def test_figures_come_every_five_seconds() -> None:
 
 def test_figures_before_the_start_would_be_about_nothing() -> None:
     stream, clock = io.StringIO(), Clock()
-    observer = LinesObserver(stream, clock=clock)
+    observer = observer_of(stream, clock)
     clock.now = 60
     observer(Tick())
     assert stream.getvalue() == ""
@@ -57,11 +71,11 @@ def test_figures_before_the_start_would_be_about_nothing() -> None:
 
 def test_an_estimate_is_called_one_and_an_unknown_eta_too() -> None:
     stream, clock = io.StringIO(), Clock()
-    observer = LinesObserver(stream, clock=clock)
+    observer = observer_of(stream, clock)
     observer(started(rows_total_is_exact=False))
     clock.now = 6
     observer(Tick())
-    assert stream.getvalue().splitlines() == [
+    assert lines_of(stream) == [
         "rotation 7 of tickets.Ticket.token starts: about 1,000,000 rows, 4 workers, 2,000 rows a range",
         "0 of about 1,000,000 rows (0%), ETA unknown",
     ]
@@ -69,7 +83,7 @@ def test_an_estimate_is_called_one_and_an_unknown_eta_too() -> None:
 
 def test_what_holds_the_run_up_is_in_the_figures() -> None:
     stream, clock = io.StringIO(), Clock()
-    observer = LinesObserver(stream, clock=clock)
+    observer = observer_of(stream, clock)
     observer(started())
     observer(RangeDeferred(rows=2000))
     observer(RangeDeferred(rows=2000))
@@ -78,9 +92,9 @@ def test_what_holds_the_run_up_is_in_the_figures() -> None:
     observer(OutageStarted(reason="connection refused", budget_seconds=300))
     clock.now = 7
     observer(Tick())
-    assert stream.getvalue().splitlines()[-1] == (
-        "0 of 1,000,000 rows (0%), server away for 7 s, ranges put off 2 times, tried again 1 time, "
-        "1 row failed"
+    assert lines_of(stream)[-1] == (
+        "0 of 1,000,000 rows (0%), unreachable 7 s, 4 min 53 s left, ranges put off 2 times, "
+        "tried again 1 time, 1 row failed"
     )
 
 
@@ -115,6 +129,10 @@ def test_a_resumed_start_is_one_line() -> None:
             ),
         ),
         (LateRowsRotated(rows=12), "12 rows that no range had written, rotated now"),
+        (
+            VacuumSkipped(reason="the table is busy", is_once=True),
+            "skipped one VACUUM: the table is busy",
+        ),
         (
             DrainStarted(reason="SIGINT"),
             "SIGINT: draining, ranges in flight commit and no more are planned",
@@ -170,7 +188,7 @@ def test_no_control_characters_whatever_names_and_reasons_hold() -> None:
 
 def test_a_reader_that_went_away_does_not_stop_the_run() -> None:
     stream = Gone(1)
-    observer = LinesObserver(stream, clock=Clock())
+    observer = observer_of(stream, Clock())
     observer(started())
     observer(DrainStarted(reason="SIGINT"))
     stream.left = 1

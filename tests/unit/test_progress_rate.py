@@ -87,8 +87,8 @@ def test_a_stall_lets_the_rate_decay_and_takes_the_eta_away() -> None:
 def test_the_eta_is_taken_away_after_ten_silent_seconds() -> None:
     rate = RecentRate()
     now = steady(rate, begin=0, ranges=600, every=0.1)
-    assert rate.eta_seconds(1000, now + 9) is not None
-    assert rate.eta_seconds(1000, now + 11) is None
+    assert rate.eta_seconds(1_000_000, now + 9) is not None
+    assert rate.eta_seconds(1_000_000, now + 11) is None
 
 
 def test_a_stall_is_forgotten_a_window_after_it_ended() -> None:
@@ -122,3 +122,14 @@ def test_memory_does_not_grow_with_the_number_of_ranges() -> None:
         rate.add(100, now=step / 1000, seconds=0.01)
     assert rate.rows_per_second(100) == pytest.approx(100_000, rel=0.02)
     assert len(rate._samples) <= WINDOW_SECONDS / 0.25 + 2  # noqa: SLF001 - the memory cap is the point
+
+
+def test_what_is_held_up_has_no_eta_although_little_is_left() -> None:
+    rate = RecentRate()
+    for step in range(100):
+        rate.add(2000, now=step / 10, seconds=0.1)
+    now = 9.9
+    assert rate.eta_seconds(2000, now + 0.5) == pytest.approx(0.1, rel=0.1)
+    assert rate.eta_seconds(2000, now + 1.1) is None
+    # With much left, a second without a completed range says nothing.
+    assert rate.eta_seconds(400_000, now + 1.1) is not None

@@ -1,6 +1,8 @@
 import json
 
-from rotator.keys import Key
+import pytest
+
+from rotator.keys import Key, KeySpan, spans_between
 from rotator.progress.summary import report, summary
 from tests.unit.progress_fakes import stopped
 
@@ -9,7 +11,8 @@ KEYS = (
     "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows unconfirmed_rows "
     "ranges seconds seconds_total rows_per_second retries outage_seconds peak_memory_bytes concurrency batch "
     "heap_bytes_before heap_bytes index_bytes_before index_bytes dead_rows vacuums vacuum_seconds resumed "
-    "failed_keys error"
+    "failed_keys error reason spans table_rows table_rows_is_exact unchanged_rows started_at ended_at user "
+    "host server table filters excludes generator include_null"
 )
 
 
@@ -22,7 +25,7 @@ def test_a_completed_run() -> None:
         "  time         40 s",
         "  rate         25,100 rows/s",
         "  tried again  0 ranges",
-        "  peak memory  52 MB",
+        "  peak memory  50 MB",
     ]
 
 
@@ -51,7 +54,7 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
         "  rate         25,100 rows/s",
         "  tried again  3 ranges",
         "  server away  12 s",
-        "  peak memory  52 MB",
+        "  peak memory  50 MB",
         "Go on with: manage.py async_rotate tickets.Ticket.token",
     ]
 
@@ -89,3 +92,34 @@ def test_the_report_has_these_keys_and_is_json() -> None:
     assert facts["failed_keys"] == [{"key": "[0]", "reason": "check_violation on token_length"}]
     assert facts["rows_per_second"] == 0.333
     assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.mark.parametrize(
+    ("spans", "shown"),
+    [
+        ([(None, "[5000]")], "up to [5000]"),
+        ([(None, "[2000]"), ("[3000]", "[5000]")], "(start, [2000]], ([3000], [5000]]"),
+        ([("[3000]", "[5000]")], "([3000], [5000]]"),
+        ([(f"[{n}]", f"[{n + 1}]") for n in range(0, 14, 2)], "([8], [9]], and 2 spans more"),
+    ],
+)
+def test_the_keys_that_were_written_are_shown(spans: list[tuple[str | None, str]], shown: str) -> None:
+    event = stopped(
+        status="interrupted",
+        spans=tuple(
+            KeySpan(after=Key(after) if after else None, through=Key(through)) for after, through in spans
+        ),
+    )
+    (line,) = (line for line in summary(event).splitlines() if line.startswith("  keys "))
+    assert line.endswith(f" {shown}")
+
+
+def test_gaps_leave_spans() -> None:
+    def spans(*gaps: tuple[int | None, int]) -> list[str]:
+        made = [KeySpan(after=None if a is None else Key(f"[{a}]"), through=Key(f"[{b}]")) for a, b in gaps]
+        return [str(span) for span in spans_between(made, Key("[9]"))]
+
+    assert spans() == ["(start, [9]]"]
+    assert spans((None, 9)) == []
+    assert spans((5, 9)) == ["(start, [5]]"]
+    assert spans((None, 2), (4, 6)) == ["([2], [4]]", "([6], [9]]"]

@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
@@ -12,8 +12,12 @@ from django.core.management import BaseCommand, CommandError, CommandParser
 from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
+from rotator import __version__
 from rotator.errors import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
+from rotator.events import Observer, Preflighted
+from rotator.management.asking import agrees, can_ask, is_terminal
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
+from rotator.management.streams import Interrupts, open_closed_streams
 from rotator.postgres.transaction import STATEMENT_SECONDS_PER_LOCK_SECOND, WaitLimits
 from rotator.progress import (
     PROGRESS_KINDS,
@@ -24,6 +28,9 @@ from rotator.progress import (
     summary,
     summary_stream,
 )
+from rotator.progress.format import duration, one_line, plural
+from rotator.progress.sink import Sink
+from rotator.progress.summary import verdict
 from rotator.run.distribution import SpanPublisher
 from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
@@ -52,12 +59,14 @@ class Options(TypedDict):
     take_over: bool
     no_vacuum: bool
     dry_run: bool
+    no_sample: bool
     no_preflight: bool
     stop_after: int | float | str | None
     lock_timeout: float | str
     outage_budget: float | str
     progress: ProgressKind
     report: Path | str | None
+    verbosity: int
 
 
 class Command(BaseCommand):
@@ -73,6 +82,10 @@ class Command(BaseCommand):
 
     # Checks of the whole project would hold up, or stop, what has to be done now.
     requires_system_checks = ()
+
+    def get_version(self) -> str:
+        """Return the version of this app, not Django's, for ``--version``."""
+        return __version__
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
@@ -165,9 +178,15 @@ class Command(BaseCommand):
         parser.add_argument(
             "--restart",
             action="store_true",
-            help="Abandon the unfinished rotation and begin a new one; asks first on a terminal.",
+            help="Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a "
+            "completed one. Asks first on a terminal.",
         )
-        parser.add_argument("--noinput", "--no-input", action="store_true", help="Never ask.")
+        parser.add_argument(
+            "--noinput",
+            "--no-input",
+            action="store_true",
+            help="Do not ask before the first write. After a completed rotation, --restart is needed too.",
+        )
         parser.add_argument(
             "--take-over",
             action="store_true",
@@ -195,8 +214,14 @@ class Command(BaseCommand):
         parser.add_argument(
             "--dry-run",
             action="store_true",
-            help="Show what the rotation will meet, how long it will take and what cannot be undone; change "
-            "nothing.",
+            help="Show what the rotation will meet, how long it will take and what cannot be undone, and "
+            "exit. To estimate the time, it rewrites up to a thirtieth of the rows and rolls them back, "
+            "which leaves dead rows and WAL behind; see --no-sample.",
+        )
+        parser.add_argument(
+            "--no-sample",
+            action="store_true",
+            help="Do not rewrite rows to estimate the time, before a rotation or with --dry-run.",
         )
         parser.add_argument(
             "--no-preflight",
@@ -221,22 +246,30 @@ class Command(BaseCommand):
         )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Rotate, and exit with what the run's end is worth."""
-        try:
-            prepared, report_file = self._prepare(options)
-            if options["dry_run"]:
-                self._show(prepared)
-                return
-            publisher = self._publisher(options, prepared.target.database)
-            if options["detach"]:
-                self._hand_over(prepared, options)
-                return
-            out, err = _raw(self.stdout), _raw(self.stderr)
-            with open_progress(options["progress"], out=out, err=err) as observer:
-                outcome = prepared.rotate(observer, publisher)
-        except RotatorError as error:
-            raise CommandError(str(error), returncode=error.exit_status) from error
-        self._tell(outcome, options, report_file)
+        """Rotate, and exit with the status of the run."""
+        if not options["verbosity"]:
+            options["progress"] = "none"
+        open_closed_streams(self)
+        interrupts = Interrupts()
+        with ExitStack() as until_told:
+            try:
+                prepared, report_file = self._prepare(options)
+                if options["dry_run"]:
+                    self._show(prepared)
+                    return
+                publisher = self._publisher(options, prepared.target.database)
+                if options["detach"]:
+                    self._hand_over(prepared, options)
+                    return
+                out, err = _raw(self.stdout), _raw(self.stderr)
+                with open_progress(options["progress"], out=out, err=err) as observer:
+                    prepared = self._agree(prepared, observer, options)
+                    is_last = publisher is None and bool(vars(self).get("_called_from_command_line"))
+                    until_told.enter_context(interrupts.until_told(ends_process=is_last))
+                    outcome = prepared.rotate(interrupts.noting(observer), publisher)
+            except RotatorError as error:
+                raise CommandError(str(error), returncode=error.exit_status) from error
+            self._tell(outcome, options, report_file)
         may_ask = publisher is not None and not options["noinput"]
         if may_ask and self._is_left_to_the_workers(outcome):
             try:
@@ -258,9 +291,7 @@ class Command(BaseCommand):
         try:
             from rotator.distributed import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
         except ModuleNotFoundError as error:
-            raise OptionError(
-                f"--celery needs {error.name}: pip install 'django-async-rotator[celery]'."
-            ) from error
+            raise OptionError(f"--celery needs {error.name}: pip install 'celery[redis]>=5.5'.") from error
         load_app()
         return CeleryPublisher(database)
 
@@ -269,6 +300,7 @@ class Command(BaseCommand):
 
         try:
             with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:
+                prepared = self._agree(prepared, observer, options)
                 rotation = prepared.begin(observer)
         except KeyboardInterrupt:
             self.stderr.write("")
@@ -281,26 +313,26 @@ class Command(BaseCommand):
                 f"{error} Rotation {rotation} is begun and nothing is lost: the same command tries again."
             ) from error
         where = "" if database == DEFAULT_DB_ALIAS else f" --database {database}"
-        self.stderr.write(
-            f"Rotation {rotation} is left to the workers; see how far they are with: "
-            f"manage.py rotations {rotation} --follow{where}"
-        )
+        if options["verbosity"]:
+            self.stderr.write(
+                f"Rotation {rotation} is left to the workers; see how far they are with: "
+                f"manage.py rotations {rotation} --follow{where}"
+            )
 
     def _is_left_to_the_workers(self, outcome: Outcome) -> bool:
         """Ask whether they shall go on, after a Ctrl-C on a terminal."""
         is_interrupted = outcome.exit_status == _SIGNAL_BASE + signal.SIGINT
-        if not is_interrupted or not sys.stdin.isatty():
+        if not is_interrupted or not can_ask():
             return False
         try:
-            answer = input("Leave it to the workers, to go on without this terminal? [y/N] ")
-        except (EOFError, KeyboardInterrupt):
+            return agrees("Leave it to the workers, to go on without this terminal?")
+        except KeyboardInterrupt:
             self.stderr.write("")
             return False
-        return answer.strip().lower() in ("y", "yes")
 
     def _show(self, prepared: Prepared) -> None:
         try:
-            self.stdout.write(preflight(prepared.examine()))
+            Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
         except KeyboardInterrupt:
             self.stderr.write("")
             raise StoppedBeforeStartError(signal.SIGINT) from None
@@ -317,31 +349,27 @@ class Command(BaseCommand):
             )
             prepared = prepare(options["target"], options["database"], _run_options(options), selection)
             report_file = writable(options["report"])
-            if options["restart"] and not options["noinput"]:
-                self._ask_about_restart(prepared)
         except KeyboardInterrupt:
             # Not in the middle of the line that says ^C.
             self.stderr.write("")
             raise StoppedBeforeStartError(signal.SIGINT) from None
         return prepared, report_file
 
-    def _ask_about_restart(self, prepared: Prepared) -> None:
-        unfinished = prepared.unfinished() if sys.stdin.isatty() else None
-        if unfinished is None:
-            return
-        question = (
-            f"Rotation {unfinished.id} of {prepared.target.label} is unfinished, with "
-            f"{unfinished.rows_done:,} of {unfinished.rows_total:,} rows done. "
-            "Abandon it and rotate all rows anew? [y/N] "
-        )
+    def _agree(self, prepared: Prepared, observer: Observer, options: Options) -> Prepared:
+        """Ask on a terminal whether to begin; return what the user has agreed to.
+
+        Raises:
+            OptionError: The user has not agreed.
+            StoppedBeforeStartError: The user has pressed Ctrl-C.
+        """
+        if options["noinput"] or not can_ask():
+            return prepared
         try:
-            answer = input(question)
-        except EOFError:
-            # Ctrl-D ends no line.
+            return _agreed(prepared, observer)
+        except KeyboardInterrupt:
+            # Not in the middle of the line that says ^C.
             self.stderr.write("")
-            answer = ""
-        if answer.strip().lower() not in ("y", "yes"):
-            raise OptionError("Nothing was changed; without --restart the rotation goes on.")
+            raise StoppedBeforeStartError(signal.SIGINT) from None
 
     def _tell(self, outcome: Outcome, options: Options, report_file: Path | None) -> None:
         stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
@@ -352,15 +380,55 @@ class Command(BaseCommand):
             else None
         )
         text = summary(outcome.stopped, resume_command=command)
-        # A terminal that hung up takes nothing with it: the database says the same.
-        with suppress(OSError):
-            stream.write(f"{text}\n")
-            stream.flush()
+        if not options["verbosity"]:
+            stream = _raw(self.stderr)
+            text = verdict(outcome.stopped) if outcome.exit_status else ""
+        if text:
+            Sink(stream).write_line(text)
         if report_file is not None:
             try:
                 report_file.write_text(json.dumps(report(outcome.stopped), indent=2) + "\n")
             except OSError as error:
                 raise CommandError(f"The report could not be written: {error}") from error
+
+
+def _agreed(prepared: Prepared, observer: Observer) -> Prepared:
+    """Ask what has to be asked before the first write of a new rotation.
+
+    Raises:
+        OptionError: The user has not agreed.
+    """
+    options, earlier = prepared.options, prepared.earlier()
+    if earlier.unfinished is not None and not options.restart:
+        return prepared
+    if earlier.unfinished is not None:
+        if not agrees(
+            f"Rotation {earlier.unfinished.id} of {prepared.target.label} is unfinished, with "
+            f"{earlier.unfinished.rows_done:,} of {earlier.unfinished.rows_total:,} rows done. "
+            "Abandon it and rotate all rows again?"
+        ):
+            raise OptionError(
+                "Nothing was changed. Without --restart, the same command resumes the rotation."
+            )
+    elif earlier.completed is not None and not options.restart:
+        if not agrees(
+            f"Rotation {earlier.completed.id} completed {duration(earlier.completed.seconds_ago)} ago. "
+            "Rotate all rows again?"
+        ):
+            raise OptionError("Nothing was changed.")
+        # Not --restart, which would abandon a rotation that another process begins at this moment.
+        options = replace(options, after=earlier.completed.id)
+    findings = replace(
+        prepared, options=replace(options, sample=options.sample and options.preflight)
+    ).examine()
+    if options.preflight:
+        observer(Preflighted(findings=findings))
+    about = "" if findings.table.rows_is_exact else "about "
+    rows = f"{about}{plural(findings.rows_left, 'row')}"
+    sys.stderr.write(f"{one_line(f'{findings.server_name}, table {findings.table_name}, {rows}')}\n")
+    if not agrees(f"Rotate {rows} of {prepared.target.label} now?"):
+        raise OptionError("Nothing was changed.")
+    return replace(prepared, options=replace(options, preflight=False))
 
 
 def _without_ends(prepared: Prepared) -> Prepared:
@@ -369,6 +437,7 @@ def _without_ends(prepared: Prepared) -> Prepared:
         prepared.options,
         preflight=False,
         restart=False,
+        after=None,
         take_over=False,
         stop_after_rows=None,
         stop_after_seconds=None,
@@ -398,7 +467,7 @@ def _run_options(options: Options) -> RunOptions:
         vacuum=not options["no_vacuum"],
         preflight=not options["no_preflight"],
         # Nobody waits for an estimate that nobody reads.
-        sample=options["dry_run"] or sys.stderr.isatty(),
+        sample=not options["no_sample"] and (options["dry_run"] or is_terminal(sys.stderr)),
         stop_after_rows=stop_after if isinstance(stop_after, int) else None,
         stop_after_seconds=stop_after if isinstance(stop_after, float) else None,
         outage_budget_seconds=seconds(options["outage_budget"]),

@@ -4,16 +4,23 @@ import json
 import signal
 import sys
 import time
-from datetime import UTC, datetime
-from typing import Final, TypedDict, Unpack
+from datetime import UTC, datetime, timedelta
+from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
-from django.db.models import QuerySet
+from django.db.models import DurationField, ExpressionWrapper, F, QuerySet
+from django.db.models.functions import Now
 
+from rotator import __version__
+from rotator.management.streams import open_closed_streams
 from rotator.models import Rotation
+from rotator.process import Owner
+from rotator.progress import can_draw
+from rotator.progress.following import FollowedProgress, Standing
 from rotator.progress.format import count, duration
-from rotator.progress.wording import unconfirmed
+from rotator.progress.wording import is_stop, reason, unconfirmed
+from rotator.run.options import RunOptions
 from rotator.run.run import LEFT_TO_WORKERS
 from rotator.selection import Selection
 
@@ -21,6 +28,7 @@ _FOLLOW_SECONDS: Final = 1.0
 _SIGNAL_BASE: Final = 128
 # A heartbeat comes each second.
 _SILENT_SECONDS: Final = 10.0
+_JUST_ENDED_SECONDS: Final = 3.0
 
 
 class Options(TypedDict):
@@ -38,6 +46,10 @@ class Command(BaseCommand):
     help = "List the rotations of a database, the latest first, or show one of them in detail."
     requires_system_checks = ()
 
+    def get_version(self) -> str:
+        """Return the version of this app, not Django's, for ``--version``."""
+        return __version__
+
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
         parser.add_argument("rotation", nargs="?", type=int, metavar="ID", help="Show this rotation alone.")
@@ -54,8 +66,10 @@ class Command(BaseCommand):
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print them."""
+        open_closed_streams(self)
         number = options["rotation"]
-        found = Rotation.objects.using(options["database"]).order_by("-pk")
+        silence = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
+        found = Rotation.objects.using(options["database"]).annotate(silence=silence).order_by("-pk")
         try:
             rotations = list(_chosen(found, number))
         except Error as error:
@@ -79,39 +93,74 @@ class Command(BaseCommand):
 
     def _follow(self, found: QuerySet[Rotation], number: int | None) -> None:
         if number is None:
-            raise CommandError("Say which rotation is to be followed: rotations ID --follow.")
-        said = ""
+            raise CommandError("Name the rotation to follow: rotations ID --follow.")
+        stream: TextIO = vars(self.stdout)["_out"]
+        progress = FollowedProgress(stream, clock=time.monotonic, is_live=can_draw(stream))
         try:
             while True:
                 rotation = found.get(pk=number)
-                line = _standing(rotation)
-                if line != said:
-                    self.stdout.write(said := line)
-                    self.stdout.flush()
+                progress.show(_standing(rotation))
                 if rotation.status != Rotation.Status.RUNNING and not _awaits_workers(rotation):
                     break
+                if _is_dead(rotation):
+                    raise CommandError(
+                        f"The owner of rotation {rotation.pk}, {_owner(rotation)}, has ended or sends no "
+                        "heartbeat, and the rotation is unfinished. Run its command again to resume it."
+                    )
                 time.sleep(_FOLLOW_SECONDS)
         except KeyboardInterrupt:
-            # Not in the middle of the line that says ^C.
-            self.stderr.write("")
             sys.exit(_SIGNAL_BASE + signal.SIGINT)
         except Error as error:
             raise CommandError(
-                "The database cannot be asked any more, which the rotation need not have noticed. "
+                "The database cannot be reached any more; the rotation itself may go on. "
                 f"{_first_line(error)}"
             ) from error
+        finally:
+            progress.close()
         if rotation.status != Rotation.Status.COMPLETED:
-            raise CommandError(rotation.error or f"It is {rotation.status}.")
+            left = reason(rotation.error) or rotation.error or f"it is {rotation.status}"
+            raise CommandError(f"Rotation {rotation.pk} is unfinished: {left}")
 
 
-def _standing(rotation: Rotation) -> str:
-    """Return how far a rotation is, and whether anybody is at it."""
-    line = f"{rotation.status}: {_rows(rotation)} rows ({_percent(rotation)}%)"
-    if _awaits_workers(rotation):
-        return f"{line}, waiting for a worker"
-    if rotation.status == Rotation.Status.RUNNING and _silent_seconds(rotation) > _SILENT_SECONDS:
-        return f"{line}, but nothing was heard of {_owner(rotation)} since {_moment(rotation.updated_at)}"
-    return line
+def _standing(rotation: Rotation) -> Standing:
+    """Return how far a rotation is, and whether its owner is at work."""
+    is_running = rotation.status == Rotation.Status.RUNNING
+    return Standing(
+        status=_status(rotation),
+        is_working=is_running and not _is_silent(rotation),
+        rows_done=rotation.rows_done,
+        rows_total=rotation.rows_total,
+        rows=_rows(rotation),
+        percent=_percent(rotation),
+        note="waiting for a worker" if _awaits_workers(rotation) else "",
+    )
+
+
+def _status(rotation: Rotation) -> str:
+    """Return the status as people are told it: a heartbeat that stopped is not a running rotation."""
+    if _is_silent(rotation):
+        return f"no heartbeat for {duration(_silent_seconds(rotation))}"
+    return str(rotation.status)
+
+
+def _is_silent(rotation: Rotation) -> bool:
+    return rotation.status == Rotation.Status.RUNNING and _silent_seconds(rotation) > _SILENT_SECONDS
+
+
+def _is_dead(rotation: Rotation) -> bool:
+    """Return whether the owner of a running rotation has ended, or is silent longer than an outage lasts."""
+    owner = Owner(
+        host=rotation.owner_host,
+        pid=rotation.owner_pid or 0,
+        process=rotation.owner_process,
+        user=rotation.owner_user,
+        version=rotation.version,
+    )
+    # A process that has just ended may have completed the rotation since it was read.
+    if rotation.status != Rotation.Status.RUNNING or _silent_seconds(rotation) < _JUST_ENDED_SECONDS:
+        return False
+    budget_seconds = RunOptions.read(rotation.options).outage_budget_seconds
+    return owner.is_gone() or _silent_seconds(rotation) > budget_seconds + _SILENT_SECONDS
 
 
 def _awaits_workers(rotation: Rotation) -> bool:
@@ -119,7 +168,9 @@ def _awaits_workers(rotation: Rotation) -> bool:
 
 
 def _silent_seconds(rotation: Rotation) -> float:
-    return max(0.0, (datetime.now(UTC) - rotation.updated_at).total_seconds())
+    # On the database's clock, as the heartbeat is.
+    silence: timedelta = vars(rotation)["silence"]
+    return max(0.0, silence.total_seconds())
 
 
 def _first_line(error: Error) -> str:
@@ -156,17 +207,20 @@ def _facts(rotation: Rotation) -> dict[str, object]:
         "version": rotation.version,
         "options": rotation.options,
         "selection": rotation.selection,
-        "error": rotation.error,
+        "error": "" if is_stop(rotation.error) else rotation.error,
+        "reason": reason(rotation.error),
+        "is_filtered": Selection.read(rotation.selection).is_filtered,
+        "heartbeat_seconds_ago": round(_silent_seconds(rotation), 3),
     }
 
 
 def _table(rotations: list[Rotation]) -> str:
-    rows = [("ID", "TARGET", "STATUS", "ROWS", "%", "TIME", "OWNER", "LAST HEARD OF")]
+    rows = [("ID", "TARGET", "STATUS", "ROWS", "%", "TIME", "OWNER", "LAST HEARTBEAT")]
     rows += [
         (
             str(rotation.pk),
             rotation.target,
-            rotation.status,
+            _status(rotation),
             _rows(rotation),
             str(_percent(rotation)),
             duration(rotation.active_seconds),
@@ -186,27 +240,31 @@ def _details(rotation: Rotation) -> str:
         ("target", f"{rotation.target} in database '{rotation.database}'"),
         ("table", rotation.table_name),
         ("chosen by", str(Selection.read(rotation.selection))),
-        ("status", rotation.status),
+        ("status", _status(rotation)),
         ("rows", f"{_rows(rotation)} ({_percent(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
         ("time", f"{duration(rotation.active_seconds)} over all runs"),
         ("owner", f"{_owner(rotation)} since {_moment(rotation.owned_since)}"),
         ("started", _moment(rotation.started_at)),
-        ("heard of", f"{_moment(rotation.updated_at)}, {_age(rotation)}"),
+        ("heartbeat", f"{_moment(rotation.updated_at)}, {_age(rotation)}"),
         ("finished", _moment(rotation.finished_at) if rotation.finished_at else "not yet"),
         ("generation", str(rotation.generation)),
         ("version", rotation.version),
     ]
     if rotation.unconfirmed_rows is not None:
         facts.append(("others", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
-    if rotation.error:
+    if is_stop(rotation.error):
+        facts.append(("reason", reason(rotation.error)))
+    elif rotation.error:
         facts.append(("error", rotation.error))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
 
 
 def _rows(rotation: Rotation) -> str:
     about = "" if rotation.rows_total_is_exact else "about "
-    return f"{count(rotation.rows_done)} of {about}{count(rotation.rows_total)}"
+    rows = f"{count(rotation.rows_done)} of {about}{count(rotation.rows_total)}"
+    rows += " that match the filter" if Selection.read(rotation.selection).is_filtered else ""
+    return f"{rows} (last known)" if _is_silent(rotation) else rows
 
 
 def _percent(rotation: Rotation) -> int:
@@ -216,7 +274,7 @@ def _percent(rotation: Rotation) -> int:
 
 
 def _owner(rotation: Rotation) -> str:
-    return f"{rotation.owner_user or 'somebody'}@{rotation.owner_host} pid {rotation.owner_pid}"
+    return f"{rotation.owner_user or 'unknown'}@{rotation.owner_host} pid {rotation.owner_pid}"
 
 
 def _age(rotation: Rotation) -> str:

@@ -1,0 +1,96 @@
+"""The progress of a rotation that another process works on: lines, or one live line on a terminal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TextIO
+
+from rotator.progress.bar import fitting, terminal_columns
+from rotator.progress.format import duration, rate
+from rotator.progress.rate import RecentRate
+from rotator.progress.sink import Sink
+
+_CLEAR_REST: Final = "\x1b[K"
+_LONGEST_BAR: Final = 30
+_BAR_PART: Final = 5
+_BORDERS: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """How far a rotation is.
+
+    Attributes:
+        status: Its status, or what is to be said in its place.
+        is_working: Whether its owner is at work, so that rate and ETA mean something.
+        rows_done: Rows done, as the owner's latest heartbeat says.
+        rows_total: Rows up to the bound.
+        rows: Both as text.
+        percent: Whole percent done.
+        note: What is to be said behind it.
+    """
+
+    status: str
+    is_working: bool
+    rows_done: int
+    rows_total: int
+    rows: str
+    percent: int
+    note: str = ""
+
+
+class FollowedProgress:
+    """Shows the standing of a rotation again and again."""
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float], is_live: bool) -> None:
+        """Write to a raw stream.
+
+        Args:
+            stream: Where it goes.
+            clock: Returns monotonic seconds.
+            is_live: Whether one line of a terminal is drawn again and again; else each change is a line.
+        """
+        self._stream = stream
+        self._sink = Sink(stream)
+        self._clock = clock
+        self._is_live = is_live
+        self._rate = RecentRate()
+        self._seen: Standing | None = None
+        self._written = ""
+
+    def show(self, standing: Standing) -> None:
+        """Show the standing, where it has changed."""
+        now = self._clock()
+        if self._seen is not None and standing.rows_done > self._seen.rows_done:
+            self._rate.add(standing.rows_done - self._seen.rows_done, now=now, seconds=1.0)
+        elif self._seen is not None and standing.rows_done < self._seen.rows_done:
+            self._rate.restart()
+        self._seen = standing
+        speed = self._rate.rows_per_second(now) if standing.is_working else None
+        eta = self._rate.eta_seconds(standing.rows_total - standing.rows_done, now)
+        figures = [
+            "unknown rate" if speed is None else f"{rate(speed)} rows/s",
+            f"ETA {'unknown' if speed is None or eta is None else duration(eta)}",
+        ]
+        if not standing.is_working:
+            figures = []
+        text = ", ".join([f"{standing.status}: {standing.rows} rows ({standing.percent}%)", *figures])
+        text += f", {standing.note}" if standing.note else ""
+        if self._is_live:
+            self._draw(standing, text, figures)
+        elif text != self._written:
+            self._sink.write_line(text)
+        self._written = text
+
+    def close(self) -> None:
+        """End the live line, so that what follows has a line of its own."""
+        if self._is_live and self._written:
+            self._sink.write("\n")
+
+    def _draw(self, standing: Standing, text: str, figures: list[str]) -> None:
+        columns = terminal_columns(self._stream)
+        length = min(_LONGEST_BAR, columns // _BAR_PART)
+        filled = length * standing.percent // 100
+        short = "  ".join([f"{standing.percent}%", *figures])
+        texts = [text, f"{standing.status}  {short}", short, f"{standing.percent}%"]
+        bar = f"|{'█' * filled}{' ' * (length - filled)}| "
+        self._sink.write(f"\r{bar}{fitting(texts, columns - length - _BORDERS)}{_CLEAR_REST}")

