@@ -134,6 +134,7 @@ class Findings:
         sample: What the time is estimated from.
         bypassed: What of Django's model would have acted upon each save(), one phrase each.
         selection: The options that chose rows and values; empty where there were none.
+        warnings: What the names of the fields warn of, one sentence each.
     """
 
     target: str
@@ -148,6 +149,7 @@ class Findings:
     sample: Sample
     bypassed: tuple[str, ...]
     selection: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def estimated_seconds(self) -> float | None:

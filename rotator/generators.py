@@ -15,12 +15,11 @@ from django.core.exceptions import ValidationError
 from django.core.validators import BaseValidator
 from django.db import connections
 from django.db.models import Field, Model, UUIDField
-from django.db.models.fields import NOT_PROVIDED
-from django.utils.module_loading import import_string
 
 from rotator.errors import RangeTooSlowError, TargetError, ValuesError
 from rotator.instances import fetch_instances, fetch_instances_at
 from rotator.keys import Key
+from rotator.makers import default_maker, imported
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
 from rotator.project_connections import unlogged
@@ -55,7 +54,7 @@ def value_source(
     """
     if generator:
         return _from_generator(fields, model, generator, database)
-    defaults = [_default(field) for field in fields]
+    defaults = [default_maker(field, database) for field in fields]
     if len(fields) == 1 and type(fields[0]) is UUIDField and defaults[0] is uuid.uuid4:
         return InBulk(_uuid4s)
     named = "The default" if len(fields) == 1 else "The defaults"
@@ -64,7 +63,7 @@ def value_source(
 
 
 def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, database: str) -> ValueSource:
-    function = _imported(path)
+    function = imported(path)
     maker = _Maker(f"The generator {path}", fields, database)
     if not _takes_instance(path, function):
         return _in_bulk(maker, lambda: maker.of_fields(function()))
@@ -238,31 +237,6 @@ def _written_by_sql(field: AnyField, hook: str) -> TargetError:
         f"{_name(field)} is written through an SQL expression of its own ({hook}), and the rotation writes "
         "plain values, which the application could not read. Rotate it with the application's own code."
     )
-
-
-def _default(field: AnyField) -> Callable[[], object]:
-    default: object = field.default
-    if default is NOT_PROVIDED or not callable(default):
-        raise TargetError(
-            f"{_name(field)} has no default that makes a new value for each row: name a callable that does "
-            "with --generator, e.g. --generator secrets.token_urlsafe."
-        )
-    return default
-
-
-def _imported(path: str) -> Callable[..., object]:
-    try:
-        found: object = import_string(path)
-    except Exception as error:
-        raise TargetError(
-            f"The generator {path} cannot be imported ({type(error).__name__}): write it as "
-            "package.module.name."
-        ) from error
-    if not callable(found):
-        raise TargetError(f"The generator {path} cannot be called: name a function.")
-    if inspect.iscoroutinefunction(found):
-        raise TargetError(f"The generator {path} is a coroutine: name a plain function.")
-    return found
 
 
 def _takes_instance(path: str, function: Callable[..., object]) -> bool:

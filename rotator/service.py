@@ -140,6 +140,9 @@ class Prepared:
         rotation = Run(
             self.server, self.target, self.options, observer, self._announce(), publisher, should_stop
         )
+        if not self.options.preflight:
+            for warning in self.target.warnings:
+                logging.getLogger(__name__).warning("Rotating %s: %s.", self.target.label, warning)
         aliases = await sync_to_async(open_aliases)()
         try:
             stopped = await rotation.rotate()

@@ -11,6 +11,7 @@ from django.db.models.signals import post_save, pre_save
 from rotator.errors import OptionError, TargetError
 from rotator.generators import check_plain_values, value_source
 from rotator.instances import key_fields
+from rotator.makers import name_warnings
 from rotator.row_filter import row_condition
 from rotator.run.options import RunTarget
 from rotator.saving import Derivation, derivation, overrides, transforms
@@ -56,6 +57,7 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         include_blank=selection.include_blank,
         selection=selection,
         bypassed=_bypassed(model),
+        warnings=name_warnings(fields),
     )
 
 

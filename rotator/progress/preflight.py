@@ -51,6 +51,7 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         ),
     ]
     lines += _kept(findings)
+    lines += [("warning", [warning]) for warning in findings.warnings]
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
     if table.writing_triggers:

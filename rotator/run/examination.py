@@ -99,6 +99,7 @@ class Examination:
             server=await examine_server(self._connection),
             sample=await self._sample(options, table.rows) if options.sample else Sample(),
             bypassed=self._target.bypassed,
+            warnings=self._target.warnings,
             selection="" if self._target.selection == Selection() else str(self._target.selection),
         )
 

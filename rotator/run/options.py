@@ -79,6 +79,7 @@ class RunTarget:
         include_blank: Whether an empty text gets a value, too.
         selection: How the user chose rows and values.
         bypassed: What of Django's model would have acted upon each save(), one phrase each.
+        warnings: What the names of the fields warn of, one sentence each.
         session: What Django's own connection sees under these names; None until it was asked.
     """
 
@@ -94,4 +95,5 @@ class RunTarget:
     include_blank: bool = False
     selection: Selection = field(default_factory=Selection)
     bypassed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     session: Session | None = None

@@ -145,7 +145,7 @@ def test_a_transaction_of_another_database_goes_on(orders: Database) -> None:
     with transaction.atomic(using="other"):
         models.Code.objects.using("other").create(code="the caller's work")
         call_command("async_rotate", API_KEY, generator=FROM_ROW.generator, no_vacuum=True)
-        rotate_sync(FROM_ROW, vacuum=False)
+        rotate_sync(FROM_ROW, vacuum=False, restart=True)
     assert models.Code.objects.using("other").filter(code="the caller's work").exists()
     assert len(orders.execute("SELECT id FROM rotator_rotation")) == 2
 
@@ -158,7 +158,7 @@ def test_a_session_of_the_caller_is_kept(target: Target) -> None:
         cursor.execute("SELECT set_config('rotator.test', 'kept', false)")
     for call in (rotate_sync, async_to_sync(rotate)):
         try:
-            call(target, vacuum=False)
+            call(target, vacuum=False, restart=True)
         except TargetError:
             assert target is not FROM_ROW
         with connection.cursor() as cursor:

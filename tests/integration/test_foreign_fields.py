@@ -1,5 +1,7 @@
 """Fields and models as other packages write them: what is refused, and where new values come from."""
 
+import uuid
+
 import pytest
 from django.contrib.auth.models import User
 
@@ -154,3 +156,77 @@ def test_a_field_that_makes_its_own_value_stores_another_one_as_it_is(database: 
     database.count_updates(table_of(Client, "once"))
     assert rotate_sync(Target("shop.Client.once", generator=f"{MADE_BY}short")).rows == ROWS
     assert "leaked" not in Client.objects.values_list("once", flat=True)
+
+
+# --- Where values come from ------------------------------------------------------------------------
+
+ADVICE = {
+    "Maker.key": r"generate_key of the application .* --generator tests\.shop\.models\.Maker\.generate_key\.",
+    "Maker.pin": r"at most 10 characters, e\.g\. secrets\.token_hex\(5\)",
+    "Maker.number": r"--generator uuid\.uuid4",
+    "Maker.blob": r"--generator secrets\.token_bytes",
+    "Maker.hashed_key": r"says that it holds a hash",
+    "Maker.same_by_server": r"values for a DateTimeField",
+    "Maker.identifier": r"form that the field's validators accept and at most 20 characters",
+    "Maker.long": r"--generator secrets\.token_hex\.",
+    "Maker.count": r"secrets\.randbelow",
+    "Maker.token_jti": r"Signed tokens refer to it",
+}
+
+
+@pytest.mark.parametrize(("field", "advice"), ADVICE.items())
+def test_the_advice_fits_the_field(field: str, advice: str) -> None:
+    with pytest.raises(TargetError, match=f"has no default that makes .*{advice}") as caught:
+        prepare([f"shop.{field}"], "default", OPTIONS)
+    assert "token_urlsafe" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "generator"),
+    [
+        ("key", "tests.shop.models.Maker.generate_key"),
+        ("key", "tests.shop.models.Maker.generate_for_class"),
+        ("key", "tests.shop.models.Maker.generate_for_row"),
+        ("own_default", ""),
+        ("by_server", ""),
+        ("by_server,own_default", ""),
+    ],
+)
+def test_a_method_a_default_of_the_field_and_one_of_the_server(
+    database: Database, field: str, generator: str
+) -> None:
+    make_makers()
+    table = table_of(models.Maker, field.partition(",")[0])
+    before = database.values(table)
+    labels = [f"shop.Maker.{name}" for name in field.split(",")]
+    assert rotate_sync(Target(labels, generator=generator), batch=15).rows == ROWS
+    assert database.changed(before, table) == before.keys()
+    assert len(set(database.values(table).values())) == ROWS
+    if generator.endswith("row"):
+        assert all(row.key.startswith(f"{row.pk} ") for row in models.Maker.objects.all())
+
+
+def make_makers() -> None:
+    models.Maker.objects.bulk_create(
+        models.Maker(key=f"leaked {i}", pin="1", number=uuid.uuid4(), blob=b"1", own_default=f"leaked {i}")
+        for i in range(ROWS)
+    )
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize(
+    ("field", "warning"),
+    [
+        ("jti", "tokens that are revoked by it become valid again"),
+        ("hashed_key", "says that it holds a hash"),
+    ],
+)
+def test_names_that_warn(field: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
+    make_makers()
+    target = Target(f"shop.Maker.{field}", generator=f"{MADE_BY}token")
+    prepared = prepare(
+        [f"shop.Maker.{field}"], "default", OPTIONS, Selection(generator=target.generator, include_blank=True)
+    )
+    assert warning in preflight(prepared.examine())
+    rotate_sync(target)
+    assert warning in caplog.text

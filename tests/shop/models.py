@@ -3,6 +3,7 @@
 import uuid
 
 from django.contrib.postgres.functions import RandomUUID
+from django.core.validators import RegexValidator
 from django.db import models
 from django.db.models.functions import Now, Upper
 from django.utils import timezone
@@ -219,6 +220,10 @@ class Maker(models.Model):
     blob = models.BinaryField()
     hashed_key = models.CharField(max_length=128)
     jti = models.CharField(max_length=64, default=token)
+    token_jti = models.CharField(max_length=64, default="")
+    long = models.TextField(default="")
+    count = models.IntegerField(default=0)
+    identifier = models.CharField(max_length=20, default="", validators=[RegexValidator("^[A-Z]{20}$")])
     own_default = OwnDefaultField(max_length=40)
     by_server = models.UUIDField(db_default=RandomUUID())
     same_by_server = models.DateTimeField(db_default=Now())
