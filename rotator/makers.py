@@ -155,8 +155,8 @@ def _advice(field: AnyField, model: type[Model]) -> str:
         )
     if _HASH.search(field.name):
         return (
-            "Its name says that it holds a hash, and a plain value in it matches no secret. Name the field of "
-            "the secret as a target too, if there is one, and a --generator that returns a mapping of the "
+            "Its name says that it holds a hash, and a plain value in it matches no secret. Name the field "
+            "of the secret as a target too, if there is one, and a --generator that returns a mapping of the "
             "fields' names to what is stored."
         )
     for path in _makers(field, model):

@@ -5,7 +5,7 @@ import uuid
 import pytest
 from django.contrib.auth.models import User
 
-from rotator.api import Target, rotate_sync
+from rotator.api import RotationUnfinishedError, Target, rotate_sync
 from rotator.errors import OptionError, TargetError, ValuesError
 from rotator.progress import preflight
 from rotator.run.options import RunOptions
@@ -230,3 +230,59 @@ def test_names_that_warn(field: str, warning: str, caplog: pytest.LogCaptureFixt
     assert warning in preflight(prepared.examine())
     rotate_sync(target)
     assert warning in caplog.text
+
+
+# --- The trial -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("generator", "reason"),
+    [
+        ("none_for_row", "gave None for api_key"),
+        ("constant_for_row", "gave the same value 100 times"),
+        ("wrong_mapping", "gives a mapping with nothing"),
+    ],
+)
+def test_a_row_generator_is_tried_before_the_rotation_begins(
+    database: Database, generator: str, reason: str
+) -> None:
+    models.Order.objects.bulk_create(models.Order(api_key=f"leaked {i}") for i in range(ROWS))
+    database.count_updates(table_of(models.Order, "api_key"))
+    with pytest.raises(ValuesError, match=reason):
+        rotate_sync(Target("shop.Order.api_key", generator=MADE_BY + generator))
+    assert database.execute("SELECT id FROM rotator_rotation") == []
+    assert not database.updates()
+
+
+def test_the_trial_is_rolled_back(database: Database) -> None:
+    models.Order.objects.bulk_create(models.Order(api_key=f"leaked {i}") for i in range(ROWS))
+    database.count_updates(table_of(models.Order, "api_key"))
+    assert rotate_sync(Target("shop.Order.api_key", generator=f"{MADE_BY}named_after")).rows == ROWS
+    assert set(database.updates().values()) == {1}
+
+
+def test_while_no_row_is_done_the_generator_can_be_changed(database: Database) -> None:
+    models.Order.objects.bulk_create(models.Order(api_key=f"leaked {i}") for i in range(ROWS))
+    database.before_update("RAISE EXCEPTION 'no';", table_of(models.Order, "api_key"))
+    label = "shop.Order.api_key"
+    with pytest.raises(RotationUnfinishedError):
+        rotate_sync(Target(label, generator=f"{MADE_BY}token"))
+    for refused in (
+        Target(label, generator=f"{MADE_BY}letters", filters=["status=active"]),
+        Target(label, generator=f"{MADE_BY}letters", include_blank=True),
+    ):
+        with pytest.raises(OptionError, match="was begun with"):
+            rotate_sync(refused)
+    database.execute("ALTER TABLE shop_order DISABLE TRIGGER USER")
+    changed = Target(label, generator=f"{MADE_BY}named_after")
+    prepared = prepare(
+        [label], "default", RunOptions(batch=5, stop_after_rows=5), Selection(generator=changed.generator)
+    )
+    assert prepared.rotate(lambda _event: None).stopped.resumed
+    assert database.rotation("selection")["generator"] == changed.generator
+    # Now that rows are done, it stays.
+    with pytest.raises(OptionError, match="was begun with"):
+        rotate_sync(Target(label, generator=f"{MADE_BY}token"))
+    assert rotate_sync(changed).rows == ROWS
+    database.execute("ALTER TABLE shop_order ENABLE TRIGGER USER")
+    assert all(row.api_key.startswith(f"{row.pk}-") for row in models.Order.objects.all())

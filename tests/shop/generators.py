@@ -69,6 +69,18 @@ def raising() -> NoReturn:
     raise RuntimeError(secrets.token_hex())
 
 
+def none_for_row(_row: Model) -> None:
+    return None
+
+
+def constant_for_row(_row: Model) -> str:
+    return constant()
+
+
+def wrong_mapping(_row: Model) -> dict[str, str]:
+    return {"nothing": token()}
+
+
 def slow() -> str:
     """As slow as a hash for passwords is meant to be, but for the scale of a test."""
     time.sleep(0.004)
