@@ -1,6 +1,7 @@
 """What is known of a rotation before its first write: facts, of which others make sentences."""
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,26 @@ class KeptValues:
     blank: int
 
 
+CopyKind: TypeAlias = Literal["trigger", "history", "schema", "name"]
+"""Why a table may hold copies of the values: a trigger of the target writes to it, its name says that it is a
+history, it has the same name in another schema, or it has a column of the same name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Tables that may hold copies of the rotated values.
+
+    Attributes:
+        kind: The reason why.
+        tables: The names of the first tables, with their schemas where needed.
+        more: The number of tables without a name here.
+    """
+
+    kind: CopyKind
+    tables: tuple[str, ...]
+    more: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableFindings:
     """The target's table.
@@ -49,6 +70,7 @@ class TableFindings:
             replica identity.
         kept: The values that the rotation leaves as they are, by column; None where they could not be counted
             in time.
+        copies: Other tables that may hold copies of the values.
     """
 
     rows: int
@@ -60,6 +82,7 @@ class TableFindings:
     subscriptions: tuple[str, ...] = ()
     refusing_publications: tuple[str, ...] = ()
     kept: tuple[KeptValues, ...] | None = ()
+    copies: tuple[Copies, ...] = ()
 
     @property
     def index_bytes(self) -> int:

@@ -286,3 +286,39 @@ def test_while_no_row_is_done_the_generator_can_be_changed(database: Database) -
     assert rotate_sync(changed).rows == ROWS
     database.execute("ALTER TABLE shop_order ENABLE TRIGGER USER")
     assert all(row.api_key.startswith(f"{row.pk}-") for row in models.Order.objects.all())
+
+
+# --- Copies in other tables ------------------------------------------------------------------------
+
+
+def test_tables_with_copies_are_named(database: Database) -> None:
+    make_clients(database)
+    database.execute("CREATE SCHEMA tenant")
+    try:
+        for statement in (
+            "CREATE TABLE shop_historicalclient (history_id bigint, secret varchar(80))",
+            'CREATE TABLE "shop_Client audit" (entry jsonb)',
+            "CREATE TABLE shop_cliententry (entry text)",
+            "CREATE TABLE tenant.shop_client (secret varchar(80))",
+            "CREATE TABLE shop_copy (secret varchar(80))",
+            "CREATE TABLE shop_number (secret integer)",
+            (
+                "CREATE FUNCTION tenant.note() RETURNS trigger LANGUAGE plpgsql AS"
+                " $$ BEGIN INSERT INTO public.shop_cliententry VALUES (new.secret); RETURN new; END $$"
+            ),
+            "CREATE TRIGGER note AFTER UPDATE ON shop_client FOR EACH ROW EXECUTE FUNCTION tenant.note()",
+        ):
+            database.execute(statement)
+        found = prepare(["shop.Client.secret"], "default", OPTIONS).examine()
+        said = " ".join(preflight(found).split())
+    finally:
+        database.execute("DROP SCHEMA tenant CASCADE")
+        database.execute(
+            'DROP TABLE shop_historicalclient, "shop_Client audit", shop_cliententry, shop_copy, shop_number'
+        )
+    assert [copies.kind for copies in found.table.copies] == ["trigger", "history", "schema", "name"]
+    assert "shop_cliententry a trigger of the table writes the new values there" in said
+    assert '"shop_Client audit", shop_historicalclient a history: old values stay there, and a revert' in said
+    assert "tenant.shop_client the same table in another schema" in said
+    assert "shop_copy, shop_salted, shop_searchable a column of the same name" in said
+    assert "shop_number" not in said
