@@ -14,11 +14,11 @@ from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 
 from asgiref.sync import sync_to_async
-from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.errors import OptionError, RotatorError
 from rotator.events import Event, Observer, RotationStopped
 from rotator.postgres.transaction import WaitLimits
+from rotator.project_connections import borrowed, check_no_running_loop
 from rotator.run.options import MOST_BATCH_ROWS, RunOptions
 from rotator.selection import Selection
 from rotator.service import Prepared, prepare
@@ -32,22 +32,27 @@ class Target:
 
     Attributes:
         fields: ``app.Model.field``, or several of them.
-        database: Django's alias of the database.
+        database: Django's alias of the database; None for the one that the project's routers write the model
+            to.
         filters: Rows match all of these Django lookups, written as on the command line:
             ``created_at__lt=2026-11-01T00:00:00Z``.
         excludes: Rows match none of these.
         generator: The dotted path of a callable that makes the values; empty for the fields' own defaults. It
             takes nothing, or the row's instance, and returns a value, or a mapping of field names to values.
         include_null: Whether a NULL gets a value, too.
+        include_blank: Whether an empty text gets a value, too.
+        ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
     """
 
     fields: str | Sequence[str]
     _: KW_ONLY
-    database: str = DEFAULT_DB_ALIAS
+    database: str | None = None
     filters: Sequence[str] = ()
     excludes: Sequence[str] = ()
     generator: str = ""
     include_null: bool = False
+    include_blank: bool = False
+    ignore_derived: Sequence[str] = ()
 
 
 class RotationUnfinishedError(RotatorError):
@@ -80,16 +85,15 @@ class _Call:
                 excludes=tuple(target.excludes),
                 generator=target.generator,
                 include_null=target.include_null,
+                include_blank=target.include_blank,
+                ignore_derived=tuple(target.ignore_derived),
             ),
         )
 
-    def prepare_apart(self) -> Prepared:
-        """Prepare in a thread of its own, and leave no connection behind."""
-        try:
+    def prepare_beside(self) -> Prepared:
+        """Prepare with the caller's connections, and leave them as they were."""
+        with borrowed():
             return self.prepare()
-        finally:
-            if self.target.database in connections:
-                connections[self.target.database].close()
 
 
 async def rotate(  # noqa: PLR0913 - the options of the command, by name
@@ -138,7 +142,7 @@ async def rotate(  # noqa: PLR0913 - the options of the command, by name
         ),
     )
     # Django's connections must not be used in the loop's thread.
-    prepared = await sync_to_async(call.prepare_apart)()
+    prepared = await sync_to_async(call.prepare_beside)()
     outcome = await prepared.rotate_in_this_loop(observer or _ignore)
     return _completed(outcome.stopped)
 
@@ -157,7 +161,8 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
 ) -> RotationStopped:
     """Do what :func:`rotate` does, with an event loop of its own, for scripts and data migrations.
 
-    Closes Django's connections of this thread first, which open again when they are used.
+    Leaves Django's connections of this thread as they are. Generators and receivers use them, in a thread of
+    their own. In a thread with a running event loop it raises an error: use :func:`rotate` there.
 
     Args:
         target: What is rotated.
@@ -178,6 +183,7 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
         OptionError: A completed rotation had the same fields, rows and values, and ``restart`` is false.
         RotatorError: It could not begin, for the reason that its text gives; nothing was changed.
     """
+    check_no_running_loop()
     call = _Call(
         target,
         _options(
@@ -190,7 +196,9 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
             outage_budget=outage_budget,
         ),
     )
-    return _completed(call.prepare().rotate(observer or _ignore).stopped)
+    prepared = call.prepare_beside()
+    with borrowed():
+        return _completed(prepared.rotate(observer or _ignore, keeps_connections=True).stopped)
 
 
 def _options(

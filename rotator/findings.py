@@ -1,6 +1,7 @@
 """What is known of a rotation before its first write: facts, of which others make sentences."""
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +20,41 @@ class Index:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeptValues:
+    """The values of one column that the rotation leaves as they are.
+
+    Attributes:
+        column: The column's name.
+        null: The number of rows that are NULL.
+        blank: The number of rows that are the empty text.
+    """
+
+    column: str
+    null: int
+    blank: int
+
+
+CopyKind: TypeAlias = Literal["trigger", "history", "schema", "name"]
+"""Why a table may hold copies of the values: a trigger of the target writes to it, its name says that it is a
+history, it has the same name in another schema, or it has a column of the same name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Tables that may hold copies of the rotated values.
+
+    Attributes:
+        kind: The reason why.
+        tables: The names of the first tables, with their schemas where needed.
+        more: The number of tables without a name here.
+    """
+
+    kind: CopyKind
+    tables: tuple[str, ...]
+    more: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TableFindings:
     """The target's table.
 
@@ -32,6 +68,9 @@ class TableFindings:
         subscriptions: The names of the subscriptions that write to it.
         refusing_publications: Publications for which the server refuses every update, since the table has no
             replica identity.
+        kept: The values that the rotation leaves as they are, by column; None where they could not be counted
+            in time.
+        copies: Other tables that may hold copies of the values.
     """
 
     rows: int
@@ -42,6 +81,8 @@ class TableFindings:
     writing_triggers: tuple[str, ...] = ()
     subscriptions: tuple[str, ...] = ()
     refusing_publications: tuple[str, ...] = ()
+    kept: tuple[KeptValues, ...] | None = ()
+    copies: tuple[Copies, ...] = ()
 
     @property
     def index_bytes(self) -> int:
@@ -116,6 +157,7 @@ class Findings:
         sample: What the time is estimated from.
         bypassed: What of Django's model would have acted upon each save(), one phrase each.
         selection: The options that chose rows and values; empty where there were none.
+        warnings: What the names of the fields warn of, one sentence each.
     """
 
     target: str
@@ -130,6 +172,7 @@ class Findings:
     sample: Sample
     bypassed: tuple[str, ...]
     selection: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def estimated_seconds(self) -> float | None:

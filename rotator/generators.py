@@ -14,16 +14,16 @@ from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
 from django.core.validators import BaseValidator
 from django.db import connections
-from django.db.models import BinaryField, Field, Model, UUIDField
-from django.db.models.fields import NOT_PROVIDED
-from django.utils.module_loading import import_string
+from django.db.models import Field, Model, UUIDField
 
 from rotator.errors import RangeTooSlowError, TargetError, ValuesError
 from rotator.instances import fetch_instances, fetch_instances_at
 from rotator.keys import Key
+from rotator.makers import default_maker, imported
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
-from rotator.saving import transforms
+from rotator.project_connections import unlogged
+from rotator.saving import comparable, is_expression, sql_hook, transforms
 from rotator.values import uuid4_block
 
 AnyField: TypeAlias = "Field[Any, Any]"
@@ -52,15 +52,9 @@ def value_source(
     Raises:
         TargetError: There is nothing that makes values, or it cannot be called.
     """
-    for field in fields:
-        if _has_placeholder(field):
-            raise TargetError(
-                f"{_name(field)} is written through an expression of its own (get_placeholder), which an "
-                "array of values cannot be: rotate it with the application's own code."
-            )
     if generator:
         return _from_generator(fields, model, generator, database)
-    defaults = [_default(field) for field in fields]
+    defaults = [default_maker(field, database) for field in fields]
     if len(fields) == 1 and type(fields[0]) is UUIDField and defaults[0] is uuid.uuid4:
         return InBulk(_uuid4s)
     named = "The default" if len(fields) == 1 else "The defaults"
@@ -69,7 +63,7 @@ def value_source(
 
 
 def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, database: str) -> ValueSource:
-    function = _imported(path)
+    function = imported(path)
     maker = _Maker(f"The generator {path}", fields, database)
     if not _takes_instance(path, function):
         return _in_bulk(maker, lambda: maker.of_fields(function()))
@@ -79,14 +73,27 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
         return maker.make_each(makers, seconds=ROWS_SECONDS)
 
     def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
-        rows = fetch_instances(model, keys, database)
-        return list(rows), values_of(rows.values())
+        with unlogged(database):
+            rows = fetch_instances(model, keys, database)
+            return list(rows), values_of(rows.values())
 
     def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
-        rows = fetch_instances_at(model, places, database)
-        return list(rows), values_of(rows.values())
+        with unlogged(database):
+            rows = fetch_instances_at(model, places, database)
+            return list(rows), values_of(rows.values())
 
     return FromRows(sync_to_async(make), sync_to_async(make_at))
+
+
+def check_plain_values(fields: Sequence[AnyField], model: type[Model]) -> None:
+    """Refuse fields whose values are changed in SQL.
+
+    Raises:
+        TargetError: One of them is.
+    """
+    for field in fields:
+        if hook := sql_hook(field, model):
+            raise _written_by_sql(field, hook)
 
 
 async def _uuid4s(count: int) -> tuple[Values, ...]:
@@ -116,7 +123,8 @@ class _Maker:
 
     def make(self, count: int, make_one: Callable[[], Sequence[object]]) -> tuple[Values, ...]:
         """Make the values of so many rows."""
-        return self.make_each([make_one] * count, seconds=BULK_SECONDS)
+        with unlogged(self.database):
+            return self.make_each([make_one] * count, seconds=BULK_SECONDS)
 
     def make_each(
         self, makers: Sequence[Callable[[], Sequence[object]]], *, seconds: float
@@ -160,11 +168,13 @@ class _Maker:
 
     def _unseen(self, make_one: Callable[[], Sequence[object]], seen: set[object]) -> list[object]:
         for _ in range(TRIES):
-            prepared = self._prepared(self._called(make_one))
-            # Values of some types cannot be put into a set, and the driver's wrappers show but a beginning.
-            known = repr([getattr(value, "obj", value) for value in prepared])
-            if known not in seen:
-                seen.add(known)
+            given = self._called(make_one)
+            prepared = self._prepared(given)
+            # An encrypting field stores the same value differently each time, another one stores different
+            # values as the same.
+            both = {("given", *map(comparable, given)), ("prepared", *map(comparable, prepared))}
+            if seen.isdisjoint(both):
+                seen |= both
                 return prepared
         raise ValuesError(
             f"{self.called} gave the same value {TRIES} times for rows of one range: it must make a new one "
@@ -195,6 +205,8 @@ class _Maker:
             raise ValuesError(
                 f"{self.called} gave something that {field.name} cannot store ({type(error).__name__})"
             ) from None
+        if is_expression(prepared):
+            raise _written_by_sql(field, "get_db_prep_save")
         if isinstance(prepared, str) and "\x00" in prepared:
             raise ValuesError(f"{self.called} gave a text with a zero byte for {field.name}")
         return prepared
@@ -220,35 +232,11 @@ class _Maker:
                 ) from None
 
 
-def _has_placeholder(field: AnyField) -> bool:
-    """Whether a field is written through SQL of its own; that of Django's BinaryField adds nothing."""
-    placeholder = getattr(type(field), "get_placeholder", None)
-    return placeholder is not None and placeholder is not getattr(BinaryField, "get_placeholder", None)
-
-
-def _default(field: AnyField) -> Callable[[], object]:
-    default: object = field.default
-    if default is NOT_PROVIDED or not callable(default):
-        raise TargetError(
-            f"{_name(field)} has no default that makes a new value for each row: name a callable that does "
-            "with --generator, e.g. --generator secrets.token_urlsafe."
-        )
-    return default
-
-
-def _imported(path: str) -> Callable[..., object]:
-    try:
-        found: object = import_string(path)
-    except Exception as error:
-        raise TargetError(
-            f"The generator {path} cannot be imported ({type(error).__name__}): write it as "
-            "package.module.name."
-        ) from error
-    if not callable(found):
-        raise TargetError(f"The generator {path} cannot be called: name a function.")
-    if inspect.iscoroutinefunction(found):
-        raise TargetError(f"The generator {path} is a coroutine: name a plain function.")
-    return found
+def _written_by_sql(field: AnyField, hook: str) -> TargetError:
+    return TargetError(
+        f"{_name(field)} is written through an SQL expression of its own ({hook}), and the rotation writes "
+        "plain values, which the application could not read. Rotate it with the application's own code."
+    )
 
 
 def _takes_instance(path: str, function: Callable[..., object]) -> bool:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -15,12 +15,17 @@ class Selection:
         excludes: The same; rows match none of them.
         generator: The dotted path of what makes the values; empty for the fields' own defaults.
         include_null: Whether a NULL gets a value, too.
+        include_blank: Whether an empty text gets a value, too.
+        ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
+            They change neither rows nor values, so a run can resume with others.
     """
 
     filters: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     generator: str = ""
     include_null: bool = False
+    include_blank: bool = False
+    ignore_derived: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def is_filtered(self) -> bool:
@@ -35,6 +40,8 @@ class Selection:
             excludes=tuple(saved.get("excludes", ())),
             generator=saved.get("generator", ""),
             include_null=saved.get("include_null", False),
+            include_blank=saved.get("include_blank", False),
+            ignore_derived=tuple(saved.get("ignore_derived", ())),
         )
 
     def saved(self) -> dict[str, Any]:
@@ -47,4 +54,6 @@ class Selection:
         words += [word for text in self.excludes for word in ("--exclude", text)]
         words += ["--generator", self.generator] if self.generator else []
         words += ["--include-null"] if self.include_null else []
+        words += ["--include-blank"] if self.include_blank else []
+        words += [word for name in self.ignore_derived for word in ("--ignore-derived", name)]
         return shlex.join(words) or "no filter and no generator"

@@ -1,18 +1,16 @@
 """Puts a rotation together from Django's side: its settings, its connections, its models."""
 
-import asyncio
 import json
 import logging
 import pkgutil
-import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from asgiref.sync import sync_to_async
 from django.apps import apps
-from django.db import DatabaseError, connections
+from django.db import DatabaseError, connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
@@ -28,6 +26,15 @@ from rotator.postgres.connections import Server
 from rotator.postgres.identity import SESSION_QUERY, Session, TargetIdentity, check_same_session
 from rotator.postgres.transaction import Claim
 from rotator.postgres.value_source import FromRows, Place
+from rotator.project_connections import (
+    check_no_running_loop,
+    close_idle,
+    is_in_transaction,
+    open_aliases,
+    restore,
+    run,
+    unlogged,
+)
 from rotator.project_setting import read_setting
 from rotator.run.context import Announce, ShouldStop
 from rotator.run.distribution import SpanPublisher
@@ -37,12 +44,7 @@ from rotator.run.run import Run
 from rotator.run.span_work import SpanWork
 from rotator.selection import Selection
 from rotator.signals import range_rotated
-from rotator.target import resolve
-
-if sys.platform != "win32":
-    import uvloop
-
-T = TypeVar("T")
+from rotator.target import find_fields, resolve
 
 _APP: Final = "rotator"
 # Django's own: its cursors are synchronous, and its adapters make Django's kind of values.
@@ -84,7 +86,7 @@ class Prepared:
         Raises:
             RotatorError: The target cannot be rotated, or the server cannot be reached.
         """
-        return _run(find_earlier(self.server, self.target))
+        return run(lambda: find_earlier(self.server, self.target))
 
     def begin(self, observer: Observer) -> int:
         """Begin the rotation, or go on with it, and leave it to the workers; return its id.
@@ -95,8 +97,8 @@ class Prepared:
         Raises:
             RotatorError: It cannot be rotated, or another process is at it; nothing was changed.
         """
-        connections.close_all()
-        return _run(self._begin(observer))
+        close_idle()
+        return run(lambda: self._begin(observer))
 
     async def _begin(self, observer: Observer) -> int:
         return await Run(self.server, self.target, self.options, observer).begin()
@@ -106,6 +108,8 @@ class Prepared:
         observer: Observer,
         publisher: SpanPublisher | None = None,
         should_stop: ShouldStop | None = None,
+        *,
+        keeps_connections: bool = False,
     ) -> Outcome:
         """Run until the rotation is completed or the run is stopped.
 
@@ -113,13 +117,15 @@ class Prepared:
             observer: Is told of everything.
             publisher: Has the ranges rewritten by other processes; None where this one does it.
             should_stop: Is asked now and then whether to drain; None where signals alone say so.
+            keeps_connections: Leave Django's connections of this thread as they are; else those without a
+                transaction are closed first, so that they are not idle during the run.
 
         Raises:
             RotatorError: It did not begin, or is another process's.
         """
-        # None of Django's connections may idle beside the run, or be used by it.
-        connections.close_all()
-        return _run(self.rotate_in_this_loop(observer, publisher, should_stop))
+        if not keeps_connections:
+            close_idle()
+        return run(lambda: self.rotate_in_this_loop(observer, publisher, should_stop))
 
     async def rotate_in_this_loop(
         self,
@@ -131,13 +137,19 @@ class Prepared:
         # The pool logs what it does about lost connections; told once, by the run itself, that is enough
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        run = Run(self.server, self.target, self.options, observer, self._announce(), publisher, should_stop)
+        rotation = Run(
+            self.server, self.target, self.options, observer, self._announce(), publisher, should_stop
+        )
+        if not self.options.preflight:
+            for warning in self.target.warnings:
+                logging.getLogger(__name__).warning("Rotating %s: %s.", self.target.label, warning)
+        aliases = await sync_to_async(open_aliases)()
         try:
-            stopped = await run.rotate()
+            stopped = await rotation.rotate()
         finally:
-            # The one that generators and receivers used, in the thread of their own.
-            await sync_to_async(_close)(self.target.database)
-        return Outcome(stopped=stopped, exit_status=_exit_status(run, stopped))
+            # Generators and receivers may have opened some, in their thread.
+            await sync_to_async(restore)(aliases)
+        return Outcome(stopped=stopped, exit_status=_exit_status(rotation, stopped))
 
     def rotate_span(
         self, claim: Claim, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
@@ -153,18 +165,19 @@ class Prepared:
         Raises:
             RotatorError: As :meth:`SpanWork.rotate` has it.
         """
-        connections.close_all()
+        close_idle()
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        _run(self._rotate_span(claim, span, should_stop, identity))
+        run(lambda: self._rotate_span(claim, span, should_stop, identity))
 
     async def _rotate_span(
         self, claim: Claim, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
     ) -> None:
         work = SpanWork(self.server, self.target, self.options, claim, self._announce(), should_stop)
+        aliases = await sync_to_async(open_aliases)()
         try:
             await work.rotate(span, TargetIdentity.from_json(identity))
         finally:
-            await sync_to_async(_close)(self.target.database)
+            await sync_to_async(restore)(aliases)
 
     def examine(self) -> Findings:
         """Find out what the rotation will meet; rewrite rows of a sample, if asked for, and roll them back.
@@ -172,9 +185,9 @@ class Prepared:
         Raises:
             RotatorError: It cannot begin, or the server cannot be asked.
         """
-        connections.close_all()
+        close_idle()
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        return _run(dry_run(self.server, self.target, self.options))
+        return run(lambda: dry_run(self.server, self.target, self.options))
 
     def _announce(self) -> Announce | None:
         """Return what tells the signal's receivers; None where there are none."""
@@ -207,7 +220,7 @@ def default_target() -> tuple[str, ...]:
 
 def prepare(
     labels: Sequence[str],
-    database: str,
+    database: str | None,
     options: RunOptions,
     selection: Selection | None = None,
     *,
@@ -217,7 +230,8 @@ def prepare(
 
     Args:
         labels: One or several ``app.Model.field``; none for the setting's.
-        database: Django's alias of the database.
+        database: Django's alias of the database; None for the one that the project's routers write the model
+            to.
         options: How to rotate.
         selection: How rows and values are chosen; None for all rows and the fields' own defaults.
         is_begun: Whether the rotation is there, so that its tables are.
@@ -225,11 +239,14 @@ def prepare(
     Raises:
         RotatorError: It cannot begin, for the reason that its text gives.
     """
+    check_no_running_loop()
     labels = labels or default_target()
     if not labels:
         raise TargetError(
             "Name the target, as app.Model.field, or set ROTATOR = {'DEFAULT_TARGET': ...} in the settings."
         )
+    if database is None:
+        database = router.db_for_write(find_fields(labels)[0].model)
     if database not in connections:
         raise OptionError(f"There is no database '{database}': the project has {', '.join(connections)}.")
     connection = connections[database]
@@ -237,10 +254,10 @@ def prepare(
         raise TargetError(
             f"The database '{database}' is {connection.display_name}; only PostgreSQL is supported."
         )
-    if connection.in_atomic_block:
+    if is_in_transaction(connection):
         raise OptionError(
             "A rotation cannot run inside a transaction, whose locks it would wait for: call it outside "
-            "atomic()."
+            "atomic(), and with autocommit on."
         )
     target = resolve(labels, database, selection or Selection())
     if not is_begun:
@@ -264,7 +281,7 @@ def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> Sess
         path: The table's name, with its schema before it where it has one; unquoted.
     """
     name = Identifier(*path).as_string()
-    with connection.cursor() as cursor:
+    with unlogged(connection.alias), connection.cursor() as cursor:
         cursor.execute(SESSION_QUERY, (name, name))
         names = [column.name for column in cursor.description]
         return Session(**dict(zip(names, cursor.fetchone(), strict=True)))
@@ -288,11 +305,6 @@ def _in_session(source: FromRows, database: str, path: tuple[str, ...], session:
         return await source.make_at(places)
 
     return FromRows(make, make_at)
-
-
-def _close(database: str) -> None:
-    # Each thread has connections of its own.
-    connections[database].close()
 
 
 def _check_migrations(connection: BaseDatabaseWrapper) -> None:
@@ -329,17 +341,9 @@ def _server(connection: BaseDatabaseWrapper, session: Session) -> Server:
     )
 
 
-def _exit_status(run: Run, stopped: RotationStopped) -> int:
+def _exit_status(rotation: Run, stopped: RotationStopped) -> int:
     if stopped.status == "completed":
         return 0
-    if stopped.status == "interrupted" and run.signal is not None:
-        return _SIGNAL_BASE + run.signal
-    return 0 if stopped.status == "interrupted" and run.stopped_by_option else 1
-
-
-def _run(main: Coroutine[Any, Any, T]) -> T:
-    if sys.platform == "win32":
-        # The driver cannot work with Windows' default loop.
-        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            return runner.run(main)
-    return uvloop.run(main)
+    if stopped.status == "interrupted" and rotation.signal is not None:
+        return _SIGNAL_BASE + rotation.signal
+    return 0 if stopped.status == "interrupted" and rotation.stopped_by_option else 1

@@ -5,15 +5,16 @@ from typing import Any, Final, TypeAlias
 
 from django.apps import apps
 from django.core.exceptions import FieldDoesNotExist
-from django.db.models import Field, Model
+from django.db.models import DateField, Field, Model, TimeField
 from django.db.models.signals import post_save, pre_save
 
-from rotator.errors import TargetError
-from rotator.generators import value_source
+from rotator.errors import OptionError, TargetError
+from rotator.generators import check_plain_values, value_source
 from rotator.instances import key_fields
+from rotator.makers import name_warnings
 from rotator.row_filter import row_condition
 from rotator.run.options import RunTarget
-from rotator.saving import derives, transforms
+from rotator.saving import Derivation, derivation, overrides, transforms
 from rotator.selection import Selection
 
 AnyField: TypeAlias = "Field[Any, Any]"
@@ -35,7 +36,8 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
     """
     fields = find_fields(labels)
     model = fields[0].model
-    _check_saving(fields, model, selection)
+    check_plain_values(fields, model)
+    _check_saving(fields, model, selection, database)
     return RunTarget(
         label=" ".join(map(_name, fields)),
         database=database,
@@ -52,8 +54,10 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
             database=database,
         ),
         include_null=selection.include_null,
+        include_blank=selection.include_blank,
         selection=selection,
         bypassed=_bypassed(model),
+        warnings=name_warnings(fields),
     )
 
 
@@ -83,6 +87,11 @@ def _field(label: str) -> AnyField:
         raise TargetError(
             f"There is no model {app}.{model_name}: check the name, and that '{app}' is in INSTALLED_APPS."
         ) from None
+    if other := model._meta.swapped:
+        raise TargetError(
+            f"{model._meta.label} has no table: the setting {model._meta.swappable} puts {other} in its "
+            f"place. Rotate {other}.{field_name}."
+        )
     try:
         field = model._meta.get_field(field_name)
     except FieldDoesNotExist:
@@ -119,7 +128,9 @@ def _check_references(field: AnyField) -> None:
             )
 
 
-def _check_saving(fields: Sequence[AnyField], model: type[Model], selection: Selection) -> None:
+def _check_saving(
+    fields: Sequence[AnyField], model: type[Model], selection: Selection, database: str
+) -> None:
     """Refuse what would not be stored as it is made, unless a generator answers for it."""
     for field in fields:
         if transforms(field) and not selection.generator:
@@ -128,13 +139,33 @@ def _check_saving(fields: Sequence[AnyField], model: type[Model], selection: Sel
                 "row is saved (a hash, say), so that a new one would be known to nobody: name a callable "
                 "with --generator that returns a mapping of the field's name to what is to be stored."
             )
-    for field in model._meta.concrete_fields:
-        if field not in fields and derives(field, fields, model):
-            raise TargetError(
-                f"{_name(field)} is a {type(field).__name__}, which derives its value when a row is saved "
-                f"and would not fit the new values: name {_name(field)} as a target too, and a --generator "
-                "that returns a mapping for all of these fields."
-            )
+    others = {field.name: field for field in model._meta.concrete_fields if field not in fields}
+    if unknown := sorted(set(selection.ignore_derived) - others.keys()):
+        raise OptionError(
+            f"--ignore-derived {unknown[0]}: {model._meta.label} has no such field next to the target; it "
+            f"has {', '.join(sorted(others))}."
+        )
+    for name, field in others.items():
+        if name not in selection.ignore_derived:
+            _check_derivation(field, fields, derivation(field, fields, model, database))
+
+
+def _check_derivation(field: AnyField, fields: Sequence[AnyField], found: Derivation) -> None:
+    names = " and ".join(map(_name, fields))
+    if found is Derivation.CERTAIN:
+        raise TargetError(
+            f"{_name(field)} is a {type(field).__name__}, which derives its value from {names} when a row is "
+            f"saved, and would not fit the new values: name {_name(field)} as a target too, and a "
+            "--generator that returns a mapping for all of these fields. If the old values may stay, use "
+            f"--ignore-derived {field.name}."
+        )
+    if found is Derivation.UNCLEAR:
+        raise TargetError(
+            f"{_name(field)} is a {type(field).__name__}, which has another value after each save, and may "
+            f"derive it from {names}. If it does not, use --ignore-derived {field.name}: it keeps its "
+            "values. If it does, name it as a target too, and a --generator that returns a mapping for all "
+            "of these fields."
+        )
 
 
 def table_path(model: type[Model]) -> tuple[str, ...]:
@@ -145,14 +176,19 @@ def table_path(model: type[Model]) -> tuple[str, ...]:
 
 def _bypassed(model: type[Model]) -> tuple[str, ...]:
     """What would have acted upon each save() of a row, and never hears of an update by the server."""
-    automatic = [field.name for field in model._meta.concrete_fields if getattr(field, "auto_now", False)]
+    automatic = [
+        (field.name, "auto_now" if getattr(field, "auto_now", False) else type(field).__name__)
+        for field in model._meta.concrete_fields
+        if getattr(field, "auto_now", False)
+        or (isinstance(field, DateField | TimeField) and overrides(field, "pre_save"))
+    ]
     signals = [
         name
         for name, signal in (("pre_save", pre_save), ("post_save", post_save))
         if signal.has_listeners(model)
     ]
     return tuple(
-        [f"{name} (auto_now) stays as it is" for name in automatic]
+        [f"{name} ({kind}) stays as it is" for name, kind in automatic]
         + [f"receivers of {name} are not called" for name in signals]
         + ([f"{model.__name__}.save() is not called"] if model.save is not Model.save else [])
     )

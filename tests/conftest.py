@@ -8,7 +8,11 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.signals import stop_ignoring_signals
 
 # Its virtual environments are made once for the file, and the databases of its projects have fixed names.
-_FILES_FOR_ONE_PROCESS: Final = ("tests/acceptance/test_install.py",)
+_FILES_FOR_ONE_PROCESS: Final = (
+    "tests/acceptance/test_install.py",
+    "tests/foreign/test_foreign_models.py",
+    "tests/foreign/test_tenants.py",
+)
 
 
 def pytest_configure() -> None:

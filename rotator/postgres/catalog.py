@@ -57,6 +57,7 @@ _COLUMNS: Final = (
     " ELSE pg_collation_actual_version(l.oid) END AS actual_version,"
     " a.attnotnull AS not_null, a.attgenerated <> '' OR a.attidentity = 'a' AS is_generated,"
     " format_type(a.atttypid, a.atttypmod) AS stored_type,"
+    " t.typcategory = 'S' OR t.typname = 'bytea' AS can_be_blank,"
     " t.typcategory = 'A' AS is_array, t.typtype = 'c' OR t.typname IN ('json', 'jsonb', 'xml')"
     " AS is_composite,"
     " EXISTS (SELECT FROM pg_partitioned_table p WHERE p.partrelid = a.attrelid"
@@ -126,6 +127,7 @@ async def read_table(
     columns: tuple[str, ...],
     condition: Condition | None = None,
     include_null: bool = False,
+    include_blank: bool = False,
 ) -> TargetTable:
     """Look a target up where it lives.
 
@@ -136,6 +138,7 @@ async def read_table(
         columns: The names of the rotated columns.
         condition: Which rows are rotated; None for all.
         include_null: Whether a NULL gets a value, too.
+        include_blank: Whether an empty text gets a value, too.
 
     Raises:
         TargetError: The table or one of the columns is missing, rows cannot be found by the key, a column
@@ -173,6 +176,7 @@ async def read_table(
             collation=(row["collation_schema"], row["collation"]) if row["collation"] else None,
             keeps_null=not (row["not_null"] or include_null),
             stored_type=row["stored_type"],
+            keeps_blank=row["can_be_blank"] and not include_blank,
         )
 
     return TargetTable(

@@ -7,16 +7,17 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.errors import RangeTooSlowError
-from rotator.findings import Index, ServerFindings, TableFindings
+from rotator.findings import Copies, Index, KeptValues, ServerFindings, TableFindings
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.failures import answered
 from rotator.postgres.planning import count_rows, estimate_rows, last_key
 from rotator.postgres.relations import LEAVES
 from rotator.postgres.server_log import settings_that_show_values
-from rotator.postgres.table import TargetTable
+from rotator.postgres.table import ROW, TargetTable, identifier
 
 COUNT_SECONDS: Final = 2.0
 HOLDERS_NAMED: Final = 3
+COPIES_NAMED: Final = 4
 OLD_SECONDS: Final = 5
 
 _INDEXES: Final = (
@@ -53,6 +54,32 @@ _WRITING_TRIGGERS: Final = sql.SQL(
     " AND p.prosrc ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
     " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\s|$)') ORDER BY 1"
 )
+# Histories of whole rows, as text or JSON, have no column of the same name.
+_COPIES: Final = sql.SQL(
+    "WITH own AS (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass),"
+    " target AS (SELECT oid, relname, relnamespace FROM pg_class WHERE oid = %(table)s::regclass),"
+    " written AS (SELECT string_agg(p.prosrc, ' ') AS source FROM pg_trigger t"
+    " JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid IN (SELECT oid FROM own) AND NOT t.tgisinternal"
+    " AND t.tgenabled NOT IN ('D', 'R')),"
+    " others AS (SELECT c.oid, c.relname, c.relnamespace <> target.relnamespace"
+    " AND c.relname = target.relname AS is_namesake,"
+    " EXISTS (SELECT FROM pg_attribute a JOIN pg_attribute mine ON mine.attrelid = target.oid"
+    " AND mine.attname = a.attname WHERE a.attrelid = c.oid AND NOT a.attisdropped"
+    " AND a.attname = ANY (%(columns)s::text[]) AND a.atttypid = mine.atttypid) AS has_column,"
+    " COALESCE(written.source ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
+    " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\W|$)'), false) AS is_written"
+    " FROM pg_class c CROSS JOIN target CROSS JOIN written JOIN pg_namespace n ON n.oid = c.relnamespace"
+    " WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.oid NOT IN (SELECT oid FROM own)"
+    " AND n.nspname !~ '^(pg_|information_schema$)' AND c.relname !~ '^(rotator|django)_'),"
+    " kinds AS (SELECT oid, CASE WHEN is_written THEN 'trigger'"
+    " WHEN has_column AND is_namesake THEN 'schema'"
+    " WHEN has_column AND relname ~* '(histor|audit|version|revision|event|archive|backup|snapshot|_log)'"
+    " OR relname ~* '(audit|reversion_version|pghistory)' THEN 'history'"
+    " WHEN has_column THEN 'name' END AS kind FROM others)"
+    " SELECT kind, (array_agg(oid::regclass::text ORDER BY oid::regclass::text))[:%(most)s], count(*)"
+    " FROM kinds WHERE kind IS NOT NULL GROUP BY kind"
+    " ORDER BY array_position(ARRAY['trigger', 'history', 'schema', 'name'], kind)"
+).format(LEAVES)
 _SETTINGS: Final = (
     "SELECT pg_size_bytes(current_setting('max_wal_size')),"
     " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"
@@ -130,7 +157,66 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         writing_triggers=await _phrases(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
         subscriptions=await _phrases(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
         refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
+        kept=await count_kept(connection, table),
+        copies=await _find_copies(connection, table),
     )
+
+
+async def _find_copies(connection: AsyncConnection, table: TargetTable) -> tuple[Copies, ...]:
+    """Find the tables that may hold copies of the values."""
+    parameters = {
+        "table": table.regclass,
+        "columns": [column.name for column in table.columns],
+        "most": COPIES_NAMED,
+    }
+    async with answered(connection):
+        cursor = await connection.execute(_COPIES, parameters)
+        return tuple(
+            [
+                Copies(kind=kind, tables=tuple(names), more=count - len(names))
+                async for kind, names, count in cursor
+            ]
+        )
+
+
+async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[KeptValues, ...] | None:
+    """Count the rows whose NULL or empty text stays; None where that takes too long.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+    """
+    columns = [column for column in table.columns if column.keeps_null or column.keeps_blank]
+    if not columns:
+        return ()
+    count = sql.SQL("count(*) FILTER (WHERE {}), count(*) FILTER (WHERE {})")
+    counts = [
+        count.format(
+            sql.SQL("{} IS NULL").format(name) if column.keeps_null else sql.SQL("false"),
+            sql.SQL("{} = ''").format(name) if column.keeps_blank else sql.SQL("false"),
+        )
+        for column in columns
+        for name in (identifier(ROW, column.name),)
+    ]
+    condition = sql.SQL("true") if table.condition is None else table.condition
+    with suppress(RangeTooSlowError):
+        async with answered(connection), connection.transaction():
+            await connection.execute(
+                "SELECT set_config('statement_timeout', %s, true)", (f"{COUNT_SECONDS * 1000:.0f}ms",)
+            )
+            cursor = await connection.execute(
+                sql.SQL("SELECT {} FROM {} WHERE {}").format(
+                    sql.SQL(", ").join(counts), table.row, condition
+                ),
+                {},
+            )
+            found = await cursor.fetchone() or ()
+        return tuple(
+            KeptValues(column=column.name, null=null, blank=blank)
+            for column, null, blank in zip(columns, found[::2], found[1::2], strict=True)
+            if null or blank
+        )
+    return None
 
 
 async def count_table(connection: AsyncConnection, table: TargetTable, *, seconds: float) -> tuple[int, bool]:

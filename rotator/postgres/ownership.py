@@ -25,6 +25,10 @@ _TAKE_OVER_ATTEMPTS: Final = 5
 # Ids begin at 1: this one's lock is for beginning.
 _NO_ROTATION: Final = 0
 
+_HAS_ROWS_DONE: Final = (
+    "EXISTS (SELECT FROM rotator_completedrange WHERE rotation_id = %(rotation)s AND rows > 0)"
+    " OR EXISTS (SELECT FROM rotator_latetransaction WHERE rotation_id = %(rotation)s)"
+)
 _VOUCHED_FOR: Final = sql.SQL(
     "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
 )
@@ -267,8 +271,35 @@ async def _check_overlap(connection: AsyncConnection, terms: Terms) -> None:
         )
 
 
+async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
+    """Return whether any row has a new value by this rotation."""
+    async with answered(connection):
+        cursor = await connection.execute(f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation})
+        ((found,),) = await cursor.fetchall()
+    return bool(found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewSelection:
+    """The selection that a rotation is resumed with.
+
+    Attributes:
+        saved: The selection as JSON types.
+        unless_begun: Whether it is for a rotation that has no rows done.
+    """
+
+    saved: Mapping[str, Any]
+    unless_begun: bool = False
+
+
 async def take_over(
-    connection: AsyncConnection, claim: Claim, *, database: str, owner: Owner, options: dict[str, Any]
+    connection: AsyncConnection,
+    claim: Claim,
+    *,
+    database: str,
+    owner: Owner,
+    options: dict[str, Any],
+    selection: NewSelection | None = None,
 ) -> Claim | None:
     """Raise the generation of a rotation that ``claim`` still describes, and own it; None where it does not.
 
@@ -280,13 +311,23 @@ async def take_over(
     """
     async with alone(connection, claim.rotation):
         cursor = await connection.execute(
-            "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
+            "UPDATE rotator_rotation SET generation = generation + 1,"  # noqa: S608 - a constant is put in
+            " status = 'running', error = '',"
             " updated_at = clock_timestamp(), owned_since = clock_timestamp(), options = %(options)s,"
             " database = %(database)s, owner_host = %(host)s, owner_pid = %(pid)s,"
+            " selection = COALESCE(%(selection)s, selection),"
             " owner_process = %(process)s, owner_user = %(user)s, version = %(version)s"
             " WHERE id = %(rotation)s AND generation = %(generation)s"
+            f" AND NOT (%(unless_begun)s AND ({_HAS_ROWS_DONE}))"
             " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
-            {"options": Jsonb(options), "database": database, **asdict(claim), **asdict(owner)},
+            {
+                "options": Jsonb(options),
+                "database": database,
+                "selection": None if selection is None else Jsonb(dict(selection.saved)),
+                "unless_begun": selection is not None and selection.unless_begun,
+                **asdict(claim),
+                **asdict(owner),
+            },
         )
         row = await cursor.fetchone()
     return Claim(rotation=claim.rotation, generation=row[0]) if row else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Final
 
 from psycopg import AsyncConnection, sql
@@ -30,6 +31,51 @@ MOST_SECONDS: Final = 1.5
 # The first changes of a page, which write it whole, are many in a sample and few in a rotation.
 WARMING_PART: Final = 1 / 3
 _ROWS_READ: Final = 2000
+TRY_SECONDS: Final = 1.0
+# With two, a generator that returns a constant is noticed.
+TRIED_ROWS: Final = 2
+
+
+async def try_values(connection: AsyncConnection, update: RangeUpdate) -> None:
+    """Rewrite the first rows and roll them back, to find out whether their new values can be made.
+
+    Args:
+        connection: In autocommit mode.
+        update: The update of the rotation.
+
+    Raises:
+        ValuesError: There is something wrong with the new values.
+        ServerLostError: The server cannot be reached.
+    """
+    # A single row or what else writes to it is for the rotation to meet.
+    with suppress(RangeRefusedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
+        keys = await _first_keys(connection, update.table)
+        if not keys:
+            return
+        key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
+        made = await update.make(key_range, key_range.rows)
+        try:
+            await update.execute(connection, key_range, made, None)
+        finally:
+            await connection.rollback()
+
+
+async def _first_keys(connection: AsyncConnection, table: TargetTable) -> list[Key]:
+    async with answered(connection), connection.transaction():
+        await connection.execute(
+            "SELECT set_config('statement_timeout', %s, true)", (f"{TRY_SECONDS * 1000:.0f}ms",)
+        )
+        cursor = await connection.execute(
+            sql.SQL("SELECT {json} FROM {row} WHERE true{and_matches} ORDER BY {key} LIMIT {most}").format(
+                json=table.key_json,
+                row=table.row,
+                and_matches=table.and_matches,
+                key=table.key_columns,
+                most=sql.Literal(TRIED_ROWS),
+            ),
+            {},
+        )
+        return [Key(key) async for (key,) in cursor]
 
 
 async def sample(

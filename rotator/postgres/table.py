@@ -76,6 +76,7 @@ class Column:
         keeps_null: Whether a NULL in it stays one.
         stored_type: The column's own type as SQL, e.g. ``numeric(5,2)``: what an assignment turns a value
             into; empty where it is the base type.
+        keeps_blank: Whether an empty text in it stays one; only where the type has such a value.
     """
 
     name: str
@@ -84,6 +85,14 @@ class Column:
     collation: tuple[str, str] | None = None
     keeps_null: bool = False
     stored_type: str = ""
+    keeps_blank: bool = False
+
+    def is_given(self, value: sql.Composable) -> sql.Composable | None:
+        """Return a condition that is true where a row with this old value gets a new one; None for always."""
+        conditions = [sql.SQL("{} IS NOT NULL").format(value)] if self.keeps_null else []
+        if self.keeps_blank:
+            conditions.append(sql.SQL("{} IS DISTINCT FROM ''").format(value))
+        return sql.SQL(" AND ").join(conditions) if conditions else None
 
     @property
     def type(self) -> sql.Composable:
@@ -143,9 +152,12 @@ class TargetTable:
     def matches(self) -> sql.Composable | None:
         """A condition about :data:`ROW`: it is rotated; None where all rows are."""
         conditions = [] if self.condition is None else [sql.SQL("({})").format(self.condition)]
-        if all(column.keeps_null for column in self.columns):
-            nulls = [sql.SQL("{} IS NOT NULL").format(identifier(ROW, c.name)) for c in self.columns]
-            conditions.append(sql.SQL("({})").format(sql.SQL(" OR ").join(nulls)))
+        given = [column.is_given(identifier(ROW, column.name)) for column in self.columns]
+        restricting = [condition for condition in given if condition is not None]
+        # A column that always gets a value takes every row.
+        if len(restricting) == len(given):
+            either = sql.SQL(" OR ").join(sql.SQL("({})").format(condition) for condition in restricting)
+            conditions.append(sql.SQL("({})").format(either))
         return sql.SQL(" AND ").join(conditions) if conditions else None
 
     @property
@@ -177,10 +189,10 @@ class TargetTable:
         for at, column in enumerate(self.columns):
             old = identifier(alias, _old_name(at))
             is_unchanged = same.format(identifier(ROW, column.name), old)
-            if column.keeps_null:
-                is_unchanged = sql.SQL("{} IS NOT NULL AND {}").format(old, is_unchanged)
             # Only what an assignment makes of the new value: rounded, or padded with blanks.
             stored = sql.SQL("{}::{}")
+            if (is_given := column.is_given(old)) is not None:
+                is_unchanged = sql.SQL("{} AND {}").format(is_given, is_unchanged)
             is_repeated = same.format(
                 stored.format(self._new_value(at, column, position), column.stored),
                 stored.format(old, column.stored),
@@ -196,7 +208,7 @@ class TargetTable:
     def digests(self) -> sql.Composable:
         """An array of numbers, each of which stands for the stored value of a rotated column of :data:`ROW`.
 
-        It has a NULL for a NULL that stays one.
+        It has a NULL for a NULL or an empty text that stays one.
         """
         return sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(map(self._digest, self.columns)))
 
@@ -204,9 +216,8 @@ class TargetTable:
     def _digest(column: Column) -> sql.Composable:
         value = identifier(ROW, column.name)
         digest = sql.SQL("hashtextextended(ROW({})::text, 0)").format(value)
-        if not column.keeps_null:
-            return digest
-        return sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(value, digest)
+        is_given = column.is_given(value)
+        return digest if is_given is None else sql.SQL("CASE WHEN {} THEN {} END").format(is_given, digest)
 
     def assignments(self, position: sql.Composable) -> sql.Composable:
         """What UPDATE of :data:`ROW` sets: for each column the value at a position of its own array."""
@@ -222,12 +233,12 @@ class TargetTable:
 
     def _value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
         value = self._new_value(at, column, position)
+        old = identifier(ROW, column.name)
+        is_given = column.is_given(old)
         # A single column's rows are chosen for it.
-        if not column.keeps_null or len(self.columns) == 1:
+        if is_given is None or len(self.columns) == 1:
             return value
-        return sql.SQL("CASE WHEN {} IS NULL THEN NULL ELSE {} END").format(
-            identifier(ROW, column.name), value
-        )
+        return sql.SQL("CASE WHEN {} THEN {} ELSE {} END").format(is_given, value, old)
 
     @property
     def key_columns(self) -> sql.Composable:

@@ -1,6 +1,6 @@
 """The one screen that a rotation begins with."""
 
-from rotator.findings import Findings, estimate_wal
+from rotator.findings import Copies, CopyKind, Findings, estimate_wal
 from rotator.progress.format import count, duration, plural, rate, size
 
 _INDEXES_NAMED = 4
@@ -50,6 +50,10 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
             [touched, *(f"  {name}" for name in named)] if named[2:] else [touched + ", ".join(named)],
         ),
     ]
+    lines += _kept(findings)
+    if table.copies:
+        lines.append(("copies", [phrase for copies in table.copies for phrase in _copies(copies)]))
+    lines += [("warning", [warning]) for warning in findings.warnings]
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
     if table.writing_triggers:
@@ -78,6 +82,35 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
             )
         )
     return lines
+
+
+def _kept(findings: Findings) -> list[tuple[str, list[str]]]:
+    """Return what is said of the rows that get no new value."""
+    kept = findings.table.kept
+    if kept is None:
+        return [("kept", ["values that are NULL or blank; they could not be counted in time"])]
+    lines = []
+    for values in kept:
+        if values.null:
+            lines.append(f"{values.column} stays NULL in {plural(values.null, 'row')} without --include-null")
+        if values.blank:
+            lines.append(
+                f"{values.column} stays blank in {plural(values.blank, 'row')} without --include-blank"
+            )
+    return [("kept", lines)] if lines else []
+
+
+_COPIES: dict[CopyKind, str] = {
+    "trigger": "  a trigger of the table writes the new values there, too; old values stay there",
+    "history": "  a history: old values stay there, and a revert restores them",
+    "schema": "  the same table in another schema, of another tenant perhaps: rotate it there, too",
+    "name": "  a column of the same name: if its values are copies, rotate them, too",
+}
+
+
+def _copies(copies: Copies) -> list[str]:
+    more = f" and {plural(copies.more, 'other table')}" if copies.more else ""
+    return [", ".join(copies.tables) + more, _COPIES[copies.kind]]
 
 
 def _disk(findings: Findings) -> list[tuple[str, list[str]]]:

@@ -18,7 +18,7 @@ from rotator.postgres import ownership
 from rotator.postgres.failures import superseded
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import count_last_writers
-from rotator.postgres.ownership import Terms, Unfinished
+from rotator.postgres.ownership import NewSelection, Terms, Unfinished
 from rotator.postgres.table import TargetTable
 from rotator.postgres.transaction import Claim
 from rotator.run.context import RunContext
@@ -96,10 +96,15 @@ class Acquisition:
             if self._context.options.restart:
                 await ownership.abandon(self._connection, seen)
                 continue
-            self._check_selection(unfinished)
+            selection = await self._selection(unfinished)
             await self._check_target(unfinished, identity)
             claim = await ownership.take_over(
-                self._connection, seen, database=target.database, owner=owner, options=options
+                self._connection,
+                seen,
+                database=target.database,
+                owner=owner,
+                options=options,
+                selection=selection,
             )
             if claim is not None:
                 return Acquired(claim=claim, stopped_at=unfinished.updated_at)
@@ -138,15 +143,22 @@ class Acquisition:
                 f"Rotation {wanted} of {self._context.target.label} is not unfinished any more."
             )
 
-    def _check_selection(self, found: Unfinished) -> None:
-        """Refuse to resume what was begun for other rows or values."""
+    async def _selection(self, found: Unfinished) -> NewSelection:
+        """Return the selection to resume with; refuse what the rotation was not begun for.
+
+        While no row has a new value, another generator can make them.
+        """
         label, chosen = self._context.target.label, self._context.target.selection
         saved = Selection.read(found.selection)
-        if chosen != saved:
+        if chosen == saved:
+            return NewSelection(saved=chosen.saved())
+        is_other_maker = replace(chosen, generator=saved.generator) == saved
+        if not is_other_maker or await ownership.has_rows_done(self._connection, found.id):
             raise OptionError(
                 f"Rotation {found.id} of {label} was begun with {saved}, and this command has {chosen}: give "
                 "it the same, or abandon that rotation with --restart."
             )
+        return NewSelection(saved=chosen.saved(), unless_begun=True)
 
     async def _check_target(self, found: Unfinished, identity: TargetIdentity) -> None:
         """Refuse to resume on a target whose checkpoints mean something else now."""

@@ -14,7 +14,7 @@ from rotator.postgres.examining import examine_server, examine_table, name_serve
 from rotator.postgres.identity import check_session
 from rotator.postgres.ownership import Completed, Unfinished
 from rotator.postgres.privileges import missing_grants
-from rotator.postgres.sampling import sample
+from rotator.postgres.sampling import sample, try_values
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writing import RangeUpdate
 from rotator.run.options import RunOptions, RunTarget
@@ -55,6 +55,7 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
         columns=target.columns,
         condition=target.condition,
         include_null=target.include_null,
+        include_blank=target.include_blank,
     )
 
 
@@ -98,6 +99,7 @@ class Examination:
             server=await examine_server(self._connection),
             sample=await self._sample(options, table.rows) if options.sample else Sample(),
             bypassed=self._target.bypassed,
+            warnings=self._target.warnings,
             selection="" if self._target.selection == Selection() else str(self._target.selection),
         )
 
@@ -123,6 +125,8 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Fin
         table = await check(connection, target, options)
         if grants := await missing_grants(connection, table):
             raise MissingPrivilegesError(grants)
+        if options.sample and target.selection.generator:
+            await try_values(connection, RangeUpdate(table, target.source, options.limits))
         return await Examination(connection, table, server, target).examine(options, counts=True)
 
 

@@ -76,8 +76,10 @@ class RunTarget:
         source: Where their new values come from.
         condition: Which rows are rotated; None for all.
         include_null: Whether a NULL gets a value, too.
+        include_blank: Whether an empty text gets a value, too.
         selection: How the user chose rows and values.
         bypassed: What of Django's model would have acted upon each save(), one phrase each.
+        warnings: What the names of the fields warn of, one sentence each.
         session: What Django's own connection sees under these names; None until it was asked.
     """
 
@@ -90,6 +92,8 @@ class RunTarget:
     source: ValueSource
     condition: Condition | None = None
     include_null: bool = False
+    include_blank: bool = False
     selection: Selection = field(default_factory=Selection)
     bypassed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     session: Session | None = None

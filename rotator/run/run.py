@@ -30,9 +30,11 @@ from rotator.postgres.connections import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.examining import COUNT_SECONDS, count_table, name_server
 from rotator.postgres.ownership import Owned
 from rotator.postgres.planning import gaps
+from rotator.postgres.sampling import try_values
 from rotator.postgres.server_log import settings_that_show_values
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuuming import read_storage
+from rotator.postgres.writing import RangeUpdate
 from rotator.process import this_process
 from rotator.run.acquiring import Acquired, Acquisition, regain
 from rotator.run.context import Announce, RunContext, ShouldStop
@@ -44,6 +46,7 @@ from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
 from rotator.run.stopping import StopRequests
 from rotator.run.vacuuming import Vacuuming
+from rotator.selection import Selection
 from rotator.tasks import first_error_alone, watch
 
 HEARTBEAT_SECONDS: Final = 1.0
@@ -205,9 +208,20 @@ class Run:
         self._server_name = await name_server(control)
         self._figures.storage_before = await read_storage(control, table)
         await self._vacuuming.allow(control, table)
+        await self._try_values(control, table)
         if self._context.options.preflight:
             await self._preflight(control, table)
         return table
+
+    async def _try_values(self, control: AsyncConnection, table: TargetTable) -> None:
+        """Refuse a generator that fails before the rotation begins."""
+        target, options = self._context.target, self._context.options
+        if not target.selection.generator:
+            return
+        found = await ownership.find_unfinished(control, target.label, table.found_name)
+        # What is resumed was tried, unless its generator is another one now.
+        if found is None or options.restart or Selection.read(found.selection) != target.selection:
+            await try_values(control, RangeUpdate(table, target.source, options.limits))
 
     async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
         """Tell what a new rotation will meet; one that goes on has been through that."""

@@ -8,6 +8,7 @@ from django.core.management import CommandError, call_command
 from django.db import connections
 from django.test import override_settings
 
+from rotator.api import Target, rotate_sync
 from rotator.checks import check_databases
 from rotator.errors import OptionError
 from rotator.models import CompletedRange, Rotation
@@ -34,6 +35,13 @@ class ReadFromDefault:
         return "default"
 
 
+class OrdersElsewhere:
+    """A router of a project that keeps its orders apart."""
+
+    def db_for_write(self, model: Any, **_: Any) -> str | None:  # noqa: ANN401 - Django's signature
+        return "other" if model is models.Order else None
+
+
 def make_orders(database: str) -> None:
     models.Order.objects.using(database).bulk_create(
         models.Order(api_key=f"leaked {i} in {database}") for i in range(ROWS)
@@ -56,6 +64,22 @@ def test_a_rotation_lives_in_the_database_of_its_target() -> None:
         assert order.api_key.startswith(f"{order.pk}-")
     assert (Rotation.objects.using("default").count(), Rotation.objects.using("other").count()) == (0, 1)
     assert CompletedRange.objects.using("other").count() == 5
+
+
+@override_settings(DATABASE_ROUTERS=["tests.integration.test_databases.OrdersElsewhere"])
+@pytest.mark.parametrize("caller", ["command", "api"])
+def test_the_default_database_is_the_one_that_the_router_writes_to(caller: str) -> None:
+    for database in ("default", "other"):
+        make_orders(database)
+    if caller == "command":
+        call_command("async_rotate", API_KEY, generator=NAMED.generator, stderr=StringIO(), stdout=StringIO())
+    else:
+        rotate_sync(Target(API_KEY, generator=NAMED.generator))
+    assert (leaked("default"), leaked("other")) == (ROWS, 0)
+    assert Rotation.objects.using("other").get().database == "other"
+    # Another one can still be named.
+    call_command("async_rotate", API_KEY, database="default", generator=NAMED.generator, stderr=StringIO())
+    assert leaked("default") == 0
 
 
 def test_the_commands_take_the_database() -> None:

@@ -14,6 +14,10 @@ def token() -> str:
     return secrets.token_urlsafe(16)
 
 
+def short() -> str:
+    return secrets.token_hex(8)
+
+
 def letters() -> str:
     return get_random_string(32)
 
@@ -85,6 +89,18 @@ def too_long() -> str:
 
 def raising() -> NoReturn:
     raise RuntimeError(secrets.token_hex())
+
+
+def none_for_row(_row: Model) -> None:
+    return None
+
+
+def constant_for_row(_row: Model) -> str:
+    return constant()
+
+
+def wrong_mapping(_row: Model) -> dict[str, str]:
+    return {"nothing": token()}
 
 
 def slow() -> str:

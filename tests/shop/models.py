@@ -2,12 +2,30 @@
 
 import uuid
 
+from django.contrib.postgres.functions import RandomUUID
+from django.core.validators import RegexValidator
 from django.db import models
-from django.db.models.functions import Upper
+from django.db.models.functions import Now, Upper
 from django.utils import timezone
 
-from tests.shop.fields import ChecksumField, EncryptedField, HashedField, HexUuidField, ReversedField
-from tests.shop.generators import big_number, blob, letters, number, token
+from tests.shop.fields import (
+    ChecksumField,
+    EncryptedField,
+    HashedField,
+    HexUuidField,
+    ModifiedField,
+    NewlyEncryptedField,
+    OnceField,
+    OwnDefaultField,
+    PreparedAsSqlField,
+    RandomlyEncryptedField,
+    ReversedField,
+    SaltedField,
+    SavedAsSqlField,
+    SearchField,
+    TagField,
+)
+from tests.shop.generators import big_number, blob, constant, letters, number, token
 
 
 class Secrets(models.Model):
@@ -167,3 +185,66 @@ class Code(models.Model):
 
 class Use(models.Model):
     code = models.ForeignKey(Code, to_field="code", on_delete=models.CASCADE)
+
+
+class WrittenInSql(models.Model):
+    """Values that are changed on their way to the server, in each way there is."""
+
+    placeholder = EncryptedField(default=blob)
+    placeholder_sql = NewlyEncryptedField(default=blob)
+    prepared = PreparedAsSqlField(max_length=40, default=token)
+    saved = SavedAsSqlField(max_length=40, default=token)
+    encrypted = RandomlyEncryptedField(max_length=80, default=constant)
+
+
+class Client(models.Model):
+    """A secret among fields that change with each save, and derive nothing from it."""
+
+    secret = models.CharField(max_length=80, default=token, blank=True)
+    modified = ModifiedField(null=True)
+    tag = TagField(max_length=16, default="")
+    once = OnceField(max_length=16, default="")
+    encrypted = RandomlyEncryptedField(max_length=80, default="")
+
+
+class Salted(models.Model):
+    """A secret, and a salted hash of it."""
+
+    secret = models.CharField(max_length=80, default=token)
+    salted = SaltedField(max_length=40, default="")
+
+
+class Searchable(models.Model):
+    """A secret that is found by its hash."""
+
+    secret = RandomlyEncryptedField(max_length=80, default=token)
+    search = SearchField(max_length=64, default="")
+
+
+class Maker(models.Model):
+    """Makes its keys by methods of the model."""
+
+    key = models.CharField(max_length=40)
+    pin = models.CharField(max_length=10)
+    number = models.UUIDField()
+    blob = models.BinaryField()
+    hashed_key = models.CharField(max_length=128)
+    jti = models.CharField(max_length=64, default=token)
+    token_jti = models.CharField(max_length=64, default="")
+    long = models.TextField(default="")
+    count = models.IntegerField(default=0)
+    identifier = models.CharField(max_length=20, default="", validators=[RegexValidator("^[A-Z]{20}$")])
+    own_default = OwnDefaultField(max_length=40)
+    by_server = models.UUIDField(db_default=RandomUUID())
+    same_by_server = models.DateTimeField(db_default=Now())
+
+    @staticmethod
+    def generate_key() -> str:
+        return letters()
+
+    @classmethod
+    def generate_for_class(cls) -> str:
+        return f"{cls.__name__} {token()}"
+
+    def generate_for_row(self) -> str:
+        return f"{self.pk} {token()}"

@@ -45,11 +45,13 @@ class Options(TypedDict):
     target: list[str]
     concurrency: int
     batch: int
-    database: str
+    database: str | None
     filter: list[str]
     exclude: list[str]
     generator: str
     include_null: bool
+    include_blank: bool
+    ignore_derived: list[str]
     celery: bool
     detach: bool
     restart: bool
@@ -117,9 +119,9 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--database",
-            default=DEFAULT_DB_ALIAS,
             choices=tuple(connections),
-            help="The alias of the database that holds the target (default: %(default)s).",
+            help="The alias of the database that holds the target (default: the one that the project's "
+            "database routers write the model to).",
         )
         parser.add_argument(
             "--filter",
@@ -147,6 +149,19 @@ class Command(BaseCommand):
             "--include-null",
             action="store_true",
             help="Give rows a value that have none (NULL); otherwise they keep it.",
+        )
+        parser.add_argument(
+            "--include-blank",
+            action="store_true",
+            help="Also rotate rows whose value is the empty text; otherwise they keep it.",
+        )
+        parser.add_argument(
+            "--ignore-derived",
+            action="append",
+            default=[],
+            metavar="FIELD",
+            help="Rotate although this field seems to derive its value from the target when a row is saved. "
+            "The field keeps its values. May be given several times.",
         )
         parser.add_argument(
             "--celery",
@@ -242,7 +257,7 @@ class Command(BaseCommand):
                 if options["dry_run"]:
                     self._show(prepared)
                     return
-                publisher = self._publisher(options)
+                publisher = self._publisher(options, prepared.target.database)
                 if options["detach"]:
                     self._hand_over(prepared, options)
                     return
@@ -264,7 +279,7 @@ class Command(BaseCommand):
         if outcome.exit_status:
             sys.exit(outcome.exit_status)
 
-    def _publisher(self, options: Options) -> SpanPublisher | None:
+    def _publisher(self, options: Options, database: str) -> SpanPublisher | None:
         if not options["celery"]:
             if options["detach"]:
                 raise OptionError("--detach leaves the rotation to Celery's workers: give it with --celery.")
@@ -278,7 +293,7 @@ class Command(BaseCommand):
         except ModuleNotFoundError as error:
             raise OptionError(f"--celery needs {error.name}: pip install 'celery[redis]>=5.5'.") from error
         load_app()
-        return CeleryPublisher(options["database"])
+        return CeleryPublisher(database)
 
     def _hand_over(self, prepared: Prepared, options: Options) -> None:
         from rotator.distributed import hand_over  # noqa: PLC0415 - of an extra
@@ -329,6 +344,8 @@ class Command(BaseCommand):
                 excludes=tuple(options["exclude"]),
                 generator=options["generator"],
                 include_null=options["include_null"],
+                include_blank=options["include_blank"],
+                ignore_derived=tuple(options["ignore_derived"]),
             )
             prepared = prepare(options["target"], options["database"], _run_options(options), selection)
             report_file = writable(options["report"])

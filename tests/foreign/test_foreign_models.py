@@ -1,0 +1,84 @@
+"""Models of published packages: rotated, and then the package's own authentication is asked."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.installed import Environment, Site, copy_of_this_repository
+
+pytestmark = [pytest.mark.slow, pytest.mark.django_db(transaction=True)]
+
+PACKAGES = (
+    "Django~=5.2.0",
+    "django-allauth",
+    "django-auditlog",
+    "django-cryptography-5",
+    "django-encrypted-model-fields",
+    "django-extensions",
+    "django-invitations",
+    "django-model-utils",
+    "django-oauth-toolkit",
+    "django-oidc-provider",
+    "django-otp",
+    "django-pgcrypto-fields",
+    "django-pghistory",
+    "django-rest-knox",
+    "django-rest-passwordreset",
+    "django-searchable-encrypted-fields",
+    "django-simple-history",
+    "djangorestframework",
+    "djangorestframework-api-key",
+    "djangorestframework-simplejwt",
+    "drfpasswordless",
+    "shortuuid",
+)
+"""As they are installed; django-fernet-encrypted-fields has a module of the same name as one of these."""
+
+FILES = Path(__file__).parent / "site"
+LEAST_MODELS = 20
+READY_MADE = "ROTATOR_FOREIGN_ENVIRONMENT"
+"""The name of a variable with an environment that has the packages, so that they need not be installed."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    clone = copy_of_this_repository(tmp_path_factory.mktemp("clones") / "clone")
+    if ready_made := os.environ.get(READY_MADE):
+        made = Environment(Path(ready_made))
+    else:
+        made = Environment.make(tmp_path_factory.mktemp("environments") / "venv")
+        made.run(f"pip install {' '.join(repr(package) for package in PACKAGES)}", cwd=clone)
+    made.run("pip install --force-reinstall --no-deps . && pip install .", cwd=clone)
+    return made
+
+
+@pytest.fixture(scope="module")
+def site(
+    environment: Environment,
+    tmp_path_factory: pytest.TempPathFactory,
+    django_db_blocker: pytest.FixtureRequest,
+) -> Iterator[Site]:
+    with django_db_blocker.unblock():  # type: ignore[attr-defined] # pytest-django's own
+        started = Site.start(environment, tmp_path_factory.mktemp("sites") / "site", "rotator_foreign")
+    try:
+        started.add_to_settings((FILES / "settings.py").read_text())
+        started.add_to_models((FILES / "models.py").read_text())
+        shutil.copy(FILES / "cases.py", started.folder / "cases.py")
+        started.run("python manage.py makemigrations shop && python manage.py migrate")
+        yield started
+    finally:
+        with django_db_blocker.unblock():  # type: ignore[attr-defined] # pytest-django's own
+            started.end()
+
+
+def test_foreign_models(site: Site) -> None:
+    said = site.run("python cases.py")
+    results = [json.loads(line) for line in said.splitlines() if line.startswith('{"name"')]
+    failed = [f"{result['name']}: {result['reason']}" for result in results if not result["passed"]]
+    assert not failed, "\n".join(failed)
+    assert len(results) >= LEAST_MODELS
+    assert "leaked" not in said

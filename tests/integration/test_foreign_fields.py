@@ -1,0 +1,324 @@
+"""Fields and models as other packages write them: what is refused, and where new values come from."""
+
+import uuid
+
+import pytest
+from django.contrib.auth.models import User
+
+from rotator.api import RotationUnfinishedError, Target, rotate_sync
+from rotator.errors import OptionError, TargetError, ValuesError
+from rotator.progress import preflight
+from rotator.run.options import RunOptions
+from rotator.selection import Selection
+from rotator.service import prepare
+from tests.integration.rotation_tables import Database
+from tests.integration.test_any_model import table_of
+from tests.integration.test_run import assert_completed
+from tests.shop import models
+from tests.shop.models import Client
+
+pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
+
+ROWS = 40
+OPTIONS = RunOptions(batch=15, concurrency=2)
+MADE_BY = "tests.shop.generators."
+
+
+# --- Values that are changed in SQL ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "hook"),
+    [
+        ("placeholder", "get_placeholder"),
+        ("placeholder_sql", "get_placeholder_sql"),
+        ("prepared", "get_db_prep_save"),
+        ("saved", "pre_save"),
+    ],
+)
+def test_a_field_that_changes_its_value_in_sql_is_refused(field: str, hook: str) -> None:
+    with pytest.raises(TargetError, match=rf"SQL expression of its own \({hook}"):
+        prepare([f"shop.WrittenInSql.{field}"], "default", OPTIONS)
+
+
+def test_a_binary_field_of_django_is_not_refused() -> None:
+    assert prepare(["shop.ByInteger.as_bytes"], "default", OPTIONS).target.columns == ("as_bytes",)
+
+
+# --- What generators return ------------------------------------------------------------------------
+
+
+def test_a_constant_is_refused_although_each_ciphertext_differs() -> None:
+    with pytest.raises(ValuesError, match="gave the same value 100 times"):
+        prepare(["shop.WrittenInSql.encrypted"], "default", OPTIONS)
+
+
+# --- Names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.django_db(
+    transaction=True,
+    available_apps=["rotator", "tests.shop", "django.contrib.auth", "django.contrib.contenttypes"],
+)
+def test_a_model_that_another_one_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(User._meta, "swapped", "shop.Client")
+    with pytest.raises(
+        TargetError, match=r"AUTH_USER_MODEL puts shop\.Client in its place. Rotate shop\.Client\.pass"
+    ):
+        prepare(["auth.User.password"], "default", OPTIONS)
+
+
+# --- Rows without a secret -------------------------------------------------------------------------
+
+
+def make_clients(database: Database) -> None:
+    Client.objects.bulk_create(Client(secret="" if i % 4 == 0 else f"leaked {i}") for i in range(ROWS))
+    database.count_updates(table_of(Client, "secret"))
+
+
+def test_a_blank_secret_stays_blank(database: Database) -> None:
+    make_clients(database)
+    prepared = prepare(["shop.Client.secret"], "default", OPTIONS)
+    assert "secret stays blank in 10 rows without --include-blank" in preflight(prepared.examine())
+    assert_completed(prepared.rotate(lambda _event: None), rows=30)
+    assert Client.objects.filter(secret="").count() == 10
+    assert "leaked" not in "".join(Client.objects.values_list("secret", flat=True))
+    assert sum(database.updates().values()) == 30
+
+
+def test_a_blank_secret_is_rotated_where_that_is_asked_for(database: Database) -> None:
+    make_clients(database)
+    assert rotate_sync(Target("shop.Client.secret", include_blank=True)).rows == ROWS
+    assert not Client.objects.filter(secret="").exists()
+    assert database.rotation("selection")["include_blank"]
+
+
+def test_of_several_columns_each_blank_and_each_null_stays(database: Database) -> None:
+    models.ByInteger.objects.bulk_create(
+        models.ByInteger(
+            id=i, as_text="" if i % 2 else "leaked", nullable=("", None, "leaked")[i % 3], as_bytes=b""
+        )
+        for i in range(60)
+    )
+    labels = [f"shop.ByInteger.{name}" for name in ("as_text", "nullable", "as_bytes")]
+    prepared = prepare(labels, "default", OPTIONS)
+    said = preflight(prepared.examine())
+    assert "nullable stays NULL in 20 rows without --include-null" in said
+    assert "as_bytes stays blank in 60 rows" in said
+    # Those with an odd number and no text in the other column have nothing to rotate.
+    assert_completed(prepared.rotate(lambda _event: None), rows=40)
+    for row in models.ByInteger.objects.all():
+        assert (row.as_text == "") == bool(row.id % 2)
+        assert (row.nullable == "", row.nullable is None) == (row.id % 3 == 0, row.id % 3 == 1)
+        assert bytes(row.as_bytes) == b""
+    assert not models.ByInteger.objects.filter(as_text="leaked").exists()
+    assert not models.ByInteger.objects.filter(nullable="leaked").exists()
+    assert database.rotation("rows_done") == 40
+
+
+# --- Fields that are derived, or seem to be --------------------------------------------------------
+
+
+def test_fields_that_change_with_each_save_are_not_derived(database: Database) -> None:
+    make_clients(database)
+    before = list(Client.objects.order_by("id").values_list("modified", "tag", "once", "encrypted"))
+    prepared = prepare(["shop.Client.secret"], "default", OPTIONS)
+    assert prepared.target.bypassed == ("modified (ModifiedField) stays as it is",)
+    assert_completed(prepared.rotate(lambda _event: None), rows=30)
+    assert list(Client.objects.order_by("id").values_list("modified", "tag", "once", "encrypted")) == before
+
+
+def test_a_hash_with_a_salt_is_unclear_and_can_be_ignored_by_name(database: Database) -> None:
+    models.Salted.objects.bulk_create(models.Salted() for _ in range(ROWS))
+    with pytest.raises(TargetError, match=r"may derive it .* use --ignore-derived salted: it keeps"):
+        prepare(["shop.Salted.secret"], "default", OPTIONS)
+    before = list(models.Salted.objects.order_by("id").values_list("salted", flat=True))
+    assert rotate_sync(Target("shop.Salted.secret", ignore_derived=["salted"])).rows == ROWS
+    assert list(models.Salted.objects.order_by("id").values_list("salted", flat=True)) == before
+    assert database.rotation("selection")["ignore_derived"] == ["salted"]
+
+
+def test_only_a_field_next_to_the_target_can_be_ignored() -> None:
+    for name in ("secret", "nothing"):
+        with pytest.raises(OptionError, match=f"--ignore-derived {name}: .* it has id, salted"):
+            prepare(["shop.Salted.secret"], "default", OPTIONS, Selection(ignore_derived=(name,)))
+
+
+def test_a_field_that_is_derived_by_a_descriptor_is_found() -> None:
+    with pytest.raises(
+        TargetError, match=r"Searchable\.search is a SearchField, which derives its value from"
+    ):
+        prepare(["shop.Searchable.secret"], "default", OPTIONS)
+
+
+def test_a_field_that_makes_its_own_value_stores_another_one_as_it_is(database: Database) -> None:
+    Client.objects.bulk_create(Client(once="leaked") for _ in range(ROWS))
+    database.count_updates(table_of(Client, "once"))
+    assert rotate_sync(Target("shop.Client.once", generator=f"{MADE_BY}short")).rows == ROWS
+    assert "leaked" not in Client.objects.values_list("once", flat=True)
+
+
+# --- Where values come from ------------------------------------------------------------------------
+
+ADVICE = {
+    "Maker.key": r"generate_key of the application .* --generator tests\.shop\.models\.Maker\.generate_key\.",
+    "Maker.pin": r"at most 10 characters, e\.g\. secrets\.token_hex\(5\)",
+    "Maker.number": r"--generator uuid\.uuid4",
+    "Maker.blob": r"--generator secrets\.token_bytes",
+    "Maker.hashed_key": r"says that it holds a hash",
+    "Maker.same_by_server": r"values for a DateTimeField",
+    "Maker.identifier": r"form that the field's validators accept and at most 20 characters",
+    "Maker.long": r"--generator secrets\.token_hex\.",
+    "Maker.count": r"secrets\.randbelow",
+    "Maker.token_jti": r"Signed tokens refer to it",
+}
+
+
+@pytest.mark.parametrize(("field", "advice"), ADVICE.items())
+def test_the_advice_fits_the_field(field: str, advice: str) -> None:
+    with pytest.raises(TargetError, match=f"has no default that makes .*{advice}") as caught:
+        prepare([f"shop.{field}"], "default", OPTIONS)
+    assert "token_urlsafe" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "generator"),
+    [
+        ("key", "tests.shop.models.Maker.generate_key"),
+        ("key", "tests.shop.models.Maker.generate_for_class"),
+        ("key", "tests.shop.models.Maker.generate_for_row"),
+        ("own_default", ""),
+        ("by_server", ""),
+        ("by_server,own_default", ""),
+    ],
+)
+def test_a_method_a_default_of_the_field_and_one_of_the_server(
+    database: Database, field: str, generator: str
+) -> None:
+    make_makers()
+    table = table_of(models.Maker, field.partition(",")[0])
+    before = database.values(table)
+    labels = [f"shop.Maker.{name}" for name in field.split(",")]
+    assert rotate_sync(Target(labels, generator=generator), batch=15).rows == ROWS
+    assert database.changed(before, table) == before.keys()
+    assert len(set(database.values(table).values())) == ROWS
+    if generator.endswith("row"):
+        assert all(row.key.startswith(f"{row.pk} ") for row in models.Maker.objects.all())
+
+
+def make_makers() -> None:
+    models.Maker.objects.bulk_create(
+        models.Maker(key=f"leaked {i}", pin="1", number=uuid.uuid4(), blob=b"1", own_default=f"leaked {i}")
+        for i in range(ROWS)
+    )
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize(
+    ("field", "warning"),
+    [
+        ("jti", "tokens that are revoked by it become valid again"),
+        ("hashed_key", "says that it holds a hash"),
+    ],
+)
+def test_names_that_warn(field: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
+    make_makers()
+    target = Target(f"shop.Maker.{field}", generator=f"{MADE_BY}token")
+    prepared = prepare(
+        [f"shop.Maker.{field}"], "default", OPTIONS, Selection(generator=target.generator, include_blank=True)
+    )
+    assert warning in preflight(prepared.examine())
+    rotate_sync(target)
+    assert warning in caplog.text
+
+
+# --- The trial -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("generator", "reason"),
+    [
+        ("none_for_row", "gave None for api_key"),
+        ("constant_for_row", "gave the same value 100 times"),
+        ("wrong_mapping", "gives a mapping with nothing"),
+    ],
+)
+def test_a_row_generator_is_tried_before_the_rotation_begins(
+    database: Database, generator: str, reason: str
+) -> None:
+    models.Order.objects.bulk_create(models.Order(api_key=f"leaked {i}") for i in range(ROWS))
+    database.count_updates(table_of(models.Order, "api_key"))
+    with pytest.raises(ValuesError, match=reason):
+        rotate_sync(Target("shop.Order.api_key", generator=MADE_BY + generator))
+    assert database.execute("SELECT id FROM rotator_rotation") == []
+    assert not database.updates()
+
+
+def test_the_trial_is_rolled_back(database: Database) -> None:
+    models.Order.objects.bulk_create(models.Order(api_key=f"leaked {i}") for i in range(ROWS))
+    database.count_updates(table_of(models.Order, "api_key"))
+    assert rotate_sync(Target("shop.Order.api_key", generator=f"{MADE_BY}named_after")).rows == ROWS
+    assert set(database.updates().values()) == {1}
+
+
+def test_while_no_row_is_done_the_generator_can_be_changed(database: Database) -> None:
+    models.Order.objects.bulk_create(models.Order(api_key=f"leaked {i}") for i in range(ROWS))
+    database.before_update("RAISE EXCEPTION 'no';", table_of(models.Order, "api_key"))
+    label = "shop.Order.api_key"
+    with pytest.raises(RotationUnfinishedError):
+        rotate_sync(Target(label, generator=f"{MADE_BY}token"))
+    for refused in (
+        Target(label, generator=f"{MADE_BY}letters", filters=["status=active"]),
+        Target(label, generator=f"{MADE_BY}letters", include_blank=True),
+    ):
+        with pytest.raises(OptionError, match="was begun with"):
+            rotate_sync(refused)
+    database.execute("ALTER TABLE shop_order DISABLE TRIGGER USER")
+    changed = Target(label, generator=f"{MADE_BY}named_after")
+    prepared = prepare(
+        [label], "default", RunOptions(batch=5, stop_after_rows=5), Selection(generator=changed.generator)
+    )
+    assert prepared.rotate(lambda _event: None).stopped.resumed
+    assert database.rotation("selection")["generator"] == changed.generator
+    # Now that rows are done, it stays.
+    with pytest.raises(OptionError, match="was begun with"):
+        rotate_sync(Target(label, generator=f"{MADE_BY}token"))
+    assert rotate_sync(changed).rows == ROWS
+    database.execute("ALTER TABLE shop_order ENABLE TRIGGER USER")
+    assert all(row.api_key.startswith(f"{row.pk}-") for row in models.Order.objects.all())
+
+
+# --- Copies in other tables ------------------------------------------------------------------------
+
+
+def test_tables_with_copies_are_named(database: Database) -> None:
+    make_clients(database)
+    database.execute("CREATE SCHEMA tenant")
+    try:
+        for statement in (
+            "CREATE TABLE shop_historicalclient (history_id bigint, secret varchar(80))",
+            'CREATE TABLE "shop_Client audit" (entry jsonb)',
+            "CREATE TABLE shop_cliententry (entry text)",
+            "CREATE TABLE tenant.shop_client (secret varchar(80))",
+            "CREATE TABLE shop_copy (secret varchar(80))",
+            "CREATE TABLE shop_number (secret integer)",
+            (
+                "CREATE FUNCTION tenant.note() RETURNS trigger LANGUAGE plpgsql AS"
+                " $$ BEGIN INSERT INTO public.shop_cliententry VALUES (new.secret); RETURN new; END $$"
+            ),
+            "CREATE TRIGGER note AFTER UPDATE ON shop_client FOR EACH ROW EXECUTE FUNCTION tenant.note()",
+        ):
+            database.execute(statement)
+        found = prepare(["shop.Client.secret"], "default", OPTIONS).examine()
+        said = " ".join(preflight(found).split())
+    finally:
+        database.execute("DROP SCHEMA tenant CASCADE")
+        database.execute(
+            'DROP TABLE shop_historicalclient, "shop_Client audit", shop_cliententry, shop_copy, shop_number'
+        )
+    assert [copies.kind for copies in found.table.copies] == ["trigger", "history", "schema", "name"]
+    assert "shop_cliententry a trigger of the table writes the new values there" in said
+    assert '"shop_Client audit", shop_historicalclient a history: old values stay there, and a revert' in said
+    assert "tenant.shop_client the same table in another schema" in said
+    assert "shop_copy, shop_salted, shop_searchable a column of the same name" in said
+    assert "shop_number" not in said
