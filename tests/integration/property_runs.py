@@ -30,7 +30,7 @@ from rotator.run.run import Run
 from rotator.values import uuid4_block
 from tests.integration.killed import kill_itself, until_killed
 
-# What is counted of a run that is to die: something of it comes, whatever is left to do.
+# The events that are counted before the process kills itself; each run has some of them.
 _STEPS: Final = (
     RotationStarted,
     RangeCompleted,
@@ -75,12 +75,12 @@ def value_source(value_type: str, *, from_rows: bool) -> ValueSource:
 
 @contextmanager
 def scaled_down(slice_rows: int) -> Iterator[None]:
-    """Make of a small table what a large one is: several slices in a range, and chunks of one block."""
+    """Give a small table several slices in a range, and several chunks in the scan for older rows."""
     with ExitStack() as stack:
         for module, name, value in (
             (writing, "SLICE_ROWS", slice_rows),
             (older_rows, "CHUNK_BLOCKS", 1),
-            # A transaction that stays open has been waited for, in vain.
+            # Do not wait for open transactions before the bound is read.
             (one_pass, "OLDER_WRITERS_SECONDS", 0),
             (late_rows, "POLL_SECONDS", 0.02),
         ):
@@ -111,7 +111,7 @@ def _rotate(server: Server, target: RunTarget, options: RunOptions, slice_rows: 
     try:
         rotate(server, target, options, _killer(events), slice_rows=slice_rows)
     finally:
-        # Refused, perhaps.
+        # The run ended, or was refused, before that event.
         kill_itself()
 
 

@@ -36,13 +36,13 @@ from tests.integration.property_scenarios import PARTITIONS, During, Edit, Kind,
 SCHEMA: Final = "property"
 LABEL: Final = "shop.Property.secret"
 _TARGET: Final = sql.SQL("property.target")
-# The run's own transactions are waited for within its loop, where they cannot end.
+# Edits block the run's event loop, so the run's own transactions cannot end meanwhile.
 _LOCK_SECONDS: Final = 0.05
 _RUNS_AT_MOST: Final = 10
 # Upon these an edit may be done.
 _MOMENTS: Final = (RotationStarted, RangeCompleted, LateRowsRotated, ConfirmationStarted)
 _REFUSED: Final = "cannot go on"
-# What happens to a session that works where others do; its transaction is rolled back.
+# Errors that an edit may meet next to a run; its transaction is rolled back.
 _LOST: Final = (
     errors.LockNotAvailable,
     errors.DeadlockDetected,
@@ -119,9 +119,14 @@ class World:
         )
 
     def close(self) -> None:
-        """Close all connections; the tables are dropped by the next world, or with the database."""
+        """Drop the tables and close all connections."""
         for thread in self._threads:
             thread.join()
+        if self._late is not None:
+            self._late.connection.close()
+        # A run that failed may have left locks.
+        with suppress(psycopg.Error):
+            self._own.execute("DROP SCHEMA property CASCADE")
         self._connections.close()
 
     # --- The table -------------------------------------------------------------------------------------
@@ -315,7 +320,7 @@ class World:
                 self._fill(connection, edit, leaf, name)
             with self._transaction(connection):
                 self._attach(connection, leaf, name)
-                # What was written before it was attached is not told from what was written before the start.
+                # Rows written before the attachment have to be rotated, as those written before the start.
                 connection.execute(
                     _query(f"DELETE FROM property.touched WHERE uid IN (SELECT uid FROM {name})")
                 )
@@ -440,7 +445,7 @@ class World:
     # --- Runs ------------------------------------------------------------------------------------------
 
     def run(self, step: Rotate) -> None:
-        """Rotate until the run ends, and check what it says, if it says that it is completed."""
+        """Rotate until the run ends, and check its report if the rotation is completed."""
         # A rotation that is refused is abandoned, and one that was completed is repeated.
         is_restarted = self._is_refused or not self._is_unfinished()
         if is_restarted:
@@ -505,7 +510,7 @@ class World:
                 self._confirmed = event
                 self.done["unconfirmed rows"] += event.unconfirmed
             if isinstance(event, ConfirmationStarted):
-                # What is written after the rows have been counted is not in the account.
+                # Writes after the rows have been counted are not in the report.
                 self._join()
             deferrals += isinstance(event, RangeDeferred)
             if isinstance(event, _MOMENTS):
@@ -538,7 +543,7 @@ class World:
     def _edit_in_thread(self, during: During) -> None:
         try:
             with self._editing, psycopg.connect(**self._server.parameters, autocommit=True) as connection:
-                # The run is not waited for by its own thread here.
+                # Here the run goes on, so its transactions do end.
                 connection.execute("SET lock_timeout = '1s'")
                 self._edit(connection, during.edit, open_seconds=during.open_seconds)
         except Exception as error:  # noqa: BLE001 - for the test's own thread
@@ -584,9 +589,9 @@ class World:
         return sum(count for (count,) in found)
 
     def _check(self, stopped: RotationStopped) -> None:
-        """Compare what the rotation says with the account."""
+        """Compare what the rotation reports with the list of old values."""
         self.completed += 1
-        # It has been waited for, unless it wrote nothing.
+        # The run has waited for it, unless it wrote nothing.
         self._end_late()
         unconfirmed, confirmed = stopped.unconfirmed_rows, self._confirmed
         assert confirmed is not None
@@ -597,7 +602,7 @@ class World:
         # No row that no other session has written has its old value.
         assert self._count(f"{is_old} AND NOT {is_touched}") == 0
         assert self._count(is_old) <= unconfirmed
-        # Nor is a row reported for nothing.
+        # No row is reported that no other session has written.
         assert unconfirmed <= self._count(f"secret IS NOT NULL AND {is_touched}")
         assert confirmed.confirmed + confirmed.unconfirmed == self._count("secret IS NOT NULL")
         new = f"secret IS NOT NULL AND NOT {is_old}"
