@@ -281,6 +281,45 @@ class VacuumSkipped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReceiverFailed:
+    """A receiver of the signal raised an exception; told once for each receiver and type.
+
+    Attributes:
+        receiver: The receiver's dotted name.
+        error: The name of the exception's type; never its message.
+    """
+
+    receiver: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitRaised:
+    """Planning the update alone takes a good part of a range's time limit, which was raised.
+
+    Attributes:
+        planning_seconds: The time that the server takes to plan the update of a range.
+        partitions: The number of the table's partitions.
+        statement_seconds: The time limit of a range from now on.
+    """
+
+    planning_seconds: float
+    partitions: int
+    statement_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LockHeld:
+    """Other sessions have blocked a range for some seconds.
+
+    Attributes:
+        holders: One phrase for each of them (pid, application, state, for how long).
+    """
+
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted:
     """No more ranges are planned; those in flight commit.
 
@@ -423,6 +462,9 @@ Event: TypeAlias = (
     | VacuumStarted
     | Vacuumed
     | VacuumSkipped
+    | ReceiverFailed
+    | LimitRaised
+    | LockHeld
     | DrainStarted
     | Tick
     | RotationStopped

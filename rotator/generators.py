@@ -16,10 +16,11 @@ from django.core.validators import BaseValidator
 from django.db import connections
 from django.db.models import Field, Model, UUIDField
 
-from rotator.errors import RangeTooSlowError, TargetError, ValuesError
+from rotator.errors import RangeTooSlowError, ServerLostError, TargetError, ValuesError
 from rotator.instances import fetch_instances, fetch_instances_at
 from rotator.keys import Key
 from rotator.makers import default_maker, imported
+from rotator.own_connections import lost_is_an_outage
 from rotator.postgres.arrays import UuidBlock, Values
 from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
 from rotator.project_connections import unlogged
@@ -74,12 +75,14 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
 
     def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
         with unlogged(database):
-            rows = fetch_instances(model, keys, database)
+            with lost_is_an_outage():
+                rows = fetch_instances(model, keys, database)
             return list(rows), values_of(rows.values())
 
     def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
         with unlogged(database):
-            rows = fetch_instances_at(model, places, database)
+            with lost_is_an_outage():
+                rows = fetch_instances_at(model, places, database)
             return list(rows), values_of(rows.values())
 
     return FromRows(sync_to_async(make), sync_to_async(make_at))
@@ -183,8 +186,9 @@ class _Maker:
 
     def _called(self, make_one: Callable[[], Sequence[object]]) -> Sequence[object]:
         try:
-            return make_one()
-        except ValuesError:
+            with lost_is_an_outage():
+                return make_one()
+        except (ValuesError, ServerLostError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever the project's code raises
             # Not chained and not quoted: the message may hold a value.

@@ -14,6 +14,8 @@ from rotator import __version__
 _PROC: Final = Path("/proc")
 # proc_pid_stat(5): the process's start in clock ticks since boot, counted from after the command's name.
 _START_TIME_FIELD: Final = 19
+# A zombie has ended, though its parent process has yet to notice.
+_ENDED: Final = "ZX"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,7 @@ class Owner:
         machine, _, started = self.process.rpartition(" ")
         if not machine or self.host != socket.gethostname() or machine != _machine():
             return False
-        return _started(self.pid) != started
+        return _has_ended(self.pid, started)
 
 
 def this_process() -> Owner:
@@ -85,12 +87,29 @@ def _machine() -> str:
 
 def _started(pid: int) -> str:
     """When the process with this pid started; empty where there is none."""
+    fields = _stat(pid)
+    return "" if not fields or fields[0] in _ENDED else fields[_START_TIME_FIELD]
+
+
+def _has_ended(pid: int, started: str) -> bool:
+    """Whether the process with this pid that started then has ended; False where that cannot be told."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        # It exists, and belongs to another user.
+        pass
+    fields = _stat(pid)
+    # /proc may hide the processes of other users (hidepid).
+    return bool(fields) and (fields[0] in _ENDED or fields[_START_TIME_FIELD] != started)
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc_pid_stat(5) says of a process, from its state on; empty where it cannot be read."""
     # The command's name is in parentheses and may hold anything, a parenthesis too.
     fields = _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()
-    # A zombie has ended, whoever has yet to notice.
-    if len(fields) <= _START_TIME_FIELD or fields[0] in "ZX":
-        return ""
-    return fields[_START_TIME_FIELD]
+    return fields if len(fields) > _START_TIME_FIELD else []
 
 
 def _read(path: Path) -> str:

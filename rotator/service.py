@@ -1,8 +1,8 @@
 """Puts a rotation together from Django's side: its settings, its connections, its models."""
 
-import json
 import logging
 import pkgutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -17,10 +17,12 @@ from django.db.migrations.recorder import MigrationRecorder
 from psycopg.errors import InsufficientPrivilege
 from psycopg.sql import Identifier
 
+from rotator.announcing import announcer
 from rotator.errors import MissingPrivilegesError, OptionError, RotatorError, ServerLostError, TargetError
-from rotator.events import Observer, RotationStopped, RowsRotated
+from rotator.events import Observer, RotationStopped
 from rotator.findings import Findings
 from rotator.keys import Key
+from rotator.own_connections import lost_is_an_outage
 from rotator.postgres.arrays import Values
 from rotator.postgres.connections import Server
 from rotator.postgres.identity import SESSION_QUERY, Session, TargetIdentity, check_same_session
@@ -43,7 +45,6 @@ from rotator.run.options import RunOptions, RunTarget
 from rotator.run.run import Run
 from rotator.run.span_work import SpanWork
 from rotator.selection import Selection
-from rotator.signals import range_rotated
 from rotator.target import find_fields, resolve
 
 _APP: Final = "rotator"
@@ -138,7 +139,7 @@ class Prepared:
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         rotation = Run(
-            self.server, self.target, self.options, observer, self._announce(), publisher, should_stop
+            self.server, self.target, self.options, observer, self._announce(observer), publisher, should_stop
         )
         if not self.options.preflight:
             for warning in self.target.warnings:
@@ -189,24 +190,8 @@ class Prepared:
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         return run(lambda: dry_run(self.server, self.target, self.options))
 
-    def _announce(self) -> Announce | None:
-        """Return what tells the signal's receivers; None where there are none."""
-        sender = apps.get_model(self.target.model)
-        if not range_rotated.has_listeners(sender):
-            return None
-
-        async def announce(rotated: RowsRotated) -> None:
-            await range_rotated.asend_robust(
-                sender,
-                rotation=rotated.rotation,
-                database=self.target.database,
-                after=None if rotated.after is None else json.loads(rotated.after),
-                through=None if rotated.through is None else json.loads(rotated.through),
-                keys=[json.loads(key) for key in rotated.keys],
-                rows=rotated.rows,
-            )
-
-        return announce
+    def _announce(self, observer: Observer | None = None) -> Announce | None:
+        return announcer(apps.get_model(self.target.model), self.target.database, observer)
 
 
 def default_target() -> tuple[str, ...]:
@@ -240,6 +225,7 @@ def prepare(
         RotatorError: It cannot begin, for the reason that its text gives.
     """
     check_no_running_loop()
+    _check_sockets()
     labels = labels or default_target()
     if not labels:
         raise TargetError(
@@ -273,6 +259,21 @@ def prepare(
     return Prepared(target=target, options=options, server=_server(connection, session))
 
 
+def _check_sockets() -> None:
+    """Refuse a process whose sockets and threads are not the system's."""
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    patcher = ""
+    if gevent is not None and gevent.is_module_patched("socket"):
+        patcher = "gevent"
+    elif eventlet is not None and eventlet.is_monkey_patched("socket"):
+        patcher = "eventlet"
+    if patcher:
+        raise OptionError(
+            f"{patcher} has monkey-patched this process, and asyncio does not work there. Use a manage.py "
+            "that does not patch, and Celery workers with --pool prefork."
+        )
+
+
 def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> Session:
     """Ask one of Django's own connections what it sees.
 
@@ -294,7 +295,9 @@ def _in_session(source: FromRows, database: str, path: tuple[str, ...], session:
     """
 
     def check() -> None:
-        check_same_session(path, session, read_session(connections[database], path))
+        with lost_is_an_outage():
+            found = read_session(connections[database], path)
+        check_same_session(path, session, found)
 
     async def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
         await sync_to_async(check)()

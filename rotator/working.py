@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from django.db import OperationalError
+from django.db import InterfaceError, OperationalError
 from django.db.models.functions import Now
 
 from rotator.errors import (
@@ -19,7 +19,7 @@ from rotator.postgres.transaction import Claim
 from rotator.run.context import ShouldStop
 from rotator.run.distribution import SpanPublisher
 from rotator.run.options import RunOptions
-from rotator.run.run import LEFT_TO_WORKERS
+from rotator.run.run import LEFT_TO_WORKERS, program_error
 from rotator.selection import Selection
 from rotator.service import prepare
 
@@ -50,12 +50,13 @@ def rotate_span(database: str, claim: Claim, span: int, should_stop: ShouldStop)
     try:
         prepared = prepare(rotation.target.split(), database, options, selection, is_begun=True)
         prepared.rotate_span(claim, span, should_stop, rotation.identity)
-    except (ServerLostError, RowsLockedError):
+    except (ServerLostError, RowsLockedError, OperationalError, InterfaceError):
         raise
-    except RotatorError as error:
+    except Exception as error:
+        reason = str(error) if isinstance(error, RotatorError) else program_error(error)
         Span.objects.using(database).filter(
             pk=span, rotation=rotation, rotation__generation=claim.generation, finished_at=None
-        ).update(error=str(error), finished_at=Now(), updated_at=Now())
+        ).update(error=reason, finished_at=Now(), updated_at=Now())
         raise
 
 
@@ -97,20 +98,30 @@ def coordinate(
         after=None,
         take_over=False,
     )
+    lost = ""
     try:
         prepared = prepare(rotation.target.split(), database, options, Selection.read(rotation.selection))
-        stopped = prepared.rotate(observer, publisher, should_stop).stopped
-        is_left = stopped.status == "interrupted" and should_stop()
+        outcome = prepared.rotate(observer, publisher, should_stop)
+        stopped = outcome.stopped
+        # An option that ended the run has nothing left for another worker.
+        is_left = stopped.status == "interrupted" and outcome.exit_status != 0 and not stopped.superseded
+        if is_left and not should_stop():
+            lost = stopped.error
     except RotationOverError:
         is_left = False
     except StoppedBeforeStartError:
         is_left = True
     except (OwnedElsewhereError, ServerLostError):
         raise
-    except RotatorError as error:
+    except (OperationalError, InterfaceError) as error:
+        raise ServerLostError(f"The database '{database}' cannot be reached.") from error
+    except Exception as error:
+        reason = str(error) if isinstance(error, RotatorError) else program_error(error)
         # Unless somebody has taken it over meanwhile.
         rotations.filter(generation=rotation.generation, updated_at=rotation.updated_at).update(
-            status=Rotation.Status.FAILED, error=str(error), updated_at=Now()
+            status=Rotation.Status.FAILED, error=reason, updated_at=Now()
         )
         raise
+    if lost:
+        raise ServerLostError(lost)
     return is_left

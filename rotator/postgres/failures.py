@@ -137,6 +137,20 @@ def refused_for_good(condition: type[psycopg.Error]) -> ServerRefusedError | Non
     return None
 
 
+def connection_lost(error: psycopg.Error) -> ServerLostError | None:
+    """Return what an error means on a connection that is not the rotator's, if it is the loss of it."""
+    if isinstance(error, psycopg.InterfaceError) or _is_lost(error, None):
+        return ServerLostError(_lost_sentence(error))
+    return None
+
+
+def read_only() -> ServerLostError:
+    """Return the error of a server that is read-only: for good, or until a failover is over."""
+    return ServerLostError(
+        "The server refuses, it is read-only: connect to the primary; then the same command goes on."
+    )
+
+
 def _refused_range(error: psycopg.Error) -> RotatorError:
     match error:
         case errors.UniqueViolation() if error.diag.constraint_name in _CHECKPOINTED:

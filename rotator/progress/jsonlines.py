@@ -22,6 +22,9 @@ what else they carry; keys are only ever added:
     vacuum_started
     vacuumed             seconds
     vacuum_skipped       reason, is_once
+    receiver_failed      receiver, error
+    limit_raised         planning_seconds, partitions, statement_seconds
+    lock_held            holders
     drain_started        reason
     stopped              the same keys as the report
 
@@ -43,11 +46,14 @@ from rotator.events import (
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LimitRaised,
+    LockHeld,
     OutageEnded,
     OutageStarted,
     OwnerWatched,
     Preflighted,
     RangeCompleted,
+    ReceiverFailed,
     RotationStarted,
     RotationStopped,
     RowFailed,
@@ -81,6 +87,9 @@ _NAMES: Final[dict[type[Event], str]] = {
     VacuumSkipped: "vacuum_skipped",
     BrokerAway: "broker_away",
     WorkersSilent: "workers_silent",
+    ReceiverFailed: "receiver_failed",
+    LimitRaised: "limit_raised",
+    LockHeld: "lock_held",
     DrainStarted: "drain_started",
 }
 

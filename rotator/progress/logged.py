@@ -8,6 +8,7 @@ from rotator.events import (
     BrokerAway,
     Event,
     OutageStarted,
+    ReceiverFailed,
     RotationStopped,
     RowFailed,
     ServerLogShowsValues,
@@ -17,7 +18,7 @@ from rotator.progress.summary import verdict
 from rotator.progress.tally import Tally
 from rotator.progress.wording import notice
 
-_WARNINGS: Final = (BrokerAway, OutageStarted, RowFailed, ServerLogShowsValues, WorkersSilent)
+_WARNINGS: Final = (BrokerAway, OutageStarted, ReceiverFailed, RowFailed, ServerLogShowsValues, WorkersSilent)
 
 
 class LogObserver:

@@ -9,9 +9,12 @@ from rotator.events import (
     Event,
     LateCommitsAwaited,
     LateRowsRotated,
+    LimitRaised,
+    LockHeld,
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    ReceiverFailed,
     RotationStarted,
     RowFailed,
     RowsConfirmed,
@@ -94,6 +97,26 @@ def _circumstances(event: Event) -> str:
         case VacuumSkipped():
             what = "skipped one VACUUM" if event.is_once else "the table is not vacuumed"
             return f"{what}: {event.reason.rstrip('.')}"
+        case _:
+            return _hindrance(event)
+
+
+def _hindrance(event: Event) -> str:
+    """Return the line for what costs time or does not work, while the rotation continues."""
+    match event:
+        case ReceiverFailed():
+            return (
+                f"warning: the receiver {event.receiver} raised {event.error}; the rotation continues, and "
+                "the receiver is called for the next ranges"
+            )
+        case LimitRaised():
+            return (
+                f"planning the update takes {duration(event.planning_seconds)} because of "
+                f"{plural(event.partitions, 'partition')}; "
+                f"the time limit of a range is {duration(event.statement_seconds)}"
+            )
+        case LockHeld():
+            return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
         case _:
             return ""
 

@@ -54,12 +54,17 @@ class RunOptions:
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> "RunOptions":
         """Return what :meth:`saved` was made of, by this version or another."""
-        known = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
-        return cls(**known | {"limits": WaitLimits(**saved.get("limits", {}))})
+        limits = _known(WaitLimits, saved.get("limits", {}))
+        return cls(**_known(cls, saved) | {"limits": WaitLimits(**limits)})
 
     def saved(self) -> dict[str, Any]:
         """Return them as JSON types, for the rotation's row."""
         return asdict(self)
+
+
+def _known(options: type[RunOptions | WaitLimits], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what only a newer version has."""
+    return {name: value for name, value in saved.items() if name in options.__dataclass_fields__}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

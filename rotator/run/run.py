@@ -59,6 +59,11 @@ _CANCELLED: Final = "Cancelled by the program that it ran in."
 _REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
 
 
+def program_error(error: Exception) -> str:
+    """Return the reason of a rotation that an error of the program ended; never the error's message."""
+    return f"The program failed with {type(error).__name__}: look at its traceback."
+
+
 class Run:
     """One process's work on one rotation."""
 
@@ -143,6 +148,11 @@ class Run:
                     if self._is_completed
                     else await self._leave("interrupted", self._asked())
                 )
+            except Exception as error:
+                # Refusals are recorded already. An error of the program, or of an observer, is not.
+                if not isinstance(error, RotatorError):
+                    await self._record("failed", program_error(error))
+                raise
             finally:
                 timer.cancel()
                 watching.cancel()
@@ -318,7 +328,9 @@ class Run:
             raise error
         superseded = isinstance(error, SupersededError)
         status: EndStatus = "interrupted" if isinstance(error, ServerLostError) or superseded else "failed"
-        await self._record(status, str(error))
+        # Another worker resumes what this one could not.
+        is_left = isinstance(error, ServerLostError) and self._should_stop is not None
+        await self._record(status, LEFT_TO_WORKERS if is_left else str(error))
         if not self._figures.has_started:
             raise error
         return self._stopped(status, str(error), superseded=superseded)
