@@ -334,14 +334,19 @@ def _check_migrations(connection: BaseDatabaseWrapper) -> None:
 
 
 def _server(connection: BaseDatabaseWrapper, session: Session) -> Server:
-    parameters: dict[str, Any] = connection.get_connection_params()
-    role = connection.settings_dict.get("OPTIONS", {}).get("assume_role")
     return Server(
-        parameters={name: value for name, value in parameters.items() if name not in _DJANGOS_OWN},
-        role=role,
+        parameters=_parameters(connection),
+        role=connection.settings_dict.get("OPTIONS", {}).get("assume_role"),
         time_zone=connection.timezone_name,
         search_path=session.search_path,
+        # By a wrapper of its own, which connects to nothing.
+        read_parameters=lambda: _parameters(connections.create_connection(connection.alias)),
     )
+
+
+def _parameters(connection: BaseDatabaseWrapper) -> dict[str, Any]:
+    parameters: dict[str, Any] = connection.get_connection_params()
+    return {name: value for name, value in parameters.items() if name not in _DJANGOS_OWN}
 
 
 def _exit_status(rotation: Run, stopped: RotationStopped) -> int:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from psycopg import AsyncConnection, errors, sql
+from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from rotator.errors import OptionError, TargetError
 from rotator.postgres.connections import APPLICATION_NAME
-from rotator.postgres.failures import answered, refused_for_good
+from rotator.postgres.failures import answered, read_only
 from rotator.postgres.relations import LEAVES
 from rotator.postgres.table import Column, Condition, TargetTable
 
@@ -90,7 +90,7 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
 
     Raises:
         TargetError: It is older than PostgreSQL 15.
-        ServerRefusedError: It is a replica, or read-only for another reason.
+        ServerLostError: It is a replica, or read-only for another reason.
         OptionError: It has not that many connections left.
     """
     async with answered(connection):
@@ -108,8 +108,8 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
     number, version, is_read_only, allowed, others = row or (0, "unknown", False, 0, 0)
     if number < OLDEST_VERSION:
         raise TargetError(f"PostgreSQL 15 or later is needed; this server is {version}.")
-    if is_read_only and (refused := refused_for_good(errors.ReadOnlySqlTransaction)):
-        raise refused
+    if is_read_only:
+        raise read_only()
     if connections > allowed - others:
         most = allowed - others - connections + concurrency
         advice = f"ask for at most {most}" if most > 0 else "free some, or raise max_connections"

@@ -1,16 +1,17 @@
 """Connections of our own, beside Django's."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from psycopg import AsyncConnection, IsolationLevel, sql
+from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from rotator.errors import ServerLostError
-from rotator.postgres import arrays
 from rotator.postgres.failures import answered
+from rotator.postgres.sessions import OwnConnection
+from rotator.tasks import in_abandonable_thread
 
 APPLICATION_NAME: Final = "rotator"
 CONNECT_SECONDS: Final = 10
@@ -36,12 +37,15 @@ class Server:
         role: The role to assume; None for the one that logs in.
         time_zone: That of its sessions, for conditions that have none; None for the server's own.
         search_path: The schemas that Django's own connection looks in; None for the role's own.
+        read_parameters: Returns the parameters as they are now, for each connection anew: a password or a
+            token may have been replaced. None where they never change.
     """
 
     parameters: Mapping[str, Any]
     role: str | None = None
     time_zone: str | None = None
     search_path: str | None = None
+    read_parameters: Callable[[], Mapping[str, Any]] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a connection."""
@@ -54,25 +58,46 @@ class Server:
             "prepare_threshold": None,
         }
 
+    async def read_arguments(self) -> dict[str, Any]:
+        """Read the parameters again, and return the keyword arguments of a connection.
+
+        Raises:
+            ServerLostError: They cannot be read.
+        """
+        if self.read_parameters is None:
+            return self.arguments()
+        try:
+            # It may ask another server for a password or a token.
+            parameters = await in_abandonable_thread(self.read_parameters)
+        except Exception as error:  # noqa: BLE001 - whatever the project's code raises
+            raise ServerLostError(
+                f"Django's connection parameters cannot be read: {type(error).__name__}."
+            ) from None
+        return replace(self, parameters=parameters).arguments()
+
     async def configure(self, connection: AsyncConnection) -> None:
-        """Make a new connection one of the rotator's."""
-        # A snapshot for each statement, whatever the role's default is: the fence depends on it.
-        await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
-        arrays.register(connection)
-        if self.role is not None:
-            await connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(self.role)))
-        # Settings that transaction poolers keep for each client. The driver reads times in this style alone.
+        """Make a new connection one of the rotator's.
+
+        Raises:
+            ServerLostError: The server is read-only.
+        """
+        try:
+            await self._configure(connection)
+        except BaseException:
+            # The pool forgets it without closing it.
+            await connection.close()
+            raise
+
+    async def _configure(self, connection: AsyncConnection) -> None:
+        wanted = {"role": self.role, "search_path": self.search_path}
+        # The driver reads times in this style alone.
         if not (connection.info.parameter_status("DateStyle") or "ISO").startswith("ISO"):
-            await connection.execute("SELECT set_config('DateStyle', 'ISO', false)")
+            wanted["DateStyle"] = "ISO"
+        if isinstance(connection, OwnConnection):
+            await connection.configure({name: value for name, value in wanted.items() if value is not None})
+        # A setting that transaction poolers keep for each client.
         if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
             await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))
-        if self.search_path is not None:
-            # A project may set it on each of Django's connections, as those with a schema for each tenant do.
-            await connection.execute(
-                "SELECT set_config('search_path', %(path)s, false)"
-                " WHERE current_setting('search_path') <> %(path)s",
-                {"path": self.search_path},
-            )
 
 
 @asynccontextmanager
@@ -83,7 +108,7 @@ async def connected(server: Server) -> AsyncIterator[AsyncConnection]:
         ServerLostError: The server cannot be reached.
     """
     async with answered():
-        connection = await AsyncConnection.connect(**server.arguments())
+        connection = await OwnConnection.connect(**await server.read_arguments())
     async with connection:
         async with answered(connection):
             await server.configure(connection)
@@ -104,8 +129,9 @@ async def pooled(
     Raises:
         ServerLostError: The server does not give that many.
     """
-    pool = AsyncConnectionPool(
-        kwargs=server.arguments(),
+    pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+        connection_class=OwnConnection,
+        kwargs=server.read_arguments,
         min_size=size,
         max_size=size,
         # Each is opened by one of them.

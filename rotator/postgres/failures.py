@@ -39,7 +39,6 @@ _LOST: Final = (errors.TooManyConnections, errors.IdleInTransactionSessionTimeou
 _REFUSED: Final[dict[type[psycopg.Error], str]] = {
     errors.InsufficientPrivilege: "this role lacks a privilege: grant what docs/operating.md lists",
     errors.DiskFull: "its disk is full: make room",
-    errors.ReadOnlySqlTransaction: "it is read-only: connect to the primary",
     errors.UndefinedTable: "a table is missing: run `manage.py migrate`",
     errors.UndefinedColumn: "a column is missing: run `manage.py migrate`",
     errors.UndefinedFunction: "a function is missing: PostgreSQL 15 or later is needed",
@@ -102,6 +101,8 @@ async def answered(
 
 def meaning(error: Exception, connection: psycopg.AsyncConnection | None = None) -> RotatorError:
     """Return what an error of the driver means."""
+    if isinstance(error, errors.ReadOnlySqlTransaction):
+        return read_only()
     if _is_lost(error, connection):
         return ServerLostError(_lost_sentence(error))
     if not isinstance(error, psycopg.Error):

@@ -10,6 +10,7 @@ from psycopg.errors import Diagnostic
 from rotator.events import Storage
 from rotator.postgres.failures import answered
 from rotator.postgres.relations import LEAVES
+from rotator.postgres.sessions import OwnConnection, execute_alone
 from rotator.postgres.table import TargetTable
 
 WATCH_SECONDS: Final = 0.25
@@ -95,21 +96,24 @@ async def vacuum(
         # To be read here and now: it is gone when the handler returns.
         warnings.add(warning.sqlstate)
 
+    if isinstance(connection, OwnConnection) and "role" in connection.local_settings:
+        return "a connection pooler is in between, and VACUUM cannot assume a role there"
     connection.add_notice_handler(hear)
     statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0, INDEX_CLEANUP {}) {}").format(
         sql.SQL("on" if indexes else "off"), table.name
     )
     vacuuming = asyncio.create_task(_execute(connection, statement), name="rotator VACUUM statement")
     try:
+        is_in_the_way = False
         while not (await asyncio.wait([vacuuming], timeout=WATCH_SECONDS))[0]:
-            if await _is_in_the_way(control, table):
+            if is_in_the_way := await _is_in_the_way(control, table):
                 await connection.cancel_safe()
                 break
         was_cancelled = not await vacuuming
     finally:
         vacuuming.cancel()
     if was_cancelled:
-        return "it was in the way of somebody else"
+        return "it was in the way of somebody else" if is_in_the_way else await _cancelled_by(connection)
     return "somebody else has locked the table" if errors.LockNotAvailable.sqlstate in warnings else ""
 
 
@@ -118,9 +122,24 @@ async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool
     # As long as it takes: whoever waits for it has it cancelled.
     async with answered(connection, seconds=None):
         with suppress(errors.QueryCanceled):
-            await connection.execute(statement)
+            await execute_alone(connection, statement)
             return True
     return False
+
+
+async def _cancelled_by(connection: AsyncConnection) -> str:
+    """Return what cancelled the statement, if it was not this process."""
+    async with answered(connection):
+        # As the session has it, without what the rotator sets for its own transactions.
+        cursor = await execute_alone(connection, b"SELECT current_setting('statement_timeout')")
+        row = await cursor.fetchone()
+    timeout = row[0] if row else "0"
+    if timeout == "0":
+        return "another session cancelled VACUUM"
+    return (
+        f"the role's statement_timeout ({timeout}) cancelled VACUUM, and cannot be changed through a "
+        "connection pooler; connect to the server directly, or raise it for this role"
+    )
 
 
 async def _is_in_the_way(control: AsyncConnection, table: TargetTable) -> bool:

@@ -16,6 +16,7 @@ from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, TOO_LONG, RangeGre
 from rotator.postgres.keyed import keyed_update
 from rotator.postgres.planning import slice_ends
 from rotator.postgres.relations import rows_written_so_far
+from rotator.postgres.sessions import begin
 from rotator.postgres.table import COUNT_OUTCOMES, ROW, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits, guard, limit
 from rotator.postgres.value_source import FromRows, ValueSource, named
@@ -270,7 +271,7 @@ class RangeUpdate:
             )
 
     async def _begin(self, connection: AsyncConnection, claim: Claim | None, *, without: str) -> None:
-        await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        await begin(connection)
         if claim is None:
             await limit(connection, self._limits, without=(without,))
         else:

@@ -155,7 +155,8 @@ class Audit:
 
     def assert_rotated_once(self) -> None:
         """Every ticket has a new token, and got it in one committed change; and the rotation says so."""
-        assert self.faults() == {}
+        faults = self.faults()
+        assert faults == {}, faults
         assert self._database.status() == "completed"
 
     def assert_each_row_written_at_most_once(self) -> None:

@@ -6,13 +6,16 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.acceptance.harness import wait_until
-from tests.faults.database import Database, make_tickets
+from tests.faults.database import Database, make_tickets, new_role, slow_down
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.own_server import OwnServer
 from tests.faults.ports import unused_port
+from tests.faults.test_privileges import documented_grants
+from tests.faults.test_settings import ROLE_SETTINGS
 
 ROWS = int(os.environ.get("ROTATOR_TEST_ROWS", "100000"))
 
@@ -80,4 +83,41 @@ def test_killed_and_resumed_through_pgbouncer(
 
     assert_completed(finished)
     assert " resumes: " in finished.err
+    audit.assert_rotated_once()
+
+
+def test_settings_of_the_role_do_not_reach_a_rotation_through_pgbouncer(
+    database: Database, rotations: Rotations, bouncer_port: int
+) -> None:
+    audit = make_tickets(database, 5000)
+    # Longer than any statement of the application, and than a VACUUM.
+    slow_down(database, 0.1)
+    # A transaction is idle until it has settings of its own.
+    settings = [setting for setting in ROLE_SETTINGS if not setting.startswith("idle_in_transaction")]
+    settings.append("transaction_timeout = '90ms'")
+    for setting in (*settings, "statement_timeout = '60ms'", "default_transaction_read_only = on"):
+        database.query(f"ALTER ROLE postgres IN DATABASE {database.name} SET {setting}")
+    database.query(f"ALTER ROLE postgres IN DATABASE {database.name} SET vacuum_cost_delay = '100ms'")
+    database.query(f"ALTER ROLE postgres IN DATABASE {database.name} SET vacuum_cost_limit = 1")
+
+    finished = rotations.rotated(database.url(port=bouncer_port), "--batch=1000")
+
+    assert_completed(finished)
+    assert "the role's statement_timeout (60ms) cancelled VACUUM" in finished.err
+    audit.assert_rotated_once()
+    with psycopg.connect(database.url(port=bouncer_port, application_name="tests")) as other:
+        # It may well be a session that the rotation had.
+        assert other.execute("SHOW statement_timeout").fetchone() == ("60ms",)
+
+
+def test_a_role_is_assumed_in_each_transaction_through_pgbouncer(
+    database: Database, rotations: Rotations, bouncer_port: int
+) -> None:
+    audit = make_tickets(database, 5000)
+    with new_role(database, "assumed", *documented_grants("assumed")):
+        finished = rotations.rotated(database.url(port=bouncer_port, assume_role="assumed"), "--batch=500")
+
+        assert_completed(finished)
+        with psycopg.connect(database.url(port=bouncer_port)) as other:
+            assert other.execute("SELECT current_user").fetchone() == ("postgres",)
     audit.assert_rotated_once()

@@ -16,17 +16,17 @@ ROWS = 5000
 _GUIDE: Path = PROJECT / "docs" / "operating.md"
 
 
-def _documented_grants() -> list[str]:
+def documented_grants(role: str = ROLE) -> list[str]:
     grants = re.findall(r"^ {4}(GRANT .*;)$", _GUIDE.read_text(), re.MULTILINE)
     assert len(grants) >= 4
-    names = {"shop_order": "tickets_ticket", "api_key": "token"}
+    names = {"shop_order": "tickets_ticket", "api_key": "token", ROLE: role}
     return [re.sub("|".join(names), lambda found: names[found[0]], grant) for grant in grants]
 
 
 @pytest.fixture
 def url(database: Database) -> Iterator[str]:
     """A DATABASE_URL of a role that has been granted what the guide says, and nothing else."""
-    with new_role(database, ROLE, *_documented_grants()) as url:
+    with new_role(database, ROLE, *documented_grants()) as url:
         yield url
 
 

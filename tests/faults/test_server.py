@@ -184,28 +184,23 @@ def test_a_server_that_is_read_only(database: Database, rotations: Rotations) ->
     assert database.number("SELECT count(*) FROM rotator_rotation") == 0
 
 
-def test_a_server_that_becomes_read_only(database: Database, rotations: Rotations, tmp_path: Path) -> None:
-    audit = make_tickets(database, ROWS)
+def test_a_server_that_is_read_only_for_a_while_is_an_outage(
+    database: Database, rotations: Rotations
+) -> None:
+    audit = make_tickets(database, 5000)
     slow_down(database, 0.01)
-    running = rotations.rotate(database.url(), "--batch=100", f"--report={tmp_path / 'report'}")
-    wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
+    running = rotations.rotate(database.url(), "--batch=100")
+    wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
     database.query("SET default_transaction_read_only = off")
     database.query("ALTER SYSTEM SET default_transaction_read_only = on")
     database.query("SELECT pg_reload_conf()")
     try:
-        finished = running.wait()
+        wait_until(lambda: "it is read-only" in running.err, "it is noticed")
     finally:
         database.query("ALTER SYSTEM RESET default_transaction_read_only")
         database.query("SELECT pg_reload_conf()")
 
-    assert finished.status == 1
-    assert "Traceback" not in finished.err
-    sentence = "The server refuses, it is read-only: connect to the primary; then the same command goes on."
-    assert finished.out.splitlines()[1] == sentence
-    assert json.loads((tmp_path / "report").read_text())["error"] == sentence
-    audit.assert_each_row_written_at_most_once()
-    wait_until(lambda: database.query("SHOW transaction_read_only") == [("off",)], "it can be written to")
-    assert_completed(rotations.rotated(database.url()))
+    assert_completed(running.wait())
     audit.assert_rotated_once()
 
 

@@ -1,0 +1,63 @@
+"""Roles and databases whose settings are meant for the application's sessions."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.database import Database, make_tickets, new_role, slow_down
+from tests.faults.harness import Rotations, assert_completed
+
+ROLE = "limited"
+ROLE_SETTINGS = (
+    "transaction_timeout = '60ms'",
+    "lock_timeout = '1ms'",
+    "idle_session_timeout = '300ms'",
+    "idle_in_transaction_session_timeout = '1ms'",
+    "default_transaction_isolation = serializable",
+    "default_transaction_deferrable = on",
+    "standard_conforming_strings = off",
+    "enable_indexscan = off",
+    "enable_tidscan = off",
+    "enable_mergejoin = off",
+    "enable_nestloop = off",
+    "enable_sort = off",
+)
+
+
+@pytest.fixture
+def url(database: Database) -> Iterator[str]:
+    """A DATABASE_URL of a role without any settings so far."""
+    with new_role(database, ROLE, f"ALTER ROLE {ROLE} SUPERUSER") as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [(ROLE_SETTINGS[0],), (ROLE_SETTINGS[2],), ("statement_timeout = '60ms'",), ROLE_SETTINGS],
+    ids=["transaction_timeout", "idle_session_timeout", "statement_timeout", "all"],
+)
+def test_settings_of_the_role_do_not_reach_a_rotation(
+    database: Database, rotations: Rotations, url: str, settings: tuple[str, ...]
+) -> None:
+    audit = make_tickets(database, 2000)
+    slow_down(database, 0.2)
+    # Longer than the timeouts, so that VACUUM is too.
+    for of_role in (*settings, "vacuum_cost_delay = '100ms'", "vacuum_cost_limit = 30"):
+        database.query(f"ALTER ROLE {ROLE} SET {of_role}")
+
+    finished = rotations.rotated(url)
+
+    assert_completed(finished)
+    assert "retries" not in finished.out.replace("0 retries", "")
+    assert "not vacuumed" not in finished.err
+    audit.assert_rotated_once()
+
+
+def test_a_role_that_is_read_only_by_default_can_rotate(
+    database: Database, rotations: Rotations, url: str
+) -> None:
+    audit = make_tickets(database, 2000)
+    database.query(f"ALTER ROLE {ROLE} SET default_transaction_read_only = on")
+
+    assert_completed(rotations.rotated(url))
+    audit.assert_rotated_once()
