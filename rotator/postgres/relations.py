@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from psycopg import sql
+from psycopg import AsyncConnection, sql
 
+from rotator.postgres.failures import answered
 from rotator.postgres.table import TargetTable
 
 LEAVES: Final = sql.SQL(
@@ -26,3 +27,13 @@ def rows_written_so_far(table: TargetTable) -> sql.Composed:
     return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint FROM {} AS leaf").format(
         writes.format(sql.SQL("oid")), LEAVES
     )
+
+
+async def count_leaves(connection: AsyncConnection, table: TargetTable) -> int:
+    """Return the number of tables that hold the rows."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL("SELECT count(*) FROM {} AS leaf").format(LEAVES), {"table": table.regclass}
+        )
+        row = await cursor.fetchone()
+    return int(row[0]) if row else 0

@@ -1,7 +1,7 @@
 """Gives the rows of a range new values, and checkpoints it in the same transaction."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from psycopg import AsyncConnection, AsyncCursor, sql
@@ -12,14 +12,21 @@ from rotator.keys import Key, KeyRange, KeySpan
 from rotator.postgres.arrays import Values, part
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.digests import by_key, count_kept
-from rotator.postgres.failures import RANGE_GREW, SUPPRESSED, TOO_LONG, RangeGrewError, answered
+from rotator.postgres.failures import (
+    ANSWER_SECONDS,
+    RANGE_GREW,
+    SUPPRESSED,
+    TOO_LONG,
+    RangeGrewError,
+    answered,
+)
 from rotator.postgres.keyed import keyed_update
 from rotator.postgres.planning import slice_ends
 from rotator.postgres.relations import rows_written_so_far
 from rotator.postgres.sessions import begin
 from rotator.postgres.table import COUNT_OUTCOMES, ROW, TargetTable, identifier
 from rotator.postgres.transaction import Claim, WaitLimits, guard, limit
-from rotator.postgres.value_source import FromRows, ValueSource, named
+from rotator.postgres.value_source import FromRows, InBulk, ValueSource, named
 
 SLICE_ROWS: Final = 2000
 _ATTEMPTS: Final = 5
@@ -345,6 +352,25 @@ class RangeUpdate:
             {"after": span.after, "through": span.through},
         )
         return [Key(key) async for (key,) in cursor]
+
+    async def planning_seconds(self, connection: AsyncConnection, key: Key) -> float:
+        """Measure the time that the server takes to plan the update of a slice.
+
+        Args:
+            connection: In autocommit mode.
+            key: Any key of the table.
+        """
+        is_bulk = isinstance(self._source, InBulk)
+        statement = self._updates[True] if is_bulk else self._keyed_update
+        no_values = named(tuple([] for _ in self.table.columns))
+        parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
+        limits = replace(self._limits, statement_seconds=ANSWER_SECONDS)
+        async with answered(connection), connection.transaction():
+            await limit(connection, limits, without=("nestloop" if is_bulk else "mergejoin",))
+            cursor = await connection.execute(b"EXPLAIN (SUMMARY) " + statement, parameters)
+            lines = [str(line) for (line,) in await cursor.fetchall()]
+        milliseconds = [line.split()[2] for line in lines if line.startswith("Planning Time:")]
+        return float(milliseconds[0]) / 1000 if milliseconds else 0.0
 
     async def count(self, connection: AsyncConnection, span: KeySpan) -> int:
         """How many rows a span holds."""

@@ -23,6 +23,7 @@ from rotator.run.announcing import AnnouncingWriter
 from rotator.run.context import RunContext
 from rotator.run.distribution import Distribution
 from rotator.run.late_rows import older_writers_are_over, rotate_older_rows
+from rotator.run.planning_time import raised_limit, with_raised
 
 STOP_AFTER: Final = "--stop-after"
 OLDER_WRITERS_SECONDS: Final = 5.0
@@ -55,6 +56,7 @@ class Pass:
         self._table = table
         self._acquired = acquired
         self._context = context
+        self._limits = context.options.limits
 
     async def read_owned(self) -> Owned:
         """Read what is owned from the database, with its bound frozen where there are rows."""
@@ -158,7 +160,8 @@ class Pass:
                 rows_at_most=rows_at_most,
             )
             return
-        update = RangeUpdate(self._table, self._context.target.source, options.limits)
+        await self._allow_for_planning(owned)
+        update = RangeUpdate(self._table, self._context.target.source, self._limits)
         writer = PostgresWriter(self._pool, update, owned.claim)
         announce = self._context.announce
         engine = Engine(
@@ -172,6 +175,15 @@ class Pass:
             ),
         )
         await engine.run(await self._gaps(owned), drain)
+
+    async def _allow_for_planning(self, owned: Owned) -> None:
+        limits = self._context.options.limits
+        if owned.bound is None:
+            return
+        update = RangeUpdate(self._table, self._context.target.source, limits)
+        if raised := await raised_limit(self._connection, update, limits, owned.bound):
+            self._limits = with_raised(limits, raised)
+            self._context.notify(raised)
 
     async def _confirm(self, owned: Owned) -> bool:
         """Make sure that no row is left that nothing has written since the rotation began.
@@ -194,7 +206,7 @@ class Pass:
             owned.claim,
             started_xid=owned.started_xid,
             source=self._context.target.source,
-            limits=self._context.options.limits,
+            limits=self._limits,
         )
         notify(ConfirmationStarted())
         attempts = 0

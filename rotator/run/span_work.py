@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.engine.engine import Engine, EngineOptions
@@ -26,6 +27,7 @@ from rotator.run.context import Announce, ShouldStop
 from rotator.run.examination import read_target
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
+from rotator.run.planning_time import raised_limit, with_raised
 from rotator.tasks import watch
 
 # Beside the workers': the span's own, and the planner's.
@@ -124,7 +126,8 @@ class SpanWork:
             told = _Told(self._outage)
             error = ""
             try:
-                engine = self._engine(IndexPlanner(side, table), pool, table, claimed, told)
+                update = await self._update(connection, table, claimed)
+                engine = self._engine(IndexPlanner(side, table), pool, update, claimed, told)
                 await engine.run(claimed.gaps, self._drain)
             except (SupersededError, ServerLostError):
                 raise
@@ -138,16 +141,25 @@ class SpanWork:
                 connection, claimed.claim, retries=told.retries, failed_keys=told.failed_keys, error=error
             )
 
+    async def _update(
+        self, connection: AsyncConnection, table: TargetTable, claimed: ClaimedSpan
+    ) -> RangeUpdate:
+        limits = self._options.limits
+        update = RangeUpdate(table, self._target.source, limits)
+        raised = await raised_limit(connection, update, limits, claimed.span.through)
+        return (
+            update if raised is None else RangeUpdate(table, self._target.source, with_raised(limits, raised))
+        )
+
     def _engine(
         self,
         planner: IndexPlanner,
         pool: AsyncConnectionPool,
-        table: TargetTable,
+        update: RangeUpdate,
         claimed: ClaimedSpan,
         told: _Told,
     ) -> Engine:
         options = self._options
-        update = RangeUpdate(table, self._target.source, options.limits)
         writer = PostgresWriter(pool, update, claimed.claim)
         announce = self._announce
         return Engine(

@@ -1,0 +1,36 @@
+"""What another user's processes, another version and a patched process are taken for."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from rotator import process
+from rotator.errors import OptionError
+from rotator.process import this_process
+from rotator.run.options import RunOptions
+from rotator.service import prepare
+
+
+def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = this_process()
+    # hidepid=2: the folder of a process of another user seems not to exist.
+    monkeypatch.setattr(process, "_stat", lambda _pid: [])
+    assert not owner.is_gone()
+
+
+def test_options_of_a_newer_version_are_read() -> None:
+    saved = RunOptions(batch=7).saved()
+    saved |= {"newer": 1, "limits": saved["limits"] | {"newer_seconds": 2.0}}
+    assert RunOptions.read(saved) == RunOptions(batch=7)
+
+
+@pytest.mark.parametrize(
+    ("module", "asks"), [("gevent.monkey", "is_module_patched"), ("eventlet.patcher", "is_monkey_patched")]
+)
+def test_a_monkey_patched_process_is_refused(module: str, asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{asks: lambda name: name == "socket"}))
+    with pytest.raises(
+        OptionError, match=rf"^{module.split('.', maxsplit=1)[0]} has monkey-patched this process"
+    ):
+        prepare(["tickets.Ticket.token"], "default", RunOptions())
