@@ -41,6 +41,7 @@ from rotator.run.context import Announce, RunContext, ShouldStop
 from rotator.run.distribution import SpanPublisher
 from rotator.run.examination import Examination, check
 from rotator.run.figures import Figures
+from rotator.run.lock_watch import LockWatch
 from rotator.run.one_pass import STOP_AFTER, Pass
 from rotator.run.options import RunOptions, RunTarget
 from rotator.run.outage import OutageBudget
@@ -107,6 +108,7 @@ class Run:
         self._acquired: Acquired | None = None
         self._table: TargetTable | None = None
         self._vacuuming = Vacuuming(self._context)
+        self._lock_watch = LockWatch(self._notify)
         self._is_completed = False
         self._late_rows_before = 0
         self._server_name = ""
@@ -275,7 +277,11 @@ class Run:
                             self._vacuuming.beside(control, table, rows_total=owned.rows_total),
                             name="rotator VACUUM",
                         )
+                        locks = tasks.create_task(
+                            self._lock_watch.watch(control), name="rotator watch for lock holders"
+                        )
                         status = await one_pass.work(owned)
+                        locks.cancel()
                         vacuum.cancel()
                         heart.cancel()
                 # Without the heartbeat, to which a completed rotation would not look like its own.
@@ -392,6 +398,7 @@ class Run:
 
     def _notify(self, event: Event) -> None:
         self._figures.take(event)
+        self._lock_watch.take(event)
         if isinstance(event, RangeCompleted | LateRowsRotated):
             self._outage.works()
         self._observer(event)

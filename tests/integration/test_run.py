@@ -1,6 +1,7 @@
 """Whole runs, as the command starts them: begun, stopped, resumed, disturbed, completed."""
 
 import signal
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +19,13 @@ from rotator.events import (
     Event,
     LateCommitsAwaited,
     LateRowsRotated,
+    LockHeld,
     OutageEnded,
     OutageStarted,
     OwnerWatched,
     RangeCompleted,
     RangeDeferred,
+    ReceiverFailed,
     RotationStarted,
     RowFailed,
 )
@@ -30,9 +33,11 @@ from rotator.models import CompletedRange, Rotation
 from rotator.postgres import ownership
 from rotator.postgres.transaction import Claim
 from rotator.process import this_process
-from rotator.run import acquiring, one_pass, run
+from rotator.run import acquiring, lock_watch, one_pass, run
 from rotator.run.options import RunOptions
+from rotator.selection import Selection
 from rotator.service import Outcome, prepare
+from rotator.signals import range_rotated
 from tests.integration.rotation_tables import (
     COMMITTING,
     END_THE_ROTATOR,
@@ -750,3 +755,106 @@ def test_a_taking_over_whose_reply_is_lost_is_no_other_process(
     assert_completed(rotate(Told(after_ranges(3, lambda: database.execute(END_THE_ROTATOR)))), rows=200)
     assert lost
     assert database.updates() == once_each((1, 200))
+
+
+# --- What must not end a run, or leave it as running -------------------------------------------------
+
+
+def test_an_exception_of_an_observer_leaves_the_rotation_failed_with_its_type(database: Database) -> None:
+    database.make_tickets(1, 100)
+
+    def fail(_event: Event) -> None:
+        raise KeyError("leaked")
+
+    with pytest.raises(KeyError):
+        rotate(Told(lambda event: fail(event) if isinstance(event, RangeCompleted) else None))
+    rotation = Rotation.objects.get()
+    assert rotation.status == "failed"
+    assert rotation.error == "The program failed with KeyError: look at its traceback."
+    assert_completed(rotate(), rows=100)
+
+
+def _end_this_connection() -> None:
+    with django_connection.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+def test_a_receiver_that_loses_djangos_connection_is_called_again(database: Database) -> None:
+    database.make_tickets(1, 100)
+    heard, calls = list[int](), Counter[str]()
+
+    def hear(rows: int, **_: object) -> None:
+        calls["calls"] += 1
+        if calls["calls"] == 3:
+            _end_this_connection()
+        with django_connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        heard.append(rows)
+
+    told = Told()
+    range_rotated.connect(hear)
+    try:
+        assert_completed(rotate(told), rows=100)
+    finally:
+        range_rotated.disconnect(hear)
+    assert sum(heard) == 100
+    assert not told.of(ReceiverFailed)
+    assert not told.of(OutageStarted)
+
+
+def test_a_receiver_that_fails_is_reported_once(database: Database) -> None:
+    database.make_tickets(1, 100)
+
+    def hear(**_: object) -> None:
+        raise ValueError("leaked")
+
+    told = Told()
+    range_rotated.connect(hear)
+    try:
+        assert_completed(rotate(told), rows=100)
+    finally:
+        range_rotated.disconnect(hear)
+    (failed,) = [event for event in told.events if isinstance(event, ReceiverFailed)]
+    assert (failed.receiver.rpartition(".")[2], failed.error) == ("hear", "ValueError")
+
+
+lost_once = list[bool]()
+
+
+def make_and_lose_the_connection_once() -> uuid.UUID:
+    if len(lost_once) == 1:
+        lost_once.append(True)
+        _end_this_connection()
+    with django_connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    return uuid.uuid4()
+
+
+def test_a_generator_that_loses_djangos_connection_is_an_outage(database: Database) -> None:
+    database.make_tickets(1, 100)
+    lost_once.clear()
+    told = Told(
+        lambda event: lost_once.append(True) if told.of(RangeCompleted) == 2 and not lost_once else None
+    )
+    selection = Selection(generator=f"{__name__}.{make_and_lose_the_connection_once.__name__}")
+    outcome = prepare([TARGET], "default", RunOptions(batch=10, concurrency=3), selection).rotate(told)
+    assert_completed(outcome, rows=100)
+    assert told.of(OutageStarted) == told.of(OutageEnded) == 1
+
+
+def test_who_holds_a_lock_is_named(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_watch, "NAMED_AFTER_SECONDS", 0.2)
+    database.make_tickets(1, 100)
+    holder = database.connect(application_name="psql")
+    holder.execute("BEGIN")
+    holder.execute(f"SELECT FROM {TABLE_NAME} WHERE id = 50 FOR UPDATE".encode())
+
+    def release(event: Event) -> None:
+        if isinstance(event, LockHeld):
+            holder.execute("COMMIT")
+
+    told = Told(release)
+    assert_completed(rotate(told), rows=100)
+    (held,) = [event for event in told.events if isinstance(event, LockHeld)]
+    (phrase,) = held.holders
+    assert phrase.startswith(f"pid {holder.info.backend_pid}, psql, idle in transaction for ")
