@@ -35,6 +35,7 @@ TIME_LIMIT_SECONDS: Final = 1800
 HAND_ON_SECONDS: Final = 1200
 ASK_AGAIN_SECONDS: Final = 60
 PUBLISH_SECONDS: Final = 10.0
+LONGEST_BROKER_WAIT_SECONDS: Final = 300.0
 
 # Shared with the processes that the worker forks, which are told nothing else of its shutdown.
 _shutdown = mmap.mmap(-1, 1)
@@ -155,10 +156,54 @@ async def _published(task: Task, arguments: tuple[object, ...]) -> str:
     return str(result.id)
 
 
+class BrokerCalls:
+    """The calls of the broker, each in a thread. A broker that swallows connections keeps such a thread.
+
+    The more of them there are, the longer the wait before the next one, so that a broker that is unreachable
+    for a day costs few threads.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin without any."""
+        self._clock = clock
+        self._running_since: dict[object, float] = {}
+
+    @property
+    def running(self) -> int:
+        """The number of calls that have not returned."""
+        return len(self._running_since)
+
+    def check(self) -> None:
+        """Raise ``TimeoutError`` where another call would most likely hang like the last one."""
+        now = self._clock()
+        hanging = [since for since in list(self._running_since.values()) if now - since >= PUBLISH_SECONDS]
+        if hanging:
+            wait_seconds = min(LONGEST_BROKER_WAIT_SECONDS, PUBLISH_SECONDS * 2.0 ** min(len(hanging), 10))
+            if now - max(hanging) < wait_seconds:
+                raise TimeoutError
+
+    def noted(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the same call, which counts for as long as it runs."""
+
+        def work() -> Any:  # noqa: ANN401 - whatever the call returns
+            number = object()
+            self._running_since[number] = self._clock()
+            try:
+                return call()
+            finally:
+                del self._running_since[number]
+
+        return work
+
+
+_calls = BrokerCalls()
+
+
 async def _in_time(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - Celery has no types
     # A broker that is away can hold a call up for good.
     try:
+        _calls.check()
         async with asyncio.timeout(PUBLISH_SECONDS):
-            return await in_abandonable_thread(call)
+            return await in_abandonable_thread(_calls.noted(call))
     except Exception as error:  # noqa: BLE001 - each broker's library has errors of its own
         raise BrokerError(f"The broker cannot be reached ({type(error).__name__}).") from None

@@ -17,9 +17,10 @@ from django.db.models import Model
 from psycopg.sql import SQL, Identifier
 
 from rotator.errors import TargetError
-from rotator.events import Event, RangeDeferred
+from rotator.events import Event, LimitRaised, RangeDeferred
 from rotator.instances import key_fields
 from rotator.postgres.table import Column, TargetTable, identifier
+from rotator.postgres.transaction import WaitLimits
 from rotator.run.options import RunOptions
 from rotator.selection import Selection
 from rotator.service import prepare
@@ -222,6 +223,29 @@ def test_a_partitioned_table(database: Database, partitioned: TargetTable) -> No
     assert set(database.values(partitioned).values()).isdisjoint({"late", *before.values()})
     assert outcome.stopped.storage is not None
     assert outcome.stopped.storage.heap_bytes > 0
+
+
+def test_the_time_limit_of_a_range_allows_for_planning_many_partitions(
+    database: Database, partitioned: TargetTable
+) -> None:
+    database.execute(
+        "INSERT INTO shop_partitioned SELECT '2026-01-01'::date + i, i, 'leaked ' || i"
+        f" FROM generate_series(1, {ROWS}) AS i"
+    )
+    before = database.values(partitioned)
+    raised = list[LimitRaised]()
+    # Less than planning takes.
+    options = RunOptions(batch=BATCH, limits=WaitLimits(statement_seconds=0.001))
+
+    outcome = prepare(["shop.Partitioned.secret"], "default", options, Selection()).rotate(
+        lambda event: raised.append(event) if isinstance(event, LimitRaised) else None
+    )
+
+    assert outcome.stopped.status == "completed"
+    assert database.changed(before, partitioned) == before.keys()
+    (limit,) = raised
+    assert limit.partitions == 4
+    assert limit.statement_seconds == pytest.approx(0.001 + 2 * limit.planning_seconds)
 
 
 def test_partitions_are_killed_and_resumed(database: Database, partitioned: TargetTable) -> None:

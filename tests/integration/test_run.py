@@ -833,9 +833,7 @@ def make_and_lose_the_connection_once() -> uuid.UUID:
 def test_a_generator_that_loses_djangos_connection_is_an_outage(database: Database) -> None:
     database.make_tickets(1, 100)
     lost_once.clear()
-    told = Told(
-        lambda event: lost_once.append(True) if told.of(RangeCompleted) == 2 and not lost_once else None
-    )
+    told = Told(after_ranges(2, lambda: lost_once.append(True)))
     selection = Selection(generator=f"{__name__}.{make_and_lose_the_connection_once.__name__}")
     outcome = prepare([TARGET], "default", RunOptions(batch=10, concurrency=3), selection).rotate(told)
     assert_completed(outcome, rows=100)

@@ -1,6 +1,8 @@
 """What another user's processes, another version and a patched process are taken for."""
 
 import sys
+import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from rotator.errors import OptionError
 from rotator.process import this_process
 from rotator.run.options import RunOptions
 from rotator.service import prepare
+from tests.acceptance.harness import wait_until
 
 
 def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +37,25 @@ def test_a_monkey_patched_process_is_refused(module: str, asks: str, monkeypatch
         OptionError, match=rf"^{module.split('.', maxsplit=1)[0]} has monkey-patched this process"
     ):
         prepare(["tickets.Ticket.token"], "default", RunOptions())
+
+
+def test_a_broker_that_swallows_connections_costs_few_threads() -> None:
+    distributed = pytest.importorskip("rotator.distributed")
+    clock = [0.0]
+    calls = distributed.BrokerCalls(lambda: clock[0])
+    over, hanging = threading.Event(), list[threading.Thread]()
+    try:
+        # An hour, in which the coordinator tries every ten seconds.
+        for clock[0] in map(float, range(0, 3600, 10)):
+            with suppress(TimeoutError):
+                calls.check()
+                thread = threading.Thread(target=calls.noted(over.wait))
+                thread.start()
+                hanging.append(thread)
+                wait_until(lambda: calls.running >= len(hanging), "the call runs")
+        assert 3 < len(hanging) < 20
+    finally:
+        over.set()
+        for thread in hanging:
+            thread.join()
+    calls.check()
