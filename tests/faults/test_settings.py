@@ -1,9 +1,11 @@
 """Roles and databases whose settings are meant for the application's sessions."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down
 from tests.faults.harness import Rotations, assert_completed
 
@@ -60,4 +62,27 @@ def test_a_role_that_is_read_only_by_default_can_rotate(
     database.query(f"ALTER ROLE {ROLE} SET default_transaction_read_only = on")
 
     assert_completed(rotations.rotated(url))
+    audit.assert_rotated_once()
+
+
+def test_a_password_that_is_replaced_during_the_run_is_read_again(
+    database: Database, rotations: Rotations, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = make_tickets(database, 5000)
+    slow_down(database, 0.01)
+    vault = tmp_path / "vault"
+    vault.write_text(database.server.password)
+    monkeypatch.setenv("TEST_VAULT", str(vault))
+    running = rotations.rotate(url, "--settings=tests.faults.vault.settings", "--batch=50")
+    wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
+    # The new password is given out first. Then the sessions of the old one are ended.
+    vault.write_text("replaced")
+    database.query(f"ALTER ROLE {ROLE} PASSWORD 'replaced'")
+    ended = database.query(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'")
+
+    finished = running.wait()
+
+    assert ended
+    assert_completed(finished)
+    assert "password" not in finished.err
     audit.assert_rotated_once()

@@ -1,0 +1,1 @@
+"""A database engine whose password is read from a file at each connect, as from a vault."""
