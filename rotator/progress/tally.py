@@ -41,6 +41,7 @@ class Tally:
         failed_rows: Rows that could not be rotated.
         deferrals: How often a range went to the back of the queue.
         retries: How often a range was tried again.
+        retry_reasons: Why ranges were retried, each reason once.
         confirming: Whether the table is being read to see who wrote each row last.
         outage_since: When the server became unreachable; None while it is reachable.
         outage_budget_seconds: How long the run waits for it from then on.
@@ -57,6 +58,7 @@ class Tally:
     failed_rows: int = 0
     deferrals: int = 0
     retries: int = 0
+    retry_reasons: set[str] = field(default_factory=set)
     outage_since: float | None = None
     confirming: bool = False
     outage_budget_seconds: float = 0.0
@@ -148,6 +150,7 @@ class Tally:
                 self._deferred_at = now
             case RangeRetried():
                 self.retries += 1
+                self.retry_reasons.add(event.reason)
             case _:
                 pass
 

@@ -14,6 +14,7 @@ from rotator.events import (
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    RangeRetried,
     ReceiverFailed,
     RotationStarted,
     RowFailed,
@@ -47,10 +48,6 @@ def notice(event: Event, tally: Tally) -> str:
     match event:
         case RotationStarted():
             line = _resumed(event) if event.resumed else _started(event)
-        case RowFailed():
-            line = _failed(event, tally.failed_rows)
-        case LateCommitsAwaited():
-            line = _awaited(event.holders) if event.holders != tally.holders else ""
         case LateRowsRotated():
             line = f"{plural(event.rows, 'row')} that no range had written, rotated now"
         case RowsConfirmed():
@@ -66,6 +63,8 @@ def notice(event: Event, tally: Tally) -> str:
             )
         case BrokerAway():
             line = f"{event.reason.rstrip('.')}: what workers have goes on, and the rest waits for it"
+        case RangeRetried() | RowFailed() | LateCommitsAwaited():
+            line = _trouble(event, tally)
         case _:
             line = _circumstances(event)
     return one_line(line)
@@ -175,6 +174,22 @@ def _resumed(event: RotationStarted) -> str:
         f"{about}{plural(event.rows_total, 'row')} were done in {duration(event.seconds_before)} "
         f"when it stopped at {stopped}"
     )
+
+
+def _trouble(event: RangeRetried | RowFailed | LateCommitsAwaited, tally: Tally) -> str:
+    """Return the line for what keeps rows from being rotated; empty where it was told before."""
+    match event:
+        case RangeRetried():
+            return _retried(event) if event.reason not in tally.retry_reasons else ""
+        case RowFailed():
+            return _failed(event, tally.failed_rows)
+        case LateCommitsAwaited():
+            return _awaited(event.holders) if event.holders != tally.holders else ""
+
+
+def _retried(event: RangeRetried) -> str:
+    part = " in two halves" if event.split else ""
+    return f"a range of {plural(event.rows, 'row')} is retried{part}: {event.reason}"
 
 
 def _failed(event: RowFailed, failed_before: int) -> str:

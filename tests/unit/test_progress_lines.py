@@ -128,6 +128,10 @@ def test_a_resumed_start_is_one_line() -> None:
                 "pid 4711, psql; pid 4712, app"
             ),
         ),
+        (
+            RangeRetried(rows=2000, reason="deadlock_detected (40P01)", split=True),
+            "a range of 2,000 rows is retried in two halves: deadlock_detected (40P01)",
+        ),
         (LateRowsRotated(rows=12), "12 rows that no range had written, rotated now"),
         (
             VacuumSkipped(reason="the table is busy", is_once=True),
@@ -151,9 +155,7 @@ def test_notable_events_are_told_at_once(event: Event, line: str) -> None:
     assert told(event) == [line]
 
 
-@pytest.mark.parametrize(
-    "event", [completed(), Tick(), RangeDeferred(rows=1), RangeRetried(rows=1, reason="x", split=False)]
-)
+@pytest.mark.parametrize("event", [completed(), Tick(), RangeDeferred(rows=1)])
 def test_what_happens_often_is_not_told_at_once(event: Event) -> None:
     assert told(started(), event) == told(started())
 
