@@ -82,6 +82,7 @@ EVENT_KEYS = {
         "sample",
         "selection",
         "bypassed",
+        "warnings",
         "wal_bytes",
         "forced_checkpoints",
         "estimated_seconds",

@@ -52,8 +52,8 @@ BAD_INPUT = {
         "application issue new ones."
     ),
     "auth.Group.name": (
-        "auth.Group.name has no default that makes a new value for each row: name a callable that does with "
-        "--generator, e.g. --generator secrets.token_urlsafe."
+        "auth.Group.name has no default that makes a new value for each row. Name a callable that does with "
+        "--generator, e.g. --generator secrets.token_hex."
     ),
     "--filter title": "--filter title is no filter: write it as field=value or field__lookup=value.",
     "--filter token=leaked": (
@@ -61,7 +61,7 @@ BAD_INPUT = {
     ),
     "--generator no.such.thing": (
         "The generator no.such.thing cannot be imported (ModuleNotFoundError): write it as "
-        "package.module.name."
+        "package.module.name, or package.module.Class.name for a method."
     ),
     "--batch 0": "--batch must be 1 or more, not 0.",
     "--concurrency 0": "--concurrency must be 1 or more, not 0.",
