@@ -12,7 +12,7 @@ INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-celery test test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
+.PHONY: help demo demo-celery test test-slow test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,8 +55,11 @@ demo-celery: .venv/celery ## Do the same by two Celery workers, with a broker of
 	$(EMBEDDED) manage.py create_tickets --total $(COUNT)
 	$(EMBEDDED) -m core.demo --celery --batch $(BATCH)
 
-test: .venv/test ## Run the whole test suite
-	$(PYTEST)
+test: .venv/test ## Run the test suite, except for what installs many packages
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/test ## Rotate the models of foreign packages, which are installed for that
+	$(BIN)/python -m pytest -m slow
 
 test-installed: .venv/test ## Run the tests of keys, SQL and runs on the PostgreSQL that Debian's packages brought
 	pg_virtualenv -o max_prepared_transactions=10 sh -c 'TEST_DATABASE_URL="postgres://$$PGUSER:$$PGPASSWORD@$$PGHOST:$$PGPORT/postgres" \

@@ -14,6 +14,8 @@ from rotator.postgres.sessions import OwnConnection, execute_alone
 from rotator.postgres.table import TargetTable
 
 WATCH_SECONDS: Final = 0.25
+BUSY: Final = "the table is busy"
+"""Why one VACUUM was skipped: another session held, or waited for, a lock that conflicts with its own."""
 SCATTERED_CORRELATION: Final = 0.1
 _MAINTAIN_SINCE: Final = 170_000
 # vacuum_is_permitted_for_relation() in the server's src/backend/commands/vacuum.c.
@@ -113,8 +115,8 @@ async def vacuum(
     finally:
         vacuuming.cancel()
     if was_cancelled:
-        return "it was in the way of somebody else" if is_in_the_way else await _cancelled_by(connection)
-    return "somebody else has locked the table" if errors.LockNotAvailable.sqlstate in warnings else ""
+        return BUSY if is_in_the_way else await _cancelled_by(connection)
+    return BUSY if errors.LockNotAvailable.sqlstate in warnings else ""
 
 
 async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool:

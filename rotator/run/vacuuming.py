@@ -10,7 +10,7 @@ from rotator.errors import RotatorError
 from rotator.events import Vacuumed, VacuumSkipped, VacuumStarted
 from rotator.postgres.connections import connected
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuuming import is_scattered, may_vacuum, vacuum
+from rotator.postgres.vacuuming import BUSY, is_scattered, may_vacuum, vacuum
 from rotator.run.context import RunContext
 
 # A vacuum looks at every page that changed, and what the last one missed is looked at again.
@@ -84,12 +84,14 @@ class Vacuuming:
         started = time.monotonic()
         try:
             async with connected(self._context.server) as connection:
-                is_busy = bool(await vacuum(connection, control, table, indexes=indexes))
+                reason = await vacuum(connection, control, table, indexes=indexes)
         except RotatorError as error:
             self._tell(str(error))
             return
-        if is_busy:
-            self._context.notify(VacuumSkipped(reason="the table is busy", is_once=True))
+        if reason == BUSY:
+            self._context.notify(VacuumSkipped(reason=reason, is_once=True))
+        elif reason:
+            self._tell(reason)
         else:
             self._context.notify(Vacuumed(seconds=time.monotonic() - started))
 

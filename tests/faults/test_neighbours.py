@@ -23,7 +23,8 @@ def test_a_neighbour_that_updates_in_the_opposite_order(database: Database, rota
     with neighbour.at_work():
         # On a fast machine they may well miss each other a few times.
         while neighbour.transactions < TRANSACTIONS or not (neighbour.waited or rounds == MOST_ROUNDS):
-            finished = rotations.rotated(database.url(), "--batch=1500", "--concurrency=3", seconds=120)
+            options = ("--restart", "--batch=1500", "--concurrency=3")
+            finished = rotations.rotated(database.url(), *options, seconds=120)
             assert_completed(finished)
             rounds += 1
 

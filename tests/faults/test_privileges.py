@@ -73,7 +73,10 @@ def test_without_the_right_to_update_the_column(database: Database, rotations: R
 @pytest.mark.parametrize(
     ("revoked", "grant"),
     [
-        ("UPDATE (token) ON tickets_ticket", 'GRANT UPDATE ("token") ON "tickets_ticket" TO rotating;'),
+        (
+            "UPDATE (token) ON tickets_ticket",
+            'GRANT UPDATE ("token") ON "public"."tickets_ticket" TO rotating;',
+        ),
         ("INSERT ON rotator_completedrange", "GRANT INSERT ON rotator_completedrange TO rotating;"),
         ("SELECT, UPDATE ON rotator_rotation", "GRANT SELECT, UPDATE ON rotator_rotation TO rotating;"),
         ("SELECT ON django_migrations", "GRANT SELECT ON django_migrations TO rotating;"),
@@ -104,7 +107,7 @@ def test_row_level_security_that_hides_rows_is_refused(
     finished = rotations.rotated(url)
 
     assert finished.status == 1
-    assert finished.complaint.startswith("Row-level security hides rows of tickets_ticket from this role")
+    assert finished.complaint.startswith("Row-level security hides rows of public.tickets_ticket from")
     assert audit.written() == 0
     # Whom no policy concerns may go on.
     assert_completed(rotations.rotated(database.url()))
