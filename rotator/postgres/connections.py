@@ -37,7 +37,7 @@ class Server:
         role: The role to assume; None for the one that logs in.
         time_zone: That of its sessions, for conditions that have none; None for the server's own.
         search_path: The schemas that Django's own connection looks in; None for the role's own.
-        read_parameters: Returns the parameters as they are now, for each connection anew: a password or a
+        read_parameters: Returns the parameters as they are now, for each connection again: a password or a
             token may have been replaced. None where they never change.
     """
 

@@ -146,7 +146,7 @@ def connection_lost(error: psycopg.Error) -> ServerLostError | None:
 
 
 def read_only() -> ServerLostError:
-    """Return the error of a server that is read-only: for good, or until a failover is over."""
+    """Return the error of a server that is read-only: permanently, or until a failover is over."""
     return ServerLostError(
         "The server refuses, it is read-only: connect to the primary; then the same command goes on."
     )

@@ -180,7 +180,7 @@ def _phrase(key: Sequence[KeyColumn]) -> str:
 
 
 REWRITTEN: Final = (
-    "another session has written every row anew, as ALTER TABLE, TRUNCATE and pg_repack do, so the server "
+    "another session has rewritten every row, as ALTER TABLE, TRUNCATE and pg_repack do, so the server "
     "does not tell any more which rows have new values"
 )
 

@@ -48,7 +48,7 @@ class LastWriters:
         confirmed: The rows that this rotation wrote last: they have their new values.
         others: The rows that another session, or a trigger, has written since the rotation's start.
         older: The rows that nothing has written since the rotation's start: they have their old values.
-        renewed: The leaves' oids of which every row seems to have been written anew by another session.
+        renewed: The leaves' oids of which another session seems to have rewritten every row.
     """
 
     confirmed: int
@@ -87,7 +87,7 @@ _COUNT: Final = (
     " COALESCE(sum(rows) FILTER (WHERE writer = 'mixed'), 0)::bigint AS mixed,"
     " COALESCE(sum(rows) FILTER (WHERE writer = 'others'), 0)::bigint AS others,"
     " COALESCE(sum(rows) FILTER (WHERE writer = 'older'), 0)::bigint AS older,"
-    # All rows were written anew: none is older than the first of the others, though checkpoints are.
+    # All rows were rewritten: none is older than the first of the others, though checkpoints are.
     " leaf::bigint = ANY (%(rewritten)s::bigint[])"
     " AND COALESCE(max(age) FILTER (WHERE writer = 'others')"
     " > COALESCE(max(age) FILTER (WHERE writer IN ('confirmed', 'mixed')), -1), false)"

@@ -1,7 +1,7 @@
 """Rotates rows that no range has written, by where they are: late commits, attached partitions, lost keys.
 
 They are found by reading the heap, never by the key: an index may lack them. A row is named by its leaf, its
-``ctid`` and its ``xmin``; whoever writes it meanwhile makes it another row.
+``ctid`` and its ``xmin``; a session that writes it in between makes it another row.
 """
 
 from collections.abc import AsyncIterator, Sequence

@@ -268,7 +268,7 @@ HARMLESS = {
 def test_a_rewrite_between_runs_is_refused(database: Database, script: str) -> None:
     rotate(CODES, stop_after_rows=20)
     execute_script(database, script)
-    assert_resuming_is_refused(database, "another session has written every row anew")
+    assert_resuming_is_refused(database, "another session has rewritten every row")
     assert_restart_rotates_all(database)
 
 
@@ -277,8 +277,8 @@ def test_a_rewrite_between_runs_is_refused(database: Database, script: str) -> N
 @pytest.mark.parametrize("script", REWRITES.values(), ids=REWRITES)
 def test_a_rewrite_during_a_run_fails_it(database: Database, script: str, ranges: int) -> None:
     outcome = rotate(CODES, EventRecorder(after_range(ranges, lambda: execute_script(database, script))))
-    assert_failed(outcome, "another session has written every row anew")
-    assert_resuming_is_refused(database, "another session has written every row anew")
+    assert_failed(outcome, "another session has rewritten every row")
+    assert_resuming_is_refused(database, "another session has rewritten every row")
     assert_restart_rotates_all(database)
 
 
@@ -323,7 +323,7 @@ def test_a_rewrite_hides_no_late_row(database: Database, monkeypatch: pytest.Mon
             older.execute("COMMIT")
             database.execute(REWRITES["a volatile default"])
 
-    assert_failed(rotate(CODES, commit), "another session has written every row anew")
+    assert_failed(rotate(CODES, commit), "another session has rewritten every row")
     assert leaked(database) == 1
     assert_restart_rotates_all(database, ROWS + 1)
 
