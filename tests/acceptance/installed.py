@@ -92,6 +92,8 @@ class Site:
             "django-admin startproject site_of_theirs . && python manage.py startapp shop", cwd=folder
         )
         with _connected() as server:
+            # A run of the tests that was killed leaves one behind.
+            server.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(database)))
             server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
         parameters = connection.get_connection_params()
         site = cls(environment, folder, database)
