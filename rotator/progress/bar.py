@@ -168,7 +168,7 @@ class _Bar:
 
 
 def bar_text(tally: Tally, now: float, room: int) -> str:
-    """Return what stands beside the bar.
+    """Return the text next to the bar.
 
     Which figures there is room for depends on the total and the terminal alone, and each has a width of its
     own, so that none of them comes, goes or moves during a run.

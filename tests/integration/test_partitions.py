@@ -307,7 +307,7 @@ def test_one_partition_that_is_rewritten_is_noticed(days: Database, *, is_betwee
     if is_between_runs:
         rotate(LABEL, stop_after_rows=30)
         reload()
-        with pytest.raises(TargetError, match=r"written every row anew.*--restart"):
+        with pytest.raises(TargetError, match=r"rewritten every row.*--restart"):
             rotate(LABEL)
     else:
         outcome = rotate(LABEL, EventRecorder(after_range(3, reload)))
