@@ -1,56 +1,328 @@
-"""What asyncio's own tasks and threads do not do: first errors alone, conditions, threads to be abandoned."""
+"""The same rotation on Celery: the tasks, and what publishes them.
+
+Imported by workers, and by the command with ``--celery``; nothing else of this package knows Celery.
+"""
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Final, TypeVar
+import logging
+import mmap
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, NoReturn
 
-T = TypeVar("T")
+from celery import Celery, Task, current_app, shared_task
+from celery.exceptions import Reject
+from celery.signals import worker_shutting_down
+from django.db import InterfaceError, OperationalError
+from django.db.models.functions import Now
+from django.utils.module_loading import import_string
 
-WATCH_SECONDS: Final = 0.25
+from rotator.aio import in_abandonable_thread
+from rotator.api import prepare
+from rotator.apps import read_setting
+from rotator.events import Observer
+from rotator.exceptions import (
+    BrokerError,
+    OptionError,
+    OwnedElsewhereError,
+    RotationOverError,
+    RotatorError,
+    RowsLockedError,
+    ServerLostError,
+    StoppedBeforeStartError,
+)
+from rotator.models import Rotation, Span
+from rotator.options import RunOptions, Selection
+from rotator.postgres.fence import Claim
+from rotator.progress import log_observer
+from rotator.runner.context import ShouldStop
+from rotator.runner.distribution import SPANS_OUTSTANDING, SpanPublisher
+from rotator.runner.runner import LEFT_TO_WORKERS, program_error
 
 
-@contextmanager
-def first_error_alone() -> Iterator[None]:
-    """Raise the first error of a task group's exception group in its place.
+def work_on_span(database: str, claim: Claim, span: int, should_stop: ShouldStop) -> None:
+    """Rewrite what is left of a span; nothing where it is another's by now, or nobody's.
 
-    The errors after it are those of a run that was falling apart already.
+    An error that trying again here does not mend is noted with the span, and ends the rotation: what it is
+    has to be known where somebody looks.
+
+    Args:
+        database: Django's alias of the database.
+        claim: What the message about the span says of the rotation.
+        span: The span's id.
+        should_stop: Whether the worker has to stop.
+
+    Raises:
+        RotatorError: It cannot be done here.
     """
+    rotation = (
+        Rotation.objects.using(database)
+        .filter(pk=claim.rotation, generation=claim.generation, status=Rotation.Status.RUNNING)
+        .first()
+    )
+    if rotation is None:
+        return
+    options, selection = RunOptions.read(rotation.options), Selection.read(rotation.selection)
     try:
-        yield
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from group
+        prepared = prepare(rotation.target.split(), database, options, selection, is_begun=True)
+        prepared.rotate_span(claim, span, should_stop, rotation.identity)
+    except (ServerLostError, RowsLockedError, OperationalError, InterfaceError):
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, RotatorError) else program_error(error)
+        Span.objects.using(database).filter(
+            pk=span, rotation=rotation, rotation__generation=claim.generation, finished_at=None
+        ).update(error=reason, finished_at=Now(), updated_at=Now())
+        raise
 
 
-async def watch(is_due: Callable[[], bool], act: Callable[[], None]) -> None:
-    """Wait until a condition holds that nobody tells of, then act."""
-    while not is_due():  # noqa: ASYNC110 - whoever it depends on knows no event loop
-        await asyncio.sleep(WATCH_SECONDS)
-    act()
+def coordinate_rotation(
+    database: str, number: int, observer: Observer, publisher: SpanPublisher, should_stop: ShouldStop
+) -> bool:
+    """Plan and watch a rotation that was begun and left to the workers.
 
+    Args:
+        database: Django's alias of the database.
+        number: The rotation's id; one that is over, or was stopped on purpose, is no worker's work.
+        observer: Is told of everything.
+        publisher: Has the spans rewritten.
+        should_stop: Whether the worker has to stop.
 
-async def in_abandonable_thread(call: Callable[[], T]) -> T:
-    """Call in a thread of its own, which may hang for good once nobody waits for it any more.
+    Returns:
+        Whether another worker is to go on with it.
 
-    The threads of the loop's own pool are waited for when the loop is closed.
+    Raises:
+        OwnedElsewhereError: Another process is alive and coordinates it.
+        ServerLostError: The server could not be reached in the first place.
+        RotatorError: It cannot be done here; the rotation's row says why.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+    rotations = Rotation.objects.using(database).filter(pk=number, status__in=Rotation.UNFINISHED)
+    try:
+        rotation = rotations.first()
+    except OperationalError as error:
+        raise ServerLostError(f"The database '{database}' cannot be reached.") from error
+    if rotation is None or (rotation.status != Rotation.Status.RUNNING and rotation.error != LEFT_TO_WORKERS):
+        return False
+    options = replace(
+        RunOptions.read(rotation.options),
+        rotation=number,
+        # The signals of a worker are its own, and nobody looks at a preflight here.
+        listens_to_signals=False,
+        preflight=False,
+        # They were meant for the beginning.
+        restart=False,
+        after=None,
+        take_over=False,
+    )
+    lost = ""
+    try:
+        prepared = prepare(rotation.target.split(), database, options, Selection.read(rotation.selection))
+        outcome = prepared.rotate(observer, publisher, should_stop)
+        stopped = outcome.stopped
+        # An option that ended the run has nothing left for another worker.
+        is_left = stopped.status == "interrupted" and outcome.exit_status != 0 and not stopped.superseded
+        if is_left and not should_stop():
+            lost = stopped.error
+    except RotationOverError:
+        is_left = False
+    except StoppedBeforeStartError:
+        is_left = True
+    except (OwnedElsewhereError, ServerLostError):
+        raise
+    except (OperationalError, InterfaceError) as error:
+        raise ServerLostError(f"The database '{database}' cannot be reached.") from error
+    except Exception as error:
+        reason = str(error) if isinstance(error, RotatorError) else program_error(error)
+        # Unless somebody has taken it over meanwhile.
+        rotations.filter(generation=rotation.generation, updated_at=rotation.updated_at).update(
+            status=Rotation.Status.FAILED, error=reason, updated_at=Now()
+        )
+        raise
+    if lost:
+        raise ServerLostError(lost)
+    return is_left
 
-    def tell(settle: Callable[[], None]) -> None:
-        # Whoever waited may have left, and the loop with it.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(lambda: None if future.done() else settle())
 
-    def work() -> None:
+# A project's own limit would end a span, or a rotation, in the middle.
+TIME_LIMIT_SECONDS: Final = 1800
+# A broker takes a message back that nobody has acknowledged for long: Redis after an hour, RabbitMQ after
+# half of one, and then it closes the worker's channel.
+HAND_ON_SECONDS: Final = 1200
+ASK_AGAIN_SECONDS: Final = 60
+PUBLISH_SECONDS: Final = 10.0
+LONGEST_BROKER_WAIT_SECONDS: Final = 300.0
+
+# Shared with the processes that the worker forks, which are told nothing else of its shutdown.
+_shutdown = mmap.mmap(-1, 1)
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator] # Celery has no types
+def _note_shutdown(**_: object) -> None:
+    _shutdown[0] = 1
+
+
+def _until_handed_on() -> ShouldStop:
+    """What tells a task that begins now to leave the rest to another: its worker's shutdown, or the time."""
+    until = time.monotonic() + HAND_ON_SECONDS
+    return lambda: bool(_shutdown[0]) or time.monotonic() > until
+
+
+_OPTIONS: Final[dict[str, Any]] = {
+    # A worker that dies has not done it.
+    "acks_late": True,
+    "reject_on_worker_lost": True,
+    "ignore_result": True,
+    "time_limit": TIME_LIMIT_SECONDS,
+    "soft_time_limit": TIME_LIMIT_SECONDS,
+}
+
+
+@shared_task(name="rotator.rotate_span", **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
+def rotate_span(database: str, rotation: int, generation: int, span: int) -> None:
+    """Rewrite what is left of a span; harmless however often and late it is delivered."""
+    claim = Claim(rotation=rotation, generation=generation)
+    work_on_span(database, claim, span, _until_handed_on())
+
+
+@shared_task(name="rotator.coordinate", bind=True, max_retries=None, **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
+def coordinate(task: Task, database: str, rotation: int) -> None:
+    """Plan and watch a rotation without a terminal; takes one of the workers' places until its end.
+
+    Hands it on after a while, and when its worker has to stop. Harmless however often and late it is
+    delivered: while another delivery is at it, or the server is away, this one asks again now and then, so
+    that there is always one that would go on.
+    """
+    observer, publisher = log_observer(logging.getLogger(__name__)), CeleryPublisher(database)
+    try:
+        is_left = coordinate_rotation(database, rotation, observer, publisher, _until_handed_on())
+    except (OwnedElsewhereError, ServerLostError):
+        _again(task, seconds=ASK_AGAIN_SECONDS)
+    else:
+        if is_left:
+            _again(task, seconds=0)
+
+
+def _again(task: Task, *, seconds: int) -> NoReturn:
+    """Have the same message delivered once more, and end this delivery."""
+    try:
+        raise task.retry(countdown=seconds)
+    except Reject as error:
+        # It could not be published: let the broker keep the one there is.
+        raise Reject(error.reason, requeue=True) from None
+
+
+class CeleryPublisher:
+    """Publishes spans as tasks of the project's Celery app."""
+
+    def __init__(self, database: str) -> None:
+        """Take Django's alias of the database that the rotation is in."""
+        self._database = database
+        self._published: deque[str] = deque(maxlen=2 * SPANS_OUTSTANDING)
+
+    async def publish(self, claim: Claim, span: int) -> None:
+        """Have some worker rotate a span.
+
+        Raises:
+            BrokerError: The broker cannot be reached; the span was perhaps published all the same.
+        """
+        arguments = (self._database, claim.rotation, claim.generation, span)
+        self._published.append(await _published(rotate_span, arguments))
+
+    async def revoke(self) -> None:
+        """Take back what no worker has begun; what one has begun, the fence ends."""
+        with suppress(BrokerError):
+            await _in_time(partial(current_app.control.revoke, list(self._published)))
+
+
+def hand_over(database: str, rotation: int) -> None:
+    """Have a worker coordinate a rotation that was begun.
+
+    Raises:
+        BrokerError: The broker cannot be reached.
+    """
+    asyncio.run(_published(coordinate, (database, rotation)))
+
+
+def load_app() -> None:
+    """Make the project's Celery app the one that tasks are published with.
+
+    Raises:
+        OptionError: There is none.
+    """
+    path = read_setting().get("CELERY_APP", "")
+    if path:
         try:
-            result = call()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is for whoever waits
-            failure = error
-            tell(lambda: future.set_exception(failure))
-        else:
-            tell(lambda: future.set_result(result))
+            app = import_string(path)
+        except ImportError as error:
+            raise OptionError(f'ROTATOR["CELERY_APP"] cannot be imported: {error}.') from error
+        if not isinstance(app, Celery):
+            raise OptionError(f'ROTATOR["CELERY_APP"] names {path}, which is no Celery app.')
+        app.set_default()
+    elif not current_app.conf.broker_url:
+        raise OptionError(
+            "There is no Celery app: name yours in the settings, e.g. "
+            'ROTATOR = {"CELERY_APP": "shop.celery.app"}.'
+        )
 
-    threading.Thread(target=work, name="rotator call", daemon=True).start()
-    return await future
+
+async def _published(task: Task, arguments: tuple[object, ...]) -> str:
+    # What Celery would write of the arguments beside the arguments is for people who watch it.
+    result = await _in_time(partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr=""))
+    return str(result.id)
+
+
+class BrokerCalls:
+    """The calls of the broker, each in a thread. A broker that swallows connections keeps such a thread.
+
+    The more of them there are, the longer the wait before the next one, so that a broker that is unreachable
+    for a day costs few threads.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin without any."""
+        self._clock = clock
+        self._running_since: dict[object, float] = {}
+
+    @property
+    def running(self) -> int:
+        """The number of calls that have not returned."""
+        return len(self._running_since)
+
+    def check(self) -> None:
+        """Raise ``TimeoutError`` where another call would most likely hang like the last one."""
+        now = self._clock()
+        hanging = [since for since in list(self._running_since.values()) if now - since >= PUBLISH_SECONDS]
+        if hanging:
+            wait_seconds = min(LONGEST_BROKER_WAIT_SECONDS, PUBLISH_SECONDS * 2.0 ** min(len(hanging), 10))
+            if now - max(hanging) < wait_seconds:
+                raise TimeoutError
+
+    def noted(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the same call, which counts for as long as it runs."""
+
+        def work() -> Any:  # noqa: ANN401 - whatever the call returns
+            number = object()
+            self._running_since[number] = self._clock()
+            try:
+                return call()
+            finally:
+                del self._running_since[number]
+
+        return work
+
+
+_calls = BrokerCalls()
+
+
+async def _in_time(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - Celery has no types
+    # A broker that is away can hold a call up for good.
+    try:
+        _calls.check()
+        async with asyncio.timeout(PUBLISH_SECONDS):
+            return await in_abandonable_thread(_calls.noted(call))
+    except Exception as error:  # noqa: BLE001 - each broker's library has errors of its own
+        raise BrokerError(f"The broker cannot be reached ({type(error).__name__}).") from None

@@ -1,11 +1,11 @@
-"""How the command's options are written: times, rows, files."""
+"""Parsers for the values of command options: durations, row counts and files."""
 
 import re
 import shlex
 from pathlib import Path
 from typing import Final
 
-from rotator.errors import OptionError
+from rotator.exceptions import OptionError
 
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 # A year; clocks count further, but event loops do not.

@@ -1,4 +1,4 @@
-"""What the server's catalogue says of a target."""
+"""The target's table, triggers and privileges, as the system catalogs describe them."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -6,11 +6,10 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.errors import OptionError, TargetError
-from rotator.postgres.connections import APPLICATION_NAME
-from rotator.postgres.failures import answered, read_only
-from rotator.postgres.relations import LEAVES
-from rotator.postgres.table import Column, Condition, TargetTable
+from rotator.exceptions import OptionError, TargetError
+from rotator.postgres.connection import APPLICATION_NAME
+from rotator.postgres.errors import answered, read_only
+from rotator.postgres.table import LEAVES, Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
 _KINDS: Final = ("r", "p")
@@ -281,3 +280,53 @@ def _check_column(named: str, row: Mapping[str, Any]) -> None:
             f"{where} is what {row['referrer']} refers to: new values would break these references; add a "
             "column for the secret, and rotate that."
         )
+
+
+_OWN_TABLES: Final = {
+    "rotator_rotation": ("SELECT", "INSERT", "UPDATE"),
+    "rotator_completedrange": ("SELECT", "INSERT"),
+    "rotator_latetransaction": ("SELECT", "INSERT"),
+}
+_HAS: Final = (
+    "SELECT COALESCE(has_table_privilege(to_regclass(%(table)s)::oid, %(privilege)s), true)"
+    " OR %(column)s::text IS NOT NULL"
+    " AND has_column_privilege(to_regclass(%(table)s)::oid, %(column)s, %(privilege)s)"
+)
+
+
+async def missing_grants(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
+    """Return the GRANT statements that the role still needs; empty where it has all privileges.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+    """
+    async with answered(connection):
+        cursor = await connection.execute("SELECT quote_ident(current_user)")
+        ((role,),) = await cursor.fetchall()
+    needed: dict[str, list[tuple[str, str | None]]] = {
+        table.regclass: [("SELECT", None), *(("UPDATE", column.name) for column in table.columns)]
+    }
+    for name, privileges in _OWN_TABLES.items():
+        needed[name] = [(privilege, None) for privilege in privileges]
+    grants = []
+    for name, wanted in needed.items():
+        missing = [
+            _written(privilege, column)
+            for privilege, column in wanted
+            if not await _has(connection, name, privilege, column)
+        ]
+        if missing:
+            grants.append(f"GRANT {', '.join(missing)} ON {name} TO {role};")
+    return tuple(grants)
+
+
+async def _has(connection: AsyncConnection, name: str, privilege: str, column: str | None) -> bool:
+    async with answered(connection):
+        cursor = await connection.execute(_HAS, {"table": name, "privilege": privilege, "column": column})
+        row = await cursor.fetchone()
+    return bool(row and row[0])
+
+
+def _written(privilege: str, column: str | None) -> str:
+    return privilege if column is None else f"{privilege} ({sql.Identifier(column).as_string()})"

@@ -1,4 +1,4 @@
-"""What the target is, whatever it is called: the server, the database, the table, its key and its files."""
+"""The identity of the target: server, database, table, key, and the files of the table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,10 +7,9 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.errors import TargetError
-from rotator.postgres.failures import answered
-from rotator.postgres.relations import LEAVES
-from rotator.postgres.table import TargetTable
+from rotator.exceptions import TargetError
+from rotator.postgres.errors import answered
+from rotator.postgres.table import LEAVES, TargetTable
 
 SESSION_QUERY: Final = (
     "SELECT (SELECT system_identifier FROM pg_control_system())::text AS system,"

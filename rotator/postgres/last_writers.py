@@ -12,9 +12,8 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.postgres.failures import answered
-from rotator.postgres.relations import LEAVES
-from rotator.postgres.table import ROW, TargetTable, identifier
+from rotator.postgres.errors import answered
+from rotator.postgres.table import LEAVES, ROW, TargetTable, identifier
 
 _STARTED: Final = sql.SQL("%(started_xid)s::text::xid8::xid")
 RECORDED: Final = sql.SQL(

@@ -10,17 +10,24 @@ from typing import Final
 
 from psycopg import AsyncConnection, sql
 
-from rotator.errors import OldValuesKeptError, RangeRefusedError
-from rotator.keys import Key
+from rotator.exceptions import OldValuesKeptError, RangeRefusedError
+from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
-from rotator.postgres.digests import Digests, by_key, count_kept
-from rotator.postgres.failures import SUPPRESSED, answered
-from rotator.postgres.keyed import select_digests
+from rotator.postgres.errors import SUPPRESSED, answered
+from rotator.postgres.fence import Claim, guard
 from rotator.postgres.last_writers import ATTACHED, RECORDED, is_older
-from rotator.postgres.relations import LEAVES, rows_written_so_far
-from rotator.postgres.table import COUNT_OUTCOMES, ROW, TargetTable, identifier
-from rotator.postgres.transaction import Claim, WaitLimits, guard
-from rotator.postgres.value_source import InBulk, Place, ValueSource, named
+from rotator.postgres.table import (
+    COUNT_OUTCOMES,
+    LEAVES,
+    ROW,
+    TargetTable,
+    identifier,
+    rows_written_so_far,
+    select_digests,
+)
+from rotator.postgres.values import InBulk, Place, ValueSource, named
+from rotator.postgres.writer import Digests, by_key, count_kept
+from rotator.ranges import Key
 
 # 16 MB: little to read again for each batch of rows, and no snapshot that holds vacuum back.
 CHUNK_BLOCKS: Final = 2048

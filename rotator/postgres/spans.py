@@ -1,4 +1,4 @@
-"""The spans of a distributed rotation: who works on which, and how far they are."""
+"""The spans of a distributed rotation: claiming, progress and the end of each."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,13 +8,13 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from rotator.errors import SupersededError
-from rotator.keys import Key, KeySpan
-from rotator.postgres.failures import answered, superseded
-from rotator.postgres.ownership import alone
-from rotator.postgres.planning import gaps
+from rotator.exceptions import SupersededError
+from rotator.postgres.errors import answered, superseded
+from rotator.postgres.fence import SPAN_LOCK_CLASS, Claim, fence
+from rotator.postgres.planner import gaps
+from rotator.postgres.rotations import alone
 from rotator.postgres.table import TargetTable
-from rotator.postgres.transaction import SPAN_LOCK_CLASS, Claim, fence
+from rotator.ranges import Key, KeySpan
 
 _STILL_OWNED: Final = sql.SQL(
     " FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"

@@ -1,12 +1,14 @@
-"""The target's table, key and columns as SQL; keys travel as the server's own JSON arrays."""
+"""The target's table as SQL: key, columns, conditions, partitions and updates by key."""
 
 import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from psycopg import sql
+from psycopg import AsyncConnection, sql
 from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat
+
+from rotator.postgres.errors import answered
 
 ROW: Final = "rotator_row"
 """The alias of a row of the target in every statement that a :class:`Condition` is part of."""
@@ -287,3 +289,90 @@ class TargetTable:
             return through
         after = sql.SQL("{} > ({})").format(key, self.decoded(sql.SQL("%(after)s::jsonb")))
         return sql.SQL("{} AND {}").format(after, through)
+
+
+LEAVES: Final = sql.SQL(
+    "(SELECT COALESCE(tree.relid, root.oid::regclass)::oid AS oid"
+    " FROM (SELECT %(table)s::regclass::oid AS oid) AS root"
+    # Without a row for what has no partitions.
+    " LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf)"
+)
+"""A subquery: the ``oid`` of each of them; takes the parameter ``table``."""
+
+
+def rows_written_so_far(table: TargetTable) -> sql.Composed:
+    """The number of row versions that this session has written to the table, within and since any time.
+
+    Only its change within a transaction means anything; takes the parameter ``table``.
+    """
+    writes = sql.SQL("pg_stat_get_xact_tuples_inserted({0}) + pg_stat_get_xact_tuples_updated({0})")
+    if not table.is_partitioned:
+        return sql.SQL("SELECT {}").format(writes.format(sql.SQL("%(table)s::regclass")))
+    return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint FROM {} AS leaf").format(
+        writes.format(sql.SQL("oid")), LEAVES
+    )
+
+
+async def count_leaves(connection: AsyncConnection, table: TargetTable) -> int:
+    """Return the number of tables that hold the rows."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL("SELECT count(*) FROM {} AS leaf").format(LEAVES), {"table": table.regclass}
+        )
+        row = await cursor.fetchone()
+    return int(row[0]) if row else 0
+
+
+_KEYED: Final = "rotator_keyed"
+_POSITION: Final = "rotator_position"
+
+
+def keyed_update(table: TargetTable) -> sql.Composed:
+    """The update of the rows with these keys; it returns what :func:`update_statement` does.
+
+    Parameters: ``keys`` (texts of JSON arrays) and ``values_0`` and so on (an array for
+    each column, in the order of the keys).
+    """
+    return sql.SQL(
+        "WITH written AS (UPDATE {row} SET {assignments} FROM"
+        " (SELECT keys.*, {old_values} FROM {keys} AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
+        # Sorted, so that the rows are locked in the key's order.
+        " ORDER BY {key_of_keys}) AS {keyed} WHERE ({row_key}) = ({keyed_key}) RETURNING {outcome})"
+        " {count_outcomes}"
+    ).format(
+        count_outcomes=COUNT_OUTCOMES,
+        row=table.row,
+        assignments=table.assignments(identifier(_KEYED, _POSITION)),
+        old_values=table.old_values,
+        keys=_keys(table),
+        row_key=table.key_columns_of(ROW),
+        key_of_keys=table.key_columns_of("keys"),
+        keyed=identifier(_KEYED),
+        keyed_key=table.key_columns_of(_KEYED),
+        outcome=table.outcome(_KEYED, identifier(_KEYED, _POSITION)),
+    )
+
+
+def select_digests(table: TargetTable) -> sql.Composed:
+    """The key and the digests of each of the rows with the keys of the parameter ``keys``."""
+    return sql.SQL(
+        "SELECT {key}, {digests} FROM {keys} AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
+    ).format(
+        key=table.key_json_of(ROW),
+        digests=table.digests,
+        keys=_keys(table),
+        row=table.row,
+        row_key=table.key_columns_of(ROW),
+        key_of_keys=table.key_columns_of("keys"),
+    )
+
+
+def _keys(table: TargetTable) -> sql.Composable:
+    """The keys of the parameter as columns, each with its position in it."""
+    return sql.SQL(
+        "(SELECT {decoded}, {position} FROM unnest(%(keys)s::text[]) WITH ORDINALITY"
+        " AS texts (rotator_key, {position}))"
+    ).format(
+        position=identifier(_POSITION),
+        decoded=table.decoded_columns(sql.SQL("rotator_key::jsonb")),
+    )

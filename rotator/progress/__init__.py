@@ -15,8 +15,7 @@ from typing import Final, Literal, TextIO, TypeAlias, get_args
 from rotator.events import Event, Observer
 from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
 from rotator.progress.jsonlines import JsonObserver
-from rotator.progress.lines import LinesObserver
-from rotator.progress.logged import LogObserver
+from rotator.progress.lines import LinesObserver, LogObserver
 from rotator.progress.preflight import preflight
 from rotator.progress.summary import report, summary
 

@@ -1,13 +1,13 @@
-"""The progress of a rotation that another process works on: lines, or one live line on a terminal."""
+"""The progress of a rotation that another process works on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TextIO
 
 from rotator.progress.bar import fitting, terminal_columns
-from rotator.progress.format import duration, rate
-from rotator.progress.rate import RecentRate
-from rotator.progress.sink import Sink
+from rotator.progress.lines import Sink
+from rotator.progress.text import duration, rate
+from rotator.stats import RecentRate
 
 _CLEAR_REST: Final = "\x1b[K"
 _LONGEST_BAR: Final = 30

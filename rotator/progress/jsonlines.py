@@ -3,7 +3,7 @@
 Every line has ``event``, ``at`` (UTC, ISO 8601) and ``rotation`` (null until it is known). The events and
 what else they carry; keys are only ever added:
 
-    preflight            what rotator.findings.Findings holds, with wal_bytes, forced_checkpoints and
+    preflight            what rotator.events.Findings holds, with wal_bytes, forced_checkpoints and
                          estimated_seconds (null while not measured)
     started              target, rows_total, rows_total_is_exact, rows_done, seconds_before, stopped_at,
                          concurrency, batch, resumed
@@ -43,6 +43,7 @@ from rotator.events import (
     ConfirmationStarted,
     DrainStarted,
     Event,
+    Findings,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
@@ -64,12 +65,11 @@ from rotator.events import (
     VacuumSkipped,
     VacuumStarted,
     WorkersSilent,
+    estimate_wal,
 )
-from rotator.findings import Findings, estimate_wal
-from rotator.progress.sink import Sink
+from rotator.progress.lines import Sink, Throttle
 from rotator.progress.summary import report
-from rotator.progress.tally import Tally
-from rotator.progress.throttle import Throttle
+from rotator.stats import Tally
 
 _NAMES: Final[dict[type[Event], str]] = {
     RowFailed: "row_failed",

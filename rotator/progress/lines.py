@@ -1,17 +1,85 @@
-"""Progress as plain lines, for logs and pipes."""
+"""Progress as plain lines or log records."""
 
+import logging
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Final, TextIO
 
-from rotator.events import Event, Preflighted, RangeCompleted, RotationStopped, Tick
-from rotator.progress.format import duration, plural, rate
+from rotator.events import (
+    BrokerAway,
+    Event,
+    OutageStarted,
+    Preflighted,
+    RangeCompleted,
+    ReceiverFailed,
+    RotationStopped,
+    RowFailed,
+    ServerLogShowsValues,
+    Tick,
+    WorkersSilent,
+)
 from rotator.progress.preflight import preflight
-from rotator.progress.sink import Sink
-from rotator.progress.summary import unchanged_rows
-from rotator.progress.tally import Tally
-from rotator.progress.throttle import Throttle
-from rotator.progress.wording import activity, done_of_total, notice
+from rotator.progress.summary import unchanged_rows, verdict
+from rotator.progress.text import activity, done_of_total, duration, notice, plural, rate
+from rotator.stats import Tally
+
+
+class Throttle:
+    """Says whether it is time again; ``now`` is a monotonic clock's value in seconds."""
+
+    def __init__(self, seconds: float, now: float) -> None:
+        self._seconds = seconds
+        self._due_at = now + seconds
+
+    def due(self, now: float) -> bool:
+        """Return whether ``seconds`` have passed since it last said yes, or since it was made."""
+        if now < self._due_at:
+            return False
+        self._due_at = now + self._seconds
+        return True
+
+
+class Sink:
+    """Writes to a stream and falls silent permanently when that fails.
+
+    A closed pipe or a hung-up terminal is no reason to stop half-way through a leak; what was done is in
+    the database.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._gone = False
+
+    def write(self, text: str) -> None:
+        """Write and flush the text, with escapes for characters that the stream cannot encode."""
+        if self._gone:
+            return
+        try:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except (OSError, ValueError):
+            # A closed stream raises ValueError.
+            self._gone = True
+            _discard(self._stream)
+
+    def write_line(self, line: str) -> None:
+        """Write the line with its end."""
+        self.write(f"{line}\n")
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard the text that the stream still holds: Python writes it at its end, and fails again."""
+    if stream not in (sys.stdout, sys.stderr):
+        return
+    with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class LinesObserver:
@@ -82,3 +150,28 @@ def figures(tally: Tally, now: float) -> str:
     if tally.failed_rows:
         parts.append(f"{plural(tally.failed_rows, 'row')} failed")
     return ", ".join(parts)
+
+
+_WARNINGS: Final = (BrokerAway, OutageStarted, ReceiverFailed, RowFailed, ServerLogShowsValues, WorkersSilent)
+
+
+class LogObserver:
+    """Logs what is notable, and how it ended; the figures are in the database."""
+
+    def __init__(self, logger: logging.Logger, *, clock: Callable[[], float]) -> None:
+        """Log to this logger.
+
+        Args:
+            logger: The process's own way to whoever reads its logs.
+            clock: Returns monotonic seconds.
+        """
+        self._logger = logger
+        self._clock = clock
+        self._tally = Tally()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        line = verdict(event) if isinstance(event, RotationStopped) else notice(event, self._tally)
+        self._tally.take(event, self._clock())
+        if line:
+            self._logger.log(logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO, "%s", line)

@@ -1,7 +1,7 @@
-"""The one screen that a rotation begins with."""
+"""The preflight report as text."""
 
-from rotator.findings import Copies, CopyKind, Findings, estimate_wal
-from rotator.progress.format import count, duration, plural, rate, size
+from rotator.events import Copies, CopyKind, Findings, estimate_wal
+from rotator.progress.text import count, duration, plural, rate, size
 
 _INDEXES_NAMED = 4
 _NOT_CONFIRMED = "are reported as not confirmed"

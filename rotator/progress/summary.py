@@ -1,8 +1,7 @@
-"""What is left to say when a run is over: for people, and for programs."""
+"""The summary of a run, as text and as JSON."""
 
 from rotator.events import RotationStopped, RunFacts
-from rotator.progress.format import count, duration, one_line, plural, rate, size
-from rotator.progress.wording import is_stop, reason, unconfirmed
+from rotator.progress.text import count, duration, is_stop, one_line, plural, rate, reason, size, unconfirmed
 
 FAILED_KEYS_NAMED = 20
 SPANS_NAMED = 5

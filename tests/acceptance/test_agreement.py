@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rotator.api import Target, rotate, rotate_sync
-from rotator.errors import OptionError
+from rotator.exceptions import OptionError
 from rotator.models import CompletedRange, Rotation
 from tests.acceptance.audit import Audit, audited_tickets
 from tests.acceptance.harness import COMMAND, MANAGE, Commands

@@ -13,11 +13,11 @@ import psycopg
 import pytest
 
 from core.broker import broker_url, running_broker
+from rotator.api import prepare
 from rotator.models import Rotation, Span
-from rotator.postgres.transaction import Claim
-from rotator.run.distribution import SILENT_SECONDS
-from rotator.run.options import RunOptions
-from rotator.service import prepare
+from rotator.options import RunOptions
+from rotator.postgres.fence import Claim
+from rotator.runner.distribution import SILENT_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
 from tests.acceptance.harness import (
     COMMAND,
@@ -82,7 +82,7 @@ class Hosts:
     def deliver_again(self, rotation: int) -> None:
         """Do as a broker does that has heard nothing for long of who coordinates a rotation."""
         from core.celery import app  # noqa: PLC0415 - of an extra
-        from rotator.distributed import coordinate  # noqa: PLC0415 - of an extra
+        from rotator.tasks import coordinate  # noqa: PLC0415 - of an extra
 
         with app.connection(self.url) as connection:
             coordinate.apply_async(("default", rotation), connection=connection)
@@ -171,7 +171,7 @@ def test_a_broker_that_forgets_everything(hosts: Hosts) -> None:
 
 def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     from core.celery import app  # noqa: PLC0415 - of an extra
-    from rotator.distributed import CeleryPublisher  # noqa: PLC0415 - of an extra
+    from rotator.tasks import CeleryPublisher  # noqa: PLC0415 - of an extra
 
     class Twice(CeleryPublisher):
         async def publish(self, claim: Claim, span: int) -> None:

@@ -123,7 +123,7 @@ PROGRAM = """
 import asyncio
 
 from rotator.api import RotationUnfinishedError, Target, rotate, rotate_sync
-from rotator.errors import RotatorError
+from rotator.exceptions import RotatorError
 from rotator.events import Event, RangeCompleted, RotationStopped
 
 

@@ -6,9 +6,9 @@ import psycopg
 import pytest
 from django.db import connection
 
-from rotator.postgres.connections import connected
+from rotator.postgres.connection import connected
+from rotator.postgres.fence import Claim
 from rotator.postgres.table import TargetTable
-from rotator.postgres.transaction import Claim
 from tests.integration.outcomes import CODED
 from tests.integration.rotation_tables import Database, begin
 

@@ -9,8 +9,7 @@ import django
 from django.conf import settings
 
 from rotator.events import Event, RangeCompleted
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
+from rotator.options import RunOptions, Selection
 
 # Imported by the server of the processes, which are forked from it and need not import anything again.
 django.setup()
@@ -43,7 +42,7 @@ def kill_itself() -> None:
 def _rotate(database: str, labels: list[str], selection: Selection, options: RunOptions, ranges: int) -> None:
     # What Django's own connections do not know yet in this process.
     settings.DATABASES["default"]["NAME"] = database
-    from rotator.service import prepare  # noqa: PLC0415 - its models need the apps
+    from rotator.api import prepare  # noqa: PLC0415 - its models need the apps
 
     left = ranges
 

@@ -9,13 +9,12 @@ import pytest
 from django.db import connections
 from django.db.backends.signals import connection_created
 
+from rotator.api import Outcome, prepare
 from rotator.events import Event, RangeCompleted, RotationStarted, RowsConfirmed
 from rotator.models import Rotation
+from rotator.options import RunOptions, Selection
 from rotator.postgres.table import Column, TargetTable
 from rotator.progress.summary import report, summary
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
-from rotator.service import Outcome, prepare
 
 # Real transactions, with the shop's tables.
 SHOP: Final = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])

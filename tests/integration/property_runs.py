@@ -19,15 +19,15 @@ from rotator.events import (
     RotationStarted,
     RotationStopped,
 )
-from rotator.keys import Key
-from rotator.postgres import older_rows, writing
-from rotator.postgres.arrays import UuidBlock, Values
-from rotator.postgres.connections import Server
-from rotator.postgres.value_source import FromRows, InBulk, Place, ValueSource
-from rotator.run import late_rows, one_pass
-from rotator.run.options import RunOptions, RunTarget
-from rotator.run.run import Run
-from rotator.values import uuid4_block
+from rotator.fields.generators import uuid4_block
+from rotator.options import RunOptions
+from rotator.postgres import older_rows, writer
+from rotator.postgres.connection import Server
+from rotator.postgres.values import FromRows, InBulk, Place, UuidBlock, Values, ValueSource
+from rotator.ranges import Key
+from rotator.runner import late_rows, session
+from rotator.runner.context import RunTarget
+from rotator.runner.runner import Run
 from tests.integration.killed import kill_itself, until_killed
 
 # The events that are counted before the process kills itself; each run has some of them.
@@ -78,10 +78,10 @@ def scaled_down(slice_rows: int) -> Iterator[None]:
     """Give a small table several slices in a range, and several chunks in the scan for older rows."""
     with ExitStack() as stack:
         for module, name, value in (
-            (writing, "SLICE_ROWS", slice_rows),
+            (writer, "SLICE_ROWS", slice_rows),
             (older_rows, "CHUNK_BLOCKS", 1),
             # Do not wait for open transactions before the bound is read.
-            (one_pass, "OLDER_WRITERS_SECONDS", 0),
+            (session, "OLDER_WRITERS_SECONDS", 0),
             (late_rows, "POLL_SECONDS", 0.02),
         ):
             stack.enter_context(patch.object(module, name, value))

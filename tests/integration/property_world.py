@@ -16,7 +16,6 @@ from typing import Any, Final
 import psycopg
 from psycopg import errors, sql
 
-from rotator.errors import TargetError
 from rotator.events import (
     ConfirmationStarted,
     Event,
@@ -28,8 +27,10 @@ from rotator.events import (
     RotationStopped,
     RowsConfirmed,
 )
-from rotator.postgres.connections import Server
-from rotator.run.options import RunOptions, RunTarget
+from rotator.exceptions import TargetError
+from rotator.options import RunOptions
+from rotator.postgres.connection import Server
+from rotator.runner.context import RunTarget
 from tests.integration.property_runs import rotate, rotate_until_killed, value_source
 from tests.integration.property_scenarios import PARTITIONS, During, Edit, Kind, Late, Rotate, Scenario
 

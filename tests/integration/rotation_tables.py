@@ -12,16 +12,16 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from rotator.keys import Key, KeyRange
-from rotator.postgres.arrays import UuidBlock, Values
-from rotator.postgres.connections import Server, pooled
-from rotator.postgres.ownership import Terms, begin_rotation
+from rotator.fields.generators import uuid4_block
+from rotator.options import WaitLimits
+from rotator.postgres.connection import Server, pooled
+from rotator.postgres.fence import Claim
+from rotator.postgres.owner import Owner, this_process
+from rotator.postgres.rotations import Terms, begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
-from rotator.postgres.transaction import Claim, WaitLimits
-from rotator.postgres.value_source import InBulk, ValueSource
-from rotator.postgres.writing import PostgresWriter, RangeUpdate
-from rotator.process import Owner, this_process
-from rotator.values import uuid4_block
+from rotator.postgres.values import InBulk, UuidBlock, Values, ValueSource
+from rotator.postgres.writer import PostgresWriter, RangeUpdate
+from rotator.ranges import Key, KeyRange
 
 # Real transactions, without the other apps' tables, whose emptying takes longer than most tests.
 COMMITTING: Final = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets"])

@@ -16,15 +16,13 @@ from django.db import connection as django_connection
 from django.db.models import Model
 from psycopg.sql import SQL, Identifier
 
-from rotator.errors import TargetError
+from rotator.api import prepare
 from rotator.events import Event, LimitRaised, RangeDeferred
-from rotator.instances import key_fields
+from rotator.exceptions import TargetError
+from rotator.fields.model import key_fields
+from rotator.fields.target import table_path
+from rotator.options import RunOptions, Selection, WaitLimits
 from rotator.postgres.table import Column, TargetTable, identifier
-from rotator.postgres.transaction import WaitLimits
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
-from rotator.service import prepare
-from rotator.target import table_path
 from tests.integration.killed import rotate_until_killed
 from tests.integration.rotation_tables import SCHEMA, Database
 from tests.integration.test_run import assert_completed

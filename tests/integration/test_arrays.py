@@ -5,8 +5,8 @@ import uuid
 import psycopg
 import pytest
 
-from rotator.postgres.arrays import UuidBlock
-from rotator.values import uuid4_block
+from rotator.fields.generators import uuid4_block
+from rotator.postgres.values import UuidBlock
 from tests.integration.rotation_tables import COMMITTING
 
 pytestmark = COMMITTING

@@ -15,9 +15,9 @@ from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, override_settings
 from django.urls import path
 
-from rotator import project_connections
 from rotator.api import Target, rotate, rotate_sync
-from rotator.errors import OptionError, TargetError
+from rotator.exceptions import OptionError, TargetError
+from rotator.fields import connections as project_connections
 from rotator.signals import range_rotated
 from tests.integration.rotation_tables import Database
 from tests.shop import models

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from rotator.api import Outcome
 from rotator.events import Event, LateCommitsAwaited
 from rotator.models import Rotation
-from rotator.postgres import writing
+from rotator.options import Selection
+from rotator.postgres import writer
 from rotator.postgres.table import TargetTable
-from rotator.run import one_pass
-from rotator.selection import Selection
-from rotator.service import Outcome
+from rotator.runner import session
 from tests.integration.outcomes import (
     CODES,
     ORDERS,
@@ -190,7 +190,7 @@ def test_a_column_that_stays_null_is_not_one_that_a_trigger_keeps(database: Data
 def test_a_trigger_that_keeps_old_values_of_late_rows_fails_the_run(
     database: Database, monkeypatch: pytest.MonkeyPatch, keeping: str, source: str
 ) -> None:
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.1)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     database.make_tickets(1, ROWS)
     older, triggers = _older(database), list[str]()
 
@@ -245,7 +245,7 @@ def _older(database: Database) -> Any:  # noqa: ANN401 - a connection
 def test_rows_that_a_trigger_touches_get_a_new_value_too(
     database: Database, monkeypatch: pytest.MonkeyPatch, body: str, unconfirmed: int, source: str
 ) -> None:
-    monkeypatch.setattr(writing, "SLICE_ROWS", 7)
+    monkeypatch.setattr(writer, "SLICE_ROWS", 7)
     database.make_tickets(1, 60)
     database.make_trigger(body)
     before, recorder = database.values(), EventRecorder()
@@ -260,7 +260,7 @@ def test_rows_that_a_trigger_touches_get_a_new_value_too(
 def test_a_statement_trigger_that_touches_the_whole_table_leaves_no_old_value(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "SLICE_ROWS", 7)
+    monkeypatch.setattr(writer, "SLICE_ROWS", 7)
     database.make_tickets(1, 60)
     database.make_trigger("UPDATE tickets_ticket SET title = 'touched';", each="STATEMENT")
     before = database.values()
@@ -303,7 +303,7 @@ def test_late_rows_that_a_trigger_touches_are_not_confirmed(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing tells them from the rows that the trigger wrote in the same transaction."""
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.1)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     database.make_tickets(1, ROWS)
     older = _older(database)
 
@@ -438,7 +438,7 @@ def test_each_value_differs_from_the_old_one_even_where_there_are_few(
 def test_late_values_differ_from_the_old_ones_too(
     database: Database, coded: Callable[[str], TargetTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.1)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     table = coded("char(5)")
     older = database.connect()
     older.execute("BEGIN")

@@ -8,13 +8,11 @@ from django.core.management import CommandError, call_command
 from django.db import connections
 from django.test import override_settings
 
-from rotator.api import Target, rotate_sync
-from rotator.checks import check_databases
-from rotator.errors import OptionError
+from rotator.api import Target, prepare, rotate_sync
+from rotator.apps import check_databases
+from rotator.exceptions import OptionError
 from rotator.models import CompletedRange, Rotation
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
-from rotator.service import prepare
+from rotator.options import RunOptions, Selection
 from tests.shop import models
 
 pytestmark = pytest.mark.django_db(

@@ -5,12 +5,10 @@ import uuid
 import pytest
 from django.contrib.auth.models import User
 
-from rotator.api import RotationUnfinishedError, Target, rotate_sync
-from rotator.errors import OptionError, TargetError, ValuesError
+from rotator.api import RotationUnfinishedError, Target, prepare, rotate_sync
+from rotator.exceptions import OptionError, TargetError, ValuesError
+from rotator.options import RunOptions, Selection
 from rotator.progress import preflight
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
-from rotator.service import prepare
 from tests.integration.rotation_tables import Database
 from tests.integration.test_any_model import table_of
 from tests.integration.test_run import assert_completed

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from rotator.errors import TargetError
+from rotator.api import Outcome
 from rotator.events import ConfirmationStarted, Event, LateCommitsAwaited
+from rotator.exceptions import TargetError
 from rotator.models import Rotation
 from rotator.postgres.table import TargetTable
-from rotator.run import one_pass
-from rotator.service import Outcome
+from rotator.runner import session
 from tests.integration.outcomes import (
     CODES,
     SHOP,
@@ -313,7 +313,7 @@ def test_rows_that_others_write_beside_a_vacuum_full_are_no_rewrite(database: Da
 
 @pytest.mark.usefixtures("table")
 def test_a_rewrite_hides_no_late_row(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.1)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     older = database.connect()
     older.execute("BEGIN")
     older.execute("INSERT INTO shop_coded VALUES (0, 'leaked late')")

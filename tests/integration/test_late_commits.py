@@ -4,9 +4,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from rotator.postgres.late_commits import holders
-from rotator.postgres.ownership import read_owned
-from rotator.postgres.transaction import Claim
+from rotator.postgres.activity import holders
+from rotator.postgres.fence import Claim
+from rotator.postgres.rotations import read_owned
 from tests.integration.rotation_tables import (
     COMMITTING,
     INSERT,

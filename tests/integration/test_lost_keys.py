@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from rotator.options import Selection
 from rotator.postgres.table import TargetTable
-from rotator.selection import Selection
 from tests.integration.outcomes import CODES, SHOP, EventRecorder, assert_unconfirmed, rotate
 from tests.integration.rotation_tables import TARGET, Database
 

@@ -8,14 +8,15 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, SupersededError
-from rotator.keys import Key
+from rotator.exceptions import RangeRefusedError, RotatorError, RowsLockedError, SupersededError
+from rotator.options import WaitLimits
 from rotator.postgres import older_rows as older_rows_module
-from rotator.postgres.connections import connected
+from rotator.postgres.connection import connected
+from rotator.postgres.fence import Claim
 from rotator.postgres.older_rows import OlderRow, OlderRows
-from rotator.postgres.ownership import abandon, read_owned
+from rotator.postgres.rotations import abandon, read_owned
 from rotator.postgres.table import TargetTable
-from rotator.postgres.transaction import Claim, WaitLimits
+from rotator.ranges import Key
 from tests.integration.rotation_tables import (
     COMMITTING,
     INSERT,

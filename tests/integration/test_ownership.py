@@ -7,12 +7,13 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from rotator.errors import RotationRepeatedError, RowsLockedError, SupersededError
 from rotator.events import EndStatus
-from rotator.keys import Key
-from rotator.postgres import ownership
-from rotator.postgres.connections import connected
-from rotator.postgres.ownership import (
+from rotator.exceptions import RotationRepeatedError, RowsLockedError, SupersededError
+from rotator.postgres import rotations
+from rotator.postgres.connection import connected
+from rotator.postgres.fence import LOCK_CLASS, Claim
+from rotator.postgres.owner import Owner, this_process
+from rotator.postgres.rotations import (
     abandon,
     beat,
     complete,
@@ -24,8 +25,7 @@ from rotator.postgres.ownership import (
     take_over,
     take_over_again,
 )
-from rotator.postgres.transaction import LOCK_CLASS, Claim
-from rotator.process import Owner, this_process
+from rotator.ranges import Key
 from tests.integration.rotation_tables import (
     COMMITTING,
     PATIENT,
@@ -236,7 +236,7 @@ async def test_whoever_keeps_the_lock_for_ever_is_ended(
     claim: Claim,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ownership, "_TAKE_OVER_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(rotations, "_TAKE_OVER_LOCK_SECONDS", 0.1)
     frozen, also_frozen = _in_a_range(database, claim), _in_a_range(database, claim)
     bystander = _in_a_range(database, replace(claim, rotation=claim.rotation + 1))
     assert await _take(control, claim) is not None
@@ -252,7 +252,7 @@ async def test_a_lock_that_nobody_can_end_is_told_of(
     claim: Claim,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ownership, "_TAKE_OVER_LOCK_SECONDS", 0.01)
+    monkeypatch.setattr(rotations, "_TAKE_OVER_LOCK_SECONDS", 0.01)
     ((allowed,),) = database.execute("SELECT current_setting('max_prepared_transactions')::int")
     if not allowed:
         pytest.skip("this server allows no prepared transactions")

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from rotator.errors import TargetError
+from rotator.exceptions import TargetError
+from rotator.options import Selection
 from rotator.postgres.table import Column, TargetTable
-from rotator.selection import Selection
 from tests.integration.outcomes import SHOP, EventRecorder, after_range, assert_unconfirmed, at_start, rotate
 from tests.integration.rotation_tables import Database
 

@@ -6,9 +6,9 @@ import psycopg
 import pytest
 from django.db import connection as django_connection
 
-from rotator.keys import Key, KeyRange, KeySpan
-from rotator.postgres.planning import IndexPlanner, gaps, last_key
+from rotator.postgres.planner import IndexPlanner, gaps, last_key
 from rotator.postgres.table import Column, TargetTable
+from rotator.ranges import Key, KeyRange, KeySpan
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -8,13 +8,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from rotator.keys import KeySpan
-from rotator.postgres.connections import Server, connected, pooled
+from rotator.postgres.connection import Server, connected, pooled
+from rotator.postgres.fence import Claim
 from rotator.postgres.older_rows import OlderRows
-from rotator.postgres.planning import IndexPlanner, last_key
+from rotator.postgres.planner import IndexPlanner, last_key
 from rotator.postgres.table import TargetTable
-from rotator.postgres.transaction import Claim
-from rotator.postgres.writing import PostgresWriter, RangeUpdate
+from rotator.postgres.writer import PostgresWriter, RangeUpdate
+from rotator.ranges import KeySpan
 from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, UUIDS, Database
 
 pytestmark = COMMITTING

@@ -6,15 +6,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from rotator.events import Preflighted, RotationStarted
-from rotator.findings import Findings
+from rotator.api import prepare
+from rotator.events import Findings, Preflighted, RotationStarted
 from rotator.models import Rotation
-from rotator.postgres.examining import examine_server, examine_table
-from rotator.postgres.sampling import sample
-from rotator.postgres.transaction import WaitLimits
-from rotator.postgres.writing import RangeUpdate
-from rotator.run.options import RunOptions
-from rotator.service import prepare
+from rotator.options import RunOptions, WaitLimits
+from rotator.postgres.preflight import examine_server, examine_table, sample
+from rotator.postgres.writer import RangeUpdate
 from tests.integration.rotation_tables import COMMITTING, TARGET, TICKETS, UUIDS, Database
 from tests.integration.test_run import Told, rotate
 
@@ -114,9 +111,9 @@ async def test_an_empty_table(database: Database, control: psycopg.AsyncConnecti
 async def test_who_holds_vacuum_back(
     database: Database, control: psycopg.AsyncConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rotator.postgres.examining.OLD_SECONDS", 0)
+    monkeypatch.setattr("rotator.postgres.preflight.OLD_SECONDS", 0)
     # Other tests use the same server.
-    monkeypatch.setattr("rotator.postgres.examining.HOLDERS_NAMED", 1000)
+    monkeypatch.setattr("rotator.postgres.preflight.HOLDERS_NAMED", 1000)
     neighbour = database.connect(application_name="a report")
     neighbour.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     neighbour.execute("SELECT 1")

@@ -12,8 +12,7 @@ import pytest
 from django.db import connection as django_connection
 from django.db import transaction
 
-from rotator.engine import engine
-from rotator.errors import OptionError, OwnedElsewhereError, RotationOverError, ServerLostError
+from rotator.api import Outcome, prepare
 from rotator.events import (
     DrainStarted,
     Event,
@@ -29,14 +28,13 @@ from rotator.events import (
     RotationStarted,
     RowFailed,
 )
+from rotator.exceptions import OptionError, OwnedElsewhereError, RotationOverError, ServerLostError
 from rotator.models import CompletedRange, Rotation
-from rotator.postgres import ownership
-from rotator.postgres.transaction import Claim
-from rotator.process import this_process
-from rotator.run import acquiring, lock_watch, one_pass, run
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
-from rotator.service import Outcome, prepare
+from rotator.options import RunOptions, Selection
+from rotator.postgres import rotations
+from rotator.postgres.fence import Claim
+from rotator.postgres.owner import this_process
+from rotator.runner import acquire, engine, runner, session
 from rotator.signals import range_rotated
 from tests.integration.rotation_tables import (
     COMMITTING,
@@ -291,7 +289,7 @@ def test_a_living_owner_is_left_alone(database: Database) -> None:
 
 
 def test_an_owner_that_is_silent_is_taken_over(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acquiring, "WATCH_SECONDS", 0.3)
+    monkeypatch.setattr(acquire, "WATCH_SECONDS", 0.3)
     database.make_tickets(1, 30)
     rotation, told = make_rotation(), Told()
     outcome = rotate(told)
@@ -508,7 +506,7 @@ def test_who_wrote_before_the_start_is_waited_for_before_the_bound_is_frozen(
 def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
 
     def commit(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and told.rows == 49:
@@ -526,7 +524,7 @@ def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
 def test_more_late_rows_than_a_batch_are_all_rotated(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
     database.count_updates()
     older = database.connect()
     older.execute("BEGIN")
@@ -547,7 +545,7 @@ def test_more_late_rows_than_a_batch_are_all_rotated(
 def test_a_late_row_at_fault_completes_nothing(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
 
     def commit(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and told.rows == 49:
@@ -566,7 +564,7 @@ def test_a_late_row_at_fault_completes_nothing(
 def test_a_run_that_is_stopped_while_it_waits_for_others_goes_on_later(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_pass, "OLDER_WRITERS_SECONDS", 0.2)
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
 
     def stop(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and told.rows == 49:
@@ -701,8 +699,8 @@ def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(
 ) -> None:
     database.make_tickets(1, 30_000)
     # The heartbeat wants the connection while the count that is given up still holds it.
-    monkeypatch.setattr(one_pass, "COUNT_SECONDS", 0.001)
-    monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(session, "COUNT_SECONDS", 0.001)
+    monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
     outcome = rotate(stop_after_rows=1)
     assert (outcome.stopped.error, outcome.exit_status) == ("Stopped by --stop-after.", 0)
     assert not outcome.stopped.rows_total_is_exact
@@ -712,7 +710,7 @@ def test_the_heartbeat_does_not_take_completion_for_a_takeover(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database.make_tickets(1, 200)
-    monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
     for _ in range(5):
         assert_completed(rotate(restart=True), rows=200)
 
@@ -724,13 +722,13 @@ def test_a_completion_whose_reply_is_lost_is_a_completion(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database.make_tickets(1, 200)
-    complete = ownership.complete
+    complete = rotations.complete
 
     async def complete_and_lose(*args: Any, **options: Any) -> int | None:  # noqa: ANN401 - as they come
         await complete(*args, **options)
         raise ServerLostError("The connection was lost.")
 
-    monkeypatch.setattr(ownership, "complete", complete_and_lose)
+    monkeypatch.setattr(rotations, "complete", complete_and_lose)
     told = Told()
     assert_completed(rotate(told), rows=200)
     assert told.of(OutageEnded) == 1
@@ -741,7 +739,7 @@ def test_a_taking_over_whose_reply_is_lost_is_no_other_process(
 ) -> None:
     database.make_tickets(1, 200)
     database.count_updates()
-    take_over_again = ownership.take_over_again
+    take_over_again = rotations.take_over_again
     lost: list[Claim] = []
 
     async def take_over_and_lose(*args: Any, **options: Any) -> Claim | None:  # noqa: ANN401 - as they come
@@ -751,7 +749,7 @@ def test_a_taking_over_whose_reply_is_lost_is_no_other_process(
             raise ServerLostError("The connection was lost.")
         return claim
 
-    monkeypatch.setattr(ownership, "take_over_again", take_over_and_lose)
+    monkeypatch.setattr(rotations, "take_over_again", take_over_and_lose)
     assert_completed(rotate(Told(after_ranges(3, lambda: database.execute(END_THE_ROTATOR)))), rows=200)
     assert lost
     assert database.updates() == once_each((1, 200))
@@ -841,7 +839,7 @@ def test_a_generator_that_loses_djangos_connection_is_an_outage(database: Databa
 
 
 def test_who_holds_a_lock_is_named(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_watch, "NAMED_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(runner, "NAMED_AFTER_SECONDS", 0.2)
     database.make_tickets(1, 100)
     holder = database.connect(application_name="psql")
     holder.execute("BEGIN")

@@ -8,8 +8,8 @@ from django.db import connection as django_connection
 from django.db import connections
 from psycopg.sql import SQL, Identifier
 
-from rotator.errors import TargetError
-from rotator.selection import Selection
+from rotator.exceptions import TargetError
+from rotator.options import Selection
 from tests.integration.outcomes import SHOP, EventRecorder, assert_unconfirmed, each_connection, rotate
 from tests.integration.rotation_tables import SCHEMA, TARGET, Database
 

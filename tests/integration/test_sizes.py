@@ -3,7 +3,7 @@
 import pytest
 from django.db import connection
 
-from rotator.progress.format import size
+from rotator.progress.text import size
 
 SIZES = sorted(
     {near + 2**power * part // 7 for power in range(0, 62, 3) for part in (7, 11, 20) for near in (-1, 0, 1)}

@@ -3,12 +3,12 @@
 import psycopg
 import pytest
 
-from rotator.errors import SupersededError
-from rotator.keys import Key, KeySpan
+from rotator.exceptions import SupersededError
 from rotator.postgres import spans
-from rotator.postgres.ownership import abandon
-from rotator.postgres.transaction import Claim
-from rotator.run.distribution import ranges_per_span
+from rotator.postgres.fence import Claim
+from rotator.postgres.rotations import abandon
+from rotator.ranges import Key, KeySpan
+from rotator.runner.distribution import ranges_per_span
 from tests.integration.rotation_tables import (
     COMMITTING,
     TICKETS,

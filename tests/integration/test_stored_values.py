@@ -6,8 +6,8 @@ import psycopg
 import pytest
 from psycopg.sql import Identifier
 
+from rotator.options import Selection
 from rotator.postgres.table import TargetTable
-from rotator.selection import Selection
 from tests.integration.outcomes import CODES, SHOP, assert_unconfirmed, rotate
 from tests.integration.rotation_tables import SCHEMA, Database
 

@@ -13,13 +13,11 @@ from django.db.models.signals import post_save
 from django.dispatch import receiver
 from django.test import override_settings
 
-from rotator import generators
-from rotator.api import RotationUnfinishedError, Target, rotate, rotate_sync
-from rotator.errors import OptionError, OwnedElsewhereError, RotatorError, TargetError, ValuesError
+from rotator.api import Outcome, RotationUnfinishedError, Target, prepare, rotate, rotate_sync
 from rotator.events import Event, RangeCompleted, RangeRetried, RotationStarted
-from rotator.run.options import RunOptions
-from rotator.selection import Selection
-from rotator.service import Outcome, prepare
+from rotator.exceptions import OptionError, OwnedElsewhereError, RotatorError, TargetError, ValuesError
+from rotator.fields import generators
+from rotator.options import RunOptions, Selection
 from rotator.signals import range_rotated
 from tests.integration.killed import rotate_until_killed
 from tests.integration.rotation_tables import Database

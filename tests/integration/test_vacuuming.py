@@ -9,9 +9,9 @@ import pytest
 from psycopg import sql
 
 from rotator.events import Event, Vacuumed, VacuumSkipped, VacuumStarted
-from rotator.postgres.connections import connected
-from rotator.postgres.vacuuming import BUSY, may_vacuum, read_storage, vacuum
-from rotator.run import vacuuming
+from rotator.postgres.connection import connected
+from rotator.postgres.vacuum import BUSY, may_vacuum, read_storage, vacuum
+from rotator.runner import vacuum as runner_vacuum
 from tests.integration.rotation_tables import COMMITTING, TICKETS, Database
 from tests.integration.test_run import Told, after_ranges, assert_completed, rotate
 
@@ -33,8 +33,8 @@ def slow_vacuum(database: Database) -> Iterator[None]:
 
 
 def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vacuuming, "LEAST_ROWS", 100)
-    monkeypatch.setattr(vacuuming, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(runner_vacuum, "LEAST_ROWS", 100)
+    monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
     database.make_tickets(1, 10_000)
     # Slow enough for every eighth to be noticed.
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
@@ -53,8 +53,8 @@ def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: py
 
 
 def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vacuuming, "LEAST_ROWS", 100)
-    monkeypatch.setattr(vacuuming, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(runner_vacuum, "LEAST_ROWS", 100)
+    monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
     database.execute(
         "INSERT INTO tickets_ticket (id, title, created_at, token)"
         " SELECT i, repeat('x', 100), now(), gen_random_uuid() FROM generate_series(1, 10000) AS i"

@@ -5,16 +5,16 @@ from typing import NoReturn
 
 import pytest
 
-from rotator.errors import ServerLostError
+from rotator.api import prepare
+from rotator.exceptions import ServerLostError
 from rotator.models import Rotation, Span
-from rotator.postgres import ownership
-from rotator.postgres.transaction import Claim
+from rotator.options import RunOptions
+from rotator.postgres import rotations
+from rotator.postgres.fence import Claim
 from rotator.progress import log_observer
-from rotator.run.options import RunOptions
-from rotator.run.run import LEFT_TO_WORKERS
-from rotator.run.span_work import SpanWork
-from rotator.service import prepare
-from rotator.working import coordinate, rotate_span
+from rotator.runner.runner import LEFT_TO_WORKERS
+from rotator.runner.worker import SpanWork
+from rotator.tasks import coordinate_rotation, work_on_span
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database
 
 pytestmark = COMMITTING
@@ -37,7 +37,7 @@ def _begin(database: Database, **options: float) -> int:
 
 def _coordinate(number: int, *, stops: bool) -> bool:
     observer = log_observer(logging.getLogger(__name__))
-    return coordinate("default", number, observer, _Broker(), lambda: stops)
+    return coordinate_rotation("default", number, observer, _Broker(), lambda: stops)
 
 
 def test_a_coordinator_whose_server_is_lost_for_too_long_leaves_the_rotation_to_the_next(
@@ -49,8 +49,8 @@ def test_a_coordinator_whose_server_is_lost_for_too_long_leaves_the_rotation_to_
         raise ServerLostError("The server cannot be reached: it is gone.")
 
     with monkeypatch.context() as lost:
-        lost.setattr(ownership, "beat", lose)
-        lost.setattr(ownership, "take_over_again", lose)
+        lost.setattr(rotations, "beat", lose)
+        lost.setattr(rotations, "take_over_again", lose)
         # The task is retried on this error.
         with pytest.raises(ServerLostError, match="it is gone"):
             _coordinate(number, stops=False)
@@ -85,7 +85,7 @@ def test_an_error_of_the_program_in_a_worker_is_noted_with_the_span(
 
     monkeypatch.setattr(SpanWork, "rotate", fail)
     with pytest.raises(KeyError):
-        rotate_span("default", Claim(rotation=number, generation=generation), span.pk, lambda: False)
+        work_on_span("default", Claim(rotation=number, generation=generation), span.pk, lambda: False)
     span.refresh_from_db()
     assert span.error == "The program failed with KeyError: look at its traceback."
     assert span.finished_at is not None

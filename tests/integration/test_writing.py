@@ -9,15 +9,21 @@ from collections import Counter
 import psycopg
 import pytest
 
-from rotator.errors import RangeRefusedError, RotatorError, RowsLockedError, ServerLostError, SupersededError
-from rotator.keys import Key, KeyRange
-from rotator.postgres import writing as writing_module
-from rotator.postgres.failures import SUPPRESSED
-from rotator.postgres.ownership import abandon, stop
+from rotator.exceptions import (
+    RangeRefusedError,
+    RotatorError,
+    RowsLockedError,
+    ServerLostError,
+    SupersededError,
+)
+from rotator.postgres import writer as writing_module
+from rotator.postgres.errors import SUPPRESSED
+from rotator.postgres.fence import Claim
+from rotator.postgres.rotations import abandon, stop
 from rotator.postgres.table import Column, TargetTable
-from rotator.postgres.transaction import Claim
-from rotator.postgres.value_source import InBulk, ValueSource
-from rotator.postgres.writing import PostgresWriter
+from rotator.postgres.values import InBulk, ValueSource
+from rotator.postgres.writer import PostgresWriter
+from rotator.ranges import Key, KeyRange
 from tests.integration.rotation_tables import (
     COMMITTING,
     ODD,

@@ -5,8 +5,8 @@ import struct
 import pytest
 from psycopg.adapt import Transformer
 
-from rotator.postgres.arrays import UuidBlock, UuidBlockDumper, Values, part
-from rotator.values import uuid4_block
+from rotator.fields.generators import uuid4_block
+from rotator.postgres.values import UuidBlock, UuidBlockDumper, Values, part
 
 BLOCK = UuidBlock(uuid4_block(5))
 

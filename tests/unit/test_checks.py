@@ -3,7 +3,7 @@
 import pytest
 from pytest_django import Settings
 
-from rotator.checks import check_databases, check_setting
+from rotator.apps import check_databases, check_setting
 
 
 @pytest.mark.parametrize("setting", [{}, {"DEFAULT_TARGET": "tickets.Ticket.token"}])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rotator.errors import OptionError
+from rotator.exceptions import OptionError
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
 
 

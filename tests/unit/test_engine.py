@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from rotator.engine.engine import Engine, EngineOptions
-from rotator.errors import EveryRowRefusedError, RangeRefusedError, RangeTooSlowError, RowsLockedError
 from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
-from rotator.keys import Key, KeyRange, KeySpan
+from rotator.exceptions import EveryRowRefusedError, RangeRefusedError, RangeTooSlowError, RowsLockedError
+from rotator.ranges import Key, KeyRange, KeySpan
+from rotator.runner.engine import Engine, EngineOptions
 
 
 def _number(key: Key | None) -> int:

@@ -7,18 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from rotator import process
-from rotator.errors import OptionError
-from rotator.process import this_process
-from rotator.run.options import RunOptions
-from rotator.service import prepare
+from rotator.api import prepare
+from rotator.exceptions import OptionError
+from rotator.options import RunOptions
+from rotator.postgres import owner as owner_module
+from rotator.postgres.owner import this_process
 from tests.acceptance.harness import wait_until
 
 
 def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     owner = this_process()
     # hidepid=2: the folder of a process of another user seems not to exist.
-    monkeypatch.setattr(process, "_stat", lambda _pid: [])
+    monkeypatch.setattr(owner_module, "_stat", lambda _pid: [])
     assert not owner.is_gone()
 
 
@@ -40,7 +40,7 @@ def test_a_monkey_patched_process_is_refused(module: str, asks: str, monkeypatch
 
 
 def test_a_broker_that_swallows_connections_costs_few_threads() -> None:
-    distributed = pytest.importorskip("rotator.distributed")
+    distributed = pytest.importorskip("rotator.tasks")
     clock = [0.0]
     calls = distributed.BrokerCalls(lambda: clock[0])
     over, hanging = threading.Event(), list[threading.Thread]()

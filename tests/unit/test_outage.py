@@ -1,6 +1,6 @@
 """The budget for a server that is away, by a clock that is turned by hand."""
 
-from rotator.run.outage import (
+from rotator.runner.reconnect import (
     FIRST_RECONNECT_SECONDS,
     LONGEST_RECONNECT_SECONDS,
     STEADY_SECONDS,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rotator.findings import Findings, Index, Sample, ServerFindings, TableFindings, estimate_wal
+from rotator.events import Findings, Index, Sample, ServerFindings, TableFindings, estimate_wal
 from rotator.progress.preflight import preflight
 
 GIGABYTE = 1 << 30

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from rotator.process import Owner, this_process
+from rotator.postgres.owner import Owner, this_process
 
 _NAME_YOURSELF = """
-from rotator.process import this_process
+from rotator.postgres.owner import this_process
 owner = this_process()
 print(owner.pid, owner.process, flush=True)
 input()

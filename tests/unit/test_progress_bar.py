@@ -13,9 +13,8 @@ from rotator.events import (
     RangeDeferred,
     Tick,
 )
-from rotator.progress.bar import bar_observer, bar_text, fitting
-from rotator.progress.screen import Screen
-from rotator.progress.tally import Tally
+from rotator.progress.bar import Screen, bar_observer, bar_text, fitting
+from rotator.stats import Tally
 from tests.unit.progress_fakes import Clock, Gone, Terminal, completed, resumed, started, stopped
 
 SHOW, HIDE = "\x1b[?25h", "\x1b[?25l"

@@ -1,6 +1,6 @@
 import pytest
 
-from rotator.progress import format as fmt
+from rotator.progress import text as fmt
 
 
 def test_counts_have_separators() -> None:

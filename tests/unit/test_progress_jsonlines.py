@@ -17,9 +17,9 @@ from rotator.events import (
     RowFailed,
     Tick,
 )
-from rotator.keys import Key
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.summary import report
+from rotator.ranges import Key
 from tests.unit.progress_fakes import Clock, completed, resumed, started, stopped
 
 NOON = datetime(2026, 3, 1, 13, 0, 0, 123_456, tzinfo=timezone(timedelta(hours=1)))

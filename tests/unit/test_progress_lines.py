@@ -16,8 +16,8 @@ from rotator.events import (
     Tick,
     VacuumSkipped,
 )
-from rotator.keys import Key
 from rotator.progress.lines import LinesObserver
+from rotator.ranges import Key
 from tests.unit.progress_fakes import STOPPED_AT, Clock, Gone, completed, resumed, started, stopped
 
 AT = "2026-03-01T12:03:05Z "

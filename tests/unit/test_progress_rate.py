@@ -1,6 +1,6 @@
 import pytest
 
-from rotator.progress.rate import WINDOW_SECONDS, RecentRate
+from rotator.stats import WINDOW_SECONDS, RecentRate
 
 
 def steady(rate: RecentRate, *, begin: float, ranges: int, every: float, rows: int = 2000) -> float:

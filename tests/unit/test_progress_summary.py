@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from rotator.keys import Key, KeySpan, spans_between
 from rotator.progress.summary import report, summary
+from rotator.ranges import Key, KeySpan, spans_between
 from tests.unit.progress_fakes import stopped
 
 FAILED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))

@@ -11,8 +11,8 @@ from rotator.events import (
     RangeRetried,
     RowFailed,
 )
-from rotator.keys import Key
-from rotator.progress.tally import Tally
+from rotator.ranges import Key
+from rotator.stats import Tally
 from tests.unit.progress_fakes import completed, resumed, started
 
 

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from rotator.events import DrainStarted, Event
-from rotator.run import stopping
-from rotator.run.stopping import StopRequests
+from rotator.runner import stop
+from rotator.runner.stop import StopRequests
 
 
 async def _forever() -> None:
@@ -45,7 +45,7 @@ async def test_ctrl_c_twice_cancels_the_work_at_once() -> None:
 
 
 async def test_a_later_signal_of_any_kind_cancels_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(stop, "SAME_REQUEST_SECONDS", 0.0)
     requests = StopRequests(lambda _event: None)
     requests.ask_by_signal(signal.SIGTERM)
     requests.ask_by_signal(signal.SIGTERM)

@@ -2,7 +2,7 @@ import uuid
 
 import pytest
 
-from rotator.values import uuid4_block
+from rotator.fields.generators import uuid4_block
 
 
 def _uuids(block: bytes) -> list[uuid.UUID]:

@@ -13,12 +13,12 @@ from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator import __version__
-from rotator.errors import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
+from rotator.api import Outcome, Prepared, default_target, prepare
 from rotator.events import Observer, Preflighted
-from rotator.management.asking import agrees, can_ask, is_terminal
+from rotator.exceptions import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
-from rotator.management.streams import Interrupts, open_closed_streams
-from rotator.postgres.transaction import WaitLimits
+from rotator.management.terminal import Interrupts, agrees, can_ask, is_terminal, open_closed_streams
+from rotator.options import MOST_BATCH_ROWS, RunOptions, Selection, WaitLimits
 from rotator.progress import (
     PROGRESS_KINDS,
     ProgressKind,
@@ -28,13 +28,10 @@ from rotator.progress import (
     summary,
     summary_stream,
 )
-from rotator.progress.format import duration, one_line, plural
-from rotator.progress.sink import Sink
+from rotator.progress.lines import Sink
 from rotator.progress.summary import verdict
-from rotator.run.distribution import SpanPublisher
-from rotator.run.options import MOST_BATCH_ROWS, RunOptions
-from rotator.selection import Selection
-from rotator.service import Outcome, Prepared, default_target, prepare
+from rotator.progress.text import duration, one_line, plural
+from rotator.runner.distribution import SpanPublisher
 
 _SIGNAL_BASE: Final = 128
 
@@ -289,14 +286,14 @@ class Command(BaseCommand):
                 "--stop-after ends the run of this process, and with --detach there is none: leave one out."
             )
         try:
-            from rotator.distributed import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
+            from rotator.tasks import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
         except ModuleNotFoundError as error:
             raise OptionError(f"--celery needs {error.name}: pip install 'celery[redis]>=5.5'.") from error
         load_app()
         return CeleryPublisher(database)
 
     def _hand_over(self, prepared: Prepared, options: Options) -> None:
-        from rotator.distributed import hand_over  # noqa: PLC0415 - of an extra
+        from rotator.tasks import hand_over  # noqa: PLC0415 - of an extra
 
         try:
             with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:

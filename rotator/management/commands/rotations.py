@@ -13,16 +13,14 @@ from django.db.models import DurationField, ExpressionWrapper, F, QuerySet
 from django.db.models.functions import Now
 
 from rotator import __version__
-from rotator.management.streams import open_closed_streams
+from rotator.management.terminal import open_closed_streams
 from rotator.models import Rotation
-from rotator.process import Owner
+from rotator.options import RunOptions, Selection
+from rotator.postgres.owner import Owner
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
-from rotator.progress.format import count, duration
-from rotator.progress.wording import is_stop, reason, unconfirmed
-from rotator.run.options import RunOptions
-from rotator.run.run import LEFT_TO_WORKERS
-from rotator.selection import Selection
+from rotator.progress.text import count, duration, is_stop, reason, unconfirmed
+from rotator.runner.runner import LEFT_TO_WORKERS
 
 _FOLLOW_SECONDS: Final = 1.0
 _SIGNAL_BASE: Final = 128

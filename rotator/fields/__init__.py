@@ -1,0 +1,1 @@
+"""The project side: models, fields, generators, filters, connections and receivers."""

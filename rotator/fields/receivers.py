@@ -1,0 +1,84 @@
+"""Sends the ``range_rotated`` signal, and reports receivers that fail."""
+
+import asyncio
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from asgiref.sync import sync_to_async
+from django.db.models import Model
+
+from rotator.events import Observer, ReceiverFailed, RowsRotated
+from rotator.exceptions import ServerLostError
+from rotator.fields.connections import lost_connection
+from rotator.runner.context import Announce
+from rotator.signals import range_rotated
+
+# A receiver that lost Django's connection is called again after each of these seconds.
+RETRY_SECONDS: Final = (0.0, 0.2, 1.0, 3.0)
+
+
+def announcer(sender: type[Model], database: str, observer: Observer | None) -> Announce | None:
+    """Return what tells the signal's receivers; None where there are none.
+
+    Args:
+        sender: The model.
+        database: Django's alias of the database.
+        observer: Is told of receivers that fail; None where they are logged.
+    """
+    if not range_rotated.has_listeners(sender):
+        return None
+    reported = set[ReceiverFailed]()
+
+    def report(failed: ReceiverFailed) -> None:
+        if failed in reported:
+            return
+        reported.add(failed)
+        if observer is not None:
+            observer(failed)
+        else:
+            logging.getLogger(__name__).warning("The receiver %s raised %s.", failed.receiver, failed.error)
+
+    async def announce(rotated: RowsRotated) -> None:
+        facts = {
+            "rotation": rotated.rotation,
+            "database": database,
+            "after": None if rotated.after is None else json.loads(rotated.after),
+            "through": None if rotated.through is None else json.loads(rotated.through),
+            "keys": [json.loads(key) for key in rotated.keys],
+            "rows": rotated.rows,
+        }
+        for receiver, answer in await range_rotated.asend_robust(sender, **facts):
+            error = answer
+            for seconds in RETRY_SECONDS:
+                if await _lost(error) is None:
+                    break
+                await asyncio.sleep(seconds)
+                error = await _answer(receiver, {"signal": range_rotated, "sender": sender, **facts})
+            if isinstance(error, Exception):
+                report(ReceiverFailed(receiver=_name(receiver), error=type(error).__name__))
+
+    return announce
+
+
+async def _lost(answer: object) -> ServerLostError | None:
+    if not isinstance(answer, Exception):
+        return None
+    # In the thread that receivers are called in, whose connection that was.
+    return await sync_to_async(lost_connection)(answer)
+
+
+async def _answer(receiver: Callable[..., Any], named: dict[str, Any]) -> object:
+    try:
+        if inspect.iscoroutinefunction(receiver):
+            return await receiver(**named)
+        return await sync_to_async(receiver)(**named)
+    except Exception as error:  # noqa: BLE001 - whatever the project's code raises
+        return error
+
+
+def _name(receiver: Callable[..., Any]) -> str:
+    name = getattr(receiver, "__qualname__", type(receiver).__qualname__)
+    return f"{getattr(receiver, '__module__', '?')}.{name}"

@@ -1,0 +1,70 @@
+"""Other sessions that a rotation waits for: old transactions and lock holders."""
+
+from collections.abc import Mapping
+
+from psycopg import AsyncConnection, sql
+
+from rotator.postgres.errors import answered
+from rotator.postgres.table import LEAVES, TargetTable
+
+
+async def holders(connection: AsyncConnection, table: TargetTable, started_xid: int) -> tuple[str, ...]:
+    """The transactions, older than the rotation, that have written to the target and are not over.
+
+    An older one that has not written to it so far cannot commit a value that was in the table when the
+    rotation began.
+
+    Returns:
+        One phrase for each: its pid or prepared id, user, application, and since when.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT DISTINCT COALESCE("
+                " 'pid ' || a.pid || ', user ' || COALESCE(a.usename, '?')"
+                " || COALESCE(', application ' || NULLIF(a.application_name, ''), '')"
+                " || COALESCE(', since ' || to_char(a.xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS')"
+                " || ' UTC', ''),"
+                " 'prepared ' || p.gid || ', user ' || p.owner"
+                " || ', since ' || to_char(p.prepared AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC',"
+                " 'transaction ' || x.transactionid)"
+                " FROM pg_locks x JOIN pg_locks t USING (virtualtransaction)"
+                " LEFT JOIN pg_stat_activity a ON a.pid = x.pid"
+                " LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid"
+                " WHERE x.locktype = 'transactionid' AND x.granted AND x.mode = 'ExclusiveLock'"
+                " AND age(x.transactionid) > age(%(started_xid)s::text::xid8::xid)"
+                " AND t.locktype = 'relation' AND t.granted AND t.relation IN {}"
+                " AND t.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                " AND t.mode NOT IN ('AccessShareLock', 'RowShareLock')"
+                " ORDER BY 1"
+            ).format(LEAVES),
+            {"started_xid": started_xid, "table": table.regclass},
+        )
+        return tuple([phrase async for (phrase,) in cursor])
+
+
+_HOLDERS = (
+    "SELECT DISTINCT b.pid AS holder, CASE WHEN b.pid = 0 THEN 'a prepared transaction'"
+    " ELSE 'pid ' || b.pid || COALESCE(', ' || NULLIF(h.application_name, ''), '')"
+    # Without pg_read_all_stats, the server does not show these of other roles' sessions.
+    " || COALESCE(', ' || h.state, '')"
+    " || COALESCE(' for ' || round(extract(epoch FROM clock_timestamp() - h.state_change)) || ' s', '') END"
+    " FROM pg_stat_activity w, unnest(pg_blocking_pids(w.pid)) AS b (pid)"
+    " LEFT JOIN pg_stat_activity h ON h.pid = b.pid"
+    " WHERE w.datname = current_database() AND w.wait_event_type = 'Lock'"
+    " AND w.application_name = current_setting('application_name')"
+    " AND h.application_name IS DISTINCT FROM current_setting('application_name')"
+    " AND COALESCE(h.xact_start < clock_timestamp() - make_interval(secs => %s), true)"
+)
+
+
+async def lock_holders(connection: AsyncConnection, *, seconds: float) -> Mapping[int, str]:
+    """Return a phrase for each session that blocks one of the rotator's at this moment, by its pid.
+
+    Args:
+        connection: In autocommit mode; may be shared.
+        seconds: Transactions that are younger are left out.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(_HOLDERS, (seconds,))
+        return {pid: phrase async for pid, phrase in cursor}

@@ -1,0 +1,112 @@
+"""The process that owns a rotation: its identity, and the memory that it has used."""
+
+import getpass
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rotator import __version__
+
+_PROC: Final = Path("/proc")
+# proc_pid_stat(5): the process's start in clock ticks since boot, counted from after the command's name.
+_START_TIME_FIELD: Final = 19
+# A zombie has ended, though its parent process has yet to notice.
+_ENDED: Final = "ZX"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """A process that owns a rotation, or did.
+
+    Attributes:
+        host: The host's name.
+        pid: The process's id on that host.
+        process: What tells it from every other process that ever had this pid: boot, pid namespace and
+            start; empty where the system does not say.
+        user: Who runs it.
+        version: The version of this software that it runs.
+    """
+
+    host: str
+    pid: int
+    process: str
+    user: str
+    version: str
+
+    def __str__(self) -> str:
+        """Return one phrase that names it."""
+        return f"{self.user or 'somebody'} on {self.host} (pid {self.pid})"
+
+    def is_gone(self) -> bool:
+        """Whether it ran on this host and does not any more; False where that cannot be told."""
+        machine, _, started = self.process.rpartition(" ")
+        if not machine or self.host != socket.gethostname() or machine != _machine():
+            return False
+        return _has_ended(self.pid, started)
+
+
+def this_process() -> Owner:
+    """Name this process."""
+    pid = os.getpid()
+    machine, started = _machine(), _started(pid)
+    return Owner(
+        host=socket.gethostname(),
+        pid=pid,
+        process=f"{machine} {started}" if machine and started else "",
+        user=_user(),
+        version=__version__,
+    )
+
+
+def _machine() -> str:
+    """The boot and the pid namespace in which a pid means something; empty where unknown."""
+    boot = _read(_PROC / "sys" / "kernel" / "random" / "boot_id").strip()
+    try:
+        namespace = (_PROC / "self" / "ns" / "pid").readlink()
+    except OSError:
+        return ""
+    return f"{boot} {namespace}" if boot else ""
+
+
+def _started(pid: int) -> str:
+    """When the process with this pid started; empty where there is none."""
+    fields = _stat(pid)
+    return "" if not fields or fields[0] in _ENDED else fields[_START_TIME_FIELD]
+
+
+def _has_ended(pid: int, started: str) -> bool:
+    """Whether the process with this pid that started then has ended; False where that cannot be told."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        # It exists, and belongs to another user.
+        pass
+    fields = _stat(pid)
+    # /proc may hide the processes of other users (hidepid).
+    return bool(fields) and (fields[0] in _ENDED or fields[_START_TIME_FIELD] != started)
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc_pid_stat(5) says of a process, from its state on; empty where it cannot be read."""
+    # The command's name is in parentheses and may hold anything, a parenthesis too.
+    fields = _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()
+    return fields if len(fields) > _START_TIME_FIELD else []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        # A container may run with an id that no account has.
+        return ""

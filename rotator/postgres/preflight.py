@@ -1,0 +1,451 @@
+"""The preflight's queries: the table, the server, and a sample of ranges that is rolled back."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Final
+
+from psycopg import AsyncConnection, sql
+from psycopg_pool import AsyncConnectionPool
+
+from rotator.aio import first_error_alone
+from rotator.events import Copies, Index, KeptValues, Sample, ServerFindings, TableFindings
+from rotator.exceptions import (
+    RangeRefusedError,
+    RangeTooSlowError,
+    RowsLockedError,
+    ServerLostError,
+    ServerRefusedError,
+)
+from rotator.postgres.catalog import read_update_triggers
+from rotator.postgres.connection import Server, pooled
+from rotator.postgres.errors import RangeGrewError, answered, settings_that_show_values
+from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, last_key
+from rotator.postgres.table import LEAVES, ROW, TargetTable, identifier
+from rotator.postgres.writer import RangeUpdate, RewriteError
+from rotator.ranges import Key, KeyRange, KeySpan
+
+COUNT_SECONDS: Final = 2.0
+HOLDERS_NAMED: Final = 3
+COPIES_NAMED: Final = 4
+OLD_SECONDS: Final = 5
+
+_INDEXES: Final = (
+    "SELECT c.relname, (SELECT sum(pg_relation_size(COALESCE(tree.relid, c.oid::regclass)))::bigint"
+    " FROM (SELECT c.oid) AS root LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf),"
+    # An index of expressions may hold it too: pg_get_indexdef would have to be parsed, so they all count.
+    " i.indkey::int2[] && (SELECT array_agg(attnum) FROM pg_attribute WHERE attrelid = i.indrelid"
+    " AND attname = ANY (%(columns)s::text[])) OR 0 = ANY (i.indkey) OR i.indpred IS NOT NULL"
+    " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+    " WHERE i.indrelid = %(table)s::regclass ORDER BY 2 DESC, 1"
+)
+# Without a replica identity the server refuses every update of a table that is published.
+_PUBLICATIONS: Final = sql.SQL(
+    "SELECT p.pubname FROM pg_publication_tables p JOIN pg_publication d ON d.pubname = p.pubname"
+    " JOIN pg_class c ON c.relname = p.tablename JOIN pg_namespace n ON n.oid = c.relnamespace"
+    " AND n.nspname = p.schemaname"
+    " WHERE c.oid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND d.pubupdate"
+    " AND (c.relreplident = 'n' OR c.relreplident = 'd'"
+    " AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)"
+    " OR c.relreplident = 'i' AND NOT EXISTS"
+    " (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) ORDER BY 1"
+).format(LEAVES)
+# Whatever they write has no new value; a subscription's worker can bring old ones back.
+_SUBSCRIPTIONS: Final = sql.SQL(
+    "SELECT DISTINCT s.subname FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid"
+    " WHERE r.srrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND s.subenabled"
+    " ORDER BY 1"
+).format(LEAVES)
+# The text of a function says what it writes to, unless it puts its statements together.
+_WRITING_TRIGGERS: Final = sql.SQL(
+    "SELECT DISTINCT t.tgname || ' on ' || t.tgrelid::regclass FROM pg_trigger t"
+    " JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = %(table)s::regclass"
+    " WHERE NOT t.tgisinternal AND t.tgenabled NOT IN ('D', 'R')"
+    " AND p.prosrc ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
+    " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\s|$)') ORDER BY 1"
+)
+# Histories of whole rows, as text or JSON, have no column of the same name.
+_COPIES: Final = sql.SQL(
+    "WITH own AS (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass),"
+    " target AS (SELECT oid, relname, relnamespace FROM pg_class WHERE oid = %(table)s::regclass),"
+    " written AS (SELECT string_agg(p.prosrc, ' ') AS source FROM pg_trigger t"
+    " JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid IN (SELECT oid FROM own) AND NOT t.tgisinternal"
+    " AND t.tgenabled NOT IN ('D', 'R')),"
+    " others AS (SELECT c.oid, c.relname, c.relnamespace <> target.relnamespace"
+    " AND c.relname = target.relname AS is_namesake,"
+    " EXISTS (SELECT FROM pg_attribute a JOIN pg_attribute mine ON mine.attrelid = target.oid"
+    " AND mine.attname = a.attname WHERE a.attrelid = c.oid AND NOT a.attisdropped"
+    " AND a.attname = ANY (%(columns)s::text[]) AND a.atttypid = mine.atttypid) AS has_column,"
+    " COALESCE(written.source ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
+    " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\W|$)'), false) AS is_written"
+    " FROM pg_class c CROSS JOIN target CROSS JOIN written JOIN pg_namespace n ON n.oid = c.relnamespace"
+    " WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.oid NOT IN (SELECT oid FROM own)"
+    " AND n.nspname !~ '^(pg_|information_schema$)' AND c.relname !~ '^(rotator|django)_'),"
+    " kinds AS (SELECT oid, CASE WHEN is_written THEN 'trigger'"
+    " WHEN has_column AND is_namesake THEN 'schema'"
+    " WHEN has_column AND relname ~* '(histor|audit|version|revision|event|archive|backup|snapshot|_log)'"
+    " OR relname ~* '(audit|reversion_version|pghistory)' THEN 'history'"
+    " WHEN has_column THEN 'name' END AS kind FROM others)"
+    " SELECT kind, (array_agg(oid::regclass::text ORDER BY oid::regclass::text))[:%(most)s], count(*)"
+    " FROM kinds WHERE kind IS NOT NULL GROUP BY kind"
+    " ORDER BY array_position(ARRAY['trigger', 'history', 'schema', 'name'], kind)"
+).format(LEAVES)
+_SETTINGS: Final = (
+    "SELECT pg_size_bytes(current_setting('max_wal_size')),"
+    " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"
+    " current_setting('full_page_writes')::boolean,"
+    " CASE WHEN current_setting('archive_mode') = 'off' THEN '' ELSE COALESCE("
+    " 'last archived ' || date_trunc('second', clock_timestamp() - last_archived_time) || ' ago',"
+    " 'nothing archived yet')"
+    " || CASE WHEN last_failed_time > COALESCE(last_archived_time, '-infinity') THEN"
+    " ', FAILING since ' || to_char(last_failed_time AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC' ELSE '' END"
+    " END FROM pg_stat_archiver"
+)
+_REPLICAS: Final = sql.SQL(
+    "SELECT COALESCE(NULLIF(application_name, ''), 'pid ' || pid) || ' (' ||"
+    " COALESCE(sync_state || ', ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn))"
+    " || ' behind', 'its lag is not visible to this role') || ')'"
+    " FROM pg_stat_replication ORDER BY 1"
+)
+_SLOTS: Final = sql.SQL(
+    "SELECT slot_name || ' (' || CASE WHEN active THEN 'active' ELSE 'NOT ACTIVE' END"
+    " || COALESCE(', keeps ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)), '')"
+    " || ')'"
+    " FROM pg_replication_slots ORDER BY 1"
+)
+_HOLDERS: Final = sql.SQL(
+    "SELECT phrase FROM ("
+    " SELECT 'pid ' || pid || COALESCE(', ' || NULLIF(application_name, ''), '')"
+    " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '')"
+    " AS phrase, age(backend_xmin) AS age FROM pg_stat_activity"
+    " WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()"
+    # Those of other databases do not keep VACUUM from the rows of this one.
+    " AND datname = current_database()"
+    " AND xact_start < clock_timestamp() - make_interval(secs => %(old_seconds)s)"
+    " UNION ALL SELECT 'prepared transaction ' || gid, age(transaction) FROM pg_prepared_xacts"
+    " WHERE database = current_database()"
+    " UNION ALL SELECT 'replication slot ' || slot_name, age(COALESCE(xmin, catalog_xmin))"
+    " FROM pg_replication_slots WHERE xmin IS NOT NULL"
+    " UNION ALL SELECT 'replica ' || COALESCE(application_name, ''), age(backend_xmin)"
+    " FROM pg_stat_replication WHERE backend_xmin IS NOT NULL) AS held ORDER BY age DESC LIMIT %(most)s"
+)
+
+
+async def examine_table(connection: AsyncConnection, table: TargetTable, *, counts: bool) -> TableFindings:
+    """What the table is made of.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+        counts: Whether to count its rows, for a while at most; else the server's estimate has to do.
+    """
+    rows, is_exact = 0 if counts else await estimate_rows(connection, table), False
+    # Without an estimate there was no ANALYZE yet, or there are no rows.
+    if not rows:
+        bound = await last_key(connection, table)
+        rows, is_exact = (
+            (0, True) if bound is None else await count_rows(connection, table, bound, seconds=COUNT_SECONDS)
+        )
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL("SELECT sum(pg_relation_size(oid))::bigint FROM {} AS leaf").format(LEAVES),
+            {"table": table.regclass},
+        )
+        (heap_bytes,) = await cursor.fetchone() or (0,)
+        cursor = await connection.execute(
+            _INDEXES, {"columns": [c.name for c in table.columns], "table": table.regclass}
+        )
+        indexes = tuple(
+            [Index(name=name, size_bytes=size, holds_column=holds) async for name, size, holds in cursor]
+        )
+    return TableFindings(
+        rows=rows,
+        rows_is_exact=is_exact,
+        heap_bytes=heap_bytes,
+        indexes=indexes,
+        triggers=await read_update_triggers(connection, table),
+        writing_triggers=await _phrases(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
+        subscriptions=await _phrases(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
+        refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
+        kept=await count_kept(connection, table),
+        copies=await _find_copies(connection, table),
+    )
+
+
+async def _find_copies(connection: AsyncConnection, table: TargetTable) -> tuple[Copies, ...]:
+    """Find the tables that may hold copies of the values."""
+    parameters = {
+        "table": table.regclass,
+        "columns": [column.name for column in table.columns],
+        "most": COPIES_NAMED,
+    }
+    async with answered(connection):
+        cursor = await connection.execute(_COPIES, parameters)
+        return tuple(
+            [
+                Copies(kind=kind, tables=tuple(names), more=count - len(names))
+                async for kind, names, count in cursor
+            ]
+        )
+
+
+async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[KeptValues, ...] | None:
+    """Count the rows whose NULL or empty text stays; None where that takes too long.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+    """
+    columns = [column for column in table.columns if column.keeps_null or column.keeps_blank]
+    if not columns:
+        return ()
+    count = sql.SQL("count(*) FILTER (WHERE {}), count(*) FILTER (WHERE {})")
+    counts = [
+        count.format(
+            sql.SQL("{} IS NULL").format(name) if column.keeps_null else sql.SQL("false"),
+            sql.SQL("{} = ''").format(name) if column.keeps_blank else sql.SQL("false"),
+        )
+        for column in columns
+        for name in (identifier(ROW, column.name),)
+    ]
+    condition = sql.SQL("true") if table.condition is None else table.condition
+    with suppress(RangeTooSlowError):
+        async with answered(connection), connection.transaction():
+            await connection.execute(
+                "SELECT set_config('statement_timeout', %s, true)", (f"{COUNT_SECONDS * 1000:.0f}ms",)
+            )
+            cursor = await connection.execute(
+                sql.SQL("SELECT {} FROM {} WHERE {}").format(
+                    sql.SQL(", ").join(counts), table.row, condition
+                ),
+                {},
+            )
+            found = await cursor.fetchone() or ()
+        return tuple(
+            KeptValues(column=column.name, null=null, blank=blank)
+            for column, null, blank in zip(columns, found[::2], found[1::2], strict=True)
+            if null or blank
+        )
+    return None
+
+
+async def count_table(connection: AsyncConnection, table: TargetTable, *, seconds: float) -> tuple[int, bool]:
+    """Return the rows of the whole table, whether or not they are rotated, and whether they are counted.
+
+    Args:
+        connection: In autocommit mode.
+        table: The target's table.
+        seconds: The longest time to count; after that it is the server's own estimate.
+    """
+    with suppress(RangeTooSlowError):
+        async with answered(connection), connection.transaction():
+            await connection.execute(
+                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
+            )
+            cursor = await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table.name), {})
+            ((rows,),) = await cursor.fetchall()
+            return int(rows), True
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
+            ).format(LEAVES),
+            {"table": table.regclass},
+        )
+        ((rows,),) = await cursor.fetchall()
+    return int(rows), False
+
+
+async def examine_server(connection: AsyncConnection) -> ServerFindings:
+    """How the server is set up, and who depends on it; as far as this role may see."""
+    async with answered(connection):
+        cursor = await connection.execute(_SETTINGS)
+        settings = await cursor.fetchone()
+    if settings is None:
+        raise AssertionError("a query without a condition has a row")
+    max_wal_size_bytes, checkpoint_timeout_seconds, full_page_writes, archiving = settings
+    return ServerFindings(
+        max_wal_size_bytes=max_wal_size_bytes,
+        checkpoint_timeout_seconds=checkpoint_timeout_seconds,
+        full_page_writes=full_page_writes,
+        archiving=archiving,
+        replicas=await _phrases(connection, _REPLICAS),
+        slots=await _phrases(connection, _SLOTS),
+        holders=await _phrases(connection, _HOLDERS, {"old_seconds": OLD_SECONDS, "most": HOLDERS_NAMED}),
+        log_settings=await settings_that_show_values(connection),
+    )
+
+
+async def name_server(connection: AsyncConnection) -> str:
+    """Return the role, the host or socket, the port and the database, as ``app@host:5432/name``."""
+    async with answered(connection):
+        cursor = await connection.execute("SELECT current_user, current_database()")
+        role, database = await cursor.fetchone() or ("", "")
+    return f"{role}@{connection.info.host}:{connection.info.port}/{database}"
+
+
+async def _phrases(
+    connection: AsyncConnection,
+    query: sql.SQL | sql.Composed,
+    parameters: Mapping[str, str | int] | None = None,
+) -> tuple[str, ...]:
+    async with answered(connection):
+        cursor = await connection.execute(query, parameters)
+        return tuple([phrase async for (phrase,) in cursor])
+
+
+# What is rolled back leaves dead rows behind, so it is kept to a small part of the table.
+MOST_RANGES: Final = 24
+MOST_PART: Final = 1 / 30
+LEAST_RANGES: Final = 8
+MOST_SECONDS: Final = 1.5
+# The first changes of a page, which write it whole, are many in a sample and few in a rotation.
+WARMING_PART: Final = 1 / 3
+_ROWS_READ: Final = 2000
+TRY_SECONDS: Final = 1.0
+# With two, a generator that returns a constant is noticed.
+TRIED_ROWS: Final = 2
+
+
+async def try_values(connection: AsyncConnection, update: RangeUpdate) -> None:
+    """Rewrite the first rows and roll them back, to find out whether their new values can be made.
+
+    Args:
+        connection: In autocommit mode.
+        update: The update of the rotation.
+
+    Raises:
+        ValuesError: There is something wrong with the new values.
+        ServerLostError: The server cannot be reached.
+    """
+    # A single row or what else writes to it is for the rotation to meet.
+    with suppress(RangeRefusedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
+        keys = await _first_keys(connection, update.table)
+        if not keys:
+            return
+        key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
+        made = await update.make(key_range, key_range.rows)
+        try:
+            await update.execute(connection, key_range, made, None)
+        finally:
+            await connection.rollback()
+
+
+async def _first_keys(connection: AsyncConnection, table: TargetTable) -> list[Key]:
+    async with answered(connection), connection.transaction():
+        await connection.execute(
+            "SELECT set_config('statement_timeout', %s, true)", (f"{TRY_SECONDS * 1000:.0f}ms",)
+        )
+        cursor = await connection.execute(
+            sql.SQL("SELECT {json} FROM {row} WHERE true{and_matches} ORDER BY {key} LIMIT {most}").format(
+                json=table.key_json,
+                row=table.row,
+                and_matches=table.and_matches,
+                key=table.key_columns,
+                most=sql.Literal(TRIED_ROWS),
+            ),
+            {},
+        )
+        return [Key(key) async for (key,) in cursor]
+
+
+async def sample(
+    connection: AsyncConnection,
+    server: Server,
+    update: RangeUpdate,
+    *,
+    rows: int,
+    batch: int,
+    concurrency: int,
+) -> Sample:
+    """Measure how many rows a second all workers together rewrite; nothing of it stays but dead rows.
+
+    Args:
+        connection: In autocommit mode, for planning.
+        server: Where the workers connect to.
+        update: What they do.
+        rows: About how many rows the table holds.
+        batch: How many rows a range holds.
+        concurrency: How many workers there are.
+    """
+    ranges = min(MOST_RANGES, int(rows * MOST_PART / batch))
+    if ranges < LEAST_RANGES:
+        return Sample(skipped="the table is too small for that")
+    try:
+        planned = await _plan(connection, update.table, rows=rows, batch=batch, ranges=ranges)
+        return await _measure(server, update, planned, concurrency)
+    except RangeRefusedError as refused:
+        skipped = f"the server refused a range: {refused.condition}"
+    except (RowsLockedError, RangeGrewError):
+        skipped = "other sessions wrote to its rows"
+    except RewriteError:
+        skipped = "rows kept their old values, perhaps because of a trigger"
+    except (ServerRefusedError, ServerLostError) as error:
+        skipped = str(error).rstrip(".")
+    return Sample(skipped=skipped)
+
+
+async def _measure(server: Server, update: RangeUpdate, planned: list[KeyRange], concurrency: int) -> Sample:
+    async with pooled(server, concurrency) as pool:
+        warming = planned[: int(len(planned) * WARMING_PART)]
+        await _rewrite(pool, update, warming, concurrency)
+        started = time.monotonic()
+        rewritten = await _rewrite(pool, update, planned[len(warming) :], concurrency)
+        seconds = time.monotonic() - started
+    if not rewritten:
+        return Sample(skipped="no rows were found for it")
+    return Sample(rows=sum(key_range.rows for key_range in planned), rows_per_second=rewritten / seconds)
+
+
+async def _plan(
+    connection: AsyncConnection, table: TargetTable, *, rows: int, batch: int, ranges: int
+) -> list[KeyRange]:
+    """Ranges that share no row, from all over the table, in no order."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT {json} FROM (SELECT {key} FROM (SELECT {key} FROM {table}"
+                " TABLESAMPLE SYSTEM (%(percent)s)) AS read ORDER BY random() LIMIT %(ranges)s) AS chosen"
+                " ORDER BY {key}"
+            ).format(json=table.key_json, key=table.key_columns, table=table.name),
+            {"percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)), "ranges": ranges},
+        )
+        keys = [Key(key) async for (key,) in cursor]
+    last = await last_key(connection, table)
+    if last is None:
+        return []
+    planner = IndexPlanner(connection, table)
+    planned = [
+        await planner.next_range(KeySpan(after=after, through=through), batch)
+        for after, through in zip(keys, [*keys[1:], last], strict=True)
+        if after != through
+    ]
+    # Every other one first, so that those for warming up are from all over it, too.
+    return planned[::2] + planned[1::2]
+
+
+async def _rewrite(
+    pool: AsyncConnectionPool, update: RangeUpdate, ranges: list[KeyRange], concurrency: int
+) -> int:
+    """Rewrite ranges until there are none left or the time is up; return how many rows that were."""
+    until = time.monotonic() + MOST_SECONDS
+    left = iter(ranges)
+
+    async def work() -> int:
+        rewritten = 0
+        for key_range in left:
+            if time.monotonic() > until:
+                break
+            made = await update.make(key_range, key_range.rows)
+            async with answered(), pool.connection() as connection:
+                try:
+                    rewritten += (await update.execute(connection, key_range, made, None)).rows
+                finally:
+                    await connection.rollback()
+        return rewritten
+
+    with first_error_alone():
+        async with asyncio.TaskGroup() as tasks:
+            workers = [tasks.create_task(work(), name="rotator sample") for _ in range(concurrency)]
+    return sum(worker.result() for worker in workers)

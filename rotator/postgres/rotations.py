@@ -1,0 +1,545 @@
+"""The rotation's row: starting, taking over, heartbeat, completion and release."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from psycopg import AsyncConnection, Rollback, errors, sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+
+from rotator.events import EndStatus
+from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
+from rotator.options import Selection
+from rotator.postgres.errors import answered, superseded
+from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Claim, share_lock
+from rotator.postgres.owner import Owner
+from rotator.postgres.planner import gaps
+from rotator.postgres.table import TargetTable
+from rotator.ranges import Key
+
+_TAKE_OVER_LOCK_SECONDS: Final = 2
+_TAKE_OVER_ATTEMPTS: Final = 5
+# Ids begin at 1: this one's lock is for beginning.
+_NO_ROTATION: Final = 0
+
+_HAS_ROWS_DONE: Final = (
+    "EXISTS (SELECT FROM rotator_completedrange WHERE rotation_id = %(rotation)s AND rows > 0)"
+    " OR EXISTS (SELECT FROM rotator_latetransaction WHERE rotation_id = %(rotation)s)"
+)
+_VOUCHED_FOR: Final = sql.SQL(
+    "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
+)
+# A run that has not read yet what those before it took knows of its own time alone.
+_ACTIVE: Final = sql.SQL("active_seconds = GREATEST(active_seconds, %(active_seconds)s)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unfinished:
+    """An unfinished rotation, as it stands in the database.
+
+    Attributes:
+        id: The rotation's id.
+        generation: The generation of its latest owner.
+        status: ``running``, ``interrupted`` or ``failed``.
+        owner: Its latest owner.
+        owned_since: Since when it was the owner.
+        updated_at: Its latest heartbeat, on the database's clock.
+        rows_done: How far it said it was.
+        rows_total: Of how many rows.
+        selection: Which rows it is for, and where their values come from, as JSON types.
+        identity: What it was begun on; see :class:`rotator.postgres.identity.TargetIdentity`.
+        started_xid: The transaction that began it, epoch included.
+    """
+
+    id: int
+    generation: int
+    status: str
+    owner: Owner
+    owned_since: datetime
+    updated_at: datetime
+    rows_done: int
+    rows_total: int
+    selection: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    started_xid: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completed:
+    """A completed rotation, as it stands in the database.
+
+    Attributes:
+        id: The rotation's id.
+        finished_at: The time of its completion.
+        seconds_ago: The time since then, on the database's clock.
+    """
+
+    id: int
+    finished_at: datetime
+    seconds_ago: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owned:
+    """A rotation that this process owns, as it was when it became the owner.
+
+    Attributes:
+        claim: What it may write for.
+        started_xid: The transaction that began the rotation, epoch included.
+        bound: The upper key bound; None where it is not frozen yet, or the table was empty.
+        rows_total: Rows up to the bound.
+        rows_total_is_exact: False where that is an estimate.
+        rows_done: Rows that checkpoints and late rows vouch for.
+        late_rows: Rows among them that no range had written.
+        seconds_before: Active seconds of earlier runs.
+        identity: What the rotation was begun on.
+    """
+
+    claim: Claim
+    started_xid: int
+    bound: Key | None
+    rows_total: int
+    rows_total_is_exact: bool
+    rows_done: int
+    late_rows: int
+    seconds_before: float
+    identity: Mapping[str, Any]
+
+
+async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> Unfinished | None:
+    """The unfinished rotation of a target, if there is one; the constraints allow no second.
+
+    Args:
+        connection: In autocommit mode.
+        target: As the user writes it.
+        table_name: Its table, as the server has it.
+    """
+    async with answered(connection):
+        cursor = connection.cursor(row_factory=dict_row)
+        await cursor.execute(
+            "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
+            " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
+            " selection, identity, started_xid"
+            " FROM rotator_rotation"
+            " WHERE target = %s AND table_name = %s AND status IN ('running', 'interrupted', 'failed')",
+            (target, table_name),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        return None
+    owner = Owner(**{name: row.pop(name) for name in ("host", "pid", "process", "user", "version")})
+    return Unfinished(owner=owner, **row)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What a rotation is begun as.
+
+    Attributes:
+        target: As the user writes it.
+        table_name: Its table, as the server has it.
+        database: Django's alias of its database.
+        options: Those of the run, as JSON types.
+        selection: Which rows it is for, and where their values come from, as JSON types.
+        identity: What it is begun on, as JSON types.
+    """
+
+    target: str
+    table_name: str
+    database: str
+    options: Mapping[str, Any]
+    selection: Mapping[str, Any]
+    identity: Mapping[str, Any]
+
+
+async def find_last_completed(
+    connection: AsyncConnection, target: str, table_name: str, selection: Selection
+) -> Completed | None:
+    """Return the latest completed rotation of the same fields, rows and values, if there is one.
+
+    Args:
+        connection: In autocommit mode, or in a transaction that does nothing else at the same time.
+        target: The target as the user writes it.
+        table_name: The table's name, as the server has it.
+        selection: Which rows it is for, and where their values come from.
+    """
+    async with answered(connection):
+        cursor = await connection.execute(
+            "SELECT id, selection, finished_at,"
+            " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision"
+            " FROM rotator_rotation WHERE target = %s AND table_name = %s AND status = 'completed'"
+            " ORDER BY id DESC",
+            (target, table_name),
+        )
+        async for rotation, saved, finished_at, seconds_ago in cursor:
+            if Selection.read(saved) == selection:
+                return Completed(id=rotation, finished_at=finished_at, seconds_ago=seconds_ago)
+    return None
+
+
+async def check_repetition(
+    connection: AsyncConnection, target: str, table_name: str, selection: Selection, *, after: int | None
+) -> None:
+    """Refuse to rotate again what a completed rotation has rotated.
+
+    Args:
+        connection: The same as for :func:`find_last_completed`.
+        target: The target as the user writes it.
+        table_name: The table's name, as the server has it.
+        selection: Which rows it is for, and where their values come from.
+        after: The completed rotation that may be repeated; None for no rotation.
+
+    Raises:
+        RotationRepeatedError: A completed rotation had the same fields, rows and values.
+    """
+    completed = await find_last_completed(connection, target, table_name, selection)
+    if completed is not None and completed.id != after:
+        raise RotationRepeatedError(completed.id, target, completed.finished_at)
+
+
+async def begin_rotation(
+    connection: AsyncConnection,
+    terms: Terms,
+    owner: Owner,
+    *,
+    repeats: bool = False,
+    after: int | None = None,
+) -> Claim | None:
+    """Insert a new rotation and own it; None where another process was faster.
+
+    Its row says which transaction inserted it: every row of the target that an older one commits, however
+    late, has not been rotated by this rotation.
+
+    Args:
+        connection: In autocommit mode.
+        terms: What the rotation is begun as.
+        owner: This process.
+        repeats: Whether it may repeat any completed rotation.
+        after: The completed rotation that it may repeat; None for no rotation.
+
+    Raises:
+        OwnedElsewhereError: Another unfinished rotation has some of the same fields.
+        RotationRepeatedError: A completed rotation had the same fields, rows and values.
+    """
+    selection = Selection.read(terms.selection)
+    async with alone(connection, _NO_ROTATION):
+        await _check_overlap(connection, terms)
+        if not repeats:
+            await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
+        cursor = await connection.execute(
+            "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
+            " status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows,"
+            " error, started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
+            " VALUES (%(target)s, %(table_name)s, %(database)s, %(options)s, %(selection)s,"
+            " %(identity)s, 'running', 1, 0, 0, true, 0, 0, '', pg_current_xact_id()::text::bigint,"
+            " %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
+            " ON CONFLICT (target, table_name) WHERE status IN ('running', 'interrupted', 'failed')"
+            " DO NOTHING RETURNING id",
+            {
+                "target": terms.target,
+                "table_name": terms.table_name,
+                "database": terms.database,
+                "options": Jsonb(dict(terms.options)),
+                "selection": Jsonb(dict(terms.selection)),
+                "identity": Jsonb(dict(terms.identity)),
+                **asdict(owner),
+            },
+        )
+        row = await cursor.fetchone()
+        if row and not repeats:
+            # The unfinished rotation that the first check did not count may have been completed since. With
+            # this row inserted, there is no other unfinished one.
+            await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
+    return Claim(rotation=row[0], generation=1) if row else None
+
+
+async def _check_overlap(connection: AsyncConnection, terms: Terms) -> None:
+    """Refuse a target that shares a field with another one's unfinished rotation."""
+    cursor = await connection.execute(
+        "SELECT id, target FROM rotator_rotation WHERE table_name = %(table_name)s AND target <> %(target)s"
+        " AND status IN ('running', 'interrupted', 'failed')"
+        " AND string_to_array(target, ' ') && string_to_array(%(target)s, ' ') ORDER BY id LIMIT 1",
+        {"target": terms.target, "table_name": terms.table_name},
+    )
+    if row := await cursor.fetchone():
+        raise OwnedElsewhereError(
+            f"Rotation {row[0]} of {row[1]} is unfinished and has a field of this one: finish it, or abandon "
+            "it with --restart."
+        )
+
+
+async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
+    """Return whether any row has a new value by this rotation."""
+    async with answered(connection):
+        cursor = await connection.execute(f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation})
+        ((found,),) = await cursor.fetchall()
+    return bool(found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewSelection:
+    """The selection that a rotation is resumed with.
+
+    Attributes:
+        saved: The selection as JSON types.
+        unless_begun: Whether it is for a rotation that has no rows done.
+    """
+
+    saved: Mapping[str, Any]
+    unless_begun: bool = False
+
+
+async def take_over(
+    connection: AsyncConnection,
+    claim: Claim,
+    *,
+    database: str,
+    owner: Owner,
+    options: dict[str, Any],
+    selection: NewSelection | None = None,
+) -> Claim | None:
+    """Raise the generation of a rotation that ``claim`` still describes, and own it; None where it does not.
+
+    When this returns, no transaction of an older generation can commit any more: each of them holds the
+    rotation's lock shared until its end, and this waited for the exclusive one.
+
+    Raises:
+        RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
+    """
+    async with alone(connection, claim.rotation):
+        cursor = await connection.execute(
+            "UPDATE rotator_rotation SET generation = generation + 1,"  # noqa: S608 - a constant is put in
+            " status = 'running', error = '',"
+            " updated_at = clock_timestamp(), owned_since = clock_timestamp(), options = %(options)s,"
+            " database = %(database)s, owner_host = %(host)s, owner_pid = %(pid)s,"
+            " selection = COALESCE(%(selection)s, selection),"
+            " owner_process = %(process)s, owner_user = %(user)s, version = %(version)s"
+            " WHERE id = %(rotation)s AND generation = %(generation)s"
+            f" AND NOT (%(unless_begun)s AND ({_HAS_ROWS_DONE}))"
+            " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
+            {
+                "options": Jsonb(options),
+                "database": database,
+                "selection": None if selection is None else Jsonb(dict(selection.saved)),
+                "unless_begun": selection is not None and selection.unless_begun,
+                **asdict(claim),
+                **asdict(owner),
+            },
+        )
+        row = await cursor.fetchone()
+    return Claim(rotation=claim.rotation, generation=row[0]) if row else None
+
+
+async def take_over_again(
+    connection: AsyncConnection, rotation: int, *, owner: Owner, options: dict[str, Any]
+) -> Claim | None:
+    """Take a rotation over from this very process, whatever its generation is by now.
+
+    Which one that is cannot be known after a lost reply, which may have been to the taking over itself.
+
+    Returns:
+        None where another process owns it, or it is finished.
+
+    Raises:
+        RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
+    """
+    async with alone(connection, rotation):
+        cursor = await connection.execute(
+            "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
+            " updated_at = clock_timestamp(), options = %(options)s WHERE id = %(rotation)s"
+            " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)"
+            " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
+            {"rotation": rotation, "options": Jsonb(options), **asdict(owner)},
+        )
+        row = await cursor.fetchone()
+    return Claim(rotation=rotation, generation=row[0]) if row else None
+
+
+async def find_completed(connection: AsyncConnection, rotation: int, owner: Owner) -> Claim | None:
+    """What this process owned of a rotation when it completed it; None where it has not."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            "SELECT generation FROM rotator_rotation WHERE id = %(rotation)s AND status = 'completed'"
+            " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)",
+            {"rotation": rotation, **asdict(owner)},
+        )
+        row = await cursor.fetchone()
+    return Claim(rotation=rotation, generation=row[0]) if row else None
+
+
+async def abandon(connection: AsyncConnection, claim: Claim) -> bool:
+    """End an unfinished rotation for good, and fence its owner out; False where ``claim`` is out of date."""
+    async with alone(connection, claim.rotation):
+        cursor = await connection.execute(
+            "UPDATE rotator_rotation SET generation = generation + 1, status = 'abandoned',"
+            " finished_at = clock_timestamp() WHERE id = %(rotation)s AND generation = %(generation)s"
+            " AND status IN ('running', 'interrupted', 'failed')",
+            asdict(claim),
+        )
+    return cursor.rowcount == 1
+
+
+async def read_owned(connection: AsyncConnection, claim: Claim) -> Owned:
+    """What this process owns, with the rows that the checkpoints vouch for.
+
+    Raises:
+        SupersededError: It does not own it any more.
+    """
+    async with answered(connection):
+        cursor = connection.cursor(row_factory=dict_row)
+        await cursor.execute(
+            "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
+            " active_seconds AS seconds_before, identity, late_rows + COALESCE((SELECT sum(rows) FROM"
+            " rotator_completedrange WHERE rotation_id = %(rotation)s), 0)::bigint AS rows_done"
+            " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s",
+            asdict(claim),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise superseded()
+    return Owned(claim=claim, **row)
+
+
+async def freeze_bound(
+    connection: AsyncConnection, claim: Claim, *, bound: Key | None, rows_total: int, is_exact: bool
+) -> None:
+    """Note up to which key rows are planned, and how many they are."""
+    await _update(
+        connection,
+        claim,
+        sql.SQL("bound = %(bound)s::jsonb, rows_total = %(rows_total)s, rows_total_is_exact = %(is_exact)s"),
+        {"bound": bound, "rows_total": rows_total, "is_exact": is_exact},
+    )
+
+
+async def beat(connection: AsyncConnection, claim: Claim, *, rows_done: int, active_seconds: float) -> None:
+    """Say on the database's clock that the owner is alive and how far it is.
+
+    Raises:
+        SupersededError: It is not the owner any more.
+    """
+    await _update(
+        connection,
+        claim,
+        sql.SQL("rows_done = %(rows_done)s, {}").format(_ACTIVE),
+        {"rows_done": rows_done, "active_seconds": active_seconds},
+    )
+
+
+async def stop(
+    connection: AsyncConnection, claim: Claim, *, status: EndStatus, error: str, active_seconds: float
+) -> int:
+    """Leave the rotation unfinished.
+
+    Returns:
+        The rows that the checkpoints vouch for.
+
+    Raises:
+        SupersededError: Another process owns it; it was left as it is.
+    """
+    return await _update(
+        connection,
+        claim,
+        sql.SQL("status = %(status)s, error = %(error)s, {}, rows_done = {}").format(_ACTIVE, _VOUCHED_FOR),
+        {"status": status, "error": error, "active_seconds": active_seconds},
+    )
+
+
+async def complete(
+    connection: AsyncConnection,
+    table: TargetTable,
+    claim: Claim,
+    bound: Key | None,
+    *,
+    active_seconds: float,
+    unconfirmed_rows: int | None = None,
+) -> int | None:
+    """Mark the rotation completed, synchronously, if the checkpoints leave no gap.
+
+    Its commit record follows those of all ranges in the WAL, so it cannot survive a crash that loses one.
+
+    Returns:
+        The rows that the checkpoints vouch for; None where they leave a gap.
+
+    Raises:
+        SupersededError: Another process owns it.
+    """
+    async with answered(connection), connection.transaction():
+        await _limit(connection, {"synchronous_commit": "on"})
+        # Should this process vanish before it commits, whoever takes over can end this transaction.
+        await share_lock(connection, claim.rotation)
+        rows_done = await _update(
+            connection,
+            claim,
+            sql.SQL(
+                "status = 'completed', finished_at = clock_timestamp(), error = '', {}, rows_done = {},"
+                " unconfirmed_rows = %(unconfirmed_rows)s"
+            ).format(_ACTIVE, _VOUCHED_FOR),
+            {"active_seconds": active_seconds, "unconfirmed_rows": unconfirmed_rows},
+        )
+        if bound is not None and await gaps(connection, table, claim.rotation, bound):
+            raise Rollback
+        return rows_done
+    return None
+
+
+async def _update(
+    connection: AsyncConnection, claim: Claim, assignments: sql.Composable, values: dict[str, Any]
+) -> int:
+    """Change the row of a rotation that this process owns, and return its rows done."""
+    async with answered(connection):
+        cursor = await connection.execute(
+            sql.SQL(
+                "UPDATE rotator_rotation SET updated_at = clock_timestamp(), {}"
+                " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'"
+                " RETURNING rows_done"
+            ).format(assignments),
+            {**values, **asdict(claim)},
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise superseded()
+    return int(row[0])
+
+
+@asynccontextmanager
+async def alone(
+    connection: AsyncConnection, number: int, *, lock_class: int = LOCK_CLASS
+) -> AsyncIterator[None]:
+    """A transaction that begins its work when the last one of the rotation's, or span's, ranges has ended."""
+    async with answered(connection), connection.transaction():
+        await _limit(connection, {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s", "synchronous_commit": "on"})
+        await _lock_exclusively(connection, number, lock_class)
+        yield
+
+
+async def _limit(connection: AsyncConnection, settings: dict[str, str]) -> None:
+    """Change settings for this transaction alone, which the server ends should nobody go on with it."""
+    settings = settings | {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s"}
+    await connection.execute(
+        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
+        (list(settings), list(settings.values())),
+    )
+
+
+async def _lock_exclusively(connection: AsyncConnection, number: int, lock_class: int) -> None:
+    parameters = {"class": lock_class, "number": number}
+    for _ in range(_TAKE_OVER_ATTEMPTS):
+        with suppress(errors.LockNotAvailable):
+            async with connection.transaction():
+                await connection.execute(
+                    "SELECT pg_advisory_xact_lock(%(class)s::integer, %(number)s::integer)", parameters
+                )
+            return
+        # The backend of a client that is frozen stays for ever, and its locks with it.
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            " AND classid = %(class)s::oid AND objid = %(number)s::oid AND objsubid = 2"
+            " AND pid <> pg_backend_pid()",
+            parameters,
+        )
+    raise RowsLockedError("Transactions of the rotation's former owner keep its lock and cannot be ended.")

@@ -1,0 +1,124 @@
+"""New values: as binary arrays, made in bulk, or made from each row."""
+
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from psycopg.abc import AdaptContext
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
+
+from rotator.postgres.table import values_name
+from rotator.ranges import Key
+
+UUID_OID: Final = 2950
+UUID_ARRAY_OID: Final = 2951
+UUID_BYTES: Final = 16
+# Dimensions, flags, element type, length, lower bound; then each element's length and bytes. The format
+# is that of array_send() in the server's src/backend/utils/adt/arrayfuncs.c.
+_HEADER: Final = struct.Struct("!iiIii")
+_LENGTH: Final = struct.pack("!i", UUID_BYTES)
+_STRIDE: Final = len(_LENGTH) + UUID_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class UuidBlock:
+    """Many UUIDs as one block of bytes, 16 for each, in network order."""
+
+    block: bytes
+
+
+class UuidBlockDumper(Dumper):
+    """Sends a :class:`UuidBlock` as ``uuid[]``."""
+
+    format = Format.BINARY
+    oid = UUID_ARRAY_OID
+
+    def dump(self, obj: UuidBlock) -> bytes:
+        """Return the array in the server's binary format."""
+        count = len(obj.block) // UUID_BYTES
+        elements = bytearray(_STRIDE * count)
+        # A copy for each byte of the stride rather than for each element: 20 copies, however many elements.
+        for offset, byte in enumerate(_LENGTH):
+            elements[offset::_STRIDE] = bytes([byte]) * count
+        for offset in range(UUID_BYTES):
+            elements[len(_LENGTH) + offset :: _STRIDE] = obj.block[offset::UUID_BYTES]
+        return _HEADER.pack(1, 0, UUID_OID, count, 1) + bytes(elements)
+
+
+def register(context: AdaptContext) -> None:
+    """Let a connection send blocks of UUIDs."""
+    context.adapters.register_dumper(UuidBlock, UuidBlockDumper)
+
+
+Values = UuidBlock | list[Any]
+"""Parameters that arrive at the server as an array of the column's type."""
+
+
+def part(values: Values, start: int, stop: int) -> Values:
+    """Return the values from ``start`` up to ``stop``."""
+    if isinstance(values, UuidBlock):
+        return UuidBlock(values.block[start * UUID_BYTES : stop * UUID_BYTES])
+    return values[start:stop]
+
+
+class Place(NamedTuple):
+    """Where a row is.
+
+    Attributes:
+        leaf: The oid of the partition, or of the table itself.
+        ctid: The row's place in it, e.g. ``(0,1)``.
+    """
+
+    leaf: int
+    ctid: str
+
+
+@dataclass(frozen=True, slots=True)
+class InBulk:
+    """New values that owe nothing to their rows.
+
+    Attributes:
+        make: Makes as many as it is asked for, for each column of the target.
+    """
+
+    make: Callable[[int], Awaitable[tuple[Values, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class FromRows:
+    """New values that depend on their rows.
+
+    Attributes:
+        make: Makes those of the rows with these keys, for each column of the target; returns the keys of the
+            rows that there still are, in the order of the values.
+        make_at: The same for the rows at these places, all of one leaf.
+    """
+
+    make: Callable[[Sequence[Key]], Awaitable[tuple[list[Key], tuple[Values, ...]]]]
+    make_at: Callable[[Sequence[Place]], Awaitable[tuple[list[Place], tuple[Values, ...]]]]
+
+    async def parameters(self, keys: Sequence[Key]) -> dict[str, object]:
+        """Return what the update of these rows is executed with."""
+        found, values = await self.make(keys)
+        return {"keys": [str(key) for key in found], **named(values)}
+
+
+ValueSource = InBulk | FromRows
+
+
+def places_of(table: str) -> tuple[str, str]:
+    """Return, for a query of Django's, the condition that a row is at one of some places, and its place.
+
+    The condition takes two parameters: the leaf's oid, and the places in it.
+
+    Args:
+        table: The table's quoted name.
+    """
+    return f"{table}.tableoid = %s AND {table}.ctid = ANY (%s::text[]::tid[])", f"{table}.ctid::text"
+
+
+def named(values: tuple[Values, ...]) -> dict[str, Values]:
+    """Return each column's values by the name of their parameter."""
+    return {values_name(at): of_column for at, of_column in enumerate(values)}

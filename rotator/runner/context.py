@@ -1,0 +1,105 @@
+"""The target of a run, and what all parts of a run share."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from rotator.events import Observer, RowsRotated
+from rotator.options import RunOptions, Selection
+from rotator.postgres.connection import Server
+from rotator.postgres.identity import Session
+from rotator.postgres.owner import Owner
+from rotator.postgres.table import Condition
+from rotator.postgres.values import ValueSource
+from rotator.ranges import KeyRange
+from rotator.runner.distribution import SpanPublisher
+from rotator.runner.engine import RangeWriter
+from rotator.runner.stop import StopRequests
+from rotator.stats import Figures
+
+Announce: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
+"""Tells whoever acts upon rotated rows; whoever waits for it writes no more rows meanwhile."""
+
+ShouldStop: TypeAlias = Callable[[], bool]
+"""Says whether whoever this is done for has to stop; called now and then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunTarget:
+    """What is rotated, in the database's terms.
+
+    Attributes:
+        label: As the user writes it, e.g. ``tickets.Ticket.token``; several with blanks between them.
+        database: Django's alias of the database.
+        model: The model whose table that is, e.g. ``tickets.Ticket``.
+        path: The table's name, with its schema before it where it has one; unquoted.
+        key: The names of the primary key's columns, in its order.
+        columns: The names of the rotated columns.
+        source: Where their new values come from.
+        condition: Which rows are rotated; None for all.
+        include_null: Whether a NULL gets a value, too.
+        include_blank: Whether an empty text gets a value, too.
+        selection: How the user chose rows and values.
+        bypassed: What of Django's model would have acted upon each save(), one phrase each.
+        warnings: What the names of the fields warn of, one sentence each.
+        session: What Django's own connection sees under these names; None until it was asked.
+    """
+
+    label: str
+    database: str
+    model: str
+    path: tuple[str, ...]
+    key: tuple[str, ...]
+    columns: tuple[str, ...]
+    source: ValueSource
+    condition: Condition | None = None
+    include_null: bool = False
+    include_blank: bool = False
+    selection: Selection = field(default_factory=Selection)
+    bypassed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    session: Session | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContext:
+    """One run's surroundings.
+
+    Attributes:
+        server: Where the target is.
+        target: What is rotated.
+        options: How.
+        owner: This process.
+        requests: What has been asked of the run.
+        figures: What it has done so far.
+        notify: Tells observers, after the run itself has taken note.
+        announce: Is awaited after each commit of rows; None where nobody asked for that.
+        publisher: Has the ranges rewritten elsewhere; None where this process does it.
+    """
+
+    server: Server
+    target: RunTarget
+    options: RunOptions
+    owner: Owner
+    requests: StopRequests
+    figures: Figures
+    notify: Observer
+    announce: Announce | None
+    publisher: SpanPublisher | None
+
+
+class AnnouncingWriter:
+    """A writer whose ranges are announced once they are committed."""
+
+    def __init__(self, writer: RangeWriter, announce: Announce, rotation: int) -> None:
+        self._writer = writer
+        self._announce = announce
+        self._rotation = rotation
+
+    async def rewrite(self, key_range: KeyRange) -> int:
+        """Do what the writer does, and announce it; a crash in between leaves the range unannounced."""
+        rows = await self._writer.rewrite(key_range)
+        await self._announce(
+            RowsRotated(rotation=self._rotation, after=key_range.after, through=key_range.through, rows=rows)
+        )
+        return rows

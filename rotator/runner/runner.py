@@ -1,0 +1,457 @@
+"""One run of a rotation: acquire it, work on it through outages, and release it."""
+
+import asyncio
+import time
+from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
+from signal import Signals
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.aio import first_error_alone, watch
+from rotator.events import (
+    EndStatus,
+    Event,
+    LateRowsRotated,
+    LockHeld,
+    Observer,
+    OutageEnded,
+    OutageStarted,
+    Preflighted,
+    RangeCompleted,
+    RangeDeferred,
+    RotationStopped,
+    RunFacts,
+    ServerLogShowsValues,
+    Tick,
+)
+from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
+from rotator.options import RunOptions, Selection
+from rotator.postgres import rotations
+from rotator.postgres.activity import lock_holders
+from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
+from rotator.postgres.errors import settings_that_show_values
+from rotator.postgres.owner import this_process
+from rotator.postgres.planner import gaps
+from rotator.postgres.preflight import COUNT_SECONDS, count_table, name_server, try_values
+from rotator.postgres.rotations import Owned
+from rotator.postgres.table import TargetTable
+from rotator.postgres.vacuum import read_storage
+from rotator.postgres.writer import RangeUpdate
+from rotator.ranges import spans_between
+from rotator.runner.acquire import Acquired, Acquisition, regain
+from rotator.runner.context import Announce, RunContext, RunTarget, ShouldStop
+from rotator.runner.distribution import SpanPublisher
+from rotator.runner.preflight import Examination, check
+from rotator.runner.reconnect import OutageBudget
+from rotator.runner.session import STOP_AFTER, Pass
+from rotator.runner.stop import StopRequests
+from rotator.runner.vacuum import Vacuuming
+from rotator.stats import Figures
+
+NAMED_AFTER_SECONDS: Final = 5.0
+# A range waits for a lock for a tenth of a second at a time.
+LOOK_SECONDS: Final = 0.04
+# No range waits longer between two attempts.
+RECENT_SECONDS: Final = 6.0
+
+
+class LockWatch:
+    """Looks for holders while ranges are deferred again and again, and tells of each change once."""
+
+    def __init__(self, notify: Observer) -> None:
+        self._notify = notify
+        self._since: float | None = None
+        self._deferred_at = 0.0
+        self._told = frozenset[int]()
+
+    def take(self, event: Event) -> None:
+        """Note a deferral."""
+        if isinstance(event, RangeDeferred):
+            now = time.monotonic()
+            if self._since is None or now - self._deferred_at > RECENT_SECONDS:
+                self._since, self._told = now, frozenset()
+            self._deferred_at = now
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        return (
+            self._since is not None
+            and now - self._since >= NAMED_AFTER_SECONDS
+            and now - self._deferred_at <= RECENT_SECONDS
+        )
+
+    async def watch(self, control: AsyncConnection) -> None:
+        """Look for holders until cancelled.
+
+        Args:
+            control: In autocommit mode; may be shared.
+        """
+        while True:
+            if not self._is_due():
+                await asyncio.sleep(1.0)
+                continue
+            await asyncio.sleep(LOOK_SECONDS)
+            holders = await lock_holders(control, seconds=NAMED_AFTER_SECONDS)
+            if not holders:
+                continue
+            if frozenset(holders) != self._told:
+                self._told = frozenset(holders)
+                self._notify(LockHeld(holders=tuple(holders[pid] for pid in sorted(holders))))
+            # It is costly for the server's lock table, and the same holder is named once.
+            await asyncio.sleep(NAMED_AFTER_SECONDS)
+
+
+HEARTBEAT_SECONDS: Final = 1.0
+TICK_SECONDS: Final = 1.0
+RECORD_SECONDS: Final = 5.0
+LEAST_OPEN_SECONDS: Final = 1.0
+LEFT_TO_WORKERS: Final = "Left to the workers."
+_WORKER_STOPS: Final = "a worker that has to stop"
+_CANCELLED: Final = "Cancelled by the program that it ran in."
+_REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
+
+
+def program_error(error: Exception) -> str:
+    """Return the reason of a rotation that an error of the program ended; never the error's message."""
+    return f"The program failed with {type(error).__name__}: look at its traceback."
+
+
+class Run:
+    """One process's work on one rotation."""
+
+    def __init__(
+        self,
+        server: Server,
+        target: RunTarget,
+        options: RunOptions,
+        observer: Observer,
+        announce: Announce | None = None,
+        publisher: SpanPublisher | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> None:
+        """Prepare a run; to be called in the running loop.
+
+        Args:
+            server: Where the target is.
+            target: What is rotated.
+            options: How.
+            observer: Is told of everything.
+            announce: Is awaited after each commit of rows; None where nobody asked for that.
+            publisher: Has the ranges rewritten elsewhere; None where this process does it.
+            should_stop: Is asked now and then whether to drain, beside the signals; None where nobody knows.
+        """
+        self._observer = observer
+        self._should_stop = should_stop
+        self._figures = Figures()
+        self._requests = StopRequests(self._notify)
+        self._context = RunContext(
+            server=server,
+            target=target,
+            options=options,
+            owner=this_process(),
+            requests=self._requests,
+            figures=self._figures,
+            notify=self._notify,
+            announce=announce,
+            publisher=publisher,
+        )
+        self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
+        self._acquired: Acquired | None = None
+        self._table: TargetTable | None = None
+        self._vacuuming = Vacuuming(self._context)
+        self._lock_watch = LockWatch(self._notify)
+        self._is_completed = False
+        self._late_rows_before = 0
+        self._server_name = ""
+
+    @property
+    def signal(self) -> Signals | None:
+        """The signal that asked for a stop, if one did."""
+        return self._requests.signal
+
+    @property
+    def stopped_by_option(self) -> bool:
+        """Whether the run ended because an option told it to."""
+        return self._requests.reason == STOP_AFTER
+
+    async def rotate(self) -> RotationStopped:
+        """Work until the rotation is completed, somebody asks for a stop, or it cannot go on.
+
+        Raises:
+            OwnedElsewhereError: Another process is alive and owns the rotation.
+            TargetError: The target cannot be rotated.
+            OptionError: The server cannot do it with these options.
+            ServerLostError: The server could not be reached in the first place.
+            StoppedBeforeStartError: A stop was asked for before anything was changed.
+        """
+        with self._requests.signals() if self._context.options.listens_to_signals else nullcontext():
+            timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
+            watching = asyncio.create_task(self._stop_when_told(), name="rotator watch for a stop")
+            ticking = asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks")
+            work = asyncio.create_task(self._through_outages(), name="rotator run")
+            try:
+                with self._requests.aborting(work):
+                    stopped = await work
+            except asyncio.CancelledError:
+                if not self._requests.aborted:
+                    await self._record("interrupted", _CANCELLED)
+                    raise
+                stopped = (
+                    self._stopped("completed", "")
+                    if self._is_completed
+                    else await self._leave("interrupted", self._asked())
+                )
+            except Exception as error:
+                # Refusals are recorded already. An error of the program, or of an observer, is not.
+                if not isinstance(error, RotatorError):
+                    await self._record("failed", program_error(error))
+                raise
+            finally:
+                timer.cancel()
+                watching.cancel()
+                ticking.cancel()
+        self._notify(stopped)
+        return stopped
+
+    async def begin(self) -> int:
+        """Begin the rotation, or go on with it, for others to work on; return its id.
+
+        Raises:
+            RotatorError: It cannot be rotated, or another process is at it; nothing was changed.
+        """
+        async with connected(self._context.server) as control:
+            table = await self._check(control)
+            self._acquired = await Acquisition(control, table, self._context).acquire()
+        await self._record("interrupted", LEFT_TO_WORKERS)
+        return self._acquired.claim.rotation
+
+    async def _stop_in_time(self) -> None:
+        seconds = self._context.options.stop_after_seconds
+        if seconds is not None:
+            await asyncio.sleep(seconds)
+            self._requests.ask(STOP_AFTER)
+
+    async def _stop_when_told(self) -> None:
+        if self._should_stop is not None:
+            await watch(self._should_stop, lambda: self._requests.ask(_WORKER_STOPS))
+
+    async def _tick_through_outages(self) -> None:
+        """Tick while the server is unreachable, when there is no heartbeat."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if self._outage.is_away:
+                self._notify(Tick())
+
+    async def _through_outages(self) -> RotationStopped:
+        while True:
+            try:
+                async with connected(self._context.server) as control:
+                    self._table = self._table or await self._check(control)
+                    self._acquired = await self._own(control, self._table)
+                    status = await self._work(control, self._table, self._acquired)
+            except ServerLostError as lost:
+                if self._acquired is None:
+                    raise
+                if not await self._outlast(lost):
+                    asked = self._asked()
+                    return await (self._leave("interrupted", asked) if asked else self._give_up(lost))
+            except RotatorError as error:
+                return await self._give_up(error)
+            else:
+                if status == "completed":
+                    self._is_completed = True
+                    return await self._tidy(self._table)
+                return await self._leave(status, self._asked() or _REFUSED_ROWS)
+
+    async def _check(self, control: AsyncConnection) -> TargetTable:
+        """Refuse, before anything is changed, what cannot work; warn of what should not be."""
+        table = await check(control, self._context.target, self._context.options)
+        if showing := await settings_that_show_values(control):
+            self._notify(ServerLogShowsValues(settings=showing))
+        self._server_name = await name_server(control)
+        self._figures.storage_before = await read_storage(control, table)
+        await self._vacuuming.allow(control, table)
+        await self._try_values(control, table)
+        if self._context.options.preflight:
+            await self._preflight(control, table)
+        return table
+
+    async def _try_values(self, control: AsyncConnection, table: TargetTable) -> None:
+        """Refuse a generator that fails before the rotation begins."""
+        target, options = self._context.target, self._context.options
+        if not target.selection.generator:
+            return
+        found = await rotations.find_unfinished(control, target.label, table.found_name)
+        # What is resumed was tried, unless its generator is another one now.
+        if found is None or options.restart or Selection.read(found.selection) != target.selection:
+            await try_values(control, RangeUpdate(table, target.source, options.limits))
+
+    async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
+        """Tell what a new rotation will meet; one that goes on has been through that."""
+        target, options = self._context.target, self._context.options
+        examination = Examination(control, table, self._context.server, target)
+        unfinished = await examination.unfinished()
+        if unfinished is None and not options.restart:
+            # Acquiring the rotation checks this too, but the report is not worth showing before a refusal.
+            await rotations.check_repetition(
+                control, target.label, table.found_name, target.selection, after=options.after
+            )
+        if unfinished is None or options.restart:
+            self._notify(Preflighted(findings=await examination.examine(options)))
+        if self._requests.drain.is_set():
+            raise StoppedBeforeStartError(self._requests.signal)
+
+    async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
+        """Own the rotation, the first time or again after an outage."""
+        if self._acquired is None:
+            return await Acquisition(control, table, self._context).acquire()
+        return await regain(control, self._acquired, table, self._context)
+
+    async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
+        if acquired.is_completed:
+            self._tell_back((await rotations.read_owned(control, acquired.claim)).rows_done)
+            return "completed"
+        server = self._context.server
+        # The late rows' one is the only worker here where others do the ranges.
+        concurrency = 1 if self._context.publisher else self._context.options.concurrency
+        # With little of the budget left, one more attempt all the same.
+        seconds = min(OPEN_SECONDS, max(LEAST_OPEN_SECONDS, self._outage.left_seconds))
+        async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:
+            one_pass = Pass(connection, pool, table, acquired, self._context)
+            while True:
+                with first_error_alone():
+                    async with asyncio.TaskGroup() as tasks:
+                        heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
+                        owned = await one_pass.read_owned()
+                        self._tell_started(one_pass, owned)
+                        vacuum = tasks.create_task(
+                            self._vacuuming.beside(control, table, rows_total=owned.rows_total),
+                            name="rotator VACUUM",
+                        )
+                        locks = tasks.create_task(
+                            self._lock_watch.watch(control), name="rotator watch for lock holders"
+                        )
+                        status = await one_pass.work(owned)
+                        locks.cancel()
+                        vacuum.cancel()
+                        heart.cancel()
+                # Without the heartbeat, to which a completed rotation would not look like its own.
+                if status != "completed" or await one_pass.complete(owned):
+                    return status
+
+    async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await rotations.beat(
+                control,
+                acquired.claim,
+                rows_done=self._figures.rows_done,
+                active_seconds=self._figures.active_seconds,
+            )
+            self._notify(Tick())
+
+    def _tell_started(self, one_pass: Pass, owned: Owned) -> None:
+        self._tell_back(owned.rows_done)
+        if not self._figures.has_started:
+            self._late_rows_before = owned.late_rows
+            self._notify(one_pass.started(owned))
+
+    def _tell_back(self, rows_done: int) -> None:
+        if self._outage.is_away:
+            self._notify(OutageEnded(seconds=self._outage.back(), rows_done=rows_done))
+
+    async def _tidy(self, table: TargetTable) -> RotationStopped:
+        """Vacuum once more; the workers have left, so what they have done is in the statistics by now."""
+        await self._vacuuming.at_the_end(table)
+        with suppress(RotatorError):
+            async with connected(self._context.server) as connection:
+                self._figures.storage = await read_storage(connection, table)
+                if self._context.target.condition is not None:
+                    self._figures.table_rows = await count_table(connection, table, seconds=COUNT_SECONDS)
+        return self._stopped("completed", "")
+
+    async def _outlast(self, lost: ServerLostError) -> bool:
+        """Wait before the next attempt; False where the budget is used up or a stop was asked for."""
+        is_new = not self._outage.is_away
+        self._outage.lost()
+        if is_new:
+            self._notify(OutageStarted(reason=str(lost), budget_seconds=self._outage.left_seconds))
+        if self._outage.left_seconds <= 0:
+            return False
+        return not await self._requests.wait(self._outage.delay_seconds())
+
+    async def _give_up(self, error: RotatorError) -> RotationStopped:
+        if self._acquired is None:
+            raise error
+        superseded = isinstance(error, SupersededError)
+        status: EndStatus = "interrupted" if isinstance(error, ServerLostError) or superseded else "failed"
+        # Another worker resumes what this one could not.
+        is_left = isinstance(error, ServerLostError) and self._should_stop is not None
+        await self._record(status, LEFT_TO_WORKERS if is_left else str(error))
+        if not self._figures.has_started:
+            raise error
+        return self._stopped(status, str(error), superseded=superseded)
+
+    async def _leave(self, status: EndStatus, error: str) -> RotationStopped:
+        await self._record(status, error)
+        if not self._figures.has_started:
+            raise StoppedBeforeStartError(self._requests.signal)
+        return self._stopped(status, error)
+
+    async def _record(self, status: EndStatus, error: str) -> None:
+        """Tell the database how the run leaves its rotation, as well as that can be done now."""
+        if self._acquired is None:
+            return
+        # Whatever stands in the way, the account of the run is worth more than this error.
+        with suppress(RotatorError, TimeoutError):
+            async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
+                self._figures.rows_done = await rotations.stop(
+                    connection,
+                    self._acquired.claim,
+                    status=status,
+                    error=error,
+                    active_seconds=self._figures.active_seconds,
+                )
+                if self._table is not None:
+                    self._figures.storage = await read_storage(connection, self._table)
+                    owned = await rotations.read_owned(connection, self._acquired.claim)
+                    if owned.bound is not None:
+                        left = await gaps(connection, self._table, owned.claim.rotation, owned.bound)
+                        self._figures.spans = spans_between(left, owned.bound)
+
+    def _asked(self) -> str:
+        if not self._requests.drain.is_set():
+            return ""
+        # Said at once, or somebody who looks would take it for the end.
+        is_handed_on = self._requests.reason == _WORKER_STOPS
+        return LEFT_TO_WORKERS if is_handed_on else f"Stopped by {self._requests.reason}."
+
+    def _stopped(self, status: EndStatus, error: str, *, superseded: bool = False) -> RotationStopped:
+        owner, chosen = self._context.owner, self._context.target.selection
+        return self._figures.stopped(
+            status,
+            error=error,
+            late_rows_before=self._late_rows_before,
+            superseded=superseded,
+            run=RunFacts(
+                started_at=self._figures.started_at,
+                ended_at=datetime.now(UTC),
+                user=owner.user,
+                host=owner.host,
+                server_name=self._server_name,
+                table_name=self._table.found_name if self._table else "",
+                filters=chosen.filters,
+                excludes=chosen.excludes,
+                generator=chosen.generator,
+                include_null=chosen.include_null,
+            ),
+        )
+
+    def _notify(self, event: Event) -> None:
+        self._figures.take(event)
+        self._lock_watch.take(event)
+        if isinstance(event, RangeCompleted | LateRowsRotated):
+            self._outage.works()
+        self._observer(event)

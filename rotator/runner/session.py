@@ -1,0 +1,252 @@
+"""The work of one generation: freeze the bound, rotate the gaps, confirm, complete."""
+
+from dataclasses import replace
+from typing import Final
+
+from psycopg import AsyncConnection
+from psycopg_pool import AsyncConnectionPool
+
+from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed
+from rotator.exceptions import RotatorError
+from rotator.postgres import rotations
+from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
+from rotator.postgres.last_writers import LastWriters, count_last_writers
+from rotator.postgres.older_rows import OlderRows
+from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
+from rotator.postgres.rotations import Owned
+from rotator.postgres.table import TargetTable
+from rotator.postgres.writer import PostgresWriter, RangeUpdate
+from rotator.ranges import KeySpan
+from rotator.runner.acquire import Acquired
+from rotator.runner.context import AnnouncingWriter, RunContext
+from rotator.runner.distribution import Distribution
+from rotator.runner.engine import Engine, EngineOptions
+from rotator.runner.late_rows import older_writers_are_over, rotate_older_rows
+from rotator.runner.preflight import raised_limit, with_raised
+
+STOP_AFTER: Final = "--stop-after"
+OLDER_WRITERS_SECONDS: Final = 5.0
+COUNT_SECONDS: Final = 2.0
+CONFIRMATIONS: Final = 5
+
+
+class Pass:
+    """What one generation does, until it is done, drained, or loses a connection."""
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        pool: AsyncConnectionPool,
+        table: TargetTable,
+        acquired: Acquired,
+        context: RunContext,
+    ) -> None:
+        """Take connections in autocommit mode.
+
+        Args:
+            connection: For this pass's use alone: it opens transactions of several statements.
+            pool: The workers'.
+            table: The target's table.
+            acquired: What this process owns.
+            context: The run's surroundings.
+        """
+        self._connection = connection
+        self._pool = pool
+        self._table = table
+        self._acquired = acquired
+        self._context = context
+        self._limits = context.options.limits
+
+    async def read_owned(self) -> Owned:
+        """Read what is owned from the database, with its bound frozen where there are rows."""
+        owned = await rotations.read_owned(self._connection, self._acquired.claim)
+        return owned if owned.bound is not None else await self._freeze(owned)
+
+    def started(self, owned: Owned) -> RotationStarted:
+        """Return what there is to tell when the first pass of a run begins."""
+        return RotationStarted(
+            rotation=owned.claim.rotation,
+            target=self._context.target.label,
+            rows_total=owned.rows_total,
+            rows_total_is_exact=owned.rows_total_is_exact,
+            rows_done=owned.rows_done,
+            seconds_before=owned.seconds_before,
+            stopped_at=self._acquired.stopped_at,
+            concurrency=self._context.options.concurrency,
+            batch=self._context.options.batch,
+        )
+
+    async def work(self, owned: Owned) -> EndStatus:
+        """Rewrite what is left.
+
+        Returns:
+            ``completed`` where nothing is left to do but to say so.
+        """
+        options, requests = self._context.options, self._context.requests
+        await self._rotate_gaps(owned)
+        if requests.drain.is_set():
+            return "interrupted"
+        if self._context.figures.failed_keys:
+            return "failed"
+        # Rows that were deleted since they were planned leave the limit unreached, and end it too.
+        if options.stop_after_rows is not None and await self._gaps(owned):
+            requests.ask(STOP_AFTER)
+            return "interrupted"
+        is_confirmed = await self._confirm(owned)
+        if requests.drain.is_set():
+            return "interrupted"
+        return "completed" if is_confirmed else "failed"
+
+    async def complete(self, owned: Owned) -> bool:
+        """Mark the rotation completed; False where the checkpoints leave a gap after all."""
+        figures = self._context.figures
+        rows_done = await rotations.complete(
+            self._connection,
+            self._table,
+            owned.claim,
+            owned.bound,
+            active_seconds=figures.active_seconds,
+            unconfirmed_rows=figures.unconfirmed_rows,
+        )
+        if rows_done is None:
+            return False
+        figures.rows_done = rows_done
+        return True
+
+    async def _freeze(self, owned: Owned) -> Owned:
+        # Before the bound: a row that is committed late and then written again, title or whatever, has a
+        # new xmin and a leaked token, and only planning it finds it.
+        await older_writers_are_over(
+            self._connection,
+            self._table,
+            owned.started_xid,
+            seconds=OLDER_WRITERS_SECONDS,
+            requests=self._context.requests,
+            notify=self._context.notify,
+        )
+        bound = await last_key(self._connection, self._table)
+        if bound is None:
+            return owned
+        rows_total, is_exact = await count_rows(self._connection, self._table, bound, seconds=COUNT_SECONDS)
+        await rotations.freeze_bound(
+            self._connection, owned.claim, bound=bound, rows_total=rows_total, is_exact=is_exact
+        )
+        return replace(owned, bound=bound, rows_total=rows_total, rows_total_is_exact=is_exact)
+
+    async def _gaps(self, owned: Owned) -> list[KeySpan]:
+        if owned.bound is None:
+            return []
+        return await gaps(self._connection, self._table, owned.claim.rotation, owned.bound)
+
+    async def _rotate_gaps(self, owned: Owned) -> None:
+        options = self._context.options
+        limit = options.stop_after_rows
+        rows_at_most = None if limit is None else max(0, limit - self._context.figures.rows_this_run)
+        planner, drain = IndexPlanner(self._connection, self._table), self._context.requests.drain
+        if self._context.publisher is not None:
+            distribution = Distribution(
+                self._connection,
+                planner,
+                owned.claim,
+                self._context.publisher,
+                batch=options.batch,
+                notify=self._context.notify,
+            )
+            await distribution.run(
+                await self._gaps(owned),
+                drain,
+                rows_left=max(0, owned.rows_total - owned.rows_done),
+                rows_at_most=rows_at_most,
+            )
+            return
+        await self._allow_for_planning(owned)
+        update = RangeUpdate(self._table, self._context.target.source, self._limits)
+        writer = PostgresWriter(self._pool, update, owned.claim)
+        announce = self._context.announce
+        engine = Engine(
+            planner,
+            writer if announce is None else AnnouncingWriter(writer, announce, owned.claim.rotation),
+            notify=self._context.notify,
+            options=EngineOptions(
+                concurrency=options.concurrency,
+                batch=options.batch,
+                rows_at_most=rows_at_most,
+            ),
+        )
+        await engine.run(await self._gaps(owned), drain)
+
+    async def _allow_for_planning(self, owned: Owned) -> None:
+        limits = self._context.options.limits
+        if owned.bound is None:
+            return
+        update = RangeUpdate(self._table, self._context.target.source, limits)
+        if raised := await raised_limit(self._connection, update, limits, owned.bound):
+            self._limits = with_raised(limits, raised)
+            self._context.notify(raised)
+
+    async def _confirm(self, owned: Owned) -> bool:
+        """Make sure that no row is left that nothing has written since the rotation began.
+
+        Returns:
+            Whether that is so; not where a stop was asked for, or rows were refused.
+
+        Raises:
+            TargetError: The target is not what the rotation was begun on.
+            RotatorError: Such rows are left, whatever is tried.
+        """
+        requests, notify = self._context.requests, self._context.notify
+        if not await older_writers_are_over(
+            self._connection, self._table, owned.started_xid, seconds=None, requests=requests, notify=notify
+        ):
+            return False
+        older_rows = OlderRows(
+            self._connection,
+            self._table,
+            owned.claim,
+            started_xid=owned.started_xid,
+            source=self._context.target.source,
+            limits=self._limits,
+        )
+        notify(ConfirmationStarted())
+        attempts = 0
+        while True:
+            writers = await requests.unless_asked(self._count_last_writers(owned))
+            if writers is None:
+                return False
+            if not writers.older:
+                notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
+                return True
+            rotated = await rotate_older_rows(
+                older_rows,
+                batch=self._context.options.batch,
+                requests=requests,
+                notify=notify,
+                announce=self._context.announce,
+            )
+            if requests.drain.is_set() or self._context.figures.failed_keys:
+                return False
+            attempts = 0 if rotated else attempts + 1
+            if attempts >= CONFIRMATIONS:
+                raise RotatorError(
+                    f"{writers.older:,} rows of {self._context.target.label} have not been written since the "
+                    f"rotation began, and {attempts} attempts have not reached them: look for a trigger or a "
+                    "policy that hides them, then run the same command again."
+                )
+
+    async def _count_last_writers(self, owned: Owned) -> LastWriters:
+        rewritten: tuple[int, ...] = ()
+        if saved := TargetIdentity.from_json(owned.identity):
+            now = await read_identity(self._connection, self._table)
+            rewritten = saved.rewritten(now)
+            if difference := saved.difference(now):
+                raise changed_target(owned.claim.rotation, self._context.target.label, difference)
+        writers = await count_last_writers(
+            self._connection,
+            self._table,
+            rotation=owned.claim.rotation,
+            started_xid=owned.started_xid,
+            rewritten=rewritten,
+        )
+        if writers.renewed:
+            raise changed_target(owned.claim.rotation, self._context.target.label, REWRITTEN)
+        return writers
