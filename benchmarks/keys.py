@@ -88,15 +88,15 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
 
 
 def _tickets(server: Server, rows: int, kind: str | None) -> Database:
-    made = server.tickets(rows)
+    new_values = server.tickets(rows)
     if kind is not None:
-        made.run(
+        new_values.run(
             f"ALTER TABLE {TABLE} ALTER id DROP IDENTITY",
             f"ALTER TABLE {TABLE} ALTER id TYPE {kind}",
             f"VACUUM ANALYZE {TABLE}",
             "CHECKPOINT",
         )
-    return made
+    return new_values
 
 
 def _rotate(server: Server, original: Database, options: argparse.Namespace) -> Measurement:

@@ -12,7 +12,7 @@ WATCH_SECONDS: Final = 0.25
 
 
 @contextmanager
-def first_error_alone() -> Iterator[None]:
+def unwrap_group() -> Iterator[None]:
     """Raise the first error of a task group's exception group in its place.
 
     The errors after it are those of a run that was falling apart already.
@@ -30,7 +30,7 @@ async def watch(is_due: Callable[[], bool], act: Callable[[], None]) -> None:
     act()
 
 
-async def in_abandonable_thread(call: Callable[[], T]) -> T:
+async def run_in_daemon_thread(call: Callable[[], T]) -> T:
     """Call in a thread of its own, which may hang for good once nobody waits for it any more.
 
     The threads of the loop's own pool are waited for when the loop is closed.

@@ -41,15 +41,15 @@ from rotator.fields.connections import (
     run,
     unlogged,
 )
-from rotator.fields.receivers import announcer
+from rotator.fields.receivers import commit_callback
 from rotator.fields.target import find_fields, resolve
-from rotator.options import MOST_BATCH_ROWS, RunOptions, Selection, WaitLimits
+from rotator.options import MAX_BATCH_ROWS, RunOptions, Selection, WaitLimits
 from rotator.postgres.connection import Server
-from rotator.postgres.fence import Claim
-from rotator.postgres.identity import SESSION_QUERY, Session, TargetIdentity, check_same_session
+from rotator.postgres.fence import Lease
+from rotator.postgres.identity import SESSION_QUERY, SessionIdentity, TargetIdentity, check_same_session
 from rotator.postgres.values import FromRows, Place, Values
 from rotator.ranges import Key
-from rotator.runner.context import Announce, RunTarget, ShouldStop
+from rotator.runner.context import OnCommit, RunTarget, ShouldStop
 from rotator.runner.distribution import SpanPublisher
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
 from rotator.runner.runner import Run
@@ -147,7 +147,13 @@ class Prepared:
         # for whoever has not set up logging.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         rotation = Run(
-            self.server, self.target, self.options, observer, self._announce(observer), publisher, should_stop
+            self.server,
+            self.target,
+            self.options,
+            observer,
+            self._on_commit(observer),
+            publisher,
+            should_stop,
         )
         if not self.options.preflight:
             for warning in self.target.warnings:
@@ -161,12 +167,12 @@ class Prepared:
         return Outcome(stopped=stopped, exit_status=_exit_status(rotation, stopped))
 
     def rotate_span(
-        self, claim: Claim, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
+        self, lease: Lease, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
     ) -> None:
         """Rewrite what is left of a distributed rotation's span.
 
         Args:
-            claim: What the message about the span says of the rotation.
+            lease: What the message about the span says of the rotation.
             span: The span's id.
             should_stop: Whether the worker has to stop.
             identity: What the rotation was begun on.
@@ -176,12 +182,12 @@ class Prepared:
         """
         close_idle()
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        run(lambda: self._rotate_span(claim, span, should_stop, identity))
+        run(lambda: self._rotate_span(lease, span, should_stop, identity))
 
     async def _rotate_span(
-        self, claim: Claim, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
+        self, lease: Lease, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
     ) -> None:
-        work = SpanWork(self.server, self.target, self.options, claim, self._announce(), should_stop)
+        work = SpanWork(self.server, self.target, self.options, lease, self._on_commit(), should_stop)
         aliases = await sync_to_async(open_aliases)()
         try:
             await work.rotate(span, TargetIdentity.from_json(identity))
@@ -198,8 +204,8 @@ class Prepared:
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         return run(lambda: dry_run(self.server, self.target, self.options))
 
-    def _announce(self, observer: Observer | None = None) -> Announce | None:
-        return announcer(apps.get_model(self.target.model), self.target.database, observer)
+    def _on_commit(self, observer: Observer | None = None) -> OnCommit | None:
+        return commit_callback(apps.get_model(self.target.model), self.target.database, observer)
 
 
 def default_target() -> tuple[str, ...]:
@@ -282,7 +288,7 @@ def _check_sockets() -> None:
         )
 
 
-def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> Session:
+def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> SessionIdentity:
     """Ask one of Django's own connections what it sees.
 
     Args:
@@ -293,10 +299,10 @@ def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> Sess
     with unlogged(connection.alias), connection.cursor() as cursor:
         cursor.execute(SESSION_QUERY, (name, name))
         names = [column.name for column in cursor.description]
-        return Session(**dict(zip(names, cursor.fetchone(), strict=True)))
+        return SessionIdentity(**dict(zip(names, cursor.fetchone(), strict=True)))
 
 
-def _in_session(source: FromRows, database: str, path: tuple[str, ...], session: Session) -> FromRows:
+def _in_session(source: FromRows, database: str, path: tuple[str, ...], session: SessionIdentity) -> FromRows:
     """Return a source that reads the rows of the same table, in whichever thread it is.
 
     Each thread has Django connections of its own, and a project may have set up this thread's alone.
@@ -341,7 +347,7 @@ def _check_migrations(connection: BaseDatabaseWrapper) -> None:
         )
 
 
-def _server(connection: BaseDatabaseWrapper, session: Session) -> Server:
+def _server(connection: BaseDatabaseWrapper, session: SessionIdentity) -> Server:
     return Server(
         parameters=_parameters(connection),
         role=connection.settings_dict.get("OPTIONS", {}).get("assume_role"),
@@ -432,7 +438,7 @@ class _Call:
             ),
         )
 
-    def prepare_beside(self) -> Prepared:
+    def prepare_with_callers_connections(self) -> Prepared:
         """Prepare with the caller's connections, and leave them as they were."""
         with borrowed():
             return self.prepare()
@@ -484,7 +490,7 @@ async def rotate(  # noqa: PLR0913 - the options of the command, by name
         ),
     )
     # Django's connections must not be used in the loop's thread.
-    prepared = await sync_to_async(call.prepare_beside)()
+    prepared = await sync_to_async(call.prepare_with_callers_connections)()
     outcome = await prepared.rotate_in_this_loop(observer or _ignore)
     return _completed(outcome.stopped)
 
@@ -538,7 +544,7 @@ def rotate_sync(  # noqa: PLR0913 - the options of the command, by name
             outage_budget=outage_budget,
         ),
     )
-    prepared = call.prepare_beside()
+    prepared = call.prepare_with_callers_connections()
     with borrowed():
         return _completed(prepared.rotate(observer or _ignore, keeps_connections=True).stopped)
 
@@ -553,9 +559,9 @@ def _options(
     lock_timeout: timedelta,
     outage_budget: timedelta,
 ) -> RunOptions:
-    if concurrency < 1 or not 1 <= batch <= MOST_BATCH_ROWS:
+    if concurrency < 1 or not 1 <= batch <= MAX_BATCH_ROWS:
         raise OptionError(
-            f"concurrency and batch must be 1 or more, and batch {MOST_BATCH_ROWS:,} or less, not "
+            f"concurrency and batch must be 1 or more, and batch {MAX_BATCH_ROWS:,} or less, not "
             f"{concurrency} and {batch}."
         )
     # The server takes a timeout of 0 for none.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypeAlias
 
-from rotator.ranges import Key, KeySpan
+from rotator.ranges import Key, KeyInterval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,7 @@ class TableFindings:
         return sum(index.size_bytes for index in self.indexes if index.holds_column)
 
     @property
-    def stays_out_of_indexes(self) -> bool:
+    def is_not_indexed(self) -> bool:
         """Whether an update need not touch any index, where the page has room for the new row."""
         return not any(index.holds_column for index in self.indexes)
 
@@ -217,7 +217,7 @@ def estimate_wal(table: TableFindings, server: ServerFindings, rows: int) -> Wal
     order and so but once, those of an index of random values again after each checkpoint.
     """
     row_bytes = table.heap_bytes / max(table.rows, 1) + _ROW_OVERHEAD_BYTES
-    row_bytes += 0 if table.stays_out_of_indexes else _ENTRY_BYTES * len(table.indexes)
+    row_bytes += 0 if table.is_not_indexed else _ENTRY_BYTES * len(table.indexes)
     part = min(1.0, rows / max(table.rows, 1))
     once_bytes = rows * row_bytes
     if server.full_page_writes:
@@ -398,7 +398,7 @@ class OutageEnded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BrokerAway:
+class BrokerUnreachable:
     """The broker cannot be reached; spans wait to be published, and what workers have goes on.
 
     Attributes:
@@ -669,7 +669,7 @@ class RotationStopped:
     error: str = ""
     superseded: bool = False
     run: RunFacts | None = None
-    spans: tuple[KeySpan, ...] = ()
+    spans: tuple[KeyInterval, ...] = ()
     table_rows: int | None = None
     table_rows_is_exact: bool = True
 
@@ -683,7 +683,7 @@ Event: TypeAlias = (
     | RowFailed
     | OutageStarted
     | OutageEnded
-    | BrokerAway
+    | BrokerUnreachable
     | WorkersSilent
     | OwnerWatched
     | ServerLogShowsValues

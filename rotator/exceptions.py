@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from signal import Signals
 
-from rotator.ranges import KeySpan
+from rotator.ranges import KeyInterval
 
 
 class RotatorError(Exception):
@@ -59,7 +59,7 @@ class SupersededError(RotatorError):
     """Another process has taken the rotation over; this one must not write any more."""
 
 
-class RotationOverError(RotatorError):
+class RotationFinishedError(RotatorError):
     """The rotation that was to be gone on with is not unfinished any more; nothing was changed."""
 
 
@@ -75,28 +75,28 @@ class RowsLockedError(RotatorError):
     """Somebody else holds rows of a range; nothing was written, and it can be tried again later."""
 
 
-class RangeRefusedError(RotatorError):
+class RangeRejectedError(RotatorError):
     """The server refused a range and rolled it back.
 
     Attributes:
         condition: The server's name for it, with the constraint's where there is one; never a value.
-        passing: Whether the same range may well succeed when it is tried again.
+        retryable: Whether the same range may well succeed when it is tried again.
     """
 
-    def __init__(self, condition: str, *, passing: bool) -> None:
+    def __init__(self, condition: str, *, retryable: bool) -> None:
         super().__init__(f"The server refused a range: {condition}.")
         self.condition = condition
-        self.passing = passing
+        self.retryable = retryable
 
 
-class RangeTooSlowError(RangeRefusedError):
+class RangeTooSlowError(RangeRejectedError):
     """A range took longer than it may hold the application up; smaller ones will not."""
 
     def __init__(self, condition: str) -> None:
-        super().__init__(condition, passing=True)
+        super().__init__(condition, retryable=True)
 
 
-class EveryRowRefusedError(RotatorError):
+class EveryRowRejectedError(RotatorError):
     """The server refused every row that was tried; none was changed."""
 
     def __init__(self, rows: int, condition: str) -> None:
@@ -125,7 +125,7 @@ class OldValuesKeptError(RotatorError):
 class ValuesError(RotatorError):
     """Something is wrong with the new values; never says what they are."""
 
-    def of(self, key_range: KeySpan) -> "ValuesError":
+    def of(self, key_range: KeyInterval) -> "ValuesError":
         """Return the same error, with the range that the values were for."""
         said = str(self).rstrip(".")
         return ValuesError(

@@ -33,8 +33,8 @@ class Selection:
         return bool(self.filters or self.excludes)
 
     @classmethod
-    def read(cls, saved: Mapping[str, Any]) -> "Selection":
-        """Return what :meth:`saved` was made of."""
+    def from_json(cls, saved: Mapping[str, Any]) -> "Selection":
+        """Return what :meth:`to_json` was made of."""
         return cls(
             filters=tuple(saved.get("filters", ())),
             excludes=tuple(saved.get("excludes", ())),
@@ -44,7 +44,7 @@ class Selection:
             ignore_derived=tuple(saved.get("ignore_derived", ())),
         )
 
-    def saved(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return it as JSON types, for the rotation's row."""
         return asdict(self)
 
@@ -93,7 +93,7 @@ class WaitLimits:
 
 
 # The rows of a range are numbered by the server's ``integer``.
-MOST_BATCH_ROWS: Final = 2**31 - 1
+MAX_BATCH_ROWS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,12 +134,12 @@ class RunOptions:
     listens_to_signals: bool = True
 
     @classmethod
-    def read(cls, saved: Mapping[str, Any]) -> "RunOptions":
-        """Return what :meth:`saved` was made of, by this version or another."""
+    def from_json(cls, saved: Mapping[str, Any]) -> "RunOptions":
+        """Return what :meth:`to_json` was made of, by this version or another."""
         limits = _known(WaitLimits, saved.get("limits", {}))
         return cls(**_known(cls, saved) | {"limits": WaitLimits(**limits)})
 
-    def saved(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return them as JSON types, for the rotation's row."""
         return asdict(self)
 

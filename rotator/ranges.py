@@ -13,7 +13,7 @@ goes back to it exactly as it came.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeySpan:
+class KeyInterval:
     """The rows with ``after < key <= through``, however many there are.
 
     Attributes:
@@ -30,7 +30,7 @@ class KeySpan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeyRange(KeySpan):
+class KeyRange(KeyInterval):
     """A span that was planned as one unit of work.
 
     Attributes:
@@ -40,18 +40,18 @@ class KeyRange(KeySpan):
     rows: int
 
 
-def spans_between(gaps: Sequence[KeySpan], bound: Key) -> tuple[KeySpan, ...]:
+def intervals_between(gaps: Sequence[KeyInterval], bound: Key) -> tuple[KeyInterval, ...]:
     """Return the spans up to the bound that lie between gaps.
 
     Args:
         gaps: The gaps up to the bound, in key order.
         bound: The upper key bound.
     """
-    spans, after, is_covered = list[KeySpan](), None, True
+    spans, after, is_covered = list[KeyInterval](), None, True
     for gap in gaps:
         if gap.after != after and gap.after is not None:
-            spans.append(KeySpan(after=after, through=gap.after))
+            spans.append(KeyInterval(after=after, through=gap.after))
         after, is_covered = gap.through, gap.through != bound
     if is_covered:
-        spans.append(KeySpan(after=after, through=bound))
+        spans.append(KeyInterval(after=after, through=bound))
     return tuple(spans)

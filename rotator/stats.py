@@ -33,10 +33,10 @@ from rotator.events import (
     Vacuumed,
     VacuumStarted,
 )
-from rotator.ranges import Key, KeySpan
+from rotator.ranges import Key, KeyInterval
 
 WINDOW_SECONDS = 20.0
-FEWEST_SAMPLES = 8
+MIN_SAMPLES = 8
 WARM_UP_SECONDS = 2.0
 STALL_SECONDS = 10.0
 HELD_UP_SECONDS = 1.0
@@ -53,7 +53,7 @@ class _Sample:
 class RecentRate:
     """The rate of the last ``WINDOW_SECONDS``, steady although rows come a range at a time.
 
-    Two things keep it from jumping: the window stretches until it holds ``FEWEST_SAMPLES``, so that a few
+    Two things keep it from jumping: the window stretches until it holds ``MIN_SAMPLES``, so that a few
     slow ranges are not measured by which of them happen to be inside; and silence counts only once it is
     longer than a range takes, because until then it is merely the time between two ranges.
 
@@ -87,7 +87,7 @@ class RecentRate:
             return None
         first, *counted = self._samples
         since = first.at
-        if len(counted) >= FEWEST_SAMPLES and counted[0].at > now - WINDOW_SECONDS:
+        if len(counted) >= MIN_SAMPLES and counted[0].at > now - WINDOW_SECONDS:
             # Only a silence can lie between `first` and the window; it is over and no longer recent.
             since = max(since, now - WINDOW_SECONDS)
         elapsed = max(counted[-1].at, now - self._patience()) - since
@@ -111,7 +111,7 @@ class RecentRate:
 
     def _forget(self, now: float) -> None:
         # The oldest sample's rows are not counted: it only says since when the others were done.
-        while len(self._samples) > FEWEST_SAMPLES + 1 and self._samples[1].at <= now - WINDOW_SECONDS:
+        while len(self._samples) > MIN_SAMPLES + 1 and self._samples[1].at <= now - WINDOW_SECONDS:
             self._samples.popleft()
 
     def _patience(self) -> float:
@@ -295,7 +295,7 @@ class Figures:
     storage_before: Storage | None = None
     storage: Storage | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    spans: tuple[KeySpan, ...] = ()
+    spans: tuple[KeyInterval, ...] = ()
     table_rows: tuple[int | None, bool] = (None, True)
     _started: RotationStarted | None = None
     unconfirmed_rows: int | None = None

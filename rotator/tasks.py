@@ -21,7 +21,7 @@ from django.db import InterfaceError, OperationalError
 from django.db.models.functions import Now
 from django.utils.module_loading import import_string
 
-from rotator.aio import in_abandonable_thread
+from rotator.aio import run_in_daemon_thread
 from rotator.api import prepare
 from rotator.apps import read_setting
 from rotator.events import Observer
@@ -29,7 +29,7 @@ from rotator.exceptions import (
     BrokerError,
     OptionError,
     OwnedElsewhereError,
-    RotationOverError,
+    RotationFinishedError,
     RotatorError,
     RowsLockedError,
     ServerLostError,
@@ -37,14 +37,14 @@ from rotator.exceptions import (
 )
 from rotator.models import Rotation, Span
 from rotator.options import RunOptions, Selection
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.progress import log_observer
 from rotator.runner.context import ShouldStop
 from rotator.runner.distribution import SPANS_OUTSTANDING, SpanPublisher
 from rotator.runner.runner import LEFT_TO_WORKERS, program_error
 
 
-def work_on_span(database: str, claim: Claim, span: int, should_stop: ShouldStop) -> None:
+def work_on_span(database: str, lease: Lease, span: int, should_stop: ShouldStop) -> None:
     """Rewrite what is left of a span; nothing where it is another's by now, or nobody's.
 
     An error that trying again here does not mend is noted with the span, and ends the rotation: what it is
@@ -52,7 +52,7 @@ def work_on_span(database: str, claim: Claim, span: int, should_stop: ShouldStop
 
     Args:
         database: Django's alias of the database.
-        claim: What the message about the span says of the rotation.
+        lease: What the message about the span says of the rotation.
         span: The span's id.
         should_stop: Whether the worker has to stop.
 
@@ -61,21 +61,21 @@ def work_on_span(database: str, claim: Claim, span: int, should_stop: ShouldStop
     """
     rotation = (
         Rotation.objects.using(database)
-        .filter(pk=claim.rotation, generation=claim.generation, status=Rotation.Status.RUNNING)
+        .filter(pk=lease.rotation, generation=lease.generation, status=Rotation.Status.RUNNING)
         .first()
     )
     if rotation is None:
         return
-    options, selection = RunOptions.read(rotation.options), Selection.read(rotation.selection)
+    options, selection = RunOptions.from_json(rotation.options), Selection.from_json(rotation.selection)
     try:
         prepared = prepare(rotation.target.split(), database, options, selection, is_begun=True)
-        prepared.rotate_span(claim, span, should_stop, rotation.identity)
+        prepared.rotate_span(lease, span, should_stop, rotation.identity)
     except (ServerLostError, RowsLockedError, OperationalError, InterfaceError):
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, RotatorError) else program_error(error)
         Span.objects.using(database).filter(
-            pk=span, rotation=rotation, rotation__generation=claim.generation, finished_at=None
+            pk=span, rotation=rotation, rotation__generation=lease.generation, finished_at=None
         ).update(error=reason, finished_at=Now(), updated_at=Now())
         raise
 
@@ -108,7 +108,7 @@ def coordinate_rotation(
     if rotation is None or (rotation.status != Rotation.Status.RUNNING and rotation.error != LEFT_TO_WORKERS):
         return False
     options = replace(
-        RunOptions.read(rotation.options),
+        RunOptions.from_json(rotation.options),
         rotation=number,
         # The signals of a worker are its own, and nobody looks at a preflight here.
         listens_to_signals=False,
@@ -120,14 +120,16 @@ def coordinate_rotation(
     )
     lost = ""
     try:
-        prepared = prepare(rotation.target.split(), database, options, Selection.read(rotation.selection))
+        prepared = prepare(
+            rotation.target.split(), database, options, Selection.from_json(rotation.selection)
+        )
         outcome = prepared.rotate(observer, publisher, should_stop)
         stopped = outcome.stopped
         # An option that ended the run has nothing left for another worker.
         is_left = stopped.status == "interrupted" and outcome.exit_status != 0 and not stopped.superseded
         if is_left and not should_stop():
             lost = stopped.error
-    except RotationOverError:
+    except RotationFinishedError:
         is_left = False
     except StoppedBeforeStartError:
         is_left = True
@@ -154,7 +156,7 @@ TIME_LIMIT_SECONDS: Final = 1800
 HAND_ON_SECONDS: Final = 1200
 ASK_AGAIN_SECONDS: Final = 60
 PUBLISH_SECONDS: Final = 10.0
-LONGEST_BROKER_WAIT_SECONDS: Final = 300.0
+MAX_BROKER_WAIT_SECONDS: Final = 300.0
 
 # Shared with the processes that the worker forks, which are told nothing else of its shutdown.
 _shutdown = mmap.mmap(-1, 1)
@@ -184,8 +186,8 @@ _OPTIONS: Final[dict[str, Any]] = {
 @shared_task(name="rotator.rotate_span", **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
 def rotate_span(database: str, rotation: int, generation: int, span: int) -> None:
     """Rewrite what is left of a span; harmless however often and late it is delivered."""
-    claim = Claim(rotation=rotation, generation=generation)
-    work_on_span(database, claim, span, _until_handed_on())
+    lease = Lease(rotation=rotation, generation=generation)
+    work_on_span(database, lease, span, _until_handed_on())
 
 
 @shared_task(name="rotator.coordinate", bind=True, max_retries=None, **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
@@ -223,13 +225,13 @@ class CeleryPublisher:
         self._database = database
         self._published: deque[str] = deque(maxlen=2 * SPANS_OUTSTANDING)
 
-    async def publish(self, claim: Claim, span: int) -> None:
+    async def publish(self, lease: Lease, span: int) -> None:
         """Have some worker rotate a span.
 
         Raises:
             BrokerError: The broker cannot be reached; the span was perhaps published all the same.
         """
-        arguments = (self._database, claim.rotation, claim.generation, span)
+        arguments = (self._database, lease.rotation, lease.generation, span)
         self._published.append(await _published(rotate_span, arguments))
 
     async def revoke(self) -> None:
@@ -297,11 +299,11 @@ class BrokerCalls:
         now = self._clock()
         hanging = [since for since in list(self._running_since.values()) if now - since >= PUBLISH_SECONDS]
         if hanging:
-            wait_seconds = min(LONGEST_BROKER_WAIT_SECONDS, PUBLISH_SECONDS * 2.0 ** min(len(hanging), 10))
+            wait_seconds = min(MAX_BROKER_WAIT_SECONDS, PUBLISH_SECONDS * 2.0 ** min(len(hanging), 10))
             if now - max(hanging) < wait_seconds:
                 raise TimeoutError
 
-    def noted(self, call: Callable[[], Any]) -> Callable[[], Any]:
+    def tracked(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """Return the same call, which counts for as long as it runs."""
 
         def work() -> Any:  # noqa: ANN401 - whatever the call returns
@@ -323,6 +325,6 @@ async def _in_time(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - Celery has
     try:
         _calls.check()
         async with asyncio.timeout(PUBLISH_SECONDS):
-            return await in_abandonable_thread(_calls.noted(call))
+            return await run_in_daemon_thread(_calls.tracked(call))
     except Exception as error:  # noqa: BLE001 - each broker's library has errors of its own
         raise BrokerError(f"The broker cannot be reached ({type(error).__name__}).") from None

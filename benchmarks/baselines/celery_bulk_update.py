@@ -53,8 +53,8 @@ def main() -> None:
     options = parser.parse_args()
     if not os.environ.get("CELERY_BASELINE_FOLDER"):
         # The worker imports this module too, and has to find the same broker.
-        with tempfile.TemporaryDirectory() as made:
-            environment = {**os.environ, "CELERY_BASELINE_FOLDER": made}
+        with tempfile.TemporaryDirectory() as new_values:
+            environment = {**os.environ, "CELERY_BASELINE_FOLDER": new_values}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
     with _running_broker(), _running_worker(options.threads):
         after, published = 0, 0

@@ -13,14 +13,14 @@ from django.db.models import Model
 from rotator.events import Observer, ReceiverFailed, RowsRotated
 from rotator.exceptions import ServerLostError
 from rotator.fields.connections import lost_connection
-from rotator.runner.context import Announce
+from rotator.runner.context import OnCommit
 from rotator.signals import range_rotated
 
 # A receiver that lost Django's connection is called again after each of these seconds.
 RETRY_SECONDS: Final = (0.0, 0.2, 1.0, 3.0)
 
 
-def announcer(sender: type[Model], database: str, observer: Observer | None) -> Announce | None:
+def commit_callback(sender: type[Model], database: str, observer: Observer | None) -> OnCommit | None:
     """Return what tells the signal's receivers; None where there are none.
 
     Args:
@@ -41,7 +41,7 @@ def announcer(sender: type[Model], database: str, observer: Observer | None) -> 
         else:
             logging.getLogger(__name__).warning("The receiver %s raised %s.", failed.receiver, failed.error)
 
-    async def announce(rotated: RowsRotated) -> None:
+    async def on_commit(rotated: RowsRotated) -> None:
         facts = {
             "rotation": rotated.rotation,
             "database": database,
@@ -60,7 +60,7 @@ def announcer(sender: type[Model], database: str, observer: Observer | None) -> 
             if isinstance(error, Exception):
                 report(ReceiverFailed(receiver=_name(receiver), error=type(error).__name__))
 
-    return announce
+    return on_commit
 
 
 async def _lost(answer: object) -> ServerLostError | None:

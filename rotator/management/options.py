@@ -9,7 +9,7 @@ from rotator.exceptions import OptionError
 
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 # A year; clocks count further, but event loops do not.
-_LONGEST_SECONDS: Final = 365 * 24 * 3600.0
+_MAX_SECONDS: Final = 365 * 24 * 3600.0
 _THIS_RUN_ALONE: Final = ("--restart", "--take-over", "--stop-after")
 
 
@@ -20,15 +20,15 @@ def seconds(text: str | float) -> float:
         OptionError: It is none.
     """
     if not isinstance(text, str):
-        if not 0 < text <= _LONGEST_SECONDS:
+        if not 0 < text <= _MAX_SECONDS:
             raise OptionError(f"{text} s is no time to wait: it must be more than 0 and at most a year.")
         return text
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", text)
     if found is None or not float(found[1]):
         raise OptionError(f"'{text}' is no time: write it as 100ms, 30s, 5m or 2h.")
     time = float(found[1]) * _SECONDS[found[2]]
-    if time > _LONGEST_SECONDS:
-        raise OptionError(f"'{text}' is too long a time: the longest is {_LONGEST_SECONDS / 3600:.0f}h.")
+    if time > _MAX_SECONDS:
+        raise OptionError(f"'{text}' is too long a time: the longest is {_MAX_SECONDS / 3600:.0f}h.")
     return time
 
 

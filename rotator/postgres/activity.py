@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from psycopg import AsyncConnection, sql
 
-from rotator.postgres.errors import answered
-from rotator.postgres.table import LEAVES, TargetTable
+from rotator.postgres.errors import translate_errors
+from rotator.postgres.table import PARTITIONS, TargetTable
 
 
 async def holders(connection: AsyncConnection, table: TargetTable, started_xid: int) -> tuple[str, ...]:
@@ -17,7 +17,7 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
     Returns:
         One phrase for each: its pid or prepared id, user, application, and since when.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT DISTINCT COALESCE("
@@ -37,7 +37,7 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
                 " AND t.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
                 " AND t.mode NOT IN ('AccessShareLock', 'RowShareLock')"
                 " ORDER BY 1"
-            ).format(LEAVES),
+            ).format(PARTITIONS),
             {"started_xid": started_xid, "table": table.regclass},
         )
         return tuple([phrase async for (phrase,) in cursor])
@@ -65,6 +65,6 @@ async def lock_holders(connection: AsyncConnection, *, seconds: float) -> Mappin
         connection: In autocommit mode; may be shared.
         seconds: Transactions that are younger are left out.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(_HOLDERS, (seconds,))
         return {pid: phrase async for pid, phrase in cursor}

@@ -8,8 +8,8 @@ from psycopg.rows import dict_row
 
 from rotator.exceptions import OptionError, TargetError
 from rotator.postgres.connection import APPLICATION_NAME
-from rotator.postgres.errors import answered, read_only
-from rotator.postgres.table import LEAVES, Column, Condition, TargetTable
+from rotator.postgres.errors import read_only, translate_errors
+from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
 _KINDS: Final = ("r", "p")
@@ -76,7 +76,7 @@ _UPDATE_TRIGGERS: Final = sql.SQL(
     "SELECT DISTINCT tgname FROM pg_trigger"
     " WHERE tgrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND NOT tgisinternal"
     " AND tgtype & 16 <> 0 AND tgenabled NOT IN ('D', 'R') ORDER BY 1"
-).format(LEAVES)
+).format(PARTITIONS)
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
@@ -92,7 +92,7 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
         ServerLostError: It is a replica, or read-only for another reason.
         OptionError: It has not that many connections left.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"
             " current_setting('transaction_read_only')::boolean,"
@@ -145,7 +145,7 @@ async def read_table(
     """
     name = sql.Identifier(*path).as_string()
     named = ".".join(path)
-    async with answered(connection):
+    async with translate_errors(connection):
         rows = connection.cursor(row_factory=dict_row)
         await rows.execute(_RELATION, {"table": name, "key": list(key)})
         relation = await rows.fetchone()
@@ -195,7 +195,7 @@ async def read_update_triggers(connection: AsyncConnection, table: TargetTable) 
         connection: In autocommit mode, or in a transaction.
         table: The target's table.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(_UPDATE_TRIGGERS, {"table": table.regclass})
         return tuple([name async for (name,) in cursor])
 
@@ -301,7 +301,7 @@ async def missing_grants(connection: AsyncConnection, table: TargetTable) -> tup
         connection: In autocommit mode.
         table: The target's table.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute("SELECT quote_ident(current_user)")
         ((role,),) = await cursor.fetchall()
     needed: dict[str, list[tuple[str, str | None]]] = {
@@ -322,7 +322,7 @@ async def missing_grants(connection: AsyncConnection, table: TargetTable) -> tup
 
 
 async def _has(connection: AsyncConnection, name: str, privilege: str, column: str | None) -> bool:
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(_HAS, {"table": name, "privilege": privilege, "column": column})
         row = await cursor.fetchone()
     return bool(row and row[0])

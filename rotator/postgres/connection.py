@@ -10,10 +10,10 @@ from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, IsolationLev
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from rotator.aio import in_abandonable_thread
+from rotator.aio import run_in_daemon_thread
 from rotator.exceptions import ServerLostError
 from rotator.postgres import values
-from rotator.postgres.errors import answered, read_only
+from rotator.postgres.errors import read_only, translate_errors
 
 APPLICATION_NAME: Final = "rotator"
 CONNECT_SECONDS: Final = 10
@@ -70,7 +70,7 @@ class Server:
             return self.arguments()
         try:
             # It may ask another server for a password or a token.
-            parameters = await in_abandonable_thread(self.read_parameters)
+            parameters = await run_in_daemon_thread(self.read_parameters)
         except Exception as error:  # noqa: BLE001 - whatever the project's code raises
             raise ServerLostError(
                 f"Django's connection parameters cannot be read: {type(error).__name__}."
@@ -109,10 +109,10 @@ async def connected(server: Server) -> AsyncIterator[AsyncConnection]:
     Raises:
         ServerLostError: The server cannot be reached.
     """
-    async with answered():
+    async with translate_errors():
         connection = await OwnConnection.connect(**await server.read_arguments())
     async with connection:
-        async with answered(connection):
+        async with translate_errors(connection):
             await server.configure(connection)
         yield connection
 
@@ -142,7 +142,7 @@ async def pooled(
         configure=server.configure,
         name="rotator workers",
     )
-    async with answered():
+    async with translate_errors():
         try:
             await pool.open(wait=True, timeout=seconds)
         except PoolTimeout:

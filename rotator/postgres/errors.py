@@ -11,7 +11,7 @@ from psycopg import AsyncConnection, errors
 from psycopg_pool import PoolTimeout
 
 from rotator.exceptions import (
-    RangeRefusedError,
+    RangeRejectedError,
     RangeTooSlowError,
     RotatorError,
     RowsLockedError,
@@ -66,7 +66,7 @@ class RangeGrewError(RotatorError):
 
 
 @asynccontextmanager
-async def answered(
+async def translate_errors(
     connection: psycopg.AsyncConnection | None = None, *, seconds: float | None = ANSWER_SECONDS
 ) -> AsyncIterator[None]:
     """Turn the driver's errors, and the server's silence, into the rotator's own errors.
@@ -84,7 +84,7 @@ async def answered(
         RangeTooSlowError: A statement took longer than it may.
         RangeGrewError: There were more rows than values.
         ServerRefusedError: Trying again does not help.
-        RangeRefusedError: Anything else that the server reported.
+        RangeRejectedError: Anything else that the server reported.
     """
     try:
         async with asyncio.timeout(seconds):
@@ -93,23 +93,23 @@ async def answered(
         raise ServerLostError(f"The server has not answered for {seconds or 0:.0f} s.") from None
     except (psycopg.Error, PoolTimeout) as error:
         # Not chained: the driver's message can quote values, and a traceback would print it.
-        raise meaning(error, connection) from None
+        raise translate(error, connection) from None
 
 
-def meaning(error: Exception, connection: psycopg.AsyncConnection | None = None) -> RotatorError:
+def translate(error: Exception, connection: psycopg.AsyncConnection | None = None) -> RotatorError:
     """Return what an error of the driver means."""
     if isinstance(error, errors.ReadOnlySqlTransaction):
         return read_only()
     if _is_lost(error, connection):
-        return ServerLostError(_lost_sentence(error))
+        return ServerLostError(_lost_message(error))
     if not isinstance(error, psycopg.Error):
         raise error
     # What a trigger of the application lacks is nothing that our own statements lack.
-    for_good = None if _function(error) else refused_for_good(type(error))
-    return _said_by_us(error) or for_good or _refused_range(error)
+    for_good = None if _function(error) else permanent_refusal(type(error))
+    return _own_error(error) or for_good or _rejected_range(error)
 
 
-def _said_by_us(error: psycopg.Error) -> RotatorError | None:
+def _own_error(error: psycopg.Error) -> RotatorError | None:
     said = error.diag.message_primary or ""
     if SUPERSEDED in said:
         return superseded()
@@ -127,7 +127,7 @@ def _function(error: psycopg.Error) -> str:
     return found[1] if found else ""
 
 
-def refused_for_good(condition: type[psycopg.Error]) -> ServerRefusedError | None:
+def permanent_refusal(condition: type[psycopg.Error]) -> ServerRefusedError | None:
     """Return what to say of an error that trying again does not mend; None for any other."""
     for refused, advice in _REFUSED.items():
         if issubclass(condition, refused):
@@ -138,7 +138,7 @@ def refused_for_good(condition: type[psycopg.Error]) -> ServerRefusedError | Non
 def connection_lost(error: psycopg.Error) -> ServerLostError | None:
     """Return what an error means on a connection that is not the rotator's, if it is the loss of it."""
     if isinstance(error, psycopg.InterfaceError) or _is_lost(error, None):
-        return ServerLostError(_lost_sentence(error))
+        return ServerLostError(_lost_message(error))
     return None
 
 
@@ -149,7 +149,7 @@ def read_only() -> ServerLostError:
     )
 
 
-def _refused_range(error: psycopg.Error) -> RotatorError:
+def _rejected_range(error: psycopg.Error) -> RotatorError:
     match error:
         case errors.UniqueViolation() if error.diag.constraint_name in _CHECKPOINTED:
             # Halves of such a range would get past the constraints, and be written twice.
@@ -159,7 +159,7 @@ def _refused_range(error: psycopg.Error) -> RotatorError:
         case errors.QueryCanceled():
             return RangeTooSlowError(condition(error))
         case _:
-            return RangeRefusedError(condition(error), passing=isinstance(error, _PASSING))
+            return RangeRejectedError(condition(error), retryable=isinstance(error, _PASSING))
 
 
 def superseded() -> SupersededError:
@@ -195,7 +195,7 @@ def _is_lost(error: Exception, connection: psycopg.AsyncConnection | None) -> bo
     return error.sqlstate.startswith(_LOST_CLASSES) and not isinstance(error, errors.QueryCanceled)
 
 
-def _lost_sentence(error: Exception) -> str:
+def _lost_message(error: Exception) -> str:
     if isinstance(error, psycopg.Error) and error.sqlstate is not None:
         return f"The connection to the server was lost: {condition(error)}."
     # libpq's own words: hosts and system errors, nothing of a row. Its first line says it all.
@@ -221,6 +221,6 @@ _QUERY: Final = (
 
 async def settings_that_show_values(connection: AsyncConnection) -> tuple[str, ...]:
     """The settings that make the server log new values, e.g. ``log_statement = all``; mostly none."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(_QUERY)
         return tuple([setting async for (setting,) in cursor])

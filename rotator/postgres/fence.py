@@ -46,7 +46,7 @@ _SPAN_FENCE: Final = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
+class Lease:
     """What a process may write for, until another one raises the generation.
 
     Attributes:
@@ -62,8 +62,8 @@ class Claim:
     span_generation: int = 0
 
 
-async def guard(
-    connection: AsyncConnection, claim: Claim, limits: WaitLimits, *, without: tuple[str, ...]
+async def begin_fenced(
+    connection: AsyncConnection, lease: Lease, limits: WaitLimits, *, disabled_joins: tuple[str, ...]
 ) -> None:
     """Make a transaction that has just begun one that only this generation's owner can commit.
 
@@ -74,30 +74,32 @@ async def guard(
 
     Args:
         connection: In a transaction that is READ COMMITTED.
-        claim: What this process owns.
+        lease: What this process owns.
         limits: How long it may wait.
-        without: The server's names of joins that the update must not be planned with.
+        disabled_joins: The server's names of joins that the update must not be planned with.
     """
-    await limit(connection, limits, without=without)
-    await fence(connection, claim)
+    await set_timeouts(connection, limits, disabled_joins=disabled_joins)
+    await fence(connection, lease)
 
 
-async def fence(connection: AsyncConnection, claim: Claim) -> None:
-    """Make sure that what this process owns is its own until the transaction ends; see :func:`guard`.
+async def fence(connection: AsyncConnection, lease: Lease) -> None:
+    """Make sure that what this process owns is its own until the transaction ends; see :func:`begin_fenced`.
 
     Raises:
         SupersededError: It is not, as soon as the answer is read.
     """
-    await share_lock(connection, claim.rotation)
-    if claim.span is None:
-        await connection.execute(_FENCE, asdict(claim))
+    await share_lock(connection, lease.rotation)
+    if lease.span is None:
+        await connection.execute(_FENCE, asdict(lease))
     else:
-        await share_lock(connection, claim.span, lock_class=SPAN_LOCK_CLASS)
-        await connection.execute(_SPAN_FENCE, asdict(claim))
+        await share_lock(connection, lease.span, lock_class=SPAN_LOCK_CLASS)
+        await connection.execute(_SPAN_FENCE, asdict(lease))
 
 
-async def limit(connection: AsyncConnection, limits: WaitLimits, *, without: tuple[str, ...]) -> None:
-    """Make a transaction that has just begun one that is in nobody's way; see :func:`guard`."""
+async def set_timeouts(
+    connection: AsyncConnection, limits: WaitLimits, *, disabled_joins: tuple[str, ...]
+) -> None:
+    """Make a transaction that has just begun one that is in nobody's way; see :func:`begin_fenced`."""
     await connection.execute(
         "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
         # Every role may set the others, and may be asked about this one alone.
@@ -119,7 +121,7 @@ async def limit(connection: AsyncConnection, limits: WaitLimits, *, without: tup
                 "enable_seqscan": "off",
                 "enable_bitmapscan": "off",
                 "enable_hashjoin": "off",
-                **{f"enable_{join}": "off" for join in without},
+                **{f"enable_{join}": "off" for join in disabled_joins},
                 # Compiling takes longer than the update of a range.
                 "jit": "off",
                 **KEY_SETTINGS,

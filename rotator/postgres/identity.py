@@ -8,8 +8,8 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from rotator.exceptions import TargetError
-from rotator.postgres.errors import answered
-from rotator.postgres.table import LEAVES, TargetTable
+from rotator.postgres.errors import translate_errors
+from rotator.postgres.table import PARTITIONS, TargetTable
 
 SESSION_QUERY: Final = (
     "SELECT (SELECT system_identifier FROM pg_control_system())::text AS system,"
@@ -20,11 +20,11 @@ SESSION_QUERY: Final = (
     " to_regclass('rotator_rotation')::oid::bigint AS rotations_oid"
     " FROM pg_database d WHERE d.datname = current_database()"
 )
-"""Reads a :class:`Session`; takes the target table's quoted name twice. Any role may execute it."""
+"""Reads a :class:`SessionIdentity`; takes the target table's quoted name twice. Any role may execute it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Session:
+class SessionIdentity:
     """What one connection of a project is connected to, and what it sees there.
 
     Attributes:
@@ -48,7 +48,9 @@ class Session:
     rotations_oid: int | None
 
 
-async def check_session(connection: AsyncConnection, path: tuple[str, ...], expected: Session) -> None:
+async def check_session(
+    connection: AsyncConnection, path: tuple[str, ...], expected: SessionIdentity
+) -> None:
     """Refuse a connection that does not work where Django's own does.
 
     Args:
@@ -60,16 +62,16 @@ async def check_session(connection: AsyncConnection, path: tuple[str, ...], expe
         TargetError: The server, the database, the role or a table is another one.
     """
     name = sql.Identifier(*path).as_string()
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(SESSION_QUERY, (name, name))
         row = await cursor.fetchone()
     if row is None:
         raise AssertionError("the session's own database has a row")
-    check_same_session(path, expected, Session(**row))
+    check_same_session(path, expected, SessionIdentity(**row))
 
 
-def check_same_session(path: tuple[str, ...], django: Session, rotator: Session) -> None:
+def check_same_session(path: tuple[str, ...], django: SessionIdentity, rotator: SessionIdentity) -> None:
     """Refuse two sessions that do not work in the same place; see :func:`check_session`."""
     for what, of_django, of_rotator in (
         ("server (system identifier)", django.system, rotator.system),
@@ -209,7 +211,7 @@ _TARGET: Final = sql.SQL(
     " %(table)s::regclass::oid::bigint AS table_oid,"
     " (SELECT COALESCE(jsonb_object_agg(oid::text, pg_relation_filenode(oid)), '{{}}')"
     " FROM {} AS leaf) AS files"
-).format(LEAVES)
+).format(PARTITIONS)
 
 
 async def read_identity(connection: AsyncConnection, table: TargetTable) -> TargetIdentity:
@@ -219,7 +221,7 @@ async def read_identity(connection: AsyncConnection, table: TargetTable) -> Targ
         connection: In autocommit mode, or in a transaction.
         table: The target's table.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         rows = connection.cursor(row_factory=dict_row)
         await rows.execute(_KEY, {"table": table.regclass, "key": [column.name for column in table.key]})
         key = tuple([KeyColumn(**row) async for row in rows])

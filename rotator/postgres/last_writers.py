@@ -12,8 +12,8 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.postgres.errors import answered
-from rotator.postgres.table import LEAVES, ROW, TargetTable, identifier
+from rotator.postgres.errors import translate_errors
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 
 _STARTED: Final = sql.SQL("%(started_xid)s::text::xid8::xid")
 RECORDED: Final = sql.SQL(
@@ -32,7 +32,7 @@ ATTACHED: Final = sql.SQL(
     " JOIN pg_partition_tree(%(table)s::regclass) AS tree ON tree.relid = ancestor.relid AND tree.level > 0"
     " JOIN pg_inherits i ON i.inhrelid = ancestor.relid"
     " WHERE age(i.xmin) BETWEEN 0 AND age({}) GROUP BY leaf.oid"
-).format(LEAVES, _STARTED)
+).format(PARTITIONS, _STARTED)
 """The transaction that made each leaf a partition, if that was since the rotation's start.
 
 Takes the parameters ``table`` and ``started_xid``.
@@ -135,7 +135,7 @@ async def count_last_writers(
         is_older=is_older(sql.SQL("c.xid"), sql.SQL("a.xid")),
     )
     # It takes as long as the table is large.
-    async with answered(connection, seconds=None):
+    async with translate_errors(connection, seconds=None):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(query, parameters)
         leaves = await cursor.fetchall()
@@ -157,7 +157,7 @@ async def _count_mixed(
     through = sql.SQL("{} <= ({})").format(key, table.decoded(sql.SQL("c.through")))
     after = sql.SQL("{} > ({}) AND {}").format(key, table.decoded(sql.SQL("c.after")), through)
     rows = 0
-    async with answered(connection, seconds=None), connection.transaction():
+    async with translate_errors(connection, seconds=None), connection.transaction():
         await connection.execute("SELECT set_config('enable_seqscan', 'off', true)")
         for within, null in ((through, sql.SQL("NULL")), (after, sql.SQL("NOT NULL"))):
             cursor = await connection.execute(

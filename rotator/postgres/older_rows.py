@@ -10,15 +10,15 @@ from typing import Final
 
 from psycopg import AsyncConnection, sql
 
-from rotator.exceptions import OldValuesKeptError, RangeRefusedError
+from rotator.exceptions import OldValuesKeptError, RangeRejectedError
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
-from rotator.postgres.errors import SUPPRESSED, answered
-from rotator.postgres.fence import Claim, guard
+from rotator.postgres.errors import SUPPRESSED, translate_errors
+from rotator.postgres.fence import Lease, begin_fenced
 from rotator.postgres.last_writers import ATTACHED, RECORDED, is_older
 from rotator.postgres.table import (
     COUNT_OUTCOMES,
-    LEAVES,
+    PARTITIONS,
     ROW,
     TargetTable,
     identifier,
@@ -71,7 +71,7 @@ class OlderRows:
         self,
         connection: AsyncConnection,
         table: TargetTable,
-        claim: Claim,
+        lease: Lease,
         *,
         started_xid: int,
         source: ValueSource,
@@ -80,7 +80,7 @@ class OlderRows:
         """Take a connection in autocommit mode, for this object's use alone."""
         self._connection = connection
         self._table = table
-        self._claim = claim
+        self._claim = lease
         self._started_xid = started_xid
         self._source = source
         self._limits = limits
@@ -110,13 +110,13 @@ class OlderRows:
                 after = end
 
     async def _leaves(self) -> list[_Leaf]:
-        async with answered(self._connection):
+        async with translate_errors(self._connection):
             cursor = await self._connection.execute(
                 sql.SQL(
                     "SELECT n.nspname, c.relname, c.oid::bigint, a.xid::text FROM pg_class c"
                     " JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN ({}) AS a ON a.leaf = c.oid"
                     " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
-                ).format(ATTACHED, LEAVES),
+                ).format(ATTACHED, PARTITIONS),
                 {"table": self._table.regclass, "started_xid": self._started_xid},
             )
             return [
@@ -125,7 +125,7 @@ class OlderRows:
             ]
 
     async def _blocks(self, leaf: _Leaf) -> int:
-        async with answered(self._connection):
+        async with translate_errors(self._connection):
             cursor = await self._connection.execute(
                 "SELECT pg_relation_size(%s::oid::regclass) / current_setting('block_size')::integer",
                 (leaf.oid,),
@@ -142,7 +142,7 @@ class OlderRows:
             older = sql.SQL("{} AND NOT EXISTS (SELECT FROM ({}) AS r WHERE r.xid = {})").format(
                 older, RECORDED, xmin
             )
-        async with answered(self._connection):
+        async with translate_errors(self._connection):
             cursor = await self._connection.execute(
                 sql.SQL(
                     # Under another name, or ORDER BY would mean the text, in which (0,10) comes before (0,2).
@@ -178,7 +178,7 @@ class OlderRows:
 
         Raises:
             RowsLockedError: Another session holds some of them; nothing was written.
-            RangeRefusedError: The server refused, or a trigger suppressed, the update; nothing was written.
+            RangeRejectedError: The server refused, or a trigger suppressed, the update; nothing was written.
             OldValuesKeptError: Triggers put the old values back; nothing was written.
             SupersededError: Another process owns the rotation; nothing was written.
         """
@@ -191,7 +191,7 @@ class OlderRows:
         if kept:
             triggers = await read_update_triggers(self._connection, self._table)
             raise OldValuesKeptError(f"at the keys {rows[0].key} to {rows[-1].key}", triggers)
-        raise RangeRefusedError(_REPEATED, passing=True)
+        raise RangeRejectedError(_REPEATED, retryable=True)
 
     async def _parameters(self, rows: Sequence[OlderRow]) -> dict[str, object]:
         source = self._source
@@ -216,8 +216,8 @@ class OlderRows:
         The first is None where triggers wrote, too, and the old values were not noted: nothing was written.
         """
         connection, count_writes = self._connection, rows_written_so_far(self._table)
-        async with answered(connection), connection.transaction() as transaction:
-            await guard(connection, self._claim, self._limits, without=("mergejoin",))
+        async with translate_errors(connection), connection.transaction() as transaction:
+            await begin_fenced(connection, self._claim, self._limits, disabled_joins=("mergejoin",))
             digests: Digests | None = None
             if self._compares_digests:
                 digests = await by_key(await connection.execute(_digests_at_places(self._table), parameters))
@@ -231,7 +231,7 @@ class OlderRows:
                 left = await connection.execute(_select_at_places(self._table), parameters)
                 # A row without columns is an empty tuple.
                 if await left.fetchone() is not None:
-                    raise RangeRefusedError(SUPPRESSED, passing=True)
+                    raise RangeRejectedError(SUPPRESSED, retryable=True)
             # Deferred triggers would run in the COMMIT, after the last look at what they do.
             await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
             after = await (await connection.execute(count_writes, parameters)).fetchone() or (0,)

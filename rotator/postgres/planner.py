@@ -8,14 +8,14 @@ from typing import Final
 from psycopg import AsyncConnection, AsyncCursor, sql
 
 from rotator.exceptions import RangeTooSlowError, TargetError
-from rotator.postgres.errors import ANSWER_SECONDS, answered
+from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS
-from rotator.postgres.table import LEAVES, ROW, TargetTable, identifier
-from rotator.ranges import Key, KeyRange, KeySpan
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
+from rotator.ranges import Key, KeyInterval, KeyRange
 
 # So far the planner looks ahead: a way to the server that delays everything then delays many ranges at once.
 _AHEAD_ROWS: Final = 20_000
-_MOST_RANGES_AHEAD: Final = 16
+_MAX_RANGES_AHEAD: Final = 16
 
 
 def _settings(settings: dict[str, str]) -> bytes:
@@ -63,7 +63,7 @@ class IndexPlanner:
         self._one_at_a_time = asyncio.Lock()
         self._ahead = deque[KeyRange]()
         self._ahead_batch = 0
-        self._expected: KeySpan | None = None
+        self._expected: KeyInterval | None = None
         # Written out once: putting a statement together takes as long as sending it.
         self._last_keys = {
             known: last_keys(table, after_is_known=known).as_bytes() for known in (False, True)
@@ -76,10 +76,10 @@ class IndexPlanner:
             table.name, table.within(after_is_known=after_is_known)
         )
 
-    async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
+    async def next_range(self, span: KeyInterval, batch: int) -> KeyRange:
         """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none.
 
-        Who goes on where the range before ended is answered from what was planned ahead.
+        Who goes on where the range before ended is translate_errors from what was planned ahead.
 
         Raises:
             RowsLockedError: Another session has locked the whole table, as DDL does.
@@ -90,7 +90,7 @@ class IndexPlanner:
             if goes_on and batch != self._ahead_batch:
                 self._ahead.clear()
             if goes_on and not self._ahead:
-                most = min(_MOST_RANGES_AHEAD, _AHEAD_ROWS // batch)
+                most = min(_MAX_RANGES_AHEAD, _AHEAD_ROWS // batch)
                 self._ahead.extend(await self._plan(span, batch, ranges=max(1, most)))
                 self._ahead_batch = batch
             if goes_on:
@@ -99,10 +99,10 @@ class IndexPlanner:
                 (planned,) = await self._plan(span, batch, ranges=1)
             # Whoever splits a range in between leaves what was planned ahead as it is.
             if goes_on or not self._ahead:
-                self._expected = KeySpan(after=planned.through, through=span.through)
+                self._expected = KeyInterval(after=planned.through, through=span.through)
             return planned
 
-    async def _plan(self, span: KeySpan, batch: int, *, ranges: int) -> list[KeyRange]:
+    async def _plan(self, span: KeyInterval, batch: int, *, ranges: int) -> list[KeyRange]:
         connection, is_known = self._connection, span.after is not None
         parameters = {
             "after": span.after,
@@ -110,7 +110,7 @@ class IndexPlanner:
             "skip": batch - 1,
             "ranges": ranges,
         }
-        async with answered(connection), connection.pipeline(), connection.transaction():
+        async with translate_errors(connection), connection.pipeline(), connection.transaction():
             await connection.execute(_PLANNING_SETTINGS)
             cursor = await connection.execute(self._last_keys[is_known], parameters)
             keys = [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
@@ -162,7 +162,7 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
 
 
 async def slice_ends(
-    connection: AsyncConnection, table: TargetTable, span: KeySpan, *, rows: int, most: int
+    connection: AsyncConnection, table: TargetTable, span: KeyInterval, *, rows: int, most: int
 ) -> list[Key]:
     """The keys at which the full slices of a span end, in key order.
 
@@ -174,7 +174,7 @@ async def slice_ends(
         most: The largest number of slices.
     """
     statement = last_keys(table, after_is_known=span.after is not None)
-    async with answered(connection), connection.transaction():
+    async with translate_errors(connection), connection.transaction():
         await connection.execute(_PLANNING_SETTINGS)
         cursor = await connection.execute(
             statement, {"after": span.after, "through": span.through, "skip": rows - 1, "ranges": most}
@@ -187,7 +187,7 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
     descending = sql.SQL(", ").join(
         sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key
     )
-    async with answered(connection), connection.transaction():
+    async with translate_errors(connection), connection.transaction():
         await connection.execute(_READING_SETTINGS)
         cursor = await connection.execute(
             sql.SQL(
@@ -234,7 +234,7 @@ async def count_rows(
         seconds: How long to count; then it is the server's own estimate for the table.
     """
     with suppress(RangeTooSlowError):
-        async with answered(connection), connection.transaction():
+        async with translate_errors(connection), connection.transaction():
             await connection.execute(
                 "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
             )
@@ -250,11 +250,11 @@ async def count_rows(
 
 async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
     """How many rows the server believes are to be rotated; 0 where it has yet to find out."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
-            ).format(LEAVES),
+            ).format(PARTITIONS),
             {"table": table.regclass},
         )
         rows = await _number(cursor)
@@ -275,7 +275,7 @@ async def gaps(
     *,
     after: Key | None = None,
     checkpoints_before: int | None = None,
-) -> list[KeySpan]:
+) -> list[KeyInterval]:
     """The spans up to the bound that no checkpoint covers, in key order.
 
     Subtracted by the server, which alone knows the order of the keys.
@@ -291,7 +291,7 @@ async def gaps(
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
     # No checkpoint of the rotation is past its own bound.
     is_whole = after is None and checkpoints_before is None
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
@@ -317,7 +317,7 @@ async def gaps(
         )
         found = await cursor.fetchall()
     return [
-        KeySpan(after=Key(after) if after is not None else None, through=Key(through))
+        KeyInterval(after=Key(after) if after is not None else None, through=Key(through))
         for after, through in found
     ]
 

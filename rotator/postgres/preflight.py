@@ -9,10 +9,10 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.aio import first_error_alone
+from rotator.aio import unwrap_group
 from rotator.events import Copies, Index, KeptValues, Sample, ServerFindings, TableFindings
 from rotator.exceptions import (
-    RangeRefusedError,
+    RangeRejectedError,
     RangeTooSlowError,
     RowsLockedError,
     ServerLostError,
@@ -20,11 +20,11 @@ from rotator.exceptions import (
 )
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.connection import Server, pooled
-from rotator.postgres.errors import RangeGrewError, answered, settings_that_show_values
+from rotator.postgres.errors import RangeGrewError, settings_that_show_values, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, last_key
-from rotator.postgres.table import LEAVES, ROW, TargetTable, identifier
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.postgres.writer import RangeUpdate, RewriteError
-from rotator.ranges import Key, KeyRange, KeySpan
+from rotator.ranges import Key, KeyInterval, KeyRange
 
 COUNT_SECONDS: Final = 2.0
 HOLDERS_NAMED: Final = 3
@@ -50,13 +50,13 @@ _PUBLICATIONS: Final = sql.SQL(
     " AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)"
     " OR c.relreplident = 'i' AND NOT EXISTS"
     " (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) ORDER BY 1"
-).format(LEAVES)
+).format(PARTITIONS)
 # Whatever they write has no new value; a subscription's worker can bring old ones back.
 _SUBSCRIPTIONS: Final = sql.SQL(
     "SELECT DISTINCT s.subname FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid"
     " WHERE r.srrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND s.subenabled"
     " ORDER BY 1"
-).format(LEAVES)
+).format(PARTITIONS)
 # The text of a function says what it writes to, unless it puts its statements together.
 _WRITING_TRIGGERS: Final = sql.SQL(
     "SELECT DISTINCT t.tgname || ' on ' || t.tgrelid::regclass FROM pg_trigger t"
@@ -90,7 +90,7 @@ _COPIES: Final = sql.SQL(
     " SELECT kind, (array_agg(oid::regclass::text ORDER BY oid::regclass::text))[:%(most)s], count(*)"
     " FROM kinds WHERE kind IS NOT NULL GROUP BY kind"
     " ORDER BY array_position(ARRAY['trigger', 'history', 'schema', 'name'], kind)"
-).format(LEAVES)
+).format(PARTITIONS)
 _SETTINGS: Final = (
     "SELECT pg_size_bytes(current_setting('max_wal_size')),"
     " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"
@@ -147,9 +147,9 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         rows, is_exact = (
             (0, True) if bound is None else await count_rows(connection, table, bound, seconds=COUNT_SECONDS)
         )
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
-            sql.SQL("SELECT sum(pg_relation_size(oid))::bigint FROM {} AS leaf").format(LEAVES),
+            sql.SQL("SELECT sum(pg_relation_size(oid))::bigint FROM {} AS leaf").format(PARTITIONS),
             {"table": table.regclass},
         )
         (heap_bytes,) = await cursor.fetchone() or (0,)
@@ -180,7 +180,7 @@ async def _find_copies(connection: AsyncConnection, table: TargetTable) -> tuple
         "columns": [column.name for column in table.columns],
         "most": COPIES_NAMED,
     }
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(_COPIES, parameters)
         return tuple(
             [
@@ -211,7 +211,7 @@ async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[K
     ]
     condition = sql.SQL("true") if table.condition is None else table.condition
     with suppress(RangeTooSlowError):
-        async with answered(connection), connection.transaction():
+        async with translate_errors(connection), connection.transaction():
             await connection.execute(
                 "SELECT set_config('statement_timeout', %s, true)", (f"{COUNT_SECONDS * 1000:.0f}ms",)
             )
@@ -239,18 +239,18 @@ async def count_table(connection: AsyncConnection, table: TargetTable, *, second
         seconds: The longest time to count; after that it is the server's own estimate.
     """
     with suppress(RangeTooSlowError):
-        async with answered(connection), connection.transaction():
+        async with translate_errors(connection), connection.transaction():
             await connection.execute(
                 "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
             )
             cursor = await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table.name), {})
             ((rows,),) = await cursor.fetchall()
             return int(rows), True
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
-            ).format(LEAVES),
+            ).format(PARTITIONS),
             {"table": table.regclass},
         )
         ((rows,),) = await cursor.fetchall()
@@ -259,7 +259,7 @@ async def count_table(connection: AsyncConnection, table: TargetTable, *, second
 
 async def examine_server(connection: AsyncConnection) -> ServerFindings:
     """How the server is set up, and who depends on it; as far as this role may see."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(_SETTINGS)
         settings = await cursor.fetchone()
     if settings is None:
@@ -279,7 +279,7 @@ async def examine_server(connection: AsyncConnection) -> ServerFindings:
 
 async def name_server(connection: AsyncConnection) -> str:
     """Return the role, the host or socket, the port and the database, as ``app@host:5432/name``."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute("SELECT current_user, current_database()")
         role, database = await cursor.fetchone() or ("", "")
     return f"{role}@{connection.info.host}:{connection.info.port}/{database}"
@@ -290,7 +290,7 @@ async def _phrases(
     query: sql.SQL | sql.Composed,
     parameters: Mapping[str, str | int] | None = None,
 ) -> tuple[str, ...]:
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(query, parameters)
         return tuple([phrase async for (phrase,) in cursor])
 
@@ -308,7 +308,7 @@ TRY_SECONDS: Final = 1.0
 TRIED_ROWS: Final = 2
 
 
-async def try_values(connection: AsyncConnection, update: RangeUpdate) -> None:
+async def check_values(connection: AsyncConnection, update: RangeUpdate) -> None:
     """Rewrite the first rows and roll them back, to find out whether their new values can be made.
 
     Args:
@@ -320,20 +320,20 @@ async def try_values(connection: AsyncConnection, update: RangeUpdate) -> None:
         ServerLostError: The server cannot be reached.
     """
     # A single row or what else writes to it is for the rotation to meet.
-    with suppress(RangeRefusedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
+    with suppress(RangeRejectedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
         keys = await _first_keys(connection, update.table)
         if not keys:
             return
         key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
-        made = await update.make(key_range, key_range.rows)
+        new_values = await update.make(key_range, key_range.rows)
         try:
-            await update.execute(connection, key_range, made, None)
+            await update.execute(connection, key_range, new_values, None)
         finally:
             await connection.rollback()
 
 
 async def _first_keys(connection: AsyncConnection, table: TargetTable) -> list[Key]:
-    async with answered(connection), connection.transaction():
+    async with translate_errors(connection), connection.transaction():
         await connection.execute(
             "SELECT set_config('statement_timeout', %s, true)", (f"{TRY_SECONDS * 1000:.0f}ms",)
         )
@@ -375,7 +375,7 @@ async def sample(
     try:
         planned = await _plan(connection, update.table, rows=rows, batch=batch, ranges=ranges)
         return await _measure(server, update, planned, concurrency)
-    except RangeRefusedError as refused:
+    except RangeRejectedError as refused:
         skipped = f"the server refused a range: {refused.condition}"
     except (RowsLockedError, RangeGrewError):
         skipped = "other sessions wrote to its rows"
@@ -402,7 +402,7 @@ async def _plan(
     connection: AsyncConnection, table: TargetTable, *, rows: int, batch: int, ranges: int
 ) -> list[KeyRange]:
     """Ranges that share no row, from all over the table, in no order."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT {json} FROM (SELECT {key} FROM (SELECT {key} FROM {table}"
@@ -417,7 +417,7 @@ async def _plan(
         return []
     planner = IndexPlanner(connection, table)
     planned = [
-        await planner.next_range(KeySpan(after=after, through=through), batch)
+        await planner.next_range(KeyInterval(after=after, through=through), batch)
         for after, through in zip(keys, [*keys[1:], last], strict=True)
         if after != through
     ]
@@ -437,15 +437,15 @@ async def _rewrite(
         for key_range in left:
             if time.monotonic() > until:
                 break
-            made = await update.make(key_range, key_range.rows)
-            async with answered(), pool.connection() as connection:
+            new_values = await update.make(key_range, key_range.rows)
+            async with translate_errors(), pool.connection() as connection:
                 try:
-                    rewritten += (await update.execute(connection, key_range, made, None)).rows
+                    rewritten += (await update.execute(connection, key_range, new_values, None)).rows
                 finally:
                     await connection.rollback()
         return rewritten
 
-    with first_error_alone():
+    with unwrap_group():
         async with asyncio.TaskGroup() as tasks:
             workers = [tasks.create_task(work(), name="rotator sample") for _ in range(concurrency)]
     return sum(worker.result() for worker in workers)

@@ -13,8 +13,8 @@ from psycopg.types.json import Jsonb
 from rotator.events import EndStatus
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection
-from rotator.postgres.errors import answered, superseded
-from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Claim, share_lock
+from rotator.postgres.errors import superseded, translate_errors
+from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
 from rotator.postgres.owner import Owner
 from rotator.postgres.planner import gaps
 from rotator.postgres.table import TargetTable
@@ -83,11 +83,11 @@ class Completed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Owned:
+class RotationState:
     """A rotation that this process owns, as it was when it became the owner.
 
     Attributes:
-        claim: What it may write for.
+        lease: What it may write for.
         started_xid: The transaction that began the rotation, epoch included.
         bound: The upper key bound; None where it is not frozen yet, or the table was empty.
         rows_total: Rows up to the bound.
@@ -98,7 +98,7 @@ class Owned:
         identity: What the rotation was begun on.
     """
 
-    claim: Claim
+    lease: Lease
     started_xid: int
     bound: Key | None
     rows_total: int
@@ -117,7 +117,7 @@ async def find_unfinished(connection: AsyncConnection, target: str, table_name: 
         target: As the user writes it.
         table_name: Its table, as the server has it.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
             "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
@@ -135,7 +135,7 @@ async def find_unfinished(connection: AsyncConnection, target: str, table_name: 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
+class NewRotation:
     """What a rotation is begun as.
 
     Attributes:
@@ -166,7 +166,7 @@ async def find_last_completed(
         table_name: The table's name, as the server has it.
         selection: Which rows it is for, and where their values come from.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT id, selection, finished_at,"
             " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision"
@@ -175,7 +175,7 @@ async def find_last_completed(
             (target, table_name),
         )
         async for rotation, saved, finished_at, seconds_ago in cursor:
-            if Selection.read(saved) == selection:
+            if Selection.from_json(saved) == selection:
                 return Completed(id=rotation, finished_at=finished_at, seconds_ago=seconds_ago)
     return None
 
@@ -202,12 +202,12 @@ async def check_repetition(
 
 async def begin_rotation(
     connection: AsyncConnection,
-    terms: Terms,
+    terms: NewRotation,
     owner: Owner,
     *,
     repeats: bool = False,
     after: int | None = None,
-) -> Claim | None:
+) -> Lease | None:
     """Insert a new rotation and own it; None where another process was faster.
 
     Its row says which transaction inserted it: every row of the target that an older one commits, however
@@ -224,8 +224,8 @@ async def begin_rotation(
         OwnedElsewhereError: Another unfinished rotation has some of the same fields.
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
-    selection = Selection.read(terms.selection)
-    async with alone(connection, _NO_ROTATION):
+    selection = Selection.from_json(terms.selection)
+    async with exclusive_lock(connection, _NO_ROTATION):
         await _check_overlap(connection, terms)
         if not repeats:
             await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
@@ -253,10 +253,10 @@ async def begin_rotation(
             # The unfinished rotation that the first check did not count may have been completed since. With
             # this row inserted, there is no other unfinished one.
             await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
-    return Claim(rotation=row[0], generation=1) if row else None
+    return Lease(rotation=row[0], generation=1) if row else None
 
 
-async def _check_overlap(connection: AsyncConnection, terms: Terms) -> None:
+async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> None:
     """Refuse a target that shares a field with another one's unfinished rotation."""
     cursor = await connection.execute(
         "SELECT id, target FROM rotator_rotation WHERE table_name = %(table_name)s AND target <> %(target)s"
@@ -273,7 +273,7 @@ async def _check_overlap(connection: AsyncConnection, terms: Terms) -> None:
 
 async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
     """Return whether any row has a new value by this rotation."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation})
         ((found,),) = await cursor.fetchall()
     return bool(found)
@@ -294,14 +294,14 @@ class NewSelection:
 
 async def take_over(
     connection: AsyncConnection,
-    claim: Claim,
+    lease: Lease,
     *,
     database: str,
     owner: Owner,
     options: dict[str, Any],
     selection: NewSelection | None = None,
-) -> Claim | None:
-    """Raise the generation of a rotation that ``claim`` still describes, and own it; None where it does not.
+) -> Lease | None:
+    """Raise the generation of a rotation that ``lease`` still describes, and own it; None where it does not.
 
     When this returns, no transaction of an older generation can commit any more: each of them holds the
     rotation's lock shared until its end, and this waited for the exclusive one.
@@ -309,7 +309,7 @@ async def take_over(
     Raises:
         RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
     """
-    async with alone(connection, claim.rotation):
+    async with exclusive_lock(connection, lease.rotation):
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1,"  # noqa: S608 - a constant is put in
             " status = 'running', error = '',"
@@ -325,17 +325,17 @@ async def take_over(
                 "database": database,
                 "selection": None if selection is None else Jsonb(dict(selection.saved)),
                 "unless_begun": selection is not None and selection.unless_begun,
-                **asdict(claim),
+                **asdict(lease),
                 **asdict(owner),
             },
         )
         row = await cursor.fetchone()
-    return Claim(rotation=claim.rotation, generation=row[0]) if row else None
+    return Lease(rotation=lease.rotation, generation=row[0]) if row else None
 
 
-async def take_over_again(
+async def take_over_from_self(
     connection: AsyncConnection, rotation: int, *, owner: Owner, options: dict[str, Any]
-) -> Claim | None:
+) -> Lease | None:
     """Take a rotation over from this very process, whatever its generation is by now.
 
     Which one that is cannot be known after a lost reply, which may have been to the taking over itself.
@@ -346,7 +346,7 @@ async def take_over_again(
     Raises:
         RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
     """
-    async with alone(connection, rotation):
+    async with exclusive_lock(connection, rotation):
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
             " updated_at = clock_timestamp(), options = %(options)s WHERE id = %(rotation)s"
@@ -355,67 +355,67 @@ async def take_over_again(
             {"rotation": rotation, "options": Jsonb(options), **asdict(owner)},
         )
         row = await cursor.fetchone()
-    return Claim(rotation=rotation, generation=row[0]) if row else None
+    return Lease(rotation=rotation, generation=row[0]) if row else None
 
 
-async def find_completed(connection: AsyncConnection, rotation: int, owner: Owner) -> Claim | None:
+async def find_completed(connection: AsyncConnection, rotation: int, owner: Owner) -> Lease | None:
     """What this process owned of a rotation when it completed it; None where it has not."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT generation FROM rotator_rotation WHERE id = %(rotation)s AND status = 'completed'"
             " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)",
             {"rotation": rotation, **asdict(owner)},
         )
         row = await cursor.fetchone()
-    return Claim(rotation=rotation, generation=row[0]) if row else None
+    return Lease(rotation=rotation, generation=row[0]) if row else None
 
 
-async def abandon(connection: AsyncConnection, claim: Claim) -> bool:
-    """End an unfinished rotation for good, and fence its owner out; False where ``claim`` is out of date."""
-    async with alone(connection, claim.rotation):
+async def abandon(connection: AsyncConnection, lease: Lease) -> bool:
+    """End an unfinished rotation for good, and fence its owner out; False where ``lease`` is out of date."""
+    async with exclusive_lock(connection, lease.rotation):
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1, status = 'abandoned',"
             " finished_at = clock_timestamp() WHERE id = %(rotation)s AND generation = %(generation)s"
             " AND status IN ('running', 'interrupted', 'failed')",
-            asdict(claim),
+            asdict(lease),
         )
     return cursor.rowcount == 1
 
 
-async def read_owned(connection: AsyncConnection, claim: Claim) -> Owned:
+async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState:
     """What this process owns, with the rows that the checkpoints vouch for.
 
     Raises:
         SupersededError: It does not own it any more.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
             "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
             " active_seconds AS seconds_before, identity, late_rows + COALESCE((SELECT sum(rows) FROM"
             " rotator_completedrange WHERE rotation_id = %(rotation)s), 0)::bigint AS rows_done"
             " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s",
-            asdict(claim),
+            asdict(lease),
         )
         row = await cursor.fetchone()
     if row is None:
         raise superseded()
-    return Owned(claim=claim, **row)
+    return RotationState(lease=lease, **row)
 
 
 async def freeze_bound(
-    connection: AsyncConnection, claim: Claim, *, bound: Key | None, rows_total: int, is_exact: bool
+    connection: AsyncConnection, lease: Lease, *, bound: Key | None, rows_total: int, is_exact: bool
 ) -> None:
     """Note up to which key rows are planned, and how many they are."""
     await _update(
         connection,
-        claim,
+        lease,
         sql.SQL("bound = %(bound)s::jsonb, rows_total = %(rows_total)s, rows_total_is_exact = %(is_exact)s"),
         {"bound": bound, "rows_total": rows_total, "is_exact": is_exact},
     )
 
 
-async def beat(connection: AsyncConnection, claim: Claim, *, rows_done: int, active_seconds: float) -> None:
+async def beat(connection: AsyncConnection, lease: Lease, *, rows_done: int, active_seconds: float) -> None:
     """Say on the database's clock that the owner is alive and how far it is.
 
     Raises:
@@ -423,14 +423,14 @@ async def beat(connection: AsyncConnection, claim: Claim, *, rows_done: int, act
     """
     await _update(
         connection,
-        claim,
+        lease,
         sql.SQL("rows_done = %(rows_done)s, {}").format(_ACTIVE),
         {"rows_done": rows_done, "active_seconds": active_seconds},
     )
 
 
 async def stop(
-    connection: AsyncConnection, claim: Claim, *, status: EndStatus, error: str, active_seconds: float
+    connection: AsyncConnection, lease: Lease, *, status: EndStatus, error: str, active_seconds: float
 ) -> int:
     """Leave the rotation unfinished.
 
@@ -442,7 +442,7 @@ async def stop(
     """
     return await _update(
         connection,
-        claim,
+        lease,
         sql.SQL("status = %(status)s, error = %(error)s, {}, rows_done = {}").format(_ACTIVE, _VOUCHED_FOR),
         {"status": status, "error": error, "active_seconds": active_seconds},
     )
@@ -451,7 +451,7 @@ async def stop(
 async def complete(
     connection: AsyncConnection,
     table: TargetTable,
-    claim: Claim,
+    lease: Lease,
     bound: Key | None,
     *,
     active_seconds: float,
@@ -467,37 +467,37 @@ async def complete(
     Raises:
         SupersededError: Another process owns it.
     """
-    async with answered(connection), connection.transaction():
+    async with translate_errors(connection), connection.transaction():
         await _limit(connection, {"synchronous_commit": "on"})
         # Should this process vanish before it commits, whoever takes over can end this transaction.
-        await share_lock(connection, claim.rotation)
+        await share_lock(connection, lease.rotation)
         rows_done = await _update(
             connection,
-            claim,
+            lease,
             sql.SQL(
                 "status = 'completed', finished_at = clock_timestamp(), error = '', {}, rows_done = {},"
                 " unconfirmed_rows = %(unconfirmed_rows)s"
             ).format(_ACTIVE, _VOUCHED_FOR),
             {"active_seconds": active_seconds, "unconfirmed_rows": unconfirmed_rows},
         )
-        if bound is not None and await gaps(connection, table, claim.rotation, bound):
+        if bound is not None and await gaps(connection, table, lease.rotation, bound):
             raise Rollback
         return rows_done
     return None
 
 
 async def _update(
-    connection: AsyncConnection, claim: Claim, assignments: sql.Composable, values: dict[str, Any]
+    connection: AsyncConnection, lease: Lease, assignments: sql.Composable, values: dict[str, Any]
 ) -> int:
     """Change the row of a rotation that this process owns, and return its rows done."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE rotator_rotation SET updated_at = clock_timestamp(), {}"
                 " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'"
                 " RETURNING rows_done"
             ).format(assignments),
-            {**values, **asdict(claim)},
+            {**values, **asdict(lease)},
         )
         row = await cursor.fetchone()
     if row is None:
@@ -506,11 +506,11 @@ async def _update(
 
 
 @asynccontextmanager
-async def alone(
+async def exclusive_lock(
     connection: AsyncConnection, number: int, *, lock_class: int = LOCK_CLASS
 ) -> AsyncIterator[None]:
     """A transaction that begins its work when the last one of the rotation's, or span's, ranges has ended."""
-    async with answered(connection), connection.transaction():
+    async with translate_errors(connection), connection.transaction():
         await _limit(connection, {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s", "synchronous_commit": "on"})
         await _lock_exclusively(connection, number, lock_class)
         yield

@@ -9,12 +9,12 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from rotator.exceptions import SupersededError
-from rotator.postgres.errors import answered, superseded
-from rotator.postgres.fence import SPAN_LOCK_CLASS, Claim, fence
+from rotator.postgres.errors import superseded, translate_errors
+from rotator.postgres.fence import SPAN_LOCK_CLASS, Lease, fence
 from rotator.postgres.planner import gaps
-from rotator.postgres.rotations import alone
+from rotator.postgres.rotations import exclusive_lock
 from rotator.postgres.table import TargetTable
-from rotator.ranges import Key, KeySpan
+from rotator.ranges import Key, KeyInterval
 
 _STILL_OWNED: Final = sql.SQL(
     " FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
@@ -54,34 +54,34 @@ class ClaimedSpan:
     """A span that this process works on.
 
     Attributes:
-        claim: What it may write for.
+        lease: What it may write for.
         span: Which rows these are.
         gaps: What of it is left to do.
     """
 
-    claim: Claim
-    span: KeySpan
-    gaps: list[KeySpan]
+    lease: Lease
+    span: KeyInterval
+    gaps: list[KeyInterval]
 
 
-async def clear(connection: AsyncConnection, claim: Claim) -> None:
+async def clear(connection: AsyncConnection, lease: Lease) -> None:
     """Remove what an earlier owner has planned; its tasks find nothing to do any more.
 
     Raises:
         SupersededError: This process does not own the rotation any more.
     """
-    async with answered(connection), connection.transaction():
-        await fence(connection, claim)
-        await connection.execute("DELETE FROM rotator_span WHERE rotation_id = %s", (claim.rotation,))
+    async with translate_errors(connection), connection.transaction():
+        await fence(connection, lease)
+        await connection.execute("DELETE FROM rotator_span WHERE rotation_id = %s", (lease.rotation,))
 
 
-async def plan(connection: AsyncConnection, claim: Claim, span: KeySpan) -> int:
+async def plan(connection: AsyncConnection, lease: Lease, span: KeyInterval) -> int:
     """Note a span that is about to be published, and return its id.
 
     Raises:
         SupersededError: This process does not own the rotation any more.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "INSERT INTO rotator_span (rotation_id, after, through, checkpoints_before, generation, "
@@ -90,7 +90,7 @@ async def plan(connection: AsyncConnection, claim: Claim, span: KeySpan) -> int:
                 " COALESCE((SELECT max(id) FROM rotator_completedrange), 0), 0, '', 0, 0, 0, '[]', ''"
                 "{} RETURNING id"
             ).format(_STILL_OWNED),
-            {"after": span.after, "through": span.through, **asdict(claim)},
+            {"after": span.after, "through": span.through, **asdict(lease)},
         )
         row = await cursor.fetchone()
     if row is None:
@@ -100,7 +100,7 @@ async def plan(connection: AsyncConnection, claim: Claim, span: KeySpan) -> int:
 
 async def read_progress(connection: AsyncConnection, ids: Sequence[int]) -> list[SpanProgress]:
     """How far these spans are."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
             "SELECT id, generation, worker <> '' AS is_held, rows, ranges, retries,"
@@ -115,7 +115,7 @@ async def read_progress(connection: AsyncConnection, ids: Sequence[int]) -> list
 
 
 async def claim_span(
-    connection: AsyncConnection, table: TargetTable, claim: Claim, span: int, *, worker: str
+    connection: AsyncConnection, table: TargetTable, lease: Lease, span: int, *, worker: str
 ) -> ClaimedSpan | None:
     """Become the one task that works on a span; None where there is nothing to do for it any more.
 
@@ -125,11 +125,11 @@ async def claim_span(
     Args:
         connection: In autocommit mode.
         table: The target's table.
-        claim: The rotation's, as the task's message has it.
+        lease: The rotation's, as the task's message has it.
         span: The span's id.
         worker: The host and pid of this process.
     """
-    async with alone(connection, span, lock_class=SPAN_LOCK_CLASS):
+    async with exclusive_lock(connection, span, lock_class=SPAN_LOCK_CLASS):
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE rotator_span s SET generation = s.generation + 1, worker = %(worker)s,"
@@ -137,7 +137,7 @@ async def claim_span(
                 " AND s.finished_at IS NULL"
                 " RETURNING s.generation, s.after::text, s.through::text, s.checkpoints_before"
             ).format(_STILL_OWNED),
-            {"wanted": span, "worker": worker, **asdict(claim)},
+            {"wanted": span, "worker": worker, **asdict(lease)},
         )
         row = await cursor.fetchone()
         if row is None:
@@ -146,32 +146,32 @@ async def claim_span(
         left = await gaps(
             connection,
             table,
-            claim.rotation,
+            lease.rotation,
             Key(through),
             after=None if after is None else Key(after),
             checkpoints_before=checkpoints_before,
         )
     return ClaimedSpan(
-        claim=replace(claim, span=span, span_generation=generation),
-        span=KeySpan(after=None if after is None else Key(after), through=Key(through)),
+        lease=replace(lease, span=span, span_generation=generation),
+        span=KeyInterval(after=None if after is None else Key(after), through=Key(through)),
         gaps=left,
     )
 
 
-async def release(connection: AsyncConnection, claim: Claim, *, retries: int) -> None:
+async def release(connection: AsyncConnection, lease: Lease, *, retries: int) -> None:
     """Leave a span to another task."""
-    async with answered(connection):
+    async with translate_errors(connection):
         await connection.execute(
             "UPDATE rotator_span SET worker = '', updated_at = clock_timestamp(),"
             " retries = retries + %(retries)s"
             " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
-            {"retries": retries, **asdict(claim)},
+            {"retries": retries, **asdict(lease)},
         )
 
 
 async def finish(
     connection: AsyncConnection,
-    claim: Claim,
+    lease: Lease,
     *,
     retries: int,
     failed_keys: Sequence[tuple[Key, str]] = (),
@@ -182,7 +182,7 @@ async def finish(
     Raises:
         SupersededError: Another task works on it.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             "UPDATE rotator_span SET finished_at = clock_timestamp(), updated_at = clock_timestamp(),"
             " retries = retries + %(retries)s, failed_keys = %(failed_keys)s, error = %(error)s"
@@ -191,7 +191,7 @@ async def finish(
                 "retries": retries,
                 "failed_keys": Jsonb([[str(key), reason] for key, reason in failed_keys]),
                 "error": error,
-                **asdict(claim),
+                **asdict(lease),
             },
         )
     if not cursor.rowcount:

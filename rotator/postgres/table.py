@@ -8,7 +8,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat
 
-from rotator.postgres.errors import answered
+from rotator.postgres.errors import translate_errors
 
 ROW: Final = "rotator_row"
 """The alias of a row of the target in every statement that a :class:`Condition` is part of."""
@@ -291,7 +291,7 @@ class TargetTable:
         return sql.SQL("{} AND {}").format(after, through)
 
 
-LEAVES: Final = sql.SQL(
+PARTITIONS: Final = sql.SQL(
     "(SELECT COALESCE(tree.relid, root.oid::regclass)::oid AS oid"
     " FROM (SELECT %(table)s::regclass::oid AS oid) AS root"
     # Without a row for what has no partitions.
@@ -309,15 +309,15 @@ def rows_written_so_far(table: TargetTable) -> sql.Composed:
     if not table.is_partitioned:
         return sql.SQL("SELECT {}").format(writes.format(sql.SQL("%(table)s::regclass")))
     return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint FROM {} AS leaf").format(
-        writes.format(sql.SQL("oid")), LEAVES
+        writes.format(sql.SQL("oid")), PARTITIONS
     )
 
 
-async def count_leaves(connection: AsyncConnection, table: TargetTable) -> int:
+async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:
     """Return the number of tables that hold the rows."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
-            sql.SQL("SELECT count(*) FROM {} AS leaf").format(LEAVES), {"table": table.regclass}
+            sql.SQL("SELECT count(*) FROM {} AS leaf").format(PARTITIONS), {"table": table.regclass}
         )
         row = await cursor.fetchone()
     return int(row[0]) if row else 0

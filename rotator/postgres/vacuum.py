@@ -9,8 +9,8 @@ from psycopg.errors import Diagnostic
 
 from rotator.events import Storage
 from rotator.postgres.connection import OwnConnection, execute_alone
-from rotator.postgres.errors import answered
-from rotator.postgres.table import LEAVES, TargetTable
+from rotator.postgres.errors import translate_errors
+from rotator.postgres.table import PARTITIONS, TargetTable
 
 WATCH_SECONDS: Final = 0.25
 BUSY: Final = "the table is busy"
@@ -31,12 +31,12 @@ async def read_storage(connection: AsyncConnection, table: TargetTable) -> Stora
     Raises:
         ServerLostError: The connection is gone.
     """
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT sum(pg_relation_size(oid))::bigint, sum(pg_indexes_size(oid))::bigint,"
                 " sum(pg_stat_get_dead_tuples(oid))::bigint FROM {} AS leaf"
-            ).format(LEAVES),
+            ).format(PARTITIONS),
             {"table": table.regclass},
         )
         heap_bytes, index_bytes, dead_rows = await cursor.fetchone() or (0, 0, 0)
@@ -48,7 +48,7 @@ async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
     queries = [_OWNS]
     if connection.info.server_version >= _MAINTAIN_SINCE:
         queries.append(_MAINTAINS)
-    async with answered(connection):
+    async with translate_errors(connection):
         for query in queries:
             cursor = await connection.execute(query, (table.regclass,))
             row = await cursor.fetchone()
@@ -59,7 +59,7 @@ async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
 
 async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
     """Whether the rows lie in an order that has nothing to do with the key's, as far as the server knows."""
-    async with answered(connection):
+    async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT abs(s.correlation) < %(most)s FROM pg_stats s"
             " JOIN pg_class c ON c.relname = s.tablename AND c.oid = %(table)s::regclass"
@@ -107,7 +107,7 @@ async def vacuum(
     try:
         is_in_the_way = False
         while not (await asyncio.wait([vacuuming], timeout=WATCH_SECONDS))[0]:
-            if is_in_the_way := await _is_in_the_way(control, table):
+            if is_in_the_way := await _blocks_others(control, table):
                 await connection.cancel_safe()
                 break
         was_cancelled = not await vacuuming
@@ -121,7 +121,7 @@ async def vacuum(
 async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool:
     """Whether the statement got to its end; not what else it may have met."""
     # As long as it takes: whoever waits for it has it cancelled.
-    async with answered(connection, seconds=None):
+    async with translate_errors(connection, seconds=None):
         with suppress(errors.QueryCanceled):
             await execute_alone(connection, statement)
             return True
@@ -130,7 +130,7 @@ async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool
 
 async def _cancelled_by(connection: AsyncConnection) -> str:
     """Return what cancelled the statement, if it was not this process."""
-    async with answered(connection):
+    async with translate_errors(connection):
         # As the session has it, without what the rotator sets for its own transactions.
         cursor = await execute_alone(connection, b"SELECT current_setting('statement_timeout')")
         row = await cursor.fetchone()
@@ -143,9 +143,9 @@ async def _cancelled_by(connection: AsyncConnection) -> str:
     )
 
 
-async def _is_in_the_way(control: AsyncConnection, table: TargetTable) -> bool:
+async def _blocks_others(control: AsyncConnection, table: TargetTable) -> bool:
     """Whether anybody waits for a lock on the table while VACUUM has its own."""
-    async with answered(control):
+    async with translate_errors(control):
         cursor = await control.execute(
             sql.SQL(
                 "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"
@@ -153,7 +153,7 @@ async def _is_in_the_way(control: AsyncConnection, table: TargetTable) -> bool:
                 # In a copy of a database, other tables have the same oids.
                 " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
                 " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')"
-            ).format(LEAVES),
+            ).format(PARTITIONS),
             {"table": table.regclass},
         )
         row = await cursor.fetchone()

@@ -8,12 +8,19 @@ from typing import Final, TypeAlias
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.exceptions import OldValuesKeptError, RangeRefusedError, RangeTooSlowError, ValuesError
+from rotator.exceptions import OldValuesKeptError, RangeRejectedError, RangeTooSlowError, ValuesError
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.connection import begin
-from rotator.postgres.errors import ANSWER_SECONDS, RANGE_GREW, SUPPRESSED, TOO_LONG, RangeGrewError, answered
-from rotator.postgres.fence import Claim, guard, limit
+from rotator.postgres.errors import (
+    ANSWER_SECONDS,
+    RANGE_GREW,
+    SUPPRESSED,
+    TOO_LONG,
+    RangeGrewError,
+    translate_errors,
+)
+from rotator.postgres.fence import Lease, begin_fenced, set_timeouts
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
     COUNT_OUTCOMES,
@@ -24,7 +31,7 @@ from rotator.postgres.table import (
     rows_written_so_far,
 )
 from rotator.postgres.values import FromRows, InBulk, Values, ValueSource, named, part
-from rotator.ranges import Key, KeyRange, KeySpan
+from rotator.ranges import Key, KeyInterval, KeyRange
 
 Digests: TypeAlias = Mapping[str, Sequence[int | None]]
 """For each key a number for each rotated column; see :attr:`TargetTable.digests`."""
@@ -105,7 +112,7 @@ def update_statement(table: TargetTable, *, after_is_known: bool, transaction_se
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
+class NewValues:
     """New values for a range.
 
     Attributes:
@@ -165,7 +172,7 @@ class RangeUpdate:
         # Once triggers have written to the table, each range notes its old values first.
         self._compares_digests = False
 
-    async def make(self, key_range: KeySpan, rows: int) -> Made:
+    async def make(self, key_range: KeyInterval, rows: int) -> NewValues:
         """Make a range's values ahead of its transaction, which so holds nothing meanwhile.
 
         Args:
@@ -177,47 +184,47 @@ class RangeUpdate:
             RangeTooSlowError: Making so many takes too long.
         """
         if isinstance(self._source, FromRows):
-            return Made(rows=rows)
+            return NewValues(rows=rows)
         try:
-            return Made(rows=rows, columns=await self._source.make(rows))
+            return NewValues(rows=rows, columns=await self._source.make(rows))
         except ValuesError as error:
             raise error.of(key_range) from None
 
     async def execute(
-        self, connection: AsyncConnection, key_range: KeyRange, made: Made, claim: Claim | None
+        self, connection: AsyncConnection, key_range: KeyRange, new_values: NewValues, lease: Lease | None
     ) -> Written:
         """Begin a transaction, give a range's rows new values, and make sure that they have them.
 
         Args:
             connection: In autocommit mode.
             key_range: Which.
-            made: Its values.
-            claim: What this process owns; None where the transaction will be rolled back.
+            new_values: Its values.
+            lease: What this process owns; None where the transaction will be rolled back.
 
         Raises:
             RangeGrewError: There are more rows.
             RewriteError: It must not be committed.
             ValuesError: There is something wrong with the new values.
-            RotatorError: As :func:`answered` has it; all of them leave the transaction to be rolled back.
+            RotatorError: The error of :func:`translate_errors`; the caller rolls the transaction back.
         """
         try:
             if isinstance(self._source, FromRows):
-                return await self._execute_from_rows(connection, key_range, self._source, claim)
-            return await self._execute_in_bulk(connection, key_range, made, claim)
+                return await self._execute_from_rows(connection, key_range, self._source, lease)
+            return await self._execute_in_bulk(connection, key_range, new_values, lease)
         except ValuesError as error:
             raise error.of(key_range) from None
 
     async def _execute_in_bulk(
-        self, connection: AsyncConnection, key_range: KeyRange, made: Made, claim: Claim | None
+        self, connection: AsyncConnection, key_range: KeyRange, new_values: NewValues, lease: Lease | None
     ) -> Written:
-        slices = await self._slices(connection, key_range, made)
+        slices = await self._slices(connection, key_range, new_values)
         # The slice at the table's start has no lower bound, and so another statement than those after it.
         starts = [parameters for parameters in slices if parameters["after"] is None]
         others = [parameters for parameters in slices if parameters["after"] is not None]
-        async with answered(connection):
+        async with translate_errors(connection):
             async with connection.pipeline():
                 # Merging two scans of the key's index is the cheapest join, and keeps the key's order.
-                await self._begin(connection, claim, without="nestloop")
+                await self._begin(connection, lease, disabled_joins="nestloop")
                 before = await self._digests(connection, key_range)
                 written_before = await self._written_so_far(connection)
                 cursors: list[AsyncCursor] = []
@@ -232,18 +239,18 @@ class RangeUpdate:
                 connection,
                 key_range,
                 [outcome for outcome in outcomes if outcome is not None],
-                rows=made.rows,
+                rows=new_values.rows,
                 before=before,
                 table_writes=await _number(written_after) - await _number(written_before),
             )
 
     async def _slices(
-        self, connection: AsyncConnection, key_range: KeyRange, made: Made
+        self, connection: AsyncConnection, key_range: KeyRange, new_values: NewValues
     ) -> list[dict[str, object]]:
         """The parameters of each slice's update; a slice ends at a key, whatever others insert."""
         ends: list[Key] = []
-        if made.rows > SLICE_ROWS:
-            most = -(-made.rows // SLICE_ROWS) - 1
+        if new_values.rows > SLICE_ROWS:
+            most = -(-new_values.rows // SLICE_ROWS) - 1
             ends = await slice_ends(connection, self.table, key_range, rows=SLICE_ROWS, most=most)
         ends = [end for end in ends if end != key_range.through] + [key_range.through]
         starts = range(0, len(ends) * SLICE_ROWS, SLICE_ROWS)
@@ -251,25 +258,27 @@ class RangeUpdate:
             {
                 "after": after,
                 "through": through,
-                **named(tuple(part(of_column, start, start + SLICE_ROWS) for of_column in made.columns)),
-                "rows": max(0, min(SLICE_ROWS, made.rows - start)),
+                **named(
+                    tuple(part(of_column, start, start + SLICE_ROWS) for of_column in new_values.columns)
+                ),
+                "rows": max(0, min(SLICE_ROWS, new_values.rows - start)),
             }
             for start, after, through in zip(starts, [key_range.after, *ends], ends, strict=False)
         ]
 
     async def _execute_from_rows(
-        self, connection: AsyncConnection, key_range: KeyRange, source: FromRows, claim: Claim | None
+        self, connection: AsyncConnection, key_range: KeyRange, source: FromRows, lease: Lease | None
     ) -> Written:
         """The same where each value needs its row: locked in key order, and updated by their keys."""
-        span: KeySpan = key_range
+        span: KeyInterval = key_range
         outcomes: list[tuple[int, int, int]] = []
         rows, began = 0, time.monotonic()
-        async with answered(connection), connection.pipeline():
-            await self._begin(connection, claim, without="mergejoin")
+        async with translate_errors(connection), connection.pipeline():
+            await self._begin(connection, lease, disabled_joins="mergejoin")
             before = await self._digests(connection, key_range)
             written_before = await self._written_so_far(connection)
         while True:
-            async with answered(connection):
+            async with translate_errors(connection):
                 keys = await self._locked(connection, span)
                 parameters = await source.parameters(keys)
                 cursor = await connection.execute(self._keyed_update, parameters)
@@ -279,8 +288,8 @@ class RangeUpdate:
                 break
             if time.monotonic() - began > self._limits.transaction_seconds:
                 raise RangeTooSlowError(TOO_LONG)
-            span = KeySpan(after=keys[-1], through=key_range.through)
-        async with answered(connection):
+            span = KeyInterval(after=keys[-1], through=key_range.through)
+        async with translate_errors(connection):
             async with connection.pipeline():
                 await connection.execute(_RUN_DEFERRED_TRIGGERS)
                 written_after = await self._written_so_far(connection)
@@ -293,17 +302,17 @@ class RangeUpdate:
                 table_writes=await _number(written_after) - await _number(written_before),
             )
 
-    async def _begin(self, connection: AsyncConnection, claim: Claim | None, *, without: str) -> None:
+    async def _begin(self, connection: AsyncConnection, lease: Lease | None, *, disabled_joins: str) -> None:
         await begin(connection)
-        if claim is None:
-            await limit(connection, self._limits, without=(without,))
+        if lease is None:
+            await set_timeouts(connection, self._limits, disabled_joins=(disabled_joins,))
         else:
-            await guard(connection, claim, self._limits, without=(without,))
+            await begin_fenced(connection, lease, self._limits, disabled_joins=(disabled_joins,))
 
     async def _check(
         self,
         connection: AsyncConnection,
-        span: KeySpan,
+        span: KeyInterval,
         outcomes: list[tuple[int, int, int]],
         *,
         rows: int,
@@ -331,9 +340,9 @@ class RangeUpdate:
             # Rows that were deleted since they were planned are gone; rows that are still there stayed as
             # they were.
             if now > written:
-                raise RangeRefusedError(SUPPRESSED, passing=True)
+                raise RangeRejectedError(SUPPRESSED, retryable=True)
             if ours > written:
-                raise RangeRefusedError(_WRITTEN_BY_OTHERS, passing=False)
+                raise RangeRejectedError(_WRITTEN_BY_OTHERS, retryable=False)
         if has_other_writes:
             # What an update returns is older than what the triggers after it do.
             if before is None:
@@ -344,7 +353,7 @@ class RangeUpdate:
                 raise _RowsKeptError
         return Written(rows=written, has_other_writes=has_other_writes)
 
-    async def _digests(self, connection: AsyncConnection, span: KeySpan) -> AsyncCursor | None:
+    async def _digests(self, connection: AsyncConnection, span: KeyInterval) -> AsyncCursor | None:
         """Ask for the digests of the rows' values; None while nothing else writes to the table."""
         if not self._compares_digests:
             return None
@@ -354,7 +363,7 @@ class RangeUpdate:
     async def _written_so_far(self, connection: AsyncConnection) -> AsyncCursor:
         return await connection.execute(self._rows_written_so_far, {"table": self.table.regclass})
 
-    async def _locked(self, connection: AsyncConnection, span: KeySpan) -> list[Key]:
+    async def _locked(self, connection: AsyncConnection, span: KeyInterval) -> list[Key]:
         """Lock the first rows of a span, and return their keys."""
         cursor = await connection.execute(
             sql.SQL("SELECT {} FROM {} WHERE {}{} ORDER BY {} LIMIT {} FOR UPDATE").format(
@@ -381,24 +390,24 @@ class RangeUpdate:
         no_values = named(tuple([] for _ in self.table.columns))
         parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
         limits = replace(self._limits, statement_seconds=ANSWER_SECONDS)
-        async with answered(connection), connection.transaction():
-            await limit(connection, limits, without=("nestloop" if is_bulk else "mergejoin",))
+        async with translate_errors(connection), connection.transaction():
+            await set_timeouts(connection, limits, disabled_joins=("nestloop" if is_bulk else "mergejoin",))
             cursor = await connection.execute(b"EXPLAIN (SUMMARY) " + statement, parameters)
             lines = [str(line) for (line,) in await cursor.fetchall()]
         milliseconds = [line.split()[2] for line in lines if line.startswith("Planning Time:")]
         return float(milliseconds[0]) / 1000 if milliseconds else 0.0
 
-    async def count(self, connection: AsyncConnection, span: KeySpan) -> int:
+    async def count(self, connection: AsyncConnection, span: KeyInterval) -> int:
         """How many rows a span holds."""
         return await _number(await self._select(connection, span, sql.SQL("count(*)")))
 
-    async def _count_now(self, connection: AsyncConnection, span: KeySpan) -> tuple[int, int]:
+    async def _count_now(self, connection: AsyncConnection, span: KeyInterval) -> tuple[int, int]:
         """The number of rows that a span holds now, and of those that this transaction wrote."""
         columns = sql.SQL("count(*), count(*) FILTER (WHERE xmin = pg_current_xact_id()::xid)")
         return await (await self._select(connection, span, columns)).fetchone() or (0, 0)
 
     async def _select(
-        self, connection: AsyncConnection, span: KeySpan, columns: sql.Composable
+        self, connection: AsyncConnection, span: KeyInterval, columns: sql.Composable
     ) -> AsyncCursor:
         return await connection.execute(
             sql.SQL("SELECT {} FROM {} WHERE {}{}").format(
@@ -414,10 +423,10 @@ class RangeUpdate:
 class PostgresWriter:
     """Writes ranges for as long as the claim holds."""
 
-    def __init__(self, pool: AsyncConnectionPool, update: RangeUpdate, claim: Claim) -> None:
+    def __init__(self, pool: AsyncConnectionPool, update: RangeUpdate, lease: Lease) -> None:
         self._pool = pool
         self._update = update
-        self._claim = claim
+        self._claim = lease
 
     async def rewrite(self, key_range: KeyRange) -> int:
         """Give a range's rows new values and checkpoint it, in one transaction.
@@ -427,7 +436,7 @@ class PostgresWriter:
 
         Raises:
             RowsLockedError: Another session holds rows of it; nothing was written.
-            RangeRefusedError: The server refused it; nothing was written.
+            RangeRejectedError: The server refused it; nothing was written.
             OldValuesKeptError: Triggers put the old values back; nothing was written.
             SupersededError: Another process owns the rotation; nothing was written.
             ValuesError: There is something wrong with the new values; nothing was written.
@@ -438,10 +447,14 @@ class PostgresWriter:
         rows = key_range.rows
         reason, kept_before = "", False
         for _ in range(_ATTEMPTS):
-            made = await self._update.make(key_range, rows)
-            async with answered(), self._pool.connection() as connection, answered(connection):
+            new_values = await self._update.make(key_range, rows)
+            async with (
+                translate_errors(),
+                self._pool.connection() as connection,
+                translate_errors(connection),
+            ):
                 try:
-                    written = await self._update.execute(connection, key_range, made, self._claim)
+                    written = await self._update.execute(connection, key_range, new_values, self._claim)
                 except RangeGrewError:
                     await connection.rollback()
                     reason = "rows keep coming into the range"
@@ -461,7 +474,7 @@ class PostgresWriter:
                 else:
                     await self._commit(connection, key_range, written, time.monotonic() - started)
                     return written.rows
-        raise RangeRefusedError(reason or SUPPRESSED, passing=True)
+        raise RangeRejectedError(reason or SUPPRESSED, retryable=True)
 
     async def _commit(
         self, connection: AsyncConnection, key_range: KeyRange, written: Written, seconds: float

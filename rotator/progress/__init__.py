@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "none"]
-_FEWEST_COLUMNS: Final = 20
+_MIN_COLUMNS: Final = 20
 PROGRESS_KINDS: Final[tuple[ProgressKind, ...]] = get_args(ProgressKind)
 
 
@@ -75,7 +75,7 @@ def can_draw(stream: TextIO) -> bool:
     return (
         stream.isatty()
         and os.environ.get("TERM") != "dumb"
-        and terminal_columns(stream) >= _FEWEST_COLUMNS
+        and terminal_columns(stream) >= _MIN_COLUMNS
         and _can_encode(stream, BAR_CHARACTERS)
     )
 

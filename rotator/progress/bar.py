@@ -18,7 +18,7 @@ from rotator.progress.preflight import preflight
 from rotator.progress.text import activity, count, done_of_total, duration, notice, plural, rate
 from rotator.stats import Tally
 
-_FEWEST_COLUMNS_TO_WRAP: Final = 30
+_MIN_COLUMNS_TO_WRAP: Final = 30
 _FRAME_START: Final = "\r"
 _CLEAR_REST: Final = "\x1b[K"
 _CLEAR_LINE: Final = "\r\x1b[2K"
@@ -67,7 +67,7 @@ class Screen:
         with self._lock:
             wrapped = (
                 textwrap.fill(line, columns - 1, break_on_hyphens=False, subsequent_indent=_indent(line))
-                if columns >= _FEWEST_COLUMNS_TO_WRAP
+                if columns >= _MIN_COLUMNS_TO_WRAP
                 else line
             )
             self._sink.write(f"{_CLEAR_LINE}{wrapped}\n")
@@ -83,7 +83,7 @@ _DEFAULT_COLUMNS: Final = 80
 _SHORTEST_BAR, _LONGEST_BAR = 8, 30
 _BAR_BORDERS: Final = 3
 _UNFINISHED_MARK: Final = "(!) "
-_FEWEST_COLUMNS, _MOST_COLUMNS = 3, 1000
+_MIN_COLUMNS, _MOST_COLUMNS = 3, 1000
 # The width of rate and ETA, or of what holds the run up: it stays the same for a whole run.
 _SPEED_WIDTH: Final = 9
 _ETA_WIDTH: Final = 12
@@ -175,7 +175,7 @@ class _Bar:
                 file=self._screen,
                 force_tty=True,
                 # Only where the terminal does not say; it knows no other widths.
-                max_cols=max(_FEWEST_COLUMNS, min(_MOST_COLUMNS, columns)),
+                max_cols=max(_MIN_COLUMNS, min(_MOST_COLUMNS, columns)),
                 length=self._length,
                 bar="smooth",
                 spinner=None,

@@ -39,7 +39,7 @@ from datetime import UTC, datetime
 from typing import Final, TextIO
 
 from rotator.events import (
-    BrokerAway,
+    BrokerUnreachable,
     ConfirmationStarted,
     DrainStarted,
     Event,
@@ -85,7 +85,7 @@ _NAMES: Final[dict[type[Event], str]] = {
     VacuumStarted: "vacuum_started",
     Vacuumed: "vacuumed",
     VacuumSkipped: "vacuum_skipped",
-    BrokerAway: "broker_away",
+    BrokerUnreachable: "broker_away",
     WorkersSilent: "workers_silent",
     ReceiverFailed: "receiver_failed",
     LimitRaised: "limit_raised",

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Final, TextIO
 
 from rotator.events import (
-    BrokerAway,
+    BrokerUnreachable,
     Event,
     OutageStarted,
     Preflighted,
@@ -152,7 +152,14 @@ def figures(tally: Tally, now: float) -> str:
     return ", ".join(parts)
 
 
-_WARNINGS: Final = (BrokerAway, OutageStarted, ReceiverFailed, RowFailed, ServerLogShowsValues, WorkersSilent)
+_WARNINGS: Final = (
+    BrokerUnreachable,
+    OutageStarted,
+    ReceiverFailed,
+    RowFailed,
+    ServerLogShowsValues,
+    WorkersSilent,
+)
 
 
 class LogObserver:

@@ -34,7 +34,7 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         named.append(f"{count(len(table.indexes) - _INDEXES_NAMED)} more")
     touched = (
         "untouched where a page has room, since none holds the column: "
-        if table.stays_out_of_indexes
+        if table.is_not_indexed
         else f"each update writes to {'all ' + str(len(table.indexes)) if named[1:] else 'the one'}: "
     )
     lines = [

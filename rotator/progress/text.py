@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from rotator.events import (
-    BrokerAway,
+    BrokerUnreachable,
     DrainStarted,
     Event,
     LateCommitsAwaited,
@@ -120,7 +120,7 @@ def notice(event: Event, tally: Tally) -> str:
                 f"no worker has done anything for {duration(event.seconds)}: are they running, and do they "
                 "reach broker and database? What they should have is published again"
             )
-        case BrokerAway():
+        case BrokerUnreachable():
             line = f"{event.reason.rstrip('.')}: what workers have goes on, and the rest waits for it"
         case RangeRetried() | RowFailed() | LateCommitsAwaited():
             line = _trouble(event, tally)
@@ -156,10 +156,10 @@ def _circumstances(event: Event) -> str:
             what = "skipped one VACUUM" if event.is_once else "the table is not vacuumed"
             return f"{what}: {event.reason.rstrip('.')}"
         case _:
-            return _hindrance(event)
+            return _skip_reason(event)
 
 
-def _hindrance(event: Event) -> str:
+def _skip_reason(event: Event) -> str:
     """Return the line for what costs time or does not work, while the rotation continues."""
     match event:
         case ReceiverFailed():

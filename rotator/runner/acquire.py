@@ -8,14 +8,19 @@ from typing import Final
 from psycopg import AsyncConnection
 
 from rotator.events import OwnerWatched
-from rotator.exceptions import OptionError, OwnedElsewhereError, RotationOverError, StoppedBeforeStartError
+from rotator.exceptions import (
+    OptionError,
+    OwnedElsewhereError,
+    RotationFinishedError,
+    StoppedBeforeStartError,
+)
 from rotator.options import Selection
 from rotator.postgres import rotations
 from rotator.postgres.errors import superseded
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import count_last_writers
-from rotator.postgres.rotations import NewSelection, Terms, Unfinished
+from rotator.postgres.rotations import NewRotation, NewSelection, Unfinished
 from rotator.postgres.table import TargetTable
 from rotator.runner.context import RunContext
 
@@ -28,12 +33,12 @@ class Acquired:
     """What this process has become the owner of.
 
     Attributes:
-        claim: What it may write for.
+        lease: What it may write for.
         stopped_at: The last heartbeat of the run before; None for a new rotation.
         is_completed: Whether it turned out to be completed, by a transaction whose reply was lost.
     """
 
-    claim: Claim
+    lease: Lease
     stopped_at: datetime | None
     is_completed: bool = False
 
@@ -57,43 +62,43 @@ class Acquisition:
             OptionError: The unfinished rotation is for other rows or values.
             TargetError: The target is not what it was when the rotation began.
             RotationRepeatedError: A completed rotation had the same fields, rows and values.
-            RotationOverError: It is not the one that was asked for.
+            RotationFinishedError: It is not the one that was asked for.
             StoppedBeforeStartError: A stop was asked for while its owner was being watched.
         """
         target, owner = self._context.target, self._context.owner
-        options = self._context.options.saved()
+        options = self._context.options.to_json()
         identity = await read_identity(self._connection, self._table)
         while True:
             unfinished = await self._find()
             self._check_identity(unfinished)
             if unfinished is None:
-                terms = Terms(
+                terms = NewRotation(
                     target=target.label,
                     table_name=self._table.found_name,
                     database=target.database,
                     options=options,
-                    selection=target.selection.saved(),
+                    selection=target.selection.to_json(),
                     identity=identity.to_json(),
                 )
-                claim = await rotations.begin_rotation(
+                lease = await rotations.begin_rotation(
                     self._connection,
                     terms,
                     owner,
                     repeats=self._context.options.restart,
                     after=self._context.options.after,
                 )
-                if claim is not None:
-                    return Acquired(claim=claim, stopped_at=None)
+                if lease is not None:
+                    return Acquired(lease=lease, stopped_at=None)
                 continue
             if await self._is_alive(unfinished):
                 raise self._owned_elsewhere(unfinished)
-            seen = Claim(rotation=unfinished.id, generation=unfinished.generation)
+            seen = Lease(rotation=unfinished.id, generation=unfinished.generation)
             if self._context.options.restart:
                 await rotations.abandon(self._connection, seen)
                 continue
             selection = await self._selection(unfinished)
             await self._check_target(unfinished, identity)
-            claim = await rotations.take_over(
+            lease = await rotations.take_over(
                 self._connection,
                 seen,
                 database=target.database,
@@ -101,8 +106,8 @@ class Acquisition:
                 options=options,
                 selection=selection,
             )
-            if claim is not None:
-                return Acquired(claim=claim, stopped_at=unfinished.updated_at)
+            if lease is not None:
+                return Acquired(lease=lease, stopped_at=unfinished.updated_at)
 
     async def _find(self) -> Unfinished | None:
         label = self._context.target.label
@@ -116,8 +121,8 @@ class Acquisition:
         clock = asyncio.get_running_loop().time
         until = clock() + WATCH_SECONDS
         while clock() < until:
-            if await self._context.requests.wait(WATCH_EVERY_SECONDS):
-                raise StoppedBeforeStartError(self._context.requests.signal)
+            if await self._context.stop_signal.wait(WATCH_EVERY_SECONDS):
+                raise StoppedBeforeStartError(self._context.stop_signal.signal)
             now = await self._find()
             if now is None and not self._context.options.restart:
                 raise OwnedElsewhereError(
@@ -134,7 +139,7 @@ class Acquisition:
     def _check_identity(self, found: Unfinished | None) -> None:
         wanted = self._context.options.rotation
         if wanted is not None and (found is None or found.id != wanted):
-            raise RotationOverError(
+            raise RotationFinishedError(
                 f"Rotation {wanted} of {self._context.target.label} is not unfinished any more."
             )
 
@@ -144,16 +149,16 @@ class Acquisition:
         While no row has a new value, another generator can make them.
         """
         label, chosen = self._context.target.label, self._context.target.selection
-        saved = Selection.read(found.selection)
+        saved = Selection.from_json(found.selection)
         if chosen == saved:
-            return NewSelection(saved=chosen.saved())
+            return NewSelection(saved=chosen.to_json())
         is_other_maker = replace(chosen, generator=saved.generator) == saved
         if not is_other_maker or await rotations.has_rows_done(self._connection, found.id):
             raise OptionError(
                 f"Rotation {found.id} of {label} was begun with {saved}, and this command has {chosen}: give "
                 "it the same, or abandon that rotation with --restart."
             )
-        return NewSelection(saved=chosen.saved(), unless_begun=True)
+        return NewSelection(saved=chosen.to_json(), unless_begun=True)
 
     async def _check_target(self, found: Unfinished, identity: TargetIdentity) -> None:
         """Refuse to resume on a target whose checkpoints mean something else now."""
@@ -181,7 +186,7 @@ class Acquisition:
         )
 
 
-async def regain(
+async def reacquire(
     connection: AsyncConnection, acquired: Acquired, table: TargetTable, context: RunContext
 ) -> Acquired:
     """Own again what this process owned before it lost a connection.
@@ -193,16 +198,16 @@ async def regain(
         SupersededError: Another process owns it.
         TargetError: What answers now is another server, or another table.
     """
-    rotation, owner = acquired.claim.rotation, context.owner
-    options = context.options.saved()
-    claim = await rotations.take_over_again(connection, rotation, owner=owner, options=options)
-    if claim is not None:
-        saved = TargetIdentity.from_json((await rotations.read_owned(connection, claim)).identity)
+    rotation, owner = acquired.lease.rotation, context.owner
+    options = context.options.to_json()
+    lease = await rotations.take_over_from_self(connection, rotation, owner=owner, options=options)
+    if lease is not None:
+        saved = TargetIdentity.from_json((await rotations.read_state(connection, lease)).identity)
         difference = saved and saved.difference(await read_identity(connection, table))
         if difference:
             raise changed_target(rotation, context.target.label, difference)
-        return replace(acquired, claim=claim)
+        return replace(acquired, lease=lease)
     completed = await rotations.find_completed(connection, rotation, owner)
     if completed is None:
         raise superseded()
-    return replace(acquired, claim=completed, is_completed=True)
+    return replace(acquired, lease=completed, is_completed=True)

@@ -7,17 +7,17 @@ from typing import TypeAlias
 from rotator.events import Observer, RowsRotated
 from rotator.options import RunOptions, Selection
 from rotator.postgres.connection import Server
-from rotator.postgres.identity import Session
+from rotator.postgres.identity import SessionIdentity
 from rotator.postgres.owner import Owner
 from rotator.postgres.table import Condition
 from rotator.postgres.values import ValueSource
 from rotator.ranges import KeyRange
 from rotator.runner.distribution import SpanPublisher
 from rotator.runner.engine import RangeWriter
-from rotator.runner.stop import StopRequests
+from rotator.runner.stop import StopSignal
 from rotator.stats import Figures
 
-Announce: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
+OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
 """Tells whoever acts upon rotated rows; whoever waits for it writes no more rows meanwhile."""
 
 ShouldStop: TypeAlias = Callable[[], bool]
@@ -58,7 +58,7 @@ class RunTarget:
     selection: Selection = field(default_factory=Selection)
     bypassed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    session: Session | None = None
+    session: SessionIdentity | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +70,10 @@ class RunContext:
         target: What is rotated.
         options: How.
         owner: This process.
-        requests: What has been asked of the run.
+        stop_signal: What has been asked of the run.
         figures: What it has done so far.
         notify: Tells observers, after the run itself has taken note.
-        announce: Is awaited after each commit of rows; None where nobody asked for that.
+        on_commit: Is awaited after each commit of rows; None where nobody asked for that.
         publisher: Has the ranges rewritten elsewhere; None where this process does it.
     """
 
@@ -81,25 +81,25 @@ class RunContext:
     target: RunTarget
     options: RunOptions
     owner: Owner
-    requests: StopRequests
+    stop_signal: StopSignal
     figures: Figures
     notify: Observer
-    announce: Announce | None
+    on_commit: OnCommit | None
     publisher: SpanPublisher | None
 
 
 class AnnouncingWriter:
     """A writer whose ranges are announced once they are committed."""
 
-    def __init__(self, writer: RangeWriter, announce: Announce, rotation: int) -> None:
+    def __init__(self, writer: RangeWriter, on_commit: OnCommit, rotation: int) -> None:
         self._writer = writer
-        self._announce = announce
+        self._on_commit = on_commit
         self._rotation = rotation
 
     async def rewrite(self, key_range: KeyRange) -> int:
         """Do what the writer does, and announce it; a crash in between leaves the range unannounced."""
         rows = await self._writer.rewrite(key_range)
-        await self._announce(
+        await self._on_commit(
             RowsRotated(rotation=self._rotation, after=key_range.after, through=key_range.through, rows=rows)
         )
         return rows

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from psycopg import AsyncConnection
 
 from rotator.events import (
-    BrokerAway,
+    BrokerUnreachable,
     Observer,
     RangeCompleted,
     RangeDeferred,
@@ -19,34 +19,34 @@ from rotator.events import (
 )
 from rotator.exceptions import (
     BrokerError,
-    RangeRefusedError,
+    RangeRejectedError,
     RowsLockedError,
     ServerLostError,
     ServerRefusedError,
 )
 from rotator.postgres import spans
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import SpanProgress
-from rotator.ranges import Key, KeySpan
-from rotator.runner.engine import FAILED_ROWS_AT_MOST
+from rotator.ranges import Key, KeyInterval
+from rotator.runner.engine import MAX_FAILED_ROWS
 
 POLL_SECONDS: Final = 0.1
 SILENT_SECONDS: Final = 30.0
 # No message is heard of where there is no worker; after a while a new one is worth little.
-LONGEST_PATIENCE_SECONDS: Final = 300.0
+MAX_PATIENCE_SECONDS: Final = 300.0
 SPANS_OUTSTANDING: Final = 16
 SPANS_OF_SMALL_TABLE: Final = 8
 # A task opens its connections anew, which a few ranges would not be worth; and a host that is lost loses no
 # more.
-LEAST_RANGES_PER_SPAN: Final = 10
-MOST_RANGES_PER_SPAN: Final = 100
+MIN_RANGES_PER_SPAN: Final = 10
+MAX_RANGES_PER_SPAN: Final = 100
 
 
 class SpanPublisher(Protocol):
     """Knows the broker."""
 
-    async def publish(self, claim: Claim, span: int) -> None:
+    async def publish(self, lease: Lease, span: int) -> None:
         """Have some worker rotate a span.
 
         Raises:
@@ -68,7 +68,7 @@ class _Outstanding:
         ranges: In how many ranges.
         generation: How often a worker has begun with it.
         is_held: Whether a worker has it.
-        heard_at: When one of these last changed, or it was published.
+        last_change_at: When one of these last changed, or it was published.
         is_published: Whether the broker took it.
     """
 
@@ -76,7 +76,7 @@ class _Outstanding:
     ranges: int = 0
     generation: int = 0
     is_held: bool = False
-    heard_at: float = 0.0
+    last_change_at: float = 0.0
     is_published: bool = False
 
 
@@ -87,7 +87,7 @@ class Distribution:
         self,
         connection: AsyncConnection,
         planner: IndexPlanner,
-        claim: Claim,
+        lease: Lease,
         publisher: SpanPublisher,
         *,
         batch: int,
@@ -96,24 +96,24 @@ class Distribution:
         """Take a connection in autocommit mode, for this pass's use alone."""
         self._connection = connection
         self._planner = planner
-        self._claim = claim
+        self._claim = lease
         self._publisher = publisher
         self._batch = batch
         self._notify = notify
         self._outstanding: dict[int, _Outstanding] = {}
-        self._is_broker_away = False
+        self._is_broker_unreachable = False
         self._clock = asyncio.get_running_loop().time
-        self._heard_at = self._clock()
+        self._last_change_at = self._clock()
         self._patience_seconds = SILENT_SECONDS
         self._failed_rows = 0
 
     async def run(
         self,
-        gaps: Sequence[KeySpan],
+        gaps: Sequence[KeyInterval],
         drain: asyncio.Event,
         *,
         rows_left: int,
-        rows_at_most: int | None,
+        max_rows: int | None,
     ) -> None:
         """Have the gaps rotated, until a drain is asked for.
 
@@ -121,16 +121,16 @@ class Distribution:
             gaps: What is left to do.
             drain: Once set, no more is planned.
             rows_left: About how many rows that are.
-            rows_at_most: How many of them are planned at the most; None for no limit.
+            max_rows: How many of them are planned at the most; None for no limit.
 
         Raises:
             ServerRefusedError: A worker met what trying again does not mend.
-            RangeRefusedError: More rows were refused than ``FAILED_ROWS_AT_MOST``.
+            RangeRejectedError: More rows were refused than ``MAX_FAILED_ROWS``.
             ServerLostError: The spans are gone, so that what is done has to be read anew.
             SupersededError: This process does not own the rotation any more.
         """
         await spans.clear(self._connection, self._claim)
-        left, limit = deque(gaps), rows_at_most
+        left, limit = deque(gaps), max_rows
         span_rows = self._batch * ranges_per_span(rows_left, self._batch)
         while not drain.is_set():
             is_locked = False
@@ -145,15 +145,15 @@ class Distribution:
                 return
             await _wait(drain, POLL_SECONDS)
             await self._look()
-        if not self._is_broker_away:
+        if not self._is_broker_unreachable:
             await self._publisher.revoke()
 
-    async def _plan(self, left: deque[KeySpan], span_rows: int, limit: int | None) -> int | None:
+    async def _plan(self, left: deque[KeyInterval], span_rows: int, limit: int | None) -> int | None:
         gap = left[0]
         planned = await self._planner.next_range(gap, span_rows if limit is None else min(span_rows, limit))
         left.popleft()
         if planned.through != gap.through:
-            left.appendleft(KeySpan(after=planned.through, through=gap.through))
+            left.appendleft(KeyInterval(after=planned.through, through=gap.through))
         number = await spans.plan(self._connection, self._claim, planned)
         self._outstanding[number] = _Outstanding()
         return None if limit is None else max(0, limit - planned.rows)
@@ -161,31 +161,33 @@ class Distribution:
     async def _publish_again(self) -> None:
         """Publish what is not yet published, or of which nothing was heard for long."""
         due = [number for number, span in self._outstanding.items() if self._is_due(span)]
-        silent_seconds = self._clock() - self._heard_at
-        if due and silent_seconds >= SILENT_SECONDS and not self._is_broker_away:
+        silent_seconds = self._clock() - self._last_change_at
+        if due and silent_seconds >= SILENT_SECONDS and not self._is_broker_unreachable:
             self._notify(WorkersSilent(seconds=silent_seconds))
             # Perhaps nobody will come for long, and messages are not to pile up until then.
-            self._patience_seconds = min(2 * self._patience_seconds, LONGEST_PATIENCE_SECONDS)
+            self._patience_seconds = min(2 * self._patience_seconds, MAX_PATIENCE_SECONDS)
         for number in due:
             span = self._outstanding[number]
-            span.heard_at = self._clock()
+            span.last_change_at = self._clock()
             try:
                 await self._publisher.publish(self._claim, number)
             except BrokerError as error:
                 span.is_published = False
-                if not self._is_broker_away:
-                    self._notify(BrokerAway(reason=str(error)))
-                self._is_broker_away = True
+                if not self._is_broker_unreachable:
+                    self._notify(BrokerUnreachable(reason=str(error)))
+                self._is_broker_unreachable = True
                 return
             span.is_published = True
-            self._is_broker_away = False
+            self._is_broker_unreachable = False
 
     def _is_due(self, span: _Outstanding) -> bool:
         if not span.is_published:
             return True
         # One that nobody has may well wait for its turn, as long as anybody does anything.
-        heard_at = span.heard_at if span.is_held else max(span.heard_at, self._heard_at)
-        return self._clock() - heard_at >= self._patience_seconds
+        last_change_at = (
+            span.last_change_at if span.is_held else max(span.last_change_at, self._last_change_at)
+        )
+        return self._clock() - last_change_at >= self._patience_seconds
 
     async def _look(self) -> None:
         found = await spans.read_progress(self._connection, list(self._outstanding))
@@ -206,7 +208,7 @@ class Distribution:
                 # A worker has begun with it and left it to others.
                 span.is_published = False
             if (progress.generation, progress.ranges) != (span.generation, span.ranges):
-                span.heard_at = self._heard_at = self._clock()
+                span.last_change_at = self._last_change_at = self._clock()
                 self._patience_seconds = SILENT_SECONDS
             span.rows, span.ranges = progress.rows, progress.ranges
             span.generation, span.is_held = progress.generation, progress.is_held
@@ -220,15 +222,15 @@ class Distribution:
         for key, reason in progress.failed_keys:
             self._failed_rows += 1
             self._notify(RowFailed(key=Key(key), reason=reason))
-            if self._failed_rows > FAILED_ROWS_AT_MOST:
-                raise RangeRefusedError(reason, passing=False)
+            if self._failed_rows > MAX_FAILED_ROWS:
+                raise RangeRejectedError(reason, retryable=False)
         if progress.error:
             raise ServerRefusedError(progress.error)
 
 
 def ranges_per_span(rows: int, batch: int) -> int:
     """Return how many ranges a span holds, so that small tables too have spans for several workers."""
-    return max(LEAST_RANGES_PER_SPAN, min(MOST_RANGES_PER_SPAN, rows // (batch * SPANS_OF_SMALL_TABLE)))
+    return max(MIN_RANGES_PER_SPAN, min(MAX_RANGES_PER_SPAN, rows // (batch * SPANS_OF_SMALL_TABLE)))
 
 
 async def _wait(drain: asyncio.Event, seconds: float) -> None:

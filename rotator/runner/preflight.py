@@ -12,16 +12,16 @@ from rotator.postgres import rotations
 from rotator.postgres.catalog import check_server, missing_grants, read_table
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.identity import check_session
-from rotator.postgres.preflight import examine_server, examine_table, name_server, sample, try_values
+from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
 from rotator.postgres.rotations import Completed, Unfinished
-from rotator.postgres.table import TargetTable, count_leaves
+from rotator.postgres.table import TargetTable, count_partitions
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget
 
 # The server is under load, too, when many workers plan at the same time.
 TIMES_PLANNING: Final = 2
-LEAST_PART_OF_LIMIT: Final = 0.1
+MIN_PART_OF_LIMIT: Final = 0.1
 
 
 async def raised_limit(
@@ -38,11 +38,11 @@ async def raised_limit(
     if not update.table.is_partitioned:
         return None
     seconds = await update.planning_seconds(connection, key)
-    if seconds < limits.statement_seconds * LEAST_PART_OF_LIMIT:
+    if seconds < limits.statement_seconds * MIN_PART_OF_LIMIT:
         return None
     return LimitRaised(
         planning_seconds=seconds,
-        partitions=await count_leaves(connection, update.table),
+        partitions=await count_partitions(connection, update.table),
         statement_seconds=limits.statement_seconds + TIMES_PLANNING * seconds,
     )
 
@@ -91,7 +91,7 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
     )
 
 
-class Examination:
+class Preflight:
     """Looks at a target and its server."""
 
     def __init__(
@@ -158,8 +158,8 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Fin
         if grants := await missing_grants(connection, table):
             raise MissingPrivilegesError(grants)
         if options.sample and target.selection.generator:
-            await try_values(connection, RangeUpdate(table, target.source, options.limits))
-        return await Examination(connection, table, server, target).examine(options, counts=True)
+            await check_values(connection, RangeUpdate(table, target.source, options.limits))
+        return await Preflight(connection, table, server, target).examine(options, counts=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

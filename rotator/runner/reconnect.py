@@ -7,7 +7,7 @@ from typing import Final
 from rotator.runner.engine import backoff_seconds
 
 FIRST_RECONNECT_SECONDS: Final = 0.2
-LONGEST_RECONNECT_SECONDS: Final = 5.0
+MAX_RECONNECT_SECONDS: Final = 5.0
 STEADY_SECONDS: Final = 30.0
 
 
@@ -27,14 +27,14 @@ class OutageBudget:
     seconds: float
     clock: Callable[[], float]
     _since: float | None = None
-    _away_since: float | None = None
+    _unreachable_since: float | None = None
     _back_at: float = 0.0
     _attempts: int = 0
 
     @property
-    def is_away(self) -> bool:
+    def is_unreachable(self) -> bool:
         """Whether the server is away now."""
-        return self._away_since is not None
+        return self._unreachable_since is not None
 
     @property
     def left_seconds(self) -> float:
@@ -43,19 +43,19 @@ class OutageBudget:
 
     def lost(self) -> None:
         """Note that the server is away, or still is."""
-        if self._away_since is None:
-            self._away_since = self.clock()
-            if self._away_since - self._back_at >= STEADY_SECONDS:
+        if self._unreachable_since is None:
+            self._unreachable_since = self.clock()
+            if self._unreachable_since - self._back_at >= STEADY_SECONDS:
                 self.works()
         self._attempts += 1
         if self._since is None:
-            self._since = self._away_since
+            self._since = self._unreachable_since
 
     def back(self) -> float:
         """Note that the server answers, and return how long it was away in seconds."""
-        away_since, self._away_since = self._away_since, None
+        unreachable_since, self._unreachable_since = self._unreachable_since, None
         self._back_at = self.clock()
-        return 0.0 if away_since is None else self._back_at - away_since
+        return 0.0 if unreachable_since is None else self._back_at - unreachable_since
 
     def works(self) -> None:
         """Begin anew: the server not only answers but works."""
@@ -64,7 +64,5 @@ class OutageBudget:
 
     def delay_seconds(self) -> float:
         """How long to wait before the next attempt."""
-        delay = backoff_seconds(
-            self._attempts, first=FIRST_RECONNECT_SECONDS, longest=LONGEST_RECONNECT_SECONDS
-        )
+        delay = backoff_seconds(self._attempts, first=FIRST_RECONNECT_SECONDS, longest=MAX_RECONNECT_SECONDS)
         return min(delay, self.left_seconds)

@@ -9,7 +9,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.aio import first_error_alone, watch
+from rotator.aio import unwrap_group, watch
 from rotator.events import (
     EndStatus,
     Event,
@@ -34,19 +34,19 @@ from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.errors import settings_that_show_values
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import gaps
-from rotator.postgres.preflight import COUNT_SECONDS, count_table, name_server, try_values
-from rotator.postgres.rotations import Owned
+from rotator.postgres.preflight import COUNT_SECONDS, check_values, count_table, name_server
+from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
-from rotator.ranges import spans_between
-from rotator.runner.acquire import Acquired, Acquisition, regain
-from rotator.runner.context import Announce, RunContext, RunTarget, ShouldStop
+from rotator.ranges import intervals_between
+from rotator.runner.acquire import Acquired, Acquisition, reacquire
+from rotator.runner.context import OnCommit, RunContext, RunTarget, ShouldStop
 from rotator.runner.distribution import SpanPublisher
-from rotator.runner.preflight import Examination, check
+from rotator.runner.preflight import Preflight, check
 from rotator.runner.reconnect import OutageBudget
-from rotator.runner.session import STOP_AFTER, Pass
-from rotator.runner.stop import StopRequests
+from rotator.runner.session import STOP_AFTER, Session
+from rotator.runner.stop import StopSignal
 from rotator.runner.vacuum import Vacuuming
 from rotator.stats import Figures
 
@@ -106,7 +106,7 @@ class LockWatch:
 HEARTBEAT_SECONDS: Final = 1.0
 TICK_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
-LEAST_OPEN_SECONDS: Final = 1.0
+MIN_OPEN_SECONDS: Final = 1.0
 LEFT_TO_WORKERS: Final = "Left to the workers."
 _WORKER_STOPS: Final = "a worker that has to stop"
 _CANCELLED: Final = "Cancelled by the program that it ran in."
@@ -127,7 +127,7 @@ class Run:
         target: RunTarget,
         options: RunOptions,
         observer: Observer,
-        announce: Announce | None = None,
+        on_commit: OnCommit | None = None,
         publisher: SpanPublisher | None = None,
         should_stop: ShouldStop | None = None,
     ) -> None:
@@ -138,23 +138,23 @@ class Run:
             target: What is rotated.
             options: How.
             observer: Is told of everything.
-            announce: Is awaited after each commit of rows; None where nobody asked for that.
+            on_commit: Is awaited after each commit of rows; None where nobody asked for that.
             publisher: Has the ranges rewritten elsewhere; None where this process does it.
             should_stop: Is asked now and then whether to drain, beside the signals; None where nobody knows.
         """
         self._observer = observer
         self._should_stop = should_stop
         self._figures = Figures()
-        self._requests = StopRequests(self._notify)
+        self._stop_signal = StopSignal(self._notify)
         self._context = RunContext(
             server=server,
             target=target,
             options=options,
             owner=this_process(),
-            requests=self._requests,
+            stop_signal=self._stop_signal,
             figures=self._figures,
             notify=self._notify,
-            announce=announce,
+            on_commit=on_commit,
             publisher=publisher,
         )
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
@@ -169,12 +169,12 @@ class Run:
     @property
     def signal(self) -> Signals | None:
         """The signal that asked for a stop, if one did."""
-        return self._requests.signal
+        return self._stop_signal.signal
 
     @property
     def stopped_by_option(self) -> bool:
         """Whether the run ended because an option told it to."""
-        return self._requests.reason == STOP_AFTER
+        return self._stop_signal.reason == STOP_AFTER
 
     async def rotate(self) -> RotationStopped:
         """Work until the rotation is completed, somebody asks for a stop, or it cannot go on.
@@ -186,16 +186,16 @@ class Run:
             ServerLostError: The server could not be reached in the first place.
             StoppedBeforeStartError: A stop was asked for before anything was changed.
         """
-        with self._requests.signals() if self._context.options.listens_to_signals else nullcontext():
+        with self._stop_signal.signals() if self._context.options.listens_to_signals else nullcontext():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
-            watching = asyncio.create_task(self._stop_when_told(), name="rotator watch for a stop")
+            watching = asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop")
             ticking = asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks")
             work = asyncio.create_task(self._through_outages(), name="rotator run")
             try:
-                with self._requests.aborting(work):
+                with self._stop_signal.aborting(work):
                     stopped = await work
             except asyncio.CancelledError:
-                if not self._requests.aborted:
+                if not self._stop_signal.aborted:
                     await self._record("interrupted", _CANCELLED)
                     raise
                 stopped = (
@@ -225,23 +225,23 @@ class Run:
             table = await self._check(control)
             self._acquired = await Acquisition(control, table, self._context).acquire()
         await self._record("interrupted", LEFT_TO_WORKERS)
-        return self._acquired.claim.rotation
+        return self._acquired.lease.rotation
 
     async def _stop_in_time(self) -> None:
         seconds = self._context.options.stop_after_seconds
         if seconds is not None:
             await asyncio.sleep(seconds)
-            self._requests.ask(STOP_AFTER)
+            self._stop_signal.request(STOP_AFTER)
 
-    async def _stop_when_told(self) -> None:
+    async def _stop_when_due(self) -> None:
         if self._should_stop is not None:
-            await watch(self._should_stop, lambda: self._requests.ask(_WORKER_STOPS))
+            await watch(self._should_stop, lambda: self._stop_signal.request(_WORKER_STOPS))
 
     async def _tick_through_outages(self) -> None:
         """Tick while the server is unreachable, when there is no heartbeat."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if self._outage.is_away:
+            if self._outage.is_unreachable:
                 self._notify(Tick())
 
     async def _through_outages(self) -> RotationStopped:
@@ -254,7 +254,7 @@ class Run:
             except ServerLostError as lost:
                 if self._acquired is None:
                     raise
-                if not await self._outlast(lost):
+                if not await self._wait_before_reconnect(lost):
                     asked = self._asked()
                     return await (self._leave("interrupted", asked) if asked else self._give_up(lost))
             except RotatorError as error:
@@ -262,7 +262,7 @@ class Run:
             else:
                 if status == "completed":
                     self._is_completed = True
-                    return await self._tidy(self._table)
+                    return await self._final_vacuum(self._table)
                 return await self._leave(status, self._asked() or _REFUSED_ROWS)
 
     async def _check(self, control: AsyncConnection) -> TargetTable:
@@ -273,25 +273,25 @@ class Run:
         self._server_name = await name_server(control)
         self._figures.storage_before = await read_storage(control, table)
         await self._vacuuming.allow(control, table)
-        await self._try_values(control, table)
+        await self._check_values(control, table)
         if self._context.options.preflight:
             await self._preflight(control, table)
         return table
 
-    async def _try_values(self, control: AsyncConnection, table: TargetTable) -> None:
+    async def _check_values(self, control: AsyncConnection, table: TargetTable) -> None:
         """Refuse a generator that fails before the rotation begins."""
         target, options = self._context.target, self._context.options
         if not target.selection.generator:
             return
         found = await rotations.find_unfinished(control, target.label, table.found_name)
         # What is resumed was tried, unless its generator is another one now.
-        if found is None or options.restart or Selection.read(found.selection) != target.selection:
-            await try_values(control, RangeUpdate(table, target.source, options.limits))
+        if found is None or options.restart or Selection.from_json(found.selection) != target.selection:
+            await check_values(control, RangeUpdate(table, target.source, options.limits))
 
     async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
         """Tell what a new rotation will meet; one that goes on has been through that."""
         target, options = self._context.target, self._context.options
-        examination = Examination(control, table, self._context.server, target)
+        examination = Preflight(control, table, self._context.server, target)
         unfinished = await examination.unfinished()
         if unfinished is None and not options.restart:
             # Acquiring the rotation checks this too, but the report is not worth showing before a refusal.
@@ -300,32 +300,32 @@ class Run:
             )
         if unfinished is None or options.restart:
             self._notify(Preflighted(findings=await examination.examine(options)))
-        if self._requests.drain.is_set():
-            raise StoppedBeforeStartError(self._requests.signal)
+        if self._stop_signal.drain.is_set():
+            raise StoppedBeforeStartError(self._stop_signal.signal)
 
     async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
         """Own the rotation, the first time or again after an outage."""
         if self._acquired is None:
             return await Acquisition(control, table, self._context).acquire()
-        return await regain(control, self._acquired, table, self._context)
+        return await reacquire(control, self._acquired, table, self._context)
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
         if acquired.is_completed:
-            self._tell_back((await rotations.read_owned(control, acquired.claim)).rows_done)
+            self._notify_outage_ended((await rotations.read_state(control, acquired.lease)).rows_done)
             return "completed"
         server = self._context.server
         # The late rows' one is the only worker here where others do the ranges.
         concurrency = 1 if self._context.publisher else self._context.options.concurrency
         # With little of the budget left, one more attempt all the same.
-        seconds = min(OPEN_SECONDS, max(LEAST_OPEN_SECONDS, self._outage.left_seconds))
+        seconds = min(OPEN_SECONDS, max(MIN_OPEN_SECONDS, self._outage.left_seconds))
         async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:
-            one_pass = Pass(connection, pool, table, acquired, self._context)
+            session_work = Session(connection, pool, table, acquired, self._context)
             while True:
-                with first_error_alone():
+                with unwrap_group():
                     async with asyncio.TaskGroup() as tasks:
                         heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
-                        owned = await one_pass.read_owned()
-                        self._tell_started(one_pass, owned)
+                        owned = await session_work.read_state()
+                        self._notify_started(session_work, owned)
                         vacuum = tasks.create_task(
                             self._vacuuming.beside(control, table, rows_total=owned.rows_total),
                             name="rotator VACUUM",
@@ -333,12 +333,12 @@ class Run:
                         locks = tasks.create_task(
                             self._lock_watch.watch(control), name="rotator watch for lock holders"
                         )
-                        status = await one_pass.work(owned)
+                        status = await session_work.work(owned)
                         locks.cancel()
                         vacuum.cancel()
                         heart.cancel()
                 # Without the heartbeat, to which a completed rotation would not look like its own.
-                if status != "completed" or await one_pass.complete(owned):
+                if status != "completed" or await session_work.complete(owned):
                     return status
 
     async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
@@ -346,23 +346,23 @@ class Run:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             await rotations.beat(
                 control,
-                acquired.claim,
+                acquired.lease,
                 rows_done=self._figures.rows_done,
                 active_seconds=self._figures.active_seconds,
             )
             self._notify(Tick())
 
-    def _tell_started(self, one_pass: Pass, owned: Owned) -> None:
-        self._tell_back(owned.rows_done)
+    def _notify_started(self, session_work: Session, owned: RotationState) -> None:
+        self._notify_outage_ended(owned.rows_done)
         if not self._figures.has_started:
             self._late_rows_before = owned.late_rows
-            self._notify(one_pass.started(owned))
+            self._notify(session_work.started(owned))
 
-    def _tell_back(self, rows_done: int) -> None:
-        if self._outage.is_away:
+    def _notify_outage_ended(self, rows_done: int) -> None:
+        if self._outage.is_unreachable:
             self._notify(OutageEnded(seconds=self._outage.back(), rows_done=rows_done))
 
-    async def _tidy(self, table: TargetTable) -> RotationStopped:
+    async def _final_vacuum(self, table: TargetTable) -> RotationStopped:
         """Vacuum once more; the workers have left, so what they have done is in the statistics by now."""
         await self._vacuuming.at_the_end(table)
         with suppress(RotatorError):
@@ -372,15 +372,15 @@ class Run:
                     self._figures.table_rows = await count_table(connection, table, seconds=COUNT_SECONDS)
         return self._stopped("completed", "")
 
-    async def _outlast(self, lost: ServerLostError) -> bool:
+    async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False where the budget is used up or a stop was asked for."""
-        is_new = not self._outage.is_away
+        is_new = not self._outage.is_unreachable
         self._outage.lost()
         if is_new:
             self._notify(OutageStarted(reason=str(lost), budget_seconds=self._outage.left_seconds))
         if self._outage.left_seconds <= 0:
             return False
-        return not await self._requests.wait(self._outage.delay_seconds())
+        return not await self._stop_signal.wait(self._outage.delay_seconds())
 
     async def _give_up(self, error: RotatorError) -> RotationStopped:
         if self._acquired is None:
@@ -397,7 +397,7 @@ class Run:
     async def _leave(self, status: EndStatus, error: str) -> RotationStopped:
         await self._record(status, error)
         if not self._figures.has_started:
-            raise StoppedBeforeStartError(self._requests.signal)
+            raise StoppedBeforeStartError(self._stop_signal.signal)
         return self._stopped(status, error)
 
     async def _record(self, status: EndStatus, error: str) -> None:
@@ -409,24 +409,24 @@ class Run:
             async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
                 self._figures.rows_done = await rotations.stop(
                     connection,
-                    self._acquired.claim,
+                    self._acquired.lease,
                     status=status,
                     error=error,
                     active_seconds=self._figures.active_seconds,
                 )
                 if self._table is not None:
                     self._figures.storage = await read_storage(connection, self._table)
-                    owned = await rotations.read_owned(connection, self._acquired.claim)
+                    owned = await rotations.read_state(connection, self._acquired.lease)
                     if owned.bound is not None:
-                        left = await gaps(connection, self._table, owned.claim.rotation, owned.bound)
-                        self._figures.spans = spans_between(left, owned.bound)
+                        left = await gaps(connection, self._table, owned.lease.rotation, owned.bound)
+                        self._figures.spans = intervals_between(left, owned.bound)
 
     def _asked(self) -> str:
-        if not self._requests.drain.is_set():
+        if not self._stop_signal.drain.is_set():
             return ""
         # Said at once, or somebody who looks would take it for the end.
-        is_handed_on = self._requests.reason == _WORKER_STOPS
-        return LEFT_TO_WORKERS if is_handed_on else f"Stopped by {self._requests.reason}."
+        is_handed_on = self._stop_signal.reason == _WORKER_STOPS
+        return LEFT_TO_WORKERS if is_handed_on else f"Stopped by {self._stop_signal.reason}."
 
     def _stopped(self, status: EndStatus, error: str, *, superseded: bool = False) -> RotationStopped:
         owner, chosen = self._context.owner, self._context.target.selection

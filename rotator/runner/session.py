@@ -13,15 +13,15 @@ from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target,
 from rotator.postgres.last_writers import LastWriters, count_last_writers
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
-from rotator.postgres.rotations import Owned
+from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter, RangeUpdate
-from rotator.ranges import KeySpan
+from rotator.ranges import KeyInterval
 from rotator.runner.acquire import Acquired
 from rotator.runner.context import AnnouncingWriter, RunContext
 from rotator.runner.distribution import Distribution
 from rotator.runner.engine import Engine, EngineOptions
-from rotator.runner.late_rows import older_writers_are_over, rotate_older_rows
+from rotator.runner.late_rows import rotate_older_rows, wait_for_older_writers
 from rotator.runner.preflight import raised_limit, with_raised
 
 STOP_AFTER: Final = "--stop-after"
@@ -30,7 +30,7 @@ COUNT_SECONDS: Final = 2.0
 CONFIRMATIONS: Final = 5
 
 
-class Pass:
+class Session:
     """What one generation does, until it is done, drained, or loses a connection."""
 
     def __init__(
@@ -57,15 +57,15 @@ class Pass:
         self._context = context
         self._limits = context.options.limits
 
-    async def read_owned(self) -> Owned:
+    async def read_state(self) -> RotationState:
         """Read what is owned from the database, with its bound frozen where there are rows."""
-        owned = await rotations.read_owned(self._connection, self._acquired.claim)
+        owned = await rotations.read_state(self._connection, self._acquired.lease)
         return owned if owned.bound is not None else await self._freeze(owned)
 
-    def started(self, owned: Owned) -> RotationStarted:
+    def started(self, owned: RotationState) -> RotationStarted:
         """Return what there is to tell when the first pass of a run begins."""
         return RotationStarted(
-            rotation=owned.claim.rotation,
+            rotation=owned.lease.rotation,
             target=self._context.target.label,
             rows_total=owned.rows_total,
             rows_total_is_exact=owned.rows_total_is_exact,
@@ -76,34 +76,34 @@ class Pass:
             batch=self._context.options.batch,
         )
 
-    async def work(self, owned: Owned) -> EndStatus:
+    async def work(self, owned: RotationState) -> EndStatus:
         """Rewrite what is left.
 
         Returns:
             ``completed`` where nothing is left to do but to say so.
         """
-        options, requests = self._context.options, self._context.requests
+        options, stop_signal = self._context.options, self._context.stop_signal
         await self._rotate_gaps(owned)
-        if requests.drain.is_set():
+        if stop_signal.drain.is_set():
             return "interrupted"
         if self._context.figures.failed_keys:
             return "failed"
         # Rows that were deleted since they were planned leave the limit unreached, and end it too.
         if options.stop_after_rows is not None and await self._gaps(owned):
-            requests.ask(STOP_AFTER)
+            stop_signal.request(STOP_AFTER)
             return "interrupted"
         is_confirmed = await self._confirm(owned)
-        if requests.drain.is_set():
+        if stop_signal.drain.is_set():
             return "interrupted"
         return "completed" if is_confirmed else "failed"
 
-    async def complete(self, owned: Owned) -> bool:
+    async def complete(self, owned: RotationState) -> bool:
         """Mark the rotation completed; False where the checkpoints leave a gap after all."""
         figures = self._context.figures
         rows_done = await rotations.complete(
             self._connection,
             self._table,
-            owned.claim,
+            owned.lease,
             owned.bound,
             active_seconds=figures.active_seconds,
             unconfirmed_rows=figures.unconfirmed_rows,
@@ -113,15 +113,15 @@ class Pass:
         figures.rows_done = rows_done
         return True
 
-    async def _freeze(self, owned: Owned) -> Owned:
+    async def _freeze(self, owned: RotationState) -> RotationState:
         # Before the bound: a row that is committed late and then written again, title or whatever, has a
         # new xmin and a leaked token, and only planning it finds it.
-        await older_writers_are_over(
+        await wait_for_older_writers(
             self._connection,
             self._table,
             owned.started_xid,
             seconds=OLDER_WRITERS_SECONDS,
-            requests=self._context.requests,
+            stop_signal=self._context.stop_signal,
             notify=self._context.notify,
         )
         bound = await last_key(self._connection, self._table)
@@ -129,25 +129,25 @@ class Pass:
             return owned
         rows_total, is_exact = await count_rows(self._connection, self._table, bound, seconds=COUNT_SECONDS)
         await rotations.freeze_bound(
-            self._connection, owned.claim, bound=bound, rows_total=rows_total, is_exact=is_exact
+            self._connection, owned.lease, bound=bound, rows_total=rows_total, is_exact=is_exact
         )
         return replace(owned, bound=bound, rows_total=rows_total, rows_total_is_exact=is_exact)
 
-    async def _gaps(self, owned: Owned) -> list[KeySpan]:
+    async def _gaps(self, owned: RotationState) -> list[KeyInterval]:
         if owned.bound is None:
             return []
-        return await gaps(self._connection, self._table, owned.claim.rotation, owned.bound)
+        return await gaps(self._connection, self._table, owned.lease.rotation, owned.bound)
 
-    async def _rotate_gaps(self, owned: Owned) -> None:
+    async def _rotate_gaps(self, owned: RotationState) -> None:
         options = self._context.options
         limit = options.stop_after_rows
-        rows_at_most = None if limit is None else max(0, limit - self._context.figures.rows_this_run)
-        planner, drain = IndexPlanner(self._connection, self._table), self._context.requests.drain
+        max_rows = None if limit is None else max(0, limit - self._context.figures.rows_this_run)
+        planner, drain = IndexPlanner(self._connection, self._table), self._context.stop_signal.drain
         if self._context.publisher is not None:
             distribution = Distribution(
                 self._connection,
                 planner,
-                owned.claim,
+                owned.lease,
                 self._context.publisher,
                 batch=options.batch,
                 notify=self._context.notify,
@@ -156,26 +156,26 @@ class Pass:
                 await self._gaps(owned),
                 drain,
                 rows_left=max(0, owned.rows_total - owned.rows_done),
-                rows_at_most=rows_at_most,
+                max_rows=max_rows,
             )
             return
         await self._allow_for_planning(owned)
         update = RangeUpdate(self._table, self._context.target.source, self._limits)
-        writer = PostgresWriter(self._pool, update, owned.claim)
-        announce = self._context.announce
+        writer = PostgresWriter(self._pool, update, owned.lease)
+        on_commit = self._context.on_commit
         engine = Engine(
             planner,
-            writer if announce is None else AnnouncingWriter(writer, announce, owned.claim.rotation),
+            writer if on_commit is None else AnnouncingWriter(writer, on_commit, owned.lease.rotation),
             notify=self._context.notify,
             options=EngineOptions(
                 concurrency=options.concurrency,
                 batch=options.batch,
-                rows_at_most=rows_at_most,
+                max_rows=max_rows,
             ),
         )
         await engine.run(await self._gaps(owned), drain)
 
-    async def _allow_for_planning(self, owned: Owned) -> None:
+    async def _allow_for_planning(self, owned: RotationState) -> None:
         limits = self._context.options.limits
         if owned.bound is None:
             return
@@ -184,7 +184,7 @@ class Pass:
             self._limits = with_raised(limits, raised)
             self._context.notify(raised)
 
-    async def _confirm(self, owned: Owned) -> bool:
+    async def _confirm(self, owned: RotationState) -> bool:
         """Make sure that no row is left that nothing has written since the rotation began.
 
         Returns:
@@ -194,15 +194,20 @@ class Pass:
             TargetError: The target is not what the rotation was begun on.
             RotatorError: Such rows are left, whatever is tried.
         """
-        requests, notify = self._context.requests, self._context.notify
-        if not await older_writers_are_over(
-            self._connection, self._table, owned.started_xid, seconds=None, requests=requests, notify=notify
+        stop_signal, notify = self._context.stop_signal, self._context.notify
+        if not await wait_for_older_writers(
+            self._connection,
+            self._table,
+            owned.started_xid,
+            seconds=None,
+            stop_signal=stop_signal,
+            notify=notify,
         ):
             return False
         older_rows = OlderRows(
             self._connection,
             self._table,
-            owned.claim,
+            owned.lease,
             started_xid=owned.started_xid,
             source=self._context.target.source,
             limits=self._limits,
@@ -210,7 +215,7 @@ class Pass:
         notify(ConfirmationStarted())
         attempts = 0
         while True:
-            writers = await requests.unless_asked(self._count_last_writers(owned))
+            writers = await stop_signal.run_until_stop(self._count_last_writers(owned))
             if writers is None:
                 return False
             if not writers.older:
@@ -219,11 +224,11 @@ class Pass:
             rotated = await rotate_older_rows(
                 older_rows,
                 batch=self._context.options.batch,
-                requests=requests,
+                stop_signal=stop_signal,
                 notify=notify,
-                announce=self._context.announce,
+                on_commit=self._context.on_commit,
             )
-            if requests.drain.is_set() or self._context.figures.failed_keys:
+            if stop_signal.drain.is_set() or self._context.figures.failed_keys:
                 return False
             attempts = 0 if rotated else attempts + 1
             if attempts >= CONFIRMATIONS:
@@ -233,20 +238,20 @@ class Pass:
                     "policy that hides them, then run the same command again."
                 )
 
-    async def _count_last_writers(self, owned: Owned) -> LastWriters:
+    async def _count_last_writers(self, owned: RotationState) -> LastWriters:
         rewritten: tuple[int, ...] = ()
         if saved := TargetIdentity.from_json(owned.identity):
             now = await read_identity(self._connection, self._table)
             rewritten = saved.rewritten(now)
             if difference := saved.difference(now):
-                raise changed_target(owned.claim.rotation, self._context.target.label, difference)
+                raise changed_target(owned.lease.rotation, self._context.target.label, difference)
         writers = await count_last_writers(
             self._connection,
             self._table,
-            rotation=owned.claim.rotation,
+            rotation=owned.lease.rotation,
             started_xid=owned.started_xid,
             rewritten=rewritten,
         )
         if writers.renewed:
-            raise changed_target(owned.claim.rotation, self._context.target.label, REWRITTEN)
+            raise changed_target(owned.lease.rotation, self._context.target.label, REWRITTEN)
         return writers

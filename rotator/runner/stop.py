@@ -18,7 +18,7 @@ _SIGNALS: Final = tuple(
 SAME_REQUEST_SECONDS: Final = 0.5
 
 
-class StopRequests:
+class StopSignal:
     """What has been asked of a run so far; belongs to one event loop."""
 
     def __init__(self, notify: Observer) -> None:
@@ -30,14 +30,14 @@ class StopRequests:
         self._notify = notify
         self._signalled_at = 0.0
 
-    def ask(self, reason: str) -> None:
+    def request(self, reason: str) -> None:
         """Begin to drain, unless that was asked for already."""
         if not self.drain.is_set():
             self.reason = reason
             self.drain.set()
             self._notify(DrainStarted(reason=reason))
 
-    def ask_by_signal(self, received: signal.Signals) -> None:
+    def request_by_signal(self, received: signal.Signals) -> None:
         """Begin to drain; the second time, cancel the work.
 
         One hang-up or shutdown can arrive as two signals: from the terminal and the shell, from a service
@@ -46,7 +46,7 @@ class StopRequests:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._signalled_at = received, now
-            self.ask(received.name)
+            self.request(received.name)
             return
         if received is not signal.SIGINT and now - self._signalled_at < SAME_REQUEST_SECONDS:
             return
@@ -63,7 +63,7 @@ class StopRequests:
             return False
         return True
 
-    async def unless_asked(self, work: Coroutine[Any, Any, T]) -> T | None:
+    async def run_until_stop(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Await some work and return its result; cancel it and return None once a stop is asked for."""
         working = asyncio.create_task(work, name="rotator work until a stop")
         stop = asyncio.create_task(self.drain.wait(), name="rotator wait for a stop")
@@ -98,7 +98,7 @@ class StopRequests:
                 # Under nohup a hang-up is ignored on purpose.
                 if number.name == "SIGHUP" and previous is signal.SIG_IGN:
                     continue
-                loop.add_signal_handler(number, self.ask_by_signal, number)
+                loop.add_signal_handler(number, self.request_by_signal, number)
                 before[number] = previous
         try:
             yield

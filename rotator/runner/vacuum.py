@@ -18,7 +18,7 @@ PART_OF_TABLE: Final = 8
 # Where ranges have rows on pages all over the table, and so meet each page again and again, the server itself
 # removes old rows from a page when it needs room there.
 PART_OF_SCATTERED_TABLE: Final = 2
-LEAST_ROWS: Final = 20_000
+MIN_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
 
 
@@ -56,7 +56,7 @@ class Vacuuming:
         if not self._is_allowed:
             return
         figures = self._context.figures
-        part_rows = max(LEAST_ROWS, -(-rows_total // self._part_of_table))
+        part_rows = max(MIN_ROWS, -(-rows_total // self._part_of_table))
         due_rows = figures.rows_done + part_rows
         while True:
             await asyncio.sleep(POLL_SECONDS)
@@ -67,11 +67,11 @@ class Vacuuming:
 
     async def at_the_end(self, table: TargetTable) -> None:
         """Vacuum what the last part has left, unless or until a stop is asked for."""
-        requests = self._context.requests
-        if not self._is_allowed or requests.drain.is_set():
+        stop_signal = self._context.stop_signal
+        if not self._is_allowed or stop_signal.drain.is_set():
             return
         self._context.notify(VacuumStarted())
-        await requests.unless_asked(self._alone(table))
+        await stop_signal.run_until_stop(self._alone(table))
 
     async def _alone(self, table: TargetTable) -> None:
         try:

@@ -30,7 +30,7 @@ class _Waiting(NamedTuple):
     attempt: Attempt
 
 
-class Flow:
+class WorkQueue:
     """Hands planned ranges to workers, and ranges that are due for another attempt before them."""
 
     def __init__(self, drain: asyncio.Event, *, queue_ranges: int, waiting_ranges: int) -> None:
@@ -50,7 +50,7 @@ class Flow:
         self._closed = False
 
     @property
-    def is_crowded(self) -> bool:
+    def is_full(self) -> bool:
         """Whether as many ranges wait for another attempt as may."""
         return len(self._waiting) >= self._waiting_ranges
 
@@ -62,14 +62,14 @@ class Flow:
         """Tell the workers that no more ranges come."""
         await self._queue.put(None)
 
-    def again(self, attempt: Attempt, *, delay_seconds: float) -> None:
+    def requeue(self, attempt: Attempt, *, delay_seconds: float) -> None:
         """Let a range wait for another attempt."""
         heapq.heappush(self._waiting, _Waiting(self._clock() + delay_seconds, next(self._numbers), attempt))
 
     async def take(self) -> Attempt | None:
         """The next range; None when this worker may go."""
         while not self.drain.is_set():
-            if self._waiting and self._must_turn_to_waiting():
+            if self._waiting and self._takes_waiting():
                 first = heapq.heappop(self._waiting)
                 return None if await self._drained_until(first.due) else first.attempt
             if self._closed:
@@ -79,8 +79,8 @@ class Flow:
                 return Attempt(key_range)
         return None
 
-    def _must_turn_to_waiting(self) -> bool:
-        return self._closed or self.is_crowded or self._waiting[0].due <= self._clock()
+    def _takes_waiting(self) -> bool:
+        return self._closed or self.is_full or self._waiting[0].due <= self._clock()
 
     async def drained_within(self, seconds: float) -> bool:
         """Wait for so long, or until the drain begins, and return whether it has."""

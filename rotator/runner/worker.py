@@ -15,7 +15,7 @@ from rotator.exceptions import RotatorError, ServerLostError, SupersededError
 from rotator.options import RunOptions
 from rotator.postgres import spans
 from rotator.postgres.connection import Server, pooled
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity, changed_target, read_identity
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import IndexPlanner
@@ -23,7 +23,7 @@ from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter, RangeUpdate
 from rotator.ranges import Key
-from rotator.runner.context import Announce, AnnouncingWriter, RunTarget, ShouldStop
+from rotator.runner.context import AnnouncingWriter, OnCommit, RunTarget, ShouldStop
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.preflight import raised_limit, read_target, with_raised
 from rotator.runner.reconnect import OutageBudget
@@ -33,7 +33,7 @@ OTHER_CONNECTIONS: Final = 2
 
 
 @dataclass
-class _Told:
+class _EventCounter:
     """What the engine tells, as far as the coordinator wants to know it."""
 
     outage: OutageBudget
@@ -60,16 +60,16 @@ class SpanWork:
         server: Server,
         target: RunTarget,
         options: RunOptions,
-        claim: Claim,
-        announce: Announce | None,
+        lease: Lease,
+        on_commit: OnCommit | None,
         should_stop: ShouldStop,
     ) -> None:
         """Prepare it; the claim is the rotation's, as the task's message has it."""
         self._server = server
         self._target = target
         self._options = options
-        self._claim = claim
-        self._announce = announce
+        self._claim = lease
+        self._on_commit = on_commit
         self._should_stop = should_stop
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._drain = asyncio.Event()
@@ -121,7 +121,7 @@ class SpanWork:
             self._outage.back()
             if claimed is None:
                 return
-            told = _Told(self._outage)
+            told = _EventCounter(self._outage)
             error = ""
             try:
                 update = await self._update(connection, table, claimed)
@@ -133,10 +133,10 @@ class SpanWork:
                 error = str(refused)
             if self._drain.is_set() and not error:
                 # Whoever has it next finds out what is left, if anything.
-                await spans.release(connection, claimed.claim, retries=told.retries)
+                await spans.release(connection, claimed.lease, retries=told.retries)
                 return
             await spans.finish(
-                connection, claimed.claim, retries=told.retries, failed_keys=told.failed_keys, error=error
+                connection, claimed.lease, retries=told.retries, failed_keys=told.failed_keys, error=error
             )
 
     async def _update(
@@ -155,14 +155,14 @@ class SpanWork:
         pool: AsyncConnectionPool,
         update: RangeUpdate,
         claimed: ClaimedSpan,
-        told: _Told,
+        told: _EventCounter,
     ) -> Engine:
         options = self._options
-        writer = PostgresWriter(pool, update, claimed.claim)
-        announce = self._announce
+        writer = PostgresWriter(pool, update, claimed.lease)
+        on_commit = self._on_commit
         return Engine(
             planner,
-            writer if announce is None else AnnouncingWriter(writer, announce, self._claim.rotation),
+            writer if on_commit is None else AnnouncingWriter(writer, on_commit, self._claim.rotation),
             notify=told,
             options=EngineOptions(concurrency=options.concurrency, batch=options.batch),
         )

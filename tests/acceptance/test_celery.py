@@ -16,7 +16,7 @@ from core.broker import broker_url, running_broker
 from rotator.api import prepare
 from rotator.models import Rotation, Span
 from rotator.options import RunOptions
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.runner.distribution import SILENT_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
 from tests.acceptance.harness import (
@@ -174,9 +174,9 @@ def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> N
     from rotator.tasks import CeleryPublisher  # noqa: PLC0415 - of an extra
 
     class Twice(CeleryPublisher):
-        async def publish(self, claim: Claim, span: int) -> None:
+        async def publish(self, lease: Lease, span: int) -> None:
             for _ in range(2):
-                await super().publish(claim, span)
+                await super().publish(lease, span)
 
     monkeypatch.setattr(app.conf, "broker_url", hosts.url)
     app.set_default()

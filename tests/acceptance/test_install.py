@@ -23,11 +23,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory, clone: Path) -> Environment:
     """As the first two blocks of docs/install.md make it."""
-    made = Environment.make(tmp_path_factory.mktemp("environments") / "venv")
+    new_values = Environment.make(tmp_path_factory.mktemp("environments") / "venv")
     build, install, *_ = blocks("sh")
-    made.run(build, cwd=clone)
-    made.run(install, cwd=clone)
-    return made
+    new_values.run(build, cwd=clone)
+    new_values.run(install, cwd=clone)
+    return new_values
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ MOST_MEMORY_BYTES = 150_000_000
 
 
 def test_a_million_rows_get_new_tokens(commands: Commands, tmp_path: Path) -> None:
-    made = commands.start("--count", str(MILLION), program=(*MANAGE, "create_tickets")).wait(120)
-    assert made.status == 0, made.err
+    new_values = commands.start("--count", str(MILLION), program=(*MANAGE, "create_tickets")).wait(120)
+    assert new_values.status == 0, new_values.err
     audit = Audit(counts_writes=False)
 
     finished = commands.run("--report", str(tmp_path / "report"), seconds=180)

@@ -145,7 +145,7 @@ class _Link:
     messages: FrontendMessages = field(default_factory=FrontendMessages)
     forwards: bool = True
     swallows_answers: bool = False
-    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    translate_errors: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Proxy:
@@ -319,14 +319,14 @@ class Proxy:
     async def _pump_to_client(self, link: _Link, way: _LongWay) -> None:
         with contextlib.suppress(OSError):
             while piece := await way.read():
-                link.answered.set()
+                link.translate_errors.set()
                 if link.swallows_answers:
                     continue
                 await self._throttle(piece)
                 if link.forwards:
                     link.client.write(piece)
                     await link.client.drain()
-        link.answered.set()
+        link.translate_errors.set()
         if link.swallows_answers:
             # The pump to the server knows when it is over.
             await asyncio.Event().wait()
@@ -353,12 +353,12 @@ class Proxy:
         if trap.at is At.LATE:
             await asyncio.sleep(_LATE_SECONDS)
         if trap.at in (At.AFTER, At.LATE):
-            link.answered.clear()
+            link.translate_errors.clear()
             link.server.write(piece[before:])
             # Until it has answered, or it seems to have ended the connection without a word.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ANSWER_SECONDS):
-                    await link.answered.wait()
+                    await link.translate_errors.wait()
         _reset(link.client)
         self.commits_cut += 1
         if trap.at is At.NEVER:

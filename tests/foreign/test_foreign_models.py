@@ -48,12 +48,12 @@ READY_MADE = "ROTATOR_FOREIGN_ENVIRONMENT"
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     clone = copy_of_this_repository(tmp_path_factory.mktemp("clones") / "clone")
     if ready_made := os.environ.get(READY_MADE):
-        made = Environment(Path(ready_made))
+        new_values = Environment(Path(ready_made))
     else:
-        made = Environment.make(tmp_path_factory.mktemp("environments") / "venv")
-        made.run(f"pip install {' '.join(repr(package) for package in PACKAGES)}", cwd=clone)
-    made.run("pip install --force-reinstall --no-deps . && pip install .", cwd=clone)
-    return made
+        new_values = Environment.make(tmp_path_factory.mktemp("environments") / "venv")
+        new_values.run(f"pip install {' '.join(repr(package) for package in PACKAGES)}", cwd=clone)
+    new_values.run("pip install --force-reinstall --no-deps . && pip install .", cwd=clone)
+    return new_values
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from django.db import connection
 
 from rotator.postgres.connection import connected
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.table import TargetTable
 from tests.integration.outcomes import CODED
 from tests.integration.rotation_tables import Database, begin
@@ -33,7 +33,7 @@ async def control(database: Database) -> AsyncIterator[psycopg.AsyncConnection]:
 
 
 @pytest.fixture
-async def claim(control: psycopg.AsyncConnection) -> Claim:
+async def lease(control: psycopg.AsyncConnection) -> Lease:
     """A rotation that has just begun and is this process's."""
     return await begin(control)
 

@@ -15,6 +15,7 @@ from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.table import Column, TargetTable
 from rotator.progress.summary import report, summary
+from tests.integration.rotation_tables import TARGET
 
 # Real transactions, with the shop's tables.
 SHOP: Final = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
@@ -51,6 +52,15 @@ class EventRecorder:
         """Whether the rotation has started."""
         return any(isinstance(event, RotationStarted) for event in self.events)
 
+    @property
+    def rows(self) -> int:
+        """The number of rows that were rotated in ranges."""
+        return sum(event.rows for event in self.events if isinstance(event, RangeCompleted))
+
+    def of(self, kind: type[Event]) -> int:
+        """The number of events of this kind."""
+        return sum(isinstance(event, kind) for event in self.events)
+
     def counted(self) -> tuple[int, int]:
         """The confirmed and the unconfirmed rows of the last count."""
         found = [event for event in self.events if isinstance(event, RowsConfirmed)]
@@ -68,6 +78,11 @@ def rotate(
     chosen = replace(RunOptions(batch=10, concurrency=1, vacuum=False), **options)  # type: ignore[arg-type] # checked by the class
     names = [labels] if isinstance(labels, str) else labels
     return prepare(names, "default", chosen, selection).rotate(observer or EventRecorder())
+
+
+def rotate_tickets(observer: React | None = None, **options: object) -> Outcome:
+    """Rotate the tickets' tokens, in small ranges, by three workers."""
+    return rotate(TARGET, observer, **{"concurrency": 3, "vacuum": True, **options})  # type: ignore[arg-type] # options
 
 
 def at_start(do: Callable[[], object]) -> React:
@@ -92,6 +107,15 @@ def after_range(number: int, do: Callable[[], object]) -> React:
                 do()
 
     return react
+
+
+def assert_completed(outcome: Outcome, *, rows: int) -> None:
+    """The run says that it completed the rotation, and so does the database."""
+    assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.error) == ("completed", 0, "")
+    assert outcome.stopped.rows == rows
+    rotation = Rotation.objects.get(pk=outcome.stopped.rotation)
+    assert (rotation.status, rotation.rows_done, rotation.error) == ("completed", rows, "")
+    assert rotation.finished_at is not None
 
 
 def assert_unconfirmed(outcome: Outcome, rows: int) -> None:

@@ -366,11 +366,11 @@ class World:
         )
 
         def change(statement: str | sql.Composed, parameters: Sequence[Any] = ()) -> None:
-            noted = _query(
+            tracked = _query(
                 f"WITH edited AS ({{statement}} RETURNING uid, secret) {account}",
                 statement=_query(statement) if isinstance(statement, str) else statement,
             )
-            connection.execute(noted, parameters)
+            connection.execute(tracked, parameters)
 
         rows = f"uid %% {edit.modulus} = {edit.remainder}"
         match edit.kind:

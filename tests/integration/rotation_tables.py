@@ -15,9 +15,9 @@ from psycopg import sql
 from rotator.fields.generators import uuid4_block
 from rotator.options import WaitLimits
 from rotator.postgres.connection import Server, pooled
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.owner import Owner, this_process
-from rotator.postgres.rotations import Terms, begin_rotation
+from rotator.postgres.rotations import NewRotation, begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
 from rotator.postgres.values import InBulk, UuidBlock, Values, ValueSource
 from rotator.postgres.writer import PostgresWriter, RangeUpdate
@@ -299,9 +299,9 @@ async def try_to_begin(
     table_name: str = TABLE_NAME,
     database: str = "default",
     repeats: bool = True,
-) -> Claim | None:
+) -> Lease | None:
     """Begin a rotation as somebody's."""
-    terms = Terms(
+    terms = NewRotation(
         target=target,
         table_name=table_name,
         database=database,
@@ -312,7 +312,7 @@ async def try_to_begin(
     return await begin_rotation(control, terms, owner, repeats=repeats)
 
 
-async def begin(control: psycopg.AsyncConnection) -> Claim:
+async def begin(control: psycopg.AsyncConnection) -> Lease:
     """Begin the tickets' rotation, as this process's."""
     begun = await try_to_begin(control, this_process())
     assert begun is not None
@@ -322,7 +322,7 @@ async def begin(control: psycopg.AsyncConnection) -> Claim:
 @asynccontextmanager
 async def writing(
     database: Database,
-    claim: Claim,
+    lease: Lease,
     table: TargetTable = TICKETS,
     *,
     source: ValueSource = UUIDS,
@@ -330,7 +330,7 @@ async def writing(
 ) -> AsyncIterator[PostgresWriter]:
     """A writer with one connection of its own."""
     async with pooled(database.server, 1) as pool:
-        yield PostgresWriter(pool, RangeUpdate(table, source, limits or WaitLimits()), claim)
+        yield PostgresWriter(pool, RangeUpdate(table, source, limits or WaitLimits()), lease)
 
 
 def assert_new_uuid4s(before: Mapping[str, UUID], after: Mapping[str, UUID]) -> None:

@@ -24,8 +24,8 @@ from rotator.fields.target import table_path
 from rotator.options import RunOptions, Selection, WaitLimits
 from rotator.postgres.table import Column, TargetTable, identifier
 from tests.integration.killed import rotate_until_killed
+from tests.integration.outcomes import assert_completed
 from tests.integration.rotation_tables import SCHEMA, Database
-from tests.integration.test_run import assert_completed
 from tests.shop import models
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])

@@ -32,9 +32,9 @@ MakeTable = Callable[[str], TargetTable]
 
 @pytest.fixture
 def table(database: Database, coded: MakeTable) -> TargetTable:
-    made = coded("text")
+    new_values = coded("text")
     database.execute(FILL)
-    return made
+    return new_values
 
 
 def leaked(database: Database) -> int:

@@ -5,8 +5,8 @@ import pytest
 from psycopg import sql
 
 from rotator.postgres.activity import holders
-from rotator.postgres.fence import Claim
-from rotator.postgres.rotations import read_owned
+from rotator.postgres.fence import Lease
+from rotator.postgres.rotations import read_state
 from tests.integration.rotation_tables import (
     COMMITTING,
     INSERT,
@@ -53,7 +53,7 @@ async def test_a_transaction_that_wrote_before_the_start_is_named_until_it_is_ov
     database: Database, control: psycopg.AsyncConnection, other: psycopg.Connection, statements: list[str]
 ) -> None:
     execute_all(other, *statements)
-    owned = await read_owned(control, await begin(control))
+    owned = await read_state(control, await begin(control))
     (named,) = await holders(control, TICKETS, owned.started_xid)
     user = database.execute("SELECT current_user")[0][0]
     assert named.startswith(f"pid {other.info.backend_pid}, user {user}, application shop, since ")
@@ -76,15 +76,15 @@ async def test_a_transaction_that_has_written_nothing_to_the_target_is_not_waite
     control: psycopg.AsyncConnection, other: psycopg.Connection, statements: list[str]
 ) -> None:
     execute_all(other, *statements)
-    owned = await read_owned(control, await begin(control))
+    owned = await read_state(control, await begin(control))
     assert await holders(control, TICKETS, owned.started_xid) == ()
 
 
 async def test_a_transaction_that_wrote_after_the_start_is_not_waited_for(
-    control: psycopg.AsyncConnection, other: psycopg.Connection, claim: Claim
+    control: psycopg.AsyncConnection, other: psycopg.Connection, lease: Lease
 ) -> None:
     execute_all(other, UPDATE)
-    owned = await read_owned(control, claim)
+    owned = await read_state(control, lease)
     assert await holders(control, TICKETS, owned.started_xid) == ()
 
 
@@ -94,7 +94,7 @@ async def test_all_of_them_are_named(
     execute_all(other, UPDATE)
     third = database.connect(application_name="")
     execute_all(third, "BEGIN", INSERT)
-    owned = await read_owned(control, await begin(control))
+    owned = await read_state(control, await begin(control))
     named = await holders(control, TICKETS, owned.started_xid)
     assert {phrase.split(",")[0] for phrase in named} == {
         f"pid {connection.info.backend_pid}" for connection in (other, third)
@@ -110,7 +110,7 @@ async def test_a_prepared_transaction_is_named_by_its_id(
         pytest.skip("this server allows no prepared transactions")
     execute_all(other, UPDATE, "PREPARE TRANSACTION 'two phases'")
     try:
-        owned = await read_owned(control, await begin(control))
+        owned = await read_state(control, await begin(control))
         (named,) = await holders(control, TICKETS, owned.started_xid)
         assert named.startswith("prepared two phases, user ")
     finally:

@@ -8,13 +8,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from rotator.exceptions import RangeRefusedError, RotatorError, RowsLockedError, SupersededError
+from rotator.exceptions import RangeRejectedError, RotatorError, RowsLockedError, SupersededError
 from rotator.options import WaitLimits
 from rotator.postgres import older_rows as older_rows_module
 from rotator.postgres.connection import connected
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.older_rows import OlderRow, OlderRows
-from rotator.postgres.rotations import abandon, read_owned
+from rotator.postgres.rotations import abandon, read_state
 from rotator.postgres.table import TargetTable
 from rotator.ranges import Key
 from tests.integration.rotation_tables import (
@@ -47,11 +47,11 @@ def other(database: Database) -> psycopg.Connection:
 
 @asynccontextmanager
 async def _older_rows(
-    database: Database, claim: Claim, table: TargetTable = TICKETS
+    database: Database, lease: Lease, table: TargetTable = TICKETS
 ) -> AsyncIterator[OlderRows]:
     async with connected(database.server) as side:
-        owned = await read_owned(side, claim)
-        yield OlderRows(side, table, claim, started_xid=owned.started_xid, source=UUIDS, limits=WaitLimits())
+        owned = await read_state(side, lease)
+        yield OlderRows(side, table, lease, started_xid=owned.started_xid, source=UUIDS, limits=WaitLimits())
 
 
 def _keys(rows: Iterable[OlderRow]) -> list[Key]:
@@ -71,13 +71,13 @@ async def test_what_is_committed_late_is_rotated_and_nothing_else(
     execute_all(other, UPDATE, INSERT, "DELETE FROM tickets_ticket WHERE id = 4", "SAVEPOINT here")
     execute_all(other, "UPDATE tickets_ticket SET title = 'sub' WHERE id = 7", "SAVEPOINT there")
     execute_all(other, "UPDATE tickets_ticket SET title = 'undone' WHERE id = 8", "ROLLBACK TO there")
-    claim = await begin(control)
+    lease = await begin(control)
     _rotate_all_but(database, 3, 4, 7, 99)
     database.make_tickets(50, 60)
     other.execute("COMMIT")
     before = database.values()
     database.count_updates()
-    async with _older_rows(database, claim) as older_rows:
+    async with _older_rows(database, lease) as older_rows:
         found = [rows async for rows in older_rows.find(2000)]
         assert [_keys(rows) for rows in found] == [["[3]", "[7]", "[99]"]]
         assert await older_rows.rotate(found[0]) == 3
@@ -93,10 +93,10 @@ async def test_what_such_a_transaction_writes_after_the_start_counts_too(
     database: Database, control: psycopg.AsyncConnection, other: psycopg.Connection
 ) -> None:
     execute_all(other, UPDATE)
-    claim = await begin(control)
+    lease = await begin(control)
     _rotate_all_but(database, 3)
     execute_all(other, INSERT, "COMMIT")
-    async with _older_rows(database, claim) as older_rows:
+    async with _older_rows(database, lease) as older_rows:
         assert [_keys(rows) async for rows in older_rows.find(2000)] == [["[3]", "[99]"]]
 
 
@@ -113,10 +113,10 @@ async def test_the_whole_table_is_walked_whatever_the_chunks_and_batches(
     database.make_tickets(1, 300)
     # Seven blocks and more, with late rows in the first line of the table, in its last, and in runs.
     database.execute("UPDATE tickets_ticket SET title = repeat('x', 200)")
-    claim = await begin(control)
+    lease = await begin(control)
     late = [*range(1, 20), *range(100, 140), 300]
     _rotate_all_but(database, *late)
-    async with _older_rows(database, claim) as older_rows:
+    async with _older_rows(database, lease) as older_rows:
         found = [rows async for rows in older_rows.find(batch)]
         assert max(map(len, found)) <= batch
         keys = _keys(chain.from_iterable(found))
@@ -133,9 +133,9 @@ async def test_rows_are_rotated_while_they_are_looked_for(
 ) -> None:
     monkeypatch.setattr(older_rows_module, "CHUNK_BLOCKS", 1)
     database.make_tickets(1, 300)
-    claim = await begin(control)
+    lease = await begin(control)
     database.count_updates()
-    async with _older_rows(database, claim) as older_rows:
+    async with _older_rows(database, lease) as older_rows:
         rotated = [await older_rows.rotate(rows) async for rows in older_rows.find(7)]
     assert sum(rotated) == 300
     assert database.updates() == once_each((1, 300))
@@ -146,8 +146,8 @@ async def test_rows_that_were_written_since_they_were_found_are_left_alone(
     database: Database, control: psycopg.AsyncConnection, meanwhile: str
 ) -> None:
     database.make_tickets(1, 5)
-    claim = await begin(control)
-    async with _older_rows(database, claim) as older_rows:
+    lease = await begin(control)
+    async with _older_rows(database, lease) as older_rows:
         (rows,) = [rows async for rows in older_rows.find(10)]
         database.execute(f"{meanwhile} WHERE id = 2")
         before = database.values()
@@ -167,10 +167,10 @@ async def test_what_others_write_after_the_attachment_stays_theirs(
     database.execute(f"CREATE TABLE {parent} (id bigint PRIMARY KEY, token uuid) PARTITION BY RANGE (id)")
     database.execute(f"CREATE TABLE {leaf} (LIKE {parent} INCLUDING ALL)")
     database.execute(f"INSERT INTO {leaf} SELECT i, gen_random_uuid() FROM generate_series(1, 5) AS i")
-    claim = await begin(control)
+    lease = await begin(control)
     database.execute(f"ALTER TABLE {parent} ATTACH PARTITION {leaf} FOR VALUES FROM (1) TO (100)")
     database.execute(f"INSERT INTO {parent} VALUES (9, gen_random_uuid())")
-    async with _older_rows(database, claim, table) as older_rows:
+    async with _older_rows(database, lease, table) as older_rows:
         found = []
         async for rows in older_rows.find(1):
             found += rows
@@ -179,9 +179,9 @@ async def test_what_others_write_after_the_attachment_stays_theirs(
     assert _keys(found) == [f"[{number}]" for number in range(1, 6)]
 
 
-async def _refused(database: Database, claim: Claim, kind: type[RotatorError]) -> None:
+async def _refused(database: Database, lease: Lease, kind: type[RotatorError]) -> None:
     before = database.values()
-    async with _older_rows(database, claim) as older_rows:
+    async with _older_rows(database, lease) as older_rows:
         (rows,) = [rows async for rows in older_rows.find(2000)]
         with pytest.raises(kind):
             await older_rows.rotate(rows)
@@ -192,9 +192,9 @@ async def _refused(database: Database, claim: Claim, kind: type[RotatorError]) -
 async def test_locked_late_rows_are_left_for_later(
     database: Database, control: psycopg.AsyncConnection, other: psycopg.Connection
 ) -> None:
-    claim = await begin(control)
+    lease = await begin(control)
     execute_all(other, UPDATE)
-    await _refused(database, claim, RowsLockedError)
+    await _refused(database, lease, RowsLockedError)
 
 
 @pytest.mark.parametrize("body", ["RETURN NULL;", "RAISE EXCEPTION 'no';"])
@@ -202,17 +202,17 @@ async def test_refused_late_rows_are_not_counted(
     database: Database, control: psycopg.AsyncConnection, body: str
 ) -> None:
     database.make_tickets(1, 5)
-    claim = await begin(control)
+    lease = await begin(control)
     database.before_update(f"IF OLD.id = 2 THEN {body} END IF; RETURN NEW;")
-    await _refused(database, claim, RangeRefusedError)
+    await _refused(database, lease, RangeRejectedError)
 
 
 async def test_late_rows_are_fenced_like_ranges(database: Database, control: psycopg.AsyncConnection) -> None:
     database.make_tickets(1, 5)
-    claim = await begin(control)
-    async with _older_rows(database, claim) as older_rows:
+    lease = await begin(control)
+    async with _older_rows(database, lease) as older_rows:
         (rows,) = [rows async for rows in older_rows.find(2000)]
-        await abandon(control, claim)
+        await abandon(control, lease)
         with pytest.raises(SupersededError):
             await older_rows.rotate(rows)
 
@@ -227,9 +227,9 @@ async def test_late_rows_of_tables_of_any_name_and_shape(
 ) -> None:
     database.make_table(table)
     database.fill(table, *keys)
-    claim = await begin(control)
+    lease = await begin(control)
     before = database.values(table)
-    async with _older_rows(database, claim, table) as older_rows:
+    async with _older_rows(database, lease, table) as older_rows:
         assert sum([await older_rows.rotate(some) async for some in older_rows.find(3)]) == 10
     assert database.changed(before, table) == set(before)
 

@@ -11,7 +11,7 @@ from rotator.events import EndStatus
 from rotator.exceptions import RotationRepeatedError, RowsLockedError, SupersededError
 from rotator.postgres import rotations
 from rotator.postgres.connection import connected
-from rotator.postgres.fence import LOCK_CLASS, Claim
+from rotator.postgres.fence import LOCK_CLASS, Lease
 from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import (
     abandon,
@@ -20,10 +20,10 @@ from rotator.postgres.rotations import (
     find_completed,
     find_unfinished,
     freeze_bound,
-    read_owned,
+    read_state,
     stop,
     take_over,
-    take_over_again,
+    take_over_from_self,
 )
 from rotator.ranges import Key
 from tests.integration.rotation_tables import (
@@ -45,63 +45,63 @@ STRANGER = Owner(host="elsewhere.example", pid=4711, process="boot pid:[1] 99", 
 BOUND = Key("[20]")
 
 
-async def _take(control: psycopg.AsyncConnection, claim: Claim) -> Claim | None:
-    return await take_over(control, claim, database="default", owner=STRANGER, options={"batch": 7})
+async def _take(control: psycopg.AsyncConnection, lease: Lease) -> Lease | None:
+    return await take_over(control, lease, database="default", owner=STRANGER, options={"batch": 7})
 
 
-def _in_a_range(database: Database, claim: Claim) -> psycopg.Connection:
+def _in_a_range(database: Database, lease: Lease) -> psycopg.Connection:
     """A connection in the middle of a range's transaction."""
     opened = database.connect()
     opened.execute("BEGIN")
-    opened.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, claim.rotation))
+    opened.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, lease.rotation))
     return opened
 
 
 # --- Beginning -------------------------------------------------------------------------------------
 
 
-async def test_a_rotation_remembers_the_transaction_that_began_it(database: Database, claim: Claim) -> None:
+async def test_a_rotation_remembers_the_transaction_that_began_it(database: Database, lease: Lease) -> None:
     ((started_xid, xmin),) = database.execute("SELECT started_xid, xmin::text::bigint FROM rotator_rotation")
     assert started_xid % 2**32 == xmin
-    assert claim.generation == 1
+    assert lease.generation == 1
 
 
-async def test_a_second_beginning_begins_nothing(control: psycopg.AsyncConnection, claim: Claim) -> None:
+async def test_a_second_beginning_begins_nothing(control: psycopg.AsyncConnection, lease: Lease) -> None:
     again = await try_to_begin(control, STRANGER)
     assert again is None
     found = await find_unfinished(control, TARGET, TABLE_NAME)
     assert found is not None
-    assert (found.id, found.owner, found.status) == (claim.rotation, this_process(), "running")
+    assert (found.id, found.owner, found.status) == (lease.rotation, this_process(), "running")
 
 
 async def test_of_two_that_begin_at_the_same_time_one_does(database: Database) -> None:
-    async def try_one() -> Claim | None:
+    async def try_one() -> Lease | None:
         async with connected(database.server) as connection:
             return await try_to_begin(connection, STRANGER)
 
     begun = await asyncio.gather(*(try_one() for _ in range(5)))
-    assert sum(claim is not None for claim in begun) == 1
+    assert sum(lease is not None for lease in begun) == 1
 
 
 async def test_other_targets_and_tables_are_rotated_beside_it(
-    control: psycopg.AsyncConnection, claim: Claim
+    control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     for target, name in ((TARGET, "tenant.tickets_ticket"), ("tickets.Ticket.title", TABLE_NAME)):
         beside = await try_to_begin(control, STRANGER, target=target, table_name=name)
         assert beside is not None
-        assert beside.rotation != claim.rotation
+        assert beside.rotation != lease.rotation
 
 
 async def test_by_another_alias_it_is_the_same_rotation(
-    control: psycopg.AsyncConnection, claim: Claim
+    control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     assert await try_to_begin(control, STRANGER, database="direct") is None
-    taken = await take_over(control, claim, database="direct", owner=STRANGER, options={})
-    assert taken == Claim(rotation=claim.rotation, generation=2)
+    taken = await take_over(control, lease, database="direct", owner=STRANGER, options={})
+    assert taken == Lease(rotation=lease.rotation, generation=2)
 
 
 async def test_a_completion_just_before_the_insert_is_not_repeated(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.execute(
         "CREATE FUNCTION completes() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN UPDATE rotator_rotation"
@@ -112,7 +112,7 @@ async def test_a_completion_just_before_the_insert_is_not_repeated(
         "CREATE TRIGGER completes BEFORE INSERT ON rotator_rotation FOR EACH ROW EXECUTE FUNCTION completes()"
     )
     try:
-        with pytest.raises(RotationRepeatedError, match=f"Rotation {claim.rotation} of {TARGET} completed"):
+        with pytest.raises(RotationRepeatedError, match=f"Rotation {lease.rotation} of {TARGET} completed"):
             await try_to_begin(control, STRANGER, repeats=False)
     finally:
         database.execute("DROP FUNCTION completes() CASCADE")
@@ -127,29 +127,29 @@ async def test_nothing_is_unfinished_before_the_first_rotation(control: psycopg.
 
 
 async def test_this_process_takes_over_from_itself_whatever_the_lost_reply_was_to(
-    control: psycopg.AsyncConnection, claim: Claim
+    control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    taken = await take_over(control, claim, database="default", owner=this_process(), options={})
+    taken = await take_over(control, lease, database="default", owner=this_process(), options={})
     assert taken is not None
-    again = await take_over_again(control, claim.rotation, owner=this_process(), options={})
-    assert again == Claim(rotation=claim.rotation, generation=taken.generation + 1)
-    assert await find_completed(control, claim.rotation, this_process()) is None
+    again = await take_over_from_self(control, lease.rotation, owner=this_process(), options={})
+    assert again == Lease(rotation=lease.rotation, generation=taken.generation + 1)
+    assert await find_completed(control, lease.rotation, this_process()) is None
 
 
 async def test_what_this_process_has_completed_is_not_taken_over_but_found(
-    control: psycopg.AsyncConnection, claim: Claim
+    control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    await complete(control, TICKETS, claim, None, active_seconds=1.0)
-    assert await take_over_again(control, claim.rotation, owner=this_process(), options={}) is None
-    assert await find_completed(control, claim.rotation, this_process()) == claim
+    await complete(control, TICKETS, lease, None, active_seconds=1.0)
+    assert await take_over_from_self(control, lease.rotation, owner=this_process(), options={}) is None
+    assert await find_completed(control, lease.rotation, this_process()) == lease
 
 
-async def test_what_another_process_owns_is_neither(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    taken = await _take(control, claim)
+async def test_what_another_process_owns_is_neither(control: psycopg.AsyncConnection, lease: Lease) -> None:
+    taken = await _take(control, lease)
     assert taken is not None
-    assert await take_over_again(control, claim.rotation, owner=this_process(), options={}) is None
+    assert await take_over_from_self(control, lease.rotation, owner=this_process(), options={}) is None
     await complete(control, TICKETS, taken, None, active_seconds=1.0)
-    assert await find_completed(control, claim.rotation, this_process()) is None
+    assert await find_completed(control, lease.rotation, this_process()) is None
 
 
 # --- Taking over -----------------------------------------------------------------------------------
@@ -157,11 +157,11 @@ async def test_what_another_process_owns_is_neither(control: psycopg.AsyncConnec
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 async def test_taking_over_makes_a_new_owner_of_a_new_generation(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim, status: str
+    database: Database, control: psycopg.AsyncConnection, lease: Lease, status: str
 ) -> None:
     database.execute("UPDATE rotator_rotation SET status = %s, error = 'broken'", (status,))
-    taken = await _take(control, claim)
-    assert taken == Claim(rotation=claim.rotation, generation=2)
+    taken = await _take(control, lease)
+    assert taken == Lease(rotation=lease.rotation, generation=2)
     found = await find_unfinished(control, TARGET, TABLE_NAME)
     assert found is not None
     assert (found.owner, found.generation, found.status) == (STRANGER, 2, "running")
@@ -169,13 +169,13 @@ async def test_taking_over_makes_a_new_owner_of_a_new_generation(
 
 
 async def test_who_was_taken_over_writes_nothing_any_more(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
     before = database.values()
-    taken = await _take(control, claim)
+    taken = await _take(control, lease)
     assert taken is not None
-    async with writing(database, claim) as former, writing(database, taken) as latter:
+    async with writing(database, lease) as former, writing(database, taken) as latter:
         with pytest.raises(SupersededError):
             await former.rewrite(key_range(None, 20, 20))
         assert database.values() == before
@@ -184,42 +184,42 @@ async def test_who_was_taken_over_writes_nothing_any_more(
 
 @pytest.mark.parametrize("status", ["completed", "abandoned"])
 async def test_what_has_ended_is_not_taken_over(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim, status: str
+    database: Database, control: psycopg.AsyncConnection, lease: Lease, status: str
 ) -> None:
     database.execute("UPDATE rotator_rotation SET status = %s, finished_at = now()", (status,))
-    assert await _take(control, claim) is None
+    assert await _take(control, lease) is None
     assert database.rotation("status") == status
 
 
 async def test_a_takeover_that_was_overtaken_changes_nothing(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    await _take(control, claim)
-    again = await take_over(control, claim, database="default", owner=this_process(), options={})
+    await _take(control, lease)
+    again = await take_over(control, lease, database="default", owner=this_process(), options={})
     assert again is None
     assert (database.rotation("generation"), database.rotation("owner_host")) == (2, STRANGER.host)
 
 
-async def test_of_two_that_take_over_at_the_same_time_one_does(database: Database, claim: Claim) -> None:
-    async def try_to_take() -> Claim | None:
+async def test_of_two_that_take_over_at_the_same_time_one_does(database: Database, lease: Lease) -> None:
+    async def try_to_take() -> Lease | None:
         async with connected(database.server) as connection:
-            return await _take(connection, claim)
+            return await _take(connection, lease)
 
     taken = await asyncio.gather(*(try_to_take() for _ in range(4)))
-    assert sorted(taken, key=str) == [Claim(rotation=claim.rotation, generation=2), None, None, None]
+    assert sorted(taken, key=str) == [Lease(rotation=lease.rotation, generation=2), None, None, None]
 
 
 async def test_taking_over_waits_for_the_range_in_flight(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
     gate = database.connect()
     gate.execute("SELECT pg_advisory_lock(1, 1)")
     database.before_update("PERFORM pg_advisory_xact_lock_shared(1, 1); RETURN NEW;")
-    async with writing(database, claim, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
+    async with writing(database, lease, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
         rewriting = tasks.create_task(writer.rewrite(key_range(None, 20, 20)))
         await database.until_rotator_waits_for_a_lock()
-        taking = tasks.create_task(_take(control, claim))
+        taking = tasks.create_task(_take(control, lease))
         await database.until_rotator_waits_for_a_lock(backends=2)
         assert database.rotation("generation") == 1
         gate.execute("SELECT pg_advisory_unlock(1, 1)")
@@ -227,19 +227,19 @@ async def test_taking_over_waits_for_the_range_in_flight(
         taken = await taking
     assert taken is not None
     # Whoever has taken over sees all that its predecessor has done.
-    assert (await read_owned(control, taken)).rows_done == 20
+    assert (await read_state(control, taken)).rows_done == 20
 
 
 async def test_whoever_keeps_the_lock_for_ever_is_ended(
     database: Database,
     control: psycopg.AsyncConnection,
-    claim: Claim,
+    lease: Lease,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rotations, "_TAKE_OVER_LOCK_SECONDS", 0.1)
-    frozen, also_frozen = _in_a_range(database, claim), _in_a_range(database, claim)
-    bystander = _in_a_range(database, replace(claim, rotation=claim.rotation + 1))
-    assert await _take(control, claim) is not None
+    frozen, also_frozen = _in_a_range(database, lease), _in_a_range(database, lease)
+    bystander = _in_a_range(database, replace(lease, rotation=lease.rotation + 1))
+    assert await _take(control, lease) is not None
     for ended in (frozen, also_frozen):
         with pytest.raises(psycopg.OperationalError):
             ended.execute("SELECT")
@@ -249,18 +249,18 @@ async def test_whoever_keeps_the_lock_for_ever_is_ended(
 async def test_a_lock_that_nobody_can_end_is_told_of(
     database: Database,
     control: psycopg.AsyncConnection,
-    claim: Claim,
+    lease: Lease,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rotations, "_TAKE_OVER_LOCK_SECONDS", 0.01)
     ((allowed,),) = database.execute("SELECT current_setting('max_prepared_transactions')::int")
     if not allowed:
         pytest.skip("this server allows no prepared transactions")
-    holding = _in_a_range(database, claim)
+    holding = _in_a_range(database, lease)
     holding.execute("PREPARE TRANSACTION 'keeps the lock'")
     try:
         with pytest.raises(RowsLockedError):
-            await _take(control, claim)
+            await _take(control, lease)
     finally:
         database.execute("ROLLBACK PREPARED 'keeps the lock'")
 
@@ -269,63 +269,63 @@ async def test_a_lock_that_nobody_can_end_is_told_of(
 
 
 async def test_the_heartbeat_moves_on_the_database_s_clock(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     for _ in range(2):
         before = database.rotation("updated_at")
-        await beat(control, claim, rows_done=12, active_seconds=3.5)
+        await beat(control, lease, rows_done=12, active_seconds=3.5)
         assert database.rotation("updated_at") > before
     assert (database.rotation("rows_done"), database.rotation("active_seconds")) == (12, 3.5)
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
 async def test_stopping_notes_what_the_checkpoints_vouch_for(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim, status: EndStatus
+    database: Database, control: psycopg.AsyncConnection, lease: Lease, status: EndStatus
 ) -> None:
     database.make_tickets(1, 20)
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         await writer.rewrite(key_range(None, 5, 5))
         await writer.rewrite(key_range(10, 12, 2))
     database.execute("UPDATE rotator_rotation SET late_rows = 3")
     # The heartbeat said what was in memory.
-    await beat(control, claim, rows_done=4711, active_seconds=1)
-    rows_done = await stop(control, claim, status=status, error="because", active_seconds=2)
+    await beat(control, lease, rows_done=4711, active_seconds=1)
+    rows_done = await stop(control, lease, status=status, error="because", active_seconds=2)
     assert rows_done == database.rotation("rows_done") == 10
     assert (database.rotation("status"), database.rotation("error")) == (status, "because")
     assert database.rotation("finished_at") is None
 
 
-async def _beat(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    await beat(control, claim, rows_done=1, active_seconds=1)
+async def _beat(control: psycopg.AsyncConnection, lease: Lease) -> None:
+    await beat(control, lease, rows_done=1, active_seconds=1)
 
 
-async def _stop(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    await stop(control, claim, status="failed", error="", active_seconds=1)
+async def _stop(control: psycopg.AsyncConnection, lease: Lease) -> None:
+    await stop(control, lease, status="failed", error="", active_seconds=1)
 
 
-async def _complete(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    await complete(control, TICKETS, claim, None, active_seconds=1)
+async def _complete(control: psycopg.AsyncConnection, lease: Lease) -> None:
+    await complete(control, TICKETS, lease, None, active_seconds=1)
 
 
-async def _read(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    await read_owned(control, claim)
+async def _read(control: psycopg.AsyncConnection, lease: Lease) -> None:
+    await read_state(control, lease)
 
 
-async def _freeze(control: psycopg.AsyncConnection, claim: Claim) -> None:
-    await freeze_bound(control, claim, bound=BOUND, rows_total=1, is_exact=True)
+async def _freeze(control: psycopg.AsyncConnection, lease: Lease) -> None:
+    await freeze_bound(control, lease, bound=BOUND, rows_total=1, is_exact=True)
 
 
 @pytest.mark.parametrize("act", [_beat, _stop, _complete, _read, _freeze])
 async def test_who_was_taken_over_says_nothing_of_the_rotation_any_more(
     database: Database,
     control: psycopg.AsyncConnection,
-    claim: Claim,
-    act: Callable[[psycopg.AsyncConnection, Claim], Awaitable[None]],
+    lease: Lease,
+    act: Callable[[psycopg.AsyncConnection, Lease], Awaitable[None]],
 ) -> None:
-    await _take(control, claim)
+    await _take(control, lease)
     row = database.execute("SELECT * FROM rotator_rotation")
     with pytest.raises(SupersededError):
-        await act(control, claim)
+        await act(control, lease)
     assert database.execute("SELECT * FROM rotator_rotation") == row
 
 
@@ -338,47 +338,47 @@ async def test_who_was_taken_over_says_nothing_of_the_rotation_any_more(
 async def test_nothing_with_a_gap_is_completed(
     database: Database,
     control: psycopg.AsyncConnection,
-    claim: Claim,
+    lease: Lease,
     ranges: list[tuple[int | None, int, int]],
 ) -> None:
     database.make_tickets(1, 20)
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         for after, through, rows in ranges:
             await writer.rewrite(key_range(after, through, rows))
     row = database.execute("SELECT * FROM rotator_rotation")
-    assert await complete(control, TICKETS, claim, BOUND, active_seconds=1) is None
+    assert await complete(control, TICKETS, lease, BOUND, active_seconds=1) is None
     assert database.execute("SELECT * FROM rotator_rotation") == row
 
 
 async def test_without_a_gap_it_is_completed(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         for through in (20, 5, 10, 15):
             await writer.rewrite(key_range(through - 5 or None, through, 5))
-    assert await complete(control, TICKETS, claim, BOUND, active_seconds=8) == 20
+    assert await complete(control, TICKETS, lease, BOUND, active_seconds=8) == 20
     assert (database.rotation("status"), database.rotation("rows_done")) == ("completed", 20)
     assert database.rotation("finished_at") is not None
     assert await find_unfinished(control, TARGET, TABLE_NAME) is None
 
 
 async def test_checkpoints_of_another_rotation_complete_nothing(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         await writer.rewrite(key_range(None, 20, 20))
-    assert await complete(control, TICKETS, claim, BOUND, active_seconds=1) == 20
+    assert await complete(control, TICKETS, lease, BOUND, active_seconds=1) == 20
     following = await begin(control)
     assert await complete(control, TICKETS, following, BOUND, active_seconds=1) is None
-    assert (await read_owned(control, following)).rows_done == 0
+    assert (await read_state(control, following)).rows_done == 0
 
 
 async def test_an_empty_table_needs_no_checkpoint(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    assert await complete(control, TICKETS, claim, None, active_seconds=1) == 0
+    assert await complete(control, TICKETS, lease, None, active_seconds=1) == 0
     assert database.rotation("status") == "completed"
 
 
@@ -386,29 +386,29 @@ async def test_an_empty_table_needs_no_checkpoint(
 
 
 async def test_what_is_abandoned_makes_room_for_a_new_rotation(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    assert await abandon(control, claim)
+    assert await abandon(control, lease)
     assert database.rotation("status") == "abandoned"
     assert database.rotation("finished_at") is not None
     following = await begin(control)
-    assert following.rotation != claim.rotation
+    assert following.rotation != lease.rotation
 
 
 async def test_only_what_was_seen_is_abandoned(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    await _take(control, claim)
-    assert not await abandon(control, claim)
+    await _take(control, lease)
+    assert not await abandon(control, lease)
     assert database.rotation("status") == "running"
 
 
 async def test_abandoning_waits_for_the_range_in_flight(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    in_flight = _in_a_range(database, claim)
+    in_flight = _in_a_range(database, lease)
     async with asyncio.TaskGroup() as tasks:
-        abandoning = tasks.create_task(abandon(control, claim))
+        abandoning = tasks.create_task(abandon(control, lease))
         await database.until_rotator_waits_for_a_lock()
         assert database.rotation("status") == "running"
         in_flight.execute("COMMIT")
@@ -419,19 +419,19 @@ async def test_abandoning_waits_for_the_range_in_flight(
 
 
 async def test_whoever_goes_on_reads_how_far_it_is(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
-    new = await read_owned(control, claim)
+    new = await read_state(control, lease)
     assert (new.bound, new.rows_total, new.rows_done, new.late_rows) == (None, 0, 0, 0)
-    await freeze_bound(control, claim, bound=BOUND, rows_total=20, is_exact=False)
-    async with writing(database, claim) as writer:
+    await freeze_bound(control, lease, bound=BOUND, rows_total=20, is_exact=False)
+    async with writing(database, lease) as writer:
         await writer.rewrite(key_range(None, 5, 5))
     database.execute("UPDATE rotator_rotation SET late_rows = 2")
-    await stop(control, claim, status="interrupted", error="", active_seconds=7.5)
-    taken = await _take(control, claim)
+    await stop(control, lease, status="interrupted", error="", active_seconds=7.5)
+    taken = await _take(control, lease)
     assert taken is not None
-    owned = await read_owned(control, taken)
+    owned = await read_state(control, taken)
     assert (owned.bound, owned.rows_total, owned.rows_total_is_exact) == (BOUND, 20, False)
     assert (owned.rows_done, owned.late_rows, owned.seconds_before) == (7, 2, 7.5)
     assert owned.started_xid == new.started_xid

@@ -8,7 +8,7 @@ from django.db import connection as django_connection
 
 from rotator.postgres.planner import IndexPlanner, gaps, last_key
 from rotator.postgres.table import Column, TargetTable
-from rotator.ranges import Key, KeyRange, KeySpan
+from rotator.ranges import Key, KeyInterval, KeyRange
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -47,10 +47,10 @@ async def _plan(connection: psycopg.AsyncConnection, table: TargetTable, batch: 
     planner, planned = IndexPlanner(connection, table), list[KeyRange]()
     bound = await last_key(connection, table)
     assert bound is not None
-    span = KeySpan(after=None, through=bound)
+    span = KeyInterval(after=None, through=bound)
     while span.after != bound:
         planned.append(await planner.next_range(span, batch))
-        span = KeySpan(after=planned[-1].through, through=bound)
+        span = KeyInterval(after=planned[-1].through, through=bound)
     return planned
 
 
@@ -86,7 +86,7 @@ async def test_what_is_planned_ahead_is_what_is_planned_one_by_one(
     )
     bound = await last_key(connection, PAIRS)
     assert bound is not None
-    planner, span, planned = IndexPlanner(connection, PAIRS), KeySpan(after=None, through=bound), 0
+    planner, span, planned = IndexPlanner(connection, PAIRS), KeyInterval(after=None, through=bound), 0
     while span.after != bound:
         # A slower server gets smaller ranges, and a range that is refused is split.
         batch = 7 if planned % 20 < 15 else 3
@@ -96,7 +96,7 @@ async def test_what_is_planned_ahead_is_what_is_planned_one_by_one(
         if planned % 4 == 0:
             half = await planner.next_range(key_range, 2)
             assert half == await IndexPlanner(connection, PAIRS).next_range(key_range, 2)
-        span = KeySpan(after=key_range.through, through=bound)
+        span = KeyInterval(after=key_range.through, through=bound)
         planned += 1
     assert planned > 1000 / 7
 

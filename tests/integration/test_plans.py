@@ -9,12 +9,12 @@ import pytest
 from psycopg import sql
 
 from rotator.postgres.connection import Server, connected, pooled
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, last_key
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter, RangeUpdate
-from rotator.ranges import KeySpan
+from rotator.ranges import KeyInterval
 from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, UUIDS, Database
 
 pytestmark = COMMITTING
@@ -123,14 +123,14 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
     explained: _ExplainedServer,
     side: psycopg.AsyncConnection,
     table: TargetTable,
-    claim: Claim,
+    lease: Lease,
 ) -> None:
     planner = IndexPlanner(side, table)
     bound = await last_key(side, table)
     assert bound is not None
-    rest, batch = KeySpan(after=None, through=bound), len(database.values(table)) // 15
+    rest, batch = KeyInterval(after=None, through=bound), len(database.values(table)) // 15
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, RangeUpdate(table, UUIDS, PATIENT), claim)
+        writer = PostgresWriter(pool, RangeUpdate(table, UUIDS, PATIENT), lease)
         # The table's first range is another statement than those after it.
         for is_analyzed in (False, False, True, True):
             if is_analyzed:
@@ -141,7 +141,7 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
             (update,) = explained.plans.kinds()
             assert "Merge Join" in update
             assert not update & (UNWANTED | {"Nested Loop"})
-            rest = KeySpan(after=key_range.through, through=bound)
+            rest = KeyInterval(after=key_range.through, through=bound)
 
 
 @tables(30_000)
@@ -152,8 +152,8 @@ async def test_ranges_are_planned_from_the_index(
     planner = IndexPlanner(side, table)
     bound = await last_key(side, table)
     assert bound is not None
-    first = await planner.next_range(KeySpan(after=None, through=bound), BATCH)
-    second = await planner.next_range(KeySpan(after=first.through, through=bound), BATCH)
+    first = await planner.next_range(KeyInterval(after=None, through=bound), BATCH)
+    second = await planner.next_range(KeyInterval(after=first.through, through=bound), BATCH)
     assert (first.rows, second.rows) == (BATCH, BATCH)
     statements = explained.plans.kinds()
     assert len(statements) == 3
@@ -168,11 +168,11 @@ async def test_older_rows_are_looked_up_by_their_places(
     explained: _ExplainedServer,
     side: psycopg.AsyncConnection,
     table: TargetTable,
-    claim: Claim,
+    lease: Lease,
 ) -> None:
     # As if all of them had been committed late.
     started_xid = 1 + int(database.execute("SELECT pg_current_xact_id()::text")[0][0])
-    older_rows = OlderRows(side, table, claim, started_xid=started_xid, source=UUIDS, limits=PATIENT)
+    older_rows = OlderRows(side, table, lease, started_xid=started_xid, source=UUIDS, limits=PATIENT)
     (found, *_) = [rows async for rows in older_rows.find(50)]
     for chosen in (found[10:40], found[:7]):
         late_before = database.rotation("late_rows")

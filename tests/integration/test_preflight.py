@@ -12,8 +12,8 @@ from rotator.models import Rotation
 from rotator.options import RunOptions, WaitLimits
 from rotator.postgres.preflight import examine_server, examine_table, sample
 from rotator.postgres.writer import RangeUpdate
+from tests.integration.outcomes import EventRecorder, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, TARGET, TICKETS, UUIDS, Database
-from tests.integration.test_run import Told, rotate
 
 pytestmark = COMMITTING
 
@@ -214,19 +214,19 @@ async def test_a_stop_during_a_sample_leaves_nothing_open(
 
 def test_it_comes_before_a_new_rotation_and_not_again_when_that_goes_on(database: Database) -> None:
     database.make_tickets(1, 1000)
-    told = Told()
-    rotate(told, preflight=True, stop_after_rows=100)
-    kinds = [type(event) for event in told.events]
+    recorder = EventRecorder()
+    rotate_tickets(recorder, preflight=True, stop_after_rows=100)
+    kinds = [type(event) for event in recorder.events]
     assert kinds.index(Preflighted) < kinds.index(RotationStarted)
 
-    told = Told()
-    rotate(told, preflight=True)
-    assert told.of(Preflighted) == 0
+    recorder = EventRecorder()
+    rotate_tickets(recorder, preflight=True)
+    assert recorder.of(Preflighted) == 0
 
 
 def test_a_dry_run_of_an_unfinished_rotation_says_what_is_left(database: Database) -> None:
     database.make_tickets(1, 1000)
-    rotate(stop_after_rows=300)
+    rotate_tickets(stop_after_rows=300)
 
     found = dry_run()
 

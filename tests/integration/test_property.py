@@ -32,12 +32,12 @@ _SHRINKS = "ROTATOR_PROPERTY_SHRINK" in os.environ
 )
 @given(scenario=scenarios())
 def test_no_row_with_an_old_value_is_confirmed(database: Database, scenario: Scenario) -> None:
-    with world(database.server, scenario) as made:
+    with world(database.server, scenario) as new_values:
         for step in scenario.steps:
             if isinstance(step, Rotate):
-                made.run(step)
+                new_values.run(step)
             else:
-                made.edit(step)
-        made.finish()
-        for what, times in made.done.items():
+                new_values.edit(step)
+        new_values.finish()
+        for what, times in new_values.done.items():
             event(what if times else f"no {what}")

@@ -3,8 +3,6 @@
 import signal
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -12,7 +10,7 @@ import pytest
 from django.db import connection as django_connection
 from django.db import transaction
 
-from rotator.api import Outcome, prepare
+from rotator.api import prepare
 from rotator.events import (
     DrainStarted,
     Event,
@@ -28,14 +26,15 @@ from rotator.events import (
     RotationStarted,
     RowFailed,
 )
-from rotator.exceptions import OptionError, OwnedElsewhereError, RotationOverError, ServerLostError
+from rotator.exceptions import OptionError, OwnedElsewhereError, RotationFinishedError, ServerLostError
 from rotator.models import CompletedRange, Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.owner import this_process
 from rotator.runner import acquire, engine, runner, session
 from rotator.signals import range_rotated
+from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import (
     COMMITTING,
     END_THE_ROTATOR,
@@ -47,59 +46,6 @@ from tests.integration.rotation_tables import (
 )
 
 pytestmark = COMMITTING
-
-React = Callable[[Event], None]
-
-
-class Told:
-    """An observer that remembers what it was told, and may react to it."""
-
-    def __init__(self, react: React = lambda _event: None) -> None:
-        self.events = list[Event]()
-        self._react = react
-
-    def __call__(self, event: Event) -> None:
-        """Take an event."""
-        self.events.append(event)
-        self._react(event)
-
-    @property
-    def rows(self) -> int:
-        """How many rows were rotated in ranges."""
-        return sum(event.rows for event in self.events if isinstance(event, RangeCompleted))
-
-    def of(self, kind: type[Event]) -> int:
-        """How many events of this kind there were."""
-        return sum(isinstance(event, kind) for event in self.events)
-
-
-def rotate(observer: Callable[[Event], None] | None = None, **options: object) -> Outcome:
-    """Rotate the tickets' tokens, in small ranges."""
-    chosen = replace(RunOptions(batch=10, concurrency=3), **options)  # type: ignore[arg-type] # checked by the class
-    return prepare([TARGET], "default", chosen).rotate(observer or Told())
-
-
-def after_ranges(number: int, do: Callable[[], object]) -> React:
-    """Do something once so many ranges are completed."""
-    completed = 0
-
-    def react(event: Event) -> None:
-        nonlocal completed
-        if isinstance(event, RangeCompleted):
-            completed += 1
-            if completed == number:
-                do()
-
-    return react
-
-
-def assert_completed(outcome: Outcome, *, rows: int) -> None:
-    """The run says that it completed the rotation, and so does the database."""
-    assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.error) == ("completed", 0, "")
-    assert outcome.stopped.rows == rows
-    rotation = Rotation.objects.get(pk=outcome.stopped.rotation)
-    assert (rotation.status, rotation.rows_done, rotation.error) == ("completed", rows, "")
-    assert rotation.finished_at is not None
 
 
 def make_rotation(**fields: object) -> Rotation:
@@ -126,23 +72,23 @@ def test_every_row_is_rotated_once(database: Database, concurrency: int, batch: 
     for first, last in ((-3, 40), (100, 119), (1000, 1000)):
         database.make_tickets(first, last)
     database.count_updates()
-    before, told = database.values(), Told()
+    before, recorder = database.values(), EventRecorder()
 
-    outcome = rotate(told, concurrency=concurrency, batch=batch)
+    outcome = rotate_tickets(recorder, concurrency=concurrency, batch=batch)
 
     assert_completed(outcome, rows=65)
     assert database.updates() == Counter(before.keys())
     assert_new_uuid4s(before, database.values())
-    assert told.rows == 65
+    assert recorder.rows == 65
     assert outcome.stopped.rows_total == outcome.stopped.rows_this_run == 65
-    assert told.events[-1] == outcome.stopped
+    assert recorder.events[-1] == outcome.stopped
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_table_of_next_to_nothing_is_completed(database: Database, rows: int) -> None:
     database.make_tickets(1, rows)
     before = database.values()
-    assert_completed(rotate(), rows=rows)
+    assert_completed(rotate_tickets(), rows=rows)
     assert database.changed(before) == set(before)
     assert CompletedRange.objects.count() == rows
 
@@ -150,15 +96,15 @@ def test_a_table_of_next_to_nothing_is_completed(database: Database, rows: int) 
 def test_rows_above_the_bound_are_left_alone(database: Database) -> None:
     database.make_tickets(1, 30)
     database.count_updates()
-    told = Told(after_ranges(1, lambda: database.make_tickets(31, 40)))
-    assert_completed(rotate(told), rows=30)
+    recorder = EventRecorder(after_range(1, lambda: database.make_tickets(31, 40)))
+    assert_completed(rotate_tickets(recorder), rows=30)
     assert database.updates() == once_each((1, 30))
 
 
 def test_a_completed_rotation_is_followed_by_a_new_one(database: Database) -> None:
     database.make_tickets(1, 30)
     database.count_updates()
-    first, second = rotate(), rotate(restart=True)
+    first, second = rotate_tickets(), rotate_tickets(restart=True)
     assert_completed(second, rows=30)
     assert first.stopped.rotation != second.stopped.rotation
     assert not second.stopped.resumed
@@ -168,7 +114,7 @@ def test_a_completed_rotation_is_followed_by_a_new_one(database: Database) -> No
 @pytest.mark.usefixtures("database")
 def test_a_rotation_inside_somebody_s_transaction_is_refused() -> None:
     with transaction.atomic(), pytest.raises(OptionError, match="outside atomic"):
-        rotate()
+        rotate_tickets()
     assert not Rotation.objects.exists()
     assert not django_connection.in_atomic_block
 
@@ -181,13 +127,13 @@ def test_a_run_ends_after_exactly_as_many_rows_as_it_was_told(database: Database
     database.make_tickets(1, 100)
     database.count_updates()
 
-    first = rotate(stop_after_rows=rows)
+    first = rotate_tickets(stop_after_rows=rows)
 
     assert (first.stopped.status, first.exit_status) == ("interrupted", 0)
     assert first.stopped.rows == first.stopped.rows_this_run == sum(database.updates().values()) == rows
     assert Rotation.objects.get().status == "interrupted"
 
-    second = rotate()
+    second = rotate_tickets()
 
     assert_completed(second, rows=100)
     assert second.stopped.resumed
@@ -199,15 +145,18 @@ def test_a_run_ends_after_exactly_as_many_rows_as_it_was_told(database: Database
 @pytest.mark.parametrize("rows", [100, 5000])
 def test_a_run_that_reaches_the_end_before_its_limit_completes(database: Database, rows: int) -> None:
     database.make_tickets(1, 100)
-    assert_completed(rotate(stop_after_rows=rows), rows=100)
+    assert_completed(rotate_tickets(stop_after_rows=rows), rows=100)
 
 
 def test_every_run_may_have_another_batch_and_concurrency(database: Database) -> None:
     database.make_tickets(1, 100)
     database.count_updates()
     for concurrency, batch in ((1, 7), (5, 3), (2, 40)):
-        assert rotate(concurrency=concurrency, batch=batch, stop_after_rows=20).stopped.rows_this_run == 20
-    assert_completed(rotate(concurrency=4, batch=11), rows=100)
+        assert (
+            rotate_tickets(concurrency=concurrency, batch=batch, stop_after_rows=20).stopped.rows_this_run
+            == 20
+        )
+    assert_completed(rotate_tickets(concurrency=4, batch=11), rows=100)
     assert database.updates() == once_each((1, 100))
 
 
@@ -215,9 +164,9 @@ def test_every_run_may_have_another_batch_and_concurrency(database: Database) ->
 def test_rows_that_are_deleted_between_two_runs_are_not_waited_for(database: Database, deleted: str) -> None:
     database.make_tickets(1, 100)
     database.count_updates()
-    rotate(stop_after_rows=50)
+    rotate_tickets(stop_after_rows=50)
     database.execute(f"DELETE FROM tickets_ticket WHERE id {deleted}")
-    outcome = rotate()
+    outcome = rotate_tickets()
     assert (outcome.stopped.status, outcome.exit_status) == ("completed", 0)
     updates = database.updates()
     assert set(updates.values()) == {1}
@@ -229,16 +178,16 @@ def test_a_signal_lets_ranges_in_flight_commit(database: Database, sent: signal.
     database.make_tickets(1, 200)
     database.count_updates()
     handler = signal.getsignal(sent)
-    told = Told(after_ranges(3, lambda: signal.raise_signal(sent)))
+    recorder = EventRecorder(after_range(3, lambda: signal.raise_signal(sent)))
 
-    outcome = rotate(told)
+    outcome = rotate_tickets(recorder)
 
     assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", status)
-    assert told.of(DrainStarted) == 1
+    assert recorder.of(DrainStarted) == 1
     assert 30 <= outcome.stopped.rows == sum(database.updates().values()) < 200
     assert Rotation.objects.get().rows_done == outcome.stopped.rows
     assert signal.getsignal(sent) is handler
-    assert_completed(rotate(), rows=200)
+    assert_completed(rotate_tickets(), rows=200)
     assert database.updates() == once_each((1, 200))
 
 
@@ -250,12 +199,12 @@ def test_a_second_signal_rolls_back_what_is_in_flight(database: Database) -> Non
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
 
-    outcome = rotate(Told(after_ranges(3, press_twice)))
+    outcome = rotate_tickets(EventRecorder(after_range(3, press_twice)))
 
     assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 130)
     assert Rotation.objects.get().status == "interrupted"
     assert outcome.stopped.rows == sum(database.updates().values()) < 200
-    assert_completed(rotate(), rows=200)
+    assert_completed(rotate_tickets(), rows=200)
     assert database.updates() == once_each((1, 200))
 
 
@@ -264,10 +213,10 @@ def test_a_time_limit_ends_a_run_that_waits_for_somebody(database: Database) -> 
     neighbour = database.connect()
     neighbour.execute("BEGIN")
     neighbour.execute("SELECT FROM tickets_ticket WHERE id = 5 FOR UPDATE")
-    outcome = rotate(stop_after_seconds=0.5)
+    outcome = rotate_tickets(stop_after_seconds=0.5)
     assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 0)
     neighbour.execute("COMMIT")
-    assert_completed(rotate(), rows=30)
+    assert_completed(rotate_tickets(), rows=30)
 
 
 # --- Owners ----------------------------------------------------------------------------------------
@@ -282,7 +231,7 @@ def test_a_living_owner_is_left_alone(database: Database) -> None:
             database.execute("UPDATE rotator_rotation SET updated_at = clock_timestamp()")
 
     with pytest.raises(OwnedElsewhereError, match=r"by ann on elsewhere\.example \(pid 4711\) since"):
-        rotate(Told(beat))
+        rotate_tickets(EventRecorder(beat))
     assert database.changed(before) == set()
     rotation.refresh_from_db()
     assert (rotation.status, rotation.generation) == ("running", 1)
@@ -291,10 +240,10 @@ def test_a_living_owner_is_left_alone(database: Database) -> None:
 def test_an_owner_that_is_silent_is_taken_over(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acquire, "WATCH_SECONDS", 0.3)
     database.make_tickets(1, 30)
-    rotation, told = make_rotation(), Told()
-    outcome = rotate(told)
+    rotation, recorder = make_rotation(), EventRecorder()
+    outcome = rotate_tickets(recorder)
     assert_completed(outcome, rows=30)
-    assert told.of(OwnerWatched) == 1
+    assert recorder.of(OwnerWatched) == 1
     assert (outcome.stopped.rotation, outcome.stopped.resumed) == (rotation.pk, True)
     rotation.refresh_from_db()
     assert (rotation.generation, rotation.owner_pid) == (2, this_process().pid)
@@ -321,18 +270,18 @@ def test_an_owner_that_need_not_be_watched_is_taken_over_at_once(
     database: Database, owner: dict[str, object], options: dict[str, object]
 ) -> None:
     database.make_tickets(1, 30)
-    rotation, told = make_rotation(**owner), Told()
-    outcome = rotate(told, **options)
+    rotation, recorder = make_rotation(**owner), EventRecorder()
+    outcome = rotate_tickets(recorder, **options)
     assert_completed(outcome, rows=30)
     assert outcome.stopped.rotation == rotation.pk
-    assert told.of(OwnerWatched) == 0
+    assert recorder.of(OwnerWatched) == 0
 
 
 def test_a_restart_abandons_what_was_unfinished(database: Database) -> None:
     database.make_tickets(1, 30)
     database.count_updates()
-    first = rotate(stop_after_rows=10)
-    second = rotate(restart=True)
+    first = rotate_tickets(stop_after_rows=10)
+    second = rotate_tickets(restart=True)
     assert_completed(second, rows=30)
     assert second.stopped.rotation != first.stopped.rotation
     assert Rotation.objects.get(pk=first.stopped.rotation).status == "abandoned"
@@ -352,7 +301,7 @@ def test_a_run_that_is_taken_over_writes_nothing_more_and_leaves_the_row_alone(d
         seen.extend(*database.execute(taken))
         seen.append(sum(database.updates().values()))
 
-    outcome = rotate(Told(after_ranges(3, take)), concurrency=1)
+    outcome = rotate_tickets(EventRecorder(after_range(3, take)), concurrency=1)
 
     assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
     assert "taken this rotation over" in outcome.stopped.error
@@ -367,9 +316,9 @@ def test_a_run_that_is_taken_over_writes_nothing_more_and_leaves_the_row_alone(d
 def test_what_is_left_to_the_workers_keeps_its_account(database: Database) -> None:
     database.make_tickets(1, 50)
     database.count_updates()
-    rotate(stop_after_rows=20)
+    rotate_tickets(stop_after_rows=20)
     Rotation.objects.update(active_seconds=100)
-    number = prepare([TARGET], "default", RunOptions(batch=7)).begin(Told())
+    number = prepare([TARGET], "default", RunOptions(batch=7)).begin(EventRecorder())
     left = Rotation.objects.get()
     assert (left.pk, left.status, left.error, left.generation) == (
         number,
@@ -378,7 +327,7 @@ def test_what_is_left_to_the_workers_keeps_its_account(database: Database) -> No
         2,
     )
     assert (left.rows_done, left.active_seconds, left.options["batch"]) == (20, 100, 7)
-    outcome = rotate(rotation=number)
+    outcome = rotate_tickets(rotation=number)
     assert_completed(outcome, rows=50)
     assert outcome.stopped.seconds_total > 100
     assert database.updates() == once_each((1, 50))
@@ -386,10 +335,12 @@ def test_what_is_left_to_the_workers_keeps_its_account(database: Database) -> No
 
 def test_one_that_is_over_is_not_begun_anew(database: Database) -> None:
     database.make_tickets(1, 10)
-    number = rotate().stopped.rotation
+    number = rotate_tickets().stopped.rotation
     for wanted in (number, number + 1):
-        with pytest.raises(RotationOverError, match=f"Rotation {wanted} of .* is not unfinished any more"):
-            rotate(rotation=wanted)
+        with pytest.raises(
+            RotationFinishedError, match=f"Rotation {wanted} of .* is not unfinished any more"
+        ):
+            rotate_tickets(rotation=wanted)
     assert Rotation.objects.count() == 1
 
 
@@ -408,9 +359,9 @@ def test_ddl_on_the_table_is_waited_for_without_an_outage(database: Database) ->
         elif isinstance(event, RangeDeferred) and not event.rows and other.info.transaction_status:
             other.execute("COMMIT")
 
-    told = Told(lock)
-    assert_completed(rotate(told, batch=5), rows=50)
-    assert told.of(OutageStarted) == 0
+    recorder = EventRecorder(lock)
+    assert_completed(rotate_tickets(recorder, batch=5), rows=50)
+    assert recorder.of(OutageStarted) == 0
     assert database.updates() == once_each((1, 50))
 
 
@@ -424,7 +375,7 @@ def test_rows_at_fault_are_named_and_all_others_rotated(database: Database) -> N
         "IF OLD.id IN (7, 8, 100) THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;"
     )
 
-    first = rotate()
+    first = rotate_tickets()
 
     assert (first.stopped.status, first.exit_status) == ("failed", 1)
     assert sorted(first.stopped.failed_keys) == [
@@ -434,7 +385,7 @@ def test_rows_at_fault_are_named_and_all_others_rotated(database: Database) -> N
     assert database.updates() == once_each((1, 6), (9, 99))
 
     database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
-    second = rotate()
+    second = rotate_tickets()
 
     assert_completed(second, rows=100)
     assert second.stopped.rotation == first.stopped.rotation
@@ -445,7 +396,7 @@ def test_suppressed_updates_complete_nothing(database: Database, monkeypatch: py
     database.make_tickets(1, 20)
     database.before_update("IF OLD.id = 5 THEN RETURN NULL; END IF; RETURN NEW;")
     monkeypatch.setattr(engine, "backoff_seconds", lambda *_attempt, **_limits: 0.0)
-    outcome = rotate()
+    outcome = rotate_tickets()
     assert outcome.stopped.status == "failed"
     assert [key for key, _ in outcome.stopped.failed_keys] == ["[5]"]
 
@@ -458,14 +409,14 @@ def test_rows_that_somebody_holds_are_rotated_when_they_are_free(database: Datab
     neighbour.execute("SELECT FROM tickets_ticket WHERE id = 25 FOR UPDATE")
 
     def let_go(event: Event) -> None:
-        if isinstance(event, RangeDeferred) and told.of(RangeDeferred) == 3:
+        if isinstance(event, RangeDeferred) and recorder.of(RangeDeferred) == 3:
             neighbour.execute("COMMIT")
 
-    told = Told(let_go)
-    outcome = rotate(told)
+    recorder = EventRecorder(let_go)
+    outcome = rotate_tickets(recorder)
     assert_completed(outcome, rows=50)
-    assert told.of(RangeDeferred) >= 3
-    assert told.of(OutageStarted) == 0
+    assert recorder.of(RangeDeferred) >= 3
+    assert recorder.of(OutageStarted) == 0
     assert database.updates() == once_each((1, 50))
 
 
@@ -496,9 +447,9 @@ def test_who_wrote_before_the_start_is_waited_for_before_the_bound_is_frozen(
             assert [holder.split(", ")[2] for holder in event.holders] == ["application shop"]
             older.execute("COMMIT")
 
-    told = Told(commit)
-    assert_completed(rotate(told), rows=51)
-    assert told.of(LateCommitsAwaited) == 1
+    recorder = EventRecorder(commit)
+    assert_completed(rotate_tickets(recorder), rows=51)
+    assert recorder.of(LateCommitsAwaited) == 1
     assert database.updates() == once_each((1, 50), (99, 99))
     assert Rotation.objects.get().late_rows == 0
 
@@ -509,15 +460,15 @@ def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
     monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
 
     def commit(event: Event) -> None:
-        if isinstance(event, LateCommitsAwaited) and told.rows == 49:
+        if isinstance(event, LateCommitsAwaited) and recorder.rows == 49:
             older.execute("COMMIT")
 
-    told = Told(commit)
-    outcome = rotate(told)
+    recorder = EventRecorder(commit)
+    outcome = rotate_tickets(recorder)
 
     assert_completed(outcome, rows=51)
     assert outcome.stopped.late_rows == Rotation.objects.get().late_rows == 2
-    assert sum(event.rows for event in told.events if isinstance(event, LateRowsRotated)) == 2
+    assert sum(event.rows for event in recorder.events if isinstance(event, LateRowsRotated)) == 2
     assert database.updates() == once_each((1, 50), (99, 99))
 
 
@@ -534,11 +485,11 @@ def test_more_late_rows_than_a_batch_are_all_rotated(
     )
 
     def commit(event: Event) -> None:
-        if isinstance(event, LateCommitsAwaited) and told.of(RotationStarted):
+        if isinstance(event, LateCommitsAwaited) and recorder.of(RotationStarted):
             older.execute("COMMIT")
 
-    told = Told(commit)
-    assert_completed(rotate(told), rows=300)
+    recorder = EventRecorder(commit)
+    assert_completed(rotate_tickets(recorder), rows=300)
     assert database.updates() == once_each((1, 300))
 
 
@@ -548,12 +499,12 @@ def test_a_late_row_at_fault_completes_nothing(
     monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
 
     def commit(event: Event) -> None:
-        if isinstance(event, LateCommitsAwaited) and told.rows == 49:
+        if isinstance(event, LateCommitsAwaited) and recorder.rows == 49:
             older.execute("COMMIT")
             database.before_update("IF OLD.id = 99 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
-    told = Told(commit)
-    outcome = rotate(told)
+    recorder = EventRecorder(commit)
+    outcome = rotate_tickets(recorder)
 
     assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.rows) == ("failed", 1, 50)
     assert outcome.stopped.failed_keys == (("[99]", "raise_exception (P0001)"),)
@@ -567,14 +518,14 @@ def test_a_run_that_is_stopped_while_it_waits_for_others_goes_on_later(
     monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
 
     def stop(event: Event) -> None:
-        if isinstance(event, LateCommitsAwaited) and told.rows == 49:
+        if isinstance(event, LateCommitsAwaited) and recorder.rows == 49:
             signal.raise_signal(signal.SIGINT)
 
-    told = Told(stop)
-    first = rotate(told)
+    recorder = EventRecorder(stop)
+    first = rotate_tickets(recorder)
     assert (first.stopped.status, first.stopped.rows, first.exit_status) == ("interrupted", 49, 130)
     older.execute("COMMIT")
-    second = rotate()
+    second = rotate_tickets()
     assert_completed(second, rows=51)
     assert second.stopped.late_rows == 2
     assert database.updates() == once_each((1, 50), (99, 99))
@@ -590,15 +541,15 @@ def test_lost_connections_are_survived(database: Database, at: set[int]) -> None
     before = database.values()
 
     def end(event: Event) -> None:
-        if isinstance(event, RangeCompleted) and told.of(RangeCompleted) in at:
+        if isinstance(event, RangeCompleted) and recorder.of(RangeCompleted) in at:
             database.execute(END_THE_ROTATOR)
 
-    told = Told(end)
-    outcome = rotate(told)
+    recorder = EventRecorder(end)
+    outcome = rotate_tickets(recorder)
 
     assert_completed(outcome, rows=300)
-    assert told.of(OutageStarted) == told.of(OutageEnded) == len(at)
-    assert told.of(RotationStarted) == 1
+    assert recorder.of(OutageStarted) == recorder.of(OutageEnded) == len(at)
+    assert recorder.of(RotationStarted) == 1
     assert database.updates() == once_each((1, 300))
     assert_new_uuid4s(before, database.values())
     assert Rotation.objects.get().generation == 1 + len(at)
@@ -611,10 +562,10 @@ def test_a_limit_counts_the_rows_before_an_outage_too(database: Database) -> Non
     def end() -> None:
         database.execute(END_THE_ROTATOR)
 
-    outcome = rotate(Told(after_ranges(5, end)), stop_after_rows=150)
+    outcome = rotate_tickets(EventRecorder(after_range(5, end)), stop_after_rows=150)
     assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 0)
     assert outcome.stopped.rows_this_run == outcome.stopped.rows == sum(database.updates().values()) == 150
-    assert_completed(rotate(), rows=300)
+    assert_completed(rotate_tickets(), rows=300)
     assert database.updates() == once_each((1, 300))
 
 
@@ -623,13 +574,13 @@ def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Data
     database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def end(event: Event) -> None:
-        if isinstance(event, RowFailed) and told.of(RowFailed) == 1:
+        if isinstance(event, RowFailed) and recorder.of(RowFailed) == 1:
             database.execute(END_THE_ROTATOR)
 
-    told = Told(end)
-    outcome = rotate(told)
+    recorder = EventRecorder(end)
+    outcome = rotate_tickets(recorder)
     assert outcome.stopped.status == "failed"
-    assert told.of(OutageEnded) == 1
+    assert recorder.of(OutageEnded) == 1
     assert outcome.stopped.failed_keys == (("[257]", "raise_exception (P0001)"),)
 
 
@@ -645,7 +596,7 @@ def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_noth
         if isinstance(event, OutageStarted):
             database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
 
-    assert_completed(rotate(Told(mend)), rows=500)
+    assert_completed(rotate_tickets(EventRecorder(mend)), rows=500)
 
 
 def test_a_server_that_stays_away_ends_the_run_once_its_budget_is_used_up(database: Database) -> None:
@@ -654,21 +605,21 @@ def test_a_server_that_stays_away_ends_the_run_once_its_budget_is_used_up(databa
     name = django_connection.get_connection_params()["dbname"]
 
     def close(event: Event) -> None:
-        if isinstance(event, RangeCompleted) and told.of(RangeCompleted) == 2:
+        if isinstance(event, RangeCompleted) and recorder.of(RangeCompleted) == 2:
             maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
             database.execute(END_THE_ROTATOR)
 
-    told = Told(close)
+    recorder = EventRecorder(close)
     maintenance = database.connect(dbname="postgres")
     try:
-        outcome = rotate(told, outage_budget_seconds=0.5)
+        outcome = rotate_tickets(recorder, outage_budget_seconds=0.5)
     finally:
         maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
     assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
     assert "cannot be reached" in outcome.stopped.error
     # Nobody could tell the database.
     assert Rotation.objects.get().status == "running"
-    second = rotate(take_over=True)
+    second = rotate_tickets(take_over=True)
     assert_completed(second, rows=100)
     assert database.updates() == once_each((1, 100))
 
@@ -678,13 +629,13 @@ def test_a_server_that_comes_back_read_only_ends_the_run_with_an_account(databas
     name = django_connection.get_connection_params()["dbname"]
 
     def switch(event: Event) -> None:
-        if isinstance(event, RangeCompleted) and told.of(RangeCompleted) == 2:
+        if isinstance(event, RangeCompleted) and recorder.of(RangeCompleted) == 2:
             database.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
             database.execute(END_THE_ROTATOR)
 
-    told = Told(switch)
+    recorder = EventRecorder(switch)
     try:
-        outcome = rotate(told, outage_budget_seconds=1.0)
+        outcome = rotate_tickets(recorder, outage_budget_seconds=1.0)
     finally:
         database.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
     assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
@@ -701,7 +652,7 @@ def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(
     # The heartbeat wants the connection while the count that is given up still holds it.
     monkeypatch.setattr(session, "COUNT_SECONDS", 0.001)
     monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
-    outcome = rotate(stop_after_rows=1)
+    outcome = rotate_tickets(stop_after_rows=1)
     assert (outcome.stopped.error, outcome.exit_status) == ("Stopped by --stop-after.", 0)
     assert not outcome.stopped.rows_total_is_exact
 
@@ -712,7 +663,7 @@ def test_the_heartbeat_does_not_take_completion_for_a_takeover(
     database.make_tickets(1, 200)
     monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
     for _ in range(5):
-        assert_completed(rotate(restart=True), rows=200)
+        assert_completed(rotate_tickets(restart=True), rows=200)
 
 
 # --- Replies that are lost -------------------------------------------------------------------------
@@ -729,9 +680,9 @@ def test_a_completion_whose_reply_is_lost_is_a_completion(
         raise ServerLostError("The connection was lost.")
 
     monkeypatch.setattr(rotations, "complete", complete_and_lose)
-    told = Told()
-    assert_completed(rotate(told), rows=200)
-    assert told.of(OutageEnded) == 1
+    recorder = EventRecorder()
+    assert_completed(rotate_tickets(recorder), rows=200)
+    assert recorder.of(OutageEnded) == 1
 
 
 def test_a_taking_over_whose_reply_is_lost_is_no_other_process(
@@ -739,18 +690,20 @@ def test_a_taking_over_whose_reply_is_lost_is_no_other_process(
 ) -> None:
     database.make_tickets(1, 200)
     database.count_updates()
-    take_over_again = rotations.take_over_again
-    lost: list[Claim] = []
+    take_over_from_self = rotations.take_over_from_self
+    lost: list[Lease] = []
 
-    async def take_over_and_lose(*args: Any, **options: Any) -> Claim | None:  # noqa: ANN401 - as they come
-        claim = await take_over_again(*args, **options)
-        if claim is not None and not lost:
-            lost.append(claim)
+    async def take_over_and_lose(*args: Any, **options: Any) -> Lease | None:  # noqa: ANN401 - as they come
+        lease = await take_over_from_self(*args, **options)
+        if lease is not None and not lost:
+            lost.append(lease)
             raise ServerLostError("The connection was lost.")
-        return claim
+        return lease
 
-    monkeypatch.setattr(rotations, "take_over_again", take_over_and_lose)
-    assert_completed(rotate(Told(after_ranges(3, lambda: database.execute(END_THE_ROTATOR)))), rows=200)
+    monkeypatch.setattr(rotations, "take_over_from_self", take_over_and_lose)
+    assert_completed(
+        rotate_tickets(EventRecorder(after_range(3, lambda: database.execute(END_THE_ROTATOR)))), rows=200
+    )
     assert lost
     assert database.updates() == once_each((1, 200))
 
@@ -765,11 +718,13 @@ def test_an_exception_of_an_observer_leaves_the_rotation_failed_with_its_type(da
         raise KeyError("leaked")
 
     with pytest.raises(KeyError):
-        rotate(Told(lambda event: fail(event) if isinstance(event, RangeCompleted) else None))
+        rotate_tickets(
+            EventRecorder(lambda event: fail(event) if isinstance(event, RangeCompleted) else None)
+        )
     rotation = Rotation.objects.get()
     assert rotation.status == "failed"
     assert rotation.error == "The program failed with KeyError: look at its traceback."
-    assert_completed(rotate(), rows=100)
+    assert_completed(rotate_tickets(), rows=100)
 
 
 def _end_this_connection() -> None:
@@ -789,15 +744,15 @@ def test_a_receiver_that_loses_djangos_connection_is_called_again(database: Data
             cursor.execute("SELECT 1")
         heard.append(rows)
 
-    told = Told()
+    recorder = EventRecorder()
     range_rotated.connect(hear)
     try:
-        assert_completed(rotate(told), rows=100)
+        assert_completed(rotate_tickets(recorder), rows=100)
     finally:
         range_rotated.disconnect(hear)
     assert sum(heard) == 100
-    assert not told.of(ReceiverFailed)
-    assert not told.of(OutageStarted)
+    assert not recorder.of(ReceiverFailed)
+    assert not recorder.of(OutageStarted)
 
 
 def test_a_receiver_that_fails_is_reported_once(database: Database) -> None:
@@ -806,13 +761,13 @@ def test_a_receiver_that_fails_is_reported_once(database: Database) -> None:
     def hear(**_: object) -> None:
         raise ValueError("leaked")
 
-    told = Told()
+    recorder = EventRecorder()
     range_rotated.connect(hear)
     try:
-        assert_completed(rotate(told), rows=100)
+        assert_completed(rotate_tickets(recorder), rows=100)
     finally:
         range_rotated.disconnect(hear)
-    (failed,) = [event for event in told.events if isinstance(event, ReceiverFailed)]
+    (failed,) = [event for event in recorder.events if isinstance(event, ReceiverFailed)]
     assert (failed.receiver.rpartition(".")[2], failed.error) == ("hear", "ValueError")
 
 
@@ -831,11 +786,11 @@ def make_and_lose_the_connection_once() -> uuid.UUID:
 def test_a_generator_that_loses_djangos_connection_is_an_outage(database: Database) -> None:
     database.make_tickets(1, 100)
     lost_once.clear()
-    told = Told(after_ranges(2, lambda: lost_once.append(True)))
+    recorder = EventRecorder(after_range(2, lambda: lost_once.append(True)))
     selection = Selection(generator=f"{__name__}.{make_and_lose_the_connection_once.__name__}")
-    outcome = prepare([TARGET], "default", RunOptions(batch=10, concurrency=3), selection).rotate(told)
+    outcome = prepare([TARGET], "default", RunOptions(batch=10, concurrency=3), selection).rotate(recorder)
     assert_completed(outcome, rows=100)
-    assert told.of(OutageStarted) == told.of(OutageEnded) == 1
+    assert recorder.of(OutageStarted) == recorder.of(OutageEnded) == 1
 
 
 def test_who_holds_a_lock_is_named(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -849,8 +804,8 @@ def test_who_holds_a_lock_is_named(database: Database, monkeypatch: pytest.Monke
         if isinstance(event, LockHeld):
             holder.execute("COMMIT")
 
-    told = Told(release)
-    assert_completed(rotate(told), rows=100)
-    (held,) = [event for event in told.events if isinstance(event, LockHeld)]
+    recorder = EventRecorder(release)
+    assert_completed(rotate_tickets(recorder), rows=100)
+    (held,) = [event for event in recorder.events if isinstance(event, LockHeld)]
     (phrase,) = held.holders
     assert phrase.startswith(f"pid {holder.info.backend_pid}, psql, idle in transaction for ")

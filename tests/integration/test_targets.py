@@ -20,9 +20,9 @@ from rotator.fields import generators
 from rotator.options import RunOptions, Selection
 from rotator.signals import range_rotated
 from tests.integration.killed import rotate_until_killed
+from tests.integration.outcomes import assert_completed
 from tests.integration.rotation_tables import Database
 from tests.integration.test_any_model import BATCH, ROWS, START, rotate_killed_and_resumed, table_of
-from tests.integration.test_run import assert_completed
 from tests.shop import models
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
@@ -460,7 +460,7 @@ def test_another_selection_does_not_go_on(orders: Database) -> None:
         assert str(other) in str(caught.value)
     assert leaked() == before
     assert_completed(run(API_KEY, selection=selection), rows=40)
-    assert orders.rotation("selection") == json.loads(json.dumps(selection.saved()))
+    assert orders.rotation("selection") == json.loads(json.dumps(selection.to_json()))
 
 
 def test_another_rotation_with_the_same_field_has_to_wait(orders: Database) -> None:

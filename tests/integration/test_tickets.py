@@ -114,16 +114,16 @@ def test_every_token_is_a_uuid4_of_its_own() -> None:
 
 @pytest.mark.usefixtures("transactional_db")
 def test_tokens_are_made_by_the_models_default(token_default: TokenDefault) -> None:
-    made: list[uuid.UUID] = []
+    new_values: list[uuid.UUID] = []
 
     def make() -> uuid.UUID:
-        made.append(uuid.uuid4())
-        return made[-1]
+        new_values.append(uuid.uuid4())
+        return new_values[-1]
 
     token_default(make)
     run("create_tickets", count=12, batch_size=5)
 
-    assert list(Ticket.objects.order_by("id").values_list("token", flat=True)) == made
+    assert list(Ticket.objects.order_by("id").values_list("token", flat=True)) == new_values
 
 
 @pytest.mark.usefixtures("transactional_db")
@@ -212,12 +212,12 @@ def test_verbosity_zero_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupting(*rows: int) -> Callable[[], uuid.UUID]:
     """A default that presses Ctrl-C while it makes the tokens of these rows."""
-    made = 0
+    new_values = 0
 
     def make() -> uuid.UUID:
-        nonlocal made
-        made += 1
-        if made in rows:
+        nonlocal new_values
+        new_values += 1
+        if new_values in rows:
             signal.raise_signal(signal.SIGINT)
         return uuid.uuid4()
 

@@ -12,8 +12,8 @@ from rotator.events import Event, Vacuumed, VacuumSkipped, VacuumStarted
 from rotator.postgres.connection import connected
 from rotator.postgres.vacuum import BUSY, may_vacuum, read_storage, vacuum
 from rotator.runner import vacuum as runner_vacuum
+from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, TICKETS, Database
-from tests.integration.test_run import Told, after_ranges, assert_completed, rotate
 
 pytestmark = COMMITTING
 
@@ -33,27 +33,27 @@ def slow_vacuum(database: Database) -> Iterator[None]:
 
 
 def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_vacuum, "LEAST_ROWS", 100)
+    monkeypatch.setattr(runner_vacuum, "MIN_ROWS", 100)
     monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
     database.make_tickets(1, 10_000)
     # Slow enough for every eighth to be noticed.
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
-    told = Told()
+    recorder = EventRecorder()
 
-    stopped = rotate(told, batch=100, concurrency=2).stopped
+    stopped = rotate_tickets(recorder, batch=100, concurrency=2).stopped
 
     assert stopped.status == "completed"
     assert stopped.storage_before is not None
     assert stopped.storage is not None
-    assert stopped.vacuums == told.of(Vacuumed) >= 4
+    assert stopped.vacuums == recorder.of(Vacuumed) >= 4
     assert stopped.vacuum_seconds > 0
-    assert told.of(VacuumStarted) == 1
+    assert recorder.of(VacuumStarted) == 1
     assert stopped.storage.heap_bytes < 1.8 * stopped.storage_before.heap_bytes
     assert stopped.storage.dead_rows < 2000
 
 
 def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_vacuum, "LEAST_ROWS", 100)
+    monkeypatch.setattr(runner_vacuum, "MIN_ROWS", 100)
     monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
     database.execute(
         "INSERT INTO tickets_ticket (id, title, created_at, token)"
@@ -62,7 +62,7 @@ def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.
     )
     database.execute("ANALYZE tickets_ticket")
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
-    stopped = rotate(batch=100, concurrency=2).stopped
+    stopped = rotate_tickets(batch=100, concurrency=2).stopped
     assert stopped.status == "completed"
     # Each eighth would be more; a neighbour's lock makes it one less.
     assert 1 <= stopped.vacuums <= 2
@@ -71,16 +71,12 @@ def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.
 def test_without_it_the_table_doubles(database: Database) -> None:
     database.execute("ALTER TABLE tickets_ticket SET (autovacuum_enabled = false)")
     database.make_tickets(1, 10_000)
-    told = Told()
+    recorder = EventRecorder()
 
-    stopped = rotate(told, batch=100, vacuum=False).stopped
+    stopped = rotate_tickets(recorder, batch=100, vacuum=False).stopped
 
-    assert (told.of(Vacuumed), told.of(VacuumStarted), told.of(VacuumSkipped), stopped.vacuums) == (
-        0,
-        0,
-        0,
-        0,
-    )
+    vacuum_events = [recorder.of(kind) for kind in (Vacuumed, VacuumStarted, VacuumSkipped)]
+    assert (vacuum_events, stopped.vacuums) == ([0, 0, 0], 0)
     assert stopped.storage_before is not None
     assert stopped.storage is not None
     assert stopped.storage.heap_bytes > 1.8 * stopped.storage_before.heap_bytes
@@ -90,13 +86,13 @@ def test_without_it_the_table_doubles(database: Database) -> None:
 def test_a_table_that_somebody_else_has_locked_is_left_alone(database: Database) -> None:
     database.make_tickets(1, 1000)
     neighbour = database.connect()
-    told = Told(after_ranges(1, lambda: neighbour.execute(f"BEGIN; {LOCKED}".encode())))
+    recorder = EventRecorder(after_range(1, lambda: neighbour.execute(f"BEGIN; {LOCKED}".encode())))
 
-    assert_completed(rotate(told, batch=100), rows=1000)
+    assert_completed(rotate_tickets(recorder, batch=100), rows=1000)
 
-    skipped = {(event.reason, event.is_once) for event in told.events if isinstance(event, VacuumSkipped)}
+    skipped = {(event.reason, event.is_once) for event in recorder.events if isinstance(event, VacuumSkipped)}
     assert skipped == {("the table is busy", True)}
-    assert told.of(Vacuumed) == 0
+    assert recorder.of(Vacuumed) == 0
 
 
 @pytest.mark.usefixtures("slow_vacuum")
@@ -127,9 +123,9 @@ def test_a_stop_ends_the_last_one_and_the_rotation_is_completed_all_the_same(dat
         if isinstance(event, VacuumStarted):
             signal.raise_signal(signal.SIGINT)
 
-    told = Told(stop)
-    assert_completed(rotate(told), rows=5000)
-    assert told.of(Vacuumed) == 0
+    recorder = EventRecorder(stop)
+    assert_completed(rotate_tickets(recorder), rows=5000)
+    assert recorder.of(Vacuumed) == 0
 
 
 async def test_only_who_maintains_the_table_may(database: Database, control: psycopg.AsyncConnection) -> None:

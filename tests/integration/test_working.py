@@ -10,7 +10,7 @@ from rotator.exceptions import ServerLostError
 from rotator.models import Rotation, Span
 from rotator.options import RunOptions
 from rotator.postgres import rotations
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.progress import log_observer
 from rotator.runner.runner import LEFT_TO_WORKERS
 from rotator.runner.worker import SpanWork
@@ -23,7 +23,7 @@ pytestmark = COMMITTING
 class _Broker:
     """Takes every message, and no worker ever gets one."""
 
-    async def publish(self, claim: Claim, span: int) -> None:
+    async def publish(self, lease: Lease, span: int) -> None:
         """Forget it."""
 
     async def revoke(self) -> None:
@@ -50,7 +50,7 @@ def test_a_coordinator_whose_server_is_lost_for_too_long_leaves_the_rotation_to_
 
     with monkeypatch.context() as lost:
         lost.setattr(rotations, "beat", lose)
-        lost.setattr(rotations, "take_over_again", lose)
+        lost.setattr(rotations, "take_over_from_self", lose)
         # The task is retried on this error.
         with pytest.raises(ServerLostError, match="it is gone"):
             _coordinate(number, stops=False)
@@ -85,7 +85,7 @@ def test_an_error_of_the_program_in_a_worker_is_noted_with_the_span(
 
     monkeypatch.setattr(SpanWork, "rotate", fail)
     with pytest.raises(KeyError):
-        work_on_span("default", Claim(rotation=number, generation=generation), span.pk, lambda: False)
+        work_on_span("default", Lease(rotation=number, generation=generation), span.pk, lambda: False)
     span.refresh_from_db()
     assert span.error == "The program failed with KeyError: look at its traceback."
     assert span.finished_at is not None

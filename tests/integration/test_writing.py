@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from rotator.exceptions import (
-    RangeRefusedError,
+    RangeRejectedError,
     RotatorError,
     RowsLockedError,
     ServerLostError,
@@ -18,7 +18,7 @@ from rotator.exceptions import (
 )
 from rotator.postgres import writer as writing_module
 from rotator.postgres.errors import SUPPRESSED
-from rotator.postgres.fence import Claim
+from rotator.postgres.fence import Lease
 from rotator.postgres.rotations import abandon, stop
 from rotator.postgres.table import Column, TargetTable
 from rotator.postgres.values import InBulk, ValueSource
@@ -52,10 +52,10 @@ BYTES = TargetTable(
 )
 
 
-async def _refused(database: Database, claim: Claim, tried: KeyRange, kind: type[RotatorError]) -> str:
+async def _refused(database: Database, lease: Lease, tried: KeyRange, kind: type[RotatorError]) -> str:
     """The sentence of the error that a range ends with, which has to leave everything as it was."""
     before, checkpoints = database.values(), database.checkpoints()
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         with pytest.raises(kind) as caught:
             await writer.rewrite(tried)
     assert database.values() == before
@@ -65,11 +65,11 @@ async def _refused(database: Database, claim: Claim, tried: KeyRange, kind: type
     return str(caught.value)
 
 
-async def test_each_row_of_the_range_changes_once_and_no_other(database: Database, claim: Claim) -> None:
+async def test_each_row_of_the_range_changes_once_and_no_other(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 30)
     database.count_updates()
     before = database.values()
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         assert await writer.rewrite(key_range(10, 20, 10)) == 10
     assert database.updates() == once_each((11, 20))
     assert database.changed(before) == set(once_each((11, 20)))
@@ -77,9 +77,9 @@ async def test_each_row_of_the_range_changes_once_and_no_other(database: Databas
     assert database.checkpoints() == [("[10]", "[20]", 10)]
 
 
-async def test_row_and_checkpoint_are_of_one_transaction(database: Database, claim: Claim) -> None:
+async def test_row_and_checkpoint_are_of_one_transaction(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 3)
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         await writer.rewrite(key_range(None, 3, 3))
     transactions = database.execute(
         "SELECT xmin FROM tickets_ticket UNION SELECT xmin FROM rotator_completedrange"
@@ -87,10 +87,10 @@ async def test_row_and_checkpoint_are_of_one_transaction(database: Database, cla
     assert len(transactions) == 1
 
 
-async def test_the_first_range_begins_with_the_table(database: Database, claim: Claim) -> None:
+async def test_the_first_range_begins_with_the_table(database: Database, lease: Lease) -> None:
     database.make_tickets(-5, 5)
     before = database.values()
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         assert await writer.rewrite(key_range(None, 0, 6)) == 6
     assert database.changed(before) == set(once_each((-5, 0)))
     assert database.checkpoints() == [(None, "[0]", 6)]
@@ -110,32 +110,32 @@ async def _blobs(count: int) -> tuple[list[bytes]]:
     ids=["uuid", "text", "bytea"],
 )
 async def test_a_range_without_rows_is_checkpointed(
-    database: Database, claim: Claim, table: TargetTable, source: ValueSource
+    database: Database, lease: Lease, table: TargetTable, source: ValueSource
 ) -> None:
     if table is not TICKETS:
         database.make_table(table)
-    async with writing(database, claim, table, source=source) as writer:
+    async with writing(database, lease, table, source=source) as writer:
         assert await writer.rewrite(key_range(20, 25, 0)) == 0
     assert database.checkpoints() == [("[20]", "[25]", 0)]
 
 
-async def test_values_of_other_types_travel_too(database: Database, claim: Claim) -> None:
+async def test_values_of_other_types_travel_too(database: Database, lease: Lease) -> None:
     database.make_table(SECRETS)
     database.fill(SECRETS, "i")
-    async with writing(database, claim, SECRETS, source=InBulk(_texts)) as writer:
+    async with writing(database, lease, SECRETS, source=InBulk(_texts)) as writer:
         assert await writer.rewrite(key_range(None, 9, 10)) == 10
     assert database.values(SECRETS) == {f"[{number}]": f"new {number}" for number in range(10)}
 
 
 @pytest.mark.parametrize("slice_rows", [1, 7, 10, 29, 30])
 async def test_a_range_of_several_slices_writes_each_row_once(
-    database: Database, claim: Claim, monkeypatch: pytest.MonkeyPatch, slice_rows: int
+    database: Database, lease: Lease, monkeypatch: pytest.MonkeyPatch, slice_rows: int
 ) -> None:
     monkeypatch.setattr(writing_module, "SLICE_ROWS", slice_rows)
     database.make_tickets(1, 40)
     database.count_updates()
     before = database.values()
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         assert await writer.rewrite(key_range(5, 35, 30)) == 30
     assert database.updates() == once_each((6, 35))
     assert_new_uuid4s(before, {key: database.values()[key] for key in once_each((6, 35))})
@@ -145,14 +145,14 @@ async def test_a_range_of_several_slices_writes_each_row_once(
 @pytest.mark.parametrize("slice_rows", [7, 2000])
 @pytest.mark.parametrize("deleted", ["= 1", "= 20", "BETWEEN 5 AND 16", "> 0"])
 async def test_rows_that_were_deleted_since_they_were_planned_are_not_missed(
-    database: Database, claim: Claim, monkeypatch: pytest.MonkeyPatch, deleted: str, slice_rows: int
+    database: Database, lease: Lease, monkeypatch: pytest.MonkeyPatch, deleted: str, slice_rows: int
 ) -> None:
     monkeypatch.setattr(writing_module, "SLICE_ROWS", slice_rows)
     database.make_tickets(1, 20)
     database.count_updates()
     database.execute(f"DELETE FROM tickets_ticket WHERE id {deleted}")
     left = database.values()
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         assert await writer.rewrite(key_range(None, 20, 20)) == len(left)
     assert database.updates() == Counter(left.keys())
     assert database.checkpoints() == [(None, "[20]", len(left))]
@@ -162,7 +162,7 @@ async def test_rows_that_were_deleted_since_they_were_planned_are_not_missed(
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (15, 15), (10, 30), (15, 30)])
 async def test_rows_that_were_inserted_since_the_others_were_planned_are_written_too(
     database: Database,
-    claim: Claim,
+    lease: Lease,
     monkeypatch: pytest.MonkeyPatch,
     first: int,
     last: int,
@@ -175,7 +175,7 @@ async def test_rows_that_were_inserted_since_the_others_were_planned_are_written
     database.make_tickets(first, last)
     database.count_updates()
     before = database.values()
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         assert await writer.rewrite(key_range(None, 30, planned)) == 30
     assert database.updates() == once_each((1, 30))
     assert_new_uuid4s(before, database.values())
@@ -184,29 +184,29 @@ async def test_rows_that_were_inserted_since_the_others_were_planned_are_written
 
 @pytest.mark.parametrize("suppressed", [1, 9, 20])
 async def test_a_suppressed_update_is_no_rotation(
-    database: Database, claim: Claim, monkeypatch: pytest.MonkeyPatch, suppressed: int
+    database: Database, lease: Lease, monkeypatch: pytest.MonkeyPatch, suppressed: int
 ) -> None:
     monkeypatch.setattr(writing_module, "SLICE_ROWS", 10)
     database.make_tickets(1, 20)
     database.before_update(f"IF OLD.id = {suppressed} THEN RETURN NULL; END IF; RETURN NEW;")
-    assert await _refused(database, claim, key_range(None, 20, 20), RangeRefusedError)
+    assert await _refused(database, lease, key_range(None, 20, 20), RangeRejectedError)
 
 
-async def test_a_suppressed_update_is_not_hidden_by_an_inserted_row(database: Database, claim: Claim) -> None:
+async def test_a_suppressed_update_is_not_hidden_by_an_inserted_row(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
     database.before_update("IF OLD.id = 5 THEN RETURN NULL; END IF; RETURN NEW;")
-    said = await _refused(database, claim, key_range(None, 20, 19), RangeRefusedError)
+    said = await _refused(database, lease, key_range(None, 20, 19), RangeRejectedError)
     assert SUPPRESSED in said
 
 
 @pytest.mark.parametrize("lock", ["FOR UPDATE", "FOR NO KEY UPDATE", "FOR SHARE"])
-async def test_locked_rows_are_not_waited_for_long(database: Database, claim: Claim, lock: str) -> None:
+async def test_locked_rows_are_not_waited_for_long(database: Database, lease: Lease, lock: str) -> None:
     database.make_tickets(1, 20)
     neighbour = database.connect()
     neighbour.execute("BEGIN")
     neighbour.execute(f"SELECT FROM tickets_ticket WHERE id = 7 {lock}".encode())
     started = time.monotonic()
-    await _refused(database, claim, key_range(None, 20, 20), RowsLockedError)
+    await _refused(database, lease, key_range(None, 20, 20), RowsLockedError)
     assert 0.1 <= time.monotonic() - started < 5.0
 
 
@@ -220,13 +220,13 @@ async def test_locked_rows_are_not_waited_for_long(database: Database, claim: Cl
     ],
 )
 async def test_what_a_neighbour_does_to_a_row_that_is_waited_for(
-    database: Database, claim: Claim, meanwhile: str, rows: int
+    database: Database, lease: Lease, meanwhile: str, rows: int
 ) -> None:
     database.make_tickets(1, 20)
     neighbour = database.connect()
     neighbour.execute("BEGIN")
     neighbour.execute(meanwhile.encode())
-    async with writing(database, claim, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
+    async with writing(database, lease, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
         rewriting = tasks.create_task(writer.rewrite(key_range(None, 20, 20)))
         await database.until_rotator_waits_for_a_lock()
         neighbour.execute("COMMIT")
@@ -239,7 +239,7 @@ async def test_what_a_neighbour_does_to_a_row_that_is_waited_for(
     assert database.checkpoints() == [(None, "[20]", rows)]
 
 
-async def test_a_row_that_is_put_in_another_s_place_is_tried_again(database: Database, claim: Claim) -> None:
+async def test_a_row_that_is_put_in_another_s_place_is_tried_again(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
     neighbour = database.connect()
     neighbour.execute("BEGIN")
@@ -247,14 +247,14 @@ async def test_a_row_that_is_put_in_another_s_place_is_tried_again(database: Dat
     neighbour.execute(
         "INSERT INTO tickets_ticket (id, title, created_at, token) VALUES (7, '', now(), gen_random_uuid())"
     )
-    async with writing(database, claim, limits=PATIENT) as writer:
+    async with writing(database, lease, limits=PATIENT) as writer:
         async with asyncio.TaskGroup() as tasks:
             rewriting = tasks.create_task(_outcome(writer, key_range(None, 20, 20)))
             await database.until_rotator_waits_for_a_lock()
             neighbour.execute("COMMIT")
             refused = await rewriting
-        assert isinstance(refused, RangeRefusedError)
-        assert refused.passing
+        assert isinstance(refused, RangeRejectedError)
+        assert refused.retryable
         assert database.checkpoints() == []
         assert await writer.rewrite(key_range(None, 20, 20)) == 20
 
@@ -266,26 +266,26 @@ async def _outcome(writer: PostgresWriter, tried: KeyRange) -> int | RotatorErro
         return error
 
 
-async def test_a_violated_constraint_is_named_without_a_value(database: Database, claim: Claim) -> None:
+async def test_a_violated_constraint_is_named_without_a_value(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
     database.execute("ALTER TABLE tickets_ticket ADD CONSTRAINT sober CHECK (token IS NULL) NOT VALID")
     try:
-        said = await _refused(database, claim, key_range(None, 20, 20), RangeRefusedError)
+        said = await _refused(database, lease, key_range(None, 20, 20), RangeRejectedError)
     finally:
         database.execute("ALTER TABLE tickets_ticket DROP CONSTRAINT sober")
     assert said == "The server refused a range: check_violation (23514) of sober."
 
 
-async def test_what_a_trigger_says_is_not_repeated(database: Database, claim: Claim) -> None:
+async def test_what_a_trigger_says_is_not_repeated(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
     database.before_update(
         "RAISE EXCEPTION 'not %', NEW.token USING DETAIL = NEW.token, HINT = 'instead of ' || OLD.token;"
     )
-    said = await _refused(database, claim, key_range(None, 20, 20), RangeRefusedError)
+    said = await _refused(database, lease, key_range(None, 20, 20), RangeRejectedError)
     assert said == "The server refused a range: raise_exception (P0001)."
 
 
-async def test_a_deferred_constraint_is_refused_at_the_commit(database: Database, claim: Claim) -> None:
+async def test_a_deferred_constraint_is_refused_at_the_commit(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
     database.execute(
         f"CREATE FUNCTION {_quoted('deferred')}() RETURNS trigger LANGUAGE plpgsql"
@@ -295,7 +295,7 @@ async def test_a_deferred_constraint_is_refused_at_the_commit(database: Database
         "CREATE CONSTRAINT TRIGGER later AFTER UPDATE ON tickets_ticket DEFERRABLE INITIALLY DEFERRED"
         f" FOR EACH ROW EXECUTE FUNCTION {_quoted('deferred')}()"
     )
-    await _refused(database, claim, key_range(None, 20, 20), RangeRefusedError)
+    await _refused(database, lease, key_range(None, 20, 20), RangeRejectedError)
 
 
 def _quoted(name: str) -> str:
@@ -303,7 +303,7 @@ def _quoted(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("body", "passing"),
+    ("body", "retryable"),
     [
         ("RAISE EXCEPTION 'no';", False),
         ("RAISE unique_violation;", True),
@@ -311,50 +311,50 @@ def _quoted(name: str) -> str:
     ],
 )
 async def test_only_some_refusals_are_worth_another_attempt(
-    database: Database, claim: Claim, body: str, *, passing: bool
+    database: Database, lease: Lease, body: str, *, retryable: bool
 ) -> None:
     database.make_tickets(1, 3)
     database.before_update(body)
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         refused = await _outcome(writer, key_range(None, 3, 3))
-    assert isinstance(refused, RangeRefusedError)
-    assert refused.passing is passing
+    assert isinstance(refused, RangeRejectedError)
+    assert refused.retryable is retryable
 
 
-async def test_an_older_generation_writes_nothing(database: Database, claim: Claim) -> None:
+async def test_an_older_generation_writes_nothing(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
     database.execute("UPDATE rotator_rotation SET generation = generation + 1")
-    await _refused(database, claim, key_range(None, 20, 20), SupersededError)
+    await _refused(database, lease, key_range(None, 20, 20), SupersededError)
 
 
-async def test_a_generation_to_come_writes_nothing(database: Database, claim: Claim) -> None:
+async def test_a_generation_to_come_writes_nothing(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
-    ahead = Claim(rotation=claim.rotation, generation=claim.generation + 1)
+    ahead = Lease(rotation=lease.rotation, generation=lease.generation + 1)
     await _refused(database, ahead, key_range(None, 20, 20), SupersededError)
 
 
 async def test_a_rotation_that_was_stopped_is_not_written_for(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
-    await stop(control, claim, status="interrupted", error="", active_seconds=0)
-    await _refused(database, claim, key_range(None, 20, 20), SupersededError)
+    await stop(control, lease, status="interrupted", error="", active_seconds=0)
+    await _refused(database, lease, key_range(None, 20, 20), SupersededError)
 
 
 async def test_a_rotation_that_was_abandoned_is_not_written_for(
-    database: Database, control: psycopg.AsyncConnection, claim: Claim
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
-    await abandon(control, claim)
-    await _refused(database, claim, key_range(None, 20, 20), SupersededError)
+    await abandon(control, lease)
+    await _refused(database, lease, key_range(None, 20, 20), SupersededError)
 
 
-async def test_a_writer_is_as_good_as_new_after_each_kind_of_error(database: Database, claim: Claim) -> None:
+async def test_a_writer_is_as_good_as_new_after_each_kind_of_error(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 20)
     trigger = database.before_update("RAISE EXCEPTION 'no';")
     neighbour = database.connect()
-    async with writing(database, claim) as writer:
-        with pytest.raises(RangeRefusedError):
+    async with writing(database, lease) as writer:
+        with pytest.raises(RangeRejectedError):
             await writer.rewrite(key_range(None, 20, 20))
         database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
         neighbour.execute("BEGIN")
@@ -369,12 +369,12 @@ async def test_a_writer_is_as_good_as_new_after_each_kind_of_error(database: Dat
     ("after", "through"), [(None, 20), (None, 10), (10, 20)], ids=["the same", "same start", "same end"]
 )
 async def test_a_range_that_is_checkpointed_already_is_not_written_again(
-    database: Database, claim: Claim, after: int | None, through: int
+    database: Database, lease: Lease, after: int | None, through: int
 ) -> None:
     database.make_tickets(1, 20)
-    async with writing(database, claim) as writer:
+    async with writing(database, lease) as writer:
         await writer.rewrite(key_range(None, 20, 20))
-    await _refused(database, claim, key_range(after, through, 20), ServerLostError)
+    await _refused(database, lease, key_range(after, through, 20), ServerLostError)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ async def test_a_range_that_is_checkpointed_already_is_not_written_again(
 )
 async def test_tables_keys_and_columns_of_any_name_and_shape(
     database: Database,
-    claim: Claim,
+    lease: Lease,
     table: TargetTable,
     keys: list[str],
     after: str,
@@ -412,7 +412,7 @@ async def test_tables_keys_and_columns_of_any_name_and_shape(
     database.count_updates(table)
     before = database.values(table)
     assert len(before) == 10
-    async with writing(database, claim, table) as writer:
+    async with writing(database, lease, table) as writer:
         tried = KeyRange(after=Key(after), through=Key(through), rows=len(expected))
         assert await writer.rewrite(tried) == len(expected)
     assert database.changed(before, table) == expected

@@ -40,8 +40,8 @@ def key_file() -> bytes:
 
 
 def token_and_checksum() -> dict[str, str]:
-    made = token()
-    return {"token": made, "checksum": hashlib.sha256(made.encode()).hexdigest()}
+    new_values = token()
+    return {"token": new_values, "checksum": hashlib.sha256(new_values.encode()).hexdigest()}
 
 
 def named_after(order: Model) -> str:
@@ -124,11 +124,11 @@ async def coroutine() -> str:
 class Later:
     """Good for a while, which is how generators fail that a trial cannot find out."""
 
-    made = 0
+    new_values = 0
 
     def __call__(self) -> str:
-        type(self).made += 1
-        return token() if self.made < 25 else "x" * 1000
+        type(self).new_values += 1
+        return token() if self.new_values < 25 else "x" * 1000
 
 
 later = Later()
@@ -146,11 +146,11 @@ def named_after_hash(row: Model) -> str:
 class LateUuid:
     """Good for a thousand, in each process."""
 
-    made = 0
+    new_values = 0
 
     def __call__(self) -> uuid.UUID | None:
-        type(self).made += 1
-        return uuid.uuid4() if self.made < 1000 else None
+        type(self).new_values += 1
+        return uuid.uuid4() if self.new_values < 1000 else None
 
 
 late_uuid = LateUuid()

@@ -82,5 +82,5 @@ def test_a_recorded_folder_is_not_taken_from_others_nor_from_a_copied_clone(shor
     folder.chmod(0o777)
     renewed = private_socket_folder(original, _OURSELVES)
     assert len({folder, of_the_copy, renewed}) == 3
-    for made in (folder, of_the_copy, renewed):
-        made.rmdir()
+    for new_values in (folder, of_the_copy, renewed):
+        new_values.rmdir()

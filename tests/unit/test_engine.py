@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import pytest
 
 from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
-from rotator.exceptions import EveryRowRefusedError, RangeRefusedError, RangeTooSlowError, RowsLockedError
-from rotator.ranges import Key, KeyRange, KeySpan
+from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
+from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.engine import Engine, EngineOptions
 
 
@@ -17,8 +17,8 @@ def _number(key: Key | None) -> int:
     return json.loads(key)[0] if key else 0
 
 
-def _span(after: int, through: int) -> KeySpan:
-    return KeySpan(after=Key(f"[{after}]") if after else None, through=Key(f"[{through}]"))
+def _span(after: int, through: int) -> KeyInterval:
+    return KeyInterval(after=Key(f"[{after}]") if after else None, through=Key(f"[{through}]"))
 
 
 class _Numbers:
@@ -28,7 +28,7 @@ class _Numbers:
         self.planned = 0
         self.batches = list[int]()
 
-    async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
+    async def next_range(self, span: KeyInterval, batch: int) -> KeyRange:
         after, last = _number(span.after), _number(span.through)
         through = min(after + batch, last)
         self.planned += 1
@@ -43,7 +43,7 @@ class _LockedTable(_Numbers):
         super().__init__()
         self._times = times
 
-    async def next_range(self, span: KeySpan, batch: int) -> KeyRange:
+    async def next_range(self, span: KeyInterval, batch: int) -> KeyRange:
         if self._times:
             self._times -= 1
             raise RowsLockedError("locked")
@@ -163,12 +163,12 @@ class _Refusals(_Rows):
     """Refuses every range that holds one of these rows: for good, or until it was refused so often."""
 
     def __init__(
-        self, refused: Iterable[int], *, passing: bool = False, times: int | None = None, slow_rows: int = 0
+        self, refused: Iterable[int], *, retryable: bool = False, times: int | None = None, slow_rows: int = 0
     ) -> None:
         super().__init__()
         self.tried = list[tuple[int, int]]()
         self._refused = set(refused)
-        self._passing = passing
+        self._retryable = retryable
         self._left = times
         self._slow_rows = slow_rows
 
@@ -180,7 +180,7 @@ class _Refusals(_Rows):
         if self._left != 0 and any(after < row <= through for row in self._refused):
             if self._left is not None:
                 self._left -= 1
-            raise RangeRefusedError("check_violation of sober", passing=self._passing)
+            raise RangeRejectedError("check_violation of sober", retryable=self._retryable)
         return await super().rewrite(key_range)
 
 
@@ -213,7 +213,7 @@ async def test_a_refusal_for_good_is_never_tried_again_whole() -> None:
 
 
 async def test_a_refusal_that_passes_is_tried_again_whole() -> None:
-    rows, events = _Refusals({3}, passing=True, times=2), list[Event]()
+    rows, events = _Refusals({3}, retryable=True, times=2), list[Event]()
     await _engine(_Numbers(), rows, events, concurrency=1, batch=4).run([_span(0, 4)], asyncio.Event())
     assert rows.tried == [(0, 4)] * 3
     assert [event.retries for event in events if isinstance(event, RangeCompleted)] == [2]
@@ -221,7 +221,7 @@ async def test_a_refusal_that_passes_is_tried_again_whole() -> None:
 
 
 async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
-    rows, events = _Refusals({3}, passing=True), list[Event]()
+    rows, events = _Refusals({3}, retryable=True), list[Event]()
     engine = _engine(
         _Numbers(), rows, events, concurrency=1, batch=4, refusals_before_split=2, refusals_of_one_row=5
     )
@@ -241,19 +241,19 @@ async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
 
 async def test_too_many_rows_at_fault_end_the_run() -> None:
     refused = _Refusals(range(2, 101))
-    engine = _engine(_Numbers(), refused, [], concurrency=2, batch=10, failed_rows_at_most=5)
-    with pytest.raises(RangeRefusedError, match="check_violation of sober"):
+    engine = _engine(_Numbers(), refused, [], concurrency=2, batch=10, max_failed_rows=5)
+    with pytest.raises(RangeRejectedError, match="check_violation of sober"):
         await engine.run([_span(0, 100)], asyncio.Event())
 
 
-@pytest.mark.parametrize("passing", [True, False])
+@pytest.mark.parametrize("retryable", [True, False])
 @pytest.mark.parametrize("concurrency", [1, 4])
 async def test_a_fault_that_every_row_meets_ends_the_run_after_a_few_ranges(
-    concurrency: int, *, passing: bool
+    concurrency: int, *, retryable: bool
 ) -> None:
-    rows, events = _Refusals(range(1, 100_001), passing=passing), list[Event]()
+    rows, events = _Refusals(range(1, 100_001), retryable=retryable), list[Event]()
     engine = _engine(_Numbers(), rows, events, concurrency=concurrency, batch=1000)
-    with pytest.raises(EveryRowRefusedError, match=r"each of the .* rows .* check_violation of sober"):
+    with pytest.raises(EveryRowRejectedError, match=r"each of the .* rows .* check_violation of sober"):
         await engine.run([_span(0, 100_000)], asyncio.Event())
     assert len(rows.tried) < 250
     assert 8 <= sum(isinstance(event, RowFailed) for event in events) <= 8 + concurrency
@@ -261,7 +261,7 @@ async def test_a_fault_that_every_row_meets_ends_the_run_after_a_few_ranges(
 
 async def test_a_fault_that_every_row_of_one_range_meets_ends_the_run_too() -> None:
     rows = _Refusals(range(1, 1001))
-    with pytest.raises(EveryRowRefusedError):
+    with pytest.raises(EveryRowRejectedError):
         await _engine(_Numbers(), rows, [], concurrency=4, batch=1000).run([_span(0, 1000)], asyncio.Event())
     assert len(rows.tried) < 100
 
@@ -278,7 +278,7 @@ async def test_a_range_that_is_too_slow_is_split_at_once_and_the_next_ones_are_s
 @pytest.mark.parametrize(("most", "planned"), [(0, []), (1, [1]), (7, [7]), (10, [10]), (25, [10, 10, 5])])
 async def test_no_more_rows_are_planned_than_were_asked_for(most: int, planned: list[int]) -> None:
     planner, rows = _Numbers(), _Rows()
-    engine = _engine(planner, rows, [], concurrency=2, batch=10, rows_at_most=most)
+    engine = _engine(planner, rows, [], concurrency=2, batch=10, max_rows=most)
     await engine.run([_span(0, 100)], asyncio.Event())
     assert planner.batches == planned
     assert rows.written == Counter(range(1, most + 1))
@@ -286,7 +286,7 @@ async def test_no_more_rows_are_planned_than_were_asked_for(most: int, planned: 
 
 async def test_rows_are_counted_over_all_spans() -> None:
     rows = _Rows()
-    engine = _engine(_Numbers(), rows, [], concurrency=2, batch=10, rows_at_most=12)
+    engine = _engine(_Numbers(), rows, [], concurrency=2, batch=10, max_rows=12)
     await engine.run([_span(0, 8), _span(20, 28)], asyncio.Event())
     assert rows.written == Counter([*range(1, 9), *range(21, 25)])
 

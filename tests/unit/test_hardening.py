@@ -23,9 +23,9 @@ def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_options_of_a_newer_version_are_read() -> None:
-    saved = RunOptions(batch=7).saved()
+    saved = RunOptions(batch=7).to_json()
     saved |= {"newer": 1, "limits": saved["limits"] | {"newer_seconds": 2.0}}
-    assert RunOptions.read(saved) == RunOptions(batch=7)
+    assert RunOptions.from_json(saved) == RunOptions(batch=7)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_broker_that_swallows_connections_costs_few_threads() -> None:
         for clock[0] in map(float, range(0, 3600, 10)):
             with suppress(TimeoutError):
                 calls.check()
-                thread = threading.Thread(target=calls.noted(over.wait))
+                thread = threading.Thread(target=calls.tracked(over.wait))
                 thread.start()
                 hanging.append(thread)
                 wait_until(lambda: calls.running >= len(hanging), "the call runs")

@@ -2,7 +2,7 @@
 
 from rotator.runner.reconnect import (
     FIRST_RECONNECT_SECONDS,
-    LONGEST_RECONNECT_SECONDS,
+    MAX_RECONNECT_SECONDS,
     STEADY_SECONDS,
     OutageBudget,
 )
@@ -24,7 +24,7 @@ def _budget(seconds: float = 60.0) -> tuple[OutageBudget, _Clock]:
 def test_a_server_that_answers_uses_nothing_up() -> None:
     budget, clock = _budget()
     clock.now += 500
-    assert not budget.is_away
+    assert not budget.is_unreachable
     assert budget.left_seconds == 60
 
 
@@ -34,7 +34,7 @@ def test_the_budget_runs_from_the_first_loss() -> None:
     clock.now += 20
     budget.lost()
     clock.now += 15
-    assert budget.is_away
+    assert budget.is_unreachable
     assert budget.left_seconds == 25
 
 
@@ -50,7 +50,7 @@ def test_a_server_that_is_back_says_how_long_it_was_away() -> None:
     budget.lost()
     clock.now += 12
     assert budget.back() == 12
-    assert not budget.is_away
+    assert not budget.is_unreachable
 
 
 def test_a_server_that_was_never_away_was_away_for_no_time() -> None:
@@ -90,7 +90,7 @@ def test_delays_grow_and_are_capped() -> None:
     assert FIRST_RECONNECT_SECONDS / 2 <= budget.delay_seconds() <= FIRST_RECONNECT_SECONDS
     for _ in range(20):
         budget.lost()
-    assert LONGEST_RECONNECT_SECONDS / 2 <= budget.delay_seconds() <= LONGEST_RECONNECT_SECONDS
+    assert MAX_RECONNECT_SECONDS / 2 <= budget.delay_seconds() <= MAX_RECONNECT_SECONDS
 
 
 def test_no_delay_is_longer_than_what_is_left() -> None:

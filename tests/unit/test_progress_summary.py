@@ -3,7 +3,7 @@ import json
 import pytest
 
 from rotator.progress.summary import report, summary
-from rotator.ranges import Key, KeySpan, spans_between
+from rotator.ranges import Key, KeyInterval, intervals_between
 from tests.unit.progress_fakes import stopped
 
 FAILED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
@@ -107,7 +107,7 @@ def test_the_keys_that_were_written_are_shown(spans: list[tuple[str | None, str]
     event = stopped(
         status="interrupted",
         spans=tuple(
-            KeySpan(after=Key(after) if after else None, through=Key(through)) for after, through in spans
+            KeyInterval(after=Key(after) if after else None, through=Key(through)) for after, through in spans
         ),
     )
     (line,) = (line for line in summary(event).splitlines() if line.startswith("  keys "))
@@ -116,8 +116,10 @@ def test_the_keys_that_were_written_are_shown(spans: list[tuple[str | None, str]
 
 def test_gaps_leave_spans() -> None:
     def spans(*gaps: tuple[int | None, int]) -> list[str]:
-        made = [KeySpan(after=None if a is None else Key(f"[{a}]"), through=Key(f"[{b}]")) for a, b in gaps]
-        return [str(span) for span in spans_between(made, Key("[9]"))]
+        made = [
+            KeyInterval(after=None if a is None else Key(f"[{a}]"), through=Key(f"[{b}]")) for a, b in gaps
+        ]
+        return [str(span) for span in intervals_between(made, Key("[9]"))]
 
     assert spans() == ["(start, [9]]"]
     assert spans((None, 9)) == []

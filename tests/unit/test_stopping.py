@@ -7,7 +7,7 @@ import pytest
 
 from rotator.events import DrainStarted, Event
 from rotator.runner import stop
-from rotator.runner.stop import StopRequests
+from rotator.runner.stop import StopSignal
 
 
 async def _forever() -> None:
@@ -16,54 +16,54 @@ async def _forever() -> None:
 
 async def test_the_first_signal_drains_and_says_so_once() -> None:
     told = list[Event]()
-    requests = StopRequests(told.append)
-    requests.ask_by_signal(signal.SIGTERM)
-    requests.ask("--stop-after")
-    assert requests.drain.is_set()
-    assert (requests.signal, requests.reason, requests.aborted) == (signal.SIGTERM, "SIGTERM", False)
+    stop_signal = StopSignal(told.append)
+    stop_signal.request_by_signal(signal.SIGTERM)
+    stop_signal.request("--stop-after")
+    assert stop_signal.drain.is_set()
+    assert (stop_signal.signal, stop_signal.reason, stop_signal.aborted) == (signal.SIGTERM, "SIGTERM", False)
     assert told == [DrainStarted(reason="SIGTERM")]
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
 async def test_signals_that_arrive_together_are_one_request(second: signal.Signals) -> None:
-    requests = StopRequests(lambda _event: None)
-    requests.ask_by_signal(signal.SIGHUP)
-    requests.ask_by_signal(second)
-    assert not requests.aborted
+    stop_signal = StopSignal(lambda _event: None)
+    stop_signal.request_by_signal(signal.SIGHUP)
+    stop_signal.request_by_signal(second)
+    assert not stop_signal.aborted
 
 
 async def test_ctrl_c_twice_cancels_the_work_at_once() -> None:
-    requests = StopRequests(lambda _event: None)
+    stop_signal = StopSignal(lambda _event: None)
     work = asyncio.create_task(_forever())
-    with requests.aborting(work):
-        requests.ask_by_signal(signal.SIGINT)
+    with stop_signal.aborting(work):
+        stop_signal.request_by_signal(signal.SIGINT)
         assert not work.cancelling()
-        requests.ask_by_signal(signal.SIGINT)
+        stop_signal.request_by_signal(signal.SIGINT)
         with pytest.raises(asyncio.CancelledError):
             await work
-    assert requests.aborted
+    assert stop_signal.aborted
 
 
 async def test_a_later_signal_of_any_kind_cancels_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop, "SAME_REQUEST_SECONDS", 0.0)
-    requests = StopRequests(lambda _event: None)
-    requests.ask_by_signal(signal.SIGTERM)
-    requests.ask_by_signal(signal.SIGTERM)
-    assert requests.aborted
+    stop_signal = StopSignal(lambda _event: None)
+    stop_signal.request_by_signal(signal.SIGTERM)
+    stop_signal.request_by_signal(signal.SIGTERM)
+    assert stop_signal.aborted
 
 
 async def test_waiting_ends_with_the_request() -> None:
-    requests = StopRequests(lambda _event: None)
-    assert not await requests.wait(0)
-    waiting = asyncio.create_task(requests.wait(60))
+    stop_signal = StopSignal(lambda _event: None)
+    assert not await stop_signal.wait(0)
+    waiting = asyncio.create_task(stop_signal.wait(60))
     await asyncio.sleep(0)
-    requests.ask("--stop-after")
+    stop_signal.request("--stop-after")
     assert await waiting
 
 
 async def test_handlers_are_those_of_before_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    requests = StopRequests(lambda _event: None)
-    with requests.signals():
+    stop_signal = StopSignal(lambda _event: None)
+    with stop_signal.signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before

@@ -10,15 +10,15 @@ def _uuids(block: bytes) -> list[uuid.UUID]:
 
 
 def test_every_value_is_a_distinct_version_4_uuid() -> None:
-    made = _uuids(uuid4_block(5000))
-    assert len(set(made)) == 5000
-    assert {(value.version, value.variant) for value in made} == {(4, uuid.RFC_4122)}
+    new_values = _uuids(uuid4_block(5000))
+    assert len(set(new_values)) == 5000
+    assert {(value.version, value.variant) for value in new_values} == {(4, uuid.RFC_4122)}
 
 
 @pytest.mark.parametrize("byte", [0x00, 0xFF])
 def test_only_version_and_variant_bits_are_set(byte: int) -> None:
-    (made,) = _uuids(uuid4_block(1, random_bytes=lambda count: bytes([byte]) * count))
-    assert made == uuid.UUID(bytes=bytes([byte]) * 16, version=4)
+    (new_values,) = _uuids(uuid4_block(1, random_bytes=lambda count: bytes([byte]) * count))
+    assert new_values == uuid.UUID(bytes=bytes([byte]) * 16, version=4)
 
 
 def test_none_are_made_where_none_are_asked_for() -> None:

@@ -18,7 +18,7 @@ from rotator.events import Observer, Preflighted
 from rotator.exceptions import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
 from rotator.management.terminal import Interrupts, agrees, can_ask, is_terminal, open_closed_streams
-from rotator.options import MOST_BATCH_ROWS, RunOptions, Selection, WaitLimits
+from rotator.options import MAX_BATCH_ROWS, RunOptions, Selection, WaitLimits
 from rotator.progress import (
     PROGRESS_KINDS,
     ProgressKind,
@@ -452,8 +452,8 @@ def _run_options(options: Options) -> RunOptions:
     for name in ("concurrency", "batch"):
         if options[name] < 1:
             raise OptionError(f"--{name} must be 1 or more, not {options[name]}.")
-    if options["batch"] > MOST_BATCH_ROWS:
-        raise OptionError(f"--batch must be {MOST_BATCH_ROWS:,} or less, not {options['batch']}.")
+    if options["batch"] > MAX_BATCH_ROWS:
+        raise OptionError(f"--batch must be {MAX_BATCH_ROWS:,} or less, not {options['batch']}.")
     stop_after = rows_or_seconds(options["stop_after"])
     lock_seconds = seconds(options["lock_timeout"])
     return RunOptions(

@@ -157,7 +157,7 @@ def _is_dead(rotation: Rotation) -> bool:
     # A process that has just ended may have completed the rotation since it was read.
     if rotation.status != Rotation.Status.RUNNING or _silent_seconds(rotation) < _JUST_ENDED_SECONDS:
         return False
-    budget_seconds = RunOptions.read(rotation.options).outage_budget_seconds
+    budget_seconds = RunOptions.from_json(rotation.options).outage_budget_seconds
     return owner.is_gone() or _silent_seconds(rotation) > budget_seconds + _SILENT_SECONDS
 
 
@@ -207,7 +207,7 @@ def _facts(rotation: Rotation) -> dict[str, object]:
         "selection": rotation.selection,
         "error": "" if is_stop(rotation.error) else rotation.error,
         "reason": reason(rotation.error),
-        "is_filtered": Selection.read(rotation.selection).is_filtered,
+        "is_filtered": Selection.from_json(rotation.selection).is_filtered,
         "heartbeat_seconds_ago": round(_silent_seconds(rotation), 3),
     }
 
@@ -237,7 +237,7 @@ def _details(rotation: Rotation) -> str:
     facts = [
         ("target", f"{rotation.target} in database '{rotation.database}'"),
         ("table", rotation.table_name),
-        ("chosen by", str(Selection.read(rotation.selection))),
+        ("chosen by", str(Selection.from_json(rotation.selection))),
         ("status", _status(rotation)),
         ("rows", f"{_rows(rotation)} ({_percent(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
@@ -261,7 +261,7 @@ def _details(rotation: Rotation) -> str:
 def _rows(rotation: Rotation) -> str:
     about = "" if rotation.rows_total_is_exact else "about "
     rows = f"{count(rotation.rows_done)} of {about}{count(rotation.rows_total)}"
-    rows += " that match the filter" if Selection.read(rotation.selection).is_filtered else ""
+    rows += " that match the filter" if Selection.from_json(rotation.selection).is_filtered else ""
     return f"{rows} (last known)" if _is_silent(rotation) else rows
 
 

@@ -101,11 +101,11 @@ def found(model, name):
 
 
 def make_client(i):
-    made = Application.objects.create(
+    new_values = Application.objects.create(
         user=USERS[i], client_type="confidential", authorization_grant_type="password", client_secret=f"leaked {i}"
     )
-    MADE[Application.objects.get(pk=made.pk).client_secret] = f"leaked {i}"
-    return made
+    MADE[Application.objects.get(pk=new_values.pk).client_secret] = f"leaked {i}"
+    return new_values
 
 
 def make_access(i):
@@ -126,9 +126,9 @@ def make_grant(i):
 
 
 def make_key(i):
-    made, key = APIKey.objects.create_key(name=f"key {i}")
-    MADE[made.hashed_key] = key
-    return made
+    new_values, key = APIKey.objects.create_key(name=f"key {i}")
+    MADE[new_values.hashed_key] = key
+    return new_values
 
 
 def make_confirmation(i):
