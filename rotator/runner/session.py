@@ -6,7 +6,7 @@ from typing import Final
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed
+from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed, StopReason
 from rotator.exceptions import RotatorError
 from rotator.postgres import rotations
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
@@ -24,7 +24,6 @@ from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.late_rows import rotate_older_rows, wait_for_older_writers
 from rotator.runner.preflight import raised_limit, with_raised
 
-STOP_AFTER: Final = "--stop-after"
 OLDER_WRITERS_SECONDS: Final = 5.0
 COUNT_SECONDS: Final = 2.0
 CONFIRMATIONS: Final = 5
@@ -90,7 +89,7 @@ class Session:
             return "failed"
         # Rows that were deleted since they were planned leave the limit unreached, and end it too.
         if options.stop_after_rows is not None and await self._gaps(owned):
-            stop_signal.request(STOP_AFTER)
+            stop_signal.request(StopReason.STOP_AFTER)
             return "interrupted"
         is_confirmed = await self._confirm(owned)
         if stop_signal.drain.is_set():

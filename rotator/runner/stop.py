@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
-from rotator.events import DrainStarted, Observer
+from rotator.events import DrainStarted, Observer, StopReason
 
 T = TypeVar("T")
 
@@ -23,14 +23,14 @@ class StopSignal:
 
     def __init__(self, notify: Observer) -> None:
         self.drain = asyncio.Event()
-        self.reason = ""
+        self.reason: StopReason | None = None
         self.signal: signal.Signals | None = None
         self.aborted = False
         self._work: asyncio.Task[object] | None = None
         self._notify = notify
         self._signalled_at = 0.0
 
-    def request(self, reason: str) -> None:
+    def request(self, reason: StopReason) -> None:
         """Begin to drain, unless that was asked for already."""
         if not self.drain.is_set():
             self.reason = reason
@@ -46,7 +46,7 @@ class StopSignal:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._signalled_at = received, now
-            self.request(received.name)
+            self.request(StopReason(received.name))
             return
         if received is not signal.SIGINT and now - self._signalled_at < SAME_REQUEST_SECONDS:
             return
