@@ -1,6 +1,6 @@
 """What a rotation tells its observers: frozen facts, never values of the rotated column."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -322,13 +322,28 @@ class RangeCompleted:
         rows: Rows that got a new value.
         seconds: From the range's first statement to its commit, retries left out.
         retries: How often this range was tried before in vain.
-        ranges: How many ranges these were: several where others work on them and are asked now and then.
     """
 
     rows: int
     seconds: float
     retries: int
-    ranges: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersProgressed:
+    """Celery workers have committed ranges since the owner last read the checkpoints.
+
+    Attributes:
+        ranges: The number of ranges.
+        rows: The number of rows in these ranges.
+        retries: The number of retries in the spans that were finished.
+        seconds: The time since the owner last read the checkpoints.
+    """
+
+    ranges: int
+    rows: int
+    retries: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -413,7 +428,7 @@ class OutageEnded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BrokerUnreachable:
-    """The broker cannot be reached; spans wait to be published, and what workers have goes on.
+    """The broker cannot be reached; workers that have received a message continue.
 
     Attributes:
         reason: One sentence.
@@ -424,10 +439,10 @@ class BrokerUnreachable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersSilent:
-    """Nothing was heard of any span for long; they are published again.
+    """No Celery worker has worked on the rotation for long; another message is sent.
 
     Attributes:
-        seconds: For how long.
+        seconds: The time for which that is so.
     """
 
     seconds: float
@@ -694,6 +709,7 @@ Event: TypeAlias = (
     Preflighted
     | RotationStarted
     | RangeCompleted
+    | WorkersProgressed
     | RangeDeferred
     | RangeRetried
     | RowFailed
@@ -720,3 +736,6 @@ Event: TypeAlias = (
 )
 
 Observer: TypeAlias = Callable[[Event], None]
+
+OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
+"""Is awaited after each commit of rows, before the same worker writes more."""

@@ -33,6 +33,7 @@ from rotator.events import (
     Storage,
     Vacuumed,
     VacuumStarted,
+    WorkersProgressed,
 )
 from rotator.ranges import Key, KeyInterval
 
@@ -235,6 +236,10 @@ class Tally:
             case RangeCompleted():
                 self.rows_done += event.rows
                 self._rate.add(event.rows, now=now, seconds=event.seconds)
+            case WorkersProgressed():
+                self.rows_done += event.rows
+                self.retries += event.retries
+                self._rate.add(event.rows, now=now, seconds=event.seconds)
             case LateRowsRotated():
                 self.rows_done += event.rows
             case OutageEnded():
@@ -254,7 +259,13 @@ class Tally:
 
     def _change_state(self, event: Event, now: float) -> None:
         match event:
-            case RotationStarted() | RangeCompleted() | LateRowsRotated() | LateCommitsOver():
+            case (
+                RotationStarted()
+                | RangeCompleted()
+                | WorkersProgressed()
+                | LateRowsRotated()
+                | LateCommitsOver()
+            ):
                 self.holders = ()
             case OutageStarted():
                 self.outage_since, self.outage_budget_seconds = now, event.budget_seconds
@@ -340,9 +351,10 @@ class Figures:
             case RotationStarted():
                 self._started = event
                 self.rows_done = event.rows_done
-            case RangeCompleted():
+            case RangeCompleted() | WorkersProgressed():
                 self.rows_done += event.rows
-                self._ranges += event.ranges
+                self._ranges += event.ranges if isinstance(event, WorkersProgressed) else 1
+                self._retries += event.retries if isinstance(event, WorkersProgressed) else 0
                 self._last_range_at = self.clock()
                 if self._first_range_at is None:
                     self._first_range_at = self._last_range_at - event.seconds

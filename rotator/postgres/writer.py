@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
+from rotator.events import OnCommit, RowsRotated
 from rotator.exceptions import OldValuesKeptError, RangeRejectedError, RangeTooSlowError, ValuesError
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
@@ -159,7 +160,7 @@ class RangeUpdate:
     def __init__(self, table: TargetTable, source: ValueSource, limits: WaitLimits) -> None:
         self.table = table
         self._source = source
-        self._limits = limits
+        self.limits = limits
         # Written out once: putting a statement together takes as long as sending it.
         self._updates = {
             known: update_statement(
@@ -286,7 +287,7 @@ class RangeUpdate:
             rows += len(keys)
             if len(keys) < SLICE_ROWS:
                 break
-            if time.monotonic() - began > self._limits.transaction_seconds:
+            if time.monotonic() - began > self.limits.transaction_seconds:
                 raise RangeTooSlowError(TOO_LONG)
             span = KeyInterval(after=keys[-1], through=key_range.through)
         async with translate_errors(connection):
@@ -305,9 +306,9 @@ class RangeUpdate:
     async def _begin(self, connection: AsyncConnection, lease: Lease | None, *, disabled_joins: str) -> None:
         await begin(connection)
         if lease is None:
-            await set_timeouts(connection, self._limits, disabled_joins=(disabled_joins,))
+            await set_timeouts(connection, self.limits, disabled_joins=(disabled_joins,))
         else:
-            await begin_fenced(connection, lease, self._limits, disabled_joins=(disabled_joins,))
+            await begin_fenced(connection, lease, self.limits, disabled_joins=(disabled_joins,))
 
     async def _check(
         self,
@@ -389,7 +390,7 @@ class RangeUpdate:
         statement = self._updates[True] if is_bulk else self._keyed_update
         no_values = named(tuple([] for _ in self.table.columns))
         parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
-        limits = replace(self._limits, statement_seconds=ANSWER_SECONDS)
+        limits = replace(self.limits, statement_seconds=ANSWER_SECONDS)
         async with translate_errors(connection), connection.transaction():
             await set_timeouts(connection, limits, disabled_joins=("nestloop" if is_bulk else "mergejoin",))
             cursor = await connection.execute(b"EXPLAIN (SUMMARY) " + statement, parameters)
@@ -421,15 +422,22 @@ class RangeUpdate:
 
 
 class PostgresWriter:
-    """Writes ranges for as long as the claim holds."""
+    """Writes ranges for as long as the lease holds."""
 
-    def __init__(self, pool: AsyncConnectionPool, update: RangeUpdate, lease: Lease) -> None:
+    def __init__(
+        self,
+        pool: AsyncConnectionPool,
+        update: RangeUpdate,
+        lease: Lease,
+        on_commit: OnCommit | None = None,
+    ) -> None:
         self._pool = pool
         self._update = update
-        self._claim = lease
+        self._lease = lease
+        self._on_commit = on_commit
 
     async def rewrite(self, key_range: KeyRange) -> int:
-        """Give a range's rows new values and checkpoint it, in one transaction.
+        """Give a range's rows new values and checkpoint it, in one transaction; then call the callback.
 
         Returns:
             How many rows got a new value.
@@ -443,6 +451,19 @@ class PostgresWriter:
             ServerRefusedError: The server refuses for good; nothing was written.
             ServerLostError: Nobody knows but the checkpoints.
         """
+        rows = await self._write(key_range)
+        if self._on_commit is not None:
+            await self._on_commit(
+                RowsRotated(
+                    rotation=self._lease.rotation,
+                    after=key_range.after,
+                    through=key_range.through,
+                    rows=rows,
+                )
+            )
+        return rows
+
+    async def _write(self, key_range: KeyRange) -> int:
         started = time.monotonic()
         rows = key_range.rows
         reason, kept_before = "", False
@@ -454,7 +475,7 @@ class PostgresWriter:
                 translate_errors(connection),
             ):
                 try:
-                    written = await self._update.execute(connection, key_range, new_values, self._claim)
+                    written = await self._update.execute(connection, key_range, new_values, self._lease)
                 except RangeGrewError:
                     await connection.rollback()
                     reason = "rows keep coming into the range"
@@ -485,7 +506,7 @@ class PostgresWriter:
                 " (rotation_id, after, through, rows, seconds, xid, has_other_writes)"
                 " VALUES (%s, %s::jsonb, %s::jsonb, %s, %s, pg_current_xact_id()::text::bigint, %s)",
                 (
-                    self._claim.rotation,
+                    self._lease.rotation,
                     key_range.after,
                     key_range.through,
                     written.rows,
@@ -493,12 +514,6 @@ class PostgresWriter:
                     written.has_other_writes,
                 ),
             )
-            if self._claim.span is not None:
-                await connection.execute(
-                    "UPDATE rotator_span SET rows = rows + %s, ranges = ranges + 1,"
-                    " updated_at = clock_timestamp() WHERE id = %s",
-                    (written.rows, self._claim.span),
-                )
             await connection.execute("COMMIT")
 
 

@@ -12,7 +12,14 @@ from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any, Final, TextIO
 
-from rotator.events import Event, Preflighted, RangeCompleted, RotationStarted, RotationStopped
+from rotator.events import (
+    Event,
+    Preflighted,
+    RangeCompleted,
+    RotationStarted,
+    RotationStopped,
+    WorkersProgressed,
+)
 from rotator.progress.lines import Sink, Throttle
 from rotator.progress.preflight import preflight
 from rotator.progress.text import activity, count, done_of_total, duration, notice, plural, rate
@@ -153,7 +160,7 @@ class _Bar:
                 self._show(now)
             case RotationStopped():
                 self._finish(event)
-            case RangeCompleted() if not self._throttle.due(now):
+            case RangeCompleted() | WorkersProgressed() if not self._throttle.due(now):
                 pass
             case _:
                 self._show(now)

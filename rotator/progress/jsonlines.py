@@ -64,6 +64,7 @@ from rotator.events import (
     Vacuumed,
     VacuumSkipped,
     VacuumStarted,
+    WorkersProgressed,
     WorkersSilent,
     estimate_wal,
 )
@@ -128,7 +129,7 @@ class JsonObserver:
             case RotationStarted():
                 stopped_at = event.stopped_at and _iso(event.stopped_at)
                 self._write("started", {**asdict(event), "stopped_at": stopped_at, "resumed": event.resumed})
-            case RangeCompleted() | Tick():
+            case RangeCompleted() | WorkersProgressed() | Tick():
                 if self._tally.rotation is not None and self._throttle.due(now):
                     self._write("progress", figures(self._tally, now))
             case RotationStopped():

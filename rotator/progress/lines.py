@@ -19,6 +19,7 @@ from rotator.events import (
     RowFailed,
     ServerLogShowsValues,
     Tick,
+    WorkersProgressed,
     WorkersSilent,
 )
 from rotator.progress.preflight import preflight
@@ -117,8 +118,9 @@ class LinesObserver:
             case Preflighted():
                 for row in preflight(event.findings).splitlines():
                     self._write(row)
-            case RangeCompleted() | Tick() if self._tally.rotation is not None and self._throttle.due(now):
-                self._write(figures(self._tally, now))
+            case RangeCompleted() | WorkersProgressed() | Tick():
+                if self._tally.rotation is not None and self._throttle.due(now):
+                    self._write(figures(self._tally, now))
             case RotationStopped():
                 unchanged = unchanged_rows(event) if event.status == "completed" else ""
                 self._write(

@@ -118,10 +118,10 @@ def notice(event: Event, tally: Tally) -> str:
         case WorkersSilent():
             line = (
                 f"no worker has done anything for {duration(event.seconds)}: are they running, and do they "
-                "reach broker and database? What they should have is published again"
+                "reach broker and database? Another message is sent"
             )
         case BrokerUnreachable():
-            line = f"{event.reason.rstrip('.')}: what workers have goes on, and the rest waits for it"
+            line = f"{event.reason.rstrip('.')}: workers that run continue, and no others are started"
         case RangeRetried() | RowFailed() | LateCommitsAwaited():
             line = _trouble(event, tally)
         case _:

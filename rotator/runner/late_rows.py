@@ -10,6 +10,7 @@ from rotator.events import (
     LateCommitsOver,
     LateRowsRotated,
     Observer,
+    OnCommit,
     RangeDeferred,
     RangeRetried,
     RowFailed,
@@ -19,7 +20,6 @@ from rotator.exceptions import RangeRejectedError, RowsLockedError
 from rotator.postgres.activity import holders
 from rotator.postgres.older_rows import OlderRow, OlderRows
 from rotator.postgres.table import TargetTable
-from rotator.runner.context import OnCommit
 from rotator.runner.engine import backoff_seconds
 from rotator.runner.stop import StopSignal
 

@@ -5,7 +5,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import Findings, LimitRaised, Sample
+from rotator.events import Findings, LimitRaised, Observer, Sample
 from rotator.exceptions import MissingPrivilegesError
 from rotator.options import RunOptions, Selection, WaitLimits
 from rotator.postgres import rotations
@@ -24,32 +24,34 @@ TIMES_PLANNING: Final = 2
 MIN_PART_OF_LIMIT: Final = 0.1
 
 
-async def raised_limit(
-    connection: AsyncConnection, update: RangeUpdate, limits: WaitLimits, key: Key
-) -> LimitRaised | None:
-    """Measure the planning time, and return the limit that allows for it; None where it hardly matters.
+async def measured_update(
+    connection: AsyncConnection,
+    table: TargetTable,
+    target: RunTarget,
+    limits: WaitLimits,
+    key: Key,
+    notify: Observer,
+) -> RangeUpdate:
+    """Return the update of the ranges, with a higher limit where the server takes long to plan it.
 
     Args:
         connection: In autocommit mode.
-        update: The update of the ranges.
-        limits: The limits that were asked for.
+        table: The target's table.
+        target: The target.
+        limits: The limits of the options.
         key: Any key of the table.
+        notify: The observer of :class:`LimitRaised`.
     """
-    if not update.table.is_partitioned:
-        return None
+    update = RangeUpdate(table, target.source, limits)
+    if not table.is_partitioned:
+        return update
     seconds = await update.planning_seconds(connection, key)
     if seconds < limits.statement_seconds * MIN_PART_OF_LIMIT:
-        return None
-    return LimitRaised(
-        planning_seconds=seconds,
-        partitions=await count_partitions(connection, update.table),
-        statement_seconds=limits.statement_seconds + TIMES_PLANNING * seconds,
-    )
-
-
-def with_raised(limits: WaitLimits, raised: LimitRaised | None) -> WaitLimits:
-    """Return the limits of the ranges from now on."""
-    return limits if raised is None else replace(limits, statement_seconds=raised.statement_seconds)
+        return update
+    statement_seconds = limits.statement_seconds + TIMES_PLANNING * seconds
+    partitions = await count_partitions(connection, table)
+    notify(LimitRaised(planning_seconds=seconds, partitions=partitions, statement_seconds=statement_seconds))
+    return RangeUpdate(table, target.source, replace(limits, statement_seconds=statement_seconds))
 
 
 # Beside the workers': the heartbeat's, one for the planner and the pass over late rows, and VACUUM's.

@@ -16,6 +16,7 @@ from rotator.events import (
     LateRowsRotated,
     LockHeld,
     Observer,
+    OnCommit,
     OutageEnded,
     OutageStarted,
     Preflighted,
@@ -26,6 +27,7 @@ from rotator.events import (
     ServerLogShowsValues,
     StopReason,
     Tick,
+    WorkersProgressed,
 )
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
 from rotator.options import RunOptions, Selection
@@ -42,8 +44,7 @@ from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, Acquisition, reacquire
-from rotator.runner.context import OnCommit, RunContext, RunTarget, ShouldStop
-from rotator.runner.distribution import SpanPublisher
+from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.preflight import Preflight, check
 from rotator.runner.reconnect import OutageBudget
 from rotator.runner.session import Session
@@ -128,7 +129,7 @@ class Run:
         options: RunOptions,
         observer: Observer,
         on_commit: OnCommit | None = None,
-        publisher: SpanPublisher | None = None,
+        ask_for_help: AskForHelp | None = None,
         should_stop: ShouldStop | None = None,
     ) -> None:
         """Prepare a run; to be called in the running loop.
@@ -139,7 +140,7 @@ class Run:
             options: How.
             observer: Is told of everything.
             on_commit: Is awaited after each commit of rows; None where nobody asked for that.
-            publisher: Has the ranges rewritten elsewhere; None where this process does it.
+            ask_for_help: Asks Celery workers to rewrite the ranges; None where this process does it.
             should_stop: Is asked now and then whether to drain, beside the signals; None where nobody knows.
         """
         self._observer = observer
@@ -155,7 +156,7 @@ class Run:
             figures=self._figures,
             notify=self._notify,
             on_commit=on_commit,
-            publisher=publisher,
+            ask_for_help=ask_for_help,
         )
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._acquired: Acquired | None = None
@@ -312,8 +313,8 @@ class Run:
             self._notify_outage_ended((await rotations.read_state(control, acquired.lease)).rows_done)
             return "completed"
         server = self._context.server
-        # The late rows' one is the only worker here where others do the ranges.
-        concurrency = 1 if self._context.publisher else self._context.options.concurrency
+        # Where Celery workers rewrite the ranges, this process only rotates older rows.
+        concurrency = 1 if self._context.ask_for_help else self._context.options.concurrency
         # With little of the budget left, one more attempt all the same.
         seconds = min(OPEN_SECONDS, max(MIN_OPEN_SECONDS, self._outage.left_seconds))
         async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:
@@ -453,6 +454,6 @@ class Run:
     def _notify(self, event: Event) -> None:
         self._figures.take(event)
         self._lock_watch.take(event)
-        if isinstance(event, RangeCompleted | LateRowsRotated):
+        if isinstance(event, RangeCompleted | WorkersProgressed | LateRowsRotated):
             self._outage.works()
         self._observer(event)

@@ -15,14 +15,14 @@ from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import PostgresWriter, RangeUpdate
+from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import KeyInterval
 from rotator.runner.acquire import Acquired
-from rotator.runner.context import AnnouncingWriter, RunContext
+from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution
-from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.late_rows import rotate_older_rows, wait_for_older_writers
-from rotator.runner.preflight import raised_limit, with_raised
+from rotator.runner.preflight import measured_update
+from rotator.runner.worker import build_engine
 
 OLDER_WRITERS_SECONDS: Final = 5.0
 COUNT_SECONDS: Final = 2.0
@@ -141,47 +141,26 @@ class Session:
         options = self._context.options
         limit = options.stop_after_rows
         max_rows = None if limit is None else max(0, limit - self._context.figures.rows_this_run)
-        planner, drain = IndexPlanner(self._connection, self._table), self._context.stop_signal.drain
-        if self._context.publisher is not None:
+        left, drain = await self._gaps(owned), self._context.stop_signal.drain
+        planner, notify = IndexPlanner(self._connection, self._table), self._context.notify
+        if self._context.ask_for_help is not None:
             distribution = Distribution(
                 self._connection,
                 planner,
                 owned.lease,
-                self._context.publisher,
+                self._context.ask_for_help,
                 batch=options.batch,
-                notify=self._context.notify,
+                notify=notify,
             )
-            await distribution.run(
-                await self._gaps(owned),
-                drain,
-                rows_left=max(0, owned.rows_total - owned.rows_done),
-                max_rows=max_rows,
+            rows_left = max(0, owned.rows_total - owned.rows_done)
+            await distribution.run(left, drain, rows_left=rows_left, max_rows=max_rows)
+        elif owned.bound is not None:
+            update = await measured_update(
+                self._connection, self._table, self._context.target, options.limits, owned.bound, notify
             )
-            return
-        await self._allow_for_planning(owned)
-        update = RangeUpdate(self._table, self._context.target.source, self._limits)
-        writer = PostgresWriter(self._pool, update, owned.lease)
-        on_commit = self._context.on_commit
-        engine = Engine(
-            planner,
-            writer if on_commit is None else AnnouncingWriter(writer, on_commit, owned.lease.rotation),
-            notify=self._context.notify,
-            options=EngineOptions(
-                concurrency=options.concurrency,
-                batch=options.batch,
-                max_rows=max_rows,
-            ),
-        )
-        await engine.run(await self._gaps(owned), drain)
-
-    async def _allow_for_planning(self, owned: RotationState) -> None:
-        limits = self._context.options.limits
-        if owned.bound is None:
-            return
-        update = RangeUpdate(self._table, self._context.target.source, limits)
-        if raised := await raised_limit(self._connection, update, limits, owned.bound):
-            self._limits = with_raised(limits, raised)
-            self._context.notify(raised)
+            self._limits = update.limits
+            writer = PostgresWriter(self._pool, update, owned.lease, self._context.on_commit)
+            await build_engine(planner, writer, options, notify, max_rows=max_rows).run(left, drain)
 
     async def _confirm(self, owned: RotationState) -> bool:
         """Make sure that no row is left that nothing has written since the rotation began.

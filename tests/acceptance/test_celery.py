@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -14,9 +15,8 @@ import pytest
 
 from core.broker import broker_url, running_broker
 from rotator.api import prepare
-from rotator.models import Rotation, Span
+from rotator.models import Helper, Rotation, Span
 from rotator.options import RunOptions
-from rotator.postgres.fence import Lease
 from rotator.runner.distribution import SILENT_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
 from tests.acceptance.harness import (
@@ -54,6 +54,10 @@ class Hosts:
     @property
     def url(self) -> str:
         return broker_url(self._folder)
+
+    @property
+    def report(self) -> Path:
+        return self._folder / "report"
 
     def end(self) -> None:
         self._broker.close()
@@ -118,14 +122,18 @@ def kill_all(worker: Running) -> None:
 
 def test_two_workers_share_a_rotation(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
+    slow_down(0.02)
     hosts.worker()
     hosts.worker()
-    finished = hosts.rotate("--batch=20", "--concurrency=2")
+    coordinator = hosts.coordinator("--batch=20", "--concurrency=2", f"--report={hosts.report}")
+    wait_until(lambda: Span.objects.exclude(worker="").values("worker").distinct().count() == 2, "both work")
+    speed_up()
+    finished = coordinator.wait()
     assert finished.status == 0, finished.err
     assert f"gave {ROWS:,} rows" in finished.out
     audit.assert_rotated()
-    assert len(set(Span.objects.values_list("worker", flat=True))) == 2
-    assert sum(Span.objects.values_list("rows", flat=True)) == ROWS
+    report = json.loads(hosts.report.read_text())
+    assert (report["rows_this_run"], report["ranges"]) == (ROWS, ROWS // 20)
 
 
 def test_a_worker_that_is_killed_is_made_up_for(hosts: Hosts) -> None:
@@ -171,22 +179,38 @@ def test_a_broker_that_forgets_everything(hosts: Hosts) -> None:
 
 def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     from core.celery import app  # noqa: PLC0415 - of an extra
-    from rotator.tasks import CeleryPublisher  # noqa: PLC0415 - of an extra
+    from rotator.tasks import ask_for_help  # noqa: PLC0415 - of an extra
 
-    class Twice(CeleryPublisher):
-        async def publish(self, lease: Lease, span: int) -> None:
-            for _ in range(2):
-                await super().publish(lease, span)
+    async def ask_twice(rotation: int, message: int) -> None:
+        for _ in range(2):
+            await ask_for_help("default", rotation, message)
 
     monkeypatch.setattr(app.conf, "broker_url", hosts.url)
     app.set_default()
     audit = audited_tickets(ROWS)
-    hosts.worker()
-    hosts.worker()
+    workers = [hosts.worker(), hosts.worker()]
     options = RunOptions(batch=20, concurrency=2)
     prepared = prepare(["tickets.Ticket.token"], "default", options)
-    outcome = prepared.rotate(lambda _event: None, Twice("default"))
+    outcome = prepared.rotate(lambda _event: None, ask_twice)
     assert outcome.exit_status == 0
+    audit.assert_rotated()
+    # The copies end too, and send nothing.
+    messages = sum(worker.err.count("rotator.help[") for worker in workers)
+    assert messages >= 4
+    wait_until(lambda: not Helper.objects.exists(), "no helper is left")
+
+
+def test_a_lost_chain_of_messages_is_started_again(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    coordinator = hosts.coordinator("--batch=20")
+    wait_until(lambda: Helper.objects.exclude(sent_at=None).count() == 2, "the messages")
+    hosts.restart_broker()
+    worker = hosts.worker()
+    speed_up()
+    assert coordinator.wait(SILENT_SECONDS + 60).status == 0
+    assert "Another message is sent" in coordinator.err
+    assert worker.is_alive
     audit.assert_rotated()
 
 
@@ -291,7 +315,7 @@ def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands
     hosts.worker(processes=2)
     finished = following.wait()
     assert finished.status == 0, finished.err
-    assert "interrupted: 0 of 0 rows (0%), waiting for a worker" in finished.out
+    assert "queued: 0 of 0 rows (0%), waiting for a worker" in finished.out
     assert finished.out.splitlines()[-1].startswith("completed: 20,000 of 20,000 rows (100%)")
     audit.assert_rotated()
 
@@ -333,8 +357,8 @@ def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
 def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.3)
-    # A process for each of the eight spans, and two more: the second message does not wait for them.
-    worker = hosts.worker(processes=10)
+    # Processes for as many helpers as there can be, and two more: the second message does not wait for them.
+    worker = hosts.worker(processes=18)
     number = detached(hosts, "--batch=50")
     wait_for_checkpoints(5)
     # While the first is at it, and when all is done.
@@ -343,7 +367,8 @@ def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, co
     speed_up()
     assert follow(commands, number).wait().status == 0
     hosts.deliver_again(number)
-    wait_until(lambda: worker.err.count("succeeded in") == Span.objects.count() + 2, "it is over")
+    over = re.compile(r"rotator\.coordinate\[\S+\] succeeded in")
+    wait_until(lambda: len(over.findall(worker.err)) == 2, "it is over")
     assert Rotation.objects.count() == 1
     audit.assert_rotated()
 
@@ -387,7 +412,7 @@ def test_ctrl_c_without_a_broker_ends_it(hosts: Hosts) -> None:
     coordinator = hosts.coordinator()
     wait_until(Span.objects.exists, "it has begun")
     hosts.end()
-    # There is one more to be published when one is done.
+    # Another message would be sent when one is answered.
     coordinator.send(signal.SIGINT)
     finished = coordinator.wait()
     assert finished.status == 128 + signal.SIGINT
