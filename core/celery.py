@@ -14,4 +14,4 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_timeout=4,
 )
-app.autodiscover_tasks(["rotator"])
+app.autodiscover_tasks()

@@ -20,7 +20,7 @@ from rotator.ranges import KeyInterval
 from rotator.runner.acquire import Acquired
 from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution
-from rotator.runner.late_rows import rotate_older_rows, wait_for_older_writers
+from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.preflight import measured_update
 from rotator.runner.worker import build_engine
 
@@ -199,13 +199,8 @@ class Session:
             if not writers.older:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
-            rotated = await rotate_older_rows(
-                older_rows,
-                batch=self._context.options.batch,
-                stop_signal=stop_signal,
-                notify=notify,
-                on_commit=self._context.on_commit,
-            )
+            late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
+            rotated = await late_rows.rotate_all(self._context.options.batch)
             if stop_signal.drain.is_set() or self._context.figures.failed_keys:
                 return False
             attempts = 0 if rotated else attempts + 1

@@ -26,7 +26,7 @@ from rotator.ranges import Key
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.preflight import measured_update, read_target
-from rotator.runner.reconnect import OutageBudget
+from rotator.runner.retry import OutageBudget
 
 # For claims and leases, and for the planner.
 OTHER_CONNECTIONS: Final = 2
@@ -60,7 +60,7 @@ class _EventCounter:
     def __call__(self, event: Event) -> None:
         match event:
             case RangeCompleted():
-                self.outage.works()
+                self.outage.refill()
             case RangeDeferred() | RangeRetried():
                 self.retries += 1
             case RowFailed():
@@ -142,7 +142,7 @@ class Helper:
             difference = identity and identity.difference(await read_identity(connection, table))
             if difference:
                 raise changed_target(self._lease.rotation, self._target.label, difference)
-            self._outage.back()
+            self._outage.reached()
             await self._renew(connection, self._lease)
             planner, clock, worker = IndexPlanner(side, table), time.monotonic, str(this_process())
             idle_since = clock()
