@@ -177,6 +177,25 @@ def test_a_broker_that_forgets_everything(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+def test_connections_that_are_lost_everywhere(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    workers = [hosts.worker(), hosts.worker()]
+    coordinator = hosts.coordinator("--batch=20", "--concurrency=2")
+    for _ in range(3):
+        wait_for_checkpoints(checkpoints() + 30)
+        # As a server does that is restarted.
+        query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    speed_up()
+    finished = coordinator.wait()
+    assert finished.status == 0, finished.err
+    assert all(worker.is_alive for worker in workers)
+    audit.assert_rotated()
+
+
 def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     from core.celery import app  # noqa: PLC0415 - of an extra
     from rotator.tasks import ask_for_help  # noqa: PLC0415 - of an extra
