@@ -24,7 +24,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DIGEST: Final = "sha256(convert_to(token::text, 'UTF8'))"
 _UNFINISHED: Final = (
     "SELECT count(*) FROM rotator_rotation WHERE target = 'tickets.Ticket.token'"
-    " AND status IN ('running', 'interrupted', 'failed')"
+    " AND status IN ('running', 'queued', 'interrupted', 'failed')"
 )
 
 

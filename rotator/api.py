@@ -411,7 +411,7 @@ class RotationUnfinishedError(RotatorError):
     """
 
     def __init__(self, stopped: RotationStopped) -> None:
-        super().__init__(stopped.error)
+        super().__init__(stopped.error or f"Stopped by {stopped.stop_reason}.")
         self.stopped = stopped
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import Literal, TypeAlias
 
 from rotator.ranges import Key, KeyInterval
@@ -241,7 +242,20 @@ def estimate_wal(table: TableFindings, server: ServerFindings, rows: int) -> Wal
     )
 
 
-EndStatus: TypeAlias = Literal["completed", "interrupted", "failed"]
+EndStatus: TypeAlias = Literal["completed", "queued", "interrupted", "failed"]
+
+
+class StopReason(StrEnum):
+    """Why a run stopped before its rotation was completed, as the database stores it."""
+
+    STOP_AFTER = "--stop-after"
+    SIGINT = "SIGINT"
+    SIGTERM = "SIGTERM"
+    SIGHUP = "SIGHUP"
+    WORKER_SHUTDOWN = "shutdown of the Celery worker"
+    CANCELLED = "cancellation by the calling program"
+
+
 """How a run can leave its rotation."""
 
 
@@ -557,10 +571,10 @@ class DrainStarted:
     """No more ranges are planned; those in flight commit.
 
     Attributes:
-        reason: What asked for it, e.g. ``SIGINT`` or ``--stop-after``.
+        reason: The cause of the stop.
     """
 
-    reason: str
+    reason: StopReason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -609,7 +623,7 @@ class RotationStopped:
     Attributes:
         rotation: The rotation's id.
         target: The target as the user writes it.
-        status: ``completed``, ``interrupted`` or ``failed``.
+        status: ``completed``, ``queued`` for Celery workers, ``interrupted`` or ``failed``.
         rows: Rows rotated in all runs of this rotation.
         rows_total: Rows up to the frozen upper bound.
         rows_total_is_exact: False where the total is the server's estimate.
@@ -632,7 +646,8 @@ class RotationStopped:
         storage: What it takes now; None where that is not known.
         vacuums: How often this run vacuumed the table.
         vacuum_seconds: How long these took.
-        error: One sentence that says why it stopped; empty when it completed.
+        stop_reason: The reason of a stop that was requested; None for any other end.
+        error: One sentence that says what went wrong; empty where nothing did.
         superseded: Whether another process has taken the rotation over; then this one knows nothing of
             how it stands.
         run: Who ran it, when, where and on which rows; None where that is not known.
@@ -666,6 +681,7 @@ class RotationStopped:
     storage: Storage | None = None
     vacuums: int = 0
     vacuum_seconds: float = 0.0
+    stop_reason: StopReason | None = None
     error: str = ""
     superseded: bool = False
     run: RunFacts | None = None

@@ -6,7 +6,7 @@ from django.db import models
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
-_UNFINISHED: Final = ("running", "interrupted", "failed")
+_UNFINISHED: Final = ("running", "queued", "interrupted", "failed")
 
 
 class Rotation(models.Model):
@@ -14,7 +14,8 @@ class Rotation(models.Model):
 
     Transitions::
 
-        running      -> completed | interrupted | failed | abandoned
+        running      -> completed | queued | interrupted | failed | abandoned
+        queued       -> running | abandoned
         interrupted  -> running | abandoned
         failed       -> running | abandoned
     """
@@ -22,9 +23,10 @@ class Rotation(models.Model):
     UNFINISHED: ClassVar = _UNFINISHED
 
     class Status(models.TextChoices):
-        """Where a rotation stands; the first three are unfinished: the same command goes on with them."""
+        """The state of a rotation; the first four are unfinished, and the same command resumes them."""
 
         RUNNING = "running"
+        QUEUED = "queued"
         INTERRUPTED = "interrupted"
         FAILED = "failed"
         COMPLETED = "completed"
@@ -79,6 +81,13 @@ class Rotation(models.Model):
     owner_user = models.CharField(max_length=255, default="", blank=True)
     owned_since = models.DateTimeField(db_default=Now())
     version = models.CharField(max_length=32, help_text="The version of this software that ran last.")
+    stop_reason = models.CharField(
+        max_length=64,
+        default="",
+        db_default="",
+        blank=True,
+        help_text="The reason of a stop that was requested.",
+    )
     error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
 
     class Meta:
@@ -91,7 +100,7 @@ class Rotation(models.Model):
                 name="rotator_one_unfinished_rotation",
             ),
             models.CheckConstraint(
-                condition=Q(status__in=["running", "interrupted", "failed", "completed", "abandoned"]),
+                condition=Q(status__in=[*_UNFINISHED, "completed", "abandoned"]),
                 name="rotator_rotation_status_known",
             ),
             models.CheckConstraint(

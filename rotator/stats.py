@@ -29,6 +29,7 @@ from rotator.events import (
     RowFailed,
     RowsConfirmed,
     RunFacts,
+    StopReason,
     Storage,
     Vacuumed,
     VacuumStarted,
@@ -366,7 +367,14 @@ class Figures:
                 pass
 
     def stopped(
-        self, status: EndStatus, *, error: str, late_rows_before: int, superseded: bool, run: RunFacts
+        self,
+        status: EndStatus,
+        *,
+        stop_reason: StopReason | None,
+        error: str,
+        late_rows_before: int,
+        superseded: bool,
+        run: RunFacts,
     ) -> RotationStopped:
         """Return the account of a run that has started."""
         started = self._started
@@ -399,6 +407,7 @@ class Figures:
             storage=self.storage,
             vacuums=self._vacuums,
             vacuum_seconds=self._vacuum_seconds,
+            stop_reason=stop_reason,
             error=error,
             superseded=superseded,
             run=run,

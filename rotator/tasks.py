@@ -41,7 +41,7 @@ from rotator.postgres.fence import Lease
 from rotator.progress import log_observer
 from rotator.runner.context import ShouldStop
 from rotator.runner.distribution import SPANS_OUTSTANDING, SpanPublisher
-from rotator.runner.runner import LEFT_TO_WORKERS, program_error
+from rotator.runner.runner import program_error
 
 
 def work_on_span(database: str, lease: Lease, span: int, should_stop: ShouldStop) -> None:
@@ -105,7 +105,7 @@ def coordinate_rotation(
         rotation = rotations.first()
     except OperationalError as error:
         raise ServerLostError(f"The database '{database}' cannot be reached.") from error
-    if rotation is None or (rotation.status != Rotation.Status.RUNNING and rotation.error != LEFT_TO_WORKERS):
+    if rotation is None or rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
         return False
     options = replace(
         RunOptions.from_json(rotation.options),
@@ -118,21 +118,15 @@ def coordinate_rotation(
         after=None,
         take_over=False,
     )
-    lost = ""
     try:
         prepared = prepare(
             rotation.target.split(), database, options, Selection.from_json(rotation.selection)
         )
-        outcome = prepared.rotate(observer, publisher, should_stop)
-        stopped = outcome.stopped
-        # An option that ended the run has nothing left for another worker.
-        is_left = stopped.status == "interrupted" and outcome.exit_status != 0 and not stopped.superseded
-        if is_left and not should_stop():
-            lost = stopped.error
+        stopped = prepared.rotate(observer, publisher, should_stop).stopped
     except RotationFinishedError:
-        is_left = False
+        return False
     except StoppedBeforeStartError:
-        is_left = True
+        return True
     except (OwnedElsewhereError, ServerLostError):
         raise
     except (OperationalError, InterfaceError) as error:
@@ -144,9 +138,9 @@ def coordinate_rotation(
             status=Rotation.Status.FAILED, error=reason, updated_at=Now()
         )
         raise
-    if lost:
-        raise ServerLostError(lost)
-    return is_left
+    if stopped.status == "queued" and stopped.error:
+        raise ServerLostError(stopped.error)
+    return stopped.status == "queued"
 
 
 # A project's own limit would end a span, or a rotation, in the middle.

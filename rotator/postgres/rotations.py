@@ -10,7 +10,7 @@ from psycopg import AsyncConnection, Rollback, errors, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from rotator.events import EndStatus
+from rotator.events import EndStatus, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection
 from rotator.postgres.errors import superseded, translate_errors
@@ -43,7 +43,7 @@ class Unfinished:
     Attributes:
         id: The rotation's id.
         generation: The generation of its latest owner.
-        status: ``running``, ``interrupted`` or ``failed``.
+        status: ``running``, ``queued``, ``interrupted`` or ``failed``.
         owner: Its latest owner.
         owned_since: Since when it was the owner.
         updated_at: Its latest heartbeat, on the database's clock.
@@ -124,7 +124,8 @@ async def find_unfinished(connection: AsyncConnection, target: str, table_name: 
             " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
             " selection, identity, started_xid"
             " FROM rotator_rotation"
-            " WHERE target = %s AND table_name = %s AND status IN ('running', 'interrupted', 'failed')",
+            " WHERE target = %s AND table_name = %s"
+            " AND status IN ('running', 'queued', 'interrupted', 'failed')",
             (target, table_name),
         )
         row = await cursor.fetchone()
@@ -232,11 +233,11 @@ async def begin_rotation(
         cursor = await connection.execute(
             "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
             " status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows,"
-            " error, started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
+            " stop_reason, error, started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
             " VALUES (%(target)s, %(table_name)s, %(database)s, %(options)s, %(selection)s,"
-            " %(identity)s, 'running', 1, 0, 0, true, 0, 0, '', pg_current_xact_id()::text::bigint,"
+            " %(identity)s, 'running', 1, 0, 0, true, 0, 0, '', '', pg_current_xact_id()::text::bigint,"
             " %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
-            " ON CONFLICT (target, table_name) WHERE status IN ('running', 'interrupted', 'failed')"
+            " ON CONFLICT (target, table_name) WHERE status IN ('running', 'queued', 'interrupted', 'failed')"
             " DO NOTHING RETURNING id",
             {
                 "target": terms.target,
@@ -260,7 +261,7 @@ async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> Non
     """Refuse a target that shares a field with another one's unfinished rotation."""
     cursor = await connection.execute(
         "SELECT id, target FROM rotator_rotation WHERE table_name = %(table_name)s AND target <> %(target)s"
-        " AND status IN ('running', 'interrupted', 'failed')"
+        " AND status IN ('running', 'queued', 'interrupted', 'failed')"
         " AND string_to_array(target, ' ') && string_to_array(%(target)s, ' ') ORDER BY id LIMIT 1",
         {"target": terms.target, "table_name": terms.table_name},
     )
@@ -312,14 +313,14 @@ async def take_over(
     async with exclusive_lock(connection, lease.rotation):
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1,"  # noqa: S608 - a constant is put in
-            " status = 'running', error = '',"
+            " status = 'running', stop_reason = '', error = '',"
             " updated_at = clock_timestamp(), owned_since = clock_timestamp(), options = %(options)s,"
             " database = %(database)s, owner_host = %(host)s, owner_pid = %(pid)s,"
             " selection = COALESCE(%(selection)s, selection),"
             " owner_process = %(process)s, owner_user = %(user)s, version = %(version)s"
             " WHERE id = %(rotation)s AND generation = %(generation)s"
             f" AND NOT (%(unless_begun)s AND ({_HAS_ROWS_DONE}))"
-            " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
+            " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation",
             {
                 "options": Jsonb(options),
                 "database": database,
@@ -348,10 +349,10 @@ async def take_over_from_self(
     """
     async with exclusive_lock(connection, rotation):
         cursor = await connection.execute(
-            "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', error = '',"
-            " updated_at = clock_timestamp(), options = %(options)s WHERE id = %(rotation)s"
+            "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', stop_reason = '',"
+            " error = '', updated_at = clock_timestamp(), options = %(options)s WHERE id = %(rotation)s"
             " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)"
-            " AND status IN ('running', 'interrupted', 'failed') RETURNING generation",
+            " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation",
             {"rotation": rotation, "options": Jsonb(options), **asdict(owner)},
         )
         row = await cursor.fetchone()
@@ -376,7 +377,7 @@ async def abandon(connection: AsyncConnection, lease: Lease) -> bool:
         cursor = await connection.execute(
             "UPDATE rotator_rotation SET generation = generation + 1, status = 'abandoned',"
             " finished_at = clock_timestamp() WHERE id = %(rotation)s AND generation = %(generation)s"
-            " AND status IN ('running', 'interrupted', 'failed')",
+            " AND status IN ('running', 'queued', 'interrupted', 'failed')",
             asdict(lease),
         )
     return cursor.rowcount == 1
@@ -430,7 +431,13 @@ async def beat(connection: AsyncConnection, lease: Lease, *, rows_done: int, act
 
 
 async def stop(
-    connection: AsyncConnection, lease: Lease, *, status: EndStatus, error: str, active_seconds: float
+    connection: AsyncConnection,
+    lease: Lease,
+    *,
+    status: EndStatus,
+    error: str,
+    active_seconds: float,
+    stop_reason: StopReason | None = None,
 ) -> int:
     """Leave the rotation unfinished.
 
@@ -443,8 +450,15 @@ async def stop(
     return await _update(
         connection,
         lease,
-        sql.SQL("status = %(status)s, error = %(error)s, {}, rows_done = {}").format(_ACTIVE, _VOUCHED_FOR),
-        {"status": status, "error": error, "active_seconds": active_seconds},
+        sql.SQL(
+            "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s, {}, rows_done = {}"
+        ).format(_ACTIVE, _VOUCHED_FOR),
+        {
+            "status": status,
+            "stop_reason": stop_reason or "",
+            "error": error,
+            "active_seconds": active_seconds,
+        },
     )
 
 
@@ -475,8 +489,8 @@ async def complete(
             connection,
             lease,
             sql.SQL(
-                "status = 'completed', finished_at = clock_timestamp(), error = '', {}, rows_done = {},"
-                " unconfirmed_rows = %(unconfirmed_rows)s"
+                "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '', {},"
+                " rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
             ).format(_ACTIVE, _VOUCHED_FOR),
             {"active_seconds": active_seconds, "unconfirmed_rows": unconfirmed_rows},
         )

@@ -1,7 +1,7 @@
 """The summary of a run, as text and as JSON."""
 
 from rotator.events import RotationStopped, RunFacts
-from rotator.progress.text import count, duration, is_stop, one_line, plural, rate, reason, size, unconfirmed
+from rotator.progress.text import count, duration, one_line, plural, rate, size, stopped_by, unconfirmed
 
 FAILED_KEYS_NAMED = 20
 SPANS_NAMED = 5
@@ -42,8 +42,8 @@ def report(event: RotationStopped) -> dict[str, object]:
         "vacuum_seconds": round(event.vacuum_seconds, 3),
         "resumed": event.resumed,
         "failed_keys": [{"key": key, "reason": reason} for key, reason in event.failed_keys],
-        "error": "" if is_stop(event.error) else event.error,
-        "reason": reason(event.error),
+        "error": event.error,
+        "reason": stopped_by(event.stop_reason),
         "spans": [{"after": span.after, "through": span.through} for span in event.spans],
         "table_rows": event.table_rows,
         "table_rows_is_exact": event.table_rows_is_exact,
@@ -75,6 +75,8 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
         resume_command: What goes on with the rotation; shown only where it is unfinished and nobody is at it.
     """
     lines = [verdict(event)]
+    if event.stop_reason:
+        lines.append(f"Stopped by {event.stop_reason}.")
     if event.error:
         lines.append(one_line(event.error))
     lines += [f"  {label:<12} {value}" for label, value in _facts(event)]

@@ -20,6 +20,7 @@ from rotator.events import (
     RowFailed,
     RowsConfirmed,
     ServerLogShowsValues,
+    StopReason,
     VacuumSkipped,
     VacuumStarted,
     WorkersSilent,
@@ -87,7 +88,6 @@ def one_line(text: str) -> str:
 
 
 FAILED_ROWS_NAMED = 20
-_STOPPED_BY = "Stopped by "
 HOLDERS_NAMED = 5
 _ACTIVITIES: Final[dict[State, str]] = {
     "draining": "draining ranges in flight",
@@ -202,14 +202,9 @@ def done_of_total(tally: Tally) -> str:
     return f"{count(tally.rows_shown)} of {about}{count(tally.rows_total)}"
 
 
-def is_stop(error: str) -> bool:
-    """Return whether the sentence that a run left says that an option or a signal stopped it."""
-    return error.startswith(_STOPPED_BY)
-
-
-def reason(error: str) -> str:
-    """Return the reason of such a stop as a phrase, e.g. ``stopped by --stop-after``; empty otherwise."""
-    return f"s{error[1:].rstrip('.')}" if is_stop(error) else ""
+def stopped_by(reason: StopReason | None) -> str:
+    """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after``; empty without one."""
+    return f"stopped by {reason}" if reason else ""
 
 
 def moment(at: datetime) -> str:

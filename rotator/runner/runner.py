@@ -24,6 +24,7 @@ from rotator.events import (
     RotationStopped,
     RunFacts,
     ServerLogShowsValues,
+    StopReason,
     Tick,
 )
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
@@ -43,9 +44,9 @@ from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, Acquisition, reacquire
 from rotator.runner.context import OnCommit, RunContext, RunTarget, ShouldStop
 from rotator.runner.distribution import SpanPublisher
-from rotator.runner.preflight import Preflight, check
-from rotator.runner.reconnect import OutageBudget
-from rotator.runner.session import STOP_AFTER, Session
+from rotator.runner.preflight import check, examine
+from rotator.runner.retry import OutageBudget
+from rotator.runner.session import Session
 from rotator.runner.stop import StopSignal
 from rotator.runner.vacuum import Vacuuming
 from rotator.stats import Figures
@@ -107,10 +108,9 @@ HEARTBEAT_SECONDS: Final = 1.0
 TICK_SECONDS: Final = 1.0
 RECORD_SECONDS: Final = 5.0
 MIN_OPEN_SECONDS: Final = 1.0
-LEFT_TO_WORKERS: Final = "Left to the workers."
-_WORKER_STOPS: Final = "a worker that has to stop"
-_CANCELLED: Final = "Cancelled by the program that it ran in."
-_REFUSED_ROWS: Final = "Rows were refused: mend the cause, and the same command tries those alone."
+_REJECTED_ROWS: Final = (
+    "Rows were rejected. Fix the cause, then run the same command again to retry only those rows."
+)
 
 
 def program_error(error: Exception) -> str:
@@ -174,7 +174,7 @@ class Run:
     @property
     def stopped_by_option(self) -> bool:
         """Whether the run ended because an option told it to."""
-        return self._stop_signal.reason == STOP_AFTER
+        return self._stop_signal.reason is StopReason.STOP_AFTER
 
     async def rotate(self) -> RotationStopped:
         """Work until the rotation is completed, somebody asks for a stop, or it cannot go on.
@@ -196,17 +196,15 @@ class Run:
                     stopped = await work
             except asyncio.CancelledError:
                 if not self._stop_signal.aborted:
-                    await self._record("interrupted", _CANCELLED)
+                    await self._record("interrupted", stop_reason=StopReason.CANCELLED)
                     raise
                 stopped = (
-                    self._stopped("completed", "")
-                    if self._is_completed
-                    else await self._leave("interrupted", self._asked())
+                    self._stopped("completed") if self._is_completed else await self._leave("interrupted")
                 )
             except Exception as error:
                 # Refusals are recorded already. An error of the program, or of an observer, is not.
                 if not isinstance(error, RotatorError):
-                    await self._record("failed", program_error(error))
+                    await self._record("failed", error=program_error(error))
                 raise
             finally:
                 timer.cancel()
@@ -224,18 +222,18 @@ class Run:
         async with connected(self._context.server) as control:
             table = await self._check(control)
             self._acquired = await Acquisition(control, table, self._context).acquire()
-        await self._record("interrupted", LEFT_TO_WORKERS)
+        await self._record("queued")
         return self._acquired.lease.rotation
 
     async def _stop_in_time(self) -> None:
         seconds = self._context.options.stop_after_seconds
         if seconds is not None:
             await asyncio.sleep(seconds)
-            self._stop_signal.request(STOP_AFTER)
+            self._stop_signal.request(StopReason.STOP_AFTER)
 
     async def _stop_when_due(self) -> None:
         if self._should_stop is not None:
-            await watch(self._should_stop, lambda: self._stop_signal.request(_WORKER_STOPS))
+            await watch(self._should_stop, lambda: self._stop_signal.request(StopReason.WORKER_SHUTDOWN))
 
     async def _tick_through_outages(self) -> None:
         """Tick while the server is unreachable, when there is no heartbeat."""
@@ -255,15 +253,15 @@ class Run:
                 if self._acquired is None:
                     raise
                 if not await self._wait_before_reconnect(lost):
-                    asked = self._asked()
-                    return await (self._leave("interrupted", asked) if asked else self._give_up(lost))
+                    is_requested = self._stop_signal.drain.is_set()
+                    return await (self._leave("interrupted") if is_requested else self._give_up(lost))
             except RotatorError as error:
                 return await self._give_up(error)
             else:
                 if status == "completed":
                     self._is_completed = True
                     return await self._final_vacuum(self._table)
-                return await self._leave(status, self._asked() or _REFUSED_ROWS)
+                return await self._leave(status)
 
     async def _check(self, control: AsyncConnection) -> TargetTable:
         """Refuse, before anything is changed, what cannot work; warn of what should not be."""
@@ -272,7 +270,7 @@ class Run:
             self._notify(ServerLogShowsValues(settings=showing))
         self._server_name = await name_server(control)
         self._figures.storage_before = await read_storage(control, table)
-        await self._vacuuming.allow(control, table)
+        await self._vacuuming.prepare(control, table)
         await self._check_values(control, table)
         if self._context.options.preflight:
             await self._preflight(control, table)
@@ -289,17 +287,17 @@ class Run:
             await check_values(control, RangeUpdate(table, target.source, options.limits))
 
     async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
-        """Tell what a new rotation will meet; one that goes on has been through that."""
+        """Report the findings about a new rotation; a resumed one was examined before."""
         target, options = self._context.target, self._context.options
-        examination = Preflight(control, table, self._context.server, target)
-        unfinished = await examination.unfinished()
+        unfinished = await rotations.find_unfinished(control, target.label, table.found_name)
         if unfinished is None and not options.restart:
             # Acquiring the rotation checks this too, but the report is not worth showing before a refusal.
             await rotations.check_repetition(
                 control, target.label, table.found_name, target.selection, after=options.after
             )
         if unfinished is None or options.restart:
-            self._notify(Preflighted(findings=await examination.examine(options)))
+            findings = await examine(control, table, self._context.server, target, options)
+            self._notify(Preflighted(findings=findings))
         if self._stop_signal.drain.is_set():
             raise StoppedBeforeStartError(self._stop_signal.signal)
 
@@ -327,7 +325,7 @@ class Run:
                         owned = await session_work.read_state()
                         self._notify_started(session_work, owned)
                         vacuum = tasks.create_task(
-                            self._vacuuming.beside(control, table, rows_total=owned.rows_total),
+                            self._vacuuming.run_during_rotation(control, table, rows_total=owned.rows_total),
                             name="rotator VACUUM",
                         )
                         locks = tasks.create_task(
@@ -360,17 +358,17 @@ class Run:
 
     def _notify_outage_ended(self, rows_done: int) -> None:
         if self._outage.is_unreachable:
-            self._notify(OutageEnded(seconds=self._outage.back(), rows_done=rows_done))
+            self._notify(OutageEnded(seconds=self._outage.reached(), rows_done=rows_done))
 
     async def _final_vacuum(self, table: TargetTable) -> RotationStopped:
         """Vacuum once more; the workers have left, so what they have done is in the statistics by now."""
-        await self._vacuuming.at_the_end(table)
+        await self._vacuuming.run_final(table)
         with suppress(RotatorError):
             async with connected(self._context.server) as connection:
                 self._figures.storage = await read_storage(connection, table)
                 if self._context.target.condition is not None:
                     self._figures.table_rows = await count_table(connection, table, seconds=COUNT_SECONDS)
-        return self._stopped("completed", "")
+        return self._stopped("completed")
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False where the budget is used up or a stop was asked for."""
@@ -387,20 +385,28 @@ class Run:
             raise error
         superseded = isinstance(error, SupersededError)
         status: EndStatus = "interrupted" if isinstance(error, ServerLostError) or superseded else "failed"
-        # Another worker resumes what this one could not.
-        is_left = isinstance(error, ServerLostError) and self._should_stop is not None
-        await self._record(status, LEFT_TO_WORKERS if is_left else str(error))
+        if isinstance(error, ServerLostError) and self._should_stop is not None:
+            # Another Celery worker resumes it.
+            status = "queued"
+        await self._record(status, error=str(error))
         if not self._figures.has_started:
             raise error
-        return self._stopped(status, str(error), superseded=superseded)
+        return self._stopped(status, error=str(error), superseded=superseded)
 
-    async def _leave(self, status: EndStatus, error: str) -> RotationStopped:
-        await self._record(status, error)
+    async def _leave(self, status: EndStatus) -> RotationStopped:
+        """Record the end of a run that was asked to stop, or whose rows were rejected."""
+        reason = self._stop_signal.reason
+        if reason is StopReason.WORKER_SHUTDOWN:
+            status = "queued"
+        error = "" if reason else _REJECTED_ROWS
+        await self._record(status, stop_reason=reason, error=error)
         if not self._figures.has_started:
             raise StoppedBeforeStartError(self._stop_signal.signal)
-        return self._stopped(status, error)
+        return self._stopped(status, error=error)
 
-    async def _record(self, status: EndStatus, error: str) -> None:
+    async def _record(
+        self, status: EndStatus, *, stop_reason: StopReason | None = None, error: str = ""
+    ) -> None:
         """Tell the database how the run leaves its rotation, as well as that can be done now."""
         if self._acquired is None:
             return
@@ -411,6 +417,7 @@ class Run:
                     connection,
                     self._acquired.lease,
                     status=status,
+                    stop_reason=stop_reason,
                     error=error,
                     active_seconds=self._figures.active_seconds,
                 )
@@ -421,17 +428,11 @@ class Run:
                         left = await gaps(connection, self._table, owned.lease.rotation, owned.bound)
                         self._figures.spans = intervals_between(left, owned.bound)
 
-    def _asked(self) -> str:
-        if not self._stop_signal.drain.is_set():
-            return ""
-        # Said at once, or somebody who looks would take it for the end.
-        is_handed_on = self._stop_signal.reason == _WORKER_STOPS
-        return LEFT_TO_WORKERS if is_handed_on else f"Stopped by {self._stop_signal.reason}."
-
-    def _stopped(self, status: EndStatus, error: str, *, superseded: bool = False) -> RotationStopped:
+    def _stopped(self, status: EndStatus, *, error: str = "", superseded: bool = False) -> RotationStopped:
         owner, chosen = self._context.owner, self._context.target.selection
         return self._figures.stopped(
             status,
+            stop_reason=None if status == "completed" or error else self._stop_signal.reason,
             error=error,
             late_rows_before=self._late_rows_before,
             superseded=superseded,
@@ -453,5 +454,5 @@ class Run:
         self._figures.take(event)
         self._lock_watch.take(event)
         if isinstance(event, RangeCompleted | LateRowsRotated):
-            self._outage.works()
+            self._outage.refill()
         self._observer(event)

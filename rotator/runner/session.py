@@ -6,7 +6,7 @@ from typing import Final
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed
+from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed, StopReason
 from rotator.exceptions import RotatorError
 from rotator.postgres import rotations
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
@@ -21,10 +21,9 @@ from rotator.runner.acquire import Acquired
 from rotator.runner.context import AnnouncingWriter, RunContext
 from rotator.runner.distribution import Distribution
 from rotator.runner.engine import Engine, EngineOptions
-from rotator.runner.late_rows import rotate_older_rows, wait_for_older_writers
+from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.preflight import raised_limit, with_raised
 
-STOP_AFTER: Final = "--stop-after"
 OLDER_WRITERS_SECONDS: Final = 5.0
 COUNT_SECONDS: Final = 2.0
 CONFIRMATIONS: Final = 5
@@ -90,7 +89,7 @@ class Session:
             return "failed"
         # Rows that were deleted since they were planned leave the limit unreached, and end it too.
         if options.stop_after_rows is not None and await self._gaps(owned):
-            stop_signal.request(STOP_AFTER)
+            stop_signal.request(StopReason.STOP_AFTER)
             return "interrupted"
         is_confirmed = await self._confirm(owned)
         if stop_signal.drain.is_set():
@@ -221,13 +220,8 @@ class Session:
             if not writers.older:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
-            rotated = await rotate_older_rows(
-                older_rows,
-                batch=self._context.options.batch,
-                stop_signal=stop_signal,
-                notify=notify,
-                on_commit=self._context.on_commit,
-            )
+            late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
+            rotated = await late_rows.rotate_all(self._context.options.batch)
             if stop_signal.drain.is_set() or self._context.figures.failed_keys:
                 return False
             attempts = 0 if rotated else attempts + 1

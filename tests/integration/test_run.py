@@ -25,6 +25,7 @@ from rotator.events import (
     ReceiverFailed,
     RotationStarted,
     RowFailed,
+    StopReason,
 )
 from rotator.exceptions import OptionError, OwnedElsewhereError, RotationFinishedError, ServerLostError
 from rotator.models import CompletedRange, Rotation
@@ -313,19 +314,14 @@ def test_a_run_that_is_taken_over_writes_nothing_more_and_leaves_the_row_alone(d
 # --- Left to others --------------------------------------------------------------------------------
 
 
-def test_what_is_left_to_the_workers_keeps_its_account(database: Database) -> None:
+def test_a_queued_rotation_keeps_its_account(database: Database) -> None:
     database.make_tickets(1, 50)
     database.count_updates()
     rotate_tickets(stop_after_rows=20)
     Rotation.objects.update(active_seconds=100)
     number = prepare([TARGET], "default", RunOptions(batch=7)).begin(EventRecorder())
     left = Rotation.objects.get()
-    assert (left.pk, left.status, left.error, left.generation) == (
-        number,
-        "interrupted",
-        "Left to the workers.",
-        2,
-    )
+    assert (left.pk, left.status, left.stop_reason, left.generation) == (number, "queued", "", 2)
     assert (left.rows_done, left.active_seconds, left.options["batch"]) == (20, 100, 7)
     outcome = rotate_tickets(rotation=number)
     assert_completed(outcome, rows=50)
@@ -653,7 +649,7 @@ def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(
     monkeypatch.setattr(session, "COUNT_SECONDS", 0.001)
     monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
     outcome = rotate_tickets(stop_after_rows=1)
-    assert (outcome.stopped.error, outcome.exit_status) == ("Stopped by --stop-after.", 0)
+    assert (outcome.stopped.stop_reason, outcome.exit_status) == (StopReason.STOP_AFTER, 0)
     assert not outcome.stopped.rows_total_is_exact
 
 

@@ -12,7 +12,6 @@ from rotator.options import RunOptions
 from rotator.postgres import rotations
 from rotator.postgres.fence import Lease
 from rotator.progress import log_observer
-from rotator.runner.runner import LEFT_TO_WORKERS
 from rotator.runner.worker import SpanWork
 from rotator.tasks import coordinate_rotation, work_on_span
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database
@@ -55,7 +54,7 @@ def test_a_coordinator_whose_server_is_lost_for_too_long_leaves_the_rotation_to_
         with pytest.raises(ServerLostError, match="it is gone"):
             _coordinate(number, stops=False)
     rotation = Rotation.objects.get()
-    assert (rotation.status, rotation.error) == ("interrupted", LEFT_TO_WORKERS)
+    assert (rotation.status, rotation.error) == ("queued", "The server cannot be reached: it is gone.")
     # The retried task resumes it; its worker stops, and hands it on.
     assert _coordinate(number, stops=True)
 

@@ -11,6 +11,7 @@ from rotator.events import (
     OutageEnded,
     OutageStarted,
     RangeDeferred,
+    StopReason,
     Tick,
 )
 from rotator.progress.bar import Screen, bar_observer, bar_text, fitting
@@ -128,7 +129,7 @@ def test_a_run_that_never_started_draws_no_bar() -> None:
     stream = Terminal()
     with bar(stream) as observer:
         observer(Tick())
-        observer(DrainStarted(reason="SIGTERM"))
+        observer(DrainStarted(reason=StopReason.SIGTERM))
         observer(stopped(status="failed"))
     assert left_on(stream) == ["SIGTERM: draining, ranges in flight commit and no more are planned", ""]
     assert HIDE not in stream.getvalue()
@@ -141,7 +142,7 @@ def test_no_line_is_wider_than_the_terminal(columns: int) -> None:
         observer(resumed())
         observer(OutageStarted(reason="connection refused", budget_seconds=300))
         observer(LateCommitsAwaited(holders=("pid 4711, app, psql, since 12:03:05",)))
-        observer(DrainStarted(reason="SIGINT"))
+        observer(DrainStarted(reason=StopReason.SIGINT))
         observer(stopped(status="interrupted", rows=412_000))
     words = [line for line in left_on(stream) if " " in line and "|" not in line]
     frames = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", stream.getvalue()).replace("\r", "\n").split("\n")
@@ -196,7 +197,7 @@ EVENTS: list[Event] = [
     OutageStarted(reason="refused", budget_seconds=300),
     OutageEnded(seconds=2, rows_done=600),
     LateCommitsAwaited(holders=("pid 1", "pid 2")),
-    DrainStarted(reason="SIGINT"),
+    DrainStarted(reason=StopReason.SIGINT),
 ]
 
 
@@ -230,7 +231,7 @@ def test_unknown_figures_are_said_to_be() -> None:
     [
         (OutageStarted(reason="refused", budget_seconds=300), "unreachable 8 s, 4 min 52 s left"),
         (LateCommitsAwaited(holders=("pid 1", "pid 2")), "waiting for 2 transactions"),
-        (DrainStarted(reason="SIGINT"), "draining ranges in flight"),
+        (DrainStarted(reason=StopReason.SIGINT), "draining ranges in flight"),
     ],
 )
 def test_what_holds_the_run_up_takes_the_place_of_rate_and_eta(event: Event, text: str) -> None:

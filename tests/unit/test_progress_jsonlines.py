@@ -15,6 +15,7 @@ from rotator.events import (
     RangeDeferred,
     RangeRetried,
     RowFailed,
+    StopReason,
     Tick,
 )
 from rotator.progress.jsonlines import JsonObserver
@@ -110,7 +111,7 @@ def test_each_notable_event_has_its_name_and_its_facts() -> None:
         LateCommitsOver(),
         LateRowsRotated(rows=12),
         RowFailed(key=Key("[42]"), reason="check_violation"),
-        DrainStarted(reason="SIGINT"),
+        DrainStarted(reason=StopReason.SIGINT),
     ) == [
         head | {"event": "owner_watched", "owner": "app on db1, pid 42", "seconds": 10},
         head | {"event": "outage_started", "reason": "refused", "budget_seconds": 300},

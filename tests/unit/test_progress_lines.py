@@ -13,6 +13,7 @@ from rotator.events import (
     RangeDeferred,
     RangeRetried,
     RowFailed,
+    StopReason,
     Tick,
     VacuumSkipped,
 )
@@ -138,7 +139,7 @@ def test_a_resumed_start_is_one_line() -> None:
             "skipped one VACUUM: the table is busy",
         ),
         (
-            DrainStarted(reason="SIGINT"),
+            DrainStarted(reason=StopReason.SIGINT),
             "SIGINT: draining, ranges in flight commit and no more are planned",
         ),
         (
@@ -192,7 +193,7 @@ def test_a_reader_that_went_away_does_not_stop_the_run() -> None:
     stream = Gone(1)
     observer = observer_of(stream, Clock())
     observer(started())
-    observer(DrainStarted(reason="SIGINT"))
+    observer(DrainStarted(reason=StopReason.SIGINT))
     stream.left = 1
     observer(stopped())
     assert stream.getvalue().count("\n") == 1

@@ -10,6 +10,7 @@ from rotator.events import (
     RangeDeferred,
     RangeRetried,
     RowFailed,
+    StopReason,
 )
 from rotator.ranges import Key
 from rotator.stats import Tally
@@ -98,7 +99,7 @@ def test_draining_and_waiting_have_no_eta() -> None:
     tally.take(LateRowsRotated(rows=12), now)
     assert tally.rows_done == 200_012
     assert state(tally) == "rotating"
-    tally.take(DrainStarted(reason="SIGINT"), now)
+    tally.take(DrainStarted(reason=StopReason.SIGINT), now)
     assert state(tally) == "draining"
     assert tally.eta_seconds(now) is None
     tally.take(completed(), now)

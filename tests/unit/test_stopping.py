@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from rotator.events import DrainStarted, Event
+from rotator.events import DrainStarted, Event, StopReason
 from rotator.runner import stop
 from rotator.runner.stop import StopSignal
 
@@ -18,10 +18,10 @@ async def test_the_first_signal_drains_and_says_so_once() -> None:
     told = list[Event]()
     stop_signal = StopSignal(told.append)
     stop_signal.request_by_signal(signal.SIGTERM)
-    stop_signal.request("--stop-after")
+    stop_signal.request(StopReason.STOP_AFTER)
     assert stop_signal.drain.is_set()
     assert (stop_signal.signal, stop_signal.reason, stop_signal.aborted) == (signal.SIGTERM, "SIGTERM", False)
-    assert told == [DrainStarted(reason="SIGTERM")]
+    assert told == [DrainStarted(reason=StopReason.SIGTERM)]
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
@@ -57,7 +57,7 @@ async def test_waiting_ends_with_the_request() -> None:
     assert not await stop_signal.wait(0)
     waiting = asyncio.create_task(stop_signal.wait(60))
     await asyncio.sleep(0)
-    stop_signal.request("--stop-after")
+    stop_signal.request(StopReason.STOP_AFTER)
     assert await waiting
 
 

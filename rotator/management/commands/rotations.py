@@ -13,14 +13,14 @@ from django.db.models import DurationField, ExpressionWrapper, F, QuerySet
 from django.db.models.functions import Now
 
 from rotator import __version__
+from rotator.events import StopReason
 from rotator.management.terminal import open_closed_streams
 from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.owner import Owner
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
-from rotator.progress.text import count, duration, is_stop, reason, unconfirmed
-from rotator.runner.runner import LEFT_TO_WORKERS
+from rotator.progress.text import count, duration, stopped_by, unconfirmed
 
 _FOLLOW_SECONDS: Final = 1.0
 _SIGNAL_BASE: Final = 128
@@ -116,7 +116,7 @@ class Command(BaseCommand):
         finally:
             progress.close()
         if rotation.status != Rotation.Status.COMPLETED:
-            left = reason(rotation.error) or rotation.error or f"it is {rotation.status}"
+            left = stopped_by(_stop_reason(rotation)) or rotation.error or f"it is {rotation.status}"
             raise CommandError(f"Rotation {rotation.pk} is unfinished: {left}")
 
 
@@ -162,7 +162,11 @@ def _is_dead(rotation: Rotation) -> bool:
 
 
 def _awaits_workers(rotation: Rotation) -> bool:
-    return rotation.status == Rotation.Status.INTERRUPTED and rotation.error == LEFT_TO_WORKERS
+    return rotation.status == Rotation.Status.QUEUED
+
+
+def _stop_reason(rotation: Rotation) -> StopReason | None:
+    return StopReason(rotation.stop_reason) if rotation.stop_reason else None
 
 
 def _silent_seconds(rotation: Rotation) -> float:
@@ -205,8 +209,8 @@ def _facts(rotation: Rotation) -> dict[str, object]:
         "version": rotation.version,
         "options": rotation.options,
         "selection": rotation.selection,
-        "error": "" if is_stop(rotation.error) else rotation.error,
-        "reason": reason(rotation.error),
+        "error": rotation.error,
+        "reason": stopped_by(_stop_reason(rotation)),
         "is_filtered": Selection.from_json(rotation.selection).is_filtered,
         "heartbeat_seconds_ago": round(_silent_seconds(rotation), 3),
     }
@@ -251,9 +255,9 @@ def _details(rotation: Rotation) -> str:
     ]
     if rotation.unconfirmed_rows is not None:
         facts.append(("others", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
-    if is_stop(rotation.error):
-        facts.append(("reason", reason(rotation.error)))
-    elif rotation.error:
+    if rotation.stop_reason:
+        facts.append(("reason", stopped_by(_stop_reason(rotation))))
+    if rotation.error:
         facts.append(("error", rotation.error))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
 
