@@ -41,7 +41,7 @@ from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
-from rotator.runner.acquire import Acquired, Acquisition, reacquire
+from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import OnCommit, RunContext, RunTarget, ShouldStop
 from rotator.runner.distribution import SpanPublisher
 from rotator.runner.preflight import check, examine
@@ -221,7 +221,7 @@ class Run:
         """
         async with connected(self._context.server) as control:
             table = await self._check(control)
-            self._acquired = await Acquisition(control, table, self._context).acquire()
+            self._acquired = await acquire(control, table, self._context)
         await self._record("queued")
         return self._acquired.lease.rotation
 
@@ -304,7 +304,7 @@ class Run:
     async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
         """Own the rotation, the first time or again after an outage."""
         if self._acquired is None:
-            return await Acquisition(control, table, self._context).acquire()
+            return await acquire(control, table, self._context)
         return await reacquire(control, self._acquired, table, self._context)
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
