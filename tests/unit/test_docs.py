@@ -16,12 +16,13 @@ GUIDES = [
     PROJECT / "README.md",
     PROJECT / "CONTRIBUTING.md",
     PROJECT / "SECURITY.md",
-    *sorted(path for path in (PROJECT / "docs").rglob("*.md") if path.name != "api.md"),
+    *sorted(path for path in (PROJECT / "docs").rglob("*.md") if path.name not in ("api.md", "celery.md")),
 ]
 # Options that every command of Django has.
-OF_DJANGO = set(
-    "--help --version --verbosity --settings --pythonpath --traceback --no-color --force-color".split()
-)
+OF_DJANGO = {
+    *("--help", "--version", "--verbosity", "--settings"),
+    *("--pythonpath", "--traceback", "--no-color", "--force-color"),
+}
 
 
 def options_of(command: str) -> set[str]:
@@ -64,9 +65,17 @@ def test_the_readme_is_short() -> None:
     assert len((PROJECT / "README.md").read_text().split()) <= 800
 
 
+def anchors(guide: Path) -> set[str]:
+    """Return the anchors of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", guide.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_lines_are_short_and_links_lead_somewhere(guide: Path) -> None:
     text = guide.read_text()
     assert [line for line in text.splitlines() if len(line) > 120] == []
-    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text):
-        assert link.startswith("http") or (guide.parent / link).exists(), link
+    for name, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+        linked = guide.parent / name if name else guide
+        assert name.startswith("http") or linked.exists(), name
+        assert not anchor or anchor in anchors(linked), f"{name}#{anchor}"
