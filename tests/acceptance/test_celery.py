@@ -257,7 +257,7 @@ def test_a_row_that_is_refused_is_named_and_the_rest_gets_done(hosts: Hosts) -> 
         hosts.worker()
         finished = hosts.rotate("--batch=100")
         assert finished.status == 1
-        assert "[8]: check_violation" in finished.out
+        assert "row [8]: check_violation" in finished.out
         assert audit.changed() == ROWS - 1
     finally:
         query("ALTER TABLE tickets_ticket DROP CONSTRAINT frozen_row")
@@ -476,7 +476,7 @@ sys.exit(any(name in sys.modules for name in ("celery", "kombu", "redis")))
 def test_without_workers_it_waits_and_says_so(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     coordinator = hosts.coordinator("--batch=50")
-    silent = "are they running, and do they reach broker and database?"
+    silent = "check that they run and that they reach the broker and the database"
     wait_until(lambda: silent in coordinator.err, "it says so", seconds=SILENT_SECONDS + 20)
     hosts.worker()
     assert coordinator.wait().status == 0
