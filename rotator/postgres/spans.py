@@ -316,7 +316,8 @@ async def finish(
     async with translate_errors(connection):
         cursor = await connection.execute(
             "UPDATE rotator_span SET finished_at = clock_timestamp(),"
-            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s, failed_keys = %(failed_keys)s WHERE id = %(span)s AND generation = %(span_generation)s",
+            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s,"
+            " failed_keys = %(failed_keys)s WHERE id = %(span)s AND generation = %(span_generation)s",
             {
                 "deferrals": deferrals,
                 "retries": retries,

@@ -21,6 +21,7 @@ from rotator.events import (
     RowRejected,
     StopReason,
     Tick,
+    WorkersProgressed,
 )
 from rotator.progress.jsonlines import JsonObserver, event_name
 from rotator.progress.summary import report
@@ -135,6 +136,7 @@ def test_the_names_of_all_other_events_are_an_interface() -> None:
         Preflighted,
         RotationStarted,
         RangeCompleted,
+        WorkersProgressed,
         RangeDeferred,
         RangeRetried,
         Tick,
