@@ -325,12 +325,12 @@ class RangeDeferred:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeRetried:
-    """The server rejected a range, which will be tried again, whole or in two halves.
+    """The server rejected a range, which will be retried, whole or in two halves.
 
     Attributes:
         rows: Rows that the range held when it was planned.
         reason: The server's condition, e.g. ``deadlock_detected``; never its message's detail.
-        split: Whether it is tried again in two halves.
+        split: Whether it is retried in two halves.
     """
 
     rows: int
@@ -605,7 +605,7 @@ class RotationStopped:
         rows_per_second: The rate while writing: rows of this run's ranges, divided by the seconds from the
             start of the first range to the end of the last one.
         deferrals: How often this run put a range back because another session had locked rows.
-        retries: How often this run tried a range again after the server rejected it.
+        retries: How often this run retried a range after the server rejected it.
         outage_seconds: The time that this run waited for the server.
         peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
         concurrency: The number of workers of this run.

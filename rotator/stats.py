@@ -160,7 +160,7 @@ class Stats:
         late_rows: Late rows among them.
         ranges: Ranges that this run has committed.
         deferrals: How often a range was put back because another session had locked rows.
-        retries: How often a range was tried again after the server rejected it.
+        retries: How often a range was retried after the server rejected it.
         retry_reasons: The reasons of these retries, each once.
         rejected_keys: Keys of rejected rows, each with the reason.
         unconfirmed_rows: Rows that other sessions or triggers wrote last; None until they are counted.
@@ -247,7 +247,7 @@ class Stats:
                 self.rows_done, self.late_rows = event.rows_done, event.late_rows
                 self.outage_since, self.outage_seconds = None, self.outage_seconds + event.seconds
                 self.confirming = False
-                # These rows are in gaps, so they are tried again.
+                # These rows are in gaps, so they are retried.
                 self.rejected_keys.clear()
                 self._rate.restart()
             case LateCommitsAwaited():

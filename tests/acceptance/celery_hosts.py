@@ -71,7 +71,7 @@ class Hosts:
 def running_hosts(commands: Commands) -> Iterator[Hosts]:
     """Yield a broker's hosts, as a fixture does; at the end, stop the broker and all processes."""
     # A socket's path has to be short.
-    folder = Path(f"/tmp/rotator-broker-{os.getpid()}-{time.monotonic_ns()}")  # noqa: S108 - nobody guesses it
+    folder = Path(f"/tmp/rotator-broker-{os.getpid()}-{time.monotonic_ns()}")  # noqa: S108 - the name is unique
     folder.mkdir(mode=0o700)
     started = Hosts(commands, folder)
     try:

@@ -276,7 +276,7 @@ def test_stop_after_as_many_rows_as_there_are_completes(commands: Commands) -> N
     audit.assert_rotated()
 
 
-def test_restart_begins_anew_without_asking_where_nobody_could_answer(commands: Commands) -> None:
+def test_restart_does_not_ask_without_a_terminal(commands: Commands) -> None:
     audit = audited_tickets(6000)
     commands.run("--stop-after", "2000")
     between = audit.assert_checkpoints_and_tokens_agree()

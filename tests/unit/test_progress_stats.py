@@ -142,7 +142,7 @@ def test_deferrals_retries_and_rejected_rows_are_counted_separately() -> None:
     stats.take(RowRejected(key=Key("[42]"), reason="check_violation"))
     assert (stats.deferrals, stats.retries, len(stats.rejected_keys)) == (3, 2, 1)
     stats.take(OutageEnded(seconds=1, rows_done=0, late_rows=0))
-    # It is in a gap, so it is tried again.
+    # It is in a gap, so it is retried.
     assert stats.rejected_keys == []
 
 
