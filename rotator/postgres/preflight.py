@@ -325,11 +325,8 @@ async def check_values(connection: AsyncConnection, update: RangeUpdate) -> None
         if not keys:
             return
         key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
-        new_values = await update.make(key_range, key_range.rows)
-        try:
-            await update.execute(connection, key_range, new_values, None)
-        finally:
-            await connection.rollback()
+        await update.attempt(connection, None, key_range, key_range.rows)
+        await connection.rollback()
 
 
 async def _first_keys(connection: AsyncConnection, table: TargetTable) -> list[Key]:
@@ -437,12 +434,9 @@ async def _rewrite(
         for key_range in left:
             if time.monotonic() > until:
                 break
-            new_values = await update.make(key_range, key_range.rows)
-            async with translate_errors(), pool.connection() as connection:
-                try:
-                    rewritten += (await update.execute(connection, key_range, new_values, None)).rows
-                finally:
-                    await connection.rollback()
+            async with translate_errors(seconds=None), pool.connection() as connection:
+                rewritten += (await update.attempt(connection, None, key_range, key_range.rows)).rows
+                await connection.rollback()
         return rewritten
 
     with unwrap_group():

@@ -13,9 +13,10 @@ from rotator.options import WaitLimits
 from rotator.postgres import older_rows as older_rows_module
 from rotator.postgres.connection import connected
 from rotator.postgres.fence import Lease
-from rotator.postgres.older_rows import OlderRow, OlderRows
+from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.rotations import abandon, read_state
 from rotator.postgres.table import TargetTable
+from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key
 from tests.integration.rotation_tables import (
     COMMITTING,
