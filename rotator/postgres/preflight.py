@@ -13,7 +13,6 @@ from rotator.aio import unwrap_group
 from rotator.events import Copies, Index, KeptValues, Sample, ServerFindings, TableFindings
 from rotator.exceptions import (
     RangeRejectedError,
-    RangeTooSlowError,
     RowsLockedError,
     ServerLostError,
     ServerRefusedError,
@@ -21,7 +20,7 @@ from rotator.exceptions import (
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.connection import Server, pooled
 from rotator.postgres.errors import RangeGrewError, settings_that_show_values, translate_errors
-from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, last_key
+from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.postgres.writer import RangeUpdate, RewriteError
 from rotator.ranges import Key, KeyInterval, KeyRange
@@ -209,52 +208,17 @@ async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[K
         for column in columns
         for name in (identifier(ROW, column.name),)
     ]
-    condition = sql.SQL("true") if table.condition is None else table.condition
-    with suppress(RangeTooSlowError):
-        async with translate_errors(connection), connection.transaction():
-            await connection.execute(
-                "SELECT set_config('statement_timeout', %s, true)", (f"{COUNT_SECONDS * 1000:.0f}ms",)
-            )
-            cursor = await connection.execute(
-                sql.SQL("SELECT {} FROM {} WHERE {}").format(
-                    sql.SQL(", ").join(counts), table.row, condition
-                ),
-                {},
-            )
-            found = await cursor.fetchone() or ()
-        return tuple(
-            KeptValues(column=column.name, null=null, blank=blank)
-            for column, null, blank in zip(columns, found[::2], found[1::2], strict=True)
-            if null or blank
-        )
-    return None
-
-
-async def count_table(connection: AsyncConnection, table: TargetTable, *, seconds: float) -> tuple[int, bool]:
-    """Return the rows of the whole table, whether or not they are rotated, and whether they are counted.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-        seconds: The longest time to count; after that it is the server's own estimate.
-    """
-    with suppress(RangeTooSlowError):
-        async with translate_errors(connection), connection.transaction():
-            await connection.execute(
-                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
-            )
-            cursor = await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table.name), {})
-            ((rows,),) = await cursor.fetchall()
-            return int(rows), True
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
-            ).format(PARTITIONS),
-            {"table": table.regclass},
-        )
-        ((rows,),) = await cursor.fetchall()
-    return int(rows), False
+    query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
+        sql.SQL(", ").join(counts), table.row, table.condition or sql.SQL("true")
+    )
+    found = await fetch_within(connection, COUNT_SECONDS, query, {})
+    if found is None:
+        return None
+    return tuple(
+        KeptValues(column=column.name, null=null, blank=blank)
+        for column, null, blank in zip(columns, found[0][::2], found[0][1::2], strict=True)
+        if null or blank
+    )
 
 
 async def examine_server(connection: AsyncConnection) -> ServerFindings:
@@ -321,30 +285,15 @@ async def check_values(connection: AsyncConnection, update: RangeUpdate) -> None
     """
     # A single row or what else writes to it is for the rotation to meet.
     with suppress(RangeRejectedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
-        keys = await _first_keys(connection, update.table)
-        if not keys:
-            return
-        key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
-        await update.attempt(connection, None, key_range, key_range.rows)
-        await connection.rollback()
-
-
-async def _first_keys(connection: AsyncConnection, table: TargetTable) -> list[Key]:
-    async with translate_errors(connection), connection.transaction():
-        await connection.execute(
-            "SELECT set_config('statement_timeout', %s, true)", (f"{TRY_SECONDS * 1000:.0f}ms",)
+        table = update.table
+        query = sql.SQL("SELECT {} FROM {} WHERE true{} ORDER BY {} LIMIT {}").format(
+            table.key_json, table.row, table.and_matches, table.key_columns, sql.Literal(TRIED_ROWS)
         )
-        cursor = await connection.execute(
-            sql.SQL("SELECT {json} FROM {row} WHERE true{and_matches} ORDER BY {key} LIMIT {most}").format(
-                json=table.key_json,
-                row=table.row,
-                and_matches=table.and_matches,
-                key=table.key_columns,
-                most=sql.Literal(TRIED_ROWS),
-            ),
-            {},
-        )
-        return [Key(key) async for (key,) in cursor]
+        keys = [Key(key) for (key,) in await fetch_within(connection, TRY_SECONDS, query, {}) or []]
+        if keys:
+            key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
+            await update.attempt(connection, None, key_range, key_range.rows)
+            await connection.rollback()
 
 
 async def sample(

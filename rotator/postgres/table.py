@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat
 
@@ -217,14 +217,19 @@ PARTITIONS: Final = sql.SQL(
 """A subquery: the ``oid`` of each leaf partition, or of the table; takes the parameter ``table``."""
 
 
+async def number(cursor: AsyncCursor) -> int:
+    """Return the number that a query has selected; 0 where it has no row."""
+    row = await cursor.fetchone()
+    return int(row[0]) if row else 0
+
+
 async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:
     """Return the number of tables that hold the rows."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL("SELECT count(*) FROM {} AS leaf").format(PARTITIONS), {"table": table.regclass}
         )
-        row = await cursor.fetchone()
-    return int(row[0]) if row else 0
+        return await number(cursor)
 
 
 def count_writes(table: TargetTable) -> sql.Composed:

@@ -25,6 +25,7 @@ from rotator.postgres.table import (
     TargetTable,
     count_writes,
     keyed_update,
+    number,
     placed_update,
     range_update,
     rows_at_places,
@@ -401,9 +402,3 @@ def _at(places: Sequence[tuple[Place, str]]) -> dict[str, object]:
         "ctids": [place.ctid for place, _ in places],
         "xids": [xid for _, xid in places],
     }
-
-
-async def number(cursor: AsyncCursor) -> int:
-    """Return the number that a query has selected; 0 where it has no row."""
-    row = await cursor.fetchone()
-    return int(row[0]) if row else 0

@@ -98,7 +98,7 @@ def test_row_level_security_that_hides_rows_is_refused(
     finished = rotations.rotated(url)
 
     assert finished.status == 1
-    assert finished.complaint.startswith("Row-level security hides rows of public.tickets_ticket from")
+    assert finished.complaint.startswith("Cannot rotate public.tickets_ticket: row-level security hides rows")
     assert audit.written() == 0
     # Whom no policy concerns may go on.
     assert_completed(rotations.rotated(database.url()))
