@@ -297,7 +297,7 @@ async def gaps(
         cursor = await connection.execute(
             sql.SQL(
                 "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
-                " rownumber() OVER ordered AS position FROM rotator_completedrange"
+                " row_number() OVER ordered AS position FROM rotator_completedrange"
                 " WHERE rotation_id = %(rotation)s AND id > %(checkpoints_before)s{within}"
                 " WINDOW ordered AS ({order})),"
                 " gaps AS (SELECT COALESCE(before, %(after)s::jsonb) AS after, after AS through, position "

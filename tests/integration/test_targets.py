@@ -419,7 +419,7 @@ def test_the_server_knows_of_what_the_models_do_not_say(database: Database) -> N
         "CREATE UNIQUE INDEX ON shop_orderview ((id + 0))": "no index on its primary key",
         "CREATE TABLE shop_orderview (id jsonb PRIMARY KEY, api_key text)": "not written as one text",
         "CREATE TABLE shop_orderview (id int[] PRIMARY KEY, api_key text)": "not written as one text",
-        f"{made}); CREATE RULE twice AS ON UPDATE TO shop_orderview DO ALSO SELECT 1": "the rule twice rewrites",
+        f"{made}); CREATE RULE twice AS ON UPDATE TO shop_orderview DO ALSO SELECT 1": "rule twice rewrites",
         f"{made} UNIQUE); CREATE TABLE shop_referrer (api_key text REFERENCES shop_orderview (api_key))": (
             "is referenced by shop_referrer"
         ),
