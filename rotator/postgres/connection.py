@@ -188,9 +188,6 @@ _CONFIGURE: Final = (
     " SELECT session.is_direct, session.is_read_only OR pg_is_in_recovery(),"
     " (SELECT array_agg(c.name) FROM (SELECT * FROM changed OFFSET 0) AS c) FROM session"
 )
-_SET_LOCAL: Final = (
-    "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
-)
 
 
 class OwnConnection(AsyncConnection):
@@ -242,15 +239,9 @@ class OwnConnection(AsyncConnection):
         """Open a transaction or a savepoint as the driver does, with the settings of this connection."""
         begins = self.pgconn.transaction_status == TransactionStatus.IDLE
         async with super().transaction(savepoint_name, force_rollback) as transaction:
-            if begins:
-                await self.set_local()
+            if begins and self.local_settings:
+                await set_local(self, self.local_settings)
             yield transaction
-
-    async def set_local(self) -> None:
-        """Change the settings of the transaction that has just begun."""
-        if self.local_settings:
-            settings = self.local_settings
-            await AsyncCursor(self).execute(_SET_LOCAL, (list(settings), list(settings.values())))
 
 
 class _LocalCursor(AsyncCursor):
@@ -275,8 +266,16 @@ async def begin(connection: AsyncConnection) -> None:
     """Begin a transaction that the caller ends with COMMIT or a rollback."""
     access = " READ WRITE" if connection.read_only is False else ""
     await execute_alone(connection, f"BEGIN ISOLATION LEVEL READ COMMITTED{access}".encode())
-    if isinstance(connection, OwnConnection):
-        await connection.set_local()
+    if isinstance(connection, OwnConnection) and connection.local_settings:
+        await set_local(connection, connection.local_settings)
+
+
+async def set_local(connection: AsyncConnection, settings: Mapping[str, str]) -> None:
+    """Change settings until the end of the open transaction."""
+    await AsyncCursor(connection).execute(
+        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
+        (list(settings), list(settings.values())),
+    )
 
 
 async def execute_alone(connection: AsyncConnection, statement: bytes | sql.Composed) -> AsyncCursor:

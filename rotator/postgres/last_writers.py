@@ -12,6 +12,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
+from rotator.postgres.connection import set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
 
@@ -153,7 +154,7 @@ async def _count_mixed(
     after = sql.SQL("{} > ({}) AND {}").format(key, table.decoded(sql.SQL("c.after")), through)
     rows = 0
     async with translate_errors(connection, seconds=None), connection.transaction():
-        await connection.execute("SELECT set_config('enable_seqscan', 'off', true)")
+        await set_local(connection, {"enable_seqscan": "off"})
         for within, null in ((through, sql.SQL("NULL")), (after, sql.SQL("NOT NULL"))):
             cursor = await connection.execute(
                 sql.SQL(_MIXED).format(

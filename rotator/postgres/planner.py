@@ -12,6 +12,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 
 from rotator.exceptions import RangeTooSlowError, TargetError
+from rotator.postgres.connection import set_local
 from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
@@ -22,35 +23,17 @@ _AHEAD_ROWS: Final = 20_000
 _MAX_RANGES_AHEAD: Final = 16
 
 
-def _settings(settings: dict[str, str]) -> bytes:
-    """Write the statement that changes settings for one transaction."""
-    return (
-        sql.SQL("SELECT {}")
-        .format(
-            sql.SQL(", ").join(
-                sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(setting))
-                for name, setting in settings.items()
-            )
-        )
-        .as_bytes()
-    )
-
-
-_READING_SETTINGS: Final = _settings(KEY_SETTINGS)
-_PLANNING_SETTINGS: Final = _settings(
-    {
-        **KEY_SETTINGS,
-        # A role's own timeouts are for the application's statements.
-        "lock_timeout": "1s",
-        "statement_timeout": f"{ANSWER_SECONDS * 1000:.0f}ms",
-        # Only the key's index tells where a range ends without reading the rows after it.
-        "enable_seqscan": "off",
-        "enable_bitmapscan": "off",
-        "enable_sort": "off",
-        "jit": "off",
-    }
-)
-
+_PLANNING_SETTINGS: Final = {
+    **KEY_SETTINGS,
+    # A role's own timeouts are meant for the application's statements.
+    "lock_timeout": "1s",
+    "statement_timeout": f"{ANSWER_SECONDS * 1000:.0f}ms",
+    # Only the key's index tells where a range ends without reading the rows after it.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_sort": "off",
+    "jit": "off",
+}
 _ESTIMATE: Final = sql.SQL(
     "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
 ).format(PARTITIONS)
@@ -117,7 +100,7 @@ class IndexPlanner:
             "ranges": ranges,
         }
         async with translate_errors(connection), connection.pipeline(), connection.transaction():
-            await connection.execute(_PLANNING_SETTINGS)
+            await set_local(connection, _PLANNING_SETTINGS)
             cursor = await connection.execute(self._last_keys[is_known], parameters)
             keys = [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
             if not keys:
@@ -173,7 +156,7 @@ async def slice_ends(
     """Return the keys at which the first ``most`` slices of ``rows`` rows end, in key order."""
     statement = last_keys(table, after_is_known=interval.after is not None)
     async with translate_errors(connection), connection.transaction():
-        await connection.execute(_PLANNING_SETTINGS)
+        await set_local(connection, _PLANNING_SETTINGS)
         cursor = await connection.execute(
             statement,
             {"after": interval.after, "through": interval.through, "skip": rows - 1, "ranges": most},
@@ -187,7 +170,7 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
         sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key
     )
     async with translate_errors(connection), connection.transaction():
-        await connection.execute(_READING_SETTINGS)
+        await set_local(connection, KEY_SETTINGS)
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT {text}, {survives} FROM (SELECT *, {json} AS {text} FROM"
@@ -249,9 +232,7 @@ async def fetch_within(
     """Return the rows of a query; None where it takes longer than ``seconds``."""
     with suppress(RangeTooSlowError):
         async with translate_errors(connection), connection.transaction():
-            await connection.execute(
-                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
-            )
+            await set_local(connection, {"statement_timeout": f"{seconds * 1000:.0f}ms"})
             return await (await connection.execute(query, parameters)).fetchall()
     return None
 

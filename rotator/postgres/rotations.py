@@ -16,6 +16,7 @@ from psycopg.types.json import Jsonb
 from rotator.events import EndStatus, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection
+from rotator.postgres.connection import set_local
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
 from rotator.postgres.owner import Owner
@@ -28,6 +29,11 @@ _TAKE_OVER_ATTEMPTS: Final = 5
 # Ids begin at 1: this one's lock is for beginning.
 _NO_ROTATION: Final = 0
 
+# The server ends a transaction that is idle for long.
+_SYNCHRONOUS: Final = {
+    "synchronous_commit": "on",
+    "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+}
 _HAS_ROWS_DONE: Final = (
     "EXISTS (SELECT FROM rotator_completedrange WHERE rotation_id = %(rotation)s AND rows > 0)"
     " OR EXISTS (SELECT FROM rotator_latetransaction WHERE rotation_id = %(rotation)s)"
@@ -468,7 +474,7 @@ async def complete(
         SupersededError: Another process owns the rotation.
     """
     async with translate_errors(connection), connection.transaction():
-        await _set_local(connection, {"synchronous_commit": "on"})
+        await set_local(connection, _SYNCHRONOUS)
         # If this process dies before it commits, the next owner can end this transaction.
         await share_lock(connection, lease.rotation)
         rows_done = await _update(
@@ -515,9 +521,7 @@ async def exclusive_lock(
     """
     parameters = {"class": lock_class, "number": number}
     async with translate_errors(connection), connection.transaction():
-        await _set_local(
-            connection, {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s", "synchronous_commit": "on"}
-        )
+        await set_local(connection, _SYNCHRONOUS | {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s"})
         for _ in range(_TAKE_OVER_ATTEMPTS):
             with suppress(errors.LockNotAvailable):
                 async with connection.transaction():
@@ -539,12 +543,3 @@ async def exclusive_lock(
                 "terminated. End their sessions, then run the same command again."
             )
         yield
-
-
-async def _set_local(connection: AsyncConnection, settings: dict[str, str]) -> None:
-    """Change settings for this transaction, which the server ends if it is idle for long."""
-    settings = settings | {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s"}
-    await connection.execute(
-        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
-        (list(settings), list(settings.values())),
-    )

@@ -51,8 +51,8 @@ async def _older_rows(
     database: Database, lease: Lease, table: TargetTable = TICKETS
 ) -> AsyncIterator[OlderRows]:
     async with connected(database.server) as side:
-        owned = await read_state(side, lease)
-        yield OlderRows(side, table, lease, started_xid=owned.started_xid, source=UUIDS, limits=WaitLimits())
+        state = await read_state(side, lease)
+        yield OlderRows(side, table, lease, started_xid=state.started_xid, source=UUIDS, limits=WaitLimits())
 
 
 def _keys(rows: Iterable[OlderRow]) -> list[Key]:
