@@ -18,8 +18,9 @@ from rotator.events import (
 )
 from rotator.exceptions import RangeRejectedError, RowsLockedError
 from rotator.postgres.activity import holders
-from rotator.postgres.older_rows import OlderRow, OlderRows
+from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.table import TargetTable
+from rotator.postgres.writer import OlderRow
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.stop import StopSignal
 

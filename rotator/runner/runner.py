@@ -36,8 +36,8 @@ from rotator.postgres.activity import lock_holders
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.errors import settings_that_show_values
 from rotator.postgres.owner import this_process
-from rotator.postgres.planner import gaps
-from rotator.postgres.preflight import COUNT_SECONDS, check_values, count_table, name_server
+from rotator.postgres.planner import count_table, gaps
+from rotator.postgres.preflight import COUNT_SECONDS, check_values, name_server
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage

@@ -91,8 +91,10 @@ def test_more_workers_than_the_server_has_connections_for(commands: Commands, au
     finished = commands.run("--concurrency", "100000")
 
     assert finished.status == 1
-    assert finished.complaint.startswith("--concurrency 100000 needs 100003 connections; the server allows ")
-    assert "ask for at most " in finished.complaint
+    assert finished.complaint.startswith(
+        "Cannot open 100003 connections for --concurrency 100000: the server allows "
+    )
+    assert "Use at most --concurrency " in finished.complaint
     _assert_nothing_happened(audit, finished)
 
 

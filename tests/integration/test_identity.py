@@ -45,7 +45,7 @@ def leaked(database: Database) -> int:
 
 def assert_one_sentence(error: str) -> None:
     """It says what is the matter, and ends with what to do."""
-    assert error.startswith(f"Rotation {Rotation.objects.latest('pk').pk} of {CODES} ")
+    assert error.startswith(f"Cannot continue rotation {Rotation.objects.latest('pk').pk} of {CODES}: ")
     assert error.endswith("Rotate all rows again with --restart.")
     assert "leaked" not in error
 

@@ -57,7 +57,7 @@ def settings(database: Database) -> Iterator[list[str]]:
 
 
 def _of_role(database: Database) -> Composed:
-    """Begin a statement about the role's settings in this database: tests of others go on beside it."""
+    """Begin a statement about the role's settings in this database: other tests use it at the same time."""
     ((name,),) = database.execute("SELECT current_database()")
     return SQL("ALTER ROLE CURRENT_USER IN DATABASE {}").format(Identifier(name))
 
