@@ -122,7 +122,7 @@ def coordinate_rotation(
         prepared = prepare(
             rotation.target.split(), database, options, Selection.from_json(rotation.selection)
         )
-        stopped = prepared.rotate(observer, publisher, should_stop).stopped
+        stopped = prepared.rotate(observer, publisher, should_stop)
     except RotationFinishedError:
         return False
     except StoppedBeforeStartError:

@@ -97,8 +97,8 @@ def test_the_commands_take_the_database() -> None:
 def test_what_was_begun_by_one_alias_is_gone_on_with_by_another() -> None:
     make_orders("default")
     begun = prepare([API_KEY], "default", RunOptions(batch=7, stop_after_rows=14), NAMED)
-    assert begun.rotate(lambda _event: None).stopped.rows == 14
-    stopped = prepare([API_KEY], "direct", RunOptions(batch=7), NAMED).rotate(lambda _event: None).stopped
+    assert begun.rotate(lambda _event: None).rows == 14
+    stopped = prepare([API_KEY], "direct", RunOptions(batch=7), NAMED).rotate(lambda _event: None)
     assert (stopped.status, stopped.resumed, stopped.rows, stopped.rows_this_run) == (
         "completed",
         True,

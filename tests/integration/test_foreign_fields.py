@@ -276,7 +276,7 @@ def test_while_no_row_is_done_the_generator_can_be_changed(database: Database) -
     prepared = prepare(
         [label], "default", RunOptions(batch=5, stop_after_rows=5), Selection(generator=changed.generator)
     )
-    assert prepared.rotate(lambda _event: None).stopped.resumed
+    assert prepared.rotate(lambda _event: None).resumed
     assert database.rotation("selection")["generator"] == changed.generator
     # Now that rows are done, it stays.
     with pytest.raises(OptionError, match="was begun with"):
