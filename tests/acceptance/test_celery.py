@@ -228,7 +228,7 @@ def test_a_generator_that_fails_in_a_worker_is_told_here(hosts: Hosts) -> None:
     options = ("--batch=100", "--generator=tests.shop.generators.late_uuid")
     finished = hosts.rotate(*options)
     assert finished.status == 1
-    assert "gave None for token; that was for the range (" in finished.out
+    assert "returned None for token; that was for the range (" in finished.out
     audit.assert_checkpoints_and_tokens_agree()
 
 

@@ -32,35 +32,35 @@ def _assert_nothing_happened(audit: Audit, finished: Finished) -> None:
 
 BAD_INPUT = {
     "nope.Ticket.token": (
-        "There is no model nope.Ticket: check the name, and that 'nope' is in INSTALLED_APPS."
+        "There is no model nope.Ticket. Check the name, and that 'nope' is in INSTALLED_APPS."
     ),
     "tickets.Nope.token": (
-        "There is no model tickets.Nope: check the name, and that 'tickets' is in INSTALLED_APPS."
+        "There is no model tickets.Nope. Check the name, and that 'tickets' is in INSTALLED_APPS."
     ),
     "tickets.Ticket.nope": (
-        "tickets.Ticket has no field 'nope': its columns are created_at, id, title, token."
+        "tickets.Ticket has no field 'nope'. Its columns are created_at, id, title, token."
     ),
-    "Ticket.token": "'Ticket.token' is no target: write it as app.Model.field, e.g. shop.Order.api_key.",
+    "Ticket.token": (
+        "'Ticket.token' is not a valid target. Write it as app.Model.field, e.g. shop.Order.api_key."
+    ),
     "auth.Permission.content_type": (
-        "auth.Permission.content_type refers to other rows: it holds no secret to be made anew."
+        "auth.Permission.content_type refers to other rows. It holds no secret to rotate."
     ),
-    "auth.User.groups": "auth.User.groups refers to other rows: it holds no secret to be made anew.",
-    "auth.Group.user": "auth.Group.user is no column of the table: it cannot be rotated.",
+    "auth.User.groups": "auth.User.groups refers to other rows. It holds no secret to rotate.",
+    "auth.Group.user": "auth.Group.user is not a column of the table, so it cannot be rotated.",
     "tickets.Ticket.id": (
-        "tickets.Ticket.id is the primary key, by which rows are found and referred to: it cannot be "
-        "rotated. Give the rows a secret beside the key, and rotate that; or delete the rows, and let the "
-        "application issue new ones."
+        "tickets.Ticket.id is the primary key, which identifies the rows, so it cannot be rotated. Add "
+        "another column for the secret, and rotate that. Or delete the rows, and let the application make "
+        "new ones."
     ),
     "auth.Group.name": (
-        "auth.Group.name has no default that makes a new value for each row. Name a callable that does with "
-        "--generator, e.g. --generator secrets.token_hex."
+        "auth.Group.name has no default that makes a new value for each row. Name a callable that makes "
+        "values with --generator, e.g. --generator secrets.token_hex."
     ),
-    "--filter title": "--filter title is no filter: write it as field=value or field__lookup=value.",
-    "--filter token=leaked": (
-        "--filter token asks for token, which is being rotated: only token__isnull can be."
-    ),
+    "--filter title": "--filter title is not a valid filter. Write it as field=value or field__lookup=value.",
+    "--filter token=leaked": ("--filter token filters by token, which is rotated. Use only token__isnull."),
     "--generator no.such.thing": (
-        "The generator no.such.thing cannot be imported (ModuleNotFoundError): write it as "
+        "The generator no.such.thing cannot be imported (ModuleNotFoundError). Write it as "
         "package.module.name, or package.module.Class.name for a method."
     ),
     "--batch 0": "--batch must be from 1 to 2,147,483,647, not 0.",

@@ -115,7 +115,7 @@ def test_a_database_that_there_is_not() -> None:
 
 @override_settings(ROTATOR=["shop.Order.api_key"])
 def test_a_setting_that_is_none_stops_the_command_with_a_sentence() -> None:
-    with pytest.raises(CommandError, match=r"The setting ROTATOR is no dictionary\."):
+    with pytest.raises(CommandError, match=r"The setting ROTATOR is not a dictionary\."):
         call_command("async_rotate")
 
 
