@@ -19,7 +19,7 @@ from django.apps import apps
 from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from rotator.apps import read_setting
+from rotator.apps import default_target
 from rotator.events import Event, Findings, Observer, RotationStopped
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
@@ -166,15 +166,6 @@ def _completed(stopped: RotationStopped) -> RotationStopped:
 
 def _ignore(_event: Event) -> None:
     pass
-
-
-def default_target() -> tuple[str, ...]:
-    """Return the target of the setting ``ROTATOR``; empty if the setting has none.
-
-    Raises:
-        OptionError: The setting is not valid.
-    """
-    return tuple(read_setting().get("DEFAULT_TARGET", "").split())
 
 
 def prepare(

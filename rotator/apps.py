@@ -33,18 +33,26 @@ def read_setting() -> Mapping[str, str]:
     return setting
 
 
+def default_target() -> tuple[str, ...]:
+    """Return the target of the setting ``ROTATOR``; empty if the setting has none.
+
+    Raises:
+        OptionError: The setting is not valid.
+    """
+    return tuple(read_setting().get("DEFAULT_TARGET", "").split())
+
+
 def check_setting(**_: object) -> list[CheckMessage]:
     """Check ``settings.ROTATOR``."""
     try:
-        setting = read_setting()
+        labels = default_target()
     except OptionError as error:
         return [Error(str(error), id="rotator.E001")]
-    target = setting.get("DEFAULT_TARGET", "")
-    if target:
+    if labels:
         from rotator.fields.target import find_fields  # noqa: PLC0415 - imports the driver
 
         try:
-            find_fields(target.split())
+            find_fields(labels)
         except TargetError as error:
             return [Error(f'ROTATOR["DEFAULT_TARGET"]: {error}', id="rotator.E002")]
     return []

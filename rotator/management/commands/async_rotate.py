@@ -6,14 +6,14 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from django.core.management import BaseCommand, CommandError, CommandParser
 from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator import __version__
-from rotator.api import Prepared, default_target, prepare
+from rotator.apps import default_target
 from rotator.events import Observer, Preflighted, RotationStopped, StopReason
 from rotator.exceptions import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.management.terminal import (
@@ -30,7 +30,10 @@ from rotator.progress import PROGRESS_KINDS, open_progress, preflight, report, s
 from rotator.progress.lines import Sink
 from rotator.progress.summary import verdict
 from rotator.progress.text import duration, one_line, plural
-from rotator.runner.distribution import SpanPublisher
+
+if TYPE_CHECKING:
+    from rotator.api import Prepared
+    from rotator.runner.distribution import SpanPublisher
 
 
 class Command(BaseCommand):
@@ -74,6 +77,8 @@ class Command(BaseCommand):
 
     def handle(self, *_args: object, **options: Any) -> None:  # noqa: ANN401 - the values of COMMAND_OPTIONS
         """Rotate, and exit with the status of the run."""
+        from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
+
         if not options["verbosity"]:
             options["progress"] = "none"
         open_closed_streams(self)
@@ -104,8 +109,8 @@ class Command(BaseCommand):
 
     def _rotate(
         self,
-        prepared: Prepared,
-        publisher: SpanPublisher | None,
+        prepared: "Prepared",
+        publisher: "SpanPublisher | None",
         options: dict[str, Any],
         report_file: Path | None,
     ) -> RotationStopped:
@@ -117,7 +122,7 @@ class Command(BaseCommand):
             self._summarize(stopped, options, report_file)
         return stopped
 
-    def _publisher(self, options: dict[str, Any], database: str) -> SpanPublisher | None:
+    def _publisher(self, options: dict[str, Any], database: str) -> "SpanPublisher | None":
         if not options["celery"]:
             if options["detach"]:
                 raise OptionError("--detach queues the rotation for Celery workers. Use it with --celery.")
@@ -135,7 +140,7 @@ class Command(BaseCommand):
         load_app()
         return CeleryPublisher(database)
 
-    def _queue(self, prepared: Prepared, options: dict[str, Any]) -> None:
+    def _queue(self, prepared: "Prepared", options: dict[str, Any]) -> None:
         """Begin or resume a rotation, and leave it to Celery workers."""
         from rotator.tasks import hand_over  # noqa: PLC0415 - an optional dependency
 
@@ -218,7 +223,7 @@ def _selection(options: dict[str, Any]) -> Selection:
     )
 
 
-def _agree(prepared: Prepared, observer: Observer, command_options: dict[str, Any]) -> Prepared:
+def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, Any]) -> "Prepared":
     """Ask on a terminal whether to begin, and return the rotation that the user has agreed to.
 
     Raises:
@@ -258,7 +263,7 @@ def _agree(prepared: Prepared, observer: Observer, command_options: dict[str, An
     return replace(prepared, options=replace(options, preflight=False))
 
 
-def _without_one_run(prepared: Prepared) -> Prepared:
+def _without_one_run(prepared: "Prepared") -> "Prepared":
     """Return the same rotation without the options of the run that has just ended."""
     options = replace(
         prepared.options,
