@@ -122,19 +122,6 @@ def rotate_sync(
 
     Leaves Django's connections of this thread as they are. Generators and receivers use them, in their own
     thread. In a thread with a running event loop it raises an error: use :func:`rotate` there.
-
-    Args:
-        target: The target.
-        observer: Is called with each event of :mod:`rotator.events`; must not block.
-        **options: See :class:`RotateOptions`.
-
-    Returns:
-        The account of the run that completed the rotation.
-
-    Raises:
-        RotationUnfinishedError: The run ended before the rotation did; the text says why.
-        OptionError: A completed rotation had the same fields, rows and values, and ``restart`` is false.
-        RotatorError: The rotation cannot begin; the text says why. Nothing was changed.
     """
     prepared = _prepare_call(target, options)
     with borrowed():
@@ -290,7 +277,7 @@ class Prepared:
 
         Args:
             observer: Is called with each event.
-            publisher: Lets other processes rewrite the ranges; None if this one rewrites them.
+            publisher: Publishes the ranges for Celery workers; None if this process rewrites them.
             should_stop: Is called now and then, and returns whether to drain; None to drain on signals only.
             keeps_connections: Keep Django's connections of this thread open. By default those without a
                 transaction are closed, so that they are not idle during the run.

@@ -261,29 +261,29 @@ def _switch(text: str) -> dict[str, Any]:
     return {"action": "store_true", "help": text}
 
 
+def _value(metavar: str, text: str, *, kind: type = str, default: object = None) -> dict[str, Any]:
+    return {"metavar": metavar, "help": text, "type": kind, "default": default}
+
+
 def _list(metavar: str, text: str) -> dict[str, Any]:
-    return {
-        "action": "append",
-        "default": [],
-        "metavar": metavar,
-        "help": f"{text} May be given several times.",
-    }
+    text = f"{text} May be given several times."
+    return {"metavar": metavar, "help": text, "action": "append", "default": []}
 
 
 COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "concurrency": {
-        "type": int,
-        "default": _DEFAULTS.concurrency,
-        "metavar": "N",
-        "help": "The number of workers that write at the same time. Each has its own connection "
-        "(default: %(default)s).",
-    },
-    "batch": {
-        "type": int,
-        "default": _DEFAULTS.batch,
-        "metavar": "ROWS",
-        "help": "The number of rows in a range. Each range is one transaction (default: %(default)s).",
-    },
+    "concurrency": _value(
+        "N",
+        "The number of workers that write at the same time. Each has its own connection (default: "
+        "%(default)s).",
+        kind=int,
+        default=_DEFAULTS.concurrency,
+    ),
+    "batch": _value(
+        "ROWS",
+        "The number of rows in a range. Each range is one transaction (default: %(default)s).",
+        kind=int,
+        default=_DEFAULTS.batch,
+    ),
     "database": {
         "help": "The alias of the database that holds the target (default: the one that the project's "
         "database routers write the model to)."
@@ -294,12 +294,12 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "created_at__lt=2026-11-01T00:00:00Z.",
     ),
     "exclude": _list("LOOKUP=VALUE", "Skip the rows that match this Django lookup."),
-    "generator": {
-        "default": "",
-        "metavar": "DOTTED.PATH",
-        "help": "Make the values with this callable instead of the fields' defaults. It takes no argument, "
-        "or the row's instance, and returns a value, or a mapping of field names to values.",
-    },
+    "generator": _value(
+        "DOTTED.PATH",
+        "Make the values with this callable instead of the fields' defaults. It takes no argument, or the "
+        "row's instance, and returns a value, or a mapping of field names to values.",
+        default="",
+    ),
     "include_null": _switch("Also rotate rows whose value is NULL."),
     "include_blank": _switch("Also rotate rows whose value is the empty text."),
     "ignore_derived": _list(
@@ -325,23 +325,23 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "take_over": _switch(
         "Take the rotation from the process that owns it, even if that process is alive. It will stop."
     ),
-    "stop_after": {
-        "metavar": "ROWS|TIME",
-        "help": "Stop after this number of rows (5000) or this time (90s, 30m, 2h). The same command resumes "
-        "the rotation.",
-    },
-    "lock_timeout": {
-        "default": _LOCK_SECONDS,
-        "metavar": "TIME",
-        "help": "The longest wait of a range for one lock, before the range is deferred. All of its locks "
-        f"together may take five times as long (default: {_LOCK_SECONDS * 1000:.0f}ms).",
-    },
-    "outage_budget": {
-        "default": _OUTAGE_SECONDS,
-        "metavar": "TIME",
-        "help": "The longest wait for an unreachable server, before the run stops "
-        f"(default: {_OUTAGE_SECONDS / 60:.0f}m).",
-    },
+    "stop_after": _value(
+        "ROWS|TIME",
+        "Stop after this number of rows (5000) or this time (90s, 30m, 2h). The same command resumes the "
+        "rotation.",
+    ),
+    "lock_timeout": _value(
+        "TIME",
+        "The longest wait of a range for one lock, before the range is deferred. All of its locks together "
+        f"may take five times as long (default: {_LOCK_SECONDS * 1000:.0f}ms).",
+        default=_LOCK_SECONDS,
+    ),
+    "outage_budget": _value(
+        "TIME",
+        "The longest wait for an unreachable server, before the run stops (default: "
+        f"{_OUTAGE_SECONDS / 60:.0f}m).",
+        default=_OUTAGE_SECONDS,
+    ),
     "dry_run": _switch(
         "Show what the rotation will meet, how long it will take and what cannot be undone, and exit. To "
         "estimate the time, it rewrites up to a thirtieth of the rows and rolls them back, which leaves dead "
@@ -360,11 +360,7 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "help": "How to show progress: a bar on a terminal and lines elsewhere (auto), or JSON lines on "
         "standard output (json) (default: %(default)s).",
     },
-    "report": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "Also write the summary to this file, as JSON.",
-    },
+    "report": _value("FILE", "Also write the summary to this file, as JSON.", kind=Path),
 }
 """The options of ``manage.py async_rotate``, as ``argparse`` takes them."""
 

@@ -81,7 +81,7 @@ def overrides(field: AnyField, name: str) -> bool:
 def transforms(field: AnyField) -> bool:
     """Return whether saving changes the value of this field, e.g. to a hash.
 
-    Saves examples to find out. Returns True for a field that fails.
+    Tries ``pre_save()`` with examples. Returns True for a field that fails.
     """
     # Django's own methods set the time or commit a file.
     if not overrides(field, "pre_save"):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
@@ -28,8 +28,11 @@ from rotator.exceptions import RangeTooSlowError, ServerLostError, TargetError, 
 from rotator.fields.connections import lost_is_an_outage, unlogged
 from rotator.fields.derivation import comparable, is_expression, overrides, sql_hook, transforms
 from rotator.fields.model import AnyField, fetch_instances, fetch_instances_at, field_label
-from rotator.postgres.values import FromRows, InBulk, Place, UuidBlock, Values, ValueSource
-from rotator.ranges import Key
+from rotator.postgres.values import FromRows, InBulk, UuidBlock, Values, ValueSource
+
+T = TypeVar("T")
+Fetch: TypeAlias = Callable[[type[Model], Sequence[T], str], Mapping[T, Model]]
+"""Returns the rows of a model with these keys, or at these places, in a database."""
 
 MakeRow: TypeAlias = Callable[[], Sequence[object]]
 """Makes the values of one row, in the order of the fields."""
@@ -126,23 +129,19 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
     if not _takes_instance(path, generator):
         return _in_bulk(checker, lambda: checker.in_order(generator()))
 
-    def values_of(rows: Iterable[Model]) -> tuple[Values, ...]:
-        make_rows = [partial(lambda row: checker.in_order(generator(row)), row) for row in rows]
-        return checker.make_rows(make_rows, seconds=ROWS_SECONDS)
+    def from_rows(fetch: Fetch[T]) -> Callable[[Sequence[T]], tuple[list[T], tuple[Values, ...]]]:
+        def make(wanted: Sequence[T]) -> tuple[list[T], tuple[Values, ...]]:
+            with unlogged(database):
+                with lost_is_an_outage():
+                    rows = fetch(model, wanted, database)
+                make_rows = [
+                    partial(lambda row: checker.in_order(generator(row)), row) for row in rows.values()
+                ]
+                return list(rows), checker.make_rows(make_rows, seconds=ROWS_SECONDS)
 
-    def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
-        with unlogged(database):
-            with lost_is_an_outage():
-                rows = fetch_instances(model, keys, database)
-            return list(rows), values_of(rows.values())
+        return make
 
-    def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
-        with unlogged(database):
-            with lost_is_an_outage():
-                rows = fetch_instances_at(model, places, database)
-            return list(rows), values_of(rows.values())
-
-    return FromRows(sync_to_async(make), sync_to_async(make_at))
+    return FromRows(sync_to_async(from_rows(fetch_instances)), sync_to_async(from_rows(fetch_instances_at)))
 
 
 def check_plain_values(fields: Sequence[AnyField], model: type[Model]) -> None:
@@ -199,20 +198,18 @@ class _ValueChecker:
         names = [field.name for field in self.fields]
         if isinstance(result, Mapping):
             if set(result) != set(names):
-                raise ValuesError(
-                    f"{self.name} returned a mapping with {_listed(result)}, but the fields are "
-                    f"{_listed(names)}."
+                raise self._error(
+                    f"returned a mapping with {_listed(result)}, but the fields are {_listed(names)}."
                 )
             return [result[name] for name in names]
         if len(names) > 1:
-            raise ValuesError(
-                f"{self.name} returned a single value for several fields. It must return a mapping with "
-                f"{_listed(names)}."
+            raise self._error(
+                f"returned a single value for several fields. It must return a mapping with {_listed(names)}."
             )
         if transforms(self.fields[0]):
-            raise ValuesError(
-                f"{self.name} returned a plain value, which saving {names[0]} would transform. It must "
-                "return a mapping of the field's name to the value to store."
+            raise self._error(
+                f"returned a plain value, which saving {names[0]} would transform. It must return a mapping "
+                "of the field's name to the value to store."
             )
         return [result]
 
@@ -226,10 +223,13 @@ class _ValueChecker:
             if seen.isdisjoint(both):
                 seen |= both
                 return prepared
-        raise ValuesError(
-            f"{self.name} returned the same value {TRIES} times for rows of one range. It must return a new "
-            "one for each row"
+        raise self._error(
+            f"returned the same value {TRIES} times for rows of one range. It must return a new one each "
+            "time."
         )
+
+    def _error(self, text: str) -> ValuesError:
+        return ValuesError(f"{self.name} {text}")
 
     def _call(self, make_row: MakeRow) -> Sequence[object]:
         try:
@@ -239,26 +239,24 @@ class _ValueChecker:
             raise
         except Exception as error:  # noqa: BLE001 - any error of the project's code
             # Neither chained nor quoted, because the message may contain a value.
-            raise ValuesError(f"{self.name} raised {type(error).__name__}") from None
+            raise self._error(f"raised {type(error).__name__}.") from None
 
     def _prepare(self, field: AnyField, value: object) -> object:
         if value is None:
-            raise ValuesError(f"{self.name} returned None for {field.name}")
+            raise self._error(f"returned None for {field.name}.")
         if hasattr(value, "resolve_expression"):
-            raise ValuesError(
-                f"{self.name} returned an SQL expression for {field.name}. It must return values"
-            )
+            raise self._error(f"returned an SQL expression for {field.name}. It must return values.")
         self._check_limits(field, value)
         try:
             prepared = field.get_db_prep_save(value, connections[self.database])
         except Exception as error:  # noqa: BLE001 - any error of a custom field
-            raise ValuesError(
-                f"{self.name} returned a value that {field.name} cannot store ({type(error).__name__})"
+            raise self._error(
+                f"returned a value that {field.name} cannot store ({type(error).__name__})."
             ) from None
         if is_expression(prepared):
             raise _written_in_sql(field, "get_db_prep_save")
         if isinstance(prepared, str) and "\x00" in prepared:
-            raise ValuesError(f"{self.name} returned a text with a zero byte for {field.name}")
+            raise self._error(f"returned a text with a zero byte for {field.name}.")
         return prepared
 
     def _check_limits(self, field: AnyField, value: object) -> None:
@@ -276,9 +274,9 @@ class _ValueChecker:
                 # The limit is for another type; the server checks its own limits.
                 continue
             except ValidationError:
-                raise ValuesError(
-                    f"{self.name} returned a value for {field.name} that is over its limit "
-                    f"({validator.code} {validator.limit_value})"
+                raise self._error(
+                    f"returned a value for {field.name} that is over its limit "
+                    f"({validator.code} {validator.limit_value})."
                 ) from None
 
 

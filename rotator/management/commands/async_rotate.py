@@ -197,18 +197,13 @@ class Command(BaseCommand):
 
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
+    names = ("concurrency", "batch", "restart", "take_over", "stop_after", "lock_timeout", "outage_budget")
     return RunOptions.checked(
-        concurrency=options["concurrency"],
-        batch=options["batch"],
-        restart=options["restart"],
-        take_over=options["take_over"],
+        **{name: options[name] for name in names},
         vacuum=not options["no_vacuum"],
         preflight=not options["no_preflight"],
         # Only a reader needs the estimate.
         sample=not options["no_sample"] and (options["dry_run"] or is_terminal(sys.stderr)),
-        stop_after=options["stop_after"],
-        lock_timeout=options["lock_timeout"],
-        outage_budget=options["outage_budget"],
     )
 
 
