@@ -12,7 +12,7 @@ INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-celery test test-slow test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
+.PHONY: help demo demo-celery test test-slow test-foreign test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,15 +55,22 @@ demo-celery: .venv/celery ## Do the same by two Celery workers, with a broker of
 	$(EMBEDDED) manage.py create_tickets --total $(COUNT)
 	$(EMBEDDED) -m core.demo --celery --batch $(BATCH)
 
-test: .venv/test ## Run the test suite, except for what installs many packages
-	$(PYTEST) -m "not slow"
+test: .venv/test ## Run the test suite, except for what is slow
+	$(PYTEST) -m "not slow and not foreign"
 
-test-slow: .venv/test ## Rotate the models of foreign packages, which are installed for that
-	$(BIN)/python -m pytest -m slow
+test-slow: .venv/test ## Run the slow tests: fresh environments, full disks, a million rows, many kills
+	$(PYTEST) -m slow
 
-test-installed: .venv/test ## Run the tests of keys, SQL and runs on the PostgreSQL that Debian's packages brought
+test-foreign: .venv/test ## Rotate the models of foreign packages, which are installed for that
+	$(BIN)/python -m pytest -m foreign
+
+# What depends on the server's version, build and locales; the rest behaves the same on the embedded server.
+INSTALLED := $(addprefix tests/integration/test_,any_model.py key_settings.py stored_values.py sessions.py \
+	partitions.py identity.py older_rows.py planning.py plans.py preflight.py vacuuming.py writing.py)
+
+test-installed: .venv/test ## Run the tests of keys, plans and SQL on the PostgreSQL that Debian's packages brought
 	pg_virtualenv -o max_prepared_transactions=10 sh -c 'TEST_DATABASE_URL="postgres://$$PGUSER:$$PGPASSWORD@$$PGHOST:$$PGPORT/postgres" \
-		$(PYTEST) tests/integration --ignore=tests/integration/test_embedded_server.py --ignore=tests/integration/test_tickets.py'
+		$(PYTEST) $(INSTALLED)'
 
 lint: .venv/dev ## Check style
 	$(BIN)/ruff check .

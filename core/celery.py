@@ -14,4 +14,4 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_timeout=4,
 )
-app.autodiscover_tasks(["rotator"], related_name="distributed")
+app.autodiscover_tasks()

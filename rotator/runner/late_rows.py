@@ -20,13 +20,11 @@ from rotator.postgres.activity import holders
 from rotator.postgres.older_rows import OlderRow, OlderRows
 from rotator.postgres.table import TargetTable
 from rotator.runner.context import OnCommit
-from rotator.runner.engine import backoff_seconds
+from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.stop import StopSignal
 
 POLL_SECONDS: Final = 0.25
-_REFUSALS: Final = 3
-_FIRST_WAIT_SECONDS: Final = 0.1
-_MAX_WAIT_SECONDS: Final = 5.0
+_RETRY: Final = RetryPolicy()
 
 
 async def wait_for_older_writers(
@@ -41,15 +39,15 @@ async def wait_for_older_writers(
     """Wait for the transactions that wrote to the target before the rotation began.
 
     Args:
-        connection: In autocommit mode.
+        connection: A connection in autocommit mode.
         table: The target's table.
         started_xid: The transaction that began the rotation.
-        seconds: How long to wait at the most; None for as long as it takes.
-        stop_signal: A stop ends the waiting.
-        notify: Is told whom it waits for.
+        seconds: The maximum wait; None for no limit.
+        stop_signal: A request to stop ends the wait.
+        notify: Gets the names of the sessions that hold the transactions.
 
     Returns:
-        Whether they are over.
+        Whether they have ended.
     """
     waited = 0.0
     is_waiting = False
@@ -66,28 +64,13 @@ async def wait_for_older_writers(
     return True
 
 
-async def rotate_older_rows(
-    older_rows: OlderRows,
-    *,
-    batch: int,
-    stop_signal: StopSignal,
-    notify: Observer,
-    on_commit: OnCommit | None,
-) -> int:
-    """Rotate the rows that nothing has written since the start, until a stop is asked for.
+class LateRows:
+    """Rotates the rows that no session has written since the rotation began.
 
-    Returns:
-        The number of rows that have new values.
+    Attributes:
+        rows: The number of rows that have new values.
     """
-    rotation = _OlderRotation(older_rows, stop_signal, notify, on_commit)
-    async for rows in older_rows.find(batch):
-        await rotation.rotate(rows)
-        if stop_signal.drain.is_set():
-            break
-    return rotation.rows
 
-
-class _OlderRotation:
     def __init__(
         self, older_rows: OlderRows, stop_signal: StopSignal, notify: Observer, on_commit: OnCommit | None
     ) -> None:
@@ -97,30 +80,37 @@ class _OlderRotation:
         self._on_commit = on_commit
         self.rows = 0
 
-    async def rotate(self, rows: Sequence[OlderRow]) -> None:
-        deferrals = refusals = 0
+    async def rotate_all(self, batch: int) -> int:
+        """Rotate all of them until a stop is requested, and return the number of rows with new values."""
+        async for rows in self._older_rows.find(batch):
+            await self._rotate(rows)
+            if self._stop_signal.drain.is_set():
+                break
+        return self.rows
+
+    async def _rotate(self, rows: Sequence[OlderRow]) -> None:
+        deferrals = rejections = 0
         while not self._stop_signal.drain.is_set():
             try:
-                return await self._rotate_whole(rows)
+                return await self._rotate_once(rows)
             except RowsLockedError:
                 deferrals += 1
                 self._notify(RangeDeferred(rows=len(rows)))
-            except RangeRejectedError as refused:
-                refusals += 1
-                tries_whole = refused.retryable and refusals < _REFUSALS
-                if not tries_whole and len(rows) == 1:
-                    return self._notify(RowFailed(key=rows[0].key, reason=refused.condition))
-                self._notify(RangeRetried(rows=len(rows), reason=refused.condition, split=not tries_whole))
-                if not tries_whole:
+            except RangeRejectedError as error:
+                rejections += 1
+                step = _RETRY.after_rejection(error, rows=len(rows), rejections=rejections)
+                if step is NextStep.GIVE_UP:
+                    return self._notify(RowFailed(key=rows[0].key, reason=error.condition))
+                splits = step is NextStep.SPLIT
+                self._notify(RangeRetried(rows=len(rows), reason=error.condition, split=splits))
+                if splits:
                     middle = len(rows) // 2
-                    await self.rotate(rows[:middle])
-                    return await self.rotate(rows[middle:])
-            await self._stop_signal.wait(
-                backoff_seconds(deferrals + refusals, first=_FIRST_WAIT_SECONDS, longest=_MAX_WAIT_SECONDS)
-            )
+                    await self._rotate(rows[:middle])
+                    return await self._rotate(rows[middle:])
+            await self._stop_signal.wait(_RETRY.delay_seconds(deferrals + rejections))
         return None
 
-    async def _rotate_whole(self, rows: Sequence[OlderRow]) -> None:
+    async def _rotate_once(self, rows: Sequence[OlderRow]) -> None:
         written = await self._older_rows.rotate(rows)
         self.rows += written
         self._notify(LateRowsRotated(rows=written))

@@ -19,20 +19,22 @@ from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget
 
-# The server is under load, too, when many workers plan at the same time.
-TIMES_PLANNING: Final = 2
+# The measurement runs alone, but many workers plan at the same time.
+PLANNING_TIMES: Final = 2
 MIN_PART_OF_LIMIT: Final = 0.1
+# In addition to the workers' connections: for the heartbeat, for the planner and late rows, and for VACUUM.
+OTHER_CONNECTIONS: Final = 3
 
 
 async def raised_limit(
     connection: AsyncConnection, update: RangeUpdate, limits: WaitLimits, key: Key
 ) -> LimitRaised | None:
-    """Measure the planning time, and return the limit that allows for it; None where it hardly matters.
+    """Return a statement time limit that allows for planning; None where planning time hardly matters.
 
     Args:
-        connection: In autocommit mode.
+        connection: A connection in autocommit mode.
         update: The update of the ranges.
-        limits: The limits that were asked for.
+        limits: The limits of the options.
         key: Any key of the table.
     """
     if not update.table.is_partitioned:
@@ -43,29 +45,27 @@ async def raised_limit(
     return LimitRaised(
         planning_seconds=seconds,
         partitions=await count_partitions(connection, update.table),
-        statement_seconds=limits.statement_seconds + TIMES_PLANNING * seconds,
+        statement_seconds=limits.statement_seconds + PLANNING_TIMES * seconds,
     )
 
 
 def with_raised(limits: WaitLimits, raised: LimitRaised | None) -> WaitLimits:
-    """Return the limits of the ranges from now on."""
-    return limits if raised is None else replace(limits, statement_seconds=raised.statement_seconds)
-
-
-# Beside the workers': the heartbeat's, one for the planner and the pass over late rows, and VACUUM's.
-OTHER_CONNECTIONS: Final = 3
+    """Return the limits of the next ranges; a transaction gets as much more time as a statement."""
+    if raised is None:
+        return limits
+    more_seconds = raised.statement_seconds - limits.statement_seconds
+    return replace(
+        limits,
+        statement_seconds=raised.statement_seconds,
+        transaction_seconds=limits.transaction_seconds + more_seconds,
+    )
 
 
 async def check(connection: AsyncConnection, target: RunTarget, options: RunOptions) -> TargetTable:
-    """Refuse what cannot work.
-
-    Args:
-        connection: In autocommit mode.
-        target: What is to be rotated.
-        options: How.
+    """Return the target's table, after the checks that refuse a rotation.
 
     Raises:
-        RotatorError: It cannot, for the reason that its text gives; nothing was changed.
+        RotatorError: The rotation cannot run; nothing was changed.
     """
     connections = options.concurrency + OTHER_CONNECTIONS
     await check_server(connection, connections=connections, concurrency=options.concurrency)
@@ -73,10 +73,10 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
 
 
 async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetTable:
-    """Look the target's table up.
+    """Return the target's table.
 
     Raises:
-        TargetError: It cannot be rotated, or is not the one that Django's own connection uses.
+        TargetError: It cannot be rotated, or Django's own connection uses another table.
     """
     if target.session is not None:
         await check_session(connection, target.path, target.session)
@@ -91,67 +91,61 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
     )
 
 
-class Preflight:
-    """Looks at a target and its server."""
+async def examine(
+    connection: AsyncConnection,
+    table: TargetTable,
+    server: Server,
+    target: RunTarget,
+    options: RunOptions,
+    *,
+    counts: bool = False,
+) -> Findings:
+    """Return the findings of the preflight.
 
-    def __init__(
-        self, connection: AsyncConnection, table: TargetTable, server: Server, target: RunTarget
-    ) -> None:
-        """Take a connection in autocommit mode."""
-        self._connection = connection
-        self._table = table
-        self._server = server
-        self._target = target
+    Args:
+        connection: A connection in autocommit mode.
+        table: The target's table.
+        server: The server, for the connections of the sample.
+        target: The target.
+        options: The options of the rotation.
+        counts: Whether to count the rows, within a time limit.
 
-    async def unfinished(self) -> Unfinished | None:
-        """The rotation that would go on, if there is one."""
-        return await rotations.find_unfinished(self._connection, self._target.label, self._table.found_name)
-
-    async def examine(self, options: RunOptions, *, counts: bool = False) -> Findings:
-        """Find everything out.
-
-        Args:
-            options: How the rotation would be done.
-            counts: Whether to count the rows, for a while at most.
-
-        Raises:
-            RotatorError: The server could not be asked.
-        """
-        unfinished = None if options.restart else await self.unfinished()
-        table = await examine_table(self._connection, self._table, counts=counts)
-        return Findings(
-            target=self._target.label,
-            database=self._target.database,
-            server_name=await name_server(self._connection),
-            table_name=self._table.found_name,
-            concurrency=options.concurrency,
-            rows_left=table.rows if unfinished is None else max(0, table.rows - unfinished.rows_done),
-            unfinished=None if unfinished is None else unfinished.id,
-            table=table,
-            server=await examine_server(self._connection),
-            sample=await self._sample(options, table.rows) if options.sample else Sample(),
-            bypassed=self._target.bypassed,
-            warnings=self._target.warnings,
-            selection="" if self._target.selection == Selection() else str(self._target.selection),
+    Raises:
+        RotatorError: The server cannot be asked.
+    """
+    unfinished = None
+    if not options.restart:
+        unfinished = await rotations.find_unfinished(connection, target.label, table.found_name)
+    found = await examine_table(connection, table, counts=counts)
+    measured = Sample()
+    if options.sample:
+        update = RangeUpdate(table, target.source, options.limits)
+        measured = await sample(
+            connection, server, update, rows=found.rows, batch=options.batch, concurrency=options.concurrency
         )
-
-    async def _sample(self, options: RunOptions, rows: int) -> Sample:
-        return await sample(
-            self._connection,
-            self._server,
-            RangeUpdate(self._table, self._target.source, options.limits),
-            rows=rows,
-            batch=options.batch,
-            concurrency=options.concurrency,
-        )
+    return Findings(
+        target=target.label,
+        database=target.database,
+        server_name=await name_server(connection),
+        table_name=table.found_name,
+        concurrency=options.concurrency,
+        rows_left=found.rows if unfinished is None else max(0, found.rows - unfinished.rows_done),
+        unfinished=None if unfinished is None else unfinished.id,
+        table=found,
+        server=await examine_server(connection),
+        sample=measured,
+        bypassed=target.bypassed,
+        warnings=target.warnings,
+        selection="" if target.selection == Selection() else str(target.selection),
+    )
 
 
 async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Findings:
-    """Examine a target; the rows of the sample, if there is to be one, are rewritten and rolled back.
+    """Return the findings about a target; the rows of a sample are rewritten and rolled back.
 
     Raises:
         MissingPrivilegesError: The role lacks a privilege.
-        RotatorError: It cannot be rotated, or the server cannot be asked.
+        RotatorError: The target cannot be rotated, or the server cannot be asked.
     """
     async with connected(server) as connection:
         table = await check(connection, target, options)
@@ -159,12 +153,12 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Fin
             raise MissingPrivilegesError(grants)
         if options.sample and target.selection.generator:
             await check_values(connection, RangeUpdate(table, target.source, options.limits))
-        return await Preflight(connection, table, server, target).examine(options, counts=True)
+        return await examine(connection, table, server, target, options, counts=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Earlier:
-    """The rotations of a target that a new run has to do with.
+    """The earlier rotations of a target that matter to a new run.
 
     Attributes:
         unfinished: The rotation to resume; None where there is none.
@@ -176,14 +170,13 @@ class Earlier:
 
 
 async def find_earlier(server: Server, target: RunTarget) -> Earlier:
-    """Find the earlier rotations of a target.
+    """Return the earlier rotations of a target.
 
     Raises:
-        RotatorError: The target cannot be rotated, or the server cannot be reached.
+        RotatorError: The target cannot be rotated, or the server is unreachable.
     """
     async with connected(server) as connection:
-        table = await read_target(connection, target)
-        name = table.found_name
+        name = (await read_target(connection, target)).found_name
         return Earlier(
             unfinished=await rotations.find_unfinished(connection, target.label, name),
             completed=await rotations.find_last_completed(connection, target.label, name, target.selection),

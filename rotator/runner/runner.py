@@ -40,11 +40,11 @@ from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
-from rotator.runner.acquire import Acquired, Acquisition, reacquire
+from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import OnCommit, RunContext, RunTarget, ShouldStop
 from rotator.runner.distribution import SpanPublisher
-from rotator.runner.preflight import Preflight, check
-from rotator.runner.reconnect import OutageBudget
+from rotator.runner.preflight import check, examine
+from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session
 from rotator.runner.stop import StopSignal
 from rotator.runner.vacuum import Vacuuming
@@ -210,7 +210,7 @@ class Run:
         """
         async with connected(self._context.server) as control:
             table = await self._check(control)
-            self._acquired = await Acquisition(control, table, self._context).acquire()
+            self._acquired = await acquire(control, table, self._context)
         await self._record("queued")
         return self._acquired.lease.rotation
 
@@ -259,7 +259,7 @@ class Run:
             self._notify(ServerLogShowsValues(settings=showing))
         self._server_name = await name_server(control)
         self._figures.storage_before = await read_storage(control, table)
-        await self._vacuuming.allow(control, table)
+        await self._vacuuming.prepare(control, table)
         await self._check_values(control, table)
         if self._context.options.preflight:
             await self._preflight(control, table)
@@ -276,24 +276,24 @@ class Run:
             await check_values(control, RangeUpdate(table, target.source, options.limits))
 
     async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
-        """Tell what a new rotation will meet; one that goes on has been through that."""
+        """Report the findings about a new rotation; a resumed one was examined before."""
         target, options = self._context.target, self._context.options
-        examination = Preflight(control, table, self._context.server, target)
-        unfinished = await examination.unfinished()
+        unfinished = await rotations.find_unfinished(control, target.label, table.found_name)
         if unfinished is None and not options.restart:
             # Acquiring the rotation checks this too, but the report is not worth showing before a refusal.
             await rotations.check_repetition(
                 control, target.label, table.found_name, target.selection, after=options.after
             )
         if unfinished is None or options.restart:
-            self._notify(Preflighted(findings=await examination.examine(options)))
+            findings = await examine(control, table, self._context.server, target, options)
+            self._notify(Preflighted(findings=findings))
         if self._stop_signal.drain.is_set():
             raise StoppedBeforeStartError(self._stop_signal.signal)
 
     async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
         """Own the rotation, the first time or again after an outage."""
         if self._acquired is None:
-            return await Acquisition(control, table, self._context).acquire()
+            return await acquire(control, table, self._context)
         return await reacquire(control, self._acquired, table, self._context)
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
@@ -314,7 +314,7 @@ class Run:
                         owned = await session_work.read_state()
                         self._notify_started(session_work, owned)
                         vacuum = tasks.create_task(
-                            self._vacuuming.beside(control, table, rows_total=owned.rows_total),
+                            self._vacuuming.run_during_rotation(control, table, rows_total=owned.rows_total),
                             name="rotator VACUUM",
                         )
                         locks = tasks.create_task(
@@ -347,11 +347,11 @@ class Run:
 
     def _notify_outage_ended(self, rows_done: int) -> None:
         if self._outage.is_unreachable:
-            self._notify(OutageEnded(seconds=self._outage.back(), rows_done=rows_done))
+            self._notify(OutageEnded(seconds=self._outage.reached(), rows_done=rows_done))
 
     async def _final_vacuum(self, table: TargetTable) -> RotationStopped:
         """Vacuum once more; the workers have left, so what they have done is in the statistics by now."""
-        await self._vacuuming.at_the_end(table)
+        await self._vacuuming.run_final(table)
         with suppress(RotatorError):
             async with connected(self._context.server) as connection:
                 self._figures.storage = await read_storage(connection, table)
@@ -443,5 +443,5 @@ class Run:
         self._figures.take(event)
         self._lock_watch.take(event)
         if isinstance(event, RangeCompleted | LateRowsRotated):
-            self._outage.works()
+            self._outage.refill()
         self._observer(event)

@@ -21,7 +21,7 @@ from rotator.runner.acquire import Acquired
 from rotator.runner.context import AnnouncingWriter, RunContext
 from rotator.runner.distribution import Distribution
 from rotator.runner.engine import Engine, EngineOptions
-from rotator.runner.late_rows import rotate_older_rows, wait_for_older_writers
+from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.preflight import raised_limit, with_raised
 
 OLDER_WRITERS_SECONDS: Final = 5.0
@@ -220,13 +220,8 @@ class Session:
             if not writers.older:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
-            rotated = await rotate_older_rows(
-                older_rows,
-                batch=self._context.options.batch,
-                stop_signal=stop_signal,
-                notify=notify,
-                on_commit=self._context.on_commit,
-            )
+            late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
+            rotated = await late_rows.rotate_all(self._context.options.batch)
             if stop_signal.drain.is_set() or self._context.figures.failed_keys:
                 return False
             attempts = 0 if rotated else attempts + 1

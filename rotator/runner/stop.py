@@ -11,7 +11,7 @@ from rotator.events import DrainStarted, Observer, StopReason
 
 T = TypeVar("T")
 
-# What a terminal's Ctrl-C, a service manager and a dropped connection send.
+# Sent by Ctrl-C, by a service manager, and when a terminal closes.
 _SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
@@ -19,7 +19,14 @@ SAME_REQUEST_SECONDS: Final = 0.5
 
 
 class StopSignal:
-    """What has been asked of a run so far; belongs to one event loop."""
+    """The requests to stop that a run has received; belongs to one event loop.
+
+    Attributes:
+        drain: Set by the first request: no more ranges begin.
+        reason: The reason of the first request.
+        signal: The first signal, if there was one.
+        aborted: Whether a second signal asked to cancel the ranges in flight.
+    """
 
     def __init__(self, notify: Observer) -> None:
         self.drain = asyncio.Event()
@@ -31,31 +38,29 @@ class StopSignal:
         self._signalled_at = 0.0
 
     def request(self, reason: StopReason) -> None:
-        """Begin to drain, unless that was asked for already."""
+        """Begin to drain, unless a drain has begun."""
         if not self.drain.is_set():
             self.reason = reason
             self.drain.set()
             self._notify(DrainStarted(reason=reason))
 
     def request_by_signal(self, received: signal.Signals) -> None:
-        """Begin to drain; the second time, cancel the work.
+        """Begin to drain on the first signal, and cancel the work on the second.
 
-        One hang-up or shutdown can arrive as two signals: from the terminal and the shell, from a service
-        manager and its helper. Only Ctrl-C twice is meant as twice at once.
+        One hang-up or shutdown can arrive as two signals: from the terminal and the shell, or from a service
+        manager and its helper. Only a second Ctrl-C is always a second request.
         """
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._signalled_at = received, now
             self.request(StopReason(received.name))
-            return
-        if received is not signal.SIGINT and now - self._signalled_at < SAME_REQUEST_SECONDS:
-            return
-        self.aborted = True
-        if self._work is not None:
-            self._work.cancel()
+        elif received is signal.SIGINT or now - self._signalled_at >= SAME_REQUEST_SECONDS:
+            self.aborted = True
+            if self._work is not None:
+                self._work.cancel()
 
     async def wait(self, seconds: float) -> bool:
-        """Wait for a stop, and return whether one was asked for within this time."""
+        """Wait for a request at most so long, and return whether there was one."""
         try:
             async with asyncio.timeout(seconds):
                 await self.drain.wait()
@@ -64,7 +69,7 @@ class StopSignal:
         return True
 
     async def run_until_stop(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Await some work and return its result; cancel it and return None once a stop is asked for."""
+        """Return the result of some work, or cancel it and return None on a request to stop."""
         working = asyncio.create_task(work, name="rotator work until a stop")
         stop = asyncio.create_task(self.drain.wait(), name="rotator wait for a stop")
         try:
@@ -77,7 +82,7 @@ class StopSignal:
 
     @contextmanager
     def aborting(self, work: "asyncio.Task[object]") -> Iterator[None]:
-        """Cancel this task when the second signal comes."""
+        """Cancel this task on the second signal."""
         self._work = work
         if self.aborted:
             work.cancel()
@@ -88,14 +93,14 @@ class StopSignal:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Listen to the signals that ask for a stop, where this is the main thread."""
+        """Handle the signals that request a stop, where this is the main thread."""
         loop = asyncio.get_running_loop()
         before = {}
-        # Outside the main thread nothing can listen, and the run goes on without.
+        # Outside the main thread no handler can be set; the run works without.
         with suppress(ValueError, RuntimeError, NotImplementedError):
             for number in _SIGNALS:
                 previous = signal.getsignal(number)
-                # Under nohup a hang-up is ignored on purpose.
+                # nohup ignores SIGHUP on purpose.
                 if number.name == "SIGHUP" and previous is signal.SIG_IGN:
                     continue
                 loop.add_signal_handler(number, self.request_by_signal, number)
@@ -103,7 +108,7 @@ class StopSignal:
         try:
             yield
         finally:
-            # The loop's own handlers would point at a closed loop, and a Ctrl-C during the summary be lost.
+            # The loop's own handlers would point to a closed loop, and lose a Ctrl-C during the summary.
             for number, previous in before.items():
                 loop.remove_signal_handler(number)
                 signal.signal(number, previous)

@@ -9,18 +9,18 @@ from rotator.ranges import KeyRange
 
 
 class Attempt(NamedTuple):
-    """A range in a worker's hand.
+    """A range, and what has happened to it so far.
 
     Attributes:
-        key_range: What to write.
-        deferrals: How often its rows were found locked.
-        refusals: How often the server refused it.
+        key_range: The range.
+        deferrals: How often its rows were locked.
+        rejections: How often the server rejected it.
         is_probed: Whether its first row was tried alone, while no row had been rotated.
     """
 
     key_range: KeyRange
     deferrals: int = 0
-    refusals: int = 0
+    rejections: int = 0
     is_probed: bool = False
 
 
@@ -31,15 +31,15 @@ class _Waiting(NamedTuple):
 
 
 class WorkQueue:
-    """Hands planned ranges to workers, and ranges that are due for another attempt before them."""
+    """Hands ranges to workers; those that are due for a retry go before planned ones."""
 
     def __init__(self, drain: asyncio.Event, *, queue_ranges: int, waiting_ranges: int) -> None:
         """Make the queue; to be called in the running loop.
 
         Args:
-            drain: Once set, workers are handed nothing more.
-            queue_ranges: How many planned ranges may wait; the memory cap.
-            waiting_ranges: How many ranges may wait for another attempt before workers turn to them first.
+            drain: Once set, workers get no more ranges.
+            queue_ranges: The maximum planned ranges in the queue, which caps memory.
+            waiting_ranges: The number of ranges that wait for a retry at which workers prefer them.
         """
         self.drain = drain
         self._queue: asyncio.Queue[KeyRange | None] = asyncio.Queue(queue_ranges)
@@ -51,25 +51,25 @@ class WorkQueue:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many ranges wait for another attempt as may."""
+        """Whether the maximum number of ranges wait for a retry."""
         return len(self._waiting) >= self._waiting_ranges
 
     async def put(self, key_range: KeyRange) -> None:
-        """Wait for room, then let a worker have the range."""
+        """Add a planned range, as soon as there is room."""
         await self._queue.put(key_range)
 
     async def close(self) -> None:
-        """Tell the workers that no more ranges come."""
+        """Add the end: no more planned ranges follow."""
         await self._queue.put(None)
 
     def requeue(self, attempt: Attempt, *, delay_seconds: float) -> None:
-        """Let a range wait for another attempt."""
+        """Add a range that is due for a retry after a delay."""
         heapq.heappush(self._waiting, _Waiting(self._clock() + delay_seconds, next(self._numbers), attempt))
 
     async def take(self) -> Attempt | None:
-        """The next range; None when this worker may go."""
+        """Wait for the next range; None where no work is left for this worker."""
         while not self.drain.is_set():
-            if self._waiting and self._takes_waiting():
+            if self._waiting and (self._closed or self.is_full or self._waiting[0].due <= self._clock()):
                 first = heapq.heappop(self._waiting)
                 return None if await self._drained_until(first.due) else first.attempt
             if self._closed:
@@ -79,11 +79,8 @@ class WorkQueue:
                 return Attempt(key_range)
         return None
 
-    def _takes_waiting(self) -> bool:
-        return self._closed or self.is_full or self._waiting[0].due <= self._clock()
-
     async def drained_within(self, seconds: float) -> bool:
-        """Wait for so long, or until the drain begins, and return whether it has."""
+        """Wait for the drain at most so long, and return whether it has begun."""
         return await self._drained_until(self._clock() + seconds)
 
     async def _drained_until(self, due: float) -> bool:
@@ -95,7 +92,7 @@ class WorkQueue:
         return True
 
     async def _get(self) -> KeyRange | None:
-        """The next planned range; None where a waiting one is due first, or the queue was closed."""
+        """Wait for a planned range; None where a retry is due first, or the queue was closed."""
         until = self._waiting[0].due if self._waiting else None
         try:
             async with asyncio.timeout_at(until):
@@ -104,6 +101,6 @@ class WorkQueue:
             return None
         if key_range is None:
             self._closed = True
-            # The next worker wants to hear it too; there is room, since one was just taken out.
+            # For the next worker; there is room, since an item was just taken.
             self._queue.put_nowait(None)
         return key_range

@@ -26,7 +26,7 @@ from rotator.ranges import Key
 from rotator.runner.context import AnnouncingWriter, OnCommit, RunTarget, ShouldStop
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.preflight import raised_limit, read_target, with_raised
-from rotator.runner.reconnect import OutageBudget
+from rotator.runner.retry import OutageBudget
 
 # Beside the workers': the span's own, and the planner's.
 OTHER_CONNECTIONS: Final = 2
@@ -43,7 +43,7 @@ class _EventCounter:
     def __call__(self, event: Event) -> None:
         match event:
             case RangeCompleted():
-                self.outage.works()
+                self.outage.refill()
             case RangeDeferred() | RangeRetried():
                 self.retries += 1
             case RowFailed():
@@ -118,7 +118,7 @@ class SpanWork:
             if difference:
                 raise changed_target(self._claim.rotation, self._target.label, difference)
             claimed = await spans.claim_span(connection, table, self._claim, span, worker=str(this_process()))
-            self._outage.back()
+            self._outage.reached()
             if claimed is None:
                 return
             told = _EventCounter(self._outage)

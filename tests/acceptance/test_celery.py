@@ -291,7 +291,7 @@ def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands
     hosts.worker(processes=2)
     finished = following.wait()
     assert finished.status == 0, finished.err
-    assert "interrupted: 0 of 0 rows (0%), waiting for a worker" in finished.out
+    assert "queued: 0 of 0 rows (0%), waiting for a worker" in finished.out
     assert finished.out.splitlines()[-1].startswith("completed: 20,000 of 20,000 rows (100%)")
     audit.assert_rotated()
 

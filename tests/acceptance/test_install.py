@@ -10,7 +10,7 @@ import pytest
 from tests.acceptance.harness import PROJECT
 from tests.acceptance.installed import Environment, Site, blocks, copy_of_this_repository
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.slow, pytest.mark.django_db(transaction=True)]
 
 PACKAGES = "djangorestframework django-rest-knox django-oauth-toolkit mypy django-stubs"
 

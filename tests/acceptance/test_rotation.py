@@ -13,6 +13,7 @@ MILLION = 1_000_000
 MOST_MEMORY_BYTES = 150_000_000
 
 
+@pytest.mark.slow
 def test_a_million_rows_get_new_tokens(commands: Commands, tmp_path: Path) -> None:
     new_values = commands.start("--count", str(MILLION), program=(*MANAGE, "create_tickets")).wait(120)
     assert new_values.status == 0, new_values.err

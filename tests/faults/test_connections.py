@@ -118,6 +118,7 @@ def test_a_completion_whose_commit_is_ambiguous(
     audit.assert_rotated_once()
 
 
+@pytest.mark.slow
 def test_silence_is_noticed_and_the_run_goes_on(
     database: Database, rotations: Rotations, proxy: Proxy
 ) -> None:

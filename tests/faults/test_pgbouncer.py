@@ -14,8 +14,7 @@ from tests.faults.database import Database, make_tickets, new_role, slow_down
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.own_server import OwnServer
 from tests.faults.ports import unused_port
-from tests.faults.test_privileges import documented_grants
-from tests.faults.test_settings import ROLE_SETTINGS
+from tests.faults.roles import ROLE_SETTINGS, documented_grants
 
 ROWS = int(os.environ.get("ROTATOR_TEST_ROWS", "100000"))
 

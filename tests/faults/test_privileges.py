@@ -1,32 +1,23 @@
 """A role with no more rights than the operating guide tells people to grant."""
 
-import re
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.acceptance.harness import PROJECT, wait_until
+from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
+from tests.faults.roles import documented_grants
 
 ROLE = "rotating"
 ROWS = 5000
-_GUIDE: Path = PROJECT / "docs" / "operating.md"
-
-
-def documented_grants(role: str = ROLE) -> list[str]:
-    grants = re.findall(r"^ {4}(GRANT .*;)$", _GUIDE.read_text(), re.MULTILINE)
-    assert len(grants) >= 4
-    names = {"shop_order": "tickets_ticket", "api_key": "token", ROLE: role}
-    return [re.sub("|".join(names), lambda found: names[found[0]], grant) for grant in grants]
 
 
 @pytest.fixture
 def url(database: Database) -> Iterator[str]:
     """A DATABASE_URL of a role that has been granted what the guide says, and nothing else."""
-    with new_role(database, ROLE, *documented_grants()) as url:
+    with new_role(database, ROLE, *documented_grants(ROLE)) as url:
         yield url
 
 

@@ -271,6 +271,7 @@ def _copy(source: Path, target: Path) -> None:
     subprocess.run([_CP, "--archive", source, target], check=True)
 
 
+@pytest.mark.slow
 def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotations, tmp_path: Path) -> None:
     # Without the second it would come back at once, having made room for itself.
     with server.configured(max_wal_size="4GB", restart_after_crash="off"):
@@ -296,6 +297,7 @@ def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotat
         server.start()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk(database: Database, rotations: Rotations, tmp_path: Path) -> None:
     audit = make_tickets(database, ROWS)

@@ -8,22 +8,9 @@ import pytest
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down
 from tests.faults.harness import Rotations, assert_completed
+from tests.faults.roles import ROLE_SETTINGS
 
 ROLE = "limited"
-ROLE_SETTINGS = (
-    "transaction_timeout = '60ms'",
-    "lock_timeout = '1ms'",
-    "idle_session_timeout = '300ms'",
-    "idle_in_transaction_session_timeout = '1ms'",
-    "default_transaction_isolation = serializable",
-    "default_transaction_deferrable = on",
-    "standard_conforming_strings = off",
-    "enable_indexscan = off",
-    "enable_tidscan = off",
-    "enable_mergejoin = off",
-    "enable_nestloop = off",
-    "enable_sort = off",
-)
 
 
 @pytest.fixture

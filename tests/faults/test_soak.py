@@ -3,11 +3,14 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.acceptance.harness import PROJECT
 
 KILLS = 10
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments() -> None:
     finished = subprocess.run(
         [sys.executable, "benchmarks/soak.py", f"--kills={KILLS}", "--rows=20000", "--seed=1"],

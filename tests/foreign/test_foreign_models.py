@@ -10,7 +10,7 @@ import pytest
 
 from tests.acceptance.installed import Environment, Site, copy_of_this_repository
 
-pytestmark = [pytest.mark.slow, pytest.mark.django_db(transaction=True)]
+pytestmark = [pytest.mark.foreign, pytest.mark.django_db(transaction=True)]
 
 PACKAGES = (
     "Django~=5.2.0",

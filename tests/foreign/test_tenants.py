@@ -9,7 +9,7 @@ import pytest
 from tests.acceptance.installed import Environment, Site, copy_of_this_repository
 from tests.foreign.test_foreign_models import READY_MADE
 
-pytestmark = [pytest.mark.slow, pytest.mark.django_db(transaction=True)]
+pytestmark = [pytest.mark.foreign, pytest.mark.django_db(transaction=True)]
 
 SETTINGS = """
 DATABASES['default']['ENGINE'] = 'django_tenants.postgresql_backend'

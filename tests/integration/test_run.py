@@ -33,7 +33,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
 from rotator.postgres.fence import Lease
 from rotator.postgres.owner import this_process
-from rotator.runner import acquire, engine, runner, session
+from rotator.runner import acquire, retry, runner, session
 from rotator.signals import range_rotated
 from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import (
@@ -386,7 +386,7 @@ def test_rows_at_fault_are_named_and_all_others_rotated(database: Database) -> N
 def test_suppressed_updates_complete_nothing(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     database.make_tickets(1, 20)
     database.before_update("IF OLD.id = 5 THEN RETURN NULL; END IF; RETURN NEW;")
-    monkeypatch.setattr(engine, "backoff_seconds", lambda *_attempt, **_limits: 0.0)
+    monkeypatch.setattr(retry, "backoff_seconds", lambda *_attempt, **_limits: 0.0)
     outcome = rotate_tickets()
     assert outcome.status == "failed"
     assert [key for key, _ in outcome.failed_keys] == ["[5]"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rotator.runner.engine import backoff_seconds
+from rotator.runner.retry import backoff_seconds
 
 
 @pytest.mark.parametrize(("attempt", "seconds"), [(1, 0.1), (2, 0.2), (3, 0.4), (6, 3.2)])

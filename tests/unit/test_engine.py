@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,9 @@ from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, R
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.engine import Engine, EngineOptions
+from rotator.runner.retry import RetryPolicy
+
+RETRY = RetryPolicy()
 
 
 def _number(key: Key | None) -> int:
@@ -71,8 +75,11 @@ class _Rows:
         return key_range.rows
 
 
-def _engine(planner: _Numbers, writer: _Rows, events: list[Event], **options: int) -> Engine:
-    without_delays = EngineOptions(deferral_seconds=0, probe_delay_seconds=0, **options)
+def _engine(
+    planner: _Numbers, writer: _Rows, events: list[Event], retry: RetryPolicy = RETRY, **options: int
+) -> Engine:
+    retry = replace(retry, first_delay_seconds=0)
+    without_delays = EngineOptions(retry=retry, probe_delay_seconds=0, **options)
     return Engine(planner, writer, notify=events.append, options=without_delays)
 
 
@@ -131,7 +138,12 @@ async def test_a_drain_ends_the_waiting_for_a_locked_table() -> None:
         assert isinstance(event, RangeDeferred)
         drain.set()
 
-    engine = Engine(_LockedTable(1000), rows, notify=notify, options=EngineOptions(deferral_seconds=1000))
+    engine = Engine(
+        _LockedTable(1000),
+        rows,
+        notify=notify,
+        options=EngineOptions(retry=RetryPolicy(first_delay_seconds=1000, max_delay_seconds=1000)),
+    )
     await engine.run([_span(0, 100)], drain)
     assert rows.written == Counter()
 
@@ -223,7 +235,12 @@ async def test_a_refusal_that_passes_is_tried_again_whole() -> None:
 async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
     rows, events = _Refusals({3}, retryable=True), list[Event]()
     engine = _engine(
-        _Numbers(), rows, events, concurrency=1, batch=4, refusals_before_split=2, refusals_of_one_row=5
+        _Numbers(),
+        rows,
+        events,
+        concurrency=1,
+        batch=4,
+        retry=RetryPolicy(rejections_before_split=2, rejections_of_one_row=5),
     )
     await engine.run([_span(0, 4)], asyncio.Event())
     assert Counter(rows.tried) == {
@@ -293,7 +310,9 @@ async def test_rows_are_counted_over_all_spans() -> None:
 
 async def test_rows_that_stay_locked_hold_up_only_themselves() -> None:
     rows, events = _Rows(locked={8: 40}), list[Event]()
-    engine = _engine(_Numbers(), rows, events, concurrency=1, batch=8, deferrals_before_split=2)
+    engine = _engine(
+        _Numbers(), rows, events, concurrency=1, batch=8, retry=RetryPolicy(deferrals_before_split=2)
+    )
     await engine.run([_span(0, 32)], asyncio.Event())
     assert rows.written == Counter(range(1, 33))
     deferred = [event.rows for event in events if isinstance(event, RangeDeferred)]

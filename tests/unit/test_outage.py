@@ -1,6 +1,6 @@
 """The budget for a server that is away, by a clock that is turned by hand."""
 
-from rotator.runner.reconnect import (
+from rotator.runner.retry import (
     FIRST_RECONNECT_SECONDS,
     MAX_RECONNECT_SECONDS,
     STEADY_SECONDS,
@@ -49,34 +49,34 @@ def test_a_server_that_is_back_says_how_long_it_was_away() -> None:
     budget, clock = _budget()
     budget.lost()
     clock.now += 12
-    assert budget.back() == 12
+    assert budget.reached() == 12
     assert not budget.is_unreachable
 
 
 def test_a_server_that_was_never_away_was_away_for_no_time() -> None:
     budget, _ = _budget()
-    assert budget.back() == 0
+    assert budget.reached() == 0
 
 
 def test_coming_back_without_working_goes_on_with_the_same_budget() -> None:
     budget, clock = _budget()
     budget.lost()
     clock.now += 10
-    budget.back()
+    budget.reached()
     clock.now += 10
     budget.lost()
     assert budget.left_seconds == 40
     clock.now += 5
     # The time in between was no outage.
-    assert budget.back() == 5
+    assert budget.reached() == 5
 
 
 def test_a_completed_range_gives_the_whole_budget_back() -> None:
     budget, clock = _budget()
     budget.lost()
     clock.now += 50
-    budget.back()
-    budget.works()
+    budget.reached()
+    budget.refill()
     assert budget.left_seconds == 60
     clock.now += 50
     budget.lost()
@@ -105,7 +105,7 @@ def test_a_server_that_has_answered_for_long_begins_a_new_budget() -> None:
     budget, clock = _budget()
     budget.lost()
     clock.now += 50
-    budget.back()
+    budget.reached()
     clock.now += STEADY_SECONDS
     budget.lost()
     assert budget.left_seconds == 60
