@@ -165,13 +165,8 @@ def prepare(
 ) -> "Prepared":
     """Check everything that Django's side can check, before anything is changed.
 
-    Args:
-        labels: One or several ``app.Model.field``; empty for the target of the setting.
-        database: Django's alias of the database; None for the one that the project's routers write the model
-            to.
-        options: The options of the run.
-        selection: The choice of rows and values; None for all rows and the fields' own defaults.
-        is_begun: Whether the rotation has begun, so that its tables exist.
+    Without labels the target is that of the setting; without a database, the one that the project's routers
+    write the model to. If the rotation has begun, the rotator's tables exist and are not checked.
 
     Raises:
         RotatorError: The rotation cannot begin; the text says why.
@@ -220,50 +215,25 @@ def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrap
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A rotation that Django's side has checked.
-
-    Attributes:
-        target: The target.
-        options: The options of the run.
-        server: The server of the target.
-    """
+    """A rotation that Django's side has checked; each method raises RotatorError if it cannot go ahead."""
 
     target: RunTarget
     options: RunOptions
     server: Server
 
     def earlier(self) -> Earlier:
-        """Return the earlier rotations of this target that matter to a new run.
-
-        Raises:
-            RotatorError: The target cannot be rotated, or the server is unreachable.
-        """
+        """Return the earlier rotations of this target that matter to a new run."""
         return run(lambda: find_earlier(self.server, self.target))
 
     def examine(self) -> Findings:
-        """Return the preflight report; the rows of its sample are rolled back.
-
-        Raises:
-            RotatorError: The rotation cannot begin, or the server is unreachable.
-        """
+        """Return the preflight report; the rows of its sample are rolled back."""
         close_idle()
         return run(lambda: dry_run(self.server, self.target, self.options))
 
     def begin(self, observer: Observer) -> int:
-        """Begin or resume the rotation, queue it for Celery workers, and return its id.
-
-        Args:
-            observer: Is called with the preflight's events.
-
-        Raises:
-            RotatorError: It cannot be rotated, or another process owns it; nothing was changed.
-        """
+        """Begin or resume the rotation, queue it for Celery workers, and return its id."""
         close_idle()
-
-        async def begin() -> int:
-            return await Run(self.server, self.target, self.options, observer).begin()
-
-        return run(begin)
+        return run(lambda: Run(self.server, self.target, self.options, observer).begin())
 
     def rotate(
         self,
@@ -281,9 +251,6 @@ class Prepared:
             should_stop: Is called now and then, and returns whether to drain; None to drain on signals only.
             keeps_connections: Keep Django's connections of this thread open. By default those without a
                 transaction are closed, so that they are not idle during the run.
-
-        Raises:
-            RotatorError: The rotation did not begin, or another process owns it.
         """
         if not keeps_connections:
             close_idle()
@@ -307,17 +274,7 @@ class Prepared:
     def rotate_span(
         self, lease: Lease, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
     ) -> None:
-        """Rewrite the rest of a span of a distributed rotation.
-
-        Args:
-            lease: The rotation and its generation, from the message about the span.
-            span: The span's id.
-            should_stop: Is called now and then, and returns whether the worker has to stop.
-            identity: The identity of the target when the rotation began.
-
-        Raises:
-            RotatorError: The same errors as :meth:`SpanWork.rotate`.
-        """
+        """Rewrite the rest of a span of a distributed rotation, which began on a target of this identity."""
         from rotator.runner.worker import SpanWork  # noqa: PLC0415 - only Celery workers need it
 
         async def work() -> None:

@@ -27,11 +27,7 @@ _MAX_NUMBER: Final = 2**31 - 1
 
 
 def read_duration(name: str, value: Duration, *, maximum: str = _MAX_WAIT) -> float:
-    """Return the seconds of an option that is a duration.
-
-    Raises:
-        OptionError: The value is not a valid duration, or it is out of range.
-    """
+    """Check the value of an option that is a duration, and return its seconds."""
     seconds = _seconds(value)
     if seconds is None:
         raise OptionError(f"{_flag(name)} must be a duration (100ms, 30s, 5m or 2h), not '{value}'.")
@@ -41,11 +37,7 @@ def read_duration(name: str, value: Duration, *, maximum: str = _MAX_WAIT) -> fl
 
 
 def read_rows_or_duration(name: str, value: Duration | None) -> tuple[int | None, float | None]:
-    """Return the number of rows, or else the seconds, of an option that is one of them.
-
-    Raises:
-        OptionError: The value is neither.
-    """
+    """Check the value of an option that is a number of rows or a duration, and return rows and seconds."""
     if value is None:
         return None, None
     if isinstance(value, int) or (isinstance(value, str) and re.fullmatch(r"[0-9_]+", value)):
@@ -153,19 +145,11 @@ class WaitLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
-    """The options of one run, checked and with their defaults.
+    """The options of one run: those of the command, checked, and some for other callers.
 
     Attributes:
-        concurrency: The number of workers that write at the same time.
-        batch: The number of rows in a range.
         rotation: The id of the only rotation to resume; None for the target's unfinished one, or a new one.
-        restart: Whether to abandon the unfinished rotation, or repeat the completed one, by a new one.
         after: The id of the completed rotation that a new one may repeat; None for no rotation.
-        take_over: Whether to take the rotation from its owner without checking that the owner is gone.
-        stop_after_rows: The number of rows after which the run stops; None for no limit.
-        stop_after_seconds: The time after which the run stops; None for no limit.
-        outage_budget_seconds: The longest wait for an unreachable server.
-        vacuum: Whether to vacuum the table now and then.
         preflight: Whether to report on table and server before a new rotation begins.
         sample: Whether to measure the speed for that report, by ranges that are rolled back.
         limits: The limits of a range's transaction.
@@ -196,11 +180,7 @@ class RunOptions:
         stop_after: Duration | None = None,
         **options: Any,  # noqa: ANN401 - fields of this class
     ) -> "RunOptions":
-        """Check options as a user writes them, and return those of the run.
-
-        Raises:
-            OptionError: A value is not valid.
-        """
+        """Check options as a user writes them, and return those of the run."""
         rows, seconds = read_rows_or_duration("stop_after", stop_after)
         lock_seconds = read_duration("lock_timeout", lock_timeout, maximum=_MAX_LOCK_TIMEOUT)
         checked = cls(
@@ -231,18 +211,20 @@ def _known(options: type[RunOptions | Selection | WaitLimits], saved: Mapping[st
 
 
 class RotateOptions(TypedDict, total=False):
-    """The options of ``rotate`` and ``rotate_sync``, with the defaults of the command's options.
+    """The options of ``rotate`` and ``rotate_sync``; the same as those of the command.
 
     Attributes:
-        concurrency: The number of workers that write at the same time. Each has its own connection.
-        batch: The number of rows in a range. Each range is one transaction.
+        concurrency: The number of workers that write at the same time. Each has its own connection
+            (default: 4).
+        batch: The number of rows in a range. Each range is one transaction (default: 2000).
         restart: Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a
             completed one.
         take_over: Take the rotation from the process that owns it, even if that process is alive. It will
             stop.
-        vacuum: Vacuum the table after each eighth of its rows and at the end.
-        lock_timeout: The longest wait of a range for one lock, before the range is deferred.
-        outage_budget: The longest wait for an unreachable server, before the run stops.
+        vacuum: Vacuum the table after each eighth of its rows and at the end (default: True).
+        lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
+            together may take five times as long (default: 100ms).
+        outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
     """
 
     concurrency: int

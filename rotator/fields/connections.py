@@ -80,11 +80,7 @@ def unlogged(database: str) -> Iterator[None]:
 
 
 def check_no_running_loop() -> None:
-    """Refuse to block a running event loop.
-
-    Raises:
-        OptionError: An event loop is running in this thread.
-    """
+    """Refuse to block a running event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -96,11 +92,7 @@ def check_no_running_loop() -> None:
 
 
 def check_not_patched() -> None:
-    """Refuse a process whose sockets and threads gevent or eventlet has replaced.
-
-    Raises:
-        OptionError: The process is monkey-patched.
-    """
+    """Refuse a process whose sockets and threads gevent or eventlet has replaced."""
     for patcher, module, check in (
         ("gevent", "gevent.monkey", "is_module_patched"),
         ("eventlet", "eventlet.patcher", "is_monkey_patched"),
@@ -117,9 +109,6 @@ def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
     The project's synchronous code runs in one new thread, because the thread that asgiref would take waits
     for this loop. That thread uses the connections of the calling thread, which waits.
-
-    Raises:
-        OptionError: An event loop is running in this thread.
     """
     check_no_running_loop()
     shared = _initialized()
@@ -179,11 +168,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 @contextmanager
 def lost_is_an_outage() -> Iterator[None]:
-    """Treat the loss of one of Django's connections as an outage, and close the lost connections.
-
-    Raises:
-        ServerLostError: A connection of this thread is lost.
-    """
+    """Raise ServerLostError if one of Django's connections of this thread is lost, and close it."""
     try:
         yield
     except Error as error:

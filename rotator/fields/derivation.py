@@ -104,13 +104,9 @@ def _changes(field: AnyField, example: int, *, add: bool) -> bool:
 
 
 def derivation(field: AnyField, fields: Sequence[AnyField], model: type[Model], database: str) -> Derivation:
-    """Return whether saving derives this field's value from others, as a checksum does.
+    """Return whether saving derives this field's value from those of other fields, as a checksum does.
 
-    Args:
-        field: The field.
-        fields: The other fields.
-        model: The model of all of them.
-        database: Django's alias of the database; one of its rows serves as an example if necessary.
+    Tries ``pre_save()`` with a new instance, or with a row of the database if necessary.
     """
     # Neither the time of the last save nor a value of the server is derived from other fields.
     if isinstance(field, DateField | TimeField) or getattr(field, "generated", False):

@@ -32,14 +32,7 @@ def row_condition(
     rotated: Sequence[str],
     database: str,
 ) -> Condition | None:
-    """Return the condition that lookups mean; None if they match every row.
-
-    Args:
-        model: The model whose table is rotated.
-        filters: Lookups, ``field__lookup=value``; rows match all of them.
-        excludes: Lookups; rows match none of them.
-        rotated: The names of the rotated fields.
-        database: Django's alias of the database.
+    """Return the condition that rows match all filters and no exclude; None if it is always true.
 
     Raises:
         OptionError: A lookup is not valid, or it needs another table.

@@ -28,7 +28,7 @@ from rotator.exceptions import RangeTooSlowError, ServerLostError, TargetError, 
 from rotator.fields.connections import lost_is_an_outage, unlogged
 from rotator.fields.derivation import comparable, is_expression, overrides, sql_hook, transforms
 from rotator.fields.model import AnyField, fetch_instances, fetch_instances_at, field_label
-from rotator.postgres.values import FromRows, InBulk, UuidBlock, Values, ValueSource
+from rotator.postgres.values import UUID_BYTES, FromRows, InBulk, UuidBlock, Values, ValueSource
 
 T = TypeVar("T")
 Fetch: TypeAlias = Callable[[type[Model], Sequence[T], str], Mapping[T, Model]]
@@ -49,10 +49,7 @@ BULK_SECONDS: Final = 2.0
 ROWS_SECONDS: Final = 0.5
 """The same for values that are made while their rows are locked."""
 
-_UUID_BYTES: Final = 16
 # RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
-_VERSION_BYTE: Final = 6
-_VARIANT_BYTE: Final = 8
 _SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
 _SET_VARIANT: Final = bytes(byte & 0x3F | 0x80 for byte in range(256))
 
@@ -65,18 +62,10 @@ _BYTES: Final = 32
 
 
 def uuid4_block(count: int, random_bytes: Callable[[int], bytes] = os.urandom) -> bytes:
-    """Make random version 4 UUIDs in bulk.
-
-    Args:
-        count: The number of UUIDs; at least 0.
-        random_bytes: Returns the given number of unpredictable bytes.
-
-    Returns:
-        ``16 * count`` bytes: the UUIDs one after the other, in network order.
-    """
-    block = bytearray(random_bytes(_UUID_BYTES * count))
-    block[_VERSION_BYTE::_UUID_BYTES] = block[_VERSION_BYTE::_UUID_BYTES].translate(_SET_VERSION)
-    block[_VARIANT_BYTE::_UUID_BYTES] = block[_VARIANT_BYTE::_UUID_BYTES].translate(_SET_VARIANT)
+    """Return the bytes of random version 4 UUIDs, one after the other, in network order."""
+    block = bytearray(random_bytes(UUID_BYTES * count))
+    block[6::UUID_BYTES] = block[6::UUID_BYTES].translate(_SET_VERSION)
+    block[8::UUID_BYTES] = block[8::UUID_BYTES].translate(_SET_VARIANT)
     return bytes(block)
 
 
@@ -86,13 +75,7 @@ def uuid4_block(count: int, random_bytes: Callable[[int], bytes] = os.urandom) -
 def value_source(
     fields: Sequence[AnyField], *, model: type[Model], generator: str, database: str
 ) -> ValueSource:
-    """Return the source of the values of some fields.
-
-    Args:
-        fields: The fields, all of one model.
-        model: That model.
-        generator: The dotted path of a callable; empty for the fields' own defaults.
-        database: Django's alias of the database.
+    """Return the source of the values of some fields of a model: the named generator, or their defaults.
 
     Raises:
         TargetError: There is no default that makes values, or the generator cannot be called.
@@ -145,11 +128,7 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
 
 
 def check_plain_values(fields: Sequence[AnyField], model: type[Model]) -> None:
-    """Refuse fields whose values are changed in SQL.
-
-    Raises:
-        TargetError: The values of a field are changed in SQL.
-    """
+    """Refuse fields whose values are changed in SQL."""
     for field in fields:
         if hook := sql_hook(field, model):
             raise _written_in_sql(field, hook)
@@ -165,13 +144,7 @@ def _written_in_sql(field: AnyField, hook: str) -> TargetError:
 
 @dataclass(frozen=True, slots=True)
 class _ValueChecker:
-    """Calls a generator or defaults, checks their values, and prepares them for the database.
-
-    Attributes:
-        name: The name of the generator or the defaults in messages.
-        fields: The fields of the values.
-        database: Django's alias of the database.
-    """
+    """Calls a generator or defaults, named so in messages, and checks and prepares their values."""
 
     name: str
     fields: Sequence[AnyField]
@@ -341,11 +314,7 @@ def _listed(names: Iterable[object]) -> str:
 
 
 def _default(field: AnyField, database: str) -> Callable[[], object]:
-    """Return the default of a field, which makes a new value for each row.
-
-    Raises:
-        TargetError: The field has no such default; the text names other sources.
-    """
+    """Return the default of a field that makes a new value for each row."""
     if overrides(field, "get_default") and _makes_new_values(field.get_default):
         return field.get_default
     default: object = field.default

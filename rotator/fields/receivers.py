@@ -23,10 +23,7 @@ RETRY_SECONDS: Final = (0.0, 0.2, 1.0, 3.0)
 def commit_callback(sender: type[Model], database: str, observer: Observer | None) -> OnCommit | None:
     """Return a callback that sends the signal; None if it has no receivers.
 
-    Args:
-        sender: The model.
-        database: Django's alias of the database.
-        observer: Is called with the event of a receiver that fails; None to log it.
+    It calls the observer when a receiver fails, or logs that if there is none.
     """
     if not range_rotated.has_listeners(sender):
         return None

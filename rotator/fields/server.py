@@ -26,12 +26,7 @@ _PARAMETERS_OF_DJANGO: Final = ("cursor_factory", "context", "prepare_threshold"
 
 
 def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> SessionIdentity:
-    """Return the identity of the session and the table that one of Django's own connections uses.
-
-    Args:
-        connection: The connection.
-        path: The table's unquoted name, after its schema's if it has one.
-    """
+    """Return the identity of the session and the table that one of Django's own connections uses."""
     name = Identifier(*path).as_string()
     with unlogged(connection.alias), connection.cursor() as cursor:
         cursor.execute(SESSION_QUERY, (name, name))
@@ -64,11 +59,7 @@ def check_session_of_thread(
 
 
 def check_migrations(connection: BaseDatabaseWrapper) -> None:
-    """Check that the database has the rotator's tables.
-
-    Raises:
-        RotatorError: Migrations are missing, or they cannot be read.
-    """
+    """Refuse a database that lacks tables of the rotator."""
     try:
         applied = MigrationRecorder(connection).applied_migrations()
     except DatabaseError as error:

@@ -20,12 +20,7 @@ _PARTS: Final = 3
 
 
 def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTarget:
-    """Return the target that the user names.
-
-    Args:
-        labels: One or several ``app.Model.field``, all of one table.
-        database: Django's alias of the database.
-        selection: The choice of rows and values.
+    """Return the target that the user names by one or several ``app.Model.field``, all of one table.
 
     Raises:
         TargetError: A field does not exist or cannot be rotated, or nothing makes values for it.

@@ -101,11 +101,7 @@ def hold_interrupts(*, ends_process: bool) -> Iterator[Callable[[Observer], Obse
 
 
 def writable(path: Path | str | None) -> Path | None:
-    """Check that a file can be written, and return its path; leaves the file as it is.
-
-    Raises:
-        OptionError: The file cannot be written.
-    """
+    """Check that a file can be written, and return its path; leaves the file as it is."""
     if path is None:
         return None
     path = Path(path)
@@ -124,13 +120,7 @@ def writable(path: Path | str | None) -> Path | None:
 
 
 def resume_command(arguments: list[str], *, python: Path, folder: Path) -> str:
-    """Return the command line of a run without the options for that run alone.
-
-    Args:
-        arguments: The program and its arguments, as in ``sys.argv``.
-        python: The path of the interpreter.
-        folder: The working directory.
-    """
+    """Return the command line of a run in a folder without the options for that run alone."""
     program, *words = arguments
     kept = [program]
     if Path(program).suffix == ".py":

@@ -1,6 +1,5 @@
 """The options: their checks, their defaults, and the command to resume a run with."""
 
-import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,9 +84,9 @@ def test_the_command_has_the_defaults_of_the_api() -> None:
 def test_the_documentation_of_the_api_repeats_the_help_of_the_command() -> None:
     documentation = " ".join((RotateOptions.__doc__ or "").split())
     for name in RotateOptions.__annotations__.keys() - {"vacuum"}:
-        text = COMMAND_OPTIONS[name]["help"]
-        first_sentence, _, _ = re.sub(r" \(default.*\)", "", text).partition(". ")
-        assert f"{name}: {first_sentence.rstrip('.')}." in documentation
+        option = COMMAND_OPTIONS[name]
+        text = (option["help"] % option).removesuffix(" Asks first on a terminal.")
+        assert f"{name}: {text}" in documentation
 
 
 def test_saved_options_of_a_newer_version_are_read() -> None:

@@ -219,11 +219,7 @@ def _selection(options: dict[str, Any]) -> Selection:
 
 
 def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, Any]) -> "Prepared":
-    """Ask on a terminal whether to begin, and return the rotation that the user has agreed to.
-
-    Raises:
-        OptionError: The user has not agreed.
-    """
+    """Ask on a terminal whether to begin, and return the rotation that the user has agreed to."""
     if command_options["noinput"] or not can_ask():
         return prepared
     options, earlier = prepared.options, prepared.earlier()
