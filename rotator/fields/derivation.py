@@ -8,15 +8,7 @@ from enum import Enum
 from typing import Final
 
 from django.db import connections
-from django.db.models import (
-    BinaryField,
-    DateField,
-    IntegerField,
-    Model,
-    QuerySet,
-    TimeField,
-    UUIDField,
-)
+from django.db.models import BinaryField, DateField, IntegerField, Model, QuerySet, TimeField, UUIDField
 
 from rotator.fields.connections import unlogged
 from rotator.fields.model import AnyField

@@ -19,18 +19,14 @@ from django.utils import timezone
 
 from rotator.exceptions import OptionError
 from rotator.fields.model import AnyField, key_fields
+from rotator.options import Selection
 from rotator.postgres.table import ROW, Condition
 
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
 def row_condition(
-    model: type[Model],
-    *,
-    filters: Sequence[str],
-    excludes: Sequence[str],
-    rotated: Sequence[str],
-    database: str,
+    model: type[Model], selection: Selection, *, rotated: Sequence[str], database: str
 ) -> Condition | None:
     """Return the condition that rows match all filters and no exclude; None if it is always true.
 
@@ -38,7 +34,7 @@ def row_condition(
         OptionError: A lookup is not valid, or it needs another table.
     """
     rows: QuerySet[Model] = QuerySet(model, using=database)
-    for option, texts in (("--filter", filters), ("--exclude", excludes)):
+    for option, texts in (("--filter", selection.filters), ("--exclude", selection.excludes)):
         for text in texts:
             rows = _restrict(rows, option, text, _lookup(model, option, text, rotated))
     query = rows.query
@@ -68,9 +64,7 @@ def _lookup(model: type[Model], option: str, text: str, rotated: Sequence[str]) 
     first, *rest = name.split(LOOKUP_SEP)
     field = _field(model, option, first)
     if field.is_relation and rest and field.get_lookup(rest[0]) is None:
-        raise OptionError(
-            f"{option} {name} needs another table. Use only columns of {model._meta.label} itself."
-        )
+        raise _other_table(model, option, name)
     if field.name in rotated and rest != ["isnull"]:
         # A resumed run would not match the rows that have changed, and the filter with a secret would be
         # saved.
@@ -94,8 +88,14 @@ def _field(model: type[Model], option: str, name: str) -> AnyField:
             f"{', '.join(sorted(by_column))}."
         ) from None
     if not isinstance(found, Field) or found.attname not in by_column:
-        raise OptionError(f"{option} {name} is in another table. Use only columns of {meta.label} itself.")
+        raise _other_table(model, option, name)
     return found
+
+
+def _other_table(model: type[Model], option: str, name: str) -> OptionError:
+    return OptionError(
+        f"{option} {name} needs another table. Use only columns of {model._meta.label} itself."
+    )
 
 
 def _value(field: AnyField, lookups: list[str], option: str, name: str, text: str) -> object:

@@ -39,11 +39,7 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         columns=tuple(str(field.column) for field in fields),
         source=value_source(fields, model=model, generator=selection.generator, database=database),
         condition=row_condition(
-            model,
-            filters=selection.filters,
-            excludes=selection.excludes,
-            rotated=[field.name for field in fields],
-            database=database,
+            model, selection, rotated=[field.name for field in fields], database=database
         ),
         include_null=selection.include_null,
         include_blank=selection.include_blank,
