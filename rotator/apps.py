@@ -17,7 +17,7 @@ def read_setting() -> Mapping[str, str]:
     """Return the setting ``ROTATOR``; empty if the project has none.
 
     Raises:
-        OptionError: It is not a dictionary of texts, or has an unknown key.
+        OptionError: It is not a dictionary of strings, or has an unknown key.
     """
     setting: object = getattr(settings, "ROTATOR", {})
     if not isinstance(setting, dict):
@@ -29,7 +29,7 @@ def read_setting() -> Mapping[str, str]:
         )
     for key, value in setting.items():
         if not isinstance(value, str):
-            raise OptionError(f'ROTATOR["{key}"] is not a text.')
+            raise OptionError(f'ROTATOR["{key}"] is not a string.')
     return setting
 
 

@@ -17,7 +17,7 @@ def test_a_valid_project_has_no_report(settings: Settings, setting: object) -> N
     [
         ("tickets.Ticket.token", "E001", "is not a dictionary"),
         ({"TARGET": "tickets.Ticket.token"}, "E001", "has an unknown key TARGET"),
-        ({"DEFAULT_TARGET": ["tickets.Ticket.token"]}, "E001", "is not a text"),
+        ({"DEFAULT_TARGET": ["tickets.Ticket.token"]}, "E001", "is not a string"),
         ({"DEFAULT_TARGET": "tickets.Ticket"}, "E002", "Write it as app.Model.field"),
         ({"DEFAULT_TARGET": "tickets.Ticket.colour"}, "E002", "has no field 'colour'"),
         ({"DEFAULT_TARGET": "tickets.Ticket.token shop.Order.api_key"}, "E002", "in different tables"),
