@@ -1,14 +1,12 @@
 """A model's key, the names of its fields, and its instances by key or by place."""
 
-import json
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any, TypeAlias
 
 from django.db import connections
 from django.db.models import Field, Model, QuerySet
 
-from rotator.postgres.values import Place, places_of
+from rotator.postgres.values import Place, keys_of, places_of
 from rotator.ranges import Key
 
 AnyField: TypeAlias = "Field[Any, Any]"
@@ -26,12 +24,24 @@ def key_fields(model: type[Model]) -> list[AnyField]:
 
 
 def fetch_instances(model: type[Model], keys: Sequence[Key], database: str) -> Mapping[Key, Model]:
-    """Return the rows with these keys, except those that were deleted."""
-    fields = key_fields(model)
-    values = {_value(key, fields): key for key in keys}
+    """Return the rows with these keys, except those that were deleted.
+
+    The server compares the keys: a field may have another Python value for a key than for its JSON text.
+    """
+    connection = connections[database]
+    # Django looks for placeholders in these texts.
+    names = [(model._meta.db_table, str(field.column)) for field in key_fields(model)]
+    columns = [".".join(map(connection.ops.quote_name, name)).replace("%", "%%") for name in names]
+    types = [str(field.db_type(connection)) for field in key_fields(model)]
+    are_wanted, key_text, texts = keys_of(columns, types)
+    with connection.cursor() as cursor:
+        cursor.execute(texts, [list(keys)])
+        keys_by_text = {text: Key(key) for text, key in cursor.fetchall()}
     rows: QuerySet[Model] = QuerySet(model, using=database)
-    found = {row.pk: row for row in rows.filter(pk__in=list(values))}
-    return {key: found[value] for value, key in values.items() if value in found}
+    found = rows.extra(  # noqa: S610 - quoted names and types
+        select={"rotator_key": key_text}, where=[are_wanted], params=[list(keys)]
+    )
+    return {keys_by_text[vars(row)["rotator_key"]]: row for row in found}
 
 
 def fetch_instances_at(model: type[Model], places: Sequence[Place], database: str) -> Mapping[Place, Model]:
@@ -49,9 +59,3 @@ def fetch_instances_at(model: type[Model], places: Sequence[Place], database: st
         )
     }
     return {each: found[each.ctid] for each in places if each.ctid in found}
-
-
-def _value(key: Key, fields: Sequence[AnyField]) -> object:
-    parts = json.loads(key, parse_float=Decimal)
-    values = tuple(field.to_python(part) for field, part in zip(fields, parts, strict=True))
-    return values[0] if len(values) == 1 else values

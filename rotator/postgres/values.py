@@ -111,6 +111,27 @@ def places_of(table: str) -> tuple[str, str]:
     return f"{table}.tableoid = %s AND {table}.ctid = ANY (%s::text[]::tid[])", f"{table}.ctid::text"
 
 
+def keys_of(columns: Sequence[str], types: Sequence[str]) -> tuple[str, str, str]:
+    """Return the parts of Django's queries for rows with some keys; each takes the keys as ``text[]``.
+
+    Args:
+        columns: The quoted columns of the key, with their table.
+        types: Their types.
+
+    Returns:
+        A condition, the text of a row's key in this session (which takes no parameter), and a query of the
+        keys' texts in this session next to the keys themselves: settings change these texts.
+    """
+    key = ", ".join(columns)
+    decoded = ", ".join(f"(k.key::jsonb ->> {at})::{name}" for at, name in enumerate(types))
+    keys = "unnest(%s::text[]) AS k (key)"
+    return (
+        f"({key}) IN (SELECT {decoded} FROM {keys})",  # noqa: S608 - quoted names and types
+        f"jsonb_build_array({key})::text",
+        f"SELECT jsonb_build_array({decoded})::text, k.key FROM {keys}",  # noqa: S608 - the same
+    )
+
+
 def named(values: tuple[Values, ...]) -> dict[str, Values]:
     """Return the values of each column by the name of their parameter."""
     return {values_name(at): of_column for at, of_column in enumerate(values)}

@@ -22,28 +22,28 @@ same.
 """
 
 ShouldStop: TypeAlias = Callable[[], bool]
-"""Says whether whoever this is done for has to stop; called now and then."""
+"""Returns whether the caller has to stop; called several times a second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunTarget:
-    """What is rotated, in the database's terms.
+    """The target of a run, in terms of the database.
 
     Attributes:
-        label: As the user writes it, e.g. ``tickets.Ticket.token``; several with blanks between them.
+        label: The target as the user writes it: ``app.Model.field``, or several with blanks between them.
         database: Django's alias of the database.
-        model: The model whose table that is, e.g. ``tickets.Ticket``.
-        path: The table's name, with its schema before it where it has one; unquoted.
+        model: The label of the model, e.g. ``tickets.Ticket``.
+        path: The table's name, after its schema where it has one; unquoted.
         key: The names of the primary key's columns, in its order.
         columns: The names of the rotated columns.
-        source: Where their new values come from.
-        condition: Which rows are rotated; None for all.
-        include_null: Whether a NULL gets a value, too.
-        include_blank: Whether an empty text gets a value, too.
-        selection: How the user chose rows and values.
-        bypassed: What of Django's model would have acted upon each save(), one phrase each.
-        warnings: What the names of the fields warn of, one sentence each.
-        session: What Django's own connection sees under these names; None until it was asked.
+        source: The source of the new values.
+        condition: The condition that rotated rows match; None for all rows.
+        include_null: Whether rows whose value is NULL are rotated too.
+        include_blank: Whether rows whose value is the empty text are rotated too.
+        selection: The user's choice of rows and values.
+        bypassed: The effects of ``save()`` that the update does not have, one phrase each.
+        warnings: The warnings about the names of the fields, one sentence each.
+        session: The identity of Django's own session; None while it is unknown.
     """
 
     label: str
@@ -64,18 +64,15 @@ class RunTarget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
-    """One run's surroundings.
+    """The parts of a run that all other parts use.
 
     Attributes:
-        server: Where the target is.
-        target: What is rotated.
-        options: How.
         owner: This process.
-        stop_signal: What has been asked of the run.
-        stats: The figures of the run.
-        notify: Tells observers, after the run itself has taken note.
-        on_commit: Is awaited after each commit of rows; None where nobody asked for that.
-        ask_for_help: Asks Celery workers to rewrite the ranges; None where this process does it.
+        stop_signal: The requests to stop.
+        stats: The statistics of the run.
+        notify: Passes an event to the statistics and to the observer.
+        on_commit: Is awaited after each commit of rows; None without receivers.
+        ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.
     """
 
     server: Server

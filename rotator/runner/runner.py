@@ -52,27 +52,27 @@ from rotator.runner.vacuum import Vacuuming
 from rotator.stats import Stats
 
 NAMED_AFTER_SECONDS: Final = 5.0
-# A range waits for a lock for a tenth of a second at a time.
+# Shorter than the lock timeout of a range, so that a waiting range is seen.
 LOOK_SECONDS: Final = 0.04
-# No range waits longer between two attempts.
+# Longer than the longest delay between two attempts.
 RECENT_SECONDS: Final = 6.0
 
 
 class LockWatch:
-    """Looks for holders while ranges are deferred again and again, and tells of each change once."""
+    """Reports the sessions that hold locks while ranges are deferred again and again."""
 
     def __init__(self, notify: Observer) -> None:
         self._notify = notify
         self._since: float | None = None
         self._deferred_at = 0.0
-        self._told = frozenset[int]()
+        self._reported = frozenset[int]()
 
     def take(self, event: Event) -> None:
-        """Note a deferral."""
+        """Count a deferral."""
         if isinstance(event, RangeDeferred):
             now = time.monotonic()
             if self._since is None or now - self._deferred_at > RECENT_SECONDS:
-                self._since, self._told = now, frozenset()
+                self._since, self._reported = now, frozenset()
             self._deferred_at = now
 
     def _is_due(self) -> bool:
@@ -84,11 +84,7 @@ class LockWatch:
         )
 
     async def watch(self, control: AsyncConnection) -> None:
-        """Look for holders until cancelled.
-
-        Args:
-            control: In autocommit mode; may be shared.
-        """
+        """Look for holders until cancelled, on a connection that may be shared."""
         while True:
             if not self._is_due():
                 await asyncio.sleep(1.0)
@@ -97,10 +93,10 @@ class LockWatch:
             holders = await lock_holders(control, seconds=NAMED_AFTER_SECONDS)
             if not holders:
                 continue
-            if frozenset(holders) != self._told:
-                self._told = frozenset(holders)
+            if frozenset(holders) != self._reported:
+                self._reported = frozenset(holders)
                 self._notify(LockHeld(holders=tuple(holders[pid] for pid in sorted(holders))))
-            # It is costly for the server's lock table, and the same holder is named once.
+            # The query locks the server's lock table, so it runs rarely.
             await asyncio.sleep(NAMED_AFTER_SECONDS)
 
 
@@ -114,7 +110,7 @@ _REJECTED_ROWS: Final = (
 
 
 def program_error(error: Exception) -> str:
-    """Return the reason of a rotation that an error of the program ended; never the error's message."""
+    """Return the sentence for an error of the program; never its message, which may hold values."""
     return f"The program failed with {type(error).__name__}: look at its traceback."
 
 
@@ -134,13 +130,13 @@ class Run:
         """Prepare a run; to be called in the running loop.
 
         Args:
-            server: Where the target is.
-            target: What is rotated.
-            options: How.
-            observer: Is told of everything.
-            on_commit: Is awaited after each commit of rows; None where nobody asked for that.
-            ask_for_help: Asks Celery workers to rewrite the ranges; None where this process does it.
-            should_stop: Is asked now and then whether to drain, beside the signals; None where nobody knows.
+            server: The server of the target.
+            target: The target.
+            options: The options of the run.
+            observer: Is called with each event.
+            on_commit: Is awaited after each commit of rows; None without receivers.
+            ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.
+            should_stop: Returns whether to drain, in addition to signals; None for signals only.
         """
         self._observer = observer
         self._should_stop = should_stop
@@ -166,14 +162,14 @@ class Run:
         self._server_name = ""
 
     async def rotate(self) -> RotationStopped:
-        """Work until the rotation is completed, somebody asks for a stop, or it cannot go on.
+        """Work until the rotation is completed, a stop is requested, or an error ends the run.
 
         Raises:
             OwnedElsewhereError: Another process is alive and owns the rotation.
             TargetError: The target cannot be rotated.
-            OptionError: The server cannot do it with these options.
-            ServerLostError: The server could not be reached in the first place.
-            StoppedBeforeStartError: A stop was asked for before anything was changed.
+            OptionError: The server cannot rotate it with these options.
+            ServerLostError: The server was unreachable before the rotation was acquired.
+            StoppedBeforeStartError: A stop was requested before anything was changed.
         """
         with self._stop_signal.signals() if self._context.options.listens_to_signals else nullcontext():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
@@ -191,7 +187,7 @@ class Run:
                     await self._leave_completed() if self._is_completed else await self._leave("interrupted")
                 )
             except Exception as error:
-                # Refusals are recorded already. An error of the program, or of an observer, is not.
+                # Errors of the rotator are recorded already; those of the program or an observer are not.
                 if not isinstance(error, RotatorError):
                     await self._record("failed", error=program_error(error))
                 raise
@@ -203,10 +199,10 @@ class Run:
         return stopped
 
     async def begin(self) -> int:
-        """Begin the rotation, or go on with it, for others to work on; return its id.
+        """Begin or resume the rotation, queue it for Celery workers, and return its id.
 
         Raises:
-            RotatorError: It cannot be rotated, or another process is at it; nothing was changed.
+            RotatorError: It cannot be rotated, or another process owns it; nothing was changed.
         """
         async with connected(self._context.server) as control:
             table = await self._check(control)
@@ -225,7 +221,7 @@ class Run:
             await watch(self._should_stop, lambda: self._stop_signal.request(StopReason.WORKER_SHUTDOWN))
 
     async def _tick_through_outages(self) -> None:
-        """Tick while the server is unreachable, when there is no heartbeat."""
+        """Tick while the server is unreachable: the heartbeat, which ticks otherwise, has stopped."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             if self._outage.is_unreachable:
@@ -255,7 +251,7 @@ class Run:
                 return await self._leave(status)
 
     async def _check(self, control: AsyncConnection) -> TargetTable:
-        """Refuse, before anything is changed, what cannot work; warn of what should not be."""
+        """Refuse what cannot be rotated, before anything is changed, and report what is risky."""
         table = await check(control, self._context.target, self._context.options)
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
@@ -273,7 +269,7 @@ class Run:
         if not target.selection.generator:
             return
         found = await rotations.find_unfinished(control, target.label, table.found_name)
-        # What is resumed was tried, unless its generator is another one now.
+        # The generator of a resumed rotation was tried before.
         if found is None or options.restart or Selection.from_json(found.selection) != target.selection:
             await check_values(control, RangeUpdate(table, target.source, options.limits))
 
@@ -282,7 +278,7 @@ class Run:
         target, options = self._context.target, self._context.options
         unfinished = await rotations.find_unfinished(control, target.label, table.found_name)
         if unfinished is None and not options.restart:
-            # Acquiring the rotation checks this too, but the report is not worth showing before a refusal.
+            # Acquiring the rotation checks this too, but only after the report.
             await rotations.check_repetition(
                 control, target.label, table.found_name, target.selection, after=options.after
             )
@@ -293,7 +289,7 @@ class Run:
             raise StoppedBeforeStartError(self._stop_signal.signal)
 
     async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
-        """Own the rotation, the first time or again after an outage."""
+        """Acquire the rotation, the first time or again after an outage."""
         if self._acquired is None:
             return await acquire(control, table, self._context)
         return await reacquire(control, self._acquired, table, self._context)
@@ -305,7 +301,7 @@ class Run:
         server = self._context.server
         # Where Celery workers rewrite the ranges, this process only rotates older rows.
         concurrency = 1 if self._context.ask_for_help else self._context.options.concurrency
-        # With little of the budget left, one more attempt all the same.
+        # One attempt is made even if little of the budget is left.
         seconds = min(OPEN_SECONDS, max(MIN_OPEN_SECONDS, self._outage.left_seconds))
         async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:
             session_work = Session(connection, pool, table, acquired, self._context)
@@ -326,7 +322,7 @@ class Run:
                         locks.cancel()
                         vacuum.cancel()
                         heart.cancel()
-                # Without the heartbeat, to which a completed rotation would not look like its own.
+                # The heartbeat has ended: it would report a completed rotation as lost.
                 if status != "completed" or await session_work.complete(owned):
                     return status
 
@@ -368,7 +364,7 @@ class Run:
         return self._stopped("completed")
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
-        """Wait before the next attempt; False where the budget is used up or a stop was asked for."""
+        """Wait before the next attempt; False if the budget is used up or a stop was requested."""
         is_new = not self._outage.is_unreachable
         self._outage.lost()
         if is_new:
@@ -404,7 +400,7 @@ class Run:
     async def _record(
         self, status: EndStatus, *, stop_reason: StopReason | None = None, error: str = ""
     ) -> None:
-        """Tell the database how the run leaves its rotation, as well as that can be done now."""
+        """Record the end of the run in the database, if that is possible now."""
         if self._acquired is None:
             return
         self._stats.stop_clock()

@@ -30,7 +30,7 @@ CONFIRMATIONS: Final = 5
 
 
 class Session:
-    """What one generation does, until it is done, drained, or loses a connection."""
+    """The work of one generation, until it is completed, drained, or loses a connection."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class Session:
         """Take connections in autocommit mode.
 
         Args:
-            connection: For this pass's use alone: it opens transactions of several statements.
-            pool: The workers'.
+            connection: A connection that no other task uses.
+            pool: The connections of the workers.
             table: The target's table.
-            acquired: What this process owns.
-            context: The run's surroundings.
+            acquired: The rotation that this process owns.
+            context: The run.
         """
         self._connection = connection
         self._pool = pool
@@ -57,12 +57,12 @@ class Session:
         self._limits = context.options.limits
 
     async def read_state(self) -> RotationState:
-        """Read what is owned from the database, with its bound frozen where there are rows."""
+        """Read the rotation's state; freeze its bound if there are rows and it is not frozen."""
         owned = await rotations.read_state(self._connection, self._acquired.lease)
         return owned if owned.bound is not None else await self._freeze(owned)
 
     def started(self, owned: RotationState) -> RotationStarted:
-        """Return what there is to tell when the first pass of a run begins."""
+        """Return the event that starts a run."""
         return RotationStarted(
             rotation=owned.lease.rotation,
             target=self._context.target.label,
@@ -77,18 +77,14 @@ class Session:
         )
 
     async def work(self, owned: RotationState) -> EndStatus:
-        """Rewrite what is left.
-
-        Returns:
-            ``completed`` where nothing is left to do but to say so.
-        """
+        """Rotate the gaps and confirm every row; return ``completed`` if both succeeded."""
         options, stop_signal = self._context.options, self._context.stop_signal
         await self._rotate_gaps(owned)
         if stop_signal.drain.is_set():
             return "interrupted"
         if self._context.stats.rejected_keys:
             return "failed"
-        # Rows that were deleted since they were planned leave the limit unreached, and end it too.
+        # Planned rows that were deleted count towards the limit.
         if options.stop_after_rows is not None and await self._gaps(owned):
             stop_signal.request(StopReason.STOP_AFTER)
             return "interrupted"
@@ -98,7 +94,7 @@ class Session:
         return "completed" if is_confirmed else "failed"
 
     async def complete(self, owned: RotationState) -> bool:
-        """Mark the rotation completed; False where the checkpoints leave a gap after all."""
+        """Mark the rotation completed, and return whether the checkpoints left no gap."""
         stats = self._context.stats
         rows_done = await rotations.complete(
             self._connection,
@@ -114,8 +110,8 @@ class Session:
         return True
 
     async def _freeze(self, owned: RotationState) -> RotationState:
-        # Before the bound: a row that is committed late and then written again, title or whatever, has a
-        # new xmin and a leaked token, and only planning it finds it.
+        # A row that is committed late and then updated by the application has a new xmin and a leaked value.
+        # Only a range finds it, so the bound must include it.
         await wait_for_older_writers(
             self._connection,
             self._table,
@@ -164,14 +160,14 @@ class Session:
             await build_engine(planner, writer, options, notify, max_rows=max_rows).run(left, drain)
 
     async def _confirm(self, owned: RotationState) -> bool:
-        """Make sure that no row is left that nothing has written since the rotation began.
+        """Rotate every row that no session has written since the rotation began.
 
         Returns:
-            Whether that is so; not where a stop was asked for, or rows were refused.
+            Whether none is left; False also where a stop was requested or rows were rejected.
 
         Raises:
-            TargetError: The target is not what the rotation was begun on.
-            RotatorError: Such rows are left, whatever is tried.
+            TargetError: The target has changed since the rotation began.
+            RotatorError: Rows are left that the rotation cannot reach.
         """
         stop_signal, notify = self._context.stop_signal, self._context.notify
         if not await wait_for_older_writers(
@@ -208,7 +204,7 @@ class Session:
             if attempts >= CONFIRMATIONS:
                 raise RotatorError(
                     f"{writers.older:,} rows of {self._context.target.label} have not been written since the "
-                    f"rotation began, and {attempts} attempts have not reached them: look for a trigger or a "
+                    f"rotation began, and {attempts} attempts did not reach them. Look for a trigger or a "
                     "policy that hides them, then run the same command again."
                 )
 

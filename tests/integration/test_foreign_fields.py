@@ -9,7 +9,7 @@ from rotator.api import RotationUnfinishedError, Target, prepare, rotate_sync
 from rotator.exceptions import OptionError, TargetError, ValuesError
 from rotator.options import RunOptions, Selection
 from rotator.progress import preflight
-from tests.integration.outcomes import assert_completed
+from tests.integration.outcomes import assert_completed, each_connection, rotate
 from tests.integration.rotation_tables import Database
 from tests.integration.test_any_model import table_of
 from tests.shop import models
@@ -49,6 +49,33 @@ def test_a_binary_field_of_django_is_not_refused() -> None:
 def test_a_constant_is_refused_although_each_ciphertext_differs() -> None:
     with pytest.raises(ValuesError, match="returned the same value 100 times"):
         prepare(["shop.WrittenInSql.encrypted"], "default", OPTIONS)
+
+
+# --- Keys ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("PrefixedKey", "lpad(i::text, 8, '0')"),
+        ("BinaryKey", "sha256(i::text::bytea)"),
+        ("IntervalKey", "i * interval '1.5 hours'"),
+    ],
+)
+@pytest.mark.parametrize("settings", ["", "SET bytea_output = escape"])
+def test_rows_are_found_by_keys_with_another_value_in_python(
+    database: Database, model: str, key: str, settings: str
+) -> None:
+    table = f"shop_{model.lower()}"
+    database.execute(
+        f"INSERT INTO {table} (id, secret) SELECT {key}, i::text FROM generate_series(1, {ROWS}) i"
+    )
+    with each_connection(settings or "SELECT 1"):
+        outcome = rotate(f"shop.{model}.secret", selection=Selection(generator=MADE_BY + "named_after"))
+    assert_completed(outcome, rows=ROWS)
+    assert database.execute(f"SELECT count(DISTINCT secret) FROM {table} WHERE secret LIKE '%-%'") == [
+        (ROWS,)
+    ]
 
 
 # --- Names -----------------------------------------------------------------------------------------
@@ -317,8 +344,10 @@ def test_tables_with_copies_are_named(database: Database) -> None:
             'DROP TABLE shop_historicalclient, "shop_Client audit", shop_cliententry, shop_copy, shop_number'
         )
     assert [copies.kind for copies in found.table.copies] == ["trigger", "history", "schema", "name"]
-    assert "shop_cliententry a trigger of the table writes the new values there" in said
-    assert '"shop_Client audit", shop_historicalclient a history: old values stay there, and a revert' in said
+    assert "shop_cliententry a trigger of the table writes new values there too" in said
+    assert (
+        '"shop_Client audit", shop_historicalclient a history: old values remain there, and a revert' in said
+    )
     assert "tenant.shop_client the same table in another schema" in said
     assert "shop_copy, shop_salted, shop_searchable a column of the same name" in said
     assert "shop_number" not in said

@@ -157,3 +157,13 @@ class OwnDefaultField(_CharField):
 
     def get_default(self) -> Any:  # noqa: ANN401 - Django's signature
         return secrets.token_hex(16)
+
+
+class PrefixedKeyField(_CharField):
+    """Has a prefix in Python that the database and the JSON text of a key do not have."""
+
+    def from_db_value(self, value: str, *_: object) -> str:
+        return f"ord_{value}"
+
+    def get_prep_value(self, value: Any) -> Any:  # noqa: ANN401 - Django's signature
+        return None if value is None else str(value).removeprefix("ord_")

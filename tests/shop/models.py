@@ -17,6 +17,7 @@ from tests.shop.fields import (
     NewlyEncryptedField,
     OnceField,
     OwnDefaultField,
+    PrefixedKeyField,
     PreparedAsSqlField,
     RandomlyEncryptedField,
     ReversedField,
@@ -248,3 +249,18 @@ class Maker(models.Model):
 
     def generate_for_row(self) -> str:
         return f"{self.pk} {token()}"
+
+
+class PrefixedKey(models.Model):
+    id = PrefixedKeyField(primary_key=True, max_length=20)
+    secret = models.TextField()
+
+
+class BinaryKey(models.Model):
+    id = models.BinaryField(primary_key=True)
+    secret = models.TextField()
+
+
+class IntervalKey(models.Model):
+    id = models.DurationField(primary_key=True)
+    secret = models.TextField()
