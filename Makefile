@@ -79,7 +79,7 @@ lint: .venv/dev ## Check style
 types: .venv/dev ## Check types
 	$(BIN)/mypy
 
-contract: .venv/dev ## Check which room may import which
+contract: .venv/dev ## Check the import contracts
 	$(BIN)/lint-imports
 
 compose: .venv/test ## Check docker-compose.yml against the compose specification

@@ -28,7 +28,7 @@ from psycopg.errors import InsufficientPrivilege
 from psycopg.sql import Identifier
 
 from rotator.apps import read_setting
-from rotator.events import Event, Findings, Observer, RotationStopped
+from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped
 from rotator.exceptions import MissingPrivilegesError, OptionError, RotatorError, ServerLostError, TargetError
 from rotator.fields.connections import (
     borrowed,
@@ -49,11 +49,10 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.identity import SESSION_QUERY, SessionIdentity, TargetIdentity, check_same_session
 from rotator.postgres.values import FromRows, Place, Values
 from rotator.ranges import Key
-from rotator.runner.context import OnCommit, RunTarget, ShouldStop
-from rotator.runner.distribution import SpanPublisher
+from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
 from rotator.runner.runner import Run
-from rotator.runner.worker import SpanWork
+from rotator.runner.worker import Helper
 
 _APP: Final = "rotator"
 # Django's own: its cursors are synchronous, and its adapters make Django's kind of values.
@@ -115,7 +114,7 @@ class Prepared:
     def rotate(
         self,
         observer: Observer,
-        publisher: SpanPublisher | None = None,
+        ask_for_help: AskForHelp | None = None,
         should_stop: ShouldStop | None = None,
         *,
         keeps_connections: bool = False,
@@ -124,7 +123,7 @@ class Prepared:
 
         Args:
             observer: Is told of everything.
-            publisher: Has the ranges rewritten by other processes; None where this one does it.
+            ask_for_help: Asks Celery workers to rewrite the ranges; None where this process does it.
             should_stop: Is asked now and then whether to drain; None where signals alone say so.
             keeps_connections: Leave Django's connections of this thread as they are; else those without a
                 transaction are closed first, so that they are not idle during the run.
@@ -134,12 +133,12 @@ class Prepared:
         """
         if not keeps_connections:
             close_idle()
-        return run(lambda: self.rotate_in_this_loop(observer, publisher, should_stop))
+        return run(lambda: self.rotate_in_this_loop(observer, ask_for_help, should_stop))
 
     async def rotate_in_this_loop(
         self,
         observer: Observer,
-        publisher: SpanPublisher | None = None,
+        ask_for_help: AskForHelp | None = None,
         should_stop: ShouldStop | None = None,
     ) -> Outcome:
         """Do the same in the loop that is running already."""
@@ -152,7 +151,7 @@ class Prepared:
             self.options,
             observer,
             self._on_commit(observer),
-            publisher,
+            ask_for_help,
             should_stop,
         )
         if not self.options.preflight:
@@ -166,31 +165,32 @@ class Prepared:
             await sync_to_async(restore)(aliases)
         return Outcome(stopped=stopped, exit_status=_exit_status(rotation, stopped))
 
-    def rotate_span(
-        self, lease: Lease, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
-    ) -> None:
-        """Rewrite what is left of a distributed rotation's span.
+    def help(self, lease: Lease, number: int, should_stop: ShouldStop, identity: Mapping[str, Any]) -> bool:
+        """Rewrite spans of a distributed rotation, as a Celery task.
 
         Args:
-            lease: What the message about the span says of the rotation.
-            span: The span's id.
-            should_stop: Whether the worker has to stop.
+            lease: The rotation and the generation that it runs with.
+            number: The id of the task's row.
+            should_stop: Returns whether the task has to stop.
             identity: What the rotation was begun on.
 
+        Returns:
+            Whether another task is to continue.
+
         Raises:
-            RotatorError: As :meth:`SpanWork.rotate` has it.
+            RotatorError: See :meth:`Helper.work`.
         """
         close_idle()
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
-        run(lambda: self._rotate_span(lease, span, should_stop, identity))
+        return run(lambda: self._help(lease, number, should_stop, identity))
 
-    async def _rotate_span(
-        self, lease: Lease, span: int, should_stop: ShouldStop, identity: Mapping[str, Any]
-    ) -> None:
-        work = SpanWork(self.server, self.target, self.options, lease, self._on_commit(), should_stop)
+    async def _help(
+        self, lease: Lease, number: int, should_stop: ShouldStop, identity: Mapping[str, Any]
+    ) -> bool:
+        helper = Helper(self.server, self.target, self.options, lease, number, self._on_commit(), should_stop)
         aliases = await sync_to_async(open_aliases)()
         try:
-            await work.rotate(span, TargetIdentity.from_json(identity))
+            return await helper.work(TargetIdentity.from_json(identity))
         finally:
             await sync_to_async(restore)(aliases)
 

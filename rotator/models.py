@@ -126,28 +126,46 @@ class Rotation(models.Model):
 
 
 class Span(models.Model):
-    """A part of a distributed rotation that one task at a time works on; its progress, never its record.
+    """A part of a rotation's keys that its owner has planned and that one helper at a time works on.
 
-    What is done is what the checkpoints say: a span without its row is only one that nobody works on.
+    The owner deletes it when it is finished. The checkpoints, not the spans, record what is completed.
     """
 
     rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="spans")
     after = models.JSONField(null=True, help_text="The last key before the span; null at the table's start.")
     through = models.JSONField(help_text="The span's last key.")
     checkpoints_before = models.BigIntegerField(help_text="The latest checkpoint's id when it was planned.")
-    generation = models.BigIntegerField(default=0, help_text="Fences out an older task of this span.")
-    worker = models.CharField(max_length=255, default="", blank=True, help_text="The host and pid at it.")
-    rows = models.BigIntegerField(default=0)
-    ranges = models.BigIntegerField(default=0)
+    generation = models.BigIntegerField(default=0, help_text="Fences out an earlier helper of this span.")
+    worker = models.CharField(max_length=255, default="", blank=True, help_text="The helper's host and pid.")
+    lease_expires_at = models.DateTimeField(
+        null=True, help_text="The time at which another helper can claim it; null where it is not claimed."
+    )
+    deferrals = models.BigIntegerField(default=0)
     retries = models.BigIntegerField(default=0)
     failed_keys = models.JSONField(default=list, help_text="Keys that could not be rotated, with the reason.")
-    error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
-    updated_at = models.DateTimeField(db_default=Now())
     finished_at = models.DateTimeField(null=True)
 
     def __str__(self) -> str:
         """Return the span as logs show it: half-open."""
         return f"({self.after or 'start'}, {self.through}]"
+
+
+class Helper(models.Model):
+    """A Celery message that asks for help with a rotation, or the task that has received one.
+
+    A message is valid while its row exists. The task that receives it replaces the row by its own.
+    """
+
+    rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="helpers")
+    sent_at = models.DateTimeField(null=True, help_text="The time of the message; null until it is sent.")
+    expires_at = models.DateTimeField(
+        null=True, help_text="The time until which the task is alive; null for a message."
+    )
+    error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
+
+    def __str__(self) -> str:
+        """Return the helper as logs show it."""
+        return f"helper {self.pk}"
 
 
 class CompletedRange(models.Model):

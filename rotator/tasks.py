@@ -1,16 +1,16 @@
-"""The same rotation on Celery: the tasks, and what publishes them.
+"""The Celery tasks of a distributed rotation, and the functions that send their messages.
 
-Imported by workers, and by the command with ``--celery``; nothing else of this package knows Celery.
+Workers import this module, and so does the command with ``--celery``. No other module imports Celery.
 """
 
 import asyncio
 import logging
 import mmap
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final, NoReturn
 
@@ -31,57 +31,63 @@ from rotator.exceptions import (
     OwnedElsewhereError,
     RotationFinishedError,
     RotatorError,
-    RowsLockedError,
     ServerLostError,
     StoppedBeforeStartError,
 )
-from rotator.models import Rotation, Span
+from rotator.models import Helper, Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.fence import Lease
+from rotator.postgres.spans import LEASE_SECONDS
 from rotator.progress import log_observer
-from rotator.runner.context import ShouldStop
-from rotator.runner.distribution import SPANS_OUTSTANDING, SpanPublisher
+from rotator.runner.context import AskForHelp, ShouldStop
 from rotator.runner.runner import program_error
 
 
-def work_on_span(database: str, lease: Lease, span: int, should_stop: ShouldStop) -> None:
-    """Rewrite what is left of a span; nothing where it is another's by now, or nobody's.
+def help_with_rotation(database: str, number: int, message: int, should_stop: ShouldStop) -> int | None:
+    """Rewrite spans of a rotation; do nothing where the message is not valid, or not valid any more.
 
-    An error that trying again here does not mend is noted with the span, and ends the rotation: what it is
-    has to be known where somebody looks.
+    Each message is valid once, so a copy that a broker delivers again ends here. An error that would recur is
+    recorded for the rotation's owner, who ends the rotation with it.
 
     Args:
         database: Django's alias of the database.
-        lease: What the message about the span says of the rotation.
-        span: The span's id.
-        should_stop: Whether the worker has to stop.
+        number: The rotation's id.
+        message: The id of the message's row.
+        should_stop: Returns whether the task has to stop.
+
+    Returns:
+        The id of the message to send to the next task; None where none is needed.
 
     Raises:
-        RotatorError: It cannot be done here.
+        RotatorError: This worker cannot help.
     """
-    rotation = (
-        Rotation.objects.using(database)
-        .filter(pk=lease.rotation, generation=lease.generation, status=Rotation.Status.RUNNING)
-        .first()
-    )
+    rotations, helpers = Rotation.objects.using(database), Helper.objects.using(database)
+    if not helpers.filter(pk=message, rotation=number).delete()[0]:
+        return None
+    rotation = rotations.filter(pk=number, status=Rotation.Status.RUNNING).first()
     if rotation is None:
-        return
+        return None
     options, selection = RunOptions.from_json(rotation.options), Selection.from_json(rotation.selection)
+    lease = Lease(rotation=number, generation=rotation.generation)
+    helper = helpers.create(rotation=rotation, expires_at=Now() + timedelta(seconds=LEASE_SECONDS))
+    this = helpers.filter(pk=helper.pk)
     try:
         prepared = prepare(rotation.target.split(), database, options, selection, is_begun=True)
-        prepared.rotate_span(lease, span, should_stop, rotation.identity)
-    except (ServerLostError, RowsLockedError, OperationalError, InterfaceError):
+        is_left = prepared.help(lease, helper.pk, should_stop, rotation.identity)
+    except (ServerLostError, OperationalError, InterfaceError):
+        # The owner sends another message when the lease has expired.
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, RotatorError) else program_error(error)
-        Span.objects.using(database).filter(
-            pk=span, rotation=rotation, rotation__generation=lease.generation, finished_at=None
-        ).update(error=reason, finished_at=Now(), updated_at=Now())
+        this.update(error=reason, expires_at=None)
         raise
+    # Not where the owner has sent another message instead.
+    is_left = bool(this.delete()[0]) and is_left
+    return helpers.create(rotation=rotation, sent_at=Now()).pk if is_left else None
 
 
 def coordinate_rotation(
-    database: str, number: int, observer: Observer, publisher: SpanPublisher, should_stop: ShouldStop
+    database: str, number: int, observer: Observer, ask_for_help: AskForHelp, should_stop: ShouldStop
 ) -> bool:
     """Plan and watch a rotation that was begun and left to the workers.
 
@@ -89,7 +95,7 @@ def coordinate_rotation(
         database: Django's alias of the database.
         number: The rotation's id; one that is over, or was stopped on purpose, is no worker's work.
         observer: Is told of everything.
-        publisher: Has the spans rewritten.
+        ask_for_help: Asks workers to rewrite the ranges.
         should_stop: Whether the worker has to stop.
 
     Returns:
@@ -122,7 +128,7 @@ def coordinate_rotation(
         prepared = prepare(
             rotation.target.split(), database, options, Selection.from_json(rotation.selection)
         )
-        stopped = prepared.rotate(observer, publisher, should_stop).stopped
+        stopped = prepared.rotate(observer, ask_for_help, should_stop).stopped
     except RotationFinishedError:
         return False
     except StoppedBeforeStartError:
@@ -148,6 +154,8 @@ TIME_LIMIT_SECONDS: Final = 1800
 # A broker takes a message back that nobody has acknowledged for long: Redis after an hour, RabbitMQ after
 # half of one, and then it closes the worker's channel.
 HAND_ON_SECONDS: Final = 1200
+# Other tasks of the same queue get a process within this time.
+HELP_SECONDS: Final = 60
 ASK_AGAIN_SECONDS: Final = 60
 PUBLISH_SECONDS: Final = 10.0
 MAX_BROKER_WAIT_SECONDS: Final = 300.0
@@ -161,9 +169,9 @@ def _note_shutdown(**_: object) -> None:
     _shutdown[0] = 1
 
 
-def _until_handed_on() -> ShouldStop:
-    """What tells a task that begins now to leave the rest to another: its worker's shutdown, or the time."""
-    until = time.monotonic() + HAND_ON_SECONDS
+def _should_hand_on(seconds: float) -> ShouldStop:
+    """Return a function that returns whether a task that begins now has to leave the rest to another task."""
+    until = time.monotonic() + seconds
     return lambda: bool(_shutdown[0]) or time.monotonic() > until
 
 
@@ -177,11 +185,17 @@ _OPTIONS: Final[dict[str, Any]] = {
 }
 
 
-@shared_task(name="rotator.rotate_span", **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
-def rotate_span(database: str, rotation: int, generation: int, span: int) -> None:
-    """Rewrite what is left of a span; harmless however often and late it is delivered."""
-    lease = Lease(rotation=rotation, generation=generation)
-    work_on_span(database, lease, span, _until_handed_on())
+@shared_task(name="rotator.help", **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
+def help_rotation(database: str, rotation: int, message: int) -> None:
+    """Help with a rotation for a while, then send the next message."""
+    following: int | None = message
+    while following is not None and not _shutdown[0]:
+        following = help_with_rotation(database, rotation, following, _should_hand_on(HELP_SECONDS))
+        if following is not None:
+            # Where the broker cannot be reached, this task continues.
+            with suppress(BrokerError):
+                asyncio.run(ask_for_help(database, rotation, following))
+                return
 
 
 @shared_task(name="rotator.coordinate", bind=True, max_retries=None, **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
@@ -192,9 +206,9 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
     delivered: while another delivery is at it, or the server is away, this one asks again now and then, so
     that there is always one that would go on.
     """
-    observer, publisher = log_observer(logging.getLogger(__name__)), CeleryPublisher(database)
+    observer, ask = log_observer(logging.getLogger(__name__)), partial(ask_for_help, database)
     try:
-        is_left = coordinate_rotation(database, rotation, observer, publisher, _until_handed_on())
+        is_left = coordinate_rotation(database, rotation, observer, ask, _should_hand_on(HAND_ON_SECONDS))
     except (OwnedElsewhereError, ServerLostError):
         _again(task, seconds=ASK_AGAIN_SECONDS)
     else:
@@ -211,27 +225,13 @@ def _again(task: Task, *, seconds: int) -> NoReturn:
         raise Reject(error.reason, requeue=True) from None
 
 
-class CeleryPublisher:
-    """Publishes spans as tasks of the project's Celery app."""
+async def ask_for_help(database: str, rotation: int, message: int) -> None:
+    """Send a message that asks a worker for help with a rotation.
 
-    def __init__(self, database: str) -> None:
-        """Take Django's alias of the database that the rotation is in."""
-        self._database = database
-        self._published: deque[str] = deque(maxlen=2 * SPANS_OUTSTANDING)
-
-    async def publish(self, lease: Lease, span: int) -> None:
-        """Have some worker rotate a span.
-
-        Raises:
-            BrokerError: The broker cannot be reached; the span was perhaps published all the same.
-        """
-        arguments = (self._database, lease.rotation, lease.generation, span)
-        self._published.append(await _published(rotate_span, arguments))
-
-    async def revoke(self) -> None:
-        """Take back what no worker has begun; what one has begun, the fence ends."""
-        with suppress(BrokerError):
-            await _in_time(partial(current_app.control.revoke, list(self._published)))
+    Raises:
+        BrokerError: The broker cannot be reached; the message may have been sent all the same.
+    """
+    await _send(help_rotation, (database, rotation, message))
 
 
 def hand_over(database: str, rotation: int) -> None:
@@ -240,7 +240,7 @@ def hand_over(database: str, rotation: int) -> None:
     Raises:
         BrokerError: The broker cannot be reached.
     """
-    asyncio.run(_published(coordinate, (database, rotation)))
+    asyncio.run(_send(coordinate, (database, rotation)))
 
 
 def load_app() -> None:
@@ -265,10 +265,9 @@ def load_app() -> None:
         )
 
 
-async def _published(task: Task, arguments: tuple[object, ...]) -> str:
-    # What Celery would write of the arguments beside the arguments is for people who watch it.
-    result = await _in_time(partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr=""))
-    return str(result.id)
+async def _send(task: Task, arguments: tuple[object, ...]) -> None:
+    # Celery would write the arguments a second time, for people who watch it.
+    await _in_time(partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr=""))
 
 
 class BrokerCalls:
@@ -314,11 +313,11 @@ class BrokerCalls:
 _calls = BrokerCalls()
 
 
-async def _in_time(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - Celery has no types
+async def _in_time(call: Callable[[], Any]) -> None:
     # A broker that is away can hold a call up for good.
     try:
         _calls.check()
         async with asyncio.timeout(PUBLISH_SECONDS):
-            return await run_in_daemon_thread(_calls.tracked(call))
+            await run_in_daemon_thread(_calls.tracked(call))
     except Exception as error:  # noqa: BLE001 - each broker's library has errors of its own
         raise BrokerError(f"The broker cannot be reached ({type(error).__name__}).") from None

@@ -10,10 +10,9 @@ from typing import Any, Final
 from asgiref.sync import sync_to_async
 from django.db.models import Model
 
-from rotator.events import Observer, ReceiverFailed, RowsRotated
+from rotator.events import Observer, OnCommit, ReceiverFailed, RowsRotated
 from rotator.exceptions import ServerLostError
 from rotator.fields.connections import lost_connection
-from rotator.runner.context import OnCommit
 from rotator.signals import range_rotated
 
 # A receiver that lost Django's connection is called again after each of these seconds.

@@ -27,19 +27,10 @@ CHECK_CONNECTION_SECONDS: Final = 1
 
 _FENCE: Final = (
     sql.SQL(
-        "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation"
-        " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'), {}) AS integer)"
-    )
-    .format(sql.Literal(SUPERSEDED))
-    .as_bytes()
-)
-
-
-_SPAN_FENCE: Final = (
-    sql.SQL(
-        "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation r JOIN rotator_span s ON s.rotation_id = r.id"
-        " WHERE r.id = %(rotation)s AND r.generation = %(generation)s AND r.status = 'running'"
-        " AND s.id = %(span)s AND s.generation = %(span_generation)s), {}) AS integer)"
+        "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation r WHERE r.id = %(rotation)s"
+        " AND r.generation = %(generation)s AND r.status = 'running' AND (%(span)s::bigint IS NULL"
+        " OR EXISTS (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
+        " AND s.generation = %(span_generation)s))), {}) AS integer)"
     )
     .format(sql.Literal(SUPERSEDED))
     .as_bytes()
@@ -92,11 +83,9 @@ async def fence(connection: AsyncConnection, lease: Lease) -> None:
         SupersededError: It is not, as soon as the answer is read.
     """
     await share_lock(connection, lease.rotation)
-    if lease.span is None:
-        await connection.execute(_FENCE, asdict(lease))
-    else:
+    if lease.span is not None:
         await share_lock(connection, lease.span, lock_class=SPAN_LOCK_CLASS)
-        await connection.execute(_SPAN_FENCE, asdict(lease))
+    await connection.execute(_FENCE, asdict(lease))
 
 
 async def set_timeouts(

@@ -492,6 +492,18 @@ async def complete(
     return None
 
 
+async def record_seconds(connection: AsyncConnection, lease: Lease, *, active_seconds: float) -> None:
+    """Record the time of a completed rotation, its final VACUUM included."""
+    async with translate_errors(connection):
+        await connection.execute(
+            sql.SQL(
+                "UPDATE rotator_rotation SET {}"
+                " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'completed'"
+            ).format(_ACTIVE),
+            {"active_seconds": active_seconds, **asdict(lease)},
+        )
+
+
 async def _update(
     connection: AsyncConnection, lease: Lease, assignments: sql.Composable, values: dict[str, Any]
 ) -> int:

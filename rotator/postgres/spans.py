@@ -1,11 +1,11 @@
-"""The spans of a distributed rotation: claiming, progress and the end of each."""
+"""The spans that a rotation's owner has planned, and the helpers that claim them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Final
+from typing import Final, LiteralString
 
 from psycopg import AsyncConnection, sql
-from psycopg.rows import dict_row
+from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from rotator.exceptions import SupersededError
@@ -16,36 +16,118 @@ from rotator.postgres.rotations import exclusive_lock
 from rotator.postgres.table import TargetTable
 from rotator.ranges import Key, KeyInterval
 
-_STILL_OWNED: Final = sql.SQL(
-    " FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
-    " AND r.status = 'running'"
+# A helper renews its leases long before they expire.
+LEASE_SECONDS: Final = 20
+
+
+def _statement(text: LiteralString) -> bytes:
+    """Insert the conditions that several statements share."""
+    return (
+        sql.SQL(text)
+        .format(
+            # The rotation, where it runs with the generation of the lease.
+            owned=sql.SQL(
+                "rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
+                " AND r.status = 'running'"
+            ),
+            claimable=sql.SQL(
+                "finished_at IS NULL AND (lease_expires_at IS NULL OR lease_expires_at < clock_timestamp())"
+            ),
+            lease_end=sql.SQL("clock_timestamp() + make_interval(secs => {})").format(LEASE_SECONDS),
+        )
+        .as_bytes()
+    )
+
+
+_PLAN: Final = _statement(
+    "INSERT INTO rotator_span (rotation_id, after, through, checkpoints_before, generation, worker,"
+    " deferrals, retries, failed_keys) SELECT r.id, %(after)s::jsonb, %(through)s::jsonb,"
+    " COALESCE((SELECT max(id) FROM rotator_completedrange), 0), 0, '', 0, 0, '[]' FROM {owned}"
+)
+_COLLECT_FINISHED: Final = _statement(
+    "DELETE FROM rotator_span s USING {owned} AND s.rotation_id = r.id AND s.finished_at IS NOT NULL"
+    " RETURNING s.deferrals, s.retries, s.failed_keys"
+)
+_READ_PROGRESS: Final = _statement(
+    "SELECT s.*, count(c.id) AS ranges, COALESCE(sum(c.rows), 0)::bigint AS rows,"
+    " count(c.id) FILTER (WHERE c.id <= s.settled) AS settled_ranges,"
+    " COALESCE(sum(c.rows) FILTER (WHERE c.id <= s.settled), 0)::bigint AS settled_rows"
+    " FROM (SELECT count(*) AS spans, count(*) FILTER (WHERE {claimable}) AS claimable,"
+    " COALESCE(min(checkpoints_before) FILTER (WHERE finished_at IS NULL), %(since)s::bigint) AS settled"
+    " FROM rotator_span WHERE rotation_id = %(rotation)s) s"
+    " LEFT JOIN rotator_completedrange c ON c.rotation_id = %(rotation)s AND c.id > %(since)s"
+    " GROUP BY s.spans, s.claimable, s.settled"
+)
+_ADD_HELPER: Final = _statement(
+    "WITH lost AS (DELETE FROM rotator_helper WHERE id = %(instead_of)s)"
+    " INSERT INTO rotator_helper (rotation_id, error) SELECT r.id, '' FROM {owned} RETURNING id"
+)
+_RENEW: Final = _statement(
+    "WITH span AS (UPDATE rotator_span SET lease_expires_at = {lease_end} WHERE id = %(span)s"
+    " AND generation = %(span_generation)s AND worker <> '' AND finished_at IS NULL)"
+    " UPDATE rotator_helper h SET expires_at = {lease_end} FROM {owned}"
+    " AND h.rotation_id = r.id AND h.id = %(helper)s"
+)
+_CLAIM: Final = _statement(
+    "UPDATE rotator_span s SET generation = s.generation + 1, worker = %(worker)s,"
+    " lease_expires_at = {lease_end} FROM {owned} AND s.id = (SELECT id FROM rotator_span"
+    " WHERE rotation_id = %(rotation)s AND {claimable} ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)"
+    " RETURNING s.id, s.generation, s.after::text, s.through::text, s.checkpoints_before"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpanProgress:
-    """How far the work on a span is.
+class FinishedSpan:
+    """A span that a helper has finished.
 
     Attributes:
-        id: The span's id.
-        generation: How often a task has begun with it.
-        is_held: Whether a task has it, as far as is known.
-        rows: How many rows were rotated.
-        ranges: In how many ranges.
-        retries: How often one had to be tried again; known at the end.
-        is_finished: Whether its last task has nothing left to do.
-        failed_keys: Keys that could not be rotated, each with the reason.
-        error: Why its task gave up; empty where it did not.
+        deferrals: The number of deferrals of its ranges.
+        retries: The number of retries of its ranges.
+        failed_keys: The keys that could not be rotated, each with the reason.
+    """
+
+    deferrals: int
+    retries: int
+    failed_keys: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """The spans that are left, and the checkpoints since the owner last read them.
+
+    Attributes:
+        spans: The number of spans that are left.
+        claimable: The number of spans among them that no living helper has claimed.
+        settled: The id up to which no transaction in flight can add a checkpoint.
+        ranges: The number of checkpoints after the id that was asked for.
+        rows: The number of rows in these ranges.
+        settled_ranges: The number of ranges among them up to the settled id.
+        settled_rows: The number of rows in these ranges.
+    """
+
+    spans: int
+    claimable: int
+    settled: int
+    ranges: int
+    rows: int
+    settled_ranges: int
+    settled_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HelperState:
+    """A message that asks for help, or the task that has received it.
+
+    Attributes:
+        id: The id of its row.
+        is_alive: Whether a task has received it and has renewed its lease since.
+        seconds_since_sent: The time since the message was sent; None where it is not sent.
+        error: The reason why the task has given up; empty where it has not.
     """
 
     id: int
-    generation: int
-    is_held: bool
-    rows: int
-    ranges: int
-    retries: int
-    is_finished: bool
-    failed_keys: Sequence[tuple[str, str]]
+    is_alive: bool
+    seconds_since_sent: float | None
     error: str
 
 
@@ -55,17 +137,15 @@ class ClaimedSpan:
 
     Attributes:
         lease: What it may write for.
-        span: Which rows these are.
-        gaps: What of it is left to do.
+        gaps: The parts of it that no checkpoint covers.
     """
 
     lease: Lease
-    span: KeyInterval
     gaps: list[KeyInterval]
 
 
-async def clear(connection: AsyncConnection, lease: Lease) -> None:
-    """Remove what an earlier owner has planned; its tasks find nothing to do any more.
+async def clear(connection: AsyncConnection, lease: Lease) -> int:
+    """Remove the spans and the helpers of an earlier owner, and return the latest checkpoint's id.
 
     Raises:
         SupersededError: This process does not own the rotation any more.
@@ -73,99 +153,150 @@ async def clear(connection: AsyncConnection, lease: Lease) -> None:
     async with translate_errors(connection), connection.transaction():
         await fence(connection, lease)
         await connection.execute("DELETE FROM rotator_span WHERE rotation_id = %s", (lease.rotation,))
+        await connection.execute("DELETE FROM rotator_helper WHERE rotation_id = %s", (lease.rotation,))
+        cursor = await connection.execute("SELECT COALESCE(max(id), 0) FROM rotator_completedrange")
+        ((latest,),) = await cursor.fetchall()
+    return int(latest)
 
 
-async def plan(connection: AsyncConnection, lease: Lease, span: KeyInterval) -> int:
-    """Note a span that is about to be published, and return its id.
+async def plan(connection: AsyncConnection, lease: Lease, span: KeyInterval) -> None:
+    """Add a span that helpers can claim.
 
     Raises:
         SupersededError: This process does not own the rotation any more.
     """
     async with translate_errors(connection):
         cursor = await connection.execute(
-            sql.SQL(
-                "INSERT INTO rotator_span (rotation_id, after, through, checkpoints_before, generation, "
-                "worker, rows, ranges, retries, failed_keys, error)"
-                " SELECT r.id, %(after)s::jsonb, %(through)s::jsonb,"
-                " COALESCE((SELECT max(id) FROM rotator_completedrange), 0), 0, '', 0, 0, 0, '[]', ''"
-                "{} RETURNING id"
-            ).format(_STILL_OWNED),
-            {"after": span.after, "through": span.through, **asdict(lease)},
+            _PLAN, {"after": span.after, "through": span.through, **asdict(lease)}
         )
+    if not cursor.rowcount:
+        raise superseded()
+
+
+async def collect_finished(connection: AsyncConnection, lease: Lease) -> list[FinishedSpan]:
+    """Delete the finished spans, and return what their helpers have reported."""
+    async with translate_errors(connection):
+        cursor = connection.cursor(row_factory=class_row(FinishedSpan))
+        await cursor.execute(_COLLECT_FINISHED, asdict(lease))
+        return await cursor.fetchall()
+
+
+async def read_progress(connection: AsyncConnection, rotation: int, *, since: int) -> Progress:
+    """Count the spans that are left, and the checkpoints with a higher id than ``since``.
+
+    Checkpoints do not become visible in the order of their ids. But an id that is older than a span belongs
+    to an earlier span, and its checkpoint is visible once that span is finished.
+    """
+    async with translate_errors(connection):
+        cursor = connection.cursor(row_factory=class_row(Progress))
+        await cursor.execute(_READ_PROGRESS, {"rotation": rotation, "since": since})
+        (progress,) = await cursor.fetchall()
+        return progress
+
+
+async def read_helpers(connection: AsyncConnection, rotation: int) -> list[HelperState]:
+    """Return the messages and the tasks of a rotation."""
+    async with translate_errors(connection):
+        cursor = connection.cursor(row_factory=class_row(HelperState))
+        await cursor.execute(
+            "SELECT id, COALESCE(expires_at > clock_timestamp(), false) AS is_alive, error,"
+            " EXTRACT(epoch FROM clock_timestamp() - sent_at)::double precision AS seconds_since_sent"
+            " FROM rotator_helper WHERE rotation_id = %s ORDER BY id",
+            (rotation,),
+        )
+        return await cursor.fetchall()
+
+
+async def add_helper(connection: AsyncConnection, lease: Lease, *, instead_of: int | None) -> int:
+    """Add a message that will be sent, and return its id.
+
+    Args:
+        connection: In autocommit mode.
+        lease: The owner's lease.
+        instead_of: The id of a helper whose message becomes invalid; None for no helper.
+
+    Raises:
+        SupersededError: This process does not own the rotation any more.
+    """
+    async with translate_errors(connection):
+        cursor = await connection.execute(_ADD_HELPER, {"instead_of": instead_of, **asdict(lease)})
         row = await cursor.fetchone()
     if row is None:
         raise superseded()
     return int(row[0])
 
 
-async def read_progress(connection: AsyncConnection, ids: Sequence[int]) -> list[SpanProgress]:
-    """How far these spans are."""
+async def mark_sent(connection: AsyncConnection, messages: Sequence[int]) -> None:
+    """Note that messages were sent; the row of one that was received is gone already."""
     async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=dict_row)
-        await cursor.execute(
-            "SELECT id, generation, worker <> '' AS is_held, rows, ranges, retries,"
-            " finished_at IS NOT NULL AS is_finished, failed_keys, error"
-            " FROM rotator_span WHERE id = ANY (%s) ORDER BY id",
-            (list(ids),),
+        await connection.execute(
+            "UPDATE rotator_helper SET sent_at = clock_timestamp() WHERE id = ANY (%s)", (list(messages),)
         )
-        return [
-            SpanProgress(**row | {"failed_keys": [(key, reason) for key, reason in row["failed_keys"]]})
-            async for row in cursor
-        ]
 
 
-async def claim_span(
-    connection: AsyncConnection, table: TargetTable, lease: Lease, span: int, *, worker: str
+async def renew(connection: AsyncConnection, lease: Lease, helper: int) -> bool:
+    """Renew the leases of a helper and of the span that it works on.
+
+    Returns:
+        Whether the helper is wanted: False where the rotation does not run with this generation any more, or
+        another message was sent instead.
+    """
+    async with translate_errors(connection):
+        cursor = await connection.execute(_RENEW, {"helper": helper, **asdict(lease)})
+    return cursor.rowcount == 1
+
+
+async def claim(
+    connection: AsyncConnection, table: TargetTable, lease: Lease, *, worker: str
 ) -> ClaimedSpan | None:
-    """Become the one task that works on a span; None where there is nothing to do for it any more.
+    """Claim the next span; None where there is none, or the rotation does not run with this generation.
 
-    When this returns, no transaction of another task of the same span can commit: each holds the span's lock
-    shared until its end, and this waited for the exclusive one. So what its gaps are stays true.
+    When this returns, no transaction of an earlier helper of the same span can commit. Those that begin now
+    fail at the fence, which reads the new generation. Those that have passed the fence hold the span's lock
+    shared until they end, and this waits for the exclusive one before it reads the gaps.
 
     Args:
         connection: In autocommit mode.
         table: The target's table.
-        lease: The rotation's, as the task's message has it.
-        span: The span's id.
+        lease: The rotation's generation that the helper has read.
         worker: The host and pid of this process.
+
+    Raises:
+        RowsLockedError: A transaction of an earlier helper keeps the lock and could not be terminated.
     """
-    async with exclusive_lock(connection, span, lock_class=SPAN_LOCK_CLASS):
-        cursor = await connection.execute(
-            sql.SQL(
-                "UPDATE rotator_span s SET generation = s.generation + 1, worker = %(worker)s,"
-                " updated_at = clock_timestamp(){} AND s.rotation_id = r.id AND s.id = %(wanted)s"
-                " AND s.finished_at IS NULL"
-                " RETURNING s.generation, s.after::text, s.through::text, s.checkpoints_before"
-            ).format(_STILL_OWNED),
-            {"wanted": span, "worker": worker, **asdict(lease)},
-        )
+    async with translate_errors(connection):
+        async with connection.pipeline(), connection.transaction():
+            # A crash must not reset the generation.
+            await connection.execute("SET LOCAL synchronous_commit = on")
+            cursor = await connection.execute(_CLAIM, {"worker": worker, **asdict(lease)})
         row = await cursor.fetchone()
-        if row is None:
-            return None
-        generation, after, through, checkpoints_before = row
+    if row is None:
+        return None
+    number, generation, after, through, checkpoints_before = row
+    span = KeyInterval(after=None if after is None else Key(after), through=Key(through))
+    left = [span]
+    if generation > 1:
+        async with exclusive_lock(connection, number, lock_class=SPAN_LOCK_CLASS):
+            pass
         left = await gaps(
             connection,
             table,
             lease.rotation,
-            Key(through),
-            after=None if after is None else Key(after),
+            span.through,
+            after=span.after,
             checkpoints_before=checkpoints_before,
         )
-    return ClaimedSpan(
-        lease=replace(lease, span=span, span_generation=generation),
-        span=KeyInterval(after=None if after is None else Key(after), through=Key(through)),
-        gaps=left,
-    )
+    return ClaimedSpan(lease=replace(lease, span=number, span_generation=generation), gaps=left)
 
 
-async def release(connection: AsyncConnection, lease: Lease, *, retries: int) -> None:
-    """Leave a span to another task."""
+async def release(connection: AsyncConnection, lease: Lease, *, deferrals: int, retries: int) -> None:
+    """Leave the rest of a span to another helper."""
     async with translate_errors(connection):
         await connection.execute(
-            "UPDATE rotator_span SET worker = '', updated_at = clock_timestamp(),"
-            " retries = retries + %(retries)s"
+            "UPDATE rotator_span SET worker = '', lease_expires_at = NULL,"
+            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s"
             " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
-            {"retries": retries, **asdict(lease)},
+            {"deferrals": deferrals, "retries": retries, **asdict(lease)},
         )
 
 
@@ -173,24 +304,24 @@ async def finish(
     connection: AsyncConnection,
     lease: Lease,
     *,
+    deferrals: int,
     retries: int,
     failed_keys: Sequence[tuple[Key, str]] = (),
-    error: str = "",
 ) -> None:
-    """Say that there is nothing left to do for a span, or that it cannot be done.
+    """Record that every row of a span was rotated or has failed.
 
     Raises:
-        SupersededError: Another task works on it.
+        SupersededError: Another helper has claimed it.
     """
     async with translate_errors(connection):
         cursor = await connection.execute(
-            "UPDATE rotator_span SET finished_at = clock_timestamp(), updated_at = clock_timestamp(),"
-            " retries = retries + %(retries)s, failed_keys = %(failed_keys)s, error = %(error)s"
-            " WHERE id = %(span)s AND generation = %(span_generation)s",
+            "UPDATE rotator_span SET finished_at = clock_timestamp(),"
+            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s,"
+            " failed_keys = %(failed_keys)s WHERE id = %(span)s AND generation = %(span_generation)s",
             {
+                "deferrals": deferrals,
                 "retries": retries,
                 "failed_keys": Jsonb([[str(key), reason] for key, reason in failed_keys]),
-                "error": error,
                 **asdict(lease),
             },
         )

@@ -14,6 +14,7 @@ import psycopg
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
+from rotator.events import OnCommit, RowsRotated
 from rotator.exceptions import OldValuesKeptError, RangeRejectedError, RangeTooSlowError, ValuesError
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
@@ -96,7 +97,7 @@ class RangeUpdate:
     def __init__(self, table: TargetTable, source: ValueSource, limits: WaitLimits) -> None:
         self.table = table
         self._source = source
-        self._limits = limits
+        self.limits = limits
         # Formatted once: formatting a statement takes as long as sending it.
         self._range_updates = {
             known: range_update(
@@ -170,7 +171,7 @@ class RangeUpdate:
             disabled_joins = ("nestloop" if is_merged else "mergejoin",)
             async with rolled_back_on_error(connection):
                 async with connection.pipeline():
-                    await begin_fenced(connection, lease, self._limits, disabled_joins=disabled_joins)
+                    await begin_fenced(connection, lease, self.limits, disabled_joins=disabled_joins)
                     digests = (
                         await self._select(connection, rows, self._digests) if self._reads_digests else None
                     )
@@ -257,7 +258,7 @@ class RangeUpdate:
                 # Only after a sync does the server limit how long the transaction may be idle.
                 await pipeline.sync()
                 keys = [Key(key) async for (key,) in locked]
-                if cursors and time.monotonic() - began > self._limits.transaction_seconds:
+                if cursors and time.monotonic() - began > self.limits.transaction_seconds:
                     raise RangeTooSlowError(TOO_LONG)
                 cursors.append(await connection.execute(self._keyed_update, await source.parameters(keys)))
                 count += len(keys)
@@ -329,7 +330,7 @@ class RangeUpdate:
         statement = self._range_updates[True] if is_bulk else self._keyed_update
         no_values = named(tuple([] for _ in self.table.columns))
         parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
-        limits = replace(self._limits, statement_seconds=ANSWER_SECONDS)
+        limits = replace(self.limits, statement_seconds=ANSWER_SECONDS)
         joins = ("nestloop" if is_bulk else "mergejoin",)
         async with rolled_back_on_error(connection):
             await begin_fenced(connection, None, limits, disabled_joins=joins)
@@ -343,13 +344,22 @@ class RangeUpdate:
 class PostgresWriter:
     """Writes ranges while its lease is valid."""
 
-    def __init__(self, pool: AsyncConnectionPool, update: RangeUpdate, lease: Lease) -> None:
+    def __init__(
+        self,
+        pool: AsyncConnectionPool,
+        update: RangeUpdate,
+        lease: Lease,
+        on_commit: OnCommit | None = None,
+    ) -> None:
         self._pool = pool
         self._update = update
         self._lease = lease
+        self._on_commit = on_commit
 
     async def rewrite(self, key_range: KeyRange) -> int:
         """Give a range's rows new values and checkpoint it, in one transaction; return the number of rows.
+
+        Call ``on_commit`` after the commit; a crash in between skips the call.
 
         Raises:
             SupersededError: Another process owns the rotation; nothing was written.
@@ -373,13 +383,16 @@ class PostgresWriter:
                         written.has_other_writes,
                     ),
                 )
-                if lease.span is not None:
-                    await connection.execute(
-                        "UPDATE rotator_span SET rows = rows + %s, ranges = ranges + 1,"
-                        " updated_at = clock_timestamp() WHERE id = %s",
-                        (written.rows, lease.span),
-                    )
                 await connection.execute("COMMIT")
+        if self._on_commit is not None:
+            await self._on_commit(
+                RowsRotated(
+                    rotation=lease.rotation,
+                    after=key_range.after,
+                    through=key_range.through,
+                    rows=written.rows,
+                )
+            )
         return written.rows
 
 

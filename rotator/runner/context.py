@@ -4,21 +4,22 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from rotator.events import Observer, RowsRotated
+from rotator.events import Observer, OnCommit
 from rotator.options import RunOptions, Selection
 from rotator.postgres.connection import Server
 from rotator.postgres.identity import SessionIdentity
 from rotator.postgres.owner import Owner
 from rotator.postgres.table import Condition
 from rotator.postgres.values import ValueSource
-from rotator.ranges import KeyRange
-from rotator.runner.distribution import SpanPublisher
-from rotator.runner.engine import RangeWriter
 from rotator.runner.stop import StopSignal
-from rotator.stats import Figures
+from rotator.stats import Stats
 
-OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
-"""Tells whoever acts upon rotated rows; whoever waits for it writes no more rows meanwhile."""
+AskForHelp: TypeAlias = Callable[[int, int], Awaitable[None]]
+"""Sends a message that asks a Celery worker for help: with the rotation's id and the message's.
+
+It raises :class:`BrokerError` where the broker cannot be reached. The message may have been sent all the
+same.
+"""
 
 ShouldStop: TypeAlias = Callable[[], bool]
 """Says whether whoever this is done for has to stop; called now and then."""
@@ -71,10 +72,10 @@ class RunContext:
         options: How.
         owner: This process.
         stop_signal: What has been asked of the run.
-        figures: What it has done so far.
+        stats: The figures of the run.
         notify: Tells observers, after the run itself has taken note.
         on_commit: Is awaited after each commit of rows; None where nobody asked for that.
-        publisher: Has the ranges rewritten elsewhere; None where this process does it.
+        ask_for_help: Asks Celery workers to rewrite the ranges; None where this process does it.
     """
 
     server: Server
@@ -82,24 +83,7 @@ class RunContext:
     options: RunOptions
     owner: Owner
     stop_signal: StopSignal
-    figures: Figures
+    stats: Stats
     notify: Observer
     on_commit: OnCommit | None
-    publisher: SpanPublisher | None
-
-
-class AnnouncingWriter:
-    """A writer whose ranges are announced once they are committed."""
-
-    def __init__(self, writer: RangeWriter, on_commit: OnCommit, rotation: int) -> None:
-        self._writer = writer
-        self._on_commit = on_commit
-        self._rotation = rotation
-
-    async def rewrite(self, key_range: KeyRange) -> int:
-        """Do what the writer does, and announce it; a crash in between leaves the range unannounced."""
-        rows = await self._writer.rewrite(key_range)
-        await self._on_commit(
-            RowsRotated(rotation=self._rotation, after=key_range.after, through=key_range.through, rows=rows)
-        )
-        return rows
+    ask_for_help: AskForHelp | None

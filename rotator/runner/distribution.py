@@ -1,94 +1,53 @@
-"""The coordinator of a distributed rotation: plans wide spans, has them published, and watches them."""
+"""The owner of a distributed rotation: plans spans, asks Celery workers for help, and reads the progress."""
 
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from contextlib import suppress
+from typing import Final
 
 from psycopg import AsyncConnection
 
 from rotator.events import (
     BrokerUnreachable,
     Observer,
-    RangeCompleted,
     RangeDeferred,
-    RangeRetried,
-    RowFailed,
+    RowRejected,
+    WorkersProgressed,
     WorkersSilent,
 )
-from rotator.exceptions import (
-    BrokerError,
-    RangeRejectedError,
-    RowsLockedError,
-    ServerLostError,
-    ServerRefusedError,
-)
+from rotator.exceptions import BrokerError, RangeRejectedError, RowsLockedError, ServerRefusedError
 from rotator.postgres import spans
 from rotator.postgres.fence import Lease
 from rotator.postgres.planner import IndexPlanner
-from rotator.postgres.spans import SpanProgress
+from rotator.postgres.spans import FinishedSpan, HelperState, Progress
 from rotator.ranges import Key, KeyInterval
+from rotator.runner.context import AskForHelp
 from rotator.runner.engine import MAX_FAILED_ROWS
 
 POLL_SECONDS: Final = 0.1
-SILENT_SECONDS: Final = 30.0
-# No message is heard of where there is no worker; after a while a new one is worth little.
-MAX_PATIENCE_SECONDS: Final = 300.0
-SPANS_OUTSTANDING: Final = 16
+SPANS_AHEAD: Final = 16
 SPANS_OF_SMALL_TABLE: Final = 8
-# A task opens its connections anew, which a few ranges would not be worth; and a host that is lost loses no
-# more.
+# A claim costs a round trip, and a host that is lost loses no more.
 MIN_RANGES_PER_SPAN: Final = 10
 MAX_RANGES_PER_SPAN: Final = 100
-
-
-class SpanPublisher(Protocol):
-    """Knows the broker."""
-
-    async def publish(self, lease: Lease, span: int) -> None:
-        """Have some worker rotate a span.
-
-        Raises:
-            BrokerError: The broker cannot be reached; the span was perhaps published all the same.
-        """
-        ...
-
-    async def revoke(self) -> None:
-        """Take back what no worker has begun, as well as that can be done."""
-        ...
-
-
-@dataclass(slots=True)
-class _Outstanding:
-    """A span that some worker has, or will have.
-
-    Attributes:
-        rows: How many of its rows are known to be rotated.
-        ranges: In how many ranges.
-        generation: How often a worker has begun with it.
-        is_held: Whether a worker has it.
-        last_change_at: When one of these last changed, or it was published.
-        is_published: Whether the broker took it.
-    """
-
-    rows: int = 0
-    ranges: int = 0
-    generation: int = 0
-    is_held: bool = False
-    last_change_at: float = 0.0
-    is_published: bool = False
+# More helpers find nothing to claim.
+MAX_HELPERS: Final = SPANS_AHEAD
+FIRST_HELPERS: Final = 2
+SILENT_SECONDS: Final = 30.0
+MAX_SILENT_SECONDS: Final = 300.0
+RETRY_BROKER_SECONDS: Final = 1.0
 
 
 class Distribution:
-    """One pass over some gaps, by workers elsewhere."""
+    """One pass over some gaps, by Celery workers that claim the spans in the database."""
 
     def __init__(
         self,
         connection: AsyncConnection,
         planner: IndexPlanner,
         lease: Lease,
-        publisher: SpanPublisher,
+        ask_for_help: AskForHelp,
         *,
         batch: int,
         notify: Observer,
@@ -96,16 +55,18 @@ class Distribution:
         """Take a connection in autocommit mode, for this pass's use alone."""
         self._connection = connection
         self._planner = planner
-        self._claim = lease
-        self._publisher = publisher
+        self._lease = lease
+        self._ask_for_help = ask_for_help
         self._batch = batch
         self._notify = notify
-        self._outstanding: dict[int, _Outstanding] = {}
-        self._is_broker_unreachable = False
         self._clock = asyncio.get_running_loop().time
-        self._last_change_at = self._clock()
-        self._patience_seconds = SILENT_SECONDS
+        self._since = 0
+        self._reported = (0, 0)
+        self._read_at = self._alive_at = self._clock()
         self._failed_rows = 0
+        self._patience_seconds = SILENT_SECONDS
+        self._sending: asyncio.Task[list[int]] | None = None
+        self._is_broker_lost = False
 
     async def run(
         self,
@@ -126,27 +87,34 @@ class Distribution:
         Raises:
             ServerRefusedError: A worker met what trying again does not mend.
             RangeRejectedError: More rows were refused than ``MAX_FAILED_ROWS``.
-            ServerLostError: The spans are gone, so that what is done has to be read anew.
             SupersededError: This process does not own the rotation any more.
         """
-        await spans.clear(self._connection, self._claim)
+        self._since = await spans.clear(self._connection, self._lease)
         left, limit = deque(gaps), max_rows
         span_rows = self._batch * ranges_per_span(rows_left, self._batch)
-        while not drain.is_set():
-            is_locked = False
-            while left and len(self._outstanding) < SPANS_OUTSTANDING and limit != 0 and not is_locked:
-                try:
-                    limit = await self._plan(left, span_rows, limit)
-                except RowsLockedError:
-                    is_locked = True
-                    self._notify(RangeDeferred(rows=0))
-            await self._publish_again()
-            if not self._outstanding and not is_locked:
-                return
-            await _wait(drain, POLL_SECONDS)
-            await self._look()
-        if not self._is_broker_unreachable:
-            await self._publisher.revoke()
+        try:
+            while not drain.is_set():
+                progress = await self._read()
+                is_sending = await self.is_sending()
+                helpers = await spans.read_helpers(self._connection, self._lease.rotation)
+                if error := next((helper.error for helper in helpers if helper.error), ""):
+                    raise ServerRefusedError(error)
+                if not is_sending and (progress.claimable or (left and not progress.spans)):
+                    await self.ask(helpers)
+                planned, is_locked = progress.spans, False
+                while left and planned < SPANS_AHEAD and limit != 0 and not is_locked:
+                    try:
+                        limit = await self._plan(left, span_rows, limit)
+                        planned += 1
+                    except RowsLockedError:
+                        is_locked = True
+                        self._notify(RangeDeferred(rows=0))
+                if not planned and not is_locked:
+                    return
+                await _wait(drain, POLL_SECONDS)
+        finally:
+            if self._sending is not None:
+                self._sending.cancel()
 
     async def _plan(self, left: deque[KeyInterval], span_rows: int, limit: int | None) -> int | None:
         gap = left[0]
@@ -154,78 +122,93 @@ class Distribution:
         left.popleft()
         if planned.through != gap.through:
             left.appendleft(KeyInterval(after=planned.through, through=gap.through))
-        number = await spans.plan(self._connection, self._claim, planned)
-        self._outstanding[number] = _Outstanding()
+        await spans.plan(self._connection, self._lease, planned)
         return None if limit is None else max(0, limit - planned.rows)
 
-    async def _publish_again(self) -> None:
-        """Publish what is not yet published, or of which nothing was heard for long."""
-        due = [number for number, span in self._outstanding.items() if self._is_due(span)]
-        silent_seconds = self._clock() - self._last_change_at
-        if due and silent_seconds >= SILENT_SECONDS and not self._is_broker_unreachable:
-            self._notify(WorkersSilent(seconds=silent_seconds))
-            # Perhaps nobody will come for long, and messages are not to pile up until then.
-            self._patience_seconds = min(2 * self._patience_seconds, MAX_PATIENCE_SECONDS)
-        for number in due:
-            span = self._outstanding[number]
-            span.last_change_at = self._clock()
-            try:
-                await self._publisher.publish(self._claim, number)
-            except BrokerError as error:
-                span.is_published = False
-                if not self._is_broker_unreachable:
-                    self._notify(BrokerUnreachable(reason=str(error)))
-                self._is_broker_unreachable = True
-                return
-            span.is_published = True
-            self._is_broker_unreachable = False
-
-    def _is_due(self, span: _Outstanding) -> bool:
-        if not span.is_published:
-            return True
-        # One that nobody has may well wait for its turn, as long as anybody does anything.
-        last_change_at = (
-            span.last_change_at if span.is_held else max(span.last_change_at, self._last_change_at)
-        )
-        return self._clock() - last_change_at >= self._patience_seconds
-
-    async def _look(self) -> None:
-        found = await spans.read_progress(self._connection, list(self._outstanding))
-        if len(found) < len(self._outstanding):
-            raise ServerLostError("What was planned for the workers is gone from the database.")
-        for progress in found:
-            span = self._outstanding[progress.id]
-            if progress.ranges > span.ranges:
-                self._notify(
-                    RangeCompleted(
-                        rows=progress.rows - span.rows,
-                        seconds=POLL_SECONDS,
-                        retries=0,
-                        ranges=progress.ranges - span.ranges,
-                    )
+    async def _read(self) -> Progress:
+        """Read what the workers have done since the last time, and report it."""
+        finished = await spans.collect_finished(self._connection, self._lease)
+        progress = await spans.read_progress(self._connection, self._lease.rotation, since=self._since)
+        ranges, rows = progress.ranges - self._reported[0], progress.rows - self._reported[1]
+        deferrals, retries = sum(s.deferrals for s in finished), sum(s.retries for s in finished)
+        read_at = self._clock()
+        if ranges or deferrals or retries:
+            self._notify(
+                WorkersProgressed(
+                    ranges=ranges,
+                    rows=rows,
+                    deferrals=deferrals,
+                    retries=retries,
+                    seconds=read_at - self._read_at,
                 )
-            if not progress.is_held and (span.is_held or progress.generation > span.generation):
-                # A worker has begun with it and left it to others.
-                span.is_published = False
-            if (progress.generation, progress.ranges) != (span.generation, span.ranges):
-                span.last_change_at = self._last_change_at = self._clock()
-                self._patience_seconds = SILENT_SECONDS
-            span.rows, span.ranges = progress.rows, progress.ranges
-            span.generation, span.is_held = progress.generation, progress.is_held
-            if progress.is_finished:
-                del self._outstanding[progress.id]
-                self._tell_end(progress)
+            )
+        self._read_at, self._since = read_at, progress.settled
+        self._reported = (
+            progress.ranges - progress.settled_ranges,
+            progress.rows - progress.settled_rows,
+        )
+        self._report_failed_rows(finished)
+        return progress
 
-    def _tell_end(self, progress: SpanProgress) -> None:
-        for _ in range(progress.retries):
-            self._notify(RangeRetried(rows=0, reason="reported by a worker", split=False))
-        for key, reason in progress.failed_keys:
+    def _report_failed_rows(self, finished: Sequence[FinishedSpan]) -> None:
+        for key, reason in (failed for span in finished for failed in span.failed_keys):
             self._failed_rows += 1
-            self._notify(RowFailed(key=Key(key), reason=reason))
+            self._notify(RowRejected(key=Key(key), reason=reason))
             if self._failed_rows > MAX_FAILED_ROWS:
                 raise RangeRejectedError(reason, retryable=False)
-        if progress.error:
-            raise ServerRefusedError(progress.error)
+
+    async def ask(self, helpers: Sequence[HelperState]) -> None:
+        """Send more messages while workers answer, and another one instead of one that is lost.
+
+        Few messages wait at a time where every worker is busy: one more than there are living helpers.
+        """
+        now, alive = self._clock(), sum(helper.is_alive for helper in helpers)
+        if alive:
+            self._alive_at, self._patience_seconds = now, SILENT_SECONDS
+        patience_seconds = MAX_SILENT_SECONDS if alive else self._patience_seconds
+        lost = [
+            helper.id
+            for helper in helpers
+            if not helper.is_alive
+            and (helper.seconds_since_sent is None or helper.seconds_since_sent >= patience_seconds)
+        ]
+        more = min(MAX_HELPERS, alive + max(FIRST_HELPERS, alive + 1)) - len(helpers)
+        if not lost and more <= 0:
+            return
+        if lost and now - self._alive_at >= SILENT_SECONDS and not self._is_broker_lost:
+            self._notify(WorkersSilent(seconds=now - self._alive_at))
+            self._patience_seconds = min(2 * self._patience_seconds, MAX_SILENT_SECONDS)
+        messages = [
+            await spans.add_helper(self._connection, self._lease, instead_of=helper)
+            for helper in [*lost, *[None] * more]
+        ]
+        self._sending = asyncio.create_task(self._send(messages), name="rotator messages")
+
+    async def _send(self, messages: Sequence[int]) -> list[int]:
+        """Send messages while the spans are planned, and return the ids of those that were sent."""
+        sent = list[int]()
+        try:
+            for message in messages:
+                await self._ask_for_help(self._lease.rotation, message)
+                sent.append(message)
+        except BrokerError as error:
+            if not self._is_broker_lost:
+                self._notify(BrokerUnreachable(reason=str(error)))
+            self._is_broker_lost = True
+            await asyncio.sleep(RETRY_BROKER_SECONDS)
+        else:
+            self._is_broker_lost = False
+        return sent
+
+    async def is_sending(self) -> bool:
+        """Return whether messages are on their way; note those that were sent."""
+        if self._sending is None:
+            return False
+        if not self._sending.done():
+            return True
+        sent, self._sending = self._sending.result(), None
+        await spans.mark_sent(self._connection, sent)
+        return False
 
 
 def ranges_per_span(rows: int, batch: int) -> int:
@@ -234,8 +217,6 @@ def ranges_per_span(rows: int, batch: int) -> int:
 
 
 async def _wait(drain: asyncio.Event, seconds: float) -> None:
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await drain.wait()
-    except TimeoutError:
-        return

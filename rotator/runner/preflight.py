@@ -5,7 +5,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import Findings, LimitRaised, Sample
+from rotator.events import Findings, LimitRaised, Observer, Sample
 from rotator.exceptions import MissingPrivilegesError
 from rotator.options import RunOptions, Selection, WaitLimits
 from rotator.postgres import rotations
@@ -26,39 +26,41 @@ MIN_PART_OF_LIMIT: Final = 0.1
 OTHER_CONNECTIONS: Final = 3
 
 
-async def raised_limit(
-    connection: AsyncConnection, update: RangeUpdate, limits: WaitLimits, key: Key
-) -> LimitRaised | None:
-    """Return a statement time limit that allows for planning; None where planning time hardly matters.
+async def measured_update(
+    connection: AsyncConnection,
+    table: TargetTable,
+    target: RunTarget,
+    limits: WaitLimits,
+    key: Key,
+    notify: Observer,
+) -> RangeUpdate:
+    """Return the update of the ranges, with a higher limit where the server takes long to plan it.
 
     Args:
-        connection: A connection in autocommit mode.
-        update: The update of the ranges.
+        connection: In autocommit mode.
+        table: The target's table.
+        target: The target.
         limits: The limits of the options.
         key: Any key of the table.
+        notify: The observer of :class:`LimitRaised`.
     """
-    if not update.table.is_partitioned:
-        return None
+    update = RangeUpdate(table, target.source, limits)
+    if not table.is_partitioned:
+        return update
     seconds = await update.planning_seconds(connection, key)
     if seconds < limits.statement_seconds * MIN_PART_OF_LIMIT:
-        return None
-    return LimitRaised(
-        planning_seconds=seconds,
-        partitions=await count_partitions(connection, update.table),
-        statement_seconds=limits.statement_seconds + PLANNING_TIMES * seconds,
-    )
-
-
-def with_raised(limits: WaitLimits, raised: LimitRaised | None) -> WaitLimits:
-    """Return the limits of the next ranges; a transaction gets as much more time as a statement."""
-    if raised is None:
-        return limits
-    more_seconds = raised.statement_seconds - limits.statement_seconds
-    return replace(
+        return update
+    more_seconds = PLANNING_TIMES * seconds
+    statement_seconds = limits.statement_seconds + more_seconds
+    partitions = await count_partitions(connection, table)
+    notify(LimitRaised(planning_seconds=seconds, partitions=partitions, statement_seconds=statement_seconds))
+    # A transaction gets as much more time as a statement.
+    limits = replace(
         limits,
-        statement_seconds=raised.statement_seconds,
+        statement_seconds=statement_seconds,
         transaction_seconds=limits.transaction_seconds + more_seconds,
     )
+    return RangeUpdate(table, target.source, limits)
 
 
 async def check(connection: AsyncConnection, target: RunTarget, options: RunOptions) -> TargetTable:

@@ -16,6 +16,7 @@ from rotator.events import (
     LateRowsRotated,
     LockHeld,
     Observer,
+    OnCommit,
     OutageEnded,
     OutageStarted,
     Preflighted,
@@ -26,6 +27,7 @@ from rotator.events import (
     ServerLogShowsValues,
     StopReason,
     Tick,
+    WorkersProgressed,
 )
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
 from rotator.options import RunOptions, Selection
@@ -42,14 +44,13 @@ from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
-from rotator.runner.context import OnCommit, RunContext, RunTarget, ShouldStop
-from rotator.runner.distribution import SpanPublisher
+from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.preflight import check, examine
 from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session
 from rotator.runner.stop import StopSignal
 from rotator.runner.vacuum import Vacuuming
-from rotator.stats import Figures
+from rotator.stats import Stats
 
 NAMED_AFTER_SECONDS: Final = 5.0
 # A range waits for a lock for a tenth of a second at a time.
@@ -128,7 +129,7 @@ class Run:
         options: RunOptions,
         observer: Observer,
         on_commit: OnCommit | None = None,
-        publisher: SpanPublisher | None = None,
+        ask_for_help: AskForHelp | None = None,
         should_stop: ShouldStop | None = None,
     ) -> None:
         """Prepare a run; to be called in the running loop.
@@ -139,12 +140,12 @@ class Run:
             options: How.
             observer: Is told of everything.
             on_commit: Is awaited after each commit of rows; None where nobody asked for that.
-            publisher: Has the ranges rewritten elsewhere; None where this process does it.
+            ask_for_help: Asks Celery workers to rewrite the ranges; None where this process does it.
             should_stop: Is asked now and then whether to drain, beside the signals; None where nobody knows.
         """
         self._observer = observer
         self._should_stop = should_stop
-        self._figures = Figures()
+        self._stats = Stats()
         self._stop_signal = StopSignal(self._notify)
         self._context = RunContext(
             server=server,
@@ -152,10 +153,10 @@ class Run:
             options=options,
             owner=this_process(),
             stop_signal=self._stop_signal,
-            figures=self._figures,
+            stats=self._stats,
             notify=self._notify,
             on_commit=on_commit,
-            publisher=publisher,
+            ask_for_help=ask_for_help,
         )
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._acquired: Acquired | None = None
@@ -163,7 +164,6 @@ class Run:
         self._vacuuming = Vacuuming(self._context)
         self._lock_watch = LockWatch(self._notify)
         self._is_completed = False
-        self._late_rows_before = 0
         self._server_name = ""
 
     @property
@@ -199,7 +199,7 @@ class Run:
                     await self._record("interrupted", stop_reason=StopReason.CANCELLED)
                     raise
                 stopped = (
-                    self._stopped("completed") if self._is_completed else await self._leave("interrupted")
+                    await self._leave_completed() if self._is_completed else await self._leave("interrupted")
                 )
             except Exception as error:
                 # Refusals are recorded already. An error of the program, or of an observer, is not.
@@ -260,7 +260,9 @@ class Run:
             else:
                 if status == "completed":
                     self._is_completed = True
-                    return await self._final_vacuum(self._table)
+                    # All workers have left, so the statistics contain their work.
+                    await self._vacuuming.run_final(self._table)
+                    return await self._leave_completed()
                 return await self._leave(status)
 
     async def _check(self, control: AsyncConnection) -> TargetTable:
@@ -269,7 +271,7 @@ class Run:
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
         self._server_name = await name_server(control)
-        self._figures.storage_before = await read_storage(control, table)
+        self._stats.storage_before = await read_storage(control, table)
         await self._vacuuming.prepare(control, table)
         await self._check_values(control, table)
         if self._context.options.preflight:
@@ -309,11 +311,11 @@ class Run:
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
         if acquired.is_completed:
-            self._notify_outage_ended((await rotations.read_state(control, acquired.lease)).rows_done)
+            self._notify_outage_ended(await rotations.read_state(control, acquired.lease))
             return "completed"
         server = self._context.server
-        # The late rows' one is the only worker here where others do the ranges.
-        concurrency = 1 if self._context.publisher else self._context.options.concurrency
+        # Where Celery workers rewrite the ranges, this process only rotates older rows.
+        concurrency = 1 if self._context.ask_for_help else self._context.options.concurrency
         # With little of the budget left, one more attempt all the same.
         seconds = min(OPEN_SECONDS, max(MIN_OPEN_SECONDS, self._outage.left_seconds))
         async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:
@@ -345,29 +347,35 @@ class Run:
             await rotations.beat(
                 control,
                 acquired.lease,
-                rows_done=self._figures.rows_done,
-                active_seconds=self._figures.active_seconds,
+                rows_done=self._stats.rows_done,
+                active_seconds=self._stats.active_seconds,
             )
             self._notify(Tick())
 
     def _notify_started(self, session_work: Session, owned: RotationState) -> None:
-        self._notify_outage_ended(owned.rows_done)
-        if not self._figures.has_started:
-            self._late_rows_before = owned.late_rows
+        self._notify_outage_ended(owned)
+        if self._stats.started is None:
             self._notify(session_work.started(owned))
 
-    def _notify_outage_ended(self, rows_done: int) -> None:
+    def _notify_outage_ended(self, owned: RotationState) -> None:
         if self._outage.is_unreachable:
-            self._notify(OutageEnded(seconds=self._outage.reached(), rows_done=rows_done))
+            seconds = self._outage.reached()
+            self._notify(OutageEnded(seconds=seconds, rows_done=owned.rows_done, late_rows=owned.late_rows))
 
-    async def _final_vacuum(self, table: TargetTable) -> RotationStopped:
-        """Vacuum once more; the workers have left, so what they have done is in the statistics by now."""
-        await self._vacuuming.run_final(table)
-        with suppress(RotatorError):
-            async with connected(self._context.server) as connection:
-                self._figures.storage = await read_storage(connection, table)
-                if self._context.target.condition is not None:
-                    self._figures.table_rows = await count_table(connection, table, seconds=COUNT_SECONDS)
+    async def _leave_completed(self) -> RotationStopped:
+        """Record the time of a completed rotation, and read the figures of its table."""
+        self._stats.stop_clock()
+        with suppress(RotatorError, TimeoutError):
+            async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
+                if self._acquired is not None and self._table is not None:
+                    await rotations.record_seconds(
+                        connection, self._acquired.lease, active_seconds=self._stats.active_seconds
+                    )
+                    self._stats.storage = await read_storage(connection, self._table)
+                    if self._context.target.condition is not None:
+                        self._stats.table_rows = await count_table(
+                            connection, self._table, seconds=COUNT_SECONDS
+                        )
         return self._stopped("completed")
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
@@ -389,7 +397,7 @@ class Run:
             # Another Celery worker resumes it.
             status = "queued"
         await self._record(status, error=str(error))
-        if not self._figures.has_started:
+        if self._stats.started is None:
             raise error
         return self._stopped(status, error=str(error), superseded=superseded)
 
@@ -400,7 +408,7 @@ class Run:
             status = "queued"
         error = "" if reason else _REJECTED_ROWS
         await self._record(status, stop_reason=reason, error=error)
-        if not self._figures.has_started:
+        if self._stats.started is None:
             raise StoppedBeforeStartError(self._stop_signal.signal)
         return self._stopped(status, error=error)
 
@@ -410,34 +418,35 @@ class Run:
         """Tell the database how the run leaves its rotation, as well as that can be done now."""
         if self._acquired is None:
             return
-        # Whatever stands in the way, the account of the run is worth more than this error.
+        self._stats.stop_clock()
+        # The account of the run is more important than an error here.
         with suppress(RotatorError, TimeoutError):
             async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
-                self._figures.rows_done = await rotations.stop(
+                self._stats.rows_done = await rotations.stop(
                     connection,
                     self._acquired.lease,
                     status=status,
                     stop_reason=stop_reason,
                     error=error,
-                    active_seconds=self._figures.active_seconds,
+                    active_seconds=self._stats.active_seconds,
                 )
                 if self._table is not None:
-                    self._figures.storage = await read_storage(connection, self._table)
+                    self._stats.storage = await read_storage(connection, self._table)
                     owned = await rotations.read_state(connection, self._acquired.lease)
+                    self._stats.late_rows = owned.late_rows
                     if owned.bound is not None:
                         left = await gaps(connection, self._table, owned.lease.rotation, owned.bound)
-                        self._figures.spans = intervals_between(left, owned.bound)
+                        self._stats.spans = intervals_between(left, owned.bound)
 
     def _stopped(self, status: EndStatus, *, error: str = "", superseded: bool = False) -> RotationStopped:
         owner, chosen = self._context.owner, self._context.target.selection
-        return self._figures.stopped(
+        return self._stats.stopped(
             status,
             stop_reason=None if status == "completed" or error else self._stop_signal.reason,
             error=error,
-            late_rows_before=self._late_rows_before,
             superseded=superseded,
             run=RunFacts(
-                started_at=self._figures.started_at,
+                started_at=self._stats.started_at,
                 ended_at=datetime.now(UTC),
                 user=owner.user,
                 host=owner.host,
@@ -451,8 +460,8 @@ class Run:
         )
 
     def _notify(self, event: Event) -> None:
-        self._figures.take(event)
+        self._stats.take(event)
         self._lock_watch.take(event)
-        if isinstance(event, RangeCompleted | LateRowsRotated):
+        if isinstance(event, RangeCompleted | WorkersProgressed | LateRowsRotated):
             self._outage.refill()
         self._observer(event)

@@ -15,14 +15,14 @@ from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import PostgresWriter, RangeUpdate
+from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import KeyInterval
 from rotator.runner.acquire import Acquired
-from rotator.runner.context import AnnouncingWriter, RunContext
+from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution
-from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
-from rotator.runner.preflight import raised_limit, with_raised
+from rotator.runner.preflight import measured_update
+from rotator.runner.worker import build_engine
 
 OLDER_WRITERS_SECONDS: Final = 5.0
 COUNT_SECONDS: Final = 2.0
@@ -69,6 +69,7 @@ class Session:
             rows_total=owned.rows_total,
             rows_total_is_exact=owned.rows_total_is_exact,
             rows_done=owned.rows_done,
+            late_rows=owned.late_rows,
             seconds_before=owned.seconds_before,
             stopped_at=self._acquired.stopped_at,
             concurrency=self._context.options.concurrency,
@@ -85,7 +86,7 @@ class Session:
         await self._rotate_gaps(owned)
         if stop_signal.drain.is_set():
             return "interrupted"
-        if self._context.figures.failed_keys:
+        if self._context.stats.rejected_keys:
             return "failed"
         # Rows that were deleted since they were planned leave the limit unreached, and end it too.
         if options.stop_after_rows is not None and await self._gaps(owned):
@@ -98,18 +99,18 @@ class Session:
 
     async def complete(self, owned: RotationState) -> bool:
         """Mark the rotation completed; False where the checkpoints leave a gap after all."""
-        figures = self._context.figures
+        stats = self._context.stats
         rows_done = await rotations.complete(
             self._connection,
             self._table,
             owned.lease,
             owned.bound,
-            active_seconds=figures.active_seconds,
-            unconfirmed_rows=figures.unconfirmed_rows,
+            active_seconds=stats.active_seconds,
+            unconfirmed_rows=stats.unconfirmed_rows,
         )
         if rows_done is None:
             return False
-        figures.rows_done = rows_done
+        stats.rows_done = rows_done
         return True
 
     async def _freeze(self, owned: RotationState) -> RotationState:
@@ -140,48 +141,27 @@ class Session:
     async def _rotate_gaps(self, owned: RotationState) -> None:
         options = self._context.options
         limit = options.stop_after_rows
-        max_rows = None if limit is None else max(0, limit - self._context.figures.rows_this_run)
-        planner, drain = IndexPlanner(self._connection, self._table), self._context.stop_signal.drain
-        if self._context.publisher is not None:
+        max_rows = None if limit is None else max(0, limit - self._context.stats.rows_this_run)
+        left, drain = await self._gaps(owned), self._context.stop_signal.drain
+        planner, notify = IndexPlanner(self._connection, self._table), self._context.notify
+        if self._context.ask_for_help is not None:
             distribution = Distribution(
                 self._connection,
                 planner,
                 owned.lease,
-                self._context.publisher,
+                self._context.ask_for_help,
                 batch=options.batch,
-                notify=self._context.notify,
+                notify=notify,
             )
-            await distribution.run(
-                await self._gaps(owned),
-                drain,
-                rows_left=max(0, owned.rows_total - owned.rows_done),
-                max_rows=max_rows,
+            rows_left = max(0, owned.rows_total - owned.rows_done)
+            await distribution.run(left, drain, rows_left=rows_left, max_rows=max_rows)
+        elif owned.bound is not None:
+            update = await measured_update(
+                self._connection, self._table, self._context.target, options.limits, owned.bound, notify
             )
-            return
-        await self._allow_for_planning(owned)
-        update = RangeUpdate(self._table, self._context.target.source, self._limits)
-        writer = PostgresWriter(self._pool, update, owned.lease)
-        on_commit = self._context.on_commit
-        engine = Engine(
-            planner,
-            writer if on_commit is None else AnnouncingWriter(writer, on_commit, owned.lease.rotation),
-            notify=self._context.notify,
-            options=EngineOptions(
-                concurrency=options.concurrency,
-                batch=options.batch,
-                max_rows=max_rows,
-            ),
-        )
-        await engine.run(await self._gaps(owned), drain)
-
-    async def _allow_for_planning(self, owned: RotationState) -> None:
-        limits = self._context.options.limits
-        if owned.bound is None:
-            return
-        update = RangeUpdate(self._table, self._context.target.source, limits)
-        if raised := await raised_limit(self._connection, update, limits, owned.bound):
-            self._limits = with_raised(limits, raised)
-            self._context.notify(raised)
+            self._limits = update.limits
+            writer = PostgresWriter(self._pool, update, owned.lease, self._context.on_commit)
+            await build_engine(planner, writer, options, notify, max_rows=max_rows).run(left, drain)
 
     async def _confirm(self, owned: RotationState) -> bool:
         """Make sure that no row is left that nothing has written since the rotation began.
@@ -222,7 +202,7 @@ class Session:
                 return True
             late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
             rotated = await late_rows.rotate_all(self._context.options.batch)
-            if stop_signal.drain.is_set() or self._context.figures.failed_keys:
+            if stop_signal.drain.is_set() or self._context.stats.rejected_keys:
                 return False
             attempts = 0 if rotated else attempts + 1
             if attempts >= CONFIRMATIONS:

@@ -1,4 +1,4 @@
-"""A Celery worker's part of a distributed rotation: one span, with the same engine."""
+"""The engine that rewrites ranges, and a Celery worker that helps with spans."""
 
 import asyncio
 import time
@@ -9,9 +9,9 @@ from typing import Final
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.aio import watch
-from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
-from rotator.exceptions import RotatorError, ServerLostError, SupersededError
+from rotator.aio import unwrap_group, watch
+from rotator.events import Event, Observer, OnCommit, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
+from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError
 from rotator.options import RunOptions
 from rotator.postgres import spans
 from rotator.postgres.connection import Server, pooled
@@ -21,22 +21,40 @@ from rotator.postgres.owner import this_process
 from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import PostgresWriter, RangeUpdate
+from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import Key
-from rotator.runner.context import AnnouncingWriter, OnCommit, RunTarget, ShouldStop
+from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.engine import Engine, EngineOptions
-from rotator.runner.preflight import raised_limit, read_target, with_raised
+from rotator.runner.preflight import measured_update, read_target
 from rotator.runner.retry import OutageBudget
 
-# Beside the workers': the span's own, and the planner's.
+# For claims and leases, and for the planner.
 OTHER_CONNECTIONS: Final = 2
+RENEW_SECONDS: Final = 4.0
+POLL_SECONDS: Final = 0.2
+# The owner plans the next spans within this time; a helper without spans leaves its process to other tasks.
+IDLE_SECONDS: Final = 3.0
+
+
+def build_engine(
+    planner: IndexPlanner,
+    writer: PostgresWriter,
+    options: RunOptions,
+    notify: Observer,
+    *,
+    max_rows: int | None = None,
+) -> Engine:
+    """Return the engine that rewrites gaps, for the command and for helpers."""
+    engine_options = EngineOptions(concurrency=options.concurrency, batch=options.batch, max_rows=max_rows)
+    return Engine(planner, writer, notify=notify, options=engine_options)
 
 
 @dataclass
 class _EventCounter:
-    """What the engine tells, as far as the coordinator wants to know it."""
+    """The events of the engine that the owner needs."""
 
     outage: OutageBudget
+    deferrals: int = 0
     retries: int = 0
     failed_keys: list[tuple[Key, str]] = field(default_factory=list)
 
@@ -44,16 +62,18 @@ class _EventCounter:
         match event:
             case RangeCompleted():
                 self.outage.refill()
-            case RangeDeferred() | RangeRetried():
+            case RangeDeferred():
+                self.deferrals += 1
+            case RangeRetried():
                 self.retries += 1
-            case RowFailed():
+            case RowRejected():
                 self.failed_keys.append((event.key, event.reason))
             case _:
                 pass
 
 
-class SpanWork:
-    """One task's work on one span."""
+class Helper:
+    """A Celery task that claims spans of a rotation and rewrites them, one after the other."""
 
     def __init__(
         self,
@@ -61,53 +81,61 @@ class SpanWork:
         target: RunTarget,
         options: RunOptions,
         lease: Lease,
+        number: int,
         on_commit: OnCommit | None,
         should_stop: ShouldStop,
     ) -> None:
-        """Prepare it; the claim is the rotation's, as the task's message has it."""
+        """Prepare it.
+
+        Args:
+            server: The server of the target.
+            target: The target.
+            options: The options of the rotation.
+            lease: The rotation and the generation that it runs with.
+            number: The id of this task's row.
+            on_commit: Is awaited after each commit of rows; None for no receivers.
+            should_stop: Returns whether the task has to stop.
+        """
         self._server = server
         self._target = target
         self._options = options
-        self._claim = lease
+        self._lease = lease
+        self._number = number
         self._on_commit = on_commit
         self._should_stop = should_stop
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._drain = asyncio.Event()
+        self._is_wanted = True
+        self._renewed_at = 0.0
 
-    async def rotate(self, span: int, identity: TargetIdentity | None) -> None:
-        """Rewrite what is left of a span, or as much of it as can be done until the worker has to stop.
-
-        What this task was too late for is no error: the span is another task's, or nobody's.
+    async def work(self, identity: TargetIdentity | None) -> bool:
+        """Rewrite spans until none is left, the rotation stops, or the task has to stop.
 
         Args:
-            span: The span's id.
             identity: What the rotation was begun on; None where an older version began it.
 
+        Returns:
+            Whether another task is to continue.
+
         Raises:
-            ServerLostError: The server was away for longer than the outage budget.
-            RowsLockedError: Another task of the same span could not be ended.
-            TargetError: It cannot be rotated by this worker.
-            ServerRefusedError: This worker may not begin with it.
+            ServerLostError: The server was unreachable for longer than the outage budget.
+            RotatorError: This worker cannot rotate the target.
         """
         watching = asyncio.create_task(watch(self._should_stop, self._drain.set), name="rotator watch")
         try:
             while not self._drain.is_set():
                 try:
-                    return await self._attempt(span, identity)
-                except SupersededError:
-                    return None
+                    await self._work_while_connected(identity)
                 except ServerLostError:
                     self._outage.lost()
                     if not self._outage.left_seconds:
                         raise
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(self._outage.delay_seconds()):
-                            await self._drain.wait()
+                    await self._wait(self._outage.delay_seconds())
         finally:
             watching.cancel()
+        return self._is_wanted
 
-    async def _attempt(self, span: int, identity: TargetIdentity | None) -> None:
-        # All of its connections at once: a span takes less than a second where the server is near.
+    async def _work_while_connected(self, identity: TargetIdentity | None) -> None:
         async with (
             pooled(self._server, self._options.concurrency + OTHER_CONNECTIONS) as pool,
             pool.connection() as connection,
@@ -116,53 +144,74 @@ class SpanWork:
             table = await read_target(connection, self._target)
             difference = identity and identity.difference(await read_identity(connection, table))
             if difference:
-                raise changed_target(self._claim.rotation, self._target.label, difference)
-            claimed = await spans.claim_span(connection, table, self._claim, span, worker=str(this_process()))
+                raise changed_target(self._lease.rotation, self._target.label, difference)
             self._outage.reached()
-            if claimed is None:
-                return
-            told = _EventCounter(self._outage)
-            error = ""
-            try:
-                update = await self._update(connection, table, claimed)
-                engine = self._engine(IndexPlanner(side, table), pool, update, claimed, told)
-                await engine.run(claimed.gaps, self._drain)
-            except (SupersededError, ServerLostError):
-                raise
-            except RotatorError as refused:
-                error = str(refused)
-            if self._drain.is_set() and not error:
-                # Whoever has it next finds out what is left, if anything.
-                await spans.release(connection, claimed.lease, retries=told.retries)
-                return
-            await spans.finish(
-                connection, claimed.lease, retries=told.retries, failed_keys=told.failed_keys, error=error
-            )
+            await self._renew(connection, self._lease)
+            planner, clock, worker = IndexPlanner(side, table), time.monotonic, str(this_process())
+            idle_since = clock()
+            while not self._drain.is_set():
+                claimed = None
+                # Where a transaction of an earlier helper could not be ended, the new lease expires, too.
+                with suppress(RowsLockedError):
+                    claimed = await spans.claim(connection, table, self._lease, worker=worker)
+                if claimed is not None:
+                    with suppress(SupersededError):
+                        await self._rewrite(claimed, table, planner, pool, connection)
+                    idle_since = clock()
+                elif clock() - idle_since > IDLE_SECONDS:
+                    self._leave()
+                else:
+                    await self._renew(connection, self._lease)
+                    await self._wait(POLL_SECONDS)
 
-    async def _update(
-        self, connection: AsyncConnection, table: TargetTable, claimed: ClaimedSpan
-    ) -> RangeUpdate:
-        limits = self._options.limits
-        update = RangeUpdate(table, self._target.source, limits)
-        raised = await raised_limit(connection, update, limits, claimed.span.through)
-        return (
-            update if raised is None else RangeUpdate(table, self._target.source, with_raised(limits, raised))
-        )
-
-    def _engine(
+    async def _rewrite(
         self,
+        claimed: ClaimedSpan,
+        table: TargetTable,
         planner: IndexPlanner,
         pool: AsyncConnectionPool,
-        update: RangeUpdate,
-        claimed: ClaimedSpan,
-        told: _EventCounter,
-    ) -> Engine:
-        options = self._options
-        writer = PostgresWriter(pool, update, claimed.lease)
-        on_commit = self._on_commit
-        return Engine(
-            planner,
-            writer if on_commit is None else AnnouncingWriter(writer, on_commit, self._claim.rotation),
-            notify=told,
-            options=EngineOptions(concurrency=options.concurrency, batch=options.batch),
-        )
+        connection: AsyncConnection,
+    ) -> None:
+        counter = _EventCounter(self._outage)
+        if claimed.gaps:
+            update = await measured_update(
+                connection, table, self._target, self._options.limits, claimed.gaps[0].through, counter
+            )
+            writer = PostgresWriter(pool, update, claimed.lease, self._on_commit)
+            engine = build_engine(planner, writer, self._options, counter)
+            with unwrap_group():
+                async with asyncio.TaskGroup() as tasks:
+                    renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease))
+                    await engine.run(claimed.gaps, self._drain)
+                    renewing.cancel()
+        if self._drain.is_set():
+            await spans.release(
+                connection, claimed.lease, deferrals=counter.deferrals, retries=counter.retries
+            )
+        else:
+            await spans.finish(
+                connection,
+                claimed.lease,
+                deferrals=counter.deferrals,
+                retries=counter.retries,
+                failed_keys=counter.failed_keys,
+            )
+
+    async def _keep_renewed(self, connection: AsyncConnection, lease: Lease) -> None:
+        while True:
+            await asyncio.sleep(self._renewed_at + RENEW_SECONDS - time.monotonic())
+            await self._renew(connection, lease)
+
+    async def _renew(self, connection: AsyncConnection, lease: Lease) -> None:
+        self._renewed_at = time.monotonic()
+        if not await spans.renew(connection, lease, self._number):
+            self._leave()
+
+    def _leave(self) -> None:
+        self._is_wanted = False
+        self._drain.set()
+
+    async def _wait(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._drain.wait()

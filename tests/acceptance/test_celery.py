@@ -2,28 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from core.broker import broker_url, running_broker
 from rotator.api import prepare
-from rotator.models import Rotation, Span
+from rotator.models import Helper, Rotation, Span
 from rotator.options import RunOptions
-from rotator.postgres.fence import Lease
 from rotator.runner.distribution import SILENT_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
+from tests.acceptance.celery_hosts import Hosts, running_hosts
 from tests.acceptance.harness import (
     COMMAND,
     MANAGE,
     Commands,
-    Finished,
     Running,
     checkpoints,
     query,
@@ -41,73 +39,9 @@ MOST_MESSAGE_BYTES = 1024
 MOST_BROKER_BYTES = 20 * 1024**2
 
 
-class Hosts:
-    """A broker, and processes that know it."""
-
-    def __init__(self, commands: Commands, folder: Path) -> None:
-        self._commands = commands
-        self._folder = folder
-        self._broker = ExitStack()
-        self._workers = 0
-        self.process = self._broker.enter_context(running_broker(folder))
-
-    @property
-    def url(self) -> str:
-        return broker_url(self._folder)
-
-    def end(self) -> None:
-        self._broker.close()
-
-    def restart_broker(self) -> None:
-        """Kill it; the new one knows of no message."""
-        self._broker.close()
-        self.process = self._broker.enter_context(running_broker(self._folder))
-
-    def worker(self, *, processes: int = 1) -> Running:
-        self._workers += 1
-        worker = self._start(
-            *(sys.executable, "-m", "celery", "--app", "core.celery", "worker", "--loglevel=INFO"),
-            f"--concurrency={processes}",
-            f"--hostname=worker{self._workers}@%h",
-        )
-        wait_until(lambda: "ready." in worker.err, "the worker is ready")
-        return worker
-
-    def coordinator(self, *options: str, **environment: str) -> Running:
-        return self._start(*MANAGE, COMMAND, "--celery", *options, **environment)
-
-    def rotate(self, *options: str) -> Finished:
-        return self.coordinator(*options).wait()
-
-    def deliver_again(self, rotation: int) -> None:
-        """Do as a broker does that has heard nothing for long of who coordinates a rotation."""
-        from core.celery import app  # noqa: PLC0415 - of an extra
-        from rotator.tasks import coordinate  # noqa: PLC0415 - of an extra
-
-        with app.connection(self.url) as connection:
-            coordinate.apply_async(("default", rotation), connection=connection)
-
-    def _start(self, *command: str, **environment: str) -> Running:
-        # Celery warns of what is not ours to mend, and of root.
-        known = ["env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}"]
-        known += [f"{name}={value}" for name, value in environment.items()]
-        return self._commands.start(program=(*known, *command))
-
-
 @pytest.fixture
 def hosts(commands: Commands) -> Iterator[Hosts]:
-    # A socket's path has to be short.
-    folder = Path(f"/tmp/rotator-broker-{os.getpid()}-{time.monotonic_ns()}")  # noqa: S108 - nobody guesses it
-    folder.mkdir(mode=0o700)
-    started = Hosts(commands, folder)
-    try:
-        yield started
-    finally:
-        commands.end()
-        started.end()
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    yield from running_hosts(commands)
 
 
 def kill_all(worker: Running) -> None:
@@ -118,14 +52,18 @@ def kill_all(worker: Running) -> None:
 
 def test_two_workers_share_a_rotation(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
+    slow_down(0.02)
     hosts.worker()
     hosts.worker()
-    finished = hosts.rotate("--batch=20", "--concurrency=2")
+    coordinator = hosts.coordinator("--batch=20", "--concurrency=2", f"--report={hosts.report}")
+    wait_until(lambda: Span.objects.exclude(worker="").values("worker").distinct().count() == 2, "both work")
+    speed_up()
+    finished = coordinator.wait()
     assert finished.status == 0, finished.err
     assert f"gave {ROWS:,} rows" in finished.out
     audit.assert_rotated()
-    assert len(set(Span.objects.values_list("worker", flat=True))) == 2
-    assert sum(Span.objects.values_list("rows", flat=True)) == ROWS
+    report = json.loads(hosts.report.read_text())
+    assert (report["rows_this_run"], report["ranges"]) == (ROWS, ROWS // 20)
 
 
 def test_a_worker_that_is_killed_is_made_up_for(hosts: Hosts) -> None:
@@ -169,24 +107,59 @@ def test_a_broker_that_forgets_everything(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+def test_connections_that_are_lost_everywhere(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    workers = [hosts.worker(), hosts.worker()]
+    coordinator = hosts.coordinator("--batch=20", "--concurrency=2")
+    for _ in range(3):
+        wait_for_checkpoints(checkpoints() + 30)
+        # As a server does that is restarted.
+        query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    speed_up()
+    finished = coordinator.wait()
+    assert finished.status == 0, finished.err
+    assert all(worker.is_alive for worker in workers)
+    audit.assert_rotated()
+
+
 def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     from core.celery import app  # noqa: PLC0415 - of an extra
-    from rotator.tasks import CeleryPublisher  # noqa: PLC0415 - of an extra
+    from rotator.tasks import ask_for_help  # noqa: PLC0415 - of an extra
 
-    class Twice(CeleryPublisher):
-        async def publish(self, lease: Lease, span: int) -> None:
-            for _ in range(2):
-                await super().publish(lease, span)
+    async def ask_twice(rotation: int, message: int) -> None:
+        for _ in range(2):
+            await ask_for_help("default", rotation, message)
 
     monkeypatch.setattr(app.conf, "broker_url", hosts.url)
     app.set_default()
     audit = audited_tickets(ROWS)
-    hosts.worker()
-    hosts.worker()
+    workers = [hosts.worker(), hosts.worker()]
     options = RunOptions(batch=20, concurrency=2)
     prepared = prepare(["tickets.Ticket.token"], "default", options)
-    outcome = prepared.rotate(lambda _event: None, Twice("default"))
+    outcome = prepared.rotate(lambda _event: None, ask_twice)
     assert outcome.exit_status == 0
+    audit.assert_rotated()
+    # The copies end too, and send nothing.
+    messages = sum(worker.err.count("rotator.help[") for worker in workers)
+    assert messages >= 4
+    wait_until(lambda: not Helper.objects.exists(), "no helper is left")
+
+
+def test_a_lost_chain_of_messages_is_started_again(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    coordinator = hosts.coordinator("--batch=20")
+    wait_until(lambda: Helper.objects.exclude(sent_at=None).count() == 2, "the messages")
+    hosts.restart_broker()
+    worker = hosts.worker()
+    speed_up()
+    assert coordinator.wait(SILENT_SECONDS + 60).status == 0
+    assert "Another message is sent" in coordinator.err
+    assert worker.is_alive
     audit.assert_rotated()
 
 
@@ -214,7 +187,7 @@ def test_a_row_that_is_refused_is_named_and_the_rest_gets_done(hosts: Hosts) -> 
         hosts.worker()
         finished = hosts.rotate("--batch=100")
         assert finished.status == 1
-        assert "[8]: check_violation" in finished.out
+        assert "row [8]: check_violation" in finished.out
         assert audit.changed() == ROWS - 1
     finally:
         query("ALTER TABLE tickets_ticket DROP CONSTRAINT frozen_row")
@@ -333,8 +306,8 @@ def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
 def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.3)
-    # A process for each of the eight spans, and two more: the second message does not wait for them.
-    worker = hosts.worker(processes=10)
+    # Processes for as many helpers as there can be, and two more: the second message does not wait for them.
+    worker = hosts.worker(processes=18)
     number = detached(hosts, "--batch=50")
     wait_for_checkpoints(5)
     # While the first is at it, and when all is done.
@@ -343,7 +316,8 @@ def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, co
     speed_up()
     assert follow(commands, number).wait().status == 0
     hosts.deliver_again(number)
-    wait_until(lambda: worker.err.count("succeeded in") == Span.objects.count() + 2, "it is over")
+    over = re.compile(r"rotator\.coordinate\[\S+\] succeeded in")
+    wait_until(lambda: len(over.findall(worker.err)) == 2, "it is over")
     assert Rotation.objects.count() == 1
     audit.assert_rotated()
 
@@ -387,7 +361,7 @@ def test_ctrl_c_without_a_broker_ends_it(hosts: Hosts) -> None:
     coordinator = hosts.coordinator()
     wait_until(Span.objects.exists, "it has begun")
     hosts.end()
-    # There is one more to be published when one is done.
+    # Another message would be sent when one is answered.
     coordinator.send(signal.SIGINT)
     finished = coordinator.wait()
     assert finished.status == 128 + signal.SIGINT
@@ -432,7 +406,7 @@ sys.exit(any(name in sys.modules for name in ("celery", "kombu", "redis")))
 def test_without_workers_it_waits_and_says_so(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     coordinator = hosts.coordinator("--batch=50")
-    silent = "are they running, and do they reach broker and database?"
+    silent = "check that they run and that they reach the broker and the database"
     wait_until(lambda: silent in coordinator.err, "it says so", seconds=SILENT_SECONDS + 20)
     hosts.worker()
     assert coordinator.wait().status == 0

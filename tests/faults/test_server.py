@@ -57,7 +57,7 @@ def test_crashes_that_lose_acknowledged_commits(
 
         assert lost > 0, "no crash has lost anything, and the test shows nothing"
         assert_completed(finished)
-        assert finished.err.count("the server is back after ") == CRASHES
+        assert finished.err.count("the server is reachable again after ") == CRASHES
         audit.assert_rotated_once()
 
 
@@ -70,13 +70,13 @@ def test_away_for_a_moment(
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
     server.stop()
     time.sleep(1)
-    assert "the server is away: " in running.err
+    assert "the server is unreachable: " in running.err
     server.start()
     finished = running.wait()
 
     assert_completed(finished)
-    assert "the server is back after " in finished.err
-    assert "  server away  " in finished.out
+    assert "the server is reachable again after " in finished.err
+    assert "  unreachable  " in finished.out
     assert 1 < json.loads((tmp_path / "report").read_text())["outage_seconds"] < 20
     audit.assert_rotated_once()
 
@@ -288,7 +288,7 @@ def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotat
             assert "No space left on device" in server.log()
             assert finished.status == 1
             assert "Traceback" not in finished.err
-            assert "the server is away: " in finished.err
+            assert "the server is unreachable: " in finished.err
             assert finished.out.splitlines()[1].startswith("The ")
             assert json.loads((tmp_path / "report").read_text())["status"] == "interrupted"
             audit.assert_each_row_written_at_most_once()

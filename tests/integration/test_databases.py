@@ -91,7 +91,7 @@ def test_the_commands_take_the_database() -> None:
     assert f"{ROWS} of {ROWS}" in out.getvalue()
     out.truncate(0)
     call_command("rotations", stdout=out)
-    assert "Nothing has been rotated in this database so far." in out.getvalue()
+    assert "There are no rotations in this database." in out.getvalue()
 
 
 def test_what_was_begun_by_one_alias_is_gone_on_with_by_another() -> None:

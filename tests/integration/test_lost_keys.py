@@ -68,7 +68,7 @@ def test_a_second_row_with_a_key_is_refused_by_its_key(database: Database, sourc
     outcome = rotate(TARGET, selection=SOURCES[source])
 
     assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
-    ((key, reason),) = outcome.stopped.failed_keys
+    ((key, reason),) = outcome.stopped.rejected_keys
     assert key == "[7]"
     assert reason == "unique_violation (23505) of tickets_ticket_pkey"
     left = {*database.execute("SELECT token FROM tickets_ticket")} & {*tokens}

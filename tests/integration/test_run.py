@@ -24,7 +24,7 @@ from rotator.events import (
     RangeDeferred,
     ReceiverFailed,
     RotationStarted,
-    RowFailed,
+    RowRejected,
     StopReason,
 )
 from rotator.exceptions import OptionError, OwnedElsewhereError, RotationFinishedError, ServerLostError
@@ -374,7 +374,7 @@ def test_rows_at_fault_are_named_and_all_others_rotated(database: Database) -> N
     first = rotate_tickets()
 
     assert (first.stopped.status, first.exit_status) == ("failed", 1)
-    assert sorted(first.stopped.failed_keys) == [
+    assert sorted(first.stopped.rejected_keys) == [
         (f"[{number}]", "raise_exception (P0001)") for number in (100, 7, 8)
     ]
     assert Rotation.objects.get().status == "failed"
@@ -394,7 +394,7 @@ def test_suppressed_updates_complete_nothing(database: Database, monkeypatch: py
     monkeypatch.setattr(retry, "backoff_seconds", lambda *_attempt, **_limits: 0.0)
     outcome = rotate_tickets()
     assert outcome.stopped.status == "failed"
-    assert [key for key, _ in outcome.stopped.failed_keys] == ["[5]"]
+    assert [key for key, _ in outcome.stopped.rejected_keys] == ["[5]"]
 
 
 def test_rows_that_somebody_holds_are_rotated_when_they_are_free(database: Database) -> None:
@@ -503,7 +503,7 @@ def test_a_late_row_at_fault_completes_nothing(
     outcome = rotate_tickets(recorder)
 
     assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.rows) == ("failed", 1, 50)
-    assert outcome.stopped.failed_keys == (("[99]", "raise_exception (P0001)"),)
+    assert outcome.stopped.rejected_keys == (("[99]", "raise_exception (P0001)"),)
     assert Rotation.objects.get().status == "failed"
     assert database.updates() == once_each((1, 50))
 
@@ -570,14 +570,14 @@ def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Data
     database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def end(event: Event) -> None:
-        if isinstance(event, RowFailed) and recorder.of(RowFailed) == 1:
+        if isinstance(event, RowRejected) and recorder.of(RowRejected) == 1:
             database.execute(END_THE_ROTATOR)
 
     recorder = EventRecorder(end)
     outcome = rotate_tickets(recorder)
     assert outcome.stopped.status == "failed"
     assert recorder.of(OutageEnded) == 1
-    assert outcome.stopped.failed_keys == (("[257]", "raise_exception (P0001)"),)
+    assert outcome.stopped.rejected_keys == (("[257]", "raise_exception (P0001)"),)
 
 
 def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_nothing(
@@ -587,7 +587,7 @@ def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_noth
     trigger = database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def mend(event: Event) -> None:
-        if isinstance(event, RowFailed):
+        if isinstance(event, RowRejected):
             database.execute(END_THE_ROTATOR)
         if isinstance(event, OutageStarted):
             database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")

@@ -581,6 +581,6 @@ async def test_what_it_cannot_do_it_raises(orders: Database) -> None:
     with pytest.raises(RotationUnfinishedError) as caught:
         await rotate(Target(API_KEY, filters=["id__isnull=false"], generator=TOKEN.generator), batch=ROWS)
     assert caught.value.stopped.status == "failed"
-    assert 8 <= len(caught.value.stopped.failed_keys) < ROWS
+    assert 8 <= len(caught.value.stopped.rejected_keys) < ROWS
     assert "each of the 8 rows that were tried" in str(caught.value)
     assert isinstance(caught.value, RotatorError)

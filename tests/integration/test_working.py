@@ -1,32 +1,28 @@
 """What the tasks of Celery's workers leave behind, where no worker is needed to see it."""
 
 import logging
+import threading
 from typing import NoReturn
 
 import pytest
+from django.db import connections
 
 from rotator.api import prepare
 from rotator.exceptions import ServerLostError
-from rotator.models import Rotation, Span
+from rotator.models import CompletedRange, Rotation, Span
+from rotator.models import Helper as HelperRow
 from rotator.options import RunOptions
 from rotator.postgres import rotations
-from rotator.postgres.fence import Lease
 from rotator.progress import log_observer
-from rotator.runner.worker import SpanWork
-from rotator.tasks import coordinate_rotation, work_on_span
+from rotator.runner.worker import Helper
+from rotator.tasks import coordinate_rotation, help_with_rotation
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database
 
 pytestmark = COMMITTING
 
 
-class _Broker:
-    """Takes every message, and no worker ever gets one."""
-
-    async def publish(self, lease: Lease, span: int) -> None:
-        """Forget it."""
-
-    async def revoke(self) -> None:
-        """Forget it."""
+async def _lose_message(_rotation: int, _message: int) -> None:
+    """Do as a broker does that takes every message and delivers none."""
 
 
 def _begin(database: Database, **options: float) -> int:
@@ -34,9 +30,17 @@ def _begin(database: Database, **options: float) -> int:
     return prepare([TARGET], "default", RunOptions(**options)).begin(lambda _event: None)  # type: ignore[arg-type] # checked by the class
 
 
+def _running(database: Database) -> tuple[int, int]:
+    """Begin a rotation that has a span and a message, and return both ids."""
+    number = _begin(database)
+    Rotation.objects.update(status="running")
+    Span.objects.create(rotation_id=number, after=None, through=[100], checkpoints_before=0)
+    return number, HelperRow.objects.create(rotation_id=number).pk
+
+
 def _coordinate(number: int, *, stops: bool) -> bool:
     observer = log_observer(logging.getLogger(__name__))
-    return coordinate_rotation("default", number, observer, _Broker(), lambda: stops)
+    return coordinate_rotation("default", number, observer, _lose_message, lambda: stops)
 
 
 def test_a_coordinator_whose_server_is_lost_for_too_long_leaves_the_rotation_to_the_next(
@@ -59,32 +63,70 @@ def test_a_coordinator_whose_server_is_lost_for_too_long_leaves_the_rotation_to_
     assert _coordinate(number, stops=True)
 
 
-def test_an_error_of_the_program_in_a_worker_is_noted_with_the_span(
+def test_an_error_of_the_program_in_a_worker_is_noted_with_its_message(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number = _begin(database)
-    Rotation.objects.update(status="running")
-    generation = Rotation.objects.get().generation
-    span = Span.objects.create(
-        rotation_id=number,
-        after=None,
-        through=[100],
-        checkpoints_before=0,
-        generation=0,
-        worker="",
-        rows=0,
-        ranges=0,
-        retries=0,
-        failed_keys=[],
-        error="",
-    )
+    number, message = _running(database)
 
     async def fail(*_: object) -> NoReturn:
         raise KeyError("leaked")
 
-    monkeypatch.setattr(SpanWork, "rotate", fail)
+    monkeypatch.setattr(Helper, "work", fail)
     with pytest.raises(KeyError):
-        work_on_span("default", Lease(rotation=number, generation=generation), span.pk, lambda: False)
-    span.refresh_from_db()
-    assert span.error == "The program failed with KeyError: look at its traceback."
-    assert span.finished_at is not None
+        help_with_rotation("default", number, message, lambda: False)
+    helper = HelperRow.objects.get()
+    assert helper.error == "The program failed with KeyError: look at its traceback."
+    assert helper.expires_at is None
+
+
+def test_a_worker_that_finds_nothing_more_leaves_and_sends_nothing(database: Database) -> None:
+    number, message = _running(database)
+    assert help_with_rotation("default", number, message, lambda: False) is None
+    assert sum(CompletedRange.objects.values_list("rows", flat=True)) == 100
+    assert Span.objects.get().finished_at is not None
+    assert not HelperRow.objects.exists()
+
+
+def test_a_worker_whose_time_is_over_sends_the_next_message(database: Database) -> None:
+    number, message = _running(database)
+    following = help_with_rotation("default", number, message, lambda: True)
+    assert following not in (None, message)
+    helper = HelperRow.objects.get()
+    assert (helper.pk, helper.expires_at) == (following, None)
+    assert helper.sent_at is not None
+    # The message before it has been delivered once more.
+    assert help_with_rotation("default", number, message, lambda: False) is None
+    assert not CompletedRange.objects.exists()
+    assert help_with_rotation("default", number, following, lambda: False) is None
+    assert CompletedRange.objects.exists()
+
+
+def test_of_two_copies_of_a_message_one_works(database: Database) -> None:
+    number, message = _running(database)
+    copies: list[int | None] = []
+
+    def deliver_again() -> None:
+        copies.append(help_with_rotation("default", number, message, lambda: False))
+        connections.close_all()
+
+    def should_stop() -> bool:
+        if not copies:
+            # While the first one works.
+            thread = threading.Thread(target=deliver_again)
+            thread.start()
+            thread.join()
+        return False
+
+    assert help_with_rotation("default", number, message, should_stop) is None
+    assert copies == [None]
+    assert Span.objects.get().generation == 1
+    assert sum(CompletedRange.objects.values_list("rows", flat=True)) == 100
+
+
+@pytest.mark.parametrize("status", ["interrupted", "queued", "failed"])
+def test_a_message_for_a_rotation_that_does_not_run_ends_at_once(database: Database, status: str) -> None:
+    number, message = _running(database)
+    Rotation.objects.update(status=status)
+    assert help_with_rotation("default", number, message, lambda: False) is None
+    assert not HelperRow.objects.exists()
+    assert not CompletedRange.objects.exists()

@@ -16,7 +16,7 @@ COMPOSE: dict[str, Any] = YAML(typ="safe").load(PROJECT / "docker-compose.yml")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 IMAGES_VARIABLES = {"POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"}
-README = (PROJECT / "README.md").read_text()
+GUIDE = (PROJECT / "docs" / "install.md").read_text()
 
 
 def _written(command: str | list[str]) -> str:
@@ -74,8 +74,8 @@ def test_paths_and_extras_of_the_dockerfile_are_there() -> None:
         assert re.search(rf"^COPY .*{file}", DOCKERFILE, re.MULTILINE), file
 
 
-def test_the_readme_names_services_and_profiles_that_there_are() -> None:
-    commands = re.findall(r"^ +docker compose .*$", README, re.MULTILINE)
+def test_the_guide_names_services_and_profiles_that_there_are() -> None:
+    commands = re.findall(r"^ +docker compose .*$", GUIDE, re.MULTILINE)
     assert len(commands) >= 3
     for command in commands:
         _assert_known(command)

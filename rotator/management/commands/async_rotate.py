@@ -5,6 +5,7 @@ import signal
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
 
@@ -31,7 +32,7 @@ from rotator.progress import (
 from rotator.progress.lines import Sink
 from rotator.progress.summary import verdict
 from rotator.progress.text import duration, one_line, plural
-from rotator.runner.distribution import SpanPublisher
+from rotator.runner.context import AskForHelp
 
 _SIGNAL_BASE: Final = 128
 
@@ -254,20 +255,20 @@ class Command(BaseCommand):
                 if options["dry_run"]:
                     self._show(prepared)
                     return
-                publisher = self._publisher(options, prepared.target.database)
+                ask_for_help = self._ask_for_help(options, prepared.target.database)
                 if options["detach"]:
                     self._hand_over(prepared, options)
                     return
                 out, err = _raw(self.stdout), _raw(self.stderr)
                 with open_progress(options["progress"], out=out, err=err) as observer:
                     prepared = self._agree(prepared, observer, options)
-                    is_last = publisher is None and bool(vars(self).get("_called_from_command_line"))
+                    is_last = ask_for_help is None and bool(vars(self).get("_called_from_command_line"))
                     until_told.enter_context(interrupts.until_told(ends_process=is_last))
-                    outcome = prepared.rotate(interrupts.noting(observer), publisher)
+                    outcome = prepared.rotate(interrupts.noting(observer), ask_for_help)
             except RotatorError as error:
                 raise CommandError(str(error), returncode=error.exit_status) from error
             self._tell(outcome, options, report_file)
-        may_ask = publisher is not None and not options["noinput"]
+        may_ask = ask_for_help is not None and not options["noinput"]
         if may_ask and self._is_left_to_the_workers(outcome):
             try:
                 self._hand_over(_without_ends(prepared), options)
@@ -276,7 +277,7 @@ class Command(BaseCommand):
         if outcome.exit_status:
             sys.exit(outcome.exit_status)
 
-    def _publisher(self, options: Options, database: str) -> SpanPublisher | None:
+    def _ask_for_help(self, options: Options, database: str) -> AskForHelp | None:
         if not options["celery"]:
             if options["detach"]:
                 raise OptionError("--detach leaves the rotation to Celery's workers: give it with --celery.")
@@ -286,11 +287,11 @@ class Command(BaseCommand):
                 "--stop-after ends the run of this process, and with --detach there is none: leave one out."
             )
         try:
-            from rotator.tasks import CeleryPublisher, load_app  # noqa: PLC0415 - of an extra
+            from rotator.tasks import ask_for_help, load_app  # noqa: PLC0415 - of an extra
         except ModuleNotFoundError as error:
             raise OptionError(f"--celery needs {error.name}: pip install 'celery[redis]>=5.5'.") from error
         load_app()
-        return CeleryPublisher(database)
+        return partial(ask_for_help, database)
 
     def _hand_over(self, prepared: Prepared, options: Options) -> None:
         from rotator.tasks import hand_over  # noqa: PLC0415 - of an extra

@@ -2,39 +2,37 @@
 
 import sys
 import time
-from contextlib import nullcontext
-from typing import NotRequired, TextIO, Unpack
+from typing import TypedDict, Unpack
 
+from alive_progress import alive_bar
 from django.core.management import BaseCommand, CommandError, CommandParser
-from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db import DEFAULT_DB_ALIAS, connections
 
-from tickets import creation
-from tickets.database import DatabaseOptions, add_database_option, errors_in_one_sentence, postgresql
-from tickets.interruption import EXIT_STATUS, ctrl_c_asks_first
+from tickets import bulk
 from tickets.models import Ticket
-from tickets.progress import progress
 
 DEFAULT_COUNT = 1_000_000
 DEFAULT_BATCH_ROWS = 10_000
+_INTERRUPTED_STATUS = 130
 
 
-class Options(DatabaseOptions):
+class Options(TypedDict):
     """The options, as the command line or ``call_command`` gives them."""
 
     count: int | None
     total: int | None
     batch_size: int
-    stderr: NotRequired[TextIO | None]
+    database: str
+    verbosity: int
 
 
 class Command(BaseCommand):
-    """Makes tickets; what one batch commits stays, whatever happens to the next."""
+    """Creates tickets."""
 
     help = (
-        "Make tickets, each with its own token from the model's default. They are streamed with COPY, one "
-        "transaction a batch; Ctrl-C ends after the batch in hand, a second Ctrl-C abandons it. At the end "
-        "the table is vacuumed and analyzed, so that the planner knows it and index-only scans can skip its "
-        "heap."
+        "Create tickets, each with its own token from the model's default. They are streamed by COPY, one "
+        "transaction for each batch; Ctrl-C keeps the batches that are committed. At the end the table is "
+        "vacuumed and analyzed."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -45,12 +43,7 @@ class Command(BaseCommand):
             metavar="N",
             help=f"Add N tickets (default: {DEFAULT_COUNT}). Not together with --total.",
         )
-        parser.add_argument(
-            "--total",
-            type=int,
-            metavar="N",
-            help="Add as many tickets as the table lacks to hold N.",
-        )
+        parser.add_argument("--total", type=int, metavar="N", help="Add tickets until there are N.")
         parser.add_argument(
             "--batch-size",
             type=int,
@@ -58,64 +51,49 @@ class Command(BaseCommand):
             default=DEFAULT_BATCH_ROWS,
             help="Commit after this many rows (default: %(default)s).",
         )
-        add_database_option(parser)
+        parser.add_argument(
+            "--database",
+            default=DEFAULT_DB_ALIAS,
+            choices=tuple(connections),
+            help="The alias of the database that holds the tickets (default: %(default)s).",
+        )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Make the tickets that are asked for and not there yet."""
-        _refuse_what_makes_no_sense(options)
-        connection = postgresql(options["database"])
-        with errors_in_one_sentence(connection.alias):
+        """Create the tickets that are missing."""
+        _check(options)
+        connection = bulk.postgresql(options["database"])
+        with bulk.errors_in_one_sentence(connection.alias):
             there = Ticket.objects.using(connection.alias).count() if options["total"] is not None else 0
         wanted = next((n for n in (options["total"], options["count"]) if n is not None), DEFAULT_COUNT)
         if there >= wanted:
             self.stdout.write(f"Nothing to do: there are {there:,} tickets already.")
             return
-        self._create(connection, wanted - there, options)
-
-    def _create(self, connection: BaseDatabaseWrapper, count: int, options: Options) -> None:
-        loud = options["verbosity"] > 0
-        # Not self.stderr, which would end every piece of the bar with a newline.
-        stream = options.get("stderr") or sys.stderr
-        made = 0
-        started = time.monotonic()
+        count, created, started = wanted - there, 0, time.monotonic()
         try:
-            with errors_in_one_sentence(connection.alias):
-                with (
-                    ctrl_c_asks_first() as interruption,
-                    progress(count, stream) if loud else nullcontext(_say_nothing) as advance,
-                ):
-                    for rows in creation.create(connection, count, options["batch_size"]):
-                        made += rows
+            with bulk.errors_in_one_sentence(connection.alias):
+                is_quiet = options["verbosity"] == 0 or not sys.stderr.isatty()
+                with alive_bar(count, title="Tickets", file=sys.stderr, disable=is_quiet) as advance:
+                    for rows in bulk.create(connection, count, options["batch_size"]):
+                        created += rows
                         advance(rows)
-                        interruption.raise_if_asked()
-                    # Before the bar is left, which waits for its next refresh.
-                    seconds = time.monotonic() - started
-                creation.tidy(connection)
+                seconds = time.monotonic() - started
+                bulk.vacuum_and_analyze(connection)
         except CommandError as error:
-            if made == 0:
-                raise
-            raise CommandError(f"{error} The {made:,} tickets made before that are kept.") from error
+            raise CommandError(f"{error} The {created:,} tickets created before that are kept.") from error
         except KeyboardInterrupt:
-            self.stderr.write(f"Interrupted: {made:,} of {count:,} tickets were made, and are kept.")
-            sys.exit(EXIT_STATUS)
-        if loud:
+            self.stderr.write("Interrupted: the tickets of the committed batches are kept.")
+            sys.exit(_INTERRUPTED_STATUS)
+        if options["verbosity"] > 0:
             self.stdout.write(
-                f"Made {made:,} tickets in {seconds:.1f} seconds ({made / seconds:,.0f} a second), "
-                "then vacuumed and analyzed their table."
+                f"Created {created:,} tickets in {seconds:.1f} s ({created / seconds:,.0f} rows/s), then "
+                "vacuumed and analyzed their table."
             )
 
 
-def _say_nothing(_rows: int) -> None:
-    """Take the place of the progress bar."""
-
-
-def _refuse_what_makes_no_sense(options: Options) -> None:
+def _check(options: Options) -> None:
     if options["count"] is not None and options["total"] is not None:
-        raise CommandError(
-            "Give either --count, to add tickets, or --total, to fill up to a number; not both."
-        )
-    for name in ("count", "total", "batch_size"):
-        number = options[name]
+        raise CommandError("Use either --count, to add tickets, or --total, to fill up to a number.")
+    numbers = {"count": options["count"], "total": options["total"], "batch-size": options["batch_size"]}
+    for name, number in numbers.items():
         if number is not None and number < 1:
-            option = name.replace("_", "-")
-            raise CommandError(f"--{option} must be 1 or more, not {number}.")
+            raise CommandError(f"--{name} must be 1 or more, not {number}.")

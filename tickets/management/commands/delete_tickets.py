@@ -1,29 +1,32 @@
 """``manage.py delete_tickets``: empty the table."""
 
 import sys
-from typing import Unpack
+from typing import TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
+from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from tickets.database import DatabaseOptions, add_database_option, errors_in_one_sentence, postgresql
-from tickets.deletion import Deletion, delete_all
-from tickets.interruption import EXIT_STATUS
+from tickets import bulk
 from tickets.models import Ticket
 
+_INTERRUPTED_STATUS = 130
 
-class Options(DatabaseOptions):
+
+class Options(TypedDict):
     """The options, as the command line or ``call_command`` gives them."""
 
     interactive: bool
+    database: str
+    verbosity: int
 
 
 class Command(BaseCommand):
-    """Deletes every ticket, after asking."""
+    """Deletes every ticket, after a question."""
 
     help = (
         "Delete all tickets: by TRUNCATE, or by DELETE where another table refers to them. "
-        "New tickets go on with the next id; ids of deleted ones do not come back."
+        "The ids of deleted tickets are not used again."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -33,45 +36,43 @@ class Command(BaseCommand):
             "--no-input",
             action="store_false",
             dest="interactive",
-            help="Delete without asking.",
+            help="Delete without a question.",
         )
-        add_database_option(parser)
+        parser.add_argument(
+            "--database",
+            default=DEFAULT_DB_ALIAS,
+            choices=tuple(connections),
+            help="The alias of the database that holds the tickets (default: %(default)s).",
+        )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Ask where somebody can answer, then delete."""
-        connection = postgresql(options["database"])
+        """Ask on a terminal, then delete."""
+        connection = bulk.postgresql(options["database"])
         try:
-            with errors_in_one_sentence(connection.alias):
+            with bulk.errors_in_one_sentence(connection.alias):
                 if options["interactive"] and not self._confirmed(connection):
                     return
-                deletion = delete_all(connection)
+                rows, referring_tables = bulk.delete_all(connection)
         except KeyboardInterrupt:
-            self.stderr.write("Interrupted: the tickets were deleted all or none; run this again to see.")
-            sys.exit(EXIT_STATUS)
+            self.stderr.write("Interrupted: either all tickets were deleted or none.")
+            sys.exit(_INTERRUPTED_STATUS)
         if options["verbosity"] > 0:
-            self.stdout.write(_summary(deletion))
+            how = f"DELETE, since {', '.join(referring_tables)} may refer to them"
+            self.stdout.write(f"Deleted {rows:,} tickets by {how if referring_tables else 'TRUNCATE'}.")
 
     def _confirmed(self, connection: BaseDatabaseWrapper) -> bool:
         if not sys.stdin.isatty():
-            raise CommandError("Nobody can be asked without a terminal: use --noinput to delete all tickets.")
+            raise CommandError("Cannot prompt without a terminal: use --noinput to delete all tickets.")
         rows = Ticket.objects.using(connection.alias).count()
         if rows == 0:
             self.stdout.write("Nothing to do: there are no tickets.")
             return False
         name = connection.settings_dict["NAME"]
         try:
-            answer = input(f"Delete all {rows:,} tickets in the database '{name}'? Type 'yes' to go on: ")
+            answer = input(f"Delete all {rows:,} tickets in the database '{name}'? Type 'yes' to continue: ")
         except EOFError:
             answer = ""
         if answer.strip().lower() == "yes":
             return True
         self.stdout.write("Nothing was deleted.")
         return False
-
-
-def _summary(deletion: Deletion) -> str:
-    if deletion.referring_tables:
-        how = f"DELETE, since {', '.join(deletion.referring_tables)} may refer to them"
-    else:
-        how = "TRUNCATE"
-    return f"Deleted {deletion.rows:,} tickets by {how}. New ones go on with the next id."
