@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from signal import Signals
 from typing import Literal, TypeAlias
 
 from rotator.ranges import Key, KeyInterval
@@ -658,6 +659,17 @@ class RotationStopped:
     spans: tuple[KeyInterval, ...] = ()
     table_rows: int | None = None
     table_rows_is_exact: bool = True
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of a command: 0 completed or stopped by an option, 128 + the signal, or 1."""
+        if self.status == "completed":
+            return 0
+        if self.status != "interrupted" or self.stop_reason is None:
+            return 1
+        if self.stop_reason is StopReason.STOP_AFTER:
+            return 0
+        return 128 + Signals[self.stop_reason] if self.stop_reason in Signals.__members__ else 1
 
 
 Event: TypeAlias = (

@@ -4,7 +4,6 @@ import asyncio
 import time
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
-from signal import Signals
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -165,16 +164,6 @@ class Run:
         self._lock_watch = LockWatch(self._notify)
         self._is_completed = False
         self._server_name = ""
-
-    @property
-    def signal(self) -> Signals | None:
-        """The signal that asked for a stop, if one did."""
-        return self._stop_signal.signal
-
-    @property
-    def stopped_by_option(self) -> bool:
-        """Whether the run ended because an option told it to."""
-        return self._stop_signal.reason is StopReason.STOP_AFTER
 
     async def rotate(self) -> RotationStopped:
         """Work until the rotation is completed, somebody asks for a stop, or it cannot go on.

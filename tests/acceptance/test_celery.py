@@ -201,7 +201,7 @@ def test_a_generator_that_fails_in_a_worker_is_told_here(hosts: Hosts) -> None:
     options = ("--batch=100", "--generator=tests.shop.generators.late_uuid")
     finished = hosts.rotate(*options)
     assert finished.status == 1
-    assert "gave None for token; that was for the range (" in finished.out
+    assert "returned None for token; that was for the range (" in finished.out
     audit.assert_checkpoints_and_tokens_agree()
 
 
@@ -247,7 +247,7 @@ def detached(hosts: Hosts, *options: str) -> int:
     said = started.err.splitlines()[-1]
     number = Rotation.objects.get().pk
     assert said == (
-        f"Rotation {number} is left to the workers; see how far they are with: "
+        f"Rotation {number} is queued for Celery workers. Watch it with: "
         f"manage.py rotations {number} --follow"
     )
     return int(number)
@@ -277,7 +277,7 @@ def test_detached_without_a_broker_nothing_is_lost(hosts: Hosts, commands: Comma
     assert refused.status == 1
     assert refused.err.splitlines()[-1] == (
         "CommandError: The broker cannot be reached (OperationalError). "
-        f"Rotation {number} is begun and nothing is lost: the same command tries again."
+        f"Rotation {number} has begun. Run the same command again to queue it."
     )
     hosts.restart_broker()
     hosts.worker(processes=2)
@@ -344,11 +344,13 @@ def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
         terminal.type("y\n")
         wait_for_checkpoints(20)
         terminal.type("\x03")
-        terminal.wait_for("Leave it to the workers, to go on without this terminal? [y/N] ")
+        terminal.wait_for(
+            "Queue the rotation for Celery workers, which continue without this terminal? [y/N] "
+        )
         assert terminal.answer(answer) == 128 + signal.SIGINT
     speed_up()
     number = Rotation.objects.get().pk
-    assert (f"Rotation {number} is left to the workers" in terminal.said) == is_left
+    assert (f"Rotation {number} is queued for Celery workers" in terminal.said) == is_left
     assert follow(commands, number).wait().status == int(not is_left)
     if is_left:
         audit.assert_rotated()
@@ -475,4 +477,4 @@ def test_without_the_extra_it_says_what_to_install(commands: Commands, tmp_path:
     known = ("env", *(f"{name}={value}" for name, value in environment.items()))
     finished = commands.start("--celery", program=(*known, *MANAGE, COMMAND)).wait()
     assert finished.status == 1
-    assert finished.complaint == "--celery needs celery: pip install 'celery[redis]>=5.5'."
+    assert finished.complaint == "--celery needs celery. Run: pip install 'celery[redis]>=5.5'"

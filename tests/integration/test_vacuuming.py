@@ -40,7 +40,7 @@ def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: py
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
     recorder = EventRecorder()
 
-    stopped = rotate_tickets(recorder, batch=100, concurrency=2).stopped
+    stopped = rotate_tickets(recorder, batch=100, concurrency=2)
 
     assert stopped.status == "completed"
     assert stopped.storage_before is not None
@@ -62,7 +62,7 @@ def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.
     )
     database.execute("ANALYZE tickets_ticket")
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
-    stopped = rotate_tickets(batch=100, concurrency=2).stopped
+    stopped = rotate_tickets(batch=100, concurrency=2)
     assert stopped.status == "completed"
     # Each eighth would be more; a neighbour's lock makes it one less.
     assert 1 <= stopped.vacuums <= 2
@@ -73,7 +73,7 @@ def test_without_it_the_table_doubles(database: Database) -> None:
     database.make_tickets(1, 10_000)
     recorder = EventRecorder()
 
-    stopped = rotate_tickets(recorder, batch=100, vacuum=False).stopped
+    stopped = rotate_tickets(recorder, batch=100, vacuum=False)
 
     vacuum_events = [recorder.of(kind) for kind in (Vacuumed, VacuumStarted, VacuumSkipped)]
     assert (vacuum_events, stopped.vacuums) == ([0, 0, 0], 0)
