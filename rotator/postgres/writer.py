@@ -359,6 +359,8 @@ class PostgresWriter:
     async def rewrite(self, key_range: KeyRange) -> int:
         """Give a range's rows new values and checkpoint it, in one transaction; return the number of rows.
 
+        Call ``on_commit`` after the commit; a crash in between skips the call.
+
         Raises:
             SupersededError: Another process owns the rotation; nothing was written.
             ServerLostError: Only the checkpoints tell whether the range was committed.

@@ -131,7 +131,10 @@ def _taken(server: OwnServer, *, but: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("but", "sentence"),
-    [(0, "too many clients already"), (5, "--concurrency 4 needs 7 connections; the server allows ")],
+    [
+        (0, "too many clients already"),
+        (5, "Cannot open 7 connections for --concurrency 4: the server allows "),
+    ],
 )
 def test_too_few_connections_are_left(
     server: OwnServer, database: Database, rotations: Rotations, but: int, sentence: str
@@ -196,7 +199,7 @@ def test_a_server_that_is_read_only_for_a_while_is_an_outage(
     database.query("ALTER SYSTEM SET default_transaction_read_only = on")
     database.query("SELECT pg_reload_conf()")
     try:
-        wait_until(lambda: "it is read-only" in running.err, "it is noticed")
+        wait_until(lambda: "the server is read-only" in running.err, "it is noticed")
     finally:
         database.query("ALTER SYSTEM RESET default_transaction_read_only")
         database.query("SELECT pg_reload_conf()")
