@@ -95,7 +95,7 @@ def _rotate(server: Server, original: Database, rows: int, concurrency: int, bat
     return Measurement(
         rows_per_second=run.report["rows_per_second"],
         seconds=run.command.seconds,
-        retries=run.report["retries"],
+        retries=run.report["deferrals"] + run.report["retries"],
     )
 
 

@@ -123,7 +123,7 @@ def _rotate(server: Server, original: Database, options: argparse.Namespace) -> 
     return Measurement(
         rows_per_second=run.report["rows_per_second"],
         seconds=run.command.seconds,
-        retries=run.report["retries"],
+        retries=run.report["deferrals"] + run.report["retries"],
         ranges=ranges,
         odd_ranges=odd_ranges,
     )

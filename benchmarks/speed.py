@@ -128,7 +128,7 @@ def _rotate(
             seconds=run.command.seconds,
             writing_seconds=options.rows / run.report["rows_per_second"],
             client_cpu_seconds=run.command.cpu_seconds,
-            retries=run.report["retries"],
+            retries=run.report["deferrals"] + run.report["retries"],
         )
 
 

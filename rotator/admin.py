@@ -1,4 +1,4 @@
-"""Rotations in the admin, to be looked at: only the command changes them."""
+"""Rotations in the admin, read-only."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -6,17 +6,18 @@ from django.contrib import admin
 from django.http import HttpRequest
 
 from rotator.models import Rotation
+from rotator.progress.text import done_of_total
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Rotation]
 else:
-    # Generic for the type checker alone.
+    # It is generic only for the type checker.
     _ModelAdmin = admin.ModelAdmin
 
 
 @admin.register(Rotation)
 class RotationAdmin(_ModelAdmin):
-    """Shows how far each rotation is."""
+    """Shows the progress of each rotation."""
 
     list_display = (
         "id",
@@ -24,6 +25,7 @@ class RotationAdmin(_ModelAdmin):
         "database",
         "status",
         "progress",
+        "late_rows",
         "unconfirmed_rows",
         "owner",
         "started_at",
@@ -35,17 +37,16 @@ class RotationAdmin(_ModelAdmin):
 
     @admin.display(description="rows done")
     def progress(self, rotation: Rotation) -> str:
-        """Return rows done of the total."""
-        about = "" if rotation.rows_total_is_exact else "about "
-        return f"{rotation.rows_done:,} of {about}{rotation.rows_total:,}"
+        """Return the rows done and the total."""
+        return done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
 
     @admin.display(description="owner")
     def owner(self, rotation: Rotation) -> str:
-        """Return who works on it, or did last."""
-        return f"{rotation.owner_user}@{rotation.owner_host}, pid {rotation.owner_pid}"
+        """Return the process that owns the rotation, or the last one that did."""
+        return f"{rotation.owner_user or 'unknown'} on {rotation.owner_host} (pid {rotation.owner_pid})"
 
     def has_add_permission(self, request: HttpRequest) -> bool:  # noqa: ARG002 - Django's signature
-        """Nobody adds one by hand."""
+        """Return False: only the command adds rotations."""
         return False
 
     def has_change_permission(
@@ -53,7 +54,7 @@ class RotationAdmin(_ModelAdmin):
         request: HttpRequest,  # noqa: ARG002 - Django's signature
         obj: Rotation | None = None,  # noqa: ARG002 - Django's signature
     ) -> bool:
-        """Nobody changes one by hand."""
+        """Return False: only the command changes rotations."""
         return False
 
     def has_delete_permission(
@@ -61,5 +62,5 @@ class RotationAdmin(_ModelAdmin):
         request: HttpRequest,  # noqa: ARG002 - Django's signature
         obj: Rotation | None = None,  # noqa: ARG002 - Django's signature
     ) -> bool:
-        """Its checkpoints are the record of what was done."""
+        """Return False: the checkpoints record which rows are rotated."""
         return False

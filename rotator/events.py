@@ -1,9 +1,10 @@
-"""What a rotation tells its observers: frozen facts, never values of the rotated column."""
+"""The events of a rotation, as its observers get them; none holds a value of the rotated column."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from signal import Signals
 from typing import Literal, TypeAlias
 
 from rotator.ranges import Key, KeyInterval
@@ -11,12 +12,12 @@ from rotator.ranges import Key, KeyInterval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Index:
-    """One index of the target's table.
+    """An index of the target's table.
 
     Attributes:
         name: Its name.
-        size_bytes: What it takes.
-        holds_column: Whether the rotated column is in it, so that new values go to pages all over it.
+        size_bytes: Its size.
+        holds_column: Whether it contains the rotated column, so that new values go to pages all over it.
     """
 
     name: str
@@ -61,17 +62,17 @@ class Copies:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableFindings:
-    """The target's table.
+    """What the preflight found out about the target's table.
 
     Attributes:
-        rows: How many rows it has.
+        rows: The number of rows.
         rows_is_exact: False where that is the server's estimate.
-        heap_bytes: What it takes without its indexes.
-        indexes: All of them, the largest first.
-        triggers: The names of those that every update fires.
+        heap_bytes: The size without indexes.
+        indexes: All indexes, the largest first.
+        triggers: The names of the triggers that each update fires.
         writing_triggers: Triggers, of this or another table, whose functions write to it, one phrase each.
         subscriptions: The names of the subscriptions that write to it.
-        refusing_publications: Publications for which the server refuses every update, since the table has no
+        refusing_publications: Publications for which the server rejects every update, since the table has no
             replica identity.
         kept: The values that the rotation leaves as they are, by column; None where they could not be counted
             in time.
@@ -91,12 +92,12 @@ class TableFindings:
 
     @property
     def index_bytes(self) -> int:
-        """What all its indexes take."""
+        """The size of all indexes."""
         return sum(index.size_bytes for index in self.indexes)
 
     @property
     def random_bytes(self) -> int:
-        """What the indexes take whose pages are written in no order."""
+        """The size of the indexes whose pages are written in no order."""
         return sum(index.size_bytes for index in self.indexes if index.holds_column)
 
     @property
@@ -107,17 +108,17 @@ class TableFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerFindings:
-    """The server's settings, and who depends on its WAL and on its old row versions.
+    """The server's settings, and what depends on its WAL and on old row versions.
 
     Attributes:
-        max_wal_size_bytes: How much WAL forces a checkpoint.
-        checkpoint_timeout_seconds: How often there is one in any case.
-        full_page_writes: Whether a page is written whole after each checkpoint.
-        archiving: How WAL archiving is doing, in a phrase; empty where there is none.
-        replicas: One phrase for each, with its lag.
-        slots: One phrase for each replication slot, with the WAL it keeps.
-        holders: One phrase for each of the oldest that keep VACUUM from removing old row versions.
-        log_settings: What makes the server log new values; mostly nothing.
+        max_wal_size_bytes: The amount of WAL that forces a checkpoint.
+        checkpoint_timeout_seconds: The time after which there is a checkpoint in any case.
+        full_page_writes: Whether the first change of a page after a checkpoint writes the whole page.
+        archiving: The state of WAL archiving, as a phrase; empty where it is off.
+        replicas: One phrase for each replica, with its lag.
+        slots: One phrase for each replication slot, with the WAL that it keeps.
+        holders: One phrase for each of the oldest transactions that keep VACUUM from removing row versions.
+        log_settings: The settings that make the server log new values; usually none.
     """
 
     max_wal_size_bytes: int
@@ -135,9 +136,9 @@ class Sample:
     """Some ranges that were rewritten and rolled back.
 
     Attributes:
-        rows: How many rows they held.
-        rows_per_second: How fast that went, with all workers at it; 0 where nothing was measured.
-        skipped: Why nothing was measured; empty where it was.
+        rows: The number of their rows.
+        rows_per_second: The rate with all workers; 0 where nothing was measured.
+        skipped: The reason why nothing was measured; empty where it was.
     """
 
     rows: int = 0
@@ -147,22 +148,23 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """Everything.
+    """The results of the preflight.
 
     Attributes:
         target: The target as the user writes it.
         database: Django's alias of the database.
         server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
         table_name: The table's name, as the server has it.
-        concurrency: How many workers there will be.
-        rows_left: How many rows are still to be done; those of the table, but for an unfinished rotation.
-        unfinished: The id of the rotation that would go on; None for a new one.
+        concurrency: The number of workers.
+        rows_left: The rows that are not yet rotated: all rows of the table for a new rotation.
+        unfinished: The id of the rotation that would be resumed; None for a new one.
         table: The table.
         server: The server.
-        sample: What the time is estimated from.
-        bypassed: What of Django's model would have acted upon each save(), one phrase each.
-        selection: The options that chose rows and values; empty where there were none.
-        warnings: What the names of the fields warn of, one sentence each.
+        sample: The measurement from which the time is estimated.
+        bypassed: The parts of Django's model that act on each save() and that the rotation bypasses, one
+            phrase each.
+        selection: The options that choose rows and values; empty where there are none.
+        warnings: Warnings that follow from the names of the fields, one sentence each.
     """
 
     target: str
@@ -181,72 +183,17 @@ class Findings:
 
     @property
     def estimated_seconds(self) -> float | None:
-        """How long it will take, from the first range to the last; None where nothing was measured."""
+        """The time from the first range to the last; None where nothing was measured."""
         rate = self.sample.rows_per_second
         return self.rows_left / rate if rate else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WalEstimate:
-    """What will be written to the WAL.
-
-    Attributes:
-        wal_bytes: How much.
-        forced_checkpoints: How many checkpoints that forces.
-        calm_bytes: How much it would be if it forced none.
-    """
-
-    wal_bytes: int
-    forced_checkpoints: int
-    calm_bytes: int
-
-
-# What a row's update writes beside the new row itself: heads of records, and an entry in each index. Fitted
-# to what benchmarks/speed.py shows.
-_ROW_OVERHEAD_BYTES = 130
-_ENTRY_BYTES = 90
-_PAGE_BYTES = 8192
-# CalculateCheckpointSegments() in the server's src/backend/access/transam/xlog.c, with the default of
-# checkpoint_completion_target.
-_CHECKPOINT_SHARE = 1 / 1.9
-
-
-def estimate_wal(table: TableFindings, server: ServerFindings, rows: int) -> WalEstimate:
-    """Estimate the WAL that rewriting so many rows of the table writes.
-
-    After a checkpoint the first change of each page writes it whole. The pages of heap and key are changed in
-    order and so but once, those of an index of random values again after each checkpoint.
-    """
-    row_bytes = table.heap_bytes / max(table.rows, 1) + _ROW_OVERHEAD_BYTES
-    row_bytes += 0 if table.is_not_indexed else _ENTRY_BYTES * len(table.indexes)
-    part = min(1.0, rows / max(table.rows, 1))
-    once_bytes = rows * row_bytes
-    if server.full_page_writes:
-        once_bytes += part * (table.heap_bytes + table.index_bytes - table.random_bytes)
-    # At the worst each new value meets a page that has not been written since the last checkpoint.
-    most_random_bytes = rows * _PAGE_BYTES * sum(index.holds_column for index in table.indexes)
-    most_bytes = once_bytes + most_random_bytes
-    random_bytes = min(table.random_bytes, most_random_bytes) if server.full_page_writes else 0
-    between_bytes = server.max_wal_size_bytes * _CHECKPOINT_SHARE
-    calm_bytes = once_bytes + random_bytes
-    if calm_bytes <= between_bytes:
-        wal_bytes = calm_bytes
-    elif between_bytes > random_bytes:
-        wal_bytes = min(most_bytes, once_bytes * between_bytes / (between_bytes - random_bytes))
-    else:
-        wal_bytes = most_bytes
-    return WalEstimate(
-        wal_bytes=round(wal_bytes),
-        forced_checkpoints=int(wal_bytes / between_bytes),
-        calm_bytes=round(calm_bytes),
-    )
-
-
 EndStatus: TypeAlias = Literal["completed", "queued", "interrupted", "failed"]
+"""The status in which a run can leave its rotation."""
 
 
 class StopReason(StrEnum):
-    """Why a run stopped before its rotation was completed, as the database stores it."""
+    """The reason why a run stopped before its rotation was completed, as the database stores it."""
 
     STOP_AFTER = "--stop-after"
     SIGINT = "SIGINT"
@@ -256,18 +203,15 @@ class StopReason(StrEnum):
     CANCELLED = "cancellation by the calling program"
 
 
-"""How a run can leave its rotation."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
-    """What the target's table takes on the server's disk.
+    """The disk space of the target's table.
 
     Attributes:
         heap_bytes: The table without its indexes.
         index_bytes: All of its indexes.
-        dead_rows: Row versions that nobody can see any more and whose values are still there; the server's
-            own statistics, which are an estimate.
+        dead_rows: Row versions that no transaction can see, and whose values are still on disk; an estimate
+            of the server.
     """
 
     heap_bytes: int
@@ -277,7 +221,7 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preflighted:
-    """The rotation is about to begin, and this is what it will meet."""
+    """The preflight is complete, and the rotation is about to begin."""
 
     findings: Findings
 
@@ -292,10 +236,11 @@ class RotationStarted:
         rows_total: Rows up to the frozen upper bound.
         rows_total_is_exact: False where the total is the server's estimate.
         rows_done: Rows that earlier runs of this rotation have committed; 0 for a new one.
-        seconds_before: Active seconds that earlier runs spent.
-        stopped_at: When the last run was last heard of; None for a new rotation.
-        concurrency: How many workers this run has.
-        batch: How many rows a range holds in this run.
+        late_rows: Late rows among ``rows_done``.
+        seconds_before: Active seconds of earlier runs.
+        stopped_at: The last heartbeat of the last run; None for a new rotation.
+        concurrency: The number of workers of this run.
+        batch: The number of rows in a range in this run.
     """
 
     rotation: int
@@ -303,6 +248,7 @@ class RotationStarted:
     rows_total: int
     rows_total_is_exact: bool
     rows_done: int
+    late_rows: int
     seconds_before: float
     stopped_at: datetime | None
     concurrency: int
@@ -320,8 +266,8 @@ class RangeCompleted:
 
     Attributes:
         rows: Rows that got a new value.
-        seconds: From the range's first statement to its commit, retries left out.
-        retries: How often this range was tried before in vain.
+        seconds: The time from the last attempt's first statement to its commit.
+        retries: The number of failed attempts before, deferrals included.
     """
 
     rows: int
@@ -336,26 +282,28 @@ class WorkersProgressed:
     Attributes:
         ranges: The number of ranges.
         rows: The number of rows in these ranges.
-        retries: The number of retries in the spans that were finished.
+        deferrals: The number of deferrals in the spans that were finished.
+        retries: The number of retries in these spans.
         seconds: The time since the owner last read the checkpoints.
     """
 
     ranges: int
     rows: int
+    deferrals: int
     retries: int
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsRotated:
-    """Rows have new values, and that is committed: a range of them, or some that were committed late.
+    """New values of a range, or of some late rows, are committed.
 
     Attributes:
         rotation: The rotation's id.
         after: The last key before the range; None at the table's start, and for late rows.
         through: The range's last key; None for late rows.
         keys: The keys of late rows; empty for a range.
-        rows: How many got a new value.
+        rows: The number of rows that got a new value.
     """
 
     rotation: int
@@ -367,19 +315,23 @@ class RowsRotated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeDeferred:
-    """Somebody else holds rows of a range; it went to the back of the queue."""
+    """A range, or planning one, was put back because another session holds a lock.
+
+    Attributes:
+        rows: Rows of the range; 0 where the lock kept it from being planned.
+    """
 
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeRetried:
-    """The server refused a range and it will be tried again, whole or in halves.
+    """The server rejected a range, which will be retried, whole or in two halves.
 
     Attributes:
         rows: Rows that the range held when it was planned.
         reason: The server's condition, e.g. ``deadlock_detected``; never its message's detail.
-        split: Whether it is tried again in two halves.
+        split: Whether it is retried in two halves.
     """
 
     rows: int
@@ -388,8 +340,8 @@ class RangeRetried:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowFailed:
-    """One row cannot be rotated; the others go on.
+class RowRejected:
+    """The server rejects the new value of one row; the rotation of the other rows continues.
 
     Attributes:
         key: The row's key.
@@ -402,11 +354,11 @@ class RowFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutageStarted:
-    """The server cannot be reached; ranges wait.
+    """The server is unreachable.
 
     Attributes:
         reason: One sentence, without values.
-        budget_seconds: How long the run waits before it gives up.
+        budget_seconds: The time after which the run gives up.
     """
 
     reason: str
@@ -415,15 +367,17 @@ class OutageStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutageEnded:
-    """The server answers again and the gaps were read anew from the checkpoints.
+    """The server is reachable again, and the progress was read from its checkpoints.
 
     Attributes:
-        seconds: How long it was away.
-        rows_done: Rows that the checkpoints now vouch for; may be fewer than were reported before.
+        seconds: The duration of the outage.
+        rows_done: Rows that are confirmed by checkpoints; may be fewer than were reported before.
+        late_rows: Late rows among them.
     """
 
     seconds: float
     rows_done: int
+    late_rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -450,11 +404,11 @@ class WorkersSilent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnerWatched:
-    """Another process owns this rotation; its heartbeat is being watched before taking over.
+    """Another process owns this rotation; this one watches its heartbeat before it takes over.
 
     Attributes:
-        owner: One phrase that names it: user, host and pid.
-        seconds: How long it is watched at the most.
+        owner: The other process: user, host and pid in one phrase.
+        seconds: The longest time that the heartbeat is watched.
     """
 
     owner: str
@@ -463,10 +417,10 @@ class OwnerWatched:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerLogShowsValues:
-    """The server is set up to write the new values to its own log.
+    """The server is configured to write the new values to its own log.
 
     Attributes:
-        settings: What makes it do so, e.g. ``log_statement = all``.
+        settings: The settings that cause it, e.g. ``log_statement = all``.
     """
 
     settings: tuple[str, ...]
@@ -490,23 +444,23 @@ class LateCommitsOver:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LateRowsRotated:
-    """Rows that were committed late were found and rotated."""
+    """Late rows were found and rotated: rows that no range has written."""
 
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConfirmationStarted:
-    """Every range is completed, and the table is read once to see who wrote each row last."""
+    """Every range is completed, and the table is read once to find the last writer of each row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsConfirmed:
-    """No row is left that nothing has written since the rotation began.
+    """Each row has been written since the rotation began.
 
     Attributes:
-        confirmed: The rows that this rotation wrote last.
-        unconfirmed: The rows that other sessions or triggers have written since.
+        confirmed: Rows that this rotation wrote last.
+        unconfirmed: Rows that other sessions or triggers wrote last.
     """
 
     confirmed: int
@@ -515,15 +469,15 @@ class RowsConfirmed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VacuumStarted:
-    """The rotation is completed, and its table is being vacuumed for the last time."""
+    """The rotation is completed, and the final VACUUM has started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vacuumed:
-    """The table was vacuumed while the rotation went on, or after it.
+    """A VACUUM of the table has ended, during the rotation or after it.
 
     Attributes:
-        seconds: How long it took.
+        seconds: Its duration.
     """
 
     seconds: float
@@ -531,11 +485,11 @@ class Vacuumed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VacuumSkipped:
-    """The table was not vacuumed, or not to the end; the rotation goes on all the same.
+    """The table was not vacuumed, or not completely; the rotation continues.
 
     Attributes:
-        reason: Why.
-        is_once: Whether only this one was skipped, and the next may well succeed.
+        reason: The reason.
+        is_once: Whether only this VACUUM was skipped, and the next one is tried.
     """
 
     reason: str
@@ -544,7 +498,7 @@ class VacuumSkipped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReceiverFailed:
-    """A receiver of the signal raised an exception; told once for each receiver and type.
+    """A receiver of the signal raised an exception; reported once for each receiver and type.
 
     Attributes:
         receiver: The receiver's dotted name.
@@ -557,7 +511,7 @@ class ReceiverFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitRaised:
-    """Planning the update alone takes a good part of a range's time limit, which was raised.
+    """The time limit of a range was raised, because planning the update takes a large part of it.
 
     Attributes:
         planning_seconds: The time that the server takes to plan the update of a range.
@@ -583,7 +537,7 @@ class LockHeld:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted:
-    """No more ranges are planned; those in flight commit.
+    """The run stops: ranges in flight are committed, and no new ones start.
 
     Attributes:
         reason: The cause of the stop.
@@ -594,12 +548,12 @@ class DrainStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
-    """A second has passed; observers without a clock of their own may speak."""
+    """A second has passed, so that observers without a timer can show their figures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """Who ran a rotation, when, where and on which rows.
+    """The user, place, time and options of a run.
 
     Attributes:
         started_at: The time of the run's start.
@@ -610,7 +564,7 @@ class RunFacts:
         table_name: The table's name, as the server has it.
         filters: The Django lookups that all rotated rows match.
         excludes: The Django lookups that no rotated row matches.
-        generator: The dotted path of what makes the values; empty for the fields' own defaults.
+        generator: The dotted path of the values' generator; empty for the fields' own defaults.
         include_null: Whether a NULL gets a value, too.
     """
 
@@ -633,7 +587,7 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotationStopped:
-    """The run is over; the database says the same.
+    """The run is over; the database has the same figures.
 
     Attributes:
         rotation: The rotation's id.
@@ -643,30 +597,31 @@ class RotationStopped:
         rows_total: Rows up to the frozen upper bound.
         rows_total_is_exact: False where the total is the server's estimate.
         rows_this_run: Rows rotated by this run.
-        late_rows: Rows, among ``rows``, that no range had written: they were committed late, say.
+        late_rows: Rows, among ``rows``, that no range has written, e.g. since they were committed late.
         unconfirmed_rows: Rows that other sessions or triggers wrote last, after the rotation's start; None
             unless it is completed.
         ranges: Ranges committed by this run.
-        seconds: What this run took, from its start to its last status.
-        seconds_total: Active seconds over all runs.
-        rows_per_second: ``rows_this_run`` over the seconds from the first range to the last.
-        retries: Ranges tried again, whatever the reason.
-        outage_seconds: How long this run waited for the server.
-        peak_memory_bytes: High-water mark of this process's resident memory; 0 where unknown.
-        concurrency: Workers of this run.
-        batch: Rows a range.
+        seconds: The time of this run, from its start to its end, final VACUUM included.
+        seconds_total: The time of all runs.
+        rows_per_second: The rate while writing: rows of this run's ranges, divided by the seconds from the
+            start of the first range to the end of the last one.
+        deferrals: How often this run put a range back because another session had locked rows.
+        retries: How often this run retried a range after the server rejected it.
+        outage_seconds: The time that this run waited for the server.
+        peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
+        concurrency: The number of workers of this run.
+        batch: The number of rows in a range.
         resumed: Whether an earlier run began this rotation.
-        failed_keys: Keys of rows that could not be rotated, each with the reason.
-        storage_before: What the table took when this run began; None where that is not known.
-        storage: What it takes now; None where that is not known.
-        vacuums: How often this run vacuumed the table.
-        vacuum_seconds: How long these took.
+        rejected_keys: Keys of rejected rows, each with the reason.
+        storage_before: The table's disk space when this run began; None where that is not known.
+        storage: Its disk space now; None where that is not known.
+        vacuums: The number of this run's VACUUMs of the table.
+        vacuum_seconds: The time that these took.
         stop_reason: The reason of a stop that was requested; None for any other end.
-        error: One sentence that says what went wrong; empty where nothing did.
-        superseded: Whether another process has taken the rotation over; then this one knows nothing of
-            how it stands.
-        run: Who ran it, when, where and on which rows; None where that is not known.
-        spans: The spans of keys that the rotation has written, in key order, where it is unfinished.
+        error: One sentence on the error; empty where there was none.
+        superseded: Whether another process has taken the rotation over; then ``rows`` are not up to date.
+        run: The user, place, time and options; None where that is not known.
+        spans: The key intervals that an unfinished rotation has written, in key order.
         table_rows: The rows of the whole table, where only some are rotated and the rotation is completed;
             None otherwise.
         table_rows_is_exact: False where that is the server's estimate.
@@ -684,6 +639,7 @@ class RotationStopped:
     seconds: float
     seconds_total: float
     rows_per_second: float
+    deferrals: int
     retries: int
     outage_seconds: float
     peak_memory_bytes: int
@@ -691,7 +647,7 @@ class RotationStopped:
     batch: int
     resumed: bool
     unconfirmed_rows: int | None = None
-    failed_keys: tuple[tuple[Key, str], ...] = ()
+    rejected_keys: tuple[tuple[Key, str], ...] = ()
     storage_before: Storage | None = None
     storage: Storage | None = None
     vacuums: int = 0
@@ -704,6 +660,17 @@ class RotationStopped:
     table_rows: int | None = None
     table_rows_is_exact: bool = True
 
+    @property
+    def exit_status(self) -> int:
+        """The exit status of a command: 0 completed or stopped by an option, 128 + the signal, or 1."""
+        if self.status == "completed":
+            return 0
+        if self.status != "interrupted" or self.stop_reason is None:
+            return 1
+        if self.stop_reason is StopReason.STOP_AFTER:
+            return 0
+        return 128 + Signals[self.stop_reason] if self.stop_reason in Signals.__members__ else 1
+
 
 Event: TypeAlias = (
     Preflighted
@@ -712,7 +679,7 @@ Event: TypeAlias = (
     | WorkersProgressed
     | RangeDeferred
     | RangeRetried
-    | RowFailed
+    | RowRejected
     | OutageStarted
     | OutageEnded
     | BrokerUnreachable

@@ -140,6 +140,7 @@ class Span(models.Model):
     lease_expires_at = models.DateTimeField(
         null=True, help_text="The time at which another helper can claim it; null where it is not claimed."
     )
+    deferrals = models.BigIntegerField(default=0)
     retries = models.BigIntegerField(default=0)
     failed_keys = models.JSONField(default=list, help_text="Keys that could not be rotated, with the reason.")
     finished_at = models.DateTimeField(null=True)

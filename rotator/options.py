@@ -1,21 +1,83 @@
-"""The options of a rotation: rows and values, speed, and time limits."""
+"""The options of a rotation: their defaults, checks and help, for the command, the API and Celery workers."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypedDict
+
+from rotator.exceptions import OptionError
+
+Duration: TypeAlias = str | float | timedelta
+"""A text such as ``100ms``, ``30s``, ``5m`` or ``2h``, a number of seconds, or a timedelta."""
+
+_LOCK_SECONDS: Final = 0.1
+_OUTAGE_SECONDS: Final = 300.0
+# The server counts timeouts in milliseconds, and 0 means no timeout.
+_MIN_SECONDS: Final = 0.001
+_SECONDS: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+# Event loops cannot wait for much longer than a year.
+_MAX_WAIT: Final = "8760h"
+# The milliseconds of a statement's timeout, which is five times as long, must fit into an integer.
+_MAX_LOCK_TIMEOUT: Final = "24h"
+# The server numbers the rows of a range by an integer.
+_MAX_NUMBER: Final = 2**31 - 1
+
+
+def read_duration(name: str, value: Duration, *, maximum: str = _MAX_WAIT) -> float:
+    """Check the value of an option that is a duration, and return its seconds."""
+    seconds = _seconds(value)
+    if seconds is None:
+        raise OptionError(f"{_flag(name)} must be a duration (100ms, 30s, 5m or 2h), not '{value}'.")
+    if not _MIN_SECONDS <= seconds <= (_seconds(maximum) or 0):
+        raise OptionError(f"{_flag(name)} must be from 1ms to {maximum}, not '{value}'.")
+    return seconds
+
+
+def read_rows_or_duration(name: str, value: Duration | None) -> tuple[int | None, float | None]:
+    """Check the value of an option that is a number of rows or a duration, and return rows and seconds."""
+    if value is None:
+        return None, None
+    if isinstance(value, int) or (isinstance(value, str) and re.fullmatch(r"[0-9_]+", value)):
+        return _in_range(name, int(value)), None
+    if _seconds(value) is None:
+        raise OptionError(
+            f"{_flag(name)} must be a number of rows (5000) or a duration (90s, 30m, 2h), not '{value}'."
+        )
+    return None, read_duration(name, value)
+
+
+def _seconds(value: Duration) -> float | None:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", value)
+    return float(found[1]) * _SECONDS[found[2]] if found else None
+
+
+def _in_range(name: str, number: int) -> int:
+    if not 1 <= number <= _MAX_NUMBER:
+        raise OptionError(f"{_flag(name)} must be from 1 to {_MAX_NUMBER:,}, not {number}.")
+    return number
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """What the user chose beside the fields, as it was written.
+    """The choice of rows and values.
 
     Attributes:
         filters: Django lookups with their values, e.g. ``status=active``; rows match all of them.
-        excludes: The same; rows match none of them.
-        generator: The dotted path of what makes the values; empty for the fields' own defaults.
-        include_null: Whether a NULL gets a value, too.
-        include_blank: Whether an empty text gets a value, too.
+        excludes: Django lookups with their values; rows match none of them.
+        generator: The dotted path of the callable that makes the values; empty for the fields' own defaults.
+        include_null: Whether rows whose value is NULL are rotated too.
+        include_blank: Whether rows whose value is the empty text are rotated too.
         ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
             They change neither rows nor values, so a run can resume with others.
     """
@@ -29,27 +91,23 @@ class Selection:
 
     @property
     def is_filtered(self) -> bool:
-        """Whether some rows of the table are not rotated on purpose."""
+        """Whether the rotation leaves out some rows of the table."""
         return bool(self.filters or self.excludes)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Selection":
-        """Return what :meth:`to_json` was made of."""
-        return cls(
-            filters=tuple(saved.get("filters", ())),
-            excludes=tuple(saved.get("excludes", ())),
-            generator=saved.get("generator", ""),
-            include_null=saved.get("include_null", False),
-            include_blank=saved.get("include_blank", False),
-            ignore_derived=tuple(saved.get("ignore_derived", ())),
-        )
+        """Return the selection that :meth:`to_json` of this version, or another one, has saved."""
+        known = _known(cls, saved)
+        # JSON has lists.
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON types, for the rotation's row."""
+        """Return the selection as JSON types, for the rotation's row."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """Return the options that choose it; a phrase where there are none."""
+        """Return the options of the command that choose the same; a phrase where there are none."""
         words = [word for text in self.filters for word in ("--filter", text)]
         words += [word for text in self.excludes for word in ("--exclude", text)]
         words += ["--generator", self.generator] if self.generator else []
@@ -59,63 +117,43 @@ class Selection:
         return shlex.join(words) or "no filter and no generator"
 
 
-STATEMENT_SECONDS_PER_LOCK_SECOND: Final = 5
-
-
-TRANSACTION_SECONDS_PER_STATEMENT_SECOND: Final = 4
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaitLimits:
-    """How long a range's transaction holds the application up.
+    """The limits of a range's transaction, which may block the application.
 
     Attributes:
         lock_seconds: The longest wait for one lock; well below the server's ``deadlock_timeout``, so that
-            the application is never the one that is told of a deadlock.
+            the application never gets a deadlock error.
         statement_seconds: The longest time for the update of a slice, waits included.
-        transaction_seconds: The age of the transaction at which no more slices of it are updated; so it holds
-            its rows for at most this and ``statement_seconds``.
+        transaction_seconds: The age of the transaction after which no more slices are updated; so the
+            transaction holds its rows for at most this time and ``statement_seconds``.
     """
 
-    lock_seconds: float = 0.1
-    statement_seconds: float = 0.5
-    transaction_seconds: float = 2.0
+    lock_seconds: float = _LOCK_SECONDS
+    statement_seconds: float = 5 * _LOCK_SECONDS
+    transaction_seconds: float = 20 * _LOCK_SECONDS
 
     @classmethod
     def of_lock_seconds(cls, lock_seconds: float) -> "WaitLimits":
-        """Return the limits that go with a wait for one lock."""
-        statement_seconds = lock_seconds * STATEMENT_SECONDS_PER_LOCK_SECOND
+        """Return the limits in proportion to the longest wait for one lock."""
         return cls(
             lock_seconds=lock_seconds,
-            statement_seconds=statement_seconds,
-            transaction_seconds=statement_seconds * TRANSACTION_SECONDS_PER_STATEMENT_SECOND,
+            statement_seconds=5 * lock_seconds,
+            transaction_seconds=20 * lock_seconds,
         )
-
-
-# The rows of a range are numbered by the server's ``integer``.
-MAX_BATCH_ROWS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
-    """How one run is done.
+    """The options of one run: those of the command, checked, and some for other callers.
 
     Attributes:
-        concurrency: How many workers write at the same time.
-        batch: How many rows a range holds.
-        rotation: Go on with this one alone; None for the target's unfinished one, or a new one.
-        restart: Abandon the unfinished rotation, or repeat the completed one, and begin a new one.
-        after: The completed rotation that a new one may repeat; None for no rotation.
-        take_over: Take the rotation from its owner without watching whether that is alive.
-        stop_after_rows: End the run after this many rows; None for no limit.
-        stop_after_seconds: End the run after this time; None for no limit.
-        outage_budget_seconds: How long to wait for a server that is away, before giving up.
-        vacuum: Vacuum the table now and then.
-        preflight: Examine table and server before a new rotation begins.
-        sample: Measure for that, by ranges that are rolled back, how fast it will be.
-        limits: How long a range holds the application up.
-        listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP ask the run to stop; else they are the
-        caller's.
+        rotation: The id of the only rotation to resume; None for the target's unfinished one, or a new one.
+        after: The id of the completed rotation that a new one may repeat; None for no rotation.
+        preflight: Whether to report on table and server before a new rotation begins.
+        sample: Whether to measure the speed for that report, by ranges that are rolled back.
+        limits: The limits of a range's transaction.
+        listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP stop the run; else the caller handles them.
     """
 
     concurrency: int = 4
@@ -126,7 +164,7 @@ class RunOptions:
     take_over: bool = False
     stop_after_rows: int | None = None
     stop_after_seconds: float | None = None
-    outage_budget_seconds: float = 300.0
+    outage_budget_seconds: float = _OUTAGE_SECONDS
     vacuum: bool = True
     preflight: bool = False
     sample: bool = False
@@ -134,16 +172,179 @@ class RunOptions:
     listens_to_signals: bool = True
 
     @classmethod
+    def checked(
+        cls,
+        *,
+        lock_timeout: Duration = _LOCK_SECONDS,
+        outage_budget: Duration = _OUTAGE_SECONDS,
+        stop_after: Duration | None = None,
+        **options: Any,  # noqa: ANN401 - fields of this class
+    ) -> "RunOptions":
+        """Check options as a user writes them, and return those of the run."""
+        rows, seconds = read_rows_or_duration("stop_after", stop_after)
+        lock_seconds = read_duration("lock_timeout", lock_timeout, maximum=_MAX_LOCK_TIMEOUT)
+        checked = cls(
+            limits=WaitLimits.of_lock_seconds(lock_seconds),
+            outage_budget_seconds=read_duration("outage_budget", outage_budget),
+            stop_after_rows=rows,
+            stop_after_seconds=seconds,
+            **options,
+        )
+        _in_range("concurrency", checked.concurrency)
+        _in_range("batch", checked.batch)
+        return checked
+
+    @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "RunOptions":
-        """Return what :meth:`to_json` was made of, by this version or another."""
-        limits = _known(WaitLimits, saved.get("limits", {}))
-        return cls(**_known(cls, saved) | {"limits": WaitLimits(**limits)})
+        """Return the options that :meth:`to_json` of this version, or another one, has saved."""
+        limits = WaitLimits(**_known(WaitLimits, saved.get("limits", {})))
+        return cls(**_known(cls, saved) | {"limits": limits})
 
     def to_json(self) -> dict[str, Any]:
-        """Return them as JSON types, for the rotation's row."""
+        """Return the options as JSON types, for the rotation's row."""
         return asdict(self)
 
 
-def _known(options: type[RunOptions | WaitLimits], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what only a newer version has."""
+def _known(options: type[RunOptions | Selection | WaitLimits], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the options that only a newer version has."""
     return {name: value for name, value in saved.items() if name in options.__dataclass_fields__}
+
+
+class RotateOptions(TypedDict, total=False):
+    """The options of ``rotate`` and ``rotate_sync``; the same as those of the command.
+
+    Attributes:
+        concurrency: The number of workers that write at the same time. Each has its own connection
+            (default: 4).
+        batch: The number of rows in a range. Each range is one transaction (default: 2000).
+        restart: Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a
+            completed one.
+        take_over: Take the rotation from the process that owns it, even if that process is alive. It will
+            stop.
+        vacuum: Vacuum the table after each eighth of its rows and at the end (default: True).
+        lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
+            together may take five times as long (default: 100ms).
+        outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
+    """
+
+    concurrency: int
+    batch: int
+    restart: bool
+    take_over: bool
+    vacuum: bool
+    lock_timeout: timedelta
+    outage_budget: timedelta
+
+
+_DEFAULTS: Final = RunOptions()
+
+
+def _switch(text: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": text}
+
+
+def _value(metavar: str, text: str, *, kind: type = str, default: object = None) -> dict[str, Any]:
+    return {"metavar": metavar, "help": text, "type": kind, "default": default}
+
+
+def _list(metavar: str, text: str) -> dict[str, Any]:
+    text = f"{text} May be given several times."
+    return {"metavar": metavar, "help": text, "action": "append", "default": []}
+
+
+COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "concurrency": _value(
+        "N",
+        "The number of workers that write at the same time. Each has its own connection (default: "
+        "%(default)s).",
+        kind=int,
+        default=_DEFAULTS.concurrency,
+    ),
+    "batch": _value(
+        "ROWS",
+        "The number of rows in a range. Each range is one transaction (default: %(default)s).",
+        kind=int,
+        default=_DEFAULTS.batch,
+    ),
+    "database": {
+        "help": "The alias of the database that holds the target (default: the one that the project's "
+        "database routers write the model to)."
+    },
+    "filter": _list(
+        "LOOKUP=VALUE",
+        "Rotate only the rows that match this Django lookup, e.g. status=active or "
+        "created_at__lt=2026-11-01T00:00:00Z.",
+    ),
+    "exclude": _list("LOOKUP=VALUE", "Skip the rows that match this Django lookup."),
+    "generator": _value(
+        "DOTTED.PATH",
+        "Make the values with this callable instead of the fields' defaults. It takes no argument, or the "
+        "row's instance, and returns a value, or a mapping of field names to values.",
+        default="",
+    ),
+    "include_null": _switch("Also rotate rows whose value is NULL."),
+    "include_blank": _switch("Also rotate rows whose value is the empty text."),
+    "ignore_derived": _list(
+        "FIELD",
+        "Rotate although this field seems to derive its value from the target when a row is saved. The "
+        "field keeps its values.",
+    ),
+    "celery": _switch(
+        "Rotate with the project's Celery workers, each with --concurrency connections. This process plans "
+        "and watches."
+    ),
+    "detach": _switch(
+        "With --celery: let a worker plan and watch too, and return. Watch the rotation with rotations ID "
+        "--follow. Needs at least two worker processes."
+    ),
+    "restart": _switch(
+        "Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a completed "
+        "one. Asks first on a terminal."
+    ),
+    "noinput": _switch(
+        "Do not ask before the first write. After a completed rotation, --restart is needed too."
+    ),
+    "take_over": _switch(
+        "Take the rotation from the process that owns it, even if that process is alive. It will stop."
+    ),
+    "stop_after": _value(
+        "ROWS|TIME",
+        "Stop after this number of rows (5000) or this time (90s, 30m, 2h). The same command resumes the "
+        "rotation.",
+    ),
+    "lock_timeout": _value(
+        "TIME",
+        "The longest wait of a range for one lock, before the range is deferred. All of its locks together "
+        f"may take five times as long (default: {_LOCK_SECONDS * 1000:.0f}ms).",
+        default=_LOCK_SECONDS,
+    ),
+    "outage_budget": _value(
+        "TIME",
+        "The longest wait for an unreachable server, before the run stops (default: "
+        f"{_OUTAGE_SECONDS / 60:.0f}m).",
+        default=_OUTAGE_SECONDS,
+    ),
+    "dry_run": _switch(
+        "Show what the rotation will meet, how long it will take and what cannot be undone, and exit. To "
+        "estimate the time, it rewrites up to a thirtieth of the rows and rolls them back, which leaves dead "
+        "rows and WAL; see --no-sample."
+    ),
+    "no_sample": _switch("Do not rewrite rows to estimate the time, before a rotation or with --dry-run."),
+    "no_preflight": _switch(
+        "Skip the preflight report. Without a terminal, the report has no estimate of the time."
+    ),
+    "no_vacuum": _switch(
+        "Leave the old row versions, and the space they take, to autovacuum. By default the table is "
+        "vacuumed after each eighth of its rows and at the end."
+    ),
+    "progress": {
+        "default": "auto",
+        "help": "How to show progress: a bar on a terminal and lines elsewhere (auto), or JSON lines on "
+        "standard output (json) (default: %(default)s).",
+    },
+    "report": _value("FILE", "Also write the summary to this file, as JSON.", kind=Path),
+}
+"""The options of ``manage.py async_rotate``, as ``argparse`` takes them."""
+
+# The command to resume a run with omits them.
+OPTIONS_OF_ONE_RUN: Final = ("restart", "take_over", "stop_after")

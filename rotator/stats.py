@@ -1,4 +1,4 @@
-"""The statistics of a run, computed from its events."""
+"""The figures of a run, counted from its events."""
 
 import re
 import sys
@@ -9,9 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, assert_never
 
 from rotator.events import (
+    BrokerUnreachable,
     ConfirmationStarted,
     DrainStarted,
     EndStatus,
@@ -19,30 +20,40 @@ from rotator.events import (
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LimitRaised,
+    LockHeld,
     OutageEnded,
     OutageStarted,
+    OwnerWatched,
+    Preflighted,
     RangeCompleted,
     RangeDeferred,
     RangeRetried,
+    ReceiverFailed,
     RotationStarted,
     RotationStopped,
-    RowFailed,
+    RowRejected,
     RowsConfirmed,
     RunFacts,
+    ServerLogShowsValues,
     StopReason,
     Storage,
+    Tick,
     Vacuumed,
+    VacuumSkipped,
     VacuumStarted,
     WorkersProgressed,
+    WorkersSilent,
 )
 from rotator.ranges import Key, KeyInterval
 
-WINDOW_SECONDS = 20.0
-MIN_SAMPLES = 8
-WARM_UP_SECONDS = 2.0
-STALL_SECONDS = 10.0
-HELD_UP_SECONDS = 1.0
-MERGE_SECONDS = 0.25
+WINDOW_SECONDS: Final = 20.0
+MIN_SAMPLES: Final = 8
+WARM_UP_SECONDS: Final = 2.0
+STALL_SECONDS: Final = 10.0
+HELD_UP_SECONDS: Final = 1.0
+MERGE_SECONDS: Final = 0.25
+LOCK_SECONDS: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -53,20 +64,19 @@ class _Sample:
 
 
 class RecentRate:
-    """The rate of the last ``WINDOW_SECONDS``, steady although rows come a range at a time.
+    """The rate of the last ``WINDOW_SECONDS``, steady although rows are counted a range at a time.
 
-    Two things keep it from jumping: the window stretches until it holds ``MIN_SAMPLES``, so that a few
-    slow ranges are not measured by which of them happen to be inside; and silence counts only once it is
-    longer than a range takes, because until then it is merely the time between two ranges.
+    Two rules keep it steady. The window grows until it contains ``MIN_SAMPLES``, so that a few slow ranges
+    do not dominate it. The time since the last range counts only once it is longer than a range takes.
 
-    Every ``now`` is a monotonic clock's value in seconds and never smaller than the one before.
+    Each ``now`` is a monotonic clock's value in seconds and never smaller than the one before.
     """
 
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque()
 
     def restart(self) -> None:
-        """Forget everything, as after an outage: what was measured before says nothing any more."""
+        """Forget all samples, as after an outage."""
         self._samples.clear()
 
     def add(self, rows: int, *, now: float, seconds: float) -> None:
@@ -80,47 +90,57 @@ class RecentRate:
             last.seconds = max(last.seconds, seconds)
         else:
             self._samples.append(_Sample(now, rows, seconds))
-        self._forget(now)
+        self._drop_old(now)
 
     def rows_per_second(self, now: float) -> float | None:
-        """Return the recent rate; None until ``WARM_UP_SECONDS`` have been seen."""
-        self._forget(now)
+        """Return the recent rate; None for the first ``WARM_UP_SECONDS``."""
+        self._drop_old(now)
         if not self._samples:
             return None
         first, *counted = self._samples
         since = first.at
         if len(counted) >= MIN_SAMPLES and counted[0].at > now - WINDOW_SECONDS:
-            # Only a silence can lie between `first` and the window; it is over and no longer recent.
+            # Between `first` and the window there was only a pause, which is over and not recent.
             since = max(since, now - WINDOW_SECONDS)
-        elapsed = max(counted[-1].at, now - self._patience()) - since
+        elapsed = max(counted[-1].at, now - self._range_seconds()) - since
         if elapsed < WARM_UP_SECONDS:
             return None
         return sum(sample.rows for sample in counted) / elapsed
 
     def eta_seconds(self, rows_left: int, now: float) -> float | None:
-        """Return the seconds until ``rows_left`` are done; None while it is unknown or nothing completes."""
+        """Return the seconds until ``rows_left`` are done; None while unknown or no range completes."""
         if rows_left <= 0:
             return 0.0
         rate = self.rows_per_second(now)
         if not rate:
             return None
-        silent_seconds, patience_seconds = now - self._samples[-1].at, 2 * self._patience()
-        # Where nothing was completed for longer than all the rest would take, something holds it up.
-        is_held_up = silent_seconds > max(HELD_UP_SECONDS, patience_seconds, rows_left / rate)
-        if is_held_up or silent_seconds > max(STALL_SECONDS, patience_seconds):
+        silent_seconds, range_seconds = now - self._samples[-1].at, 2 * self._range_seconds()
+        # No range was completed for longer than all remaining rows take: something blocks them.
+        is_held_up = silent_seconds > max(HELD_UP_SECONDS, range_seconds, rows_left / rate)
+        if is_held_up or silent_seconds > max(STALL_SECONDS, range_seconds):
             return None
         return rows_left / rate
 
-    def _forget(self, now: float) -> None:
-        # The oldest sample's rows are not counted: it only says since when the others were done.
+    def _drop_old(self, now: float) -> None:
+        # Only the time of the oldest sample counts, not its rows.
         while len(self._samples) > MIN_SAMPLES + 1 and self._samples[1].at <= now - WINDOW_SECONDS:
             self._samples.popleft()
 
-    def _patience(self) -> float:
+    def _range_seconds(self) -> float:
+        """Return the longest time that a recent range took."""
         return min(WINDOW_SECONDS, max(sample.seconds for sample in self._samples))
 
 
-LOCK_SECONDS = 10.0
+def percent_of(rows: int, total: int, *, is_exact: bool) -> int:
+    """Return the percentage of rows done, rounded down, and at most 99 of an estimated total."""
+    if not total:
+        return 100 if is_exact else 0
+    return 100 * _capped(rows, total, is_exact=is_exact) // total
+
+
+def _capped(rows: int, total: int, *, is_exact: bool) -> int:
+    return min(rows, total if is_exact else total * 99 // 100)
+
 
 State: TypeAlias = Literal[
     "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming"
@@ -128,66 +148,180 @@ State: TypeAlias = Literal[
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
-    """The figures of a run so far. Each ``now`` is a monotonic clock's value in seconds.
+class Stats:
+    """The figures of one run.
+
+    The run and each of its observers have one. All of them take the same events, so they agree.
 
     Attributes:
-        rotation: The rotation's id; None until it has started.
-        target: The target as the user writes it.
-        rows_total: Rows up to the frozen upper bound.
-        rows_total_is_exact: False where the total is an estimate.
-        rows_done: Rows done in all runs, as told; may be more than the total.
-        failed_rows: Rows that could not be rotated.
-        deferrals: How often a range went to the back of the queue.
-        retries: How often a range was tried again.
-        retry_reasons: Why ranges were retried, each reason once.
-        confirming: Whether the table is being read to see who wrote each row last.
-        outage_since: When the server became unreachable; None while it is reachable.
-        outage_budget_seconds: How long the run waits for it from then on.
-        vacuuming: Whether all is done but for the last VACUUM.
-        draining: Whether no more ranges are planned.
-        holders: The transactions that are waited for.
+        clock: Returns monotonic seconds.
+        started: The start of the rotation in this run; None before it.
+        rows_done: Rows done in all runs; may exceed the total.
+        late_rows: Late rows among them.
+        ranges: Ranges that this run has committed.
+        deferrals: How often a range was put back because another session had locked rows.
+        retries: How often a range was retried after the server rejected it.
+        retry_reasons: The reasons of these retries, each once.
+        rejected_keys: Keys of rejected rows, each with the reason.
+        unconfirmed_rows: Rows that other sessions or triggers wrote last; None until they are counted.
+        outage_since: The start of the current outage; None while the server is reachable.
+        outage_budget_seconds: The longest time that the run waits in that outage.
+        outage_seconds: The time of all outages before.
+        vacuums: The number of VACUUMs.
+        vacuum_seconds: The time that they took.
+        holders: The transactions that the run waits for.
+        draining: Whether no new ranges start.
+        confirming: Whether the table is read to find the last writer of each row.
+        vacuuming: Whether the final VACUUM runs.
+        started_at: The time of the run's start.
+        storage_before: The table's disk space when the run began; None where unknown.
+        storage: Its disk space at the end; None where unknown.
+        spans: The key intervals that are written; set at the end of an unfinished run.
+        table_rows: The rows of the whole table and whether they are counted; None where unknown.
     """
 
-    rotation: int | None = None
-    target: str = ""
-    rows_total: int = 0
-    rows_total_is_exact: bool = True
+    clock: Callable[[], float] = time.monotonic
+    started: RotationStarted | None = None
     rows_done: int = 0
-    failed_rows: int = 0
+    late_rows: int = 0
+    ranges: int = 0
     deferrals: int = 0
     retries: int = 0
     retry_reasons: set[str] = field(default_factory=set)
+    rejected_keys: list[tuple[Key, str]] = field(default_factory=list)
+    unconfirmed_rows: int | None = None
     outage_since: float | None = None
-    confirming: bool = False
     outage_budget_seconds: float = 0.0
-    vacuuming: bool = False
-    draining: bool = False
+    outage_seconds: float = 0.0
+    vacuums: int = 0
+    vacuum_seconds: float = 0.0
     holders: tuple[str, ...] = ()
-    _deferred_at: float | None = None
+    draining: bool = False
+    confirming: bool = False
+    vacuuming: bool = False
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    storage_before: Storage | None = None
+    storage: Storage | None = None
+    spans: tuple[KeyInterval, ...] = ()
+    table_rows: tuple[int | None, bool] = (None, True)
     _rate: RecentRate = field(default_factory=RecentRate)
+    _deferred_at: float | None = None
+    _began_at: float = field(init=False)
+    _ended_at: float | None = None
+    _first_range_at: float | None = None
+    _last_range_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Start the run's time."""
+        self._began_at = self.clock()
+
+    def take(self, event: Event) -> None:  # noqa: C901, PLR0912, PLR0915 - one case for each event
+        """Count an event."""
+        match event:
+            case RotationStarted():
+                self.started = event
+                self.rows_done, self.late_rows = event.rows_done, event.late_rows
+                self.holders = ()
+            case RangeCompleted():
+                self._add_ranges(1, event.rows, event.seconds)
+            case WorkersProgressed():
+                self.deferrals += event.deferrals
+                self.retries += event.retries
+                if event.ranges:
+                    self._add_ranges(event.ranges, event.rows, event.seconds)
+            case LateRowsRotated():
+                self.rows_done += event.rows
+                self.late_rows += event.rows
+                self.holders = ()
+            case RangeDeferred():
+                self.deferrals += 1
+                self._deferred_at = self.clock()
+            case RangeRetried():
+                self.retries += 1
+                self.retry_reasons.add(event.reason)
+            case RowRejected():
+                self.rejected_keys.append((event.key, event.reason))
+            case OutageStarted():
+                self.outage_since, self.outage_budget_seconds = self.clock(), event.budget_seconds
+            case OutageEnded():
+                self.rows_done, self.late_rows = event.rows_done, event.late_rows
+                self.outage_since, self.outage_seconds = None, self.outage_seconds + event.seconds
+                self.confirming = False
+                # These rows are in gaps, so they are retried.
+                self.rejected_keys.clear()
+                self._rate.restart()
+            case LateCommitsAwaited():
+                self.holders = event.holders
+            case LateCommitsOver():
+                self.holders = ()
+            case ConfirmationStarted():
+                self.confirming = True
+            case RowsConfirmed():
+                self.unconfirmed_rows = event.unconfirmed
+            case VacuumStarted():
+                self.vacuuming = True
+            case Vacuumed():
+                self.vacuums += 1
+                self.vacuum_seconds += event.seconds
+            case DrainStarted():
+                self.draining = True
+            case RotationStopped():
+                # The database's count, which is that of the checkpoints.
+                self.rows_done, self.late_rows = event.rows, event.late_rows
+            case (
+                Preflighted()
+                | BrokerUnreachable()
+                | WorkersSilent()
+                | OwnerWatched()
+                | ServerLogShowsValues()
+                | VacuumSkipped()
+                | ReceiverFailed()
+                | LimitRaised()
+                | LockHeld()
+                | Tick()
+            ):
+                pass
+            case _:
+                assert_never(event)
+
+    def _add_ranges(self, ranges: int, rows: int, seconds: float) -> None:
+        now = self.clock()
+        self.rows_done += rows
+        self.ranges += ranges
+        self.holders = ()
+        self._rate.add(rows, now=now, seconds=seconds)
+        self._last_range_at = now
+        if self._first_range_at is None:
+            self._first_range_at = now - seconds
 
     @property
-    def rows_shown(self) -> int:
-        """Rows done, never past an exact total: rows can come while the rotation runs."""
-        return min(self.rows_done, self.rows_total) if self.rows_total_is_exact else self.rows_done
+    def rotation(self) -> int | None:
+        """The rotation's id; None before its start."""
+        return self.started.rotation if self.started else None
+
+    @property
+    def rows_total(self) -> int:
+        """Rows up to the frozen upper bound."""
+        return self.started.rows_total if self.started else 0
+
+    @property
+    def rows_total_is_exact(self) -> bool:
+        """False where the total is an estimate."""
+        return self.started is None or self.started.rows_total_is_exact
 
     @property
     def rows_capped(self) -> int:
-        """Rows done that count towards the total; an estimated total is never reached."""
-        most = self.rows_total if self.rows_total_is_exact else self.rows_total * 99 // 100
-        return min(self.rows_done, most)
+        """Rows done, at most the total, and at most 99% of an estimated one."""
+        return _capped(self.rows_done, self.rows_total, is_exact=self.rows_total_is_exact)
 
     @property
     def percent(self) -> int:
-        """Whole percent done, at most 100; of no rows at all everything is done, unless that is a guess."""
-        if not self.rows_total:
-            return 100 if self.rows_total_is_exact else 0
-        return 100 * self.rows_capped // self.rows_total
+        """The percentage of rows done."""
+        return percent_of(self.rows_done, self.rows_total, is_exact=self.rows_total_is_exact)
 
     @property
     def state(self) -> State:
-        """What the run is busy with."""
+        """The current activity of the run."""
         if self.outage_since is not None:
             return "outage"
         if self.vacuuming:
@@ -200,183 +334,60 @@ class Tally:
             return "finishing"
         return "rotating"
 
-    def outage_left_seconds(self, now: float) -> float:
-        """Return how much longer the run waits for an unreachable server."""
-        since = now if self.outage_since is None else self.outage_since
-        return max(0.0, self.outage_budget_seconds - (now - since))
-
-    def rows_per_second(self, now: float) -> float | None:
-        """Return the recent rate; None while it is unknown or the server is away."""
-        return None if self.outage_since is not None else self._rate.rows_per_second(now)
-
-    def eta_seconds(self, now: float) -> float | None:
-        """Return the seconds until every row is done; None unless rows are being done towards it."""
-        rows_left = self.rows_total - self.rows_done
-        guess_is_used_up = rows_left <= 0 and not self.rows_total_is_exact
-        if self.state not in ("rotating", "finishing") or guess_is_used_up:
+    @property
+    def outage_left_seconds(self) -> float | None:
+        """The time until the run gives up; None while the server is reachable."""
+        if self.outage_since is None:
             return None
-        eta_seconds = self._rate.eta_seconds(rows_left, now)
-        deferred_at = self._deferred_at
-        if eta_seconds is not None and deferred_at is not None and now - deferred_at < LOCK_SECONDS:
-            # What is left may be what waits for a lock.
-            return eta_seconds if eta_seconds >= LOCK_SECONDS else None
-        return eta_seconds
-
-    def take(self, event: Event, now: float) -> None:
-        """Add what one event tells."""
-        self._add_rows(event, now)
-        self._change_state(event, now)
-
-    def _add_rows(self, event: Event, now: float) -> None:
-        match event:
-            case RotationStarted():
-                self.rotation, self.target = event.rotation, event.target
-                self.rows_total, self.rows_total_is_exact = event.rows_total, event.rows_total_is_exact
-                self.rows_done = event.rows_done
-            case RangeCompleted():
-                self.rows_done += event.rows
-                self._rate.add(event.rows, now=now, seconds=event.seconds)
-            case WorkersProgressed():
-                self.rows_done += event.rows
-                self.retries += event.retries
-                self._rate.add(event.rows, now=now, seconds=event.seconds)
-            case LateRowsRotated():
-                self.rows_done += event.rows
-            case OutageEnded():
-                self.rows_done = event.rows_done
-                # They are tried again.
-                self.failed_rows = 0
-            case RowFailed():
-                self.failed_rows += 1
-            case RangeDeferred():
-                self.deferrals += 1
-                self._deferred_at = now
-            case RangeRetried():
-                self.retries += 1
-                self.retry_reasons.add(event.reason)
-            case _:
-                pass
-
-    def _change_state(self, event: Event, now: float) -> None:
-        match event:
-            case (
-                RotationStarted()
-                | RangeCompleted()
-                | WorkersProgressed()
-                | LateRowsRotated()
-                | LateCommitsOver()
-            ):
-                self.holders = ()
-            case OutageStarted():
-                self.outage_since, self.outage_budget_seconds = now, event.budget_seconds
-            case OutageEnded():
-                self.outage_since = None
-                self.confirming = False
-                self._rate.restart()
-            case LateCommitsAwaited():
-                self.holders = event.holders
-            case ConfirmationStarted():
-                self.confirming = True
-            case VacuumStarted():
-                self.vacuuming = True
-            case DrainStarted():
-                self.draining = True
-            case _:
-                pass
-
-
-@dataclass(slots=True, kw_only=True)
-class Figures:
-    """The figures of one run.
-
-    Attributes:
-        clock: Returns monotonic seconds.
-        rows_done: Rows done in all runs, as far as this process knows.
-        failed_keys: Keys of rows that could not be rotated, each with the reason.
-        storage_before: What the table took when the run began, once that is known.
-        storage: What it takes at the end, once that is known.
-        unconfirmed_rows: Rows that others wrote last, once that is known.
-        started_at: The time of the run's start.
-        spans: The spans of keys that are written, once they are known.
-        table_rows: The rows of the whole table and whether they are counted, once that is known.
-    """
-
-    clock: Callable[[], float] = time.monotonic
-    rows_done: int = 0
-    failed_keys: list[tuple[Key, str]] = field(default_factory=list)
-    storage_before: Storage | None = None
-    storage: Storage | None = None
-    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    spans: tuple[KeyInterval, ...] = ()
-    table_rows: tuple[int | None, bool] = (None, True)
-    _started: RotationStarted | None = None
-    unconfirmed_rows: int | None = None
-    _late_rows: int = 0
-    _ranges: int = 0
-    _retries: int = 0
-    _outage_seconds: float = 0.0
-    _vacuums: int = 0
-    _vacuum_seconds: float = 0.0
-    _began_at: float = 0.0
-    _first_range_at: float | None = None
-    _last_range_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Start the clock."""
-        self._began_at = self.clock()
+        return max(0.0, self.outage_budget_seconds - (self.clock() - self.outage_since))
 
     @property
-    def has_started(self) -> bool:
-        """Whether the rotation has been told to have started."""
-        return self._started is not None
+    def rows_per_second(self) -> float | None:
+        """The recent rate; None while it is unknown or the server is unreachable."""
+        return None if self.outage_since is not None else self._rate.rows_per_second(self.clock())
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """The time until every row is done; None while it is unknown or the run does not write."""
+        now, rows_left = self.clock(), self.rows_total - self.rows_done
+        estimate_is_exceeded = rows_left <= 0 and not self.rows_total_is_exact
+        if self.state not in ("rotating", "finishing") or estimate_is_exceeded:
+            return None
+        eta_seconds = self._rate.eta_seconds(rows_left, now)
+        is_deferred = self._deferred_at is not None and now - self._deferred_at < LOCK_SECONDS
+        if eta_seconds is not None and is_deferred and eta_seconds < LOCK_SECONDS:
+            # The remaining rows may be the locked ones.
+            return None
+        return eta_seconds
 
     @property
     def rows_this_run(self) -> int:
-        """Rows that this run has rotated, as far as it knows."""
-        return self.rows_done - self._started.rows_done if self._started else 0
+        """Rows that this run has rotated."""
+        return max(0, self.rows_done - self.started.rows_done) if self.started else 0
+
+    @property
+    def rows_per_second_while_writing(self) -> float:
+        """The rate of this run's ranges from the start of the first to the end of the last; 0 without any."""
+        if self.started is None or self._first_range_at is None:
+            return 0.0
+        seconds = self._last_range_at - self._first_range_at
+        rows = self.rows_this_run - (self.late_rows - self.started.late_rows)
+        return max(0, rows) / seconds if seconds > 0 else 0.0
 
     @property
     def seconds(self) -> float:
-        """What this run has taken so far."""
-        return self.clock() - self._began_at
+        """The time of this run until now, or until ``stop_clock()``."""
+        return (self.clock() if self._ended_at is None else self._ended_at) - self._began_at
 
     @property
     def active_seconds(self) -> float:
-        """What all runs have taken so far."""
-        return self.seconds + (self._started.seconds_before if self._started else 0.0)
+        """The time of all runs."""
+        return self.seconds + (self.started.seconds_before if self.started else 0.0)
 
-    def take(self, event: Event) -> None:
-        """Add what one event tells."""
-        match event:
-            case RotationStarted():
-                self._started = event
-                self.rows_done = event.rows_done
-            case RangeCompleted() | WorkersProgressed():
-                self.rows_done += event.rows
-                self._ranges += event.ranges if isinstance(event, WorkersProgressed) else 1
-                self._retries += event.retries if isinstance(event, WorkersProgressed) else 0
-                self._last_range_at = self.clock()
-                if self._first_range_at is None:
-                    self._first_range_at = self._last_range_at - event.seconds
-            case LateRowsRotated():
-                self.rows_done += event.rows
-                self._late_rows += event.rows
-            case RangeDeferred() | RangeRetried():
-                self._retries += 1
-            case OutageEnded():
-                self.rows_done = event.rows_done
-                self._outage_seconds += event.seconds
-                # They are in gaps that are read anew: they will fail again, or be rotated.
-                self.failed_keys.clear()
-            case RowsConfirmed():
-                self.unconfirmed_rows = event.unconfirmed
-            case Vacuumed():
-                self._vacuums += 1
-                self._vacuum_seconds += event.seconds
-            case RowFailed():
-                self.failed_keys.append((event.key, event.reason))
-            case _:
-                pass
+    def stop_clock(self) -> None:
+        """End the run's time now, so that the database and the account get the same one."""
+        if self._ended_at is None:
+            self._ended_at = self.clock()
 
     def stopped(
         self,
@@ -384,16 +395,13 @@ class Figures:
         *,
         stop_reason: StopReason | None,
         error: str,
-        late_rows_before: int,
         superseded: bool,
         run: RunFacts,
     ) -> RotationStopped:
         """Return the account of a run that has started."""
-        started = self._started
+        started = self.started
         if started is None:
-            raise AssertionError("a run that never started has nothing to account for")
-        writing_seconds = self._last_range_at - (self._first_range_at or 0.0)
-        rows_this_run = max(0, self.rows_this_run)
+            raise AssertionError("The run has not started, so it has no account.")
         return RotationStopped(
             rotation=started.rotation,
             target=started.target,
@@ -401,24 +409,25 @@ class Figures:
             rows=self.rows_done,
             rows_total=started.rows_total,
             rows_total_is_exact=started.rows_total_is_exact,
-            rows_this_run=rows_this_run,
-            late_rows=late_rows_before + self._late_rows,
-            ranges=self._ranges,
+            rows_this_run=self.rows_this_run,
+            late_rows=self.late_rows,
+            ranges=self.ranges,
             seconds=self.seconds,
             seconds_total=self.active_seconds,
-            rows_per_second=rows_this_run / writing_seconds if writing_seconds > 0 else 0.0,
-            retries=self._retries,
-            outage_seconds=self._outage_seconds,
+            rows_per_second=self.rows_per_second_while_writing,
+            deferrals=self.deferrals,
+            retries=self.retries,
+            outage_seconds=self.outage_seconds,
             peak_memory_bytes=peak_memory_bytes(),
             concurrency=started.concurrency,
             batch=started.batch,
             resumed=started.resumed,
             unconfirmed_rows=self.unconfirmed_rows if status == "completed" else None,
-            failed_keys=tuple(self.failed_keys),
+            rejected_keys=tuple(self.rejected_keys),
             storage_before=self.storage_before,
             storage=self.storage,
-            vacuums=self._vacuums,
-            vacuum_seconds=self._vacuum_seconds,
+            vacuums=self.vacuums,
+            vacuum_seconds=self.vacuum_seconds,
             stop_reason=stop_reason,
             error=error,
             superseded=superseded,
@@ -430,8 +439,8 @@ class Figures:
 
 
 def peak_memory_bytes() -> int:
-    """Return the high-water mark of this process's resident memory; 0 where the system does not say."""
-    # Not getrusage: a child inherits its parent's mark there.
+    """Return the peak resident memory of this process; 0 where the system does not report it."""
+    # Not getrusage: a child inherits its parent's peak there.
     with suppress(OSError):
         status = Path("/proc/self/status").read_text()
         if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):

@@ -128,7 +128,7 @@ def coordinate_rotation(
         prepared = prepare(
             rotation.target.split(), database, options, Selection.from_json(rotation.selection)
         )
-        stopped = prepared.rotate(observer, ask_for_help, should_stop).stopped
+        stopped = prepared.rotate(observer, ask_for_help, should_stop)
     except RotationFinishedError:
         return False
     except StoppedBeforeStartError:

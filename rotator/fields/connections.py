@@ -1,14 +1,14 @@
-"""Django's own connections of this thread, which generators, receivers and row reads use."""
+"""Django's own connections, which generators, receivers and row reads use, and the thread that uses them."""
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import psycopg
-from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import Error, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import TransactionStatus
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 def is_in_transaction(connection: BaseDatabaseWrapper) -> bool:
-    """Whether the program has a transaction open on this connection; asks the driver, not the server."""
+    """Return whether the program has a transaction open on this connection, without a query."""
     if connection.connection is None:
         return False
-    # Also one that was begun by a plain BEGIN. The status of a broken connection is another one.
+    # A plain BEGIN, which Django does not see, begins one too. A broken connection has another status.
     status = getattr(getattr(connection.connection, "info", None), "transaction_status", None)
     is_begun = status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
     return connection.in_atomic_block or not connection.autocommit or is_begun
@@ -36,17 +36,31 @@ def close_idle() -> None:
             connection.close()
 
 
-def open_aliases() -> frozenset[str]:
-    """Return the aliases of the connections that this thread has open."""
+@contextmanager
+def borrowed() -> Iterator[None]:
+    """Leave this thread's connections as they were, except those that an outage has broken."""
+    aliases = _open_aliases()
+    try:
+        yield
+    finally:
+        _restore(aliases)
+
+
+@asynccontextmanager
+async def borrowed_in_loop() -> AsyncIterator[None]:
+    """Do the same for the thread of the project's synchronous code: generators and receivers."""
+    aliases = await sync_to_async(_open_aliases)()
+    try:
+        yield
+    finally:
+        await sync_to_async(_restore)(aliases)
+
+
+def _open_aliases() -> frozenset[str]:
     return frozenset(connection.alias for connection in _initialized() if connection.connection is not None)
 
 
-def restore(aliases: frozenset[str]) -> None:
-    """Leave open what was open, and close what was not, or what an outage has broken.
-
-    Args:
-        aliases: What :func:`open_aliases` returned before.
-    """
+def _restore(aliases: frozenset[str]) -> None:
     for connection in _initialized():
         if connection.connection is None or is_in_transaction(connection):
             continue
@@ -55,18 +69,8 @@ def restore(aliases: frozenset[str]) -> None:
 
 
 @contextmanager
-def borrowed() -> Iterator[None]:
-    """Leave this thread's connections as they were."""
-    aliases = open_aliases()
-    try:
-        yield
-    finally:
-        restore(aliases)
-
-
-@contextmanager
 def unlogged(database: str) -> Iterator[None]:
-    """Keep queries out of ``connection.queries``, which holds each of them while ``DEBUG`` is on."""
+    """Keep queries out of ``connection.queries``, which would keep their values while ``DEBUG`` is on."""
     connection = connections[database]
     with ExitStack() as stack:
         if "make_debug_cursor" not in vars(connection):
@@ -76,29 +80,35 @@ def unlogged(database: str) -> Iterator[None]:
 
 
 def check_no_running_loop() -> None:
-    """Refuse to block a running event loop.
-
-    Raises:
-        OptionError: One is running in this thread.
-    """
+    """Refuse to block a running event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return
     raise OptionError(
         "An event loop is running in this thread, as in an async view or a Jupyter notebook, and would be "
-        "blocked: use `await rotate()` of rotator.api instead."
+        "blocked. Use `await rotate()` of rotator.api instead."
     )
 
 
+def check_not_patched() -> None:
+    """Refuse a process whose sockets and threads gevent or eventlet has replaced."""
+    for patcher, module, check in (
+        ("gevent", "gevent.monkey", "is_module_patched"),
+        ("eventlet", "eventlet.patcher", "is_monkey_patched"),
+    ):
+        if module in sys.modules and getattr(sys.modules[module], check)("socket"):
+            raise OptionError(
+                f"{patcher} has monkey-patched this process, and asyncio does not work there. Use a "
+                "manage.py that does not patch, and Celery workers with --pool prefork."
+            )
+
+
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine function in an event loop of its own.
+    """Run a coroutine function in a new event loop.
 
-    Synchronous code of the project that it calls runs in one thread of its own: the thread that asgiref would
-    take waits for this loop. That thread uses the connections of this one, which waits meanwhile.
-
-    Raises:
-        OptionError: An event loop is running in this thread.
+    The project's synchronous code runs in one new thread, because the thread that asgiref would take waits
+    for this loop. That thread uses the connections of the calling thread, which waits.
     """
     check_no_running_loop()
     shared = _initialized()
@@ -120,8 +130,8 @@ async def _with_own_thread(
             connections[connection.alias] = connection
 
     executor = ThreadPoolExecutor(1, thread_name_prefix="rotator project", initializer=share)
-    # What ThreadSensitiveContext(executor=...) does, which asgiref has from 3.13 on. The context is a copy
-    # that only this run uses.
+    # The same as ThreadSensitiveContext(executor=...), which asgiref has since 3.13. Only this run uses this
+    # copy of the context.
     own = ThreadSensitiveContext()
     SyncToAsync.thread_sensitive_context.set(own)
     SyncToAsync.context_to_thread_executor[own] = executor
@@ -130,7 +140,7 @@ async def _with_own_thread(
     try:
         return await main()
     finally:
-        # Those that this thread has opened, and the calling one does not have.
+        # The calling thread does not have the connections that this thread has opened.
         await asyncio.get_running_loop().run_in_executor(executor, _close_others, shared)
         executor.shutdown(wait=False)
 
@@ -147,10 +157,10 @@ def _initialized() -> list[BaseDatabaseWrapper]:
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     if sys.platform == "win32":
-        # The driver cannot work with Windows' default loop.
+        # psycopg does not work with the default loop of Windows.
         return asyncio.SelectorEventLoop
     try:
-        import uvloop  # noqa: PLC0415 - it cannot be built everywhere
+        import uvloop  # noqa: PLC0415 - not available everywhere
     except ImportError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
@@ -158,11 +168,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 @contextmanager
 def lost_is_an_outage() -> Iterator[None]:
-    """Turn the loss of one of Django's connections into an outage, and close what is dead.
-
-    Raises:
-        ServerLostError: A connection of this thread is gone.
-    """
+    """Raise ServerLostError if one of Django's connections of this thread is lost, and close it."""
     try:
         yield
     except Error as error:
@@ -172,9 +178,9 @@ def lost_is_an_outage() -> Iterator[None]:
 
 
 def lost_connection(error: BaseException) -> ServerLostError | None:
-    """Return what a lost connection of Django's means; None for any other error.
+    """Return the outage that an error means; None for any other error.
 
-    To be called in the thread that had the error. It closes this thread's dead connections.
+    Must be called in the thread that had the error, because it closes this thread's lost connections.
     """
     if not isinstance(error, Error):
         return None
@@ -183,13 +189,9 @@ def lost_connection(error: BaseException) -> ServerLostError | None:
         lost = connection_lost(cause)
     else:
         lost = ServerLostError("Django's own connection to the database was lost.")
-        if all(each.connection is None or each.is_usable() for each in _opened()):
+        if all(each.connection is None or each.is_usable() for each in _initialized()):
             return None
     if lost is not None:
-        for each in _opened():
+        for each in _initialized():
             each.close_if_unusable_or_obsolete()
     return lost
-
-
-def _opened() -> Sequence[BaseDatabaseWrapper]:
-    return connections.all(initialized_only=True)

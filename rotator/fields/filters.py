@@ -1,4 +1,4 @@
-"""Django lookups from the command line as an SQL condition on one table's rows."""
+"""The SQL condition on one table's rows that Django lookups from the command line mean."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,55 +18,38 @@ from django.db.models.constants import LOOKUP_SEP
 from django.utils import timezone
 
 from rotator.exceptions import OptionError
-from rotator.fields.model import key_fields
+from rotator.fields.model import AnyField, key_fields
+from rotator.options import Selection
 from rotator.postgres.table import ROW, Condition
 
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
 def row_condition(
-    model: type[Model],
-    *,
-    filters: Sequence[str],
-    excludes: Sequence[str],
-    rotated: Sequence[str],
-    database: str,
+    model: type[Model], selection: Selection, *, rotated: Sequence[str], database: str
 ) -> Condition | None:
-    """Turn lookups into a condition.
-
-    Args:
-        model: The model whose table is rotated.
-        filters: ``field__lookup=value``: rows match all of them.
-        excludes: The same: rows match none of them.
-        rotated: The names of the rotated fields.
-        database: Django's alias of the database.
-
-    Returns:
-        None where they do not restrict anything.
+    """Return the condition that rows match all filters and no exclude; None if it is always true.
 
     Raises:
-        OptionError: One of them is none, or cannot be expressed on this table.
+        OptionError: A lookup is not valid, or it needs another table.
     """
     rows: QuerySet[Model] = QuerySet(model, using=database)
-    for option, texts in (("--filter", filters), ("--exclude", excludes)):
+    for option, texts in (("--filter", selection.filters), ("--exclude", selection.excludes)):
         for text in texts:
-            lookup = _lookup(model, option, text, rotated)
-            rows = _added(rows, option, text, lookup)
+            rows = _restrict(rows, option, text, _lookup(model, option, text, rotated))
     query = rows.query
     if not query.where:
         return None
     try:
         if sum(1 for uses in query.alias_refcount.values() if uses) > 1:
-            raise OptionError(
-                "A filter needs another table: only columns of the rotated one can be asked for."
-            )
+            raise OptionError("A filter needs another table. Use only columns of the rotated table.")
         alias = query.get_initial_alias()
         compiler = query.get_compiler(using=database)
         text, parameters = compiler.compile(query.where.relabeled_clone({alias: ROW}))
     except FullResultSet:
         return None
     except EmptyResultSet:
-        raise OptionError("No row can match these filters.") from None
+        raise OptionError("No row can match these filters. Change them.") from None
     except NotSupportedError as error:
         raise OptionError(f"A filter cannot be expressed on this database: {error}") from None
     return Condition(text, tuple(parameters))
@@ -75,55 +58,58 @@ def row_condition(
 def _lookup(model: type[Model], option: str, text: str, rotated: Sequence[str]) -> dict[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name:
-        raise OptionError(f"{option} {text} is no filter: write it as field=value or field__lookup=value.")
+        raise OptionError(
+            f"{option} {text} is not a valid filter. Write it as field=value or field__lookup=value."
+        )
     first, *rest = name.split(LOOKUP_SEP)
     field = _field(model, option, first)
     if field.is_relation and rest and field.get_lookup(rest[0]) is None:
-        raise OptionError(
-            f"{option} {name} asks another table: only columns of {model._meta.label} itself can be asked "
-            "for."
-        )
+        raise _other_table(model, option, name)
     if field.name in rotated and rest != ["isnull"]:
-        # Neither would a resumed run find what the first one has changed, nor should a secret be saved.
+        # A resumed run would not match the rows that have changed, and the filter with a secret would be
+        # saved.
         raise OptionError(
-            f"{option} {name} asks for {field.name}, which is being rotated: only {field.name}__isnull can "
-            "be."
+            f"{option} {name} filters by {field.name}, which is rotated. Use only {field.name}__isnull."
         )
     return {name: _value(field, rest, option, name, value)}
 
 
-def _field(model: type[Model], option: str, name: str) -> "Field[Any, Any]":
+def _field(model: type[Model], option: str, name: str) -> AnyField:
     meta = model._meta
     by_column = {field.attname: field for field in meta.local_concrete_fields}
     if name == "pk" and len(key_fields(model)) > 1:
         names = " and ".join(field.name for field in key_fields(model))
-        raise OptionError(f"{option} {name}: the key is composite; ask for {names} one by one.")
+        raise OptionError(f"{option} {name}: the key is composite. Filter by {names} one by one.")
     try:
         found = meta.pk if name == "pk" else by_column.get(name) or meta.get_field(name)
     except FieldDoesNotExist:
         raise OptionError(
-            f"{option} {name}: {meta.label} has no such field; its columns are "
+            f"{option} {name}: {meta.label} has no such field. Its columns are "
             f"{', '.join(sorted(by_column))}."
         ) from None
     if not isinstance(found, Field) or found.attname not in by_column:
-        raise OptionError(
-            f"{option} {name} is in another table: only columns of {meta.label} itself can be asked for."
-        )
+        raise _other_table(model, option, name)
     return found
 
 
-def _value(field: "Field[Any, Any]", lookups: list[str], option: str, name: str, text: str) -> object:
+def _other_table(model: type[Model], option: str, name: str) -> OptionError:
+    return OptionError(
+        f"{option} {name} needs another table. Use only columns of {model._meta.label} itself."
+    )
+
+
+def _value(field: AnyField, lookups: list[str], option: str, name: str, text: str) -> object:
     last = lookups[-1] if lookups else ""
     if last == "isnull" or (isinstance(field, BooleanField) and not lookups):
         if text.lower() not in _TRUTHS:
-            raise OptionError(f"{option} {name} is true or false, not '{text}'.")
+            raise OptionError(f"{option} {name} must be true or false, not '{text}'.")
         return _TRUTHS[text.lower()]
     if last in ("in", "range"):
         return [_single(field, lookups[:-1], option, name, part) for part in text.split(",")]
     return _single(field, lookups, option, name, text)
 
 
-def _single(field: "Field[Any, Any]", lookups: list[str], option: str, name: str, text: str) -> object:
+def _single(field: AnyField, lookups: list[str], option: str, name: str, text: str) -> object:
     if not isinstance(field, DateTimeField) or (lookups and field.get_lookup(lookups[0]) is None):
         return text
     try:
@@ -131,15 +117,17 @@ def _single(field: "Field[Any, Any]", lookups: list[str], option: str, name: str
     except ValidationError:
         moment = None
     if not isinstance(moment, datetime):
-        raise OptionError(f"{option} {name} is no time: write it as 2026-11-01T00:00:00Z.")
+        raise OptionError(f"{option} {name} is not a valid time. Write it as 2026-11-01T00:00:00Z.")
     if settings.USE_TZ and timezone.is_naive(moment):
-        raise OptionError(f"{option} {name} lacks a time zone: write it as 2026-11-01T00:00:00Z.")
+        raise OptionError(f"{option} {name} lacks a time zone. Write it as 2026-11-01T00:00:00Z.")
     return moment
 
 
-def _added(rows: QuerySet[Model], option: str, text: str, lookup: dict[str, Any]) -> QuerySet[Model]:
+def _restrict(rows: QuerySet[Model], option: str, text: str, lookup: dict[str, Any]) -> QuerySet[Model]:
     try:
         return rows.filter(Q(**lookup)) if option == "--filter" else rows.exclude(Q(**lookup))
     except (FieldError, ValidationError, ValueError, TypeError) as error:
         reason = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
-        raise OptionError(f"{option} {text} is no filter of this model: {reason.rstrip('.')}.") from None
+        raise OptionError(
+            f"{option} {text} is not a valid filter of this model: {reason.rstrip('.')}."
+        ) from None

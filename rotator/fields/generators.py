@@ -13,13 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
 from django.core.validators import BaseValidator
 from django.db import connections
-from django.db.models import BinaryField, CharField, Field, IntegerField, Model, TextField, UUIDField, Value
+from django.db.models import BinaryField, CharField, IntegerField, Model, TextField, UUIDField, Value
 from django.db.models.fields import NOT_PROVIDED
 from django.db.models.sql import Query
 from django.utils.module_loading import import_string
@@ -27,182 +27,373 @@ from django.utils.module_loading import import_string
 from rotator.exceptions import RangeTooSlowError, ServerLostError, TargetError, ValuesError
 from rotator.fields.connections import lost_is_an_outage, unlogged
 from rotator.fields.derivation import comparable, is_expression, overrides, sql_hook, transforms
-from rotator.fields.model import fetch_instances, fetch_instances_at
-from rotator.postgres.values import FromRows, InBulk, Place, UuidBlock, Values, ValueSource
-from rotator.ranges import Key
+from rotator.fields.model import AnyField, fetch_instances, fetch_instances_at, field_label
+from rotator.postgres.values import UUID_BYTES, FromRows, InBulk, UuidBlock, Values, ValueSource
 
-_UUID_BYTES = 16
-# RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
-_VERSION_BYTE = 6
-_VARIANT_BYTE = 8
-_SET_VERSION = bytes(byte & 0x0F | 0x40 for byte in range(256))
-_SET_VARIANT = bytes(byte & 0x3F | 0x80 for byte in range(256))
+T = TypeVar("T")
+Fetch: TypeAlias = Callable[[type[Model], Sequence[T], str], Mapping[T, Model]]
+"""Returns the rows of a model with these keys, or at these places, in a database."""
 
-
-def uuid4_block(count: int, random_bytes: Callable[[int], bytes] = os.urandom) -> bytes:
-    """Make random version 4 UUIDs, all at once.
-
-    Args:
-        count: How many; at least 0.
-        random_bytes: Gives as many unpredictable bytes as it is asked for.
-
-    Returns:
-        ``16 * count`` bytes: one UUID behind the other, in network order.
-    """
-    block = bytearray(random_bytes(_UUID_BYTES * count))
-    block[_VERSION_BYTE::_UUID_BYTES] = block[_VERSION_BYTE::_UUID_BYTES].translate(_SET_VERSION)
-    block[_VARIANT_BYTE::_UUID_BYTES] = block[_VARIANT_BYTE::_UUID_BYTES].translate(_SET_VARIANT)
-    return bytes(block)
-
-
-AnyField: TypeAlias = "Field[Any, Any]"
+MakeRow: TypeAlias = Callable[[], Sequence[object]]
+"""Makes the values of one row, in the order of the fields."""
 
 SERVER_VALUES: Final = 500
-"""The number of values that the server is asked for at once."""
+"""The number of values that one query of a ``db_default`` returns."""
+
+TRIES: Final = 100
+"""The number of attempts to make a value that differs from the others of its range."""
+
+BULK_SECONDS: Final = 2.0
+"""The longest time to make the values of a range; a slower generator gets smaller ranges."""
+
+ROWS_SECONDS: Final = 0.5
+"""The same for values that are made while their rows are locked."""
+
+# RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
+_SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
+_SET_VARIANT: Final = bytes(byte & 0x3F | 0x80 for byte in range(256))
 
 _HASH: Final = re.compile(r"(^|_)(hash|hashed|digest|checksum|fingerprint|hmac|md5|sha\d+)(_|$)")
-# What signed tokens carry to name themselves or the key of their signature.
-_REFERRED: Final = re.compile(r"(^|_)(jti|kid|sid)(_|$)")
+# Claims of signed tokens that identify the token or the key of its signature.
+_TOKEN_CLAIM: Final = re.compile(r"(^|_)(jti|kid|sid)(_|$)")
 _MAKING: Final = re.compile(r"^_?(generate|make|create|new|random|get_new|get_random)_(?P<made>\w+)$")
 _HEX_OF_32_BYTES: Final = 64
 _BYTES: Final = 32
 
 
-def imported(path: str) -> Callable[..., object]:
-    """Import a callable: a function of a module, or a method of a class.
+def uuid4_block(count: int, random_bytes: Callable[[int], bytes] = os.urandom) -> bytes:
+    """Return the bytes of random version 4 UUIDs, one after the other, in network order."""
+    block = bytearray(random_bytes(UUID_BYTES * count))
+    block[6::UUID_BYTES] = block[6::UUID_BYTES].translate(_SET_VERSION)
+    block[8::UUID_BYTES] = block[8::UUID_BYTES].translate(_SET_VARIANT)
+    return bytes(block)
+
+
+# --- The source of values ------------------------------------------------------------------------------
+
+
+def value_source(
+    fields: Sequence[AnyField], *, model: type[Model], generator: str, database: str
+) -> ValueSource:
+    """Return the source of the values of some fields of a model: the named generator, or their defaults.
 
     Raises:
-        TargetError: It cannot be imported, or is no plain callable.
+        TargetError: There is no default that makes values, or the generator cannot be called.
     """
+    if generator:
+        return _from_generator(fields, model, generator, database)
+    defaults = [_default(field, database) for field in fields]
+    if len(fields) == 1 and type(fields[0]) is UUIDField and defaults[0] is uuid.uuid4:
+        return InBulk(_uuid4s)
+    name = "The default" if len(fields) == 1 else "The defaults"
+    checker = _ValueChecker(f"{name} of {' and '.join(map(field_label, fields))}", fields, database)
+    return _in_bulk(checker, lambda: [default() for default in defaults])
+
+
+async def _uuid4s(count: int) -> tuple[Values, ...]:
+    return (UuidBlock(uuid4_block(count)),)
+
+
+def _in_bulk(checker: "_ValueChecker", make_row: MakeRow) -> InBulk:
+    # One row would not show that the value is always the same.
+    checker.make_rows([make_row] * 2, seconds=math.inf)
+
+    def make(count: int) -> tuple[Values, ...]:
+        with unlogged(checker.database):
+            return checker.make_rows([make_row] * count, seconds=BULK_SECONDS)
+
+    # In a thread, because the project's code may be slow or query the database.
+    return InBulk(sync_to_async(make))
+
+
+def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, database: str) -> ValueSource:
+    generator = _import_generator(path)
+    checker = _ValueChecker(f"The generator {path}", fields, database)
+    if not _takes_instance(path, generator):
+        return _in_bulk(checker, lambda: checker.in_order(generator()))
+
+    def from_rows(fetch: Fetch[T]) -> Callable[[Sequence[T]], tuple[list[T], tuple[Values, ...]]]:
+        def make(wanted: Sequence[T]) -> tuple[list[T], tuple[Values, ...]]:
+            with unlogged(database):
+                with lost_is_an_outage():
+                    rows = fetch(model, wanted, database)
+                make_rows = [
+                    partial(lambda row: checker.in_order(generator(row)), row) for row in rows.values()
+                ]
+                return list(rows), checker.make_rows(make_rows, seconds=ROWS_SECONDS)
+
+        return make
+
+    return FromRows(sync_to_async(from_rows(fetch_instances)), sync_to_async(from_rows(fetch_instances_at)))
+
+
+def check_plain_values(fields: Sequence[AnyField], model: type[Model]) -> None:
+    """Refuse fields whose values are changed in SQL."""
+    for field in fields:
+        if hook := sql_hook(field, model):
+            raise _written_in_sql(field, hook)
+
+
+def _written_in_sql(field: AnyField, hook: str) -> TargetError:
+    return TargetError(
+        f"{field_label(field)} writes its values through an SQL expression of its own ({hook}). The rotation "
+        "writes plain values, which the application cannot read. Rotate the field with the application's own "
+        "code."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ValueChecker:
+    """Calls a generator or defaults, named so in messages, and checks and prepares their values."""
+
+    name: str
+    fields: Sequence[AnyField]
+    database: str
+
+    def make_rows(self, make_rows: Sequence[MakeRow], *, seconds: float) -> tuple[Values, ...]:
+        """Make the values of rows, at least of one, and return them by column.
+
+        Raises:
+            ValuesError: A value is not valid.
+            RangeTooSlowError: It takes longer than the given seconds.
+        """
+        seen = set[object]()
+        rows: list[list[object]] = []
+        deadline = time.monotonic() + seconds
+        for make_row in make_rows:
+            if rows and time.monotonic() > deadline:
+                raise RangeTooSlowError(f"{self.name[0].lower()}{self.name[1:]} is slow")
+            rows.append(self._make_unique(make_row, seen))
+        return tuple([list(column) for column in zip(*rows, strict=True)] or [[] for _ in self.fields])
+
+    def in_order(self, result: object) -> Sequence[object]:
+        """Return what a generator returned, in the order of the fields."""
+        names = [field.name for field in self.fields]
+        if isinstance(result, Mapping):
+            if set(result) != set(names):
+                raise self._error(
+                    f"returned a mapping with {_listed(result)}, but the fields are {_listed(names)}."
+                )
+            return [result[name] for name in names]
+        if len(names) > 1:
+            raise self._error(
+                f"returned a single value for several fields. It must return a mapping with {_listed(names)}."
+            )
+        if transforms(self.fields[0]):
+            raise self._error(
+                f"returned a plain value, which saving {names[0]} would transform. It must return a mapping "
+                "of the field's name to the value to store."
+            )
+        return [result]
+
+    def _make_unique(self, make_row: MakeRow, seen: set[object]) -> list[object]:
+        for _ in range(TRIES):
+            values = self._call(make_row)
+            prepared = [self._prepare(field, value) for field, value in zip(self.fields, values, strict=True)]
+            # An encrypting field stores the same value differently each time. Another field may store
+            # different values as the same.
+            both = {("value", *map(comparable, values)), ("prepared", *map(comparable, prepared))}
+            if seen.isdisjoint(both):
+                seen |= both
+                return prepared
+        raise self._error(
+            f"returned the same value {TRIES} times for rows of one range. It must return a new one each "
+            "time."
+        )
+
+    def _error(self, text: str) -> ValuesError:
+        return ValuesError(f"{self.name} {text}")
+
+    def _call(self, make_row: MakeRow) -> Sequence[object]:
+        try:
+            with lost_is_an_outage():
+                return make_row()
+        except (ValuesError, ServerLostError):
+            raise
+        except Exception as error:  # noqa: BLE001 - any error of the project's code
+            # Neither chained nor quoted, because the message may contain a value.
+            raise self._error(f"raised {type(error).__name__}.") from None
+
+    def _prepare(self, field: AnyField, value: object) -> object:
+        if value is None:
+            raise self._error(f"returned None for {field.name}.")
+        if hasattr(value, "resolve_expression"):
+            raise self._error(f"returned an SQL expression for {field.name}. It must return values.")
+        self._check_limits(field, value)
+        try:
+            prepared = field.get_db_prep_save(value, connections[self.database])
+        except Exception as error:  # noqa: BLE001 - any error of a custom field
+            raise self._error(
+                f"returned a value that {field.name} cannot store ({type(error).__name__})."
+            ) from None
+        if is_expression(prepared):
+            raise _written_in_sql(field, "get_db_prep_save")
+        if isinstance(prepared, str) and "\x00" in prepared:
+            raise self._error(f"returned a text with a zero byte for {field.name}.")
+        return prepared
+
+    def _check_limits(self, field: AnyField, value: object) -> None:
+        # The stored form of the value counts, e.g. the text of a UUID. If the conversion fails, saving fails
+        # too, with a message of its own.
+        with suppress(Exception):
+            value = field.to_python(value)
+        for validator in field.validators:
+            # Only the field's own limits: other validators are for forms and may check anything.
+            if not isinstance(validator, BaseValidator):
+                continue
+            try:
+                validator(value)
+            except TypeError:
+                # The limit is for another type; the server checks its own limits.
+                continue
+            except ValidationError:
+                raise self._error(
+                    f"returned a value for {field.name} that is over its limit "
+                    f"({validator.code} {validator.limit_value})."
+                ) from None
+
+
+# --- Generators ----------------------------------------------------------------------------------------
+
+
+def _import_generator(path: str) -> Callable[..., object]:
+    """Import a function of a module, or a method of a class."""
     try:
-        found = _found(path)
+        found = _import(path)
     except Exception as error:
         raise TargetError(
-            f"The generator {path} cannot be imported ({type(error).__name__}): write it as "
+            f"The generator {path} cannot be imported ({type(error).__name__}). Write it as "
             "package.module.name, or package.module.Class.name for a method."
         ) from error
     if not callable(found):
-        raise TargetError(f"The generator {path} cannot be called: name a function.")
+        raise TargetError(f"The generator {path} cannot be called. Name a function.")
     if inspect.iscoroutinefunction(found):
-        raise TargetError(f"The generator {path} is a coroutine: name a plain function.")
+        raise TargetError(f"The generator {path} is a coroutine function. Name a plain function.")
     return found
 
 
-def _found(path: str) -> object:
+def _import(path: str) -> object:
     try:
         return import_string(path)
     except ImportError:
-        # The path of a method is that of its class, which is no module.
         owner, _, name = path.rpartition(".")
-        if owner.count(".") < 1:
+        module, _, class_name = owner.rpartition(".")
+        if not module:
             raise
-        return getattr(_class(owner), name)
+        kind: object = getattr(import_module(module), class_name)
+        if not isinstance(kind, type):
+            raise TypeError(f"{owner} is not a class") from None
+        return getattr(kind, name)
 
 
-def _class(path: str) -> object:
-    module, _, name = path.rpartition(".")
-    found: object = getattr(import_module(module), name)
-    if not isinstance(found, type):
-        raise TypeError(f"{path} is no class")
-    return found
+def _takes_instance(path: str, generator: Callable[..., object]) -> bool:
+    try:
+        parameters = inspect.signature(generator).parameters.values()
+    except (ValueError, TypeError):
+        # A function that is written in C may have no signature.
+        return False
+    needed = [
+        parameter
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if len(needed) > 1 or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in needed):
+        raise TargetError(
+            f"The generator {path} needs {_listed(parameter.name for parameter in needed)}. It may take "
+            "no argument, or the row's instance."
+        )
+    return bool(needed)
 
 
-def default_maker(field: AnyField, database: str) -> Callable[[], object]:
-    """Return what makes a new value of this field for each row.
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(sorted(map(str, names)))
 
-    Args:
-        field: The field.
-        database: Django's alias of the database.
 
-    Raises:
-        TargetError: Nothing does; the text advises what could.
-    """
+# --- Defaults ------------------------------------------------------------------------------------------
+
+
+def _default(field: AnyField, database: str) -> Callable[[], object]:
+    """Return the default of a field that makes a new value for each row."""
     if overrides(field, "get_default") and _makes_new_values(field.get_default):
         return field.get_default
     default: object = field.default
     if default is not NOT_PROVIDED and callable(default):
         return default
-    by_server = _ByServer(field, database)
-    if by_server.is_expression and _makes_new_values(by_server):
-        return by_server
+    server_default = getattr(field, "db_default", NOT_PROVIDED)
+    if hasattr(server_default, "resolve_expression") and not isinstance(server_default, Value):
+        evaluate = _evaluate_on_server(field, server_default, database)
+        if _makes_new_values(evaluate):
+            return evaluate
     raise TargetError(
-        f"{_field_name(field)} has no default that makes a new value for each row. "
-        f"{_advice(field, field.model)}"
+        f"{field_label(field)} has no default that makes a new value for each row. {_advice(field)}"
     )
 
 
 def _makes_new_values(make: Callable[[], object]) -> bool:
     try:
         return comparable(make()) != comparable(make())
-    except Exception:  # noqa: BLE001 - whatever the project's code raises
+    except Exception:  # noqa: BLE001 - any error of the project's code
         return False
 
 
-class _ByServer:
-    """Has the server evaluate a field's ``db_default`` for each row."""
+def _evaluate_on_server(field: AnyField, default: object, database: str) -> Callable[[], object]:
+    """Return a function that returns a new value of a field's ``db_default``, many of them by one query."""
+    values = deque[object]()
 
-    def __init__(self, field: AnyField, database: str) -> None:
-        self._field = field
-        self._database = database
-        self._values = deque[object]()
+    def evaluate() -> object:
+        if not values:
+            connection = connections[database]
+            text, parameters = Query(field.model).get_compiler(connection=connection).compile(default)
+            with unlogged(database), connection.cursor() as cursor:
+                cursor.execute(
+                    f"SELECT {text} FROM generate_series(1, %s)",  # noqa: S608 - Django's own SQL
+                    [*parameters, SERVER_VALUES],
+                )
+                values.extend(value for (value,) in cursor.fetchall())
+        return values.popleft()
 
-    @property
-    def is_expression(self) -> bool:
-        """Whether there is one that is more than a constant."""
-        default = getattr(self._field, "db_default", NOT_PROVIDED)
-        return hasattr(default, "resolve_expression") and not isinstance(default, Value)
-
-    def __call__(self) -> object:
-        if not self._values:
-            self._values.extend(self._fetched())
-        return self._values.popleft()
-
-    def _fetched(self) -> list[object]:
-        connection = connections[self._database]
-        compiler = Query(self._field.model).get_compiler(connection=connection)
-        text, parameters = compiler.compile(getattr(self._field, "db_default"))  # noqa: B009 - no stub has it
-        with unlogged(self._database), connection.cursor() as cursor:
-            cursor.execute(
-                f"SELECT {text} FROM generate_series(1, %s)",  # noqa: S608 - Django's own SQL
-                [*parameters, SERVER_VALUES],
-            )
-            return [value for (value,) in cursor.fetchall()]
+    return evaluate
 
 
-def name_warnings(fields: list[AnyField]) -> tuple[str, ...]:
-    """Return what the names of the rotated fields warn of, one sentence each."""
+# --- Warnings and advice from names and types ----------------------------------------------------------
+
+
+def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
+    """Return the warnings that follow from the names of the rotated fields, one sentence each."""
     warnings = [
         f"signed tokens refer to {field.name}: tokens that are revoked by it become valid again"
         for field in fields
-        if _REFERRED.search(field.name)
+        if _TOKEN_CLAIM.search(field.name)
     ]
-    # With the field of the secret next to it, they are made together.
+    # Several fields may be a secret and its hash, which are made together.
     if len(fields) == 1 and _HASH.search(fields[0].name):
         warnings.append(
-            f"the name {fields[0].name} says that it holds a hash: values are stored as they are made"
+            f"the name {fields[0].name} suggests that it holds a hash: values are stored as they are made"
         )
     return tuple(warnings)
 
 
-def _advice(field: AnyField, model: type[Model]) -> str:
-    if _REFERRED.search(field.name):
+def _advice(field: AnyField) -> str:
+    if _TOKEN_CLAIM.search(field.name):
         return (
-            "Signed tokens refer to it: with new values, tokens that are revoked by it would become valid "
+            "Signed tokens refer to it. With new values, tokens that are revoked by it would become valid "
             "again. Rotate the key of the signature instead."
         )
     if _HASH.search(field.name):
         return (
-            "Its name says that it holds a hash, and a plain value in it matches no secret. Name the field "
-            "of the secret as a target too, if there is one, and a --generator that returns a mapping of the "
-            "fields' names to what is stored."
+            "Its name suggests that it holds a hash, and a plain value in it matches no secret. Name the "
+            "field of the secret as a target too, if there is one, and a --generator that returns a mapping "
+            "of the fields' names to the values to store."
         )
-    for path in _makers(field, model):
-        return f"{path.rpartition('.')[2]} of the application may be what makes them: --generator {path}."
-    return f"Name a callable that does with --generator{_example(field)}"
+    for path in _application_functions(field):
+        return f"The application's {path.rpartition('.')[2]} may make such values: --generator {path}."
+    return f"Name a callable that makes values with --generator{_example(field)}"
 
 
-def _makers(field: AnyField, model: type[Model]) -> Iterator[str]:
-    """The paths of the application's functions that seem to make values of this field."""
+def _application_functions(field: AnyField) -> Iterator[str]:
+    """Yield the paths of the application's functions that seem to make values of this field."""
+    model = field.model
     module = import_module(model.__module__)
     for kind in model.__mro__:
         if kind.__module__.startswith("django."):
@@ -229,21 +420,23 @@ def _makes(function: Callable[..., object], name: str, field: AnyField) -> bool:
 def _example(field: AnyField) -> str:
     """Return the end of the advice: a callable whose values fit the field."""
     length = field.max_length
-    if isinstance(field, UUIDField):
-        return ", e.g. --generator uuid.uuid4."
-    if isinstance(field, BinaryField):
-        if length is None or length >= _BYTES:
+    match field:
+        case UUIDField():
+            return ", e.g. --generator uuid.uuid4."
+        case BinaryField() if length is None or length >= _BYTES:
             return ", e.g. --generator secrets.token_bytes."
-        return f", one that returns secrets.token_bytes({length})."
-    if isinstance(field, IntegerField):
-        return ", one that returns secrets.randbelow(2**31), or less where the field has limits."
-    if isinstance(field, CharField | TextField):
-        return _text_example(field, length)
-    return f", one that returns values for a {type(field).__name__}."
+        case BinaryField():
+            return f", e.g. one that returns secrets.token_bytes({length})."
+        case IntegerField():
+            return ", e.g. one that returns secrets.randbelow(2**31), or less if the field has limits."
+        case CharField() | TextField():
+            return _text_example(field, length)
+        case _:
+            return f", one that returns values for a {type(field).__name__}."
 
 
 def _text_example(field: AnyField, length: int | None) -> str:
-    # Hexadecimal digits stay the same where the application turns what it looks up into small letters.
+    # An application that looks values up in lower case still finds hexadecimal digits.
     is_long = length is None or length >= _HEX_OF_32_BYTES
     digits = _HEX_OF_32_BYTES if length is None or is_long else length - length % 2
     try:
@@ -258,245 +451,3 @@ def _text_example(field: AnyField, length: int | None) -> str:
     if digits == 0:
         return f", one that returns texts of at most {length} characters."
     return f", one that returns at most {length} characters, e.g. secrets.token_hex({digits // 2})."
-
-
-def _field_name(field: AnyField) -> str:
-    return f"{field.model._meta.label}.{field.name}"
-
-
-TRIES: Final = 100
-"""How often a value is made anew that there was in the same range before."""
-
-BULK_SECONDS: Final = 2.0
-"""How long the values of a range may take to make; a slower generator gets smaller ranges."""
-
-ROWS_SECONDS: Final = 0.5
-"""The same where the rows are locked meanwhile."""
-
-
-def value_source(
-    fields: Sequence[AnyField], *, model: type[Model], generator: str, database: str
-) -> ValueSource:
-    """Find what makes the values of some fields.
-
-    Args:
-        fields: The fields, all of one model.
-        model: That model.
-        generator: The dotted path of a callable; empty for the fields' own defaults.
-        database: Django's alias of the database.
-
-    Raises:
-        TargetError: There is nothing that makes values, or it cannot be called.
-    """
-    if generator:
-        return _from_generator(fields, model, generator, database)
-    defaults = [default_maker(field, database) for field in fields]
-    if len(fields) == 1 and type(fields[0]) is UUIDField and defaults[0] is uuid.uuid4:
-        return InBulk(_uuid4s)
-    named = "The default" if len(fields) == 1 else "The defaults"
-    maker = _Maker(f"{named} of {' and '.join(map(_field_name, fields))}", fields, database)
-    return _in_bulk(maker, lambda: [default() for default in defaults])
-
-
-def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, database: str) -> ValueSource:
-    function = imported(path)
-    maker = _Maker(f"The generator {path}", fields, database)
-    if not _takes_instance(path, function):
-        return _in_bulk(maker, lambda: maker.of_fields(function()))
-
-    def values_of(rows: Iterable[Model]) -> tuple[Values, ...]:
-        makers = [partial(lambda row: maker.of_fields(function(row)), row) for row in rows]
-        return maker.make_each(makers, seconds=ROWS_SECONDS)
-
-    def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
-        with unlogged(database):
-            with lost_is_an_outage():
-                rows = fetch_instances(model, keys, database)
-            return list(rows), values_of(rows.values())
-
-    def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
-        with unlogged(database):
-            with lost_is_an_outage():
-                rows = fetch_instances_at(model, places, database)
-            return list(rows), values_of(rows.values())
-
-    return FromRows(sync_to_async(make), sync_to_async(make_at))
-
-
-def check_plain_values(fields: Sequence[AnyField], model: type[Model]) -> None:
-    """Refuse fields whose values are changed in SQL.
-
-    Raises:
-        TargetError: One of them is.
-    """
-    for field in fields:
-        if hook := sql_hook(field, model):
-            raise _written_by_sql(field, hook)
-
-
-async def _uuid4s(count: int) -> tuple[Values, ...]:
-    return (UuidBlock(uuid4_block(count)),)
-
-
-def _in_bulk(maker: "_Maker", make_one: Callable[[], Sequence[object]]) -> InBulk:
-    # What it gives cannot be known otherwise, and one row would not show that it is always the same.
-    maker.make_each([make_one] * 2, seconds=math.inf)
-    # In a thread: the project's code may ask the database, and may take its time.
-    return InBulk(sync_to_async(partial(maker.make, make_one=make_one)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Maker:
-    """Calls what makes values, and prepares them for the database.
-
-    Attributes:
-        called: What it is called in messages.
-        fields: The fields that it makes values for.
-        database: Django's alias of the database.
-    """
-
-    called: str
-    fields: Sequence[AnyField]
-    database: str
-
-    def make(self, count: int, make_one: Callable[[], Sequence[object]]) -> tuple[Values, ...]:
-        """Make the values of so many rows."""
-        with unlogged(self.database):
-            return self.make_each([make_one] * count, seconds=BULK_SECONDS)
-
-    def make_each(
-        self, makers: Sequence[Callable[[], Sequence[object]]], *, seconds: float
-    ) -> tuple[Values, ...]:
-        """Make a row's values with each of these; one at least, however long it takes.
-
-        Raises:
-            ValuesError: There is something wrong with a value.
-            RangeTooSlowError: They take longer than they may.
-        """
-        seen = set[object]()
-        rows: list[list[object]] = []
-        until = time.monotonic() + seconds
-        for make_one in makers:
-            if rows and time.monotonic() > until:
-                raise RangeTooSlowError(f"{self.called[0].lower()}{self.called[1:]} is slow")
-            rows.append(self._unseen(make_one, seen))
-        return tuple([list(column) for column in zip(*rows, strict=True)] or [[] for _ in self.fields])
-
-    def of_fields(self, given: object) -> Sequence[object]:
-        """Put what a generator gave into the order of the fields."""
-        names = [field.name for field in self.fields]
-        if isinstance(given, Mapping):
-            if set(given) != set(names):
-                raise ValuesError(
-                    f"{self.called} gives a mapping with {_listed(given)}, and the fields are "
-                    f"{_listed(names)}."
-                )
-            return [given[name] for name in names]
-        if len(names) > 1:
-            raise ValuesError(
-                f"{self.called} gives a single value for several fields: it must return a mapping with "
-                f"{_listed(names)}."
-            )
-        if transforms(self.fields[0]):
-            raise ValuesError(
-                f"{self.called} gives a plain value, which saving {names[0]} would transform: it must return "
-                "a mapping of the field's name to what is stored."
-            )
-        return [given]
-
-    def _unseen(self, make_one: Callable[[], Sequence[object]], seen: set[object]) -> list[object]:
-        for _ in range(TRIES):
-            given = self._called(make_one)
-            prepared = self._prepared(given)
-            # An encrypting field stores the same value differently each time, another one stores different
-            # values as the same.
-            both = {("given", *map(comparable, given)), ("prepared", *map(comparable, prepared))}
-            if seen.isdisjoint(both):
-                seen |= both
-                return prepared
-        raise ValuesError(
-            f"{self.called} gave the same value {TRIES} times for rows of one range: it must make a new one "
-            "for each row"
-        )
-
-    def _called(self, make_one: Callable[[], Sequence[object]]) -> Sequence[object]:
-        try:
-            with lost_is_an_outage():
-                return make_one()
-        except (ValuesError, ServerLostError):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever the project's code raises
-            # Not chained and not quoted: the message may hold a value.
-            raise ValuesError(f"{self.called} raised {type(error).__name__}") from None
-
-    def _prepared(self, given: Sequence[object]) -> list[object]:
-        return [self._of_field(field, value) for field, value in zip(self.fields, given, strict=True)]
-
-    def _of_field(self, field: AnyField, value: object) -> object:
-        if value is None:
-            raise ValuesError(f"{self.called} gave None for {field.name}")
-        if hasattr(value, "resolve_expression"):
-            raise ValuesError(f"{self.called} gave an SQL expression for {field.name}: it must give values")
-        self._check_limits(field, value)
-        try:
-            prepared = field.get_db_prep_save(value, connections[self.database])
-        except Exception as error:  # noqa: BLE001 - whatever a custom field raises
-            raise ValuesError(
-                f"{self.called} gave something that {field.name} cannot store ({type(error).__name__})"
-            ) from None
-        if is_expression(prepared):
-            raise _written_by_sql(field, "get_db_prep_save")
-        if isinstance(prepared, str) and "\x00" in prepared:
-            raise ValuesError(f"{self.called} gave a text with a zero byte for {field.name}")
-        return prepared
-
-    def _check_limits(self, field: AnyField, value: object) -> None:
-        # What the field itself makes of it: a text of a UUID, where that is what is stored. Where it cannot,
-        # it cannot store it either, and that is said of it next.
-        with suppress(Exception):
-            value = field.to_python(value)
-        for validator in field.validators:
-            # The field's own limits; other validators are the forms' and may ask anything.
-            if not isinstance(validator, BaseValidator):
-                continue
-            try:
-                validator(value)
-            except TypeError:
-                # Of another type than the limit is for: the server knows its own.
-                continue
-            except ValidationError:
-                raise ValuesError(
-                    f"{self.called} gave a value for {field.name} that is over its limit "
-                    f"({validator.code} {validator.limit_value})"
-                ) from None
-
-
-def _written_by_sql(field: AnyField, hook: str) -> TargetError:
-    return TargetError(
-        f"{_field_name(field)} is written through an SQL expression of its own ({hook}), and the rotation "
-        "writes plain values, which the application cannot read. Rotate it with the application's own code."
-    )
-
-
-def _takes_instance(path: str, function: Callable[..., object]) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):
-        # Of what is written in C there is no signature.
-        return False
-    needed = [
-        parameter
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if len(needed) > 1 or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in needed):
-        raise TargetError(
-            f"The generator {path} needs {_listed(parameter.name for parameter in needed)}: it may take "
-            "nothing, or the row's instance."
-        )
-    return bool(needed)
-
-
-def _listed(names: object) -> str:
-    return ", ".join(sorted(map(str, names)))  # type: ignore[call-overload] # any iterable of names

@@ -1,4 +1,4 @@
-"""Sends the ``range_rotated`` signal, and reports receivers that fail."""
+"""The ``range_rotated`` signal: its sending, and the reports of receivers that fail."""
 
 import asyncio
 import inspect
@@ -15,17 +15,14 @@ from rotator.exceptions import ServerLostError
 from rotator.fields.connections import lost_connection
 from rotator.signals import range_rotated
 
-# A receiver that lost Django's connection is called again after each of these seconds.
+# The waits before a receiver that lost Django's connection is called again.
 RETRY_SECONDS: Final = (0.0, 0.2, 1.0, 3.0)
 
 
 def commit_callback(sender: type[Model], database: str, observer: Observer | None) -> OnCommit | None:
-    """Return what tells the signal's receivers; None where there are none.
+    """Return a callback that sends the signal; None if it has no receivers.
 
-    Args:
-        sender: The model.
-        database: Django's alias of the database.
-        observer: Is told of receivers that fail; None where they are logged.
+    It calls the observer when a receiver fails, or logs that if there is none.
     """
     if not range_rotated.has_listeners(sender):
         return None
@@ -65,7 +62,7 @@ def commit_callback(sender: type[Model], database: str, observer: Observer | Non
 async def _lost(answer: object) -> ServerLostError | None:
     if not isinstance(answer, Exception):
         return None
-    # In the thread that receivers are called in, whose connection that was.
+    # In the thread of the receivers, which has the lost connection.
     return await sync_to_async(lost_connection)(answer)
 
 
@@ -74,7 +71,7 @@ async def _answer(receiver: Callable[..., Any], named: dict[str, Any]) -> object
         if inspect.iscoroutinefunction(receiver):
             return await receiver(**named)
         return await sync_to_async(receiver)(**named)
-    except Exception as error:  # noqa: BLE001 - whatever the project's code raises
+    except Exception as error:  # noqa: BLE001 - any error of the project's code
         return error
 
 

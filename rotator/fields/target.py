@@ -1,7 +1,7 @@
 """The table, key, columns and source of values behind ``app.Model.field``."""
 
 from collections.abc import Sequence
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 from django.apps import apps
 from django.core.exceptions import FieldDoesNotExist
@@ -12,33 +12,26 @@ from rotator.exceptions import OptionError, TargetError
 from rotator.fields.derivation import Derivation, derivation, overrides, transforms
 from rotator.fields.filters import row_condition
 from rotator.fields.generators import check_plain_values, name_warnings, value_source
-from rotator.fields.model import key_fields
+from rotator.fields.model import AnyField, field_label, key_fields
 from rotator.options import Selection
 from rotator.runner.context import RunTarget
-
-AnyField: TypeAlias = "Field[Any, Any]"
 
 _PARTS: Final = 3
 
 
 def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTarget:
-    """Find a target by the names that the user writes.
-
-    Args:
-        labels: One or several ``app.Model.field``, all of one table.
-        database: Django's alias of the database.
-        selection: How rows and values are chosen.
+    """Return the target that the user names by one or several ``app.Model.field``, all of one table.
 
     Raises:
-        TargetError: There is no such field, it is no column of its own, or nothing makes values for it.
-        OptionError: A filter cannot be expressed on the table.
+        TargetError: A field does not exist or cannot be rotated, or nothing makes values for it.
+        OptionError: A filter is not valid.
     """
     fields = find_fields(labels)
     model = fields[0].model
     check_plain_values(fields, model)
     _check_saving(fields, model, selection, database)
     return RunTarget(
-        label=" ".join(map(_name, fields)),
+        label=" ".join(map(field_label, fields)),
         database=database,
         model=model._meta.label,
         path=table_path(model),
@@ -46,11 +39,7 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         columns=tuple(str(field.column) for field in fields),
         source=value_source(fields, model=model, generator=selection.generator, database=database),
         condition=row_condition(
-            model,
-            filters=selection.filters,
-            excludes=selection.excludes,
-            rotated=[field.name for field in fields],
-            database=database,
+            model, selection, rotated=[field.name for field in fields], database=database
         ),
         include_null=selection.include_null,
         include_blank=selection.include_blank,
@@ -61,16 +50,17 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
 
 
 def find_fields(labels: Sequence[str]) -> list[AnyField]:
-    """Find the fields that the user names; in an order of their own, since they are the same target in any.
+    """Return the fields that the user names, sorted, because their order does not matter.
 
     Raises:
-        TargetError: There is no such field, it cannot be rotated, or they are in different tables.
+        TargetError: A field does not exist or cannot be rotated, or they are in different tables.
     """
     fields = sorted({_field(label) for label in labels}, key=lambda field: field.name)
     for field in fields:
         if field.model is not fields[0].model:
             raise TargetError(
-                f"{_name(field)} and {_name(fields[0])} are in different tables: rotate one after the other."
+                f"{field_label(field)} and {field_label(fields[0])} are in different tables. Rotate one "
+                "after the other."
             )
     return fields
 
@@ -78,42 +68,44 @@ def find_fields(labels: Sequence[str]) -> list[AnyField]:
 def _field(label: str) -> AnyField:
     parts = label.split(".")
     if len(parts) != _PARTS or not all(parts):
-        raise TargetError(f"'{label}' is no target: write it as app.Model.field, e.g. shop.Order.api_key.")
+        raise TargetError(
+            f"'{label}' is not a valid target. Write it as app.Model.field, e.g. shop.Order.api_key."
+        )
     app, model_name, field_name = parts
     try:
         model = apps.get_model(app, model_name)
     except LookupError:
         raise TargetError(
-            f"There is no model {app}.{model_name}: check the name, and that '{app}' is in INSTALLED_APPS."
+            f"There is no model {app}.{model_name}. Check the name, and that '{app}' is in INSTALLED_APPS."
         ) from None
     if other := model._meta.swapped:
         raise TargetError(
-            f"{model._meta.label} has no table: the setting {model._meta.swappable} puts {other} in its "
-            f"place. Rotate {other}.{field_name}."
+            f"{model._meta.label} has no table: the setting {model._meta.swappable} replaces it by {other}. "
+            f"Rotate {other}.{field_name}."
         )
     try:
         field = model._meta.get_field(field_name)
     except FieldDoesNotExist:
         names = ", ".join(sorted(field.name for field in model._meta.concrete_fields))
         raise TargetError(
-            f"{model._meta.label} has no field '{field_name}': its columns are {names}."
+            f"{model._meta.label} has no field '{field_name}'. Its columns are {names}."
         ) from None
     if not isinstance(field, Field) or not field.concrete or field.column is None:
         raise TargetError(
-            f"{model._meta.label}.{field_name} is no column of the table: it cannot be rotated."
+            f"{model._meta.label}.{field_name} is not a column of the table, so it cannot be rotated."
         )
     if field.primary_key or field in key_fields(field.model):
         raise TargetError(
-            f"{_name(field)} is the primary key, by which rows are found and referred to: it cannot be "
-            "rotated. Give the rows a secret beside the key, and rotate that; or delete the rows, and let "
-            "the application issue new ones."
+            f"{field_label(field)} is the primary key, which identifies the rows, so it cannot be rotated. "
+            "Add another column for the secret, and rotate that. Or delete the rows, and let the application "
+            "make new ones."
         )
     if field.is_relation:
-        raise TargetError(f"{_name(field)} refers to other rows: it holds no secret to be made anew.")
+        raise TargetError(f"{field_label(field)} refers to other rows. It holds no secret to rotate.")
     _check_references(field)
     if getattr(field, "generated", False):
         raise TargetError(
-            f"{_name(field)} is generated by the server: rotate the fields that it is made from."
+            f"{field_label(field)} is generated by the server. Rotate the fields that it is made from."
         )
     return field
 
@@ -122,26 +114,26 @@ def _check_references(field: AnyField) -> None:
     for relation in field.model._meta.related_objects:
         if relation.field.is_relation and field in getattr(relation.field, "foreign_related_fields", ()):
             raise TargetError(
-                f"{_name(relation.field)} refers to {_name(field)}: new values would break these references; "
-                "add a column for the secret, and rotate that."
+                f"{field_label(relation.field)} refers to {field_label(field)}: new values would break these "
+                "references. Add another column for the secret, and rotate that."
             )
 
 
 def _check_saving(
     fields: Sequence[AnyField], model: type[Model], selection: Selection, database: str
 ) -> None:
-    """Refuse what would not be stored as it is made, unless a generator answers for it."""
+    """Refuse fields whose values saving changes or derives, unless the user takes care of that."""
     for field in fields:
         if transforms(field) and not selection.generator:
             raise TargetError(
-                f"{_name(field)} is a {type(field).__name__}, which transforms or derives its value when a "
-                "row is saved (a hash, say), so that a new one would be known to nobody: name a callable "
-                "with --generator that returns a mapping of the field's name to what is to be stored."
+                f"{field_label(field)} is a {type(field).__name__}, which transforms its value when a row is "
+                "saved, e.g. to a hash, so the new secrets would be lost. Name a callable with --generator "
+                "that returns a mapping of the field's name to the value to store."
             )
     others = {field.name: field for field in model._meta.concrete_fields if field not in fields}
     if unknown := sorted(set(selection.ignore_derived) - others.keys()):
         raise OptionError(
-            f"--ignore-derived {unknown[0]}: {model._meta.label} has no such field next to the target; it "
+            f"--ignore-derived {unknown[0]}: {model._meta.label} has no such field next to the target. It "
             f"has {', '.join(sorted(others))}."
         )
     for name, field in others.items():
@@ -150,31 +142,31 @@ def _check_saving(
 
 
 def _check_derivation(field: AnyField, fields: Sequence[AnyField], found: Derivation) -> None:
-    names = " and ".join(map(_name, fields))
+    names = " and ".join(map(field_label, fields))
     if found is Derivation.CERTAIN:
         raise TargetError(
-            f"{_name(field)} is a {type(field).__name__}, which derives its value from {names} when a row is "
-            f"saved, and would not fit the new values: name {_name(field)} as a target too, and a "
-            "--generator that returns a mapping for all of these fields. If the old values may stay, use "
+            f"{field_label(field)} is a {type(field).__name__}, which derives its value from {names} when a "
+            f"row is saved, and would not fit the new values. Name {field_label(field)} as a target too, and "
+            "a --generator that returns a mapping for all of these fields. If the old values may stay, use "
             f"--ignore-derived {field.name}."
         )
     if found is Derivation.UNCLEAR:
         raise TargetError(
-            f"{_name(field)} is a {type(field).__name__}, which has another value after each save, and may "
-            f"derive it from {names}. If it does not, use --ignore-derived {field.name}: it keeps its "
-            "values. If it does, name it as a target too, and a --generator that returns a mapping for all "
-            "of these fields."
+            f"{field_label(field)} is a {type(field).__name__}, whose value changes with each save, and may "
+            f"be derived from {names}. If it is not, use --ignore-derived {field.name}: the field keeps its "
+            "values. If it is, name it as a target too, and a --generator that returns a mapping for all of "
+            "these fields."
         )
 
 
 def table_path(model: type[Model]) -> tuple[str, ...]:
-    """Return the name of a model's table, with its schema before it where it has one; unquoted."""
-    # Django passes a name that is quoted already through, which is how people write a schema: 'a"."b'.
-    return tuple(part for part in model._meta.db_table.strip('"').split('"."'))
+    """Return the unquoted name of a model's table, after its schema's if it has one."""
+    # Django does not quote a quoted name again, so projects name a schema as 'a"."b'.
+    return tuple(model._meta.db_table.strip('"').split('"."'))
 
 
 def _bypassed(model: type[Model]) -> tuple[str, ...]:
-    """What would have acted upon each save() of a row, and never hears of an update by the server."""
+    """Return the effects of save() that an update by the server does not have, one phrase each."""
     automatic = [
         (field.name, "auto_now" if getattr(field, "auto_now", False) else type(field).__name__)
         for field in model._meta.concrete_fields
@@ -187,11 +179,7 @@ def _bypassed(model: type[Model]) -> tuple[str, ...]:
         if signal.has_listeners(model)
     ]
     return tuple(
-        [f"{name} ({kind}) stays as it is" for name, kind in automatic]
+        [f"{name} ({kind}) keeps its value" for name, kind in automatic]
         + [f"receivers of {name} are not called" for name in signals]
         + ([f"{model.__name__}.save() is not called"] if model.save is not Model.save else [])
     )
-
-
-def _name(field: AnyField) -> str:
-    return f"{field.model._meta.label}.{field.name}"

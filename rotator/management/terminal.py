@@ -1,11 +1,13 @@
-"""Prompts, closed standard streams, and Ctrl-C before and after a run."""
+"""A command's terminal and shell: prompts, streams, Ctrl-C, files, and the command to resume with."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
@@ -13,25 +15,27 @@ from django.core.management import BaseCommand
 from django.core.management.base import OutputWrapper
 
 from rotator.events import DrainStarted, Event, Observer, RotationStarted, RotationStopped
+from rotator.exceptions import OptionError
+from rotator.options import OPTIONS_OF_ONE_RUN
 
 
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a stream is a terminal; a closed one is not."""
-    # Python has no stream at all for a descriptor that was closed when it started.
+    # Python has no stream for a descriptor that was closed when Python started.
     with suppress(ValueError):
         return stream is not None and stream.isatty()
     return False
 
 
 def can_ask() -> bool:
-    """Return whether a user sees a question and can answer it."""
+    """Return whether the user sees a question and can answer it."""
     return is_terminal(sys.stdin) and is_terminal(sys.stderr)
 
 
 def agrees(question: str) -> bool:
     """Ask a question on the terminal, and return whether the answer is yes.
 
-    Standard output is left alone: it may hold JSON lines.
+    Does not use standard output, which may hold JSON lines.
     """
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
@@ -43,9 +47,9 @@ def agrees(question: str) -> bool:
 
 
 def open_closed_streams(command: BaseCommand) -> None:
-    """Discard what is written to a closed stream.
+    """Discard the text for a closed stream.
 
-    Otherwise a connection to the server gets the descriptor, and with it the text that is written there.
+    Otherwise a connection to the server gets the stream's descriptor, and then the text.
     """
     for descriptor in range(3):
         try:
@@ -54,45 +58,79 @@ def open_closed_streams(command: BaseCommand) -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - a device, until the end
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - stays open until the process ends
         if vars(getattr(command, name))["_out"] is None:
             setattr(command, name, OutputWrapper(getattr(sys, name)))
 
 
-class Interrupts:
-    """The effect of Ctrl-C before and after a run, which handles it itself while it works."""
+@contextmanager
+def hold_interrupts(*, ends_process: bool) -> Iterator[Callable[[Observer], Observer]]:
+    """Ignore Ctrl-C from the end of a run until its summary is written.
 
-    def __init__(self) -> None:
-        self._has_begun = False
+    Users press it again when it seems to have no effect, and it may come just after the end. While the run
+    works, it handles Ctrl-C itself.
 
-    def noting(self, observer: Observer) -> Observer:
-        """Return an observer that also notes when the run has begun, or has been asked to stop."""
+    Args:
+        ends_process: Whether the process ends after the summary; then Ctrl-C does not change its status.
 
+    Yields:
+        A function that wraps an observer to note that the run has begun.
+    """
+    has_begun = False
+
+    def note_start(observer: Observer) -> Observer:
         def observe(event: Event) -> None:
-            if isinstance(event, RotationStarted | DrainStarted | RotationStopped):
-                self._has_begun = True
+            nonlocal has_begun
+            has_begun = has_begun or isinstance(event, RotationStarted | DrainStarted | RotationStopped)
             observer(event)
 
         return observe
 
-    @contextmanager
-    def until_told(self, *, ends_process: bool) -> Iterator[None]:
-        """Ignore Ctrl-C once the run has ended, until its summary is written.
-
-        People press it again when it seems to have no effect, and it may come just after the end.
-
-        Args:
-            ends_process: Whether the process ends after the summary; then Ctrl-C does not change its status.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._take)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN if ends_process and self._has_begun else before)
-
-    def _take(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._has_begun:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if not has_begun:
             raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield note_start
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield note_start
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if ends_process and has_begun else before)
+
+
+def writable(path: Path | str | None) -> Path | None:
+    """Check that a file can be written, and return its path; leaves the file as it is."""
+    if path is None:
+        return None
+    path = Path(path)
+    try:
+        # A run that ends before its summary leaves an older report as it is, and begins no new one.
+        is_new = not path.exists()
+        with path.open("a"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise OptionError(
+            f"The report cannot be written to {path}: {error.strerror}. Name another file with --report."
+        ) from error
+    return path
+
+
+def resume_command(arguments: list[str], *, python: Path, folder: Path) -> str:
+    """Return the command line of a run in a folder without the options for that run alone."""
+    program, *words = arguments
+    kept = [program]
+    if Path(program).suffix == ".py":
+        # A virtual environment below this folder need not be active.
+        interpreter = python.relative_to(folder) if python.is_relative_to(folder) else "python"
+        kept = [str(interpreter), program]
+    omitted = [f"--{name.replace('_', '-')}" for name in OPTIONS_OF_ONE_RUN]
+    is_value = False
+    for word in words:
+        if not is_value and word.partition("=")[0] not in omitted:
+            kept.append(word)
+        is_value = word == "--stop-after"
+    return shlex.join(kept)

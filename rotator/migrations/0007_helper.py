@@ -29,6 +29,11 @@ class Migration(migrations.Migration):
         ),
         migrations.AddField(
             model_name='span',
+            name='deferrals',
+            field=models.BigIntegerField(default=0),
+        ),
+        migrations.AddField(
+            model_name='span',
             name='lease_expires_at',
             field=models.DateTimeField(help_text='The time at which another helper can claim it; null where it is not claimed.', null=True),
         ),

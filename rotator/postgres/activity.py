@@ -1,6 +1,7 @@
 """Other sessions that a rotation waits for: old transactions and lock holders."""
 
 from collections.abc import Mapping
+from typing import Final
 
 from psycopg import AsyncConnection, sql
 
@@ -9,13 +10,10 @@ from rotator.postgres.table import PARTITIONS, TargetTable
 
 
 async def holders(connection: AsyncConnection, table: TargetTable, started_xid: int) -> tuple[str, ...]:
-    """The transactions, older than the rotation, that have written to the target and are not over.
+    """Return a phrase for each open transaction, older than the rotation, that has written to the target.
 
-    An older one that has not written to it so far cannot commit a value that was in the table when the
+    An older transaction that has not yet written to it cannot commit a value that was in the table when the
     rotation began.
-
-    Returns:
-        One phrase for each: its pid or prepared id, user, application, and since when.
     """
     async with translate_errors(connection):
         cursor = await connection.execute(
@@ -43,10 +41,10 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
         return tuple([phrase async for (phrase,) in cursor])
 
 
-_HOLDERS = (
+_LOCK_HOLDERS: Final = (
     "SELECT DISTINCT b.pid AS holder, CASE WHEN b.pid = 0 THEN 'a prepared transaction'"
     " ELSE 'pid ' || b.pid || COALESCE(', ' || NULLIF(h.application_name, ''), '')"
-    # Without pg_read_all_stats, the server does not show these of other roles' sessions.
+    # Without pg_read_all_stats, these are NULL for other roles' sessions.
     " || COALESCE(', ' || h.state, '')"
     " || COALESCE(' for ' || round(extract(epoch FROM clock_timestamp() - h.state_change)) || ' s', '') END"
     " FROM pg_stat_activity w, unnest(pg_blocking_pids(w.pid)) AS b (pid)"
@@ -59,12 +57,10 @@ _HOLDERS = (
 
 
 async def lock_holders(connection: AsyncConnection, *, seconds: float) -> Mapping[int, str]:
-    """Return a phrase for each session that blocks one of the rotator's at this moment, by its pid.
+    """Return a phrase for each session that blocks one of the rotator's sessions, by its pid.
 
-    Args:
-        connection: In autocommit mode; may be shared.
-        seconds: Transactions that are younger are left out.
+    Transactions that are younger than ``seconds`` are left out.
     """
     async with translate_errors(connection):
-        cursor = await connection.execute(_HOLDERS, (seconds,))
+        cursor = await connection.execute(_LOCK_HOLDERS, (seconds,))
         return {pid: phrase async for pid, phrase in cursor}

@@ -1,4 +1,7 @@
-"""The target's table, triggers and privileges, as the system catalogs describe them."""
+"""The target's table, triggers and privileges, as the system catalogs describe them.
+
+Every function takes a connection in autocommit mode.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -12,7 +15,6 @@ from rotator.postgres.errors import read_only, translate_errors
 from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
-_KINDS: Final = ("r", "p")
 _OTHER_KINDS: Final = {"v": "view", "m": "materialized view", "f": "foreign table"}
 _RELATION: Final = (
     "SELECT (SELECT format('%%I.%%I', nspname, c.relname) FROM pg_namespace WHERE oid = c.relnamespace)"
@@ -33,8 +35,8 @@ _RELATION: Final = (
     " FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (number, place)"
     " JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number"
     " WHERE k.place <= i.indnkeyatts"
-    # The order and the equality of the index are those of the comparisons: the column's own collation, and
-    # the operators of the type's default class.
+    # The index orders and compares as the statements do: by the column's own collation and the operators of
+    # the type's default class.
     " AND i.indcollation[k.place - 1] = a.attcollation"
     " AND EXISTS (SELECT FROM pg_opclass o JOIN pg_opclass d ON d.opcmethod = o.opcmethod"
     " AND d.opcintype = o.opcintype AND d.opcfamily = o.opcfamily AND d.opcdefault"
@@ -42,15 +44,15 @@ _RELATION: Final = (
     " FROM pg_class c WHERE c.oid = to_regclass(%(table)s)"
 )
 _COLUMNS: Final = (
-    # A domain's base type is what its values are sent as; a domain may be over another one.
+    # A domain's values are sent as its base type; the base of a domain may be another domain.
     "WITH RECURSIVE base AS (SELECT a.attnum, t.oid, t.typtype, t.typbasetype FROM pg_attribute a"
     " JOIN pg_type t ON t.oid = a.atttypid WHERE a.attrelid = to_regclass(%(table)s)"
     " UNION ALL SELECT b.attnum, t.oid, t.typtype, t.typbasetype FROM base b"
     " JOIN pg_type t ON t.oid = b.typbasetype WHERE b.typtype = 'd')"
     " SELECT a.attname AS name, t.typname AS type_name, n.nspname AS type_schema,"
     " ln.nspname AS collation_schema, l.collname AS collation,"
-    # What the server recorded when the indexes were built, and what it would compare with now; the
-    # database's own collation has both elsewhere.
+    # The version when the indexes were built, and the present one; the database's own collation has both in
+    # pg_database.
     " CASE WHEN l.collprovider = 'd' THEN d.datcollversion ELSE l.collversion END AS recorded_version,"
     " CASE WHEN l.collprovider = 'd' THEN pg_database_collation_actual_version(d.oid)"
     " ELSE pg_collation_actual_version(l.oid) END AS actual_version,"
@@ -80,17 +82,17 @@ _UPDATE_TRIGGERS: Final = sql.SQL(
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
-    """Refuse a server that is too old or read-only, or has not enough connections left.
+    """Refuse a server that is too old or read-only, or has too few free connections.
 
     Args:
-        connection: In autocommit mode.
-        connections: How many there are to be.
-        concurrency: How many workers that is for.
+        connection: The connection.
+        connections: The number of connections that the run needs.
+        concurrency: The number of workers among them.
 
     Raises:
-        TargetError: It is older than PostgreSQL 15.
-        ServerLostError: It is a replica, or read-only for another reason.
-        OptionError: It has not that many connections left.
+        TargetError: The server is older than PostgreSQL 15.
+        ServerLostError: The server is a replica, or read-only for another reason.
+        OptionError: The server has too few free connections.
     """
     async with translate_errors(connection):
         cursor = await connection.execute(
@@ -98,7 +100,7 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
             " current_setting('transaction_read_only')::boolean,"
             " current_setting('max_connections')::integer"
             " - current_setting('superuser_reserved_connections')::integer,"
-            # A former owner's are gone when this run needs them.
+            # A previous owner's are closed when this run needs them.
             " (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
             " AND pid <> pg_backend_pid() AND application_name IS DISTINCT FROM %s)",
             (APPLICATION_NAME,),
@@ -106,15 +108,15 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
         row = await cursor.fetchone()
     number, version, is_read_only, allowed, others = row or (0, "unknown", False, 0, 0)
     if number < OLDEST_VERSION:
-        raise TargetError(f"PostgreSQL 15 or later is needed; this server is {version}.")
+        raise TargetError(f"Cannot rotate on PostgreSQL {version}: version 15 or later is required.")
     if is_read_only:
         raise read_only()
     if connections > allowed - others:
         most = allowed - others - connections + concurrency
-        advice = f"ask for at most {most}" if most > 0 else "free some, or raise max_connections"
+        advice = f"Use at most --concurrency {most}" if most > 0 else "Close some, or raise max_connections"
         raise OptionError(
-            f"--concurrency {concurrency} needs {connections} connections; the server allows {allowed}, and "
-            f"others use {others} of them: {advice}."
+            f"Cannot open {connections} connections for --concurrency {concurrency}: the server allows "
+            f"{allowed}, and other sessions use {others} of them. {advice}."
         )
 
 
@@ -128,20 +130,19 @@ async def read_table(
     include_null: bool = False,
     include_blank: bool = False,
 ) -> TargetTable:
-    """Look a target up where it lives.
+    """Read the target's table from the system catalogs.
 
     Args:
-        connection: In autocommit mode.
-        path: The table's name, with its schema before it where it has one; unquoted.
+        connection: The connection.
+        path: The table's name, after its schema where it has one; unquoted.
         key: The names of the primary key's columns, in its order.
         columns: The names of the rotated columns.
-        condition: Which rows are rotated; None for all.
-        include_null: Whether a NULL gets a value, too.
-        include_blank: Whether an empty text gets a value, too.
+        condition: The condition for the rotated rows; None for all rows.
+        include_null: Whether to rotate rows whose value is NULL.
+        include_blank: Whether to rotate rows whose value is an empty text.
 
     Raises:
-        TargetError: The table or one of the columns is missing, rows cannot be found by the key, a column
-            cannot be given a value, other rows refer to it, or row-level security hides rows.
+        TargetError: The table cannot be rotated.
     """
     name = sql.Identifier(*path).as_string()
     named = ".".join(path)
@@ -151,18 +152,23 @@ async def read_table(
         relation = await rows.fetchone()
         if relation is None:
             raise TargetError(
-                f"The table {named} does not exist in this database: run `manage.py migrate`, or choose "
-                "another with --database."
+                f"Cannot rotate {named}: the table does not exist in this database. Run `manage.py migrate`, "
+                "or choose another database with --database."
             )
         await rows.execute(_COLUMNS, {"table": name})
         found = {row["name"]: row async for row in rows}
     _check_relation(named, relation)
     for wanted in (*key, *columns):
         if wanted not in found:
-            raise TargetError(f"The table {named} has no column {wanted}: run `manage.py migrate`.")
+            raise TargetError(f"The table {named} has no column {wanted}. Run `manage.py migrate`.")
     for wanted in key:
         _check_key_column(named, found[wanted])
-    _check_key_index(named, relation)
+    if not relation["is_indexed"]:
+        raise TargetError(
+            f"{named} has no index on its primary key that finds every row: the index must be unique, valid, "
+            "not deferrable and not partial, and have the columns' own collation and default operator class. "
+            "Create one with `CREATE UNIQUE INDEX CONCURRENTLY`."
+        )
     for wanted in columns:
         _check_column(named, found[wanted])
 
@@ -189,12 +195,7 @@ async def read_table(
 
 
 async def read_update_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
-    """The names of the enabled triggers that an update of the table fires.
-
-    Args:
-        connection: In autocommit mode, or in a transaction.
-        table: The target's table.
-    """
+    """Return the names of the enabled triggers that an update of the table fires."""
     async with translate_errors(connection):
         cursor = await connection.execute(_UPDATE_TRIGGERS, {"table": table.regclass})
         return tuple([name async for (name,) in cursor])
@@ -202,39 +203,30 @@ async def read_update_triggers(connection: AsyncConnection, table: TargetTable) 
 
 def _check_relation(named: str, relation: Mapping[str, Any]) -> None:
     kind = relation["kind"]
-    if kind not in _KINDS:
+    if kind not in {"r", "p"}:
         raise TargetError(
-            f"{named} is a {_OTHER_KINDS.get(kind, 'relation of another kind')}: rotate the table that holds "
-            "its rows."
+            f"Cannot rotate {named}: it is a {_OTHER_KINDS.get(kind, 'relation of another kind')}. Rotate "
+            "the table that holds its rows."
         )
     if kind == "r" and relation["has_children"]:
         raise TargetError(
-            f"Other tables inherit from {named}, and no index of it says which keys they hold: rotate each "
-            "of them by a model of its own."
+            f"Cannot rotate {named}: other tables inherit from it, and its index does not have their keys. "
+            "Rotate each of them by a model of its own."
         )
     if relation["has_foreign_partitions"]:
         raise TargetError(
-            f"Partitions of {named} are on other servers, where no checkpoint can be committed with them: "
-            "rotate them there."
+            f"Cannot rotate {named}: some of its partitions are on other servers, where no checkpoint can be "
+            "committed with them. Rotate them there."
         )
     if relation["hides_rows"]:
         raise TargetError(
-            f"Row-level security hides rows of {named} from this role, and they would keep their values: "
-            "use a role that owns the table or has BYPASSRLS."
+            f"Cannot rotate {named}: row-level security hides rows from this role, and they would keep their "
+            "values. Use a role that owns the table or has BYPASSRLS."
         )
     if relation["update_rules"]:
         raise TargetError(
-            f"The rule {relation['update_rules']} of {named} rewrites each UPDATE, so the rotation could not "
-            "tell which rows were updated: disable it with ALTER TABLE ... DISABLE RULE during the rotation."
-        )
-
-
-def _check_key_index(named: str, relation: Mapping[str, Any]) -> None:
-    if not relation["is_indexed"]:
-        raise TargetError(
-            f"{named} has no index on its primary key that finds each row by it: the index must be unique, "
-            "valid, not deferrable and not partial, and have the columns' own collation and default operator "
-            "class. Create one with `CREATE UNIQUE INDEX CONCURRENTLY`."
+            f"Cannot rotate {named}: the rule {relation['update_rules']} rewrites each UPDATE, so updated "
+            "rows cannot be counted. Disable it with ALTER TABLE ... DISABLE RULE during the rotation."
         )
 
 
@@ -242,13 +234,13 @@ def _check_key_column(named: str, row: Mapping[str, Any]) -> None:
     name = row["name"]
     if not row["not_null"]:
         raise TargetError(
-            f"The key column {name} of {named} allows NULL, and a row without a key cannot be found by it: "
-            f"run ALTER TABLE ... ALTER COLUMN {name} SET NOT NULL."
+            f"Cannot find rows of {named} by the key column {name}: it allows NULL. Run ALTER TABLE ... "
+            f"ALTER COLUMN {name} SET NOT NULL."
         )
     if row["is_array"] or row["is_composite"]:
         raise TargetError(
-            f"The key column {name} of {named} has the type {row['type_name']}, whose values are not written "
-            "as one text: rotate by a model whose key has a simple type."
+            f"Cannot find rows of {named} by the key column {name}: values of type {row['type_name']} are "
+            "not written as one text. Rotate by a model whose key has a simple type."
         )
     recorded, actual = row["recorded_version"], row["actual_version"]
     if recorded and actual and recorded != actual:
@@ -258,26 +250,26 @@ def _check_key_column(named: str, row: Mapping[str, Any]) -> None:
             else f"ALTER COLLATION {row['collation_schema']}.{row['collation']} REFRESH VERSION"
         )
         raise TargetError(
-            f"The indexes on the key column {name} of {named} were built with version {recorded} of its "
-            f"collation, and the server compares with version {actual}, so rows may be missing from them: "
-            f"run REINDEX TABLE, then {refresh}."
+            f"Cannot find all rows of {named} by the key column {name}: its indexes were built with version "
+            f"{recorded} of its collation, and the server compares with version {actual}. Run REINDEX TABLE, "
+            f"then {refresh}."
         )
 
 
 def _check_column(named: str, row: Mapping[str, Any]) -> None:
     where = f"The column {row['name']} of {named}"
     if row["is_generated"]:
-        raise TargetError(f"{where} is generated by the server: rotate the columns that it is made from.")
+        raise TargetError(f"{where} is generated by the server. Rotate the columns that it is made from.")
     if row["is_array"]:
-        raise TargetError(f"{where} is an array, of which no single secret can be made anew.")
+        raise TargetError(f"{where} is an array: its secrets cannot be replaced one by one.")
     if row["is_partition_key"]:
         raise TargetError(
-            f"{where} decides which partition a row is in, so that new values would move rows past the "
-            "planner: add a column for the secret, and rotate that."
+            f"{where} is part of the partition key: new values would move rows between partitions. Add a "
+            "column for the secret, and rotate that."
         )
     if row["referrer"]:
         raise TargetError(
-            f"{where} is what {row['referrer']} refers to: new values would break these references; add a "
+            f"{where} is referenced by {row['referrer']}: new values would break these references. Add a "
             "column for the secret, and rotate that."
         )
 
@@ -295,12 +287,7 @@ _HAS: Final = (
 
 
 async def missing_grants(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
-    """Return the GRANT statements that the role still needs; empty where it has all privileges.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-    """
+    """Return the GRANT statements that the role still needs; empty where it has all privileges."""
     async with translate_errors(connection):
         cursor = await connection.execute("SELECT quote_ident(current_user)")
         ((role,),) = await cursor.fetchall()
@@ -311,22 +298,16 @@ async def missing_grants(connection: AsyncConnection, table: TargetTable) -> tup
         needed[name] = [(privilege, None) for privilege in privileges]
     grants = []
     for name, wanted in needed.items():
-        missing = [
-            _written(privilege, column)
-            for privilege, column in wanted
-            if not await _has(connection, name, privilege, column)
-        ]
+        missing = []
+        for privilege, column in wanted:
+            async with translate_errors(connection):
+                cursor = await connection.execute(
+                    _HAS, {"table": name, "privilege": privilege, "column": column}
+                )
+                ((is_granted,),) = await cursor.fetchall()
+            if not is_granted:
+                quoted = "" if column is None else f" ({sql.Identifier(column).as_string()})"
+                missing.append(f"{privilege}{quoted}")
         if missing:
             grants.append(f"GRANT {', '.join(missing)} ON {name} TO {role};")
     return tuple(grants)
-
-
-async def _has(connection: AsyncConnection, name: str, privilege: str, column: str | None) -> bool:
-    async with translate_errors(connection):
-        cursor = await connection.execute(_HAS, {"table": name, "privilege": privilege, "column": column})
-        row = await cursor.fetchone()
-    return bool(row and row[0])
-
-
-def _written(privilege: str, column: str | None) -> str:
-    return privilege if column is None else f"{privilege} ({sql.Identifier(column).as_string()})"

@@ -32,14 +32,14 @@ _KEEPALIVE: Final = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Server:
-    """How the server is reached.
+    """The server, and the settings of the connections to it.
 
     Attributes:
-        parameters: What libpq needs, as keyword arguments.
-        role: The role to assume; None for the one that logs in.
-        time_zone: That of its sessions, for conditions that have none; None for the server's own.
-        search_path: The schemas that Django's own connection looks in; None for the role's own.
-        read_parameters: Returns the parameters as they are now, for each connection again: a password or a
+        parameters: The keyword arguments for libpq.
+        role: The role to assume; None for the role that logs in.
+        time_zone: The time zone of the sessions, for conditions without one; None for the server's own.
+        search_path: The search path of Django's own connection; None for the role's own.
+        read_parameters: A function that returns the present parameters for each connection: a password or a
             token may have been replaced. None where they never change.
     """
 
@@ -56,48 +56,41 @@ class Server:
             "application_name": APPLICATION_NAME,
             **self.parameters,
             "autocommit": True,
-            # A range takes milliseconds and its parsing microseconds; poolers need not know what is prepared.
+            # A range takes milliseconds and its parsing microseconds; some poolers do not support prepared
+            # statements.
             "prepare_threshold": None,
         }
 
     async def read_arguments(self) -> dict[str, Any]:
-        """Read the parameters again, and return the keyword arguments of a connection.
-
-        Raises:
-            ServerLostError: They cannot be read.
-        """
+        """Read the parameters again, and return the keyword arguments of a connection."""
         if self.read_parameters is None:
             return self.arguments()
         try:
-            # It may ask another server for a password or a token.
+            # It may request a password or a token from another server.
             parameters = await run_in_daemon_thread(self.read_parameters)
         except Exception as error:  # noqa: BLE001 - whatever the project's code raises
             raise ServerLostError(
-                f"Django's connection parameters cannot be read: {type(error).__name__}."
+                f"Cannot read Django's connection parameters: {type(error).__name__}."
             ) from None
         return replace(self, parameters=parameters).arguments()
 
     async def configure(self, connection: AsyncConnection) -> None:
-        """Make a new connection one of the rotator's.
-
-        Raises:
-            ServerLostError: The server is read-only.
-        """
+        """Apply the rotator's settings to a new connection; refuse a server that is read-only."""
         try:
             await self._configure(connection)
         except BaseException:
-            # The pool forgets it without closing it.
+            # The pool does not close it.
             await connection.close()
             raise
 
     async def _configure(self, connection: AsyncConnection) -> None:
         wanted = {"role": self.role, "search_path": self.search_path}
-        # The driver reads times in this style alone.
+        # The driver reads times only in this style.
         if not (connection.info.parameter_status("DateStyle") or "ISO").startswith("ISO"):
             wanted["DateStyle"] = "ISO"
         if isinstance(connection, OwnConnection):
             await connection.configure({name: value for name, value in wanted.items() if value is not None})
-        # A setting that transaction poolers keep for each client.
+        # Transaction poolers keep this setting for each client.
         if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
             await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))
 
@@ -121,22 +114,17 @@ async def connected(server: Server) -> AsyncIterator[AsyncConnection]:
 async def pooled(
     server: Server, size: int, *, seconds: float = OPEN_SECONDS
 ) -> AsyncIterator[AsyncConnectionPool]:
-    """Open a pool of connections in autocommit mode, all of them at once.
-
-    Args:
-        server: Where.
-        size: How many.
-        seconds: How long to try.
+    """Open a pool of ``size`` connections in autocommit mode, all of them at once.
 
     Raises:
-        ServerLostError: The server does not give that many.
+        ServerLostError: The connections could not be opened in time.
     """
     pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
         connection_class=OwnConnection,
         kwargs=server.read_arguments,
         min_size=size,
         max_size=size,
-        # Each is opened by one of them.
+        # One for each connection, so that all are opened at the same time.
         num_workers=size,
         open=False,
         configure=server.configure,
@@ -147,14 +135,15 @@ async def pooled(
             await pool.open(wait=True, timeout=seconds)
         except PoolTimeout:
             raise ServerLostError(
-                f"The server does not give {size} more connections; are too many in use?"
+                f"Cannot open {size} more connections: the server accepts no more. Close some, or raise the "
+                "limit of the server, the database or the role."
             ) from None
     async with pool:
         yield pool
 
 
-# The limits of a role or a database are for the application's statements. Each transaction of the rotator
-# has limits of its own.
+# The time limits of a role or a database are meant for the application. Each transaction of the rotator sets
+# its own.
 _SETTINGS: Final = {
     "statement_timeout": "0",
     "lock_timeout": "0",
@@ -165,7 +154,7 @@ _SETTINGS: Final = {
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
     "default_transaction_read_only": "off",
-    # The driver's literals.
+    # The driver writes its literals in this syntax.
     "standard_conforming_strings": "on",
     # The plans that decision 1 and the search for older rows depend on.
     "enable_seqscan": "on",
@@ -181,8 +170,8 @@ _SETTINGS: Final = {
     "enable_partition_pruning": "on",
 }
 _READ_ONLY: Final = "default_transaction_read_only"
-# What a role has by default is for its other sessions. What a database, a server or a connection is set to
-# is a decision about this session, too.
+# The default of a role is meant for its other sessions. A setting of the database, the server or the
+# connection is meant for this session, too.
 _ROLE_DEFAULTS: Final = ("user", "database user")
 
 _CONFIGURE: Final = (
@@ -199,35 +188,25 @@ _CONFIGURE: Final = (
     " SELECT session.is_direct, session.is_read_only OR pg_is_in_recovery(),"
     " (SELECT array_agg(c.name) FROM (SELECT * FROM changed OFFSET 0) AS c) FROM session"
 )
-_SET_LOCAL: Final = (
-    "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
-)
 
 
 class OwnConnection(AsyncConnection):
     """A connection of the rotator.
 
     Behind a pooler that gives each transaction another session of the server, settings of the session would
-    reach other clients. There, every transaction begins with the settings that it needs, and every single
-    statement is a transaction.
+    reach other clients. There, every transaction begins with its own settings, and every single statement is
+    a transaction.
 
     Attributes:
-        local_settings: The settings that each transaction begins with; empty where the session has them.
-        one_statement: Held by the task that executes a single statement; only where each is a transaction.
+        local_settings: The settings with which each transaction begins; empty where the session has them.
+        one_statement: A lock for single statements; only where each of them is a transaction.
     """
 
     local_settings: Mapping[str, str] = {}
     one_statement: asyncio.Lock
 
     async def configure(self, wanted: Mapping[str, str]) -> None:
-        """Set what deviates from what is needed.
-
-        Args:
-            wanted: Other settings of the session than those that every session needs.
-
-        Raises:
-            ServerLostError: The server is read-only.
-        """
+        """Change the settings that differ from those of every session, and from the wanted ones."""
         values.register(self)
         await self.set_isolation_level(IsolationLevel.READ_COMMITTED)
         settings = _SETTINGS | dict(wanted)
@@ -251,39 +230,29 @@ class OwnConnection(AsyncConnection):
         self.one_statement = asyncio.Lock()
         self.cursor_factory = _LocalCursor
 
-    @property
-    def is_local(self) -> bool:
-        """Whether each transaction begins with settings of its own."""
-        return self.cursor_factory is _LocalCursor
-
     @asynccontextmanager
     async def transaction(
         self,
         savepoint_name: str | None = None,
         force_rollback: bool = False,  # noqa: FBT001, FBT002 - the driver's signature
     ) -> AsyncIterator[AsyncTransaction]:
-        """Do what the driver does, with the settings of this connection."""
+        """Open a transaction or a savepoint as the driver does, with the settings of this connection."""
         begins = self.pgconn.transaction_status == TransactionStatus.IDLE
         async with super().transaction(savepoint_name, force_rollback) as transaction:
-            if begins:
-                await self.set_local()
+            if begins and self.local_settings:
+                await set_local(self, self.local_settings)
             yield transaction
-
-    async def set_local(self) -> None:
-        """Change the settings of the transaction that has just begun."""
-        if self.local_settings:
-            settings = self.local_settings
-            await AsyncCursor(self).execute(_SET_LOCAL, (list(settings), list(settings.values())))
 
 
 class _LocalCursor(AsyncCursor):
-    """Makes each single statement a transaction that begins with the connection's settings."""
+    """A cursor that makes each single statement a transaction with the connection's settings."""
 
     async def execute(self, *arguments: Any, **options: Any) -> "_LocalCursor":  # noqa: ANN401 - handed on
         """Execute a statement."""
         connection = self.connection
-        # A pipeline has a transaction of its own. What it has queued does not show in the status.
-        if not isinstance(connection, OwnConnection) or _is_in_pipeline(connection):
+        # A pipeline has its own transaction. The status does not show its queued statements.
+        is_in_pipeline = connection.pgconn.pipeline_status != PipelineStatus.OFF
+        if is_in_pipeline or not isinstance(connection, OwnConnection):
             return await super().execute(*arguments, **options)
         # The heartbeat's connection is shared.
         async with connection.one_statement:
@@ -293,19 +262,22 @@ class _LocalCursor(AsyncCursor):
                 return await super().execute(*arguments, **options)
 
 
-def _is_in_pipeline(connection: AsyncConnection) -> bool:
-    return connection.pgconn.pipeline_status != PipelineStatus.OFF
-
-
 async def begin(connection: AsyncConnection) -> None:
-    """Begin a transaction that the caller ends by a statement."""
-    local = connection if isinstance(connection, OwnConnection) and connection.is_local else None
-    access = " READ WRITE" if local is not None and local.read_only is False else ""
+    """Begin a transaction that the caller ends with COMMIT or a rollback."""
+    access = " READ WRITE" if connection.read_only is False else ""
     await execute_alone(connection, f"BEGIN ISOLATION LEVEL READ COMMITTED{access}".encode())
-    if local is not None:
-        await local.set_local()
+    if isinstance(connection, OwnConnection) and connection.local_settings:
+        await set_local(connection, connection.local_settings)
+
+
+async def set_local(connection: AsyncConnection, settings: Mapping[str, str]) -> None:
+    """Change settings until the end of the open transaction."""
+    await AsyncCursor(connection).execute(
+        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
+        (list(settings), list(settings.values())),
+    )
 
 
 async def execute_alone(connection: AsyncConnection, statement: bytes | sql.Composed) -> AsyncCursor:
-    """Execute a statement that cannot be part of a transaction, or begins one."""
+    """Execute a statement that begins a transaction, or cannot be part of one."""
     return await AsyncCursor(connection).execute(statement)

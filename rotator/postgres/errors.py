@@ -20,28 +20,27 @@ from rotator.exceptions import (
     SupersededError,
 )
 
-# These are raised by casts of these words inside the statements, since SQL has no RAISE.
+# Statements raise these by casting the text to a number or a boolean, since SQL has no RAISE.
 SUPERSEDED: Final = "this process does not own the rotation any more"
 RANGE_GREW: Final = "the range holds more rows than were planned"
 TOO_LONG: Final = "the transaction of the range takes too long"
-SUPPRESSED: Final = "rows stayed as they were, perhaps because of a trigger"
+SUPPRESSED: Final = "rows were not updated, perhaps because of a trigger"
 
-# The constraints of rotator.models that no two checkpoints of a rotation get past.
+# The constraints of rotator.models that allow one checkpoint for each range.
 _CHECKPOINTED: Final = ("rotator_range_begins_once", "rotator_range_ends_once")
 
 ANSWER_SECONDS: Final = 30.0
 
 _LOST_CLASSES: Final = ("08", "57P")
 _LOST: Final = (errors.TooManyConnections, errors.IdleInTransactionSessionTimeout, errors.ProtocolViolation)
-_REFUSED: Final[dict[type[psycopg.Error], str]] = {
-    errors.InsufficientPrivilege: "this role lacks a privilege: grant what docs/operating.md lists",
-    errors.DiskFull: "its disk is full: make room",
-    errors.UndefinedTable: "a table is missing: run `manage.py migrate`",
-    errors.UndefinedColumn: "a column is missing: run `manage.py migrate`",
-    errors.UndefinedFunction: "a function is missing: PostgreSQL 15 or later is needed",
+_PERMANENT: Final[dict[type[psycopg.Error], str]] = {
+    errors.InsufficientPrivilege: "this role lacks a privilege. Grant what docs/operating.md lists",
+    errors.DiskFull: "the server's disk is full. Free some space",
+    errors.UndefinedTable: "a table is missing. Run `manage.py migrate`",
+    errors.UndefinedColumn: "a column is missing. Run `manage.py migrate`",
+    errors.UndefinedFunction: "a function is missing. Upgrade the server to PostgreSQL 15 or later",
 }
-# Functions of the server's own source that report what does not exist, is not permitted, or is too long for
-# its type, by names alone.
+# Functions in the server's source whose messages contain names, but no values of rows.
 _NAMES_ALONE: Final = (
     "varchar",
     "bpchar",
@@ -53,7 +52,7 @@ _NAMES_ALONE: Final = (
     "GetConfigOptionByName",
     "aclcheck_error",
 )
-_PASSING: Final = (
+_RETRYABLE: Final = (
     errors.DeadlockDetected,
     errors.SerializationFailure,
     errors.UniqueViolation,
@@ -69,22 +68,22 @@ class RangeGrewError(RotatorError):
 async def translate_errors(
     connection: psycopg.AsyncConnection | None = None, *, seconds: float | None = ANSWER_SECONDS
 ) -> AsyncIterator[None]:
-    """Turn the driver's errors, and the server's silence, into the rotator's own errors.
+    """Translate the driver's errors, and a timeout, into the rotator's own errors.
 
     Args:
-        connection: What is talked over, where there is one already.
-        seconds: How long the block may take. A peer behind a proxy can be gone and still acknowledge
-            every packet, so only a clock of our own notices. None for as long as it takes.
+        connection: The connection, where it is open already.
+        seconds: The longest time for the block; None for no limit. A proxy can acknowledge every packet of a
+            lost server, so only a clock of this process notices the loss.
 
     Raises:
-        ServerLostError: The connection is gone, was never made, or is silent; or more was committed than
-            this process was told, and the checkpoints have to be read anew.
-        RowsLockedError: A lock was not to be had in time.
-        SupersededError: The fence holds.
-        RangeTooSlowError: A statement took longer than it may.
+        ServerLostError: The connection was lost, could not be opened, or timed out; or a range was committed
+            without a reply to this process, which must read the checkpoints again.
+        RowsLockedError: A lock was not acquired in time.
+        SupersededError: The fence failed.
+        RangeTooSlowError: A statement exceeded its time limit.
         RangeGrewError: There were more rows than values.
-        ServerRefusedError: Trying again does not help.
-        RangeRejectedError: Anything else that the server reported.
+        ServerRefusedError: A retry does not help.
+        RangeRejectedError: The server reported another error.
     """
     try:
         async with asyncio.timeout(seconds):
@@ -92,78 +91,77 @@ async def translate_errors(
     except TimeoutError:
         raise ServerLostError(f"The server has not answered for {seconds or 0:.0f} s.") from None
     except (psycopg.Error, PoolTimeout) as error:
-        # Not chained: the driver's message can quote values, and a traceback would print it.
+        # Not chained: a traceback would print the driver's message, which can contain values.
         raise translate(error, connection) from None
 
 
 def translate(error: Exception, connection: psycopg.AsyncConnection | None = None) -> RotatorError:
-    """Return what an error of the driver means."""
+    """Return the rotator's own error for an error of the driver."""
     if isinstance(error, errors.ReadOnlySqlTransaction):
         return read_only()
     if _is_lost(error, connection):
         return ServerLostError(_lost_message(error))
     if not isinstance(error, psycopg.Error):
         raise error
-    # What a trigger of the application lacks is nothing that our own statements lack.
-    for_good = None if _function(error) else permanent_refusal(type(error))
-    return _own_error(error) or for_good or _rejected_range(error)
+    return _own_error(error) or _permanent_error(error) or _rejected_range(error)
 
 
 def _own_error(error: psycopg.Error) -> RotatorError | None:
-    said = error.diag.message_primary or ""
-    if SUPERSEDED in said:
+    message = error.diag.message_primary or ""
+    if SUPERSEDED in message:
         return superseded()
-    if TOO_LONG in said:
+    if TOO_LONG in message:
         return RangeTooSlowError(TOO_LONG)
-    return RangeGrewError(RANGE_GREW) if RANGE_GREW in said else None
+    return RangeGrewError(RANGE_GREW) if RANGE_GREW in message else None
+
+
+def _permanent_error(error: psycopg.Error) -> ServerRefusedError | None:
+    # An error in a trigger of the application is one of the range.
+    if not _function(error):
+        for permanent, advice in _PERMANENT.items():
+            if isinstance(error, permanent):
+                return ServerRefusedError(f"Cannot rotate: {advice}, then run the same command again.")
+    return None
+
+
+def _rejected_range(error: psycopg.Error) -> RotatorError:
+    match error:
+        case errors.UniqueViolation() if error.diag.constraint_name in _CHECKPOINTED:
+            # The halves of such a range would not violate the constraints, and be written twice.
+            return ServerLostError("The range was already committed; the checkpoints must be read again.")
+        case errors.LockNotAvailable():
+            return RowsLockedError("Another session has locked rows of the range.")
+        case errors.QueryCanceled():
+            return RangeTooSlowError(condition(error))
+        case _:
+            return RangeRejectedError(condition(error), retryable=isinstance(error, _RETRYABLE))
 
 
 def _function(error: psycopg.Error) -> str:
-    """Return the name of the function that met the error; empty where it was our own statement.
+    """Return the name of the function that raised the error; empty where it was our own statement.
 
-    Of the context it takes the name alone: the rest can quote statements, and these values.
+    The rest of the context can contain statements with values.
     """
     found = re.search(r"PL/pgSQL function ([^\s(]+\([^)]*\))", error.diag.context or "")
     return found[1] if found else ""
 
 
-def permanent_refusal(condition: type[psycopg.Error]) -> ServerRefusedError | None:
-    """Return what to say of an error that trying again does not mend; None for any other."""
-    for refused, advice in _REFUSED.items():
-        if issubclass(condition, refused):
-            return ServerRefusedError(f"The server refuses, {advice}; then the same command goes on.")
-    return None
-
-
 def connection_lost(error: psycopg.Error) -> ServerLostError | None:
-    """Return what an error means on a connection that is not the rotator's, if it is the loss of it."""
+    """Return the error for the loss of a connection that is not the rotator's; None for any other error."""
     if isinstance(error, psycopg.InterfaceError) or _is_lost(error, None):
         return ServerLostError(_lost_message(error))
     return None
 
 
 def read_only() -> ServerLostError:
-    """Return the error of a server that is read-only: permanently, or until a failover is over."""
+    """Return the error for a server that is read-only, permanently or until a failover has finished."""
     return ServerLostError(
-        "The server refuses, it is read-only: connect to the primary; then the same command goes on."
+        "Cannot rotate: the server is read-only. Connect to the primary, then run the same command again."
     )
 
 
-def _rejected_range(error: psycopg.Error) -> RotatorError:
-    match error:
-        case errors.UniqueViolation() if error.diag.constraint_name in _CHECKPOINTED:
-            # Halves of such a range would get past the constraints, and be written twice.
-            return ServerLostError("The checkpoints hold more than this process knows of.")
-        case errors.LockNotAvailable():
-            return RowsLockedError("Somebody else holds rows of the range.")
-        case errors.QueryCanceled():
-            return RangeTooSlowError(condition(error))
-        case _:
-            return RangeRejectedError(condition(error), retryable=isinstance(error, _PASSING))
-
-
 def superseded() -> SupersededError:
-    """Return the error of a process that another one has taken the rotation from."""
+    """Return the error for a process whose rotation another process has taken over."""
     return SupersededError(
         "Another process has taken this rotation over; this one stopped and has written nothing since."
     )
@@ -172,8 +170,7 @@ def superseded() -> SupersededError:
 def condition(error: psycopg.Error) -> str:
     """Return the server's name for an error, e.g. ``check_violation (23514) of token_not_empty``.
 
-    Its text is added where the server itself has put it together from names alone, and the function that met
-    it, which is a trigger's.
+    The server's message is added where it contains only names, and the name of a trigger's function.
     """
     words = re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
     name = words if error.sqlstate is None else f"{words} ({error.sqlstate})"
@@ -198,13 +195,13 @@ def _is_lost(error: Exception, connection: psycopg.AsyncConnection | None) -> bo
 def _lost_message(error: Exception) -> str:
     if isinstance(error, psycopg.Error) and error.sqlstate is not None:
         return f"The connection to the server was lost: {condition(error)}."
-    # libpq's own words: hosts and system errors, nothing of a row. Its first line says it all.
+    # libpq's messages contain hosts and system errors, but no values of rows.
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"The server cannot be reached: {first_line.rstrip('.')}."
 
 
-# PostgreSQL's manual, chapter "Error Reporting and Logging", and those of the two modules. Where this role
-# may change log_parameter_max_length, guard() does so for each of its transactions, and nothing shows.
+# See chapter "Error Reporting and Logging" of PostgreSQL's manual, and the manuals of the two modules. Where
+# this role may change log_parameter_max_length, begin_fenced() turns logging off for each transaction.
 _QUERY: Final = (
     "SELECT name || ' = ' || setting FROM pg_settings WHERE"
     " (CASE name WHEN 'log_statement' THEN setting IN ('mod', 'all')"
@@ -220,7 +217,7 @@ _QUERY: Final = (
 
 
 async def settings_that_show_values(connection: AsyncConnection) -> tuple[str, ...]:
-    """The settings that make the server log new values, e.g. ``log_statement = all``; mostly none."""
+    """Return the settings that make the server log new values, e.g. ``log_statement = all``."""
     async with translate_errors(connection):
         cursor = await connection.execute(_QUERY)
         return tuple([setting async for (setting,) in cursor])

@@ -6,6 +6,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.options import WaitLimits
+from rotator.postgres.connection import begin
 from rotator.postgres.errors import SUPERSEDED
 
 # "rota" in ASCII: the first half of the advisory locks' key; the second is the rotation's id.
@@ -54,9 +55,9 @@ class Lease:
 
 
 async def begin_fenced(
-    connection: AsyncConnection, lease: Lease, limits: WaitLimits, *, disabled_joins: tuple[str, ...]
+    connection: AsyncConnection, lease: Lease | None, limits: WaitLimits, *, disabled_joins: tuple[str, ...]
 ) -> None:
-    """Make a transaction that has just begun one that only this generation's owner can commit.
+    """Begin a transaction that only this generation's owner can commit.
 
     The lock comes before the fence, and each is a statement of its own with a snapshot of its own: whoever
     takes over holds the lock exclusively while it raises the generation, so what the fence reads after the
@@ -64,13 +65,15 @@ async def begin_fenced(
     is already on its way.
 
     Args:
-        connection: In a transaction that is READ COMMITTED.
-        lease: What this process owns.
+        connection: In autocommit mode.
+        lease: What this process owns; None where the transaction will be rolled back.
         limits: How long it may wait.
         disabled_joins: The server's names of joins that the update must not be planned with.
     """
+    await begin(connection)
     await set_timeouts(connection, limits, disabled_joins=disabled_joins)
-    await fence(connection, lease)
+    if lease is not None:
+        await fence(connection, lease)
 
 
 async def fence(connection: AsyncConnection, lease: Lease) -> None:

@@ -25,7 +25,7 @@ SESSION_QUERY: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionIdentity:
-    """What one connection of a project is connected to, and what it sees there.
+    """The server and database of one connection, and the tables that it finds there.
 
     Attributes:
         system: The server's system identifier.
@@ -33,9 +33,9 @@ class SessionIdentity:
         database: The database's name.
         role: The role whose privileges the session has.
         search_path: The schemas in which it looks for unqualified names.
-        table_oid: The oid of the target's table; None where it sees none of that name.
-        table_schema: That table's schema; None likewise.
-        rotations_oid: The oid of the table of rotations; None likewise.
+        table_oid: The oid of the target's table; None where it finds no table of that name.
+        table_schema: The schema of that table, or None.
+        rotations_oid: The oid of the table of rotations, or None.
     """
 
     system: str
@@ -51,12 +51,7 @@ class SessionIdentity:
 async def check_session(
     connection: AsyncConnection, path: tuple[str, ...], expected: SessionIdentity
 ) -> None:
-    """Refuse a connection that does not work where Django's own does.
-
-    Args:
-        connection: In autocommit mode; one of the rotator's.
-        path: The table's name, with its schema before it where it has one; unquoted.
-        expected: What Django's own connection sees.
+    """Refuse a connection of the rotator that does not use the same server and tables as Django's own.
 
     Raises:
         TargetError: The server, the database, the role or a table is another one.
@@ -72,7 +67,7 @@ async def check_session(
 
 
 def check_same_session(path: tuple[str, ...], django: SessionIdentity, rotator: SessionIdentity) -> None:
-    """Refuse two sessions that do not work in the same place; see :func:`check_session`."""
+    """Refuse two sessions with different servers or tables; see :func:`check_session`."""
     for what, of_django, of_rotator in (
         ("server (system identifier)", django.system, rotator.system),
         ("database", django.database, rotator.database),
@@ -84,20 +79,20 @@ def check_same_session(path: tuple[str, ...], django: SessionIdentity, rotator: 
         if of_django != of_rotator:
             raise TargetError(
                 f"Django's own connection and the rotator's do not use the same {what}: Django's has "
-                f"{of_django}, the rotator's has {of_rotator}. Set it in DATABASES, which both read, instead "
-                "of a connection_created receiver or a custom engine."
+                f"{of_django}, the rotator's has {of_rotator}. Set it in DATABASES, which both read, not in "
+                "a connection_created receiver or a custom engine."
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyColumn:
-    """One column of the key, as far as the order of its values depends on it.
+    """The parts of a key column on which the order of its values depends.
 
     Attributes:
         name: The column's name.
         type: The type's name, as the server prints it.
         collation: The collation's schema and name; empty where the type has none.
-        collation_version: The version that the operating system or ICU has of it; empty likewise.
+        collation_version: The collation's version in the operating system or ICU, or empty.
     """
 
     name: str
@@ -108,15 +103,15 @@ class KeyColumn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetIdentity:
-    """What a rotation was begun on; the same name may mean something else later.
+    """The target of a rotation at its start; later, the same names can belong to something else.
 
     Attributes:
         system: The server's system identifier.
         database_oid: The database's oid.
         table_oid: The table's oid.
         key: The key's columns.
-        files: The number of the file (``relfilenode``) that holds the rows of each partition, or of the
-            table itself, by the oid as a text. A rewrite of the table changes it.
+        files: The number of the file (``relfilenode``) of each partition, or of the table itself, by its oid
+            as a text. A rewrite of the table changes it.
     """
 
     system: str
@@ -127,20 +122,20 @@ class TargetIdentity:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "TargetIdentity | None":
-        """Return what :meth:`to_json` was made of; None for a rotation that an older version began."""
+        """Return the identity that was saved; None for a rotation that an older version began."""
         if not saved:
             return None
         known = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
         return cls(**known | {"key": tuple(KeyColumn(**column) for column in saved["key"])})
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON types, for the rotation's row."""
+        """Return the identity as JSON types, for the rotation's row."""
         return asdict(self)
 
     def difference(self, now: "TargetIdentity") -> str:
-        """Return in one phrase how the target is another one now; empty where it is the same.
+        """Return how the target differs, in one phrase; empty where it is the same.
 
-        Partitions come and go, and VACUUM FULL changes the files: neither makes it another target.
+        Neither other partitions nor other files, as after VACUUM FULL, make it another target.
         """
         if self.system != now.system:
             return (
@@ -165,7 +160,7 @@ class TargetIdentity:
         return ""
 
     def rewritten(self, now: "TargetIdentity") -> tuple[int, ...]:
-        """Return the oids of the partitions, or of the table, whose rows are in other files now."""
+        """Return the oids of the partitions, or of the table, whose files have changed."""
         return tuple(int(oid) for oid, file in now.files.items() if self.files.get(oid, file) != file)
 
     @staticmethod
@@ -181,22 +176,23 @@ def _phrase(key: Sequence[KeyColumn]) -> str:
 
 
 REWRITTEN: Final = (
-    "another session has rewritten every row, as ALTER TABLE, TRUNCATE and pg_repack do, so the server "
-    "does not tell any more which rows have new values"
+    "another session has rewritten every row, as ALTER TABLE, TRUNCATE and pg_repack do, so it is unknown "
+    "which rows have new values"
 )
 
 
 def changed_target(rotation: int, target: str, difference: str) -> TargetError:
-    """Return the error of a rotation whose target is not what it was begun on."""
+    """Return the error for a rotation whose target has changed since its start."""
     return TargetError(
-        f"Rotation {rotation} of {target} cannot go on: {difference}. Rotate all rows again with --restart."
+        f"Cannot continue rotation {rotation} of {target}: {difference}. Rotate all rows again with "
+        "--restart."
     )
 
 
 _KEY: Final = (
     "SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,"
     " COALESCE(n.nspname || '.' || l.collname, '') AS collation,"
-    # The database's own has its version there.
+    # The database has the version of its own collation.
     " COALESCE(CASE WHEN l.collprovider = 'd' THEN (SELECT pg_database_collation_actual_version(oid)"
     " FROM pg_database WHERE datname = current_database())"
     " ELSE pg_collation_actual_version(l.oid) END, '') AS collation_version"
@@ -215,12 +211,7 @@ _TARGET: Final = sql.SQL(
 
 
 async def read_identity(connection: AsyncConnection, table: TargetTable) -> TargetIdentity:
-    """Read what the target is now.
-
-    Args:
-        connection: In autocommit mode, or in a transaction.
-        table: The target's table.
-    """
+    """Read the present identity of the target."""
     async with translate_errors(connection):
         rows = connection.cursor(row_factory=dict_row)
         await rows.execute(_KEY, {"table": table.regclass, "key": [column.name for column in table.key]})

@@ -1,8 +1,8 @@
-"""Which transaction wrote each row last: this rotation's, another one since its start, or an older one.
+"""Counts rows by the transaction that wrote them last: the rotation's, another one since, or an older one.
 
-A row's ``xmin`` names the transaction that wrote it last, without its epoch. Each checkpoint and each late
-transaction records its own id. One scan of the table counts rows by ``xmin`` and joins these counts, never
-the rows, with the recorded ids. See docs/decisions/0008.
+A row's ``xmin`` is the transaction that wrote it last, without its epoch. Each checkpoint and each late
+transaction records its own id. One scan of the table counts rows by ``xmin`` and joins these counts, not the
+rows, with the recorded ids. See docs/decisions/0008.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,9 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
+from rotator.postgres.connection import set_local
 from rotator.postgres.errors import translate_errors
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
 
 _STARTED: Final = sql.SQL("%(started_xid)s::text::xid8::xid")
 RECORDED: Final = sql.SQL(
@@ -26,7 +27,7 @@ RECORDED: Final = sql.SQL(
 """The transactions that recorded what they wrote for the rotation; takes the parameter ``rotation``."""
 
 ATTACHED: Final = sql.SQL(
-    # The latest of the transactions that attached the leaf, or a partition that it is part of.
+    # The latest of the transactions that attached the leaf, or a partition that contains it.
     "SELECT leaf.oid AS leaf, (array_agg(i.xmin ORDER BY age(i.xmin)))[1] AS xid FROM {} AS leaf,"
     " pg_partition_ancestors(leaf.oid) AS ancestor"
     " JOIN pg_partition_tree(%(table)s::regclass) AS tree ON tree.relid = ancestor.relid AND tree.level > 0"
@@ -41,13 +42,13 @@ Takes the parameters ``table`` and ``started_xid``.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastWriters:
-    """The rows that the rotation is for, by who wrote them last.
+    """The number of rows to rotate, by the session that wrote them last.
 
     Attributes:
         confirmed: The rows that this rotation wrote last: they have their new values.
         others: The rows that another session, or a trigger, has written since the rotation's start.
-        older: The rows that nothing has written since the rotation's start: they have their old values.
-        renewed: The leaves' oids of which another session seems to have rewritten every row.
+        older: The rows that no session has written since the rotation's start: they have their old values.
+        renewed: The oids of the leaves whose rows another session has probably all rewritten.
     """
 
     confirmed: int
@@ -57,16 +58,11 @@ class LastWriters:
 
 
 def is_older(xid: sql.Composable, attached_xid: sql.Composable) -> sql.Composable:
-    """A condition: this transaction cannot have written a row of the target since the start.
+    """Return a condition: a row with this ``xmin`` was written before the start, or before its attachment.
 
-    It has to be evaluated in autocommit mode: within a transaction, newer rows have a negative age. A
-    negative age is that of a row of an earlier epoch. A row that is older than the attachment of its
-    partition was written while the rotation did not know of it.
-
-    Args:
-        xid: The row's ``xmin``.
-        attached_xid: The transaction in :data:`ATTACHED`, or NULL. Its age is read by the same query as that
-            of the row's, since both grow.
+    Evaluate it in autocommit mode: a negative age is that of a row of an earlier epoch, but within a
+    transaction newer rows have a negative age, too. The ages of the row and of ``attached_xid`` (the
+    transaction in :data:`ATTACHED`, or NULL) must be read by the same query, since both grow.
     """
     return sql.SQL(
         "(age({xid}) NOT BETWEEN 0 AND age({started}) OR COALESCE(age({xid}) >= age({attached_xid}), false))"
@@ -86,7 +82,7 @@ _COUNT: Final = (
     " COALESCE(sum(rows) FILTER (WHERE writer = 'mixed'), 0)::bigint AS mixed,"
     " COALESCE(sum(rows) FILTER (WHERE writer = 'others'), 0)::bigint AS others,"
     " COALESCE(sum(rows) FILTER (WHERE writer = 'older'), 0)::bigint AS older,"
-    # All rows were rewritten: none is older than the first of the others, though checkpoints are.
+    # All rows were rewritten: no row is older than the first of the others, but checkpoints are.
     " leaf::bigint = ANY (%(rewritten)s::bigint[])"
     " AND COALESCE(max(age) FILTER (WHERE writer = 'others')"
     " > COALESCE(max(age) FILTER (WHERE writer IN ('confirmed', 'mixed')), -1), false)"
@@ -95,7 +91,7 @@ _COUNT: Final = (
     " WHERE o.leaf = classified.leaf AND o.writer = 'others')) AS is_renewed"
     " FROM classified GROUP BY leaf"
 )
-# Of a transaction in which triggers wrote, too, only the rows of the range are known to be the rotation's.
+# Where triggers wrote in the same transaction, only the rows of the range are certainly the rotation's.
 _MIXED: Final = (
     "SELECT COALESCE(sum(found.rows), 0)::bigint FROM rotator_completedrange c, LATERAL"
     " (SELECT count(*) AS rows FROM {row} WHERE {within} AND {row_name}.xmin = c.xid::text::xid8::xid"
@@ -111,14 +107,14 @@ async def count_last_writers(
     started_xid: int,
     rewritten: Sequence[int] = (),
 ) -> LastWriters:
-    """Count the rows that the rotation is for by who wrote them last; reads the whole table once.
+    """Count the rows to rotate by the session that wrote them last; read the whole table once.
 
     Args:
-        connection: In autocommit mode, for this query's use alone.
+        connection: A connection in autocommit mode, for this query's use alone.
         table: The target's table.
         rotation: The rotation's id.
         started_xid: The transaction that began it.
-        rewritten: The oids of the leaves whose rows are in other files than at the start.
+        rewritten: The oids of the leaves whose files have changed since the start.
     """
     parameters = {
         "rotation": rotation,
@@ -152,13 +148,13 @@ async def count_last_writers(
 async def _count_mixed(
     connection: AsyncConnection, table: TargetTable, parameters: Mapping[str, object]
 ) -> int:
-    """The rows that checkpoints with other writes have in their own ranges."""
+    """Count the rows that checkpoints with other writes have in their own ranges."""
     key = sql.SQL("({})").format(table.key_columns_of(ROW))
     through = sql.SQL("{} <= ({})").format(key, table.decoded(sql.SQL("c.through")))
     after = sql.SQL("{} > ({}) AND {}").format(key, table.decoded(sql.SQL("c.after")), through)
     rows = 0
     async with translate_errors(connection, seconds=None), connection.transaction():
-        await connection.execute("SELECT set_config('enable_seqscan', 'off', true)")
+        await set_local(connection, {"enable_seqscan": "off"})
         for within, null in ((through, sql.SQL("NULL")), (after, sql.SQL("NOT NULL"))):
             cursor = await connection.execute(
                 sql.SQL(_MIXED).format(
@@ -170,6 +166,5 @@ async def _count_mixed(
                 ),
                 parameters,
             )
-            row = await cursor.fetchone()
-            rows += row[0] if row else 0
+            rows += await number(cursor)
     return rows

@@ -12,21 +12,21 @@ from rotator import __version__
 _PROC: Final = Path("/proc")
 # proc_pid_stat(5): the process's start in clock ticks since boot, counted from after the command's name.
 _START_TIME_FIELD: Final = 19
-# A zombie has ended, though its parent process has yet to notice.
+# A zombie has ended, though its parent process has not read its exit status.
 _ENDED: Final = "ZX"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
-    """A process that owns a rotation, or did.
+    """A process that owns a rotation, or owned it.
 
     Attributes:
         host: The host's name.
         pid: The process's id on that host.
-        process: What tells it from every other process that ever had this pid: boot, pid namespace and
-            start; empty where the system does not say.
-        user: Who runs it.
-        version: The version of this software that it runs.
+        process: The boot, the pid namespace and the start time, which identify the process among all with
+            this pid; empty where the system does not provide them.
+        user: The system user that runs it.
+        version: The version of this package that it runs.
     """
 
     host: str
@@ -36,11 +36,11 @@ class Owner:
     version: str
 
     def __str__(self) -> str:
-        """Return one phrase that names it."""
-        return f"{self.user or 'somebody'} on {self.host} (pid {self.pid})"
+        """Return the user, the host and the pid."""
+        return f"{self.user or 'an unknown user'} on {self.host} (pid {self.pid})"
 
     def is_gone(self) -> bool:
-        """Whether it ran on this host and does not any more; False where that cannot be told."""
+        """Return whether it ran on this host and has ended; False where that is unknown."""
         machine, _, started = self.process.rpartition(" ")
         if not machine or self.host != socket.gethostname() or machine != _machine():
             return False
@@ -48,7 +48,7 @@ class Owner:
 
 
 def this_process() -> Owner:
-    """Name this process."""
+    """Return this process as an owner."""
     pid = os.getpid()
     machine, started = _machine(), _started(pid)
     return Owner(
@@ -61,7 +61,7 @@ def this_process() -> Owner:
 
 
 def _machine() -> str:
-    """The boot and the pid namespace in which a pid means something; empty where unknown."""
+    """Return the boot and the pid namespace of this process; empty where they are unknown."""
     boot = _read(_PROC / "sys" / "kernel" / "random" / "boot_id").strip()
     try:
         namespace = (_PROC / "self" / "ns" / "pid").readlink()
@@ -71,13 +71,13 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When the process with this pid started; empty where there is none."""
+    """Return the start time of the process with this pid; empty where there is none."""
     fields = _stat(pid)
     return "" if not fields or fields[0] in _ENDED else fields[_START_TIME_FIELD]
 
 
 def _has_ended(pid: int, started: str) -> bool:
-    """Whether the process with this pid that started then has ended; False where that cannot be told."""
+    """Return whether the process with this pid and start time has ended; False where that is unknown."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -91,8 +91,8 @@ def _has_ended(pid: int, started: str) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """What proc_pid_stat(5) says of a process, from its state on; empty where it cannot be read."""
-    # The command's name is in parentheses and may hold anything, a parenthesis too.
+    """Return the fields of proc_pid_stat(5) from the state on; empty where they cannot be read."""
+    # The command's name is in parentheses and can contain parentheses.
     fields = _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()
     return fields if len(fields) > _START_TIME_FIELD else []
 

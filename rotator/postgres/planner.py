@@ -1,52 +1,42 @@
-"""Plans ranges from the key's index, and reads the gaps that no checkpoint covers."""
+"""Plans ranges from the key's index, and reads the gaps that no checkpoint covers.
+
+Every function takes a connection in autocommit mode.
+"""
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
-from psycopg import AsyncConnection, AsyncCursor, sql
+from psycopg import AsyncConnection, sql
 
 from rotator.exceptions import RangeTooSlowError, TargetError
+from rotator.postgres.connection import set_local
 from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
 from rotator.ranges import Key, KeyInterval, KeyRange
 
-# So far the planner looks ahead: a way to the server that delays everything then delays many ranges at once.
+# The planner plans this far ahead: one round trip to a distant server then plans many ranges.
 _AHEAD_ROWS: Final = 20_000
 _MAX_RANGES_AHEAD: Final = 16
 
 
-def _settings(settings: dict[str, str]) -> bytes:
-    """Write the statement that changes settings for one transaction."""
-    return (
-        sql.SQL("SELECT {}")
-        .format(
-            sql.SQL(", ").join(
-                sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(setting))
-                for name, setting in settings.items()
-            )
-        )
-        .as_bytes()
-    )
-
-
-_READING_SETTINGS: Final = _settings(KEY_SETTINGS)
-_PLANNING_SETTINGS: Final = _settings(
-    {
-        **KEY_SETTINGS,
-        # A role's own timeouts are for the application's statements.
-        "lock_timeout": "1s",
-        "statement_timeout": f"{ANSWER_SECONDS * 1000:.0f}ms",
-        # Only the key's index says where a range ends without reading what comes after it.
-        "enable_seqscan": "off",
-        "enable_bitmapscan": "off",
-        "enable_sort": "off",
-        "jit": "off",
-    }
-)
-
+_PLANNING_SETTINGS: Final = {
+    **KEY_SETTINGS,
+    # A role's own timeouts are meant for the application's statements.
+    "lock_timeout": "1s",
+    "statement_timeout": f"{ANSWER_SECONDS * 1000:.0f}ms",
+    # Only the key's index tells where a range ends without reading the rows after it.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_sort": "off",
+    "jit": "off",
+}
+_ESTIMATE: Final = sql.SQL(
+    "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
+).format(PARTITIONS)
 _PLANNED: Final = "rotator_planned"
 _NEXT: Final = "rotator_next"
 _POSITION: Final = "rotator_position"
@@ -54,82 +44,81 @@ _TEXT: Final = "rotator_text"
 
 
 class IndexPlanner:
-    """Plans ranges by short queries over the key's index; no cursor, no arithmetic on keys."""
+    """Plans ranges by short queries over the key's index: without a cursor or arithmetic on keys."""
 
     def __init__(self, connection: AsyncConnection, table: TargetTable) -> None:
-        """Take a connection in autocommit mode, for this planner's use alone."""
+        """Take a connection for this planner's use alone."""
         self._connection = connection
-        # Workers that split a range ask, too.
+        # Workers that split a range use the planner, too.
         self._one_at_a_time = asyncio.Lock()
         self._ahead = deque[KeyRange]()
         self._ahead_batch = 0
         self._expected: KeyInterval | None = None
-        # Written out once: putting a statement together takes as long as sending it.
+        # Formatted once: formatting a statement takes as long as sending it.
         self._last_keys = {
             known: last_keys(table, after_is_known=known).as_bytes() for known in (False, True)
         }
-        self._counts = {known: self._count(table, after_is_known=known).as_bytes() for known in (False, True)}
+        self._counts = {
+            known: sql.SQL("SELECT count(*) FROM {} WHERE {}")
+            .format(table.name, table.within(after_is_known=known))
+            .as_bytes()
+            for known in (False, True)
+        }
 
-    @staticmethod
-    def _count(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
-        return sql.SQL("SELECT count(*) FROM {} WHERE {}").format(
-            table.name, table.within(after_is_known=after_is_known)
-        )
+    async def next_range(self, interval: KeyInterval, batch: int) -> KeyRange:
+        """Return the first ``batch`` rows of an interval, or the whole interval where it holds fewer rows.
 
-    async def next_range(self, span: KeyInterval, batch: int) -> KeyRange:
-        """The first ``batch`` rows of a span, or the whole of it where it holds fewer, or none.
-
-        Who goes on where the range before ended is translate_errors from what was planned ahead.
+        A caller that continues where the last range ended gets a range that was planned ahead.
 
         Raises:
             RowsLockedError: Another session has locked the whole table, as DDL does.
             TargetError: A key does not survive as text.
         """
         async with self._one_at_a_time:
-            goes_on = span == self._expected
-            if goes_on and batch != self._ahead_batch:
+            continues = interval == self._expected
+            if continues and batch != self._ahead_batch:
                 self._ahead.clear()
-            if goes_on and not self._ahead:
+            if continues and not self._ahead:
                 most = min(_MAX_RANGES_AHEAD, _AHEAD_ROWS // batch)
-                self._ahead.extend(await self._plan(span, batch, ranges=max(1, most)))
+                self._ahead.extend(await self._plan(interval, batch, ranges=max(1, most)))
                 self._ahead_batch = batch
-            if goes_on:
+            if continues:
                 planned = self._ahead.popleft()
             else:
-                (planned,) = await self._plan(span, batch, ranges=1)
-            # Whoever splits a range in between leaves what was planned ahead as it is.
-            if goes_on or not self._ahead:
-                self._expected = KeyInterval(after=planned.through, through=span.through)
+                (planned,) = await self._plan(interval, batch, ranges=1)
+            # A worker that splits a range in the meantime does not change the ranges that are planned ahead.
+            if continues or not self._ahead:
+                self._expected = KeyInterval(after=planned.through, through=interval.through)
             return planned
 
-    async def _plan(self, span: KeyInterval, batch: int, *, ranges: int) -> list[KeyRange]:
-        connection, is_known = self._connection, span.after is not None
+    async def _plan(self, interval: KeyInterval, batch: int, *, ranges: int) -> list[KeyRange]:
+        connection, is_known = self._connection, interval.after is not None
         parameters = {
-            "after": span.after,
-            "through": span.through,
+            "after": interval.after,
+            "through": interval.through,
             "skip": batch - 1,
             "ranges": ranges,
         }
         async with translate_errors(connection), connection.pipeline(), connection.transaction():
-            await connection.execute(_PLANNING_SETTINGS)
+            await set_local(connection, _PLANNING_SETTINGS)
             cursor = await connection.execute(self._last_keys[is_known], parameters)
             keys = [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
             if not keys:
                 cursor = await connection.execute(self._counts[is_known], parameters)
-                return [KeyRange(after=span.after, through=span.through, rows=await _number(cursor))]
+                return [KeyRange(after=interval.after, through=interval.through, rows=await number(cursor))]
         return [
             KeyRange(after=after, through=through, rows=batch)
-            for after, through in zip([span.after, *keys], keys, strict=False)
+            for after, through in zip([interval.after, *keys], keys, strict=False)
         ]
 
 
 def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
-    """The keys at which the next ranges of a span end, as far as these are full.
+    """Select the keys at which the next full ranges of an interval end.
 
-    Each comes after its number, and before whether it survives as text.
+    Each row has the number of the range, the key, and whether the key survives as text.
 
-    Parameters: ``after`` and ``through`` (keys), ``skip`` (one less than the rows of a range) and ``ranges``
-    (how many of them at the most).
+    Parameters: ``after`` and ``through`` (keys), ``skip`` (the rows of a range, less one) and ``ranges`` (the
+    largest number of ranges).
     """
     following = sql.SQL("({}) > ({}) AND {}").format(
         table.key_columns_of(ROW),
@@ -142,7 +131,7 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
         " UNION ALL SELECT {planned}.{position} + 1, {next_key} FROM {planned}, LATERAL ("
         "SELECT {row_key} FROM {row} WHERE {following} ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS {next}"
         " WHERE {planned}.{position} < %(ranges)s::integer)"
-        # The JSON outside, or the server makes one of every key that it skips.
+        # The JSON is made outside, or the server would make it of every key that it skips.
         " SELECT {position}, {text}, {survives} FROM (SELECT *, {json} AS {text} FROM {planned}) AS {planned}"
     ).format(
         planned=identifier(_PLANNED),
@@ -162,33 +151,26 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
 
 
 async def slice_ends(
-    connection: AsyncConnection, table: TargetTable, span: KeyInterval, *, rows: int, most: int
+    connection: AsyncConnection, table: TargetTable, interval: KeyInterval, *, rows: int, most: int
 ) -> list[Key]:
-    """The keys at which the full slices of a span end, in key order.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-        span: The span.
-        rows: The number of rows in a slice.
-        most: The largest number of slices.
-    """
-    statement = last_keys(table, after_is_known=span.after is not None)
+    """Return the keys at which the first ``most`` slices of ``rows`` rows end, in key order."""
+    statement = last_keys(table, after_is_known=interval.after is not None)
     async with translate_errors(connection), connection.transaction():
-        await connection.execute(_PLANNING_SETTINGS)
+        await set_local(connection, _PLANNING_SETTINGS)
         cursor = await connection.execute(
-            statement, {"after": span.after, "through": span.through, "skip": rows - 1, "ranges": most}
+            statement,
+            {"after": interval.after, "through": interval.through, "skip": rows - 1, "ranges": most},
         )
         return [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
 
 
 async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:
-    """The highest key that the table holds now; None where it is empty."""
+    """Return the highest key in the table; None where the table is empty."""
     descending = sql.SQL(", ").join(
         sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key
     )
     async with translate_errors(connection), connection.transaction():
-        await connection.execute(_READING_SETTINGS)
+        await set_local(connection, KEY_SETTINGS)
         cursor = await connection.execute(
             sql.SQL(
                 "SELECT {text}, {survives} FROM (SELECT *, {json} AS {text} FROM"
@@ -209,15 +191,10 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
 
 
 def _checked(key: str, *, survives: bool) -> Key:
-    """Return a key that means the same row once it comes back to the server.
-
-    Raises:
-        TargetError: It does not.
-    """
     if not survives:
         raise TargetError(
-            f"The key {key} is not equal to itself once it has been written as text and read again, so no "
-            "range can end there: rotate by a model whose key has another type."
+            f"Cannot end a range at the key {key}: the server reads another key from its text. Rotate by a "
+            "model whose key has another type."
         )
     return Key(key)
 
@@ -225,39 +202,45 @@ def _checked(key: str, *, survives: bool) -> Key:
 async def count_rows(
     connection: AsyncConnection, table: TargetTable, bound: Key, *, seconds: float
 ) -> tuple[int, bool]:
-    """How many rows there are up to the bound, and whether that is exact.
+    """Return the number of rows up to the bound, and whether they were counted.
 
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-        bound: The upper key bound.
-        seconds: How long to count; then it is the server's own estimate for the table.
+    After ``seconds``, it is the server's estimate for the table.
     """
-    with suppress(RangeTooSlowError):
-        async with translate_errors(connection), connection.transaction():
-            await connection.execute(
-                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
-            )
-            counted = await connection.execute(
-                sql.SQL("SELECT count(*) FROM {} WHERE {}{}").format(
-                    table.row, table.within(after_is_known=False), table.and_matches
-                ),
-                {"through": bound},
-            )
-            return await _number(counted), True
+    query = sql.SQL("SELECT count(*) FROM {} WHERE {}{}").format(
+        table.row, table.within(after_is_known=False), table.and_matches
+    )
+    if counted := await fetch_within(connection, seconds, query, {"through": bound}):
+        return int(counted[0][0]), True
     return await estimate_rows(connection, table), False
 
 
-async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
-    """How many rows the server believes are to be rotated; 0 where it has yet to find out."""
+async def count_table(connection: AsyncConnection, table: TargetTable, *, seconds: float) -> tuple[int, bool]:
+    """Return the number of rows of the whole table, rotated or not, and whether they were counted.
+
+    After ``seconds``, it is the server's estimate.
+    """
+    query = sql.SQL("SELECT count(*) FROM {}").format(table.name)
+    if counted := await fetch_within(connection, seconds, query, {}):
+        return int(counted[0][0]), True
     async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
-            ).format(PARTITIONS),
-            {"table": table.regclass},
-        )
-        rows = await _number(cursor)
+        return await number(await connection.execute(_ESTIMATE, {"table": table.regclass})), False
+
+
+async def fetch_within(
+    connection: AsyncConnection, seconds: float, query: sql.Composed, parameters: Mapping[str, object]
+) -> list[tuple[Any, ...]] | None:
+    """Return the rows of a query; None where it takes longer than ``seconds``."""
+    with suppress(RangeTooSlowError):
+        async with translate_errors(connection), connection.transaction():
+            await set_local(connection, {"statement_timeout": f"{seconds * 1000:.0f}ms"})
+            return await (await connection.execute(query, parameters)).fetchall()
+    return None
+
+
+async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
+    """Return the server's estimate of the rows to rotate; 0 where it has none yet."""
+    async with translate_errors(connection):
+        rows = await number(await connection.execute(_ESTIMATE, {"table": table.regclass}))
         if not rows or table.matches is None:
             return rows
         cursor = await connection.execute(
@@ -276,17 +259,17 @@ async def gaps(
     after: Key | None = None,
     checkpoints_before: int | None = None,
 ) -> list[KeyInterval]:
-    """The spans up to the bound that no checkpoint covers, in key order.
+    """Return the intervals up to the bound that no checkpoint covers, in key order.
 
-    Subtracted by the server, which alone knows the order of the keys.
+    The server subtracts them, with the key's own order.
 
     Args:
-        connection: In autocommit mode, or in a transaction.
+        connection: The connection, which may be in a transaction.
         table: The target's table.
         rotation: The rotation's id.
-        bound: The last key that matters.
-        after: The last key that does not; None for the table's start.
-        checkpoints_before: Checkpoints up to this id cover nothing of it; None where they all may.
+        bound: The upper bound of the gaps.
+        after: The lower bound; None for the table's start.
+        checkpoints_before: The id of the last checkpoint that covers nothing of them; None where all may.
     """
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
     # No checkpoint of the rotation is past its own bound.
@@ -328,8 +311,3 @@ def _checkpoint_within(table: TargetTable, after: Key | None) -> sql.Composable:
     if after is None:
         return within
     return within + sql.SQL(" AND ({}) > ({})").format(through, table.decoded(sql.SQL("%(after)s::jsonb")))
-
-
-async def _number(cursor: AsyncCursor) -> int:
-    row = await cursor.fetchone()
-    return int(row[0]) if row else 0

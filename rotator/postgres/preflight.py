@@ -1,4 +1,7 @@
-"""The preflight's queries: the table, the server, and a sample of ranges that is rolled back."""
+"""The preflight's queries: the table, the server, and a sample of ranges that is rolled back.
+
+Every function takes a connection in autocommit mode.
+"""
 
 import asyncio
 import time
@@ -13,7 +16,6 @@ from rotator.aio import unwrap_group
 from rotator.events import Copies, Index, KeptValues, Sample, ServerFindings, TableFindings
 from rotator.exceptions import (
     RangeRejectedError,
-    RangeTooSlowError,
     RowsLockedError,
     ServerLostError,
     ServerRefusedError,
@@ -21,7 +23,7 @@ from rotator.exceptions import (
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.connection import Server, pooled
 from rotator.postgres.errors import RangeGrewError, settings_that_show_values, translate_errors
-from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, last_key
+from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.postgres.writer import RangeUpdate, RewriteError
 from rotator.ranges import Key, KeyInterval, KeyRange
@@ -34,13 +36,13 @@ OLD_SECONDS: Final = 5
 _INDEXES: Final = (
     "SELECT c.relname, (SELECT sum(pg_relation_size(COALESCE(tree.relid, c.oid::regclass)))::bigint"
     " FROM (SELECT c.oid) AS root LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf),"
-    # An index of expressions may hold it too: pg_get_indexdef would have to be parsed, so they all count.
+    # An index of expressions may contain the column: they all count, since pg_get_indexdef is hard to parse.
     " i.indkey::int2[] && (SELECT array_agg(attnum) FROM pg_attribute WHERE attrelid = i.indrelid"
     " AND attname = ANY (%(columns)s::text[])) OR 0 = ANY (i.indkey) OR i.indpred IS NOT NULL"
     " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
     " WHERE i.indrelid = %(table)s::regclass ORDER BY 2 DESC, 1"
 )
-# Without a replica identity the server refuses every update of a table that is published.
+# The server refuses every update of a published table without a replica identity.
 _PUBLICATIONS: Final = sql.SQL(
     "SELECT p.pubname FROM pg_publication_tables p JOIN pg_publication d ON d.pubname = p.pubname"
     " JOIN pg_class c ON c.relname = p.tablename JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -51,13 +53,13 @@ _PUBLICATIONS: Final = sql.SQL(
     " OR c.relreplident = 'i' AND NOT EXISTS"
     " (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) ORDER BY 1"
 ).format(PARTITIONS)
-# Whatever they write has no new value; a subscription's worker can bring old ones back.
+# Rows that a subscription writes have no new values, and can have old ones.
 _SUBSCRIPTIONS: Final = sql.SQL(
     "SELECT DISTINCT s.subname FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid"
     " WHERE r.srrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND s.subenabled"
     " ORDER BY 1"
 ).format(PARTITIONS)
-# The text of a function says what it writes to, unless it puts its statements together.
+# The source of a function contains the tables that it writes to, except where it builds its statements.
 _WRITING_TRIGGERS: Final = sql.SQL(
     "SELECT DISTINCT t.tgname || ' on ' || t.tgrelid::regclass FROM pg_trigger t"
     " JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = %(table)s::regclass"
@@ -65,7 +67,7 @@ _WRITING_TRIGGERS: Final = sql.SQL(
     " AND p.prosrc ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
     " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\s|$)') ORDER BY 1"
 )
-# Histories of whole rows, as text or JSON, have no column of the same name.
+# A history of whole rows, as text or JSON, has no column of the same name.
 _COPIES: Final = sql.SQL(
     "WITH own AS (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass),"
     " target AS (SELECT oid, relname, relnamespace FROM pg_class WHERE oid = %(table)s::regclass),"
@@ -120,7 +122,7 @@ _HOLDERS: Final = sql.SQL(
     " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '')"
     " AS phrase, age(backend_xmin) AS age FROM pg_stat_activity"
     " WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()"
-    # Those of other databases do not keep VACUUM from the rows of this one.
+    # Sessions of other databases do not block VACUUM in this one.
     " AND datname = current_database()"
     " AND xact_start < clock_timestamp() - make_interval(secs => %(old_seconds)s)"
     " UNION ALL SELECT 'prepared transaction ' || gid, age(transaction) FROM pg_prepared_xacts"
@@ -133,15 +135,9 @@ _HOLDERS: Final = sql.SQL(
 
 
 async def examine_table(connection: AsyncConnection, table: TargetTable, *, counts: bool) -> TableFindings:
-    """What the table is made of.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-        counts: Whether to count its rows, for a while at most; else the server's estimate has to do.
-    """
+    """Return the findings on the table, with its rows counted, for a limited time, or only estimated."""
     rows, is_exact = 0 if counts else await estimate_rows(connection, table), False
-    # Without an estimate there was no ANALYZE yet, or there are no rows.
+    # Without an estimate, the table was never analyzed, or it is empty.
     if not rows:
         bound = await last_key(connection, table)
         rows, is_exact = (
@@ -174,7 +170,7 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
 
 
 async def _find_copies(connection: AsyncConnection, table: TargetTable) -> tuple[Copies, ...]:
-    """Find the tables that may hold copies of the values."""
+    """Find the tables that may contain copies of the values."""
     parameters = {
         "table": table.regclass,
         "columns": [column.name for column in table.columns],
@@ -191,12 +187,7 @@ async def _find_copies(connection: AsyncConnection, table: TargetTable) -> tuple
 
 
 async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[KeptValues, ...] | None:
-    """Count the rows whose NULL or empty text stays; None where that takes too long.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-    """
+    """Count the rows whose NULL or empty text is not rotated; return None where that takes too long."""
     columns = [column for column in table.columns if column.keeps_null or column.keeps_blank]
     if not columns:
         return ()
@@ -209,56 +200,21 @@ async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[K
         for column in columns
         for name in (identifier(ROW, column.name),)
     ]
-    condition = sql.SQL("true") if table.condition is None else table.condition
-    with suppress(RangeTooSlowError):
-        async with translate_errors(connection), connection.transaction():
-            await connection.execute(
-                "SELECT set_config('statement_timeout', %s, true)", (f"{COUNT_SECONDS * 1000:.0f}ms",)
-            )
-            cursor = await connection.execute(
-                sql.SQL("SELECT {} FROM {} WHERE {}").format(
-                    sql.SQL(", ").join(counts), table.row, condition
-                ),
-                {},
-            )
-            found = await cursor.fetchone() or ()
-        return tuple(
-            KeptValues(column=column.name, null=null, blank=blank)
-            for column, null, blank in zip(columns, found[::2], found[1::2], strict=True)
-            if null or blank
-        )
-    return None
-
-
-async def count_table(connection: AsyncConnection, table: TargetTable, *, seconds: float) -> tuple[int, bool]:
-    """Return the rows of the whole table, whether or not they are rotated, and whether they are counted.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-        seconds: The longest time to count; after that it is the server's own estimate.
-    """
-    with suppress(RangeTooSlowError):
-        async with translate_errors(connection), connection.transaction():
-            await connection.execute(
-                "SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000:.0f}ms",)
-            )
-            cursor = await connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table.name), {})
-            ((rows,),) = await cursor.fetchall()
-            return int(rows), True
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
-            ).format(PARTITIONS),
-            {"table": table.regclass},
-        )
-        ((rows,),) = await cursor.fetchall()
-    return int(rows), False
+    query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
+        sql.SQL(", ").join(counts), table.row, table.condition or sql.SQL("true")
+    )
+    found = await fetch_within(connection, COUNT_SECONDS, query, {})
+    if found is None:
+        return None
+    return tuple(
+        KeptValues(column=column.name, null=null, blank=blank)
+        for column, null, blank in zip(columns, found[0][::2], found[0][1::2], strict=True)
+        if null or blank
+    )
 
 
 async def examine_server(connection: AsyncConnection) -> ServerFindings:
-    """How the server is set up, and who depends on it; as far as this role may see."""
+    """Return the settings and dependents of the server, as far as this role may see them."""
     async with translate_errors(connection):
         cursor = await connection.execute(_SETTINGS)
         settings = await cursor.fetchone()
@@ -295,59 +251,37 @@ async def _phrases(
         return tuple([phrase async for (phrase,) in cursor])
 
 
-# What is rolled back leaves dead rows behind, so it is kept to a small part of the table.
+# The sample leaves dead rows, so it is limited to a small part of the table.
 MOST_RANGES: Final = 24
 MOST_PART: Final = 1 / 30
 LEAST_RANGES: Final = 8
 MOST_SECONDS: Final = 1.5
-# The first changes of a page, which write it whole, are many in a sample and few in a rotation.
+# The first change of a page writes it whole, which happens more often in a sample than in a rotation.
 WARMING_PART: Final = 1 / 3
 _ROWS_READ: Final = 2000
 TRY_SECONDS: Final = 1.0
-# With two, a generator that returns a constant is noticed.
+# Two rows reveal a generator that returns a constant.
 TRIED_ROWS: Final = 2
 
 
 async def check_values(connection: AsyncConnection, update: RangeUpdate) -> None:
     """Rewrite the first rows and roll them back, to find out whether their new values can be made.
 
-    Args:
-        connection: In autocommit mode.
-        update: The update of the rotation.
-
     Raises:
-        ValuesError: There is something wrong with the new values.
+        ValuesError: The new values are invalid.
         ServerLostError: The server cannot be reached.
     """
-    # A single row or what else writes to it is for the rotation to meet.
+    # The rotation handles errors of single rows.
     with suppress(RangeRejectedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
-        keys = await _first_keys(connection, update.table)
-        if not keys:
-            return
-        key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
-        new_values = await update.make(key_range, key_range.rows)
-        try:
-            await update.execute(connection, key_range, new_values, None)
-        finally:
+        table = update.table
+        query = sql.SQL("SELECT {} FROM {} WHERE true{} ORDER BY {} LIMIT {}").format(
+            table.key_json, table.row, table.and_matches, table.key_columns, sql.Literal(TRIED_ROWS)
+        )
+        keys = [Key(key) for (key,) in await fetch_within(connection, TRY_SECONDS, query, {}) or []]
+        if keys:
+            key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
+            await update.attempt(connection, None, key_range, key_range.rows)
             await connection.rollback()
-
-
-async def _first_keys(connection: AsyncConnection, table: TargetTable) -> list[Key]:
-    async with translate_errors(connection), connection.transaction():
-        await connection.execute(
-            "SELECT set_config('statement_timeout', %s, true)", (f"{TRY_SECONDS * 1000:.0f}ms",)
-        )
-        cursor = await connection.execute(
-            sql.SQL("SELECT {json} FROM {row} WHERE true{and_matches} ORDER BY {key} LIMIT {most}").format(
-                json=table.key_json,
-                row=table.row,
-                and_matches=table.and_matches,
-                key=table.key_columns,
-                most=sql.Literal(TRIED_ROWS),
-            ),
-            {},
-        )
-        return [Key(key) async for (key,) in cursor]
 
 
 async def sample(
@@ -359,24 +293,24 @@ async def sample(
     batch: int,
     concurrency: int,
 ) -> Sample:
-    """Measure how many rows a second all workers together rewrite; nothing of it stays but dead rows.
+    """Measure the rows per second that all workers rewrite together, and leave nothing but dead rows.
 
     Args:
-        connection: In autocommit mode, for planning.
-        server: Where the workers connect to.
-        update: What they do.
-        rows: About how many rows the table holds.
-        batch: How many rows a range holds.
-        concurrency: How many workers there are.
+        connection: A connection for planning.
+        server: The server to which the workers connect.
+        update: The update of the rotation.
+        rows: The approximate number of rows in the table.
+        batch: The number of rows in a range.
+        concurrency: The number of workers.
     """
     ranges = min(MOST_RANGES, int(rows * MOST_PART / batch))
     if ranges < LEAST_RANGES:
-        return Sample(skipped="the table is too small for that")
+        return Sample(skipped="the table is too small for a sample")
     try:
         planned = await _plan(connection, update.table, rows=rows, batch=batch, ranges=ranges)
         return await _measure(server, update, planned, concurrency)
     except RangeRejectedError as refused:
-        skipped = f"the server refused a range: {refused.condition}"
+        skipped = f"the server rejected a range: {refused.condition}"
     except (RowsLockedError, RangeGrewError):
         skipped = "other sessions wrote to its rows"
     except RewriteError:
@@ -394,14 +328,14 @@ async def _measure(server: Server, update: RangeUpdate, planned: list[KeyRange],
         rewritten = await _rewrite(pool, update, planned[len(warming) :], concurrency)
         seconds = time.monotonic() - started
     if not rewritten:
-        return Sample(skipped="no rows were found for it")
+        return Sample(skipped="no rows were found")
     return Sample(rows=sum(key_range.rows for key_range in planned), rows_per_second=rewritten / seconds)
 
 
 async def _plan(
     connection: AsyncConnection, table: TargetTable, *, rows: int, batch: int, ranges: int
 ) -> list[KeyRange]:
-    """Ranges that share no row, from all over the table, in no order."""
+    """Plan ranges without common rows, from all parts of the table, in no order."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
@@ -421,14 +355,14 @@ async def _plan(
         for after, through in zip(keys, [*keys[1:], last], strict=True)
         if after != through
     ]
-    # Every other one first, so that those for warming up are from all over it, too.
+    # Every second range first, so that the ranges for warming up are from all parts of the table, too.
     return planned[::2] + planned[1::2]
 
 
 async def _rewrite(
     pool: AsyncConnectionPool, update: RangeUpdate, ranges: list[KeyRange], concurrency: int
 ) -> int:
-    """Rewrite ranges until there are none left or the time is up; return how many rows that were."""
+    """Rewrite ranges until none is left or the time is up; return the number of rows."""
     until = time.monotonic() + MOST_SECONDS
     left = iter(ranges)
 
@@ -437,12 +371,9 @@ async def _rewrite(
         for key_range in left:
             if time.monotonic() > until:
                 break
-            new_values = await update.make(key_range, key_range.rows)
-            async with translate_errors(), pool.connection() as connection:
-                try:
-                    rewritten += (await update.execute(connection, key_range, new_values, None)).rows
-                finally:
-                    await connection.rollback()
+            async with translate_errors(seconds=None), pool.connection() as connection:
+                rewritten += (await update.attempt(connection, None, key_range, key_range.rows)).rows
+                await connection.rollback()
         return rewritten
 
     with unwrap_group():

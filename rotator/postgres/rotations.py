@@ -1,10 +1,13 @@
-"""The rotation's row: starting, taking over, heartbeat, completion and release."""
+"""The rotation's row: begin, take over, heartbeat, complete and stop.
+
+Every function takes a connection in autocommit mode.
+"""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, Rollback, errors, sql
 from psycopg.rows import dict_row
@@ -13,6 +16,7 @@ from psycopg.types.json import Jsonb
 from rotator.events import EndStatus, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection
+from rotator.postgres.connection import set_local
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
 from rotator.postgres.owner import Owner
@@ -25,33 +29,34 @@ _TAKE_OVER_ATTEMPTS: Final = 5
 # Ids begin at 1: this one's lock is for beginning.
 _NO_ROTATION: Final = 0
 
+# The server ends a transaction that is idle for long.
+_SYNCHRONOUS: Final = {
+    "synchronous_commit": "on",
+    "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+}
 _HAS_ROWS_DONE: Final = (
     "EXISTS (SELECT FROM rotator_completedrange WHERE rotation_id = %(rotation)s AND rows > 0)"
     " OR EXISTS (SELECT FROM rotator_latetransaction WHERE rotation_id = %(rotation)s)"
 )
-_VOUCHED_FOR: Final = sql.SQL(
+_CONFIRMED_ROWS: Final = sql.SQL(
     "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
 )
-# A run that has not read yet what those before it took knows of its own time alone.
+# A run that has not yet read the active seconds of earlier runs has only its own.
 _ACTIVE: Final = sql.SQL("active_seconds = GREATEST(active_seconds, %(active_seconds)s)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unfinished:
-    """An unfinished rotation, as it stands in the database.
+    """An unfinished rotation in the database.
 
     Attributes:
-        id: The rotation's id.
-        generation: The generation of its latest owner.
-        status: ``running``, ``queued``, ``interrupted`` or ``failed``.
-        owner: Its latest owner.
-        owned_since: Since when it was the owner.
-        updated_at: Its latest heartbeat, on the database's clock.
-        rows_done: How far it said it was.
-        rows_total: Of how many rows.
-        selection: Which rows it is for, and where their values come from, as JSON types.
-        identity: What it was begun on; see :class:`rotator.postgres.identity.TargetIdentity`.
-        started_xid: The transaction that began it, epoch included.
+        owner: The latest owner, of this generation.
+        owned_since: The time at which the owner acquired it.
+        updated_at: The latest heartbeat, on the database's clock.
+        rows_done: The completed rows at the latest heartbeat.
+        selection: The rows and the source of their values, as JSON types.
+        identity: The target at the start; see :class:`rotator.postgres.identity.TargetIdentity`.
+        started_xid: The transaction that began the rotation, epoch included.
     """
 
     id: int
@@ -69,13 +74,7 @@ class Unfinished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
-    """A completed rotation, as it stands in the database.
-
-    Attributes:
-        id: The rotation's id.
-        finished_at: The time of its completion.
-        seconds_ago: The time since then, on the database's clock.
-    """
+    """A completed rotation in the database, and the time since then, on the database's clock."""
 
     id: int
     finished_at: datetime
@@ -87,15 +86,14 @@ class RotationState:
     """A rotation that this process owns, as it was when it became the owner.
 
     Attributes:
-        lease: What it may write for.
         started_xid: The transaction that began the rotation, epoch included.
         bound: The upper key bound; None where it is not frozen yet, or the table was empty.
-        rows_total: Rows up to the bound.
-        rows_total_is_exact: False where that is an estimate.
-        rows_done: Rows that checkpoints and late rows vouch for.
-        late_rows: Rows among them that no range had written.
-        seconds_before: Active seconds of earlier runs.
-        identity: What the rotation was begun on.
+        rows_total: The rows up to the bound.
+        rows_total_is_exact: Whether they were counted; else they are an estimate.
+        rows_done: The rows that checkpoints and late transactions confirm.
+        late_rows: The rows among them that late transactions confirm.
+        seconds_before: The active seconds of earlier runs.
+        identity: The target at the start.
     """
 
     lease: Lease
@@ -110,12 +108,12 @@ class RotationState:
 
 
 async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> Unfinished | None:
-    """The unfinished rotation of a target, if there is one; the constraints allow no second.
+    """Return the unfinished rotation of a target, if there is one; a constraint allows only one.
 
     Args:
-        connection: In autocommit mode.
-        target: As the user writes it.
-        table_name: Its table, as the server has it.
+        connection: The connection.
+        target: The target as the user writes it.
+        table_name: The table's name on the server.
     """
     async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
@@ -137,15 +135,15 @@ async def find_unfinished(connection: AsyncConnection, target: str, table_name: 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewRotation:
-    """What a rotation is begun as.
+    """The terms of a new rotation.
 
     Attributes:
-        target: As the user writes it.
-        table_name: Its table, as the server has it.
-        database: Django's alias of its database.
-        options: Those of the run, as JSON types.
-        selection: Which rows it is for, and where their values come from, as JSON types.
-        identity: What it is begun on, as JSON types.
+        target: The target as the user writes it.
+        table_name: The table's name on the server.
+        database: Django's alias of the database.
+        options: The options of the run, as JSON types.
+        selection: The rows and the source of their values, as JSON types.
+        identity: The target at the start, as JSON types.
     """
 
     target: str
@@ -159,14 +157,7 @@ class NewRotation:
 async def find_last_completed(
     connection: AsyncConnection, target: str, table_name: str, selection: Selection
 ) -> Completed | None:
-    """Return the latest completed rotation of the same fields, rows and values, if there is one.
-
-    Args:
-        connection: In autocommit mode, or in a transaction that does nothing else at the same time.
-        target: The target as the user writes it.
-        table_name: The table's name, as the server has it.
-        selection: Which rows it is for, and where their values come from.
-    """
+    """Return the latest completed rotation of the same fields, rows and values, if there is one."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT id, selection, finished_at,"
@@ -184,14 +175,7 @@ async def find_last_completed(
 async def check_repetition(
     connection: AsyncConnection, target: str, table_name: str, selection: Selection, *, after: int | None
 ) -> None:
-    """Refuse to rotate again what a completed rotation has rotated.
-
-    Args:
-        connection: The same as for :func:`find_last_completed`.
-        target: The target as the user writes it.
-        table_name: The table's name, as the server has it.
-        selection: Which rows it is for, and where their values come from.
-        after: The completed rotation that may be repeated; None for no rotation.
+    """Refuse to repeat a completed rotation, except the one with the id ``after``.
 
     Raises:
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
@@ -209,14 +193,14 @@ async def begin_rotation(
     repeats: bool = False,
     after: int | None = None,
 ) -> Lease | None:
-    """Insert a new rotation and own it; None where another process was faster.
+    """Insert a new rotation and own it; return None where another process was faster.
 
-    Its row says which transaction inserted it: every row of the target that an older one commits, however
-    late, has not been rotated by this rotation.
+    Its row stores the transaction that inserted it. A row that an older transaction wrote, however late it
+    commits, was not rotated by this rotation.
 
     Args:
-        connection: In autocommit mode.
-        terms: What the rotation is begun as.
+        connection: The connection.
+        terms: The terms of the rotation.
         owner: This process.
         repeats: Whether it may repeat any completed rotation.
         after: The completed rotation that it may repeat; None for no rotation.
@@ -251,8 +235,8 @@ async def begin_rotation(
         )
         row = await cursor.fetchone()
         if row and not repeats:
-            # The unfinished rotation that the first check did not count may have been completed since. With
-            # this row inserted, there is no other unfinished one.
+            # A rotation that was unfinished at the first check may have been completed since. Now that this
+            # row is inserted, no other one is unfinished.
             await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
     return Lease(rotation=row[0], generation=1) if row else None
 
@@ -267,13 +251,13 @@ async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> Non
     )
     if row := await cursor.fetchone():
         raise OwnedElsewhereError(
-            f"Rotation {row[0]} of {row[1]} is unfinished and has a field of this one: finish it, or abandon "
-            "it with --restart."
+            f"Cannot begin the rotation: rotation {row[0]} of {row[1]} is unfinished and has one of the same "
+            "fields. Finish it, or abandon it with --restart."
         )
 
 
 async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
-    """Return whether any row has a new value by this rotation."""
+    """Return whether the rotation has given any row a new value."""
     async with translate_errors(connection):
         cursor = await connection.execute(f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation})
         ((found,),) = await cursor.fetchall()
@@ -286,7 +270,7 @@ class NewSelection:
 
     Attributes:
         saved: The selection as JSON types.
-        unless_begun: Whether it is for a rotation that has no rows done.
+        unless_begun: Whether it is valid only while the rotation has no completed rows.
     """
 
     saved: Mapping[str, Any]
@@ -302,65 +286,55 @@ async def take_over(
     options: dict[str, Any],
     selection: NewSelection | None = None,
 ) -> Lease | None:
-    """Raise the generation of a rotation that ``lease`` still describes, and own it; None where it does not.
+    """Raise the generation of a rotation and own it; return None where ``lease`` is out of date.
 
-    When this returns, no transaction of an older generation can commit any more: each of them holds the
-    rotation's lock shared until its end, and this waited for the exclusive one.
+    When this returns, no transaction of an older generation can commit: each holds the rotation's lock in
+    shared mode until its end, and this function has waited for the exclusive mode.
 
     Raises:
-        RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
+        RowsLockedError: Another session's transaction holds the lock and could not be terminated.
     """
-    async with exclusive_lock(connection, lease.rotation):
-        cursor = await connection.execute(
-            "UPDATE rotator_rotation SET generation = generation + 1,"  # noqa: S608 - a constant is put in
-            " status = 'running', stop_reason = '', error = '',"
-            " updated_at = clock_timestamp(), owned_since = clock_timestamp(), options = %(options)s,"
-            " database = %(database)s, owner_host = %(host)s, owner_pid = %(pid)s,"
-            " selection = COALESCE(%(selection)s, selection),"
-            " owner_process = %(process)s, owner_user = %(user)s, version = %(version)s"
-            " WHERE id = %(rotation)s AND generation = %(generation)s"
-            f" AND NOT (%(unless_begun)s AND ({_HAS_ROWS_DONE}))"
-            " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation",
-            {
-                "options": Jsonb(options),
-                "database": database,
-                "selection": None if selection is None else Jsonb(dict(selection.saved)),
-                "unless_begun": selection is not None and selection.unless_begun,
-                **asdict(lease),
-                **asdict(owner),
-            },
-        )
-        row = await cursor.fetchone()
-    return Lease(rotation=lease.rotation, generation=row[0]) if row else None
+    return await _raise_generation(
+        connection,
+        lease.rotation,
+        "status = 'running', stop_reason = '', error = '', updated_at = clock_timestamp(),"
+        " owned_since = clock_timestamp(), options = %(options)s, database = %(database)s,"
+        " owner_host = %(host)s, owner_pid = %(pid)s, owner_process = %(process)s, owner_user = %(user)s,"
+        " version = %(version)s, selection = COALESCE(%(selection)s, selection)",
+        f"generation = %(generation)s AND NOT (%(unless_begun)s AND ({_HAS_ROWS_DONE}))",
+        {
+            "options": Jsonb(options),
+            "database": database,
+            "selection": None if selection is None else Jsonb(dict(selection.saved)),
+            "unless_begun": selection is not None and selection.unless_begun,
+            **asdict(lease),
+            **asdict(owner),
+        },
+    )
 
 
 async def take_over_from_self(
     connection: AsyncConnection, rotation: int, *, owner: Owner, options: dict[str, Any]
 ) -> Lease | None:
-    """Take a rotation over from this very process, whatever its generation is by now.
+    """Raise the generation of a rotation that this process owns; return None where it does not.
 
-    Which one that is cannot be known after a lost reply, which may have been to the taking over itself.
-
-    Returns:
-        None where another process owns it, or it is finished.
+    The present generation is unknown after a lost reply, which may have been the reply to a takeover.
 
     Raises:
-        RowsLockedError: Somebody else's transaction keeps the lock and could not be terminated.
+        RowsLockedError: Another session's transaction holds the lock and could not be terminated.
     """
-    async with exclusive_lock(connection, rotation):
-        cursor = await connection.execute(
-            "UPDATE rotator_rotation SET generation = generation + 1, status = 'running', stop_reason = '',"
-            " error = '', updated_at = clock_timestamp(), options = %(options)s WHERE id = %(rotation)s"
-            " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)"
-            " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation",
-            {"rotation": rotation, "options": Jsonb(options), **asdict(owner)},
-        )
-        row = await cursor.fetchone()
-    return Lease(rotation=rotation, generation=row[0]) if row else None
+    return await _raise_generation(
+        connection,
+        rotation,
+        "status = 'running', stop_reason = '', error = '', updated_at = clock_timestamp(),"
+        " options = %(options)s",
+        "(owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)",
+        {"options": Jsonb(options), **asdict(owner)},
+    )
 
 
 async def find_completed(connection: AsyncConnection, rotation: int, owner: Owner) -> Lease | None:
-    """What this process owned of a rotation when it completed it; None where it has not."""
+    """Return the lease with which this process completed a rotation; None where it has not."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT generation FROM rotator_rotation WHERE id = %(rotation)s AND status = 'completed'"
@@ -372,30 +346,51 @@ async def find_completed(connection: AsyncConnection, rotation: int, owner: Owne
 
 
 async def abandon(connection: AsyncConnection, lease: Lease) -> bool:
-    """End an unfinished rotation for good, and fence its owner out; False where ``lease`` is out of date."""
-    async with exclusive_lock(connection, lease.rotation):
+    """End an unfinished rotation permanently; return False where ``lease`` is out of date."""
+    abandoned = await _raise_generation(
+        connection,
+        lease.rotation,
+        "status = 'abandoned', finished_at = clock_timestamp()",
+        "generation = %(generation)s",
+        asdict(lease),
+    )
+    return abandoned is not None
+
+
+async def _raise_generation(
+    connection: AsyncConnection,
+    rotation: int,
+    assignments: LiteralString,
+    condition: LiteralString,
+    parameters: Mapping[str, Any],
+) -> Lease | None:
+    """Change an unfinished rotation under its exclusive lock; return None where the condition is false."""
+    async with exclusive_lock(connection, rotation):
         cursor = await connection.execute(
-            "UPDATE rotator_rotation SET generation = generation + 1, status = 'abandoned',"
-            " finished_at = clock_timestamp() WHERE id = %(rotation)s AND generation = %(generation)s"
-            " AND status IN ('running', 'queued', 'interrupted', 'failed')",
-            asdict(lease),
+            sql.SQL(
+                "UPDATE rotator_rotation SET generation = generation + 1, {} WHERE id = %(rotation)s AND {}"
+                " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation"
+            ).format(sql.SQL(assignments), sql.SQL(condition)),
+            {**parameters, "rotation": rotation},
         )
-    return cursor.rowcount == 1
+        row = await cursor.fetchone()
+    return Lease(rotation=rotation, generation=row[0]) if row else None
 
 
 async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState:
-    """What this process owns, with the rows that the checkpoints vouch for.
+    """Return the rotation's state, with its rows counted from the checkpoints.
 
     Raises:
-        SupersededError: It does not own it any more.
+        SupersededError: Another process owns the rotation.
     """
     async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
-            "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
-            " active_seconds AS seconds_before, identity, late_rows + COALESCE((SELECT sum(rows) FROM"
-            " rotator_completedrange WHERE rotation_id = %(rotation)s), 0)::bigint AS rows_done"
-            " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s",
+            sql.SQL(
+                "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
+                " active_seconds AS seconds_before, identity, ({})::bigint AS rows_done"
+                " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s"
+            ).format(_CONFIRMED_ROWS),
             asdict(lease),
         )
         row = await cursor.fetchone()
@@ -407,7 +402,7 @@ async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState
 async def freeze_bound(
     connection: AsyncConnection, lease: Lease, *, bound: Key | None, rows_total: int, is_exact: bool
 ) -> None:
-    """Note up to which key rows are planned, and how many they are."""
+    """Store the upper key bound and the number of rows up to it."""
     await _update(
         connection,
         lease,
@@ -417,10 +412,10 @@ async def freeze_bound(
 
 
 async def beat(connection: AsyncConnection, lease: Lease, *, rows_done: int, active_seconds: float) -> None:
-    """Say on the database's clock that the owner is alive and how far it is.
+    """Write a heartbeat on the database's clock, with the completed rows.
 
     Raises:
-        SupersededError: It is not the owner any more.
+        SupersededError: Another process owns the rotation.
     """
     await _update(
         connection,
@@ -439,20 +434,17 @@ async def stop(
     active_seconds: float,
     stop_reason: StopReason | None = None,
 ) -> int:
-    """Leave the rotation unfinished.
-
-    Returns:
-        The rows that the checkpoints vouch for.
+    """End the run and leave the rotation unfinished; return the rows that the checkpoints confirm.
 
     Raises:
-        SupersededError: Another process owns it; it was left as it is.
+        SupersededError: Another process owns the rotation; it was not changed.
     """
     return await _update(
         connection,
         lease,
         sql.SQL(
             "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s, {}, rows_done = {}"
-        ).format(_ACTIVE, _VOUCHED_FOR),
+        ).format(_ACTIVE, _CONFIRMED_ROWS),
         {
             "status": status,
             "stop_reason": stop_reason or "",
@@ -473,17 +465,17 @@ async def complete(
 ) -> int | None:
     """Mark the rotation completed, synchronously, if the checkpoints leave no gap.
 
-    Its commit record follows those of all ranges in the WAL, so it cannot survive a crash that loses one.
+    In the WAL, its commit record follows those of all ranges, so it cannot survive a crash that loses one.
 
     Returns:
-        The rows that the checkpoints vouch for; None where they leave a gap.
+        The rows that the checkpoints confirm; None where they leave a gap.
 
     Raises:
-        SupersededError: Another process owns it.
+        SupersededError: Another process owns the rotation.
     """
     async with translate_errors(connection), connection.transaction():
-        await _limit(connection, {"synchronous_commit": "on"})
-        # Should this process vanish before it commits, whoever takes over can end this transaction.
+        await set_local(connection, _SYNCHRONOUS)
+        # If this process dies before it commits, the next owner can end this transaction.
         await share_lock(connection, lease.rotation)
         rows_done = await _update(
             connection,
@@ -491,7 +483,7 @@ async def complete(
             sql.SQL(
                 "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '', {},"
                 " rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
-            ).format(_ACTIVE, _VOUCHED_FOR),
+            ).format(_ACTIVE, _CONFIRMED_ROWS),
             {"active_seconds": active_seconds, "unconfirmed_rows": unconfirmed_rows},
         )
         if bound is not None and await gaps(connection, table, lease.rotation, bound):
@@ -500,10 +492,22 @@ async def complete(
     return None
 
 
+async def record_seconds(connection: AsyncConnection, lease: Lease, *, active_seconds: float) -> None:
+    """Record the time of a completed rotation, its final VACUUM included."""
+    async with translate_errors(connection):
+        await connection.execute(
+            sql.SQL(
+                "UPDATE rotator_rotation SET {}"
+                " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'completed'"
+            ).format(_ACTIVE),
+            {"active_seconds": active_seconds, **asdict(lease)},
+        )
+
+
 async def _update(
     connection: AsyncConnection, lease: Lease, assignments: sql.Composable, values: dict[str, Any]
 ) -> int:
-    """Change the row of a rotation that this process owns, and return its rows done."""
+    """Change the row of a rotation that this process owns, and return its completed rows."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
@@ -523,37 +527,31 @@ async def _update(
 async def exclusive_lock(
     connection: AsyncConnection, number: int, *, lock_class: int = LOCK_CLASS
 ) -> AsyncIterator[None]:
-    """A transaction that begins its work when the last one of the rotation's, or span's, ranges has ended."""
-    async with translate_errors(connection), connection.transaction():
-        await _limit(connection, {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s", "synchronous_commit": "on"})
-        await _lock_exclusively(connection, number, lock_class)
-        yield
+    """Open a transaction that holds the lock of a rotation, or of a span, in exclusive mode.
 
-
-async def _limit(connection: AsyncConnection, settings: dict[str, str]) -> None:
-    """Change settings for this transaction alone, which the server ends should nobody go on with it."""
-    settings = settings | {"idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s"}
-    await connection.execute(
-        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
-        (list(settings), list(settings.values())),
-    )
-
-
-async def _lock_exclusively(connection: AsyncConnection, number: int, lock_class: int) -> None:
+    Every range of it has ended by then.
+    """
     parameters = {"class": lock_class, "number": number}
-    for _ in range(_TAKE_OVER_ATTEMPTS):
-        with suppress(errors.LockNotAvailable):
-            async with connection.transaction():
-                await connection.execute(
-                    "SELECT pg_advisory_xact_lock(%(class)s::integer, %(number)s::integer)", parameters
-                )
-            return
-        # The backend of a client that is frozen stays for ever, and its locks with it.
-        await connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
-            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            " AND classid = %(class)s::oid AND objid = %(number)s::oid AND objsubid = 2"
-            " AND pid <> pg_backend_pid()",
-            parameters,
-        )
-    raise RowsLockedError("Transactions of the rotation's former owner keep its lock and cannot be ended.")
+    async with translate_errors(connection), connection.transaction():
+        await set_local(connection, _SYNCHRONOUS | {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s"})
+        for _ in range(_TAKE_OVER_ATTEMPTS):
+            with suppress(errors.LockNotAvailable):
+                async with connection.transaction():
+                    await connection.execute(
+                        "SELECT pg_advisory_xact_lock(%(class)s::integer, %(number)s::integer)", parameters
+                    )
+                break
+            # The backend of a frozen client never exits, and keeps its locks.
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                " AND classid = %(class)s::oid AND objid = %(number)s::oid AND objsubid = 2"
+                " AND pid <> pg_backend_pid()",
+                parameters,
+            )
+        else:
+            raise RowsLockedError(
+                "Cannot acquire the rotation: transactions of its previous owner hold its lock and cannot be "
+                "terminated. End their sessions, then run the same command again."
+            )
+        yield

@@ -40,13 +40,13 @@ def _statement(text: LiteralString) -> bytes:
 
 
 _PLAN: Final = _statement(
-    "INSERT INTO rotator_span (rotation_id, after, through, checkpoints_before, generation, worker, retries,"
-    " failed_keys) SELECT r.id, %(after)s::jsonb, %(through)s::jsonb,"
-    " COALESCE((SELECT max(id) FROM rotator_completedrange), 0), 0, '', 0, '[]' FROM {owned}"
+    "INSERT INTO rotator_span (rotation_id, after, through, checkpoints_before, generation, worker,"
+    " deferrals, retries, failed_keys) SELECT r.id, %(after)s::jsonb, %(through)s::jsonb,"
+    " COALESCE((SELECT max(id) FROM rotator_completedrange), 0), 0, '', 0, 0, '[]' FROM {owned}"
 )
 _COLLECT_FINISHED: Final = _statement(
     "DELETE FROM rotator_span s USING {owned} AND s.rotation_id = r.id AND s.finished_at IS NOT NULL"
-    " RETURNING s.retries, s.failed_keys"
+    " RETURNING s.deferrals, s.retries, s.failed_keys"
 )
 _READ_PROGRESS: Final = _statement(
     "SELECT s.*, count(c.id) AS ranges, COALESCE(sum(c.rows), 0)::bigint AS rows,"
@@ -81,10 +81,12 @@ class FinishedSpan:
     """A span that a helper has finished.
 
     Attributes:
+        deferrals: The number of deferrals of its ranges.
         retries: The number of retries of its ranges.
         failed_keys: The keys that could not be rotated, each with the reason.
     """
 
+    deferrals: int
     retries: int
     failed_keys: Sequence[tuple[str, str]]
 
@@ -287,18 +289,24 @@ async def claim(
     return ClaimedSpan(lease=replace(lease, span=number, span_generation=generation), gaps=left)
 
 
-async def release(connection: AsyncConnection, lease: Lease, *, retries: int) -> None:
+async def release(connection: AsyncConnection, lease: Lease, *, deferrals: int, retries: int) -> None:
     """Leave the rest of a span to another helper."""
     async with translate_errors(connection):
         await connection.execute(
-            "UPDATE rotator_span SET worker = '', lease_expires_at = NULL, retries = retries + %(retries)s"
+            "UPDATE rotator_span SET worker = '', lease_expires_at = NULL,"
+            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s"
             " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
-            {"retries": retries, **asdict(lease)},
+            {"deferrals": deferrals, "retries": retries, **asdict(lease)},
         )
 
 
 async def finish(
-    connection: AsyncConnection, lease: Lease, *, retries: int, failed_keys: Sequence[tuple[Key, str]] = ()
+    connection: AsyncConnection,
+    lease: Lease,
+    *,
+    deferrals: int,
+    retries: int,
+    failed_keys: Sequence[tuple[Key, str]] = (),
 ) -> None:
     """Record that every row of a span was rotated or has failed.
 
@@ -307,9 +315,11 @@ async def finish(
     """
     async with translate_errors(connection):
         cursor = await connection.execute(
-            "UPDATE rotator_span SET finished_at = clock_timestamp(), retries = retries + %(retries)s,"
+            "UPDATE rotator_span SET finished_at = clock_timestamp(),"
+            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s,"
             " failed_keys = %(failed_keys)s WHERE id = %(span)s AND generation = %(span_generation)s",
             {
+                "deferrals": deferrals,
                 "retries": retries,
                 "failed_keys": Jsonb([[str(key), reason] for key, reason in failed_keys]),
                 **asdict(lease),

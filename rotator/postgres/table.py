@@ -1,40 +1,26 @@
-"""The target's table as SQL: key, columns, conditions, partitions and updates by key."""
+"""The target's table as SQL: its key, columns, conditions and partitions, and the updates of its rows."""
 
 import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat
 
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.errors import RANGE_GREW, TOO_LONG, translate_errors
 
 ROW: Final = "rotator_row"
 """The alias of a row of the target in every statement that a :class:`Condition` is part of."""
 
-REPEATED: Final = 1
-KEPT: Final = 2
-COUNT_OUTCOMES: Final = sql.SQL(
-    "SELECT count(*), count(*) FILTER (WHERE outcome = {}), count(*) FILTER (WHERE outcome = {}) FROM written"
-).format(sql.Literal(KEPT), sql.Literal(REPEATED))
-"""Counts the rows of the update ``written``, those that kept their values, and those with repeated ones."""
-
-_BUILTIN_SCHEMA: Final = "pg_catalog"
-
-
-def _old_name(at: int) -> str:
-    """The name of the column with the old value of the rotated column at this place."""
-    return f"rotator_old_{at}"
-
-
-def values_name(at: int) -> str:
-    """The name of the parameter that holds the values of the column at this place."""
-    return f"values_{at}"
+_OLD: Final = "rotator_old"
+_POSITION: Final = "rotator_position"
+_REPEATED: Final = 1
+_KEPT: Final = 2
 
 
 def identifier(*path: str) -> sql.Identifier:
-    """A quoted name for a statement that is executed with parameters, even if there are none of them.
+    """Return a quoted name for a statement that is executed with parameters, even with none.
 
     The driver looks for placeholders inside quoted names too, so their percent signs are doubled.
     """
@@ -43,11 +29,11 @@ def identifier(*path: str) -> sql.Identifier:
 
 @dataclass(frozen=True, slots=True)
 class Condition(sql.Composable):
-    """Which rows of the table are meant, in SQL about the alias :data:`ROW`.
+    """A condition in SQL about the alias :data:`ROW`.
 
     Attributes:
-        text: With ``%s`` for each parameter and ``%%`` for each percent sign.
-        parameters: Their values, which become literals: the server plans with them.
+        text: The SQL, with ``%s`` for each parameter and ``%%`` for each percent sign.
+        parameters: The parameters' values, which become literals: the server plans with them.
     """
 
     text: str
@@ -71,25 +57,25 @@ class Column:
 
     Attributes:
         name: The column's name, unquoted.
-        type_name: The type's name, e.g. ``int8``; that of the base type where the column's is a domain.
-            Without its length: an explicit cast would cut a value, where an assignment is an error.
-        type_schema: The schema that the type is in.
+        type_name: The type's name, e.g. ``int8``; for a domain, the name of the base type. Without a length:
+            an explicit cast would cut a value, where an assignment is an error.
+        type_schema: The type's schema.
         collation: The collation's schema and name, unquoted; None where the type has none.
-        keeps_null: Whether a NULL in it stays one.
-        stored_type: The column's own type as SQL, e.g. ``numeric(5,2)``: what an assignment turns a value
-            into; empty where it is the base type.
-        keeps_blank: Whether an empty text in it stays one; only where the type has such a value.
+        keeps_null: Whether a NULL stays NULL.
+        stored_type: The column's own type as SQL, e.g. ``numeric(5,2)``, to which an assignment converts a
+            value; empty where it is the base type.
+        keeps_blank: Whether an empty text stays empty; only where the type has such a value.
     """
 
     name: str
     type_name: str
-    type_schema: str = _BUILTIN_SCHEMA
+    type_schema: str = "pg_catalog"
     collation: tuple[str, str] | None = None
     keeps_null: bool = False
     stored_type: str = ""
     keeps_blank: bool = False
 
-    def is_given(self, value: sql.Composable) -> sql.Composable | None:
+    def is_rotated(self, value: sql.Composable) -> sql.Composable | None:
         """Return a condition that is true where a row with this old value gets a new one; None for always."""
         conditions = [sql.SQL("{} IS NOT NULL").format(value)] if self.keeps_null else []
         if self.keeps_blank:
@@ -102,13 +88,8 @@ class Column:
         return identifier(self.type_schema, self.type_name)
 
     @property
-    def stored(self) -> sql.Composable:
-        """The column's own type."""
-        return sql.SQL(self.stored_type.replace("%", "%%")) if self.stored_type else self.type
-
-    @property
     def cast(self) -> sql.Composable:
-        """What makes a text one of the column's values, which then compares as the column does."""
+        """The cast of a text to a value that compares as the column does."""
         if self.collation is None:
             return sql.SQL("::{}").format(self.type)
         return sql.SQL("::{} COLLATE {}").format(self.type, identifier(*self.collation))
@@ -116,16 +97,16 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetTable:
-    """The table that holds the rotated column.
+    """The table that holds the rotated columns.
 
     Attributes:
-        path: The table's name, with its schema before it where it has one; unquoted.
+        path: The table's name, after its schema where it has one; unquoted.
         key: The columns of the primary key, in the index's order.
         columns: The rotated columns.
-        condition: Which rows are rotated; None for all.
-        found_name: The table's name with its schema, quoted, as the server has it: the same by whatever
-            alias or search path it is reached.
-        is_partitioned: Whether its rows are in partitions.
+        condition: The condition for the rotated rows; None for all rows.
+        found_name: The table's name and schema as the server quotes them: the same by every alias and search
+            path.
+        is_partitioned: Whether the rows are in partitions.
     """
 
     path: tuple[str, ...]
@@ -152,100 +133,30 @@ class TargetTable:
 
     @property
     def matches(self) -> sql.Composable | None:
-        """A condition about :data:`ROW`: it is rotated; None where all rows are."""
+        """A condition about :data:`ROW`: the row is rotated; None where all rows are."""
         conditions = [] if self.condition is None else [sql.SQL("({})").format(self.condition)]
-        given = [column.is_given(identifier(ROW, column.name)) for column in self.columns]
-        restricting = [condition for condition in given if condition is not None]
+        rotated = [column.is_rotated(identifier(ROW, column.name)) for column in self.columns]
+        restricting = [condition for condition in rotated if condition is not None]
         # A column that always gets a value takes every row.
-        if len(restricting) == len(given):
+        if len(restricting) == len(rotated):
             either = sql.SQL(" OR ").join(sql.SQL("({})").format(condition) for condition in restricting)
             conditions.append(sql.SQL("({})").format(either))
         return sql.SQL(" AND ").join(conditions) if conditions else None
 
     @property
     def and_matches(self) -> sql.Composable:
-        """The same, to follow another condition."""
+        """The condition of :attr:`matches`, to follow another one."""
         return sql.SQL("") if self.matches is None else sql.SQL(" AND {}").format(self.matches)
 
     @property
-    def old_values(self) -> sql.Composable:
-        """The rotated columns of :data:`ROW`, as columns of a subquery that an update joins with."""
-        return sql.SQL(", ").join(
-            sql.SQL("{} AS {}").format(identifier(ROW, column.name), identifier(_old_name(at)))
-            for at, column in enumerate(self.columns)
-        )
-
-    def outcome(self, alias: str, position: sql.Composable) -> sql.Composable:
-        """What an update of :data:`ROW` returns of each row, as a number named ``outcome``.
-
-        :data:`KEPT` where a rotated column still has its old value although it was given another one,
-        :data:`REPEATED` where it has it because the new value is the same, else 0. Compared are the stored
-        bytes (``*=``): other operators call different values equal, or do not exist for the type.
-
-        Args:
-            alias: The alias of the subquery that has :attr:`old_values`.
-            position: The row's position in the arrays of new values.
-        """
-        same = sql.SQL("ROW({})::record *= ROW({})::record")
-        outcomes = []
-        for at, column in enumerate(self.columns):
-            old = identifier(alias, _old_name(at))
-            is_unchanged = same.format(identifier(ROW, column.name), old)
-            # Only what an assignment makes of the new value: rounded, or padded with blanks.
-            stored = sql.SQL("{}::{}")
-            if (is_given := column.is_given(old)) is not None:
-                is_unchanged = sql.SQL("{} AND {}").format(is_given, is_unchanged)
-            is_repeated = same.format(
-                stored.format(self._new_value(at, column, position), column.stored),
-                stored.format(old, column.stored),
-            )
-            outcomes.append(
-                sql.SQL("CASE WHEN {} THEN CASE WHEN {} THEN {} ELSE {} END ELSE 0 END").format(
-                    is_unchanged, is_repeated, sql.Literal(REPEATED), sql.Literal(KEPT)
-                )
-            )
-        return sql.SQL("GREATEST({}) AS outcome").format(sql.SQL(", ").join(outcomes))
-
-    @property
-    def digests(self) -> sql.Composable:
-        """An array of numbers, each of which stands for the stored value of a rotated column of :data:`ROW`.
-
-        It has a NULL for a NULL or an empty text that stays one.
-        """
-        return sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(map(self._digest, self.columns)))
-
-    @staticmethod
-    def _digest(column: Column) -> sql.Composable:
-        value = identifier(ROW, column.name)
-        digest = sql.SQL("hashtextextended(ROW({})::text, 0)").format(value)
-        is_given = column.is_given(value)
-        return digest if is_given is None else sql.SQL("CASE WHEN {} THEN {} END").format(is_given, digest)
-
-    def assignments(self, position: sql.Composable) -> sql.Composable:
-        """What UPDATE of :data:`ROW` sets: for each column the value at a position of its own array."""
-        return sql.SQL(", ").join(
-            sql.SQL("{} = {}").format(identifier(column.name), self._value(at, column, position))
-            for at, column in enumerate(self.columns)
-        )
-
-    def _new_value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
-        return sql.SQL("({}::{}[])[{}]").format(
-            sql.Placeholder(values_name(at), format=PyFormat.BINARY), column.type, position
-        )
-
-    def _value(self, at: int, column: Column, position: sql.Composable) -> sql.Composable:
-        value = self._new_value(at, column, position)
-        old = identifier(ROW, column.name)
-        is_given = column.is_given(old)
-        # A single column's rows are chosen for it.
-        if is_given is None or len(self.columns) == 1:
-            return value
-        return sql.SQL("CASE WHEN {} THEN {} ELSE {} END").format(is_given, value, old)
-
-    @property
     def key_columns(self) -> sql.Composable:
-        """The key's columns, as ORDER BY wants them."""
+        """The key's columns, separated by commas."""
         return self.key_columns_of(None)
+
+    def key_columns_of(self, alias: str | None) -> sql.Composable:
+        """Return the key's columns of an alias, separated by commas."""
+        path = () if alias is None else (alias,)
+        return sql.SQL(", ").join(identifier(*path, column.name) for column in self.key)
 
     @property
     def key_json(self) -> sql.Composable:
@@ -253,36 +164,27 @@ class TargetTable:
         return self.key_json_of(None)
 
     def key_json_of(self, alias: str | None) -> sql.Composable:
-        """A row's key as JSON array text, of this alias."""
+        """Return a row's key as JSON array text, from the columns of an alias."""
         return sql.SQL("jsonb_build_array({})::text").format(self.key_columns_of(alias))
 
-    def key_columns_of(self, alias: str | None) -> sql.Composable:
-        """The key's columns, as those of this alias."""
-        path = () if alias is None else (alias,)
-        return sql.SQL(", ").join(identifier(*path, column.name) for column in self.key)
-
-    def decoded(self, array: sql.Composable) -> sql.Composable:
-        """The values of a JSON array, in the key's own types, as ORDER BY wants them."""
+    def decoded(self, array: sql.Composable, *, named: bool = False) -> sql.Composable:
+        """Return the values of a JSON array in the key's own types, named as the key's columns or not."""
         return sql.SQL(", ").join(
-            sql.SQL("({} ->> {}){}").format(array, sql.Literal(position), column.cast)
-            for position, column in enumerate(self.key)
-        )
-
-    def decoded_columns(self, array: sql.Composable) -> sql.Composable:
-        """The values of a JSON array, as columns of the key's own types and names."""
-        return sql.SQL(", ").join(
-            sql.SQL("({} ->> {}){} AS {}").format(
-                array, sql.Literal(position), column.cast, identifier(column.name)
+            sql.SQL("({} ->> {}){}{}").format(
+                array,
+                sql.Literal(position),
+                column.cast,
+                sql.SQL(" AS {}").format(identifier(column.name)) if named else sql.SQL(""),
             )
             for position, column in enumerate(self.key)
         )
 
     def survives_as_text(self, array: sql.Composable) -> sql.Composable:
-        """Whether a row's key is the same once it has been made a JSON array and read from it again."""
+        """Return a condition: a row's key is equal to the one that is read from its JSON array."""
         return sql.SQL("({}) = ({})").format(self.key_columns, self.decoded(array))
 
     def within(self, *, after_is_known: bool, alias: str | None = None) -> sql.Composable:
-        """A condition: the key lies in the span of the parameters ``after`` and ``through``."""
+        """Return a condition: the key lies between the parameters ``after`` and ``through``."""
         key = sql.SQL("({})").format(self.key_columns_of(alias))
         through = sql.SQL("{} <= ({})").format(key, self.decoded(sql.SQL("%(through)s::jsonb")))
         if not after_is_known:
@@ -290,20 +192,50 @@ class TargetTable:
         after = sql.SQL("{} > ({})").format(key, self.decoded(sql.SQL("%(after)s::jsonb")))
         return sql.SQL("{} AND {}").format(after, through)
 
+    @property
+    def digests(self) -> sql.Composable:
+        """An array with a hash of the stored value of each rotated column of :data:`ROW`.
+
+        The hash is NULL for a NULL or an empty text that is not rotated.
+        """
+        digests = []
+        for column in self.columns:
+            value = identifier(ROW, column.name)
+            digest = sql.SQL("hashtextextended(ROW({})::text, 0)").format(value)
+            if (is_rotated := column.is_rotated(value)) is not None:
+                digest = sql.SQL("CASE WHEN {} THEN {} END").format(is_rotated, digest)
+            digests.append(digest)
+        return sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(digests))
+
 
 PARTITIONS: Final = sql.SQL(
     "(SELECT COALESCE(tree.relid, root.oid::regclass)::oid AS oid"
     " FROM (SELECT %(table)s::regclass::oid AS oid) AS root"
-    # Without a row for what has no partitions.
+    # A table without partitions has no row there.
     " LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf)"
 )
-"""A subquery: the ``oid`` of each of them; takes the parameter ``table``."""
+"""A subquery: the ``oid`` of each leaf partition, or of the table; takes the parameter ``table``."""
 
 
-def rows_written_so_far(table: TargetTable) -> sql.Composed:
-    """The number of row versions that this session has written to the table, within and since any time.
+async def number(cursor: AsyncCursor) -> int:
+    """Return the number that a query has selected; 0 where it has no row."""
+    row = await cursor.fetchone()
+    return int(row[0]) if row else 0
 
-    Only its change within a transaction means anything; takes the parameter ``table``.
+
+async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:
+    """Return the number of tables that hold the rows."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            sql.SQL("SELECT count(*) FROM {} AS leaf").format(PARTITIONS), {"table": table.regclass}
+        )
+        return await number(cursor)
+
+
+def count_writes(table: TargetTable) -> sql.Composed:
+    """Count the row versions that this session has written to the table.
+
+    Only the difference within a transaction has a meaning. Takes the parameter ``table``.
     """
     writes = sql.SQL("pg_stat_get_xact_tuples_inserted({0}) + pg_stat_get_xact_tuples_updated({0})")
     if not table.is_partitioned:
@@ -313,66 +245,161 @@ def rows_written_so_far(table: TargetTable) -> sql.Composed:
     )
 
 
-async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:
-    """Return the number of tables that hold the rows."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL("SELECT count(*) FROM {} AS leaf").format(PARTITIONS), {"table": table.regclass}
-        )
-        row = await cursor.fetchone()
-    return int(row[0]) if row else 0
+def values_name(at: int) -> str:
+    """Return the name of the parameter that holds the new values of the column at this index."""
+    return f"values_{at}"
 
 
-_KEYED: Final = "rotator_keyed"
-_POSITION: Final = "rotator_position"
+def range_update(table: TargetTable, *, after_is_known: bool, transaction_seconds: float) -> sql.Composed:
+    """Update the rows of one slice of a range; see docs/decisions/0001.
+
+    Parameters: those of :func:`_update`, ``after``, ``through`` and ``rows``: the number of new values. More
+    rows than that are an error.
+
+    Args:
+        table: The table.
+        after_is_known: Whether the slice has a lower bound.
+        transaction_seconds: The age of the transaction at which the statement fails instead.
+    """
+    old_rows = sql.SQL(
+        "SELECT {key}, {old_values}, (row_number() OVER (ORDER BY {key}))::integer AS {position}"
+        " FROM {row} WHERE {within}{and_matches}"
+    ).format(
+        key=table.key_columns,
+        old_values=_old_values(table),
+        position=identifier(_POSITION),
+        row=table.row,
+        within=table.within(after_is_known=after_is_known),
+        and_matches=table.and_matches,
+    )
+    condition = sql.SQL(
+        "{same_key} AND {within} AND CASE WHEN {position} <= %(rows)s::integer THEN true"
+        # The text includes a column: the planner would evaluate a constant cast, and fail, before any row.
+        " ELSE CAST({grew} || ', at row ' || {position} AS boolean) END"
+        # Evaluated once, before the first row.
+        " AND (SELECT CASE WHEN clock_timestamp() - transaction_timestamp() < make_interval(secs => {limit})"
+        " THEN true ELSE CAST({too_long} || clock_timestamp() AS boolean) END)"
+    ).format(
+        same_key=sql.SQL(" AND ").join(
+            sql.SQL("{} = {}").format(identifier(ROW, column.name), identifier(_OLD, column.name))
+            for column in table.key
+        ),
+        within=table.within(after_is_known=after_is_known, alias=ROW),
+        position=identifier(_OLD, _POSITION),
+        grew=sql.Literal(RANGE_GREW),
+        limit=sql.Literal(transaction_seconds),
+        too_long=sql.Literal(TOO_LONG),
+    )
+    return _update(table, old_rows, sql.SQL("{}{}").format(condition, table.and_matches))
 
 
 def keyed_update(table: TargetTable) -> sql.Composed:
-    """The update of the rows with these keys; it returns what :func:`update_statement` does.
+    """Update the rows with some keys, which are locked in the key's order.
 
-    Parameters: ``keys`` (texts of JSON arrays) and ``values_0`` and so on (an array for
-    each column, in the order of the keys).
+    Parameters: those of :func:`_update` and ``keys`` (texts of JSON arrays).
     """
-    return sql.SQL(
-        "WITH written AS (UPDATE {row} SET {assignments} FROM"
-        " (SELECT keys.*, {old_values} FROM {keys} AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
-        # Sorted, so that the rows are locked in the key's order.
-        " ORDER BY {key_of_keys}) AS {keyed} WHERE ({row_key}) = ({keyed_key}) RETURNING {outcome})"
-        " {count_outcomes}"
-    ).format(
-        count_outcomes=COUNT_OUTCOMES,
-        row=table.row,
-        assignments=table.assignments(identifier(_KEYED, _POSITION)),
-        old_values=table.old_values,
-        keys=_keys(table),
-        row_key=table.key_columns_of(ROW),
-        key_of_keys=table.key_columns_of("keys"),
-        keyed=identifier(_KEYED),
-        keyed_key=table.key_columns_of(_KEYED),
-        outcome=table.outcome(_KEYED, identifier(_KEYED, _POSITION)),
+    # Sorted, so that the rows are locked in the key's order.
+    old_rows = sql.SQL("SELECT keys.*, {} FROM {} ORDER BY {}").format(
+        _old_values(table), rows_with_keys(table), table.key_columns_of("keys")
     )
+    condition = sql.SQL("({}) = ({})").format(table.key_columns_of(ROW), table.key_columns_of(_OLD))
+    return _update(table, old_rows, condition)
 
 
-def select_digests(table: TargetTable) -> sql.Composed:
-    """The key and the digests of each of the rows with the keys of the parameter ``keys``."""
-    return sql.SQL(
-        "SELECT {key}, {digests} FROM {keys} AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
-    ).format(
-        key=table.key_json_of(ROW),
-        digests=table.digests,
-        keys=_keys(table),
-        row=table.row,
-        row_key=table.key_columns_of(ROW),
-        key_of_keys=table.key_columns_of("keys"),
-    )
+def placed_update(table: TargetTable) -> sql.Composed:
+    """Update the rows at some places, through the table itself.
+
+    Parameters: those of :func:`_update`, ``leaves``, ``ctids`` and ``xids`` (one of each for each row).
+    """
+    old_rows = sql.SQL("SELECT places.*, {} FROM {}").format(_old_values(table), rows_at_places(table))
+    return _update(table, old_rows, sql.SQL("{}{}").format(_is_at_place(_OLD), table.and_matches))
 
 
-def _keys(table: TargetTable) -> sql.Composable:
-    """The keys of the parameter as columns, each with its position in it."""
+def rows_with_keys(table: TargetTable) -> sql.Composable:
+    """Return what follows FROM in a query for the rows with the keys of the parameter ``keys``."""
     return sql.SQL(
         "(SELECT {decoded}, {position} FROM unnest(%(keys)s::text[]) WITH ORDINALITY"
-        " AS texts (rotator_key, {position}))"
+        " AS texts (rotator_key, {position})) AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
     ).format(
+        decoded=table.decoded(sql.SQL("rotator_key::jsonb"), named=True),
         position=identifier(_POSITION),
-        decoded=table.decoded_columns(sql.SQL("rotator_key::jsonb")),
+        row=table.row,
+        row_key=table.key_columns_of(ROW),
+        key_of_keys=table.key_columns_of("keys"),
+    )
+
+
+def rows_at_places(table: TargetTable) -> sql.Composable:
+    """Return what follows FROM in a query for the row versions at ``leaves``, ``ctids`` and ``xids``."""
+    return sql.SQL(
+        "unnest(%(leaves)s::bigint[]::oid[], %(ctids)s::text[]::tid[], %(xids)s::text[]::xid[])"
+        " WITH ORDINALITY AS places (leaf, place, xid, {}) JOIN {} ON {}"
+    ).format(identifier(_POSITION), table.row, _is_at_place("places"))
+
+
+def _is_at_place(alias: str) -> sql.Composable:
+    """Return a condition about :data:`ROW`; with ``xmin``, so that a row's next version does not match."""
+    return sql.SQL("{} = {alias}.place AND {} = {alias}.leaf AND {} = {alias}.xid").format(
+        identifier(ROW, "ctid"), identifier(ROW, "tableoid"), identifier(ROW, "xmin"), alias=identifier(alias)
+    )
+
+
+def _old_values(table: TargetTable) -> sql.Composable:
+    return sql.SQL(", ").join(
+        sql.SQL("{} AS {}").format(identifier(ROW, column.name), identifier(f"rotator_old_{at}"))
+        for at, column in enumerate(table.columns)
+    )
+
+
+def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composable) -> sql.Composed:
+    """Update :data:`ROW`, joined with a subquery that has the old values and a position for each row.
+
+    It returns one row: the number of updated rows, of rows that still have an old value although another one
+    was assigned (a trigger restored it), and of rows with a new value that is equal to the old one. Stored
+    bytes are compared (``*=``): other operators call different values equal, or do not exist for the type.
+
+    Parameters: ``values_0`` and so on, one array for each column; a row takes the element at its position.
+    """
+    same = sql.SQL("ROW({})::record *= ROW({})::record")
+    assignments, outcomes = [], []
+    for at, column in enumerate(table.columns):
+        name, current = identifier(column.name), identifier(ROW, column.name)
+        old = identifier(_OLD, f"rotator_old_{at}")
+        new = sql.SQL("({}::{}[])[{}]").format(
+            sql.Placeholder(values_name(at), format=PyFormat.BINARY),
+            column.type,
+            identifier(_OLD, _POSITION),
+        )
+        # The type of the column, into which an assignment rounds a value, or pads it with blanks.
+        stored = sql.SQL(column.stored_type.replace("%", "%%")) if column.stored_type else column.type
+        is_unchanged = same.format(current, old)
+        is_repeated = same.format(
+            sql.SQL("{}::{}").format(new, stored), sql.SQL("{}::{}").format(old, stored)
+        )
+        if (is_rotated := column.is_rotated(old)) is not None:
+            is_unchanged = sql.SQL("{} AND {}").format(is_rotated, is_unchanged)
+        is_assigned = column.is_rotated(current)
+        # The rows of a single column are chosen for it.
+        if is_assigned is not None and len(table.columns) > 1:
+            new = sql.SQL("CASE WHEN {} THEN {} ELSE {} END").format(is_assigned, new, current)
+        assignments.append(sql.SQL("{} = {}").format(name, new))
+        outcomes.append(
+            sql.SQL("CASE WHEN {} THEN CASE WHEN {} THEN {} ELSE {} END ELSE 0 END").format(
+                is_unchanged, is_repeated, sql.Literal(_REPEATED), sql.Literal(_KEPT)
+            )
+        )
+    return sql.SQL(
+        "WITH written AS (UPDATE {row} SET {assignments} FROM ({old_rows}) AS {old} WHERE {condition}"
+        " RETURNING GREATEST({outcomes}) AS outcome)"
+        " SELECT count(*), count(*) FILTER (WHERE outcome = {kept}),"
+        " count(*) FILTER (WHERE outcome = {repeated}) FROM written"
+    ).format(
+        row=table.row,
+        assignments=sql.SQL(", ").join(assignments),
+        old_rows=old_rows,
+        old=identifier(_OLD),
+        condition=condition,
+        outcomes=sql.SQL(", ").join(outcomes),
+        kept=sql.Literal(_KEPT),
+        repeated=sql.Literal(_REPEATED),
     )

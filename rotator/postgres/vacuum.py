@@ -1,4 +1,7 @@
-"""VACUUM of the target, and the disk space of its heap and indexes."""
+"""VACUUM of the target, and the disk space of its heap and indexes.
+
+Every function takes connections in autocommit mode.
+"""
 
 import asyncio
 from contextlib import suppress
@@ -14,7 +17,7 @@ from rotator.postgres.table import PARTITIONS, TargetTable
 
 WATCH_SECONDS: Final = 0.25
 BUSY: Final = "the table is busy"
-"""Why one VACUUM was skipped: another session held, or waited for, a lock that conflicts with its own."""
+"""The reason for a skipped VACUUM where another session holds, or waits for, a conflicting lock."""
 SCATTERED_CORRELATION: Final = 0.1
 _MAINTAIN_SINCE: Final = 170_000
 # vacuum_is_permitted_for_relation() in the server's src/backend/commands/vacuum.c.
@@ -26,11 +29,7 @@ _MAINTAINS: Final = "SELECT has_table_privilege(%s::regclass, 'MAINTAIN')"
 
 
 async def read_storage(connection: AsyncConnection, table: TargetTable) -> Storage:
-    """What the table takes now.
-
-    Raises:
-        ServerLostError: The connection is gone.
-    """
+    """Return the present size of the table and its indexes."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
@@ -44,7 +43,7 @@ async def read_storage(connection: AsyncConnection, table: TargetTable) -> Stora
 
 
 async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
-    """Whether the server would let this role vacuum the table; it skips it with a warning otherwise."""
+    """Return whether this role may vacuum the table; otherwise the server skips it with a warning."""
     queries = [_OWNS]
     if connection.info.server_version >= _MAINTAIN_SINCE:
         queries.append(_MAINTAINS)
@@ -58,7 +57,7 @@ async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
 
 
 async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
-    """Whether the rows lie in an order that has nothing to do with the key's, as far as the server knows."""
+    """Return whether the order of the rows is unrelated to the key's, by the server's statistics."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT abs(s.correlation) < %(most)s FROM pg_stats s"
@@ -74,53 +73,50 @@ async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
 async def vacuum(
     connection: AsyncConnection, control: AsyncConnection, table: TargetTable, *, indexes: bool
 ) -> str:
-    """Vacuum the table, unless somebody else holds or wants a lock that is in the way of it.
+    """Vacuum the table, unless another session holds or waits for a conflicting lock.
 
-    Truncating would take the strongest lock there is, and more processes at once what the writers need.
+    It does not truncate the table, which takes the strongest lock, and uses one process.
 
     Args:
-        connection: For the statement alone; in autocommit mode.
-        control: Another one in autocommit mode, by which is seen who waits.
-        table: What to vacuum.
-        indexes: Whether to read all of its indexes to remove what points to old row versions; else these are
-            only emptied, which is what frees the space.
+        connection: A connection for the statement alone.
+        control: Another connection, for watching the lock queue.
+        table: The table.
+        indexes: Whether to remove the index entries of old row versions, which reads all indexes; else only
+            the space of the row versions is freed.
 
     Returns:
-        Why it was not done, or not to its end; empty when it was.
-
-    Raises:
-        RotatorError: The server refused, or was lost.
+        The reason why it was skipped or cancelled; empty where it finished.
     """
     warnings = set[str | None]()
 
-    def hear(warning: Diagnostic) -> None:
-        # To be read here and now: it is gone when the handler returns.
+    def note(warning: Diagnostic) -> None:
+        # The warning is not valid after the handler has returned.
         warnings.add(warning.sqlstate)
 
     if isinstance(connection, OwnConnection) and "role" in connection.local_settings:
-        return "a connection pooler is in between, and VACUUM cannot assume a role there"
-    connection.add_notice_handler(hear)
+        return "VACUUM cannot assume a role through a connection pooler"
+    connection.add_notice_handler(note)
     statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0, INDEX_CLEANUP {}) {}").format(
         sql.SQL("on" if indexes else "off"), table.name
     )
     vacuuming = asyncio.create_task(_execute(connection, statement), name="rotator VACUUM statement")
     try:
-        is_in_the_way = False
+        blocks_others = False
         while not (await asyncio.wait([vacuuming], timeout=WATCH_SECONDS))[0]:
-            if is_in_the_way := await _blocks_others(control, table):
+            if blocks_others := await _blocks_others(control, table):
                 await connection.cancel_safe()
                 break
         was_cancelled = not await vacuuming
     finally:
         vacuuming.cancel()
     if was_cancelled:
-        return BUSY if is_in_the_way else await _cancelled_by(connection)
+        return BUSY if blocks_others else await _cancelled_by(connection)
     return BUSY if errors.LockNotAvailable.sqlstate in warnings else ""
 
 
 async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool:
-    """Whether the statement got to its end; not what else it may have met."""
-    # As long as it takes: whoever waits for it has it cancelled.
+    """Execute the statement, and return whether it finished; False where it was cancelled."""
+    # Without a time limit: it is cancelled once another session waits for it.
     async with translate_errors(connection, seconds=None):
         with suppress(errors.QueryCanceled):
             await execute_alone(connection, statement)
@@ -129,22 +125,22 @@ async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool
 
 
 async def _cancelled_by(connection: AsyncConnection) -> str:
-    """Return what cancelled the statement, if it was not this process."""
+    """Return the reason of a cancellation by another process or by the server."""
     async with translate_errors(connection):
-        # As the session has it, without what the rotator sets for its own transactions.
+        # The session's own setting, without the rotator's settings for its transactions.
         cursor = await execute_alone(connection, b"SELECT current_setting('statement_timeout')")
         row = await cursor.fetchone()
     timeout = row[0] if row else "0"
     if timeout == "0":
         return "another session cancelled VACUUM"
     return (
-        f"the role's statement_timeout ({timeout}) cancelled VACUUM, and cannot be changed through a "
+        f"the role's statement_timeout ({timeout}) cancelled VACUUM and cannot be changed through a "
         "connection pooler; connect to the server directly, or raise it for this role"
     )
 
 
 async def _blocks_others(control: AsyncConnection, table: TargetTable) -> bool:
-    """Whether anybody waits for a lock on the table while VACUUM has its own."""
+    """Return whether a session waits for a lock on the table while VACUUM holds one."""
     async with translate_errors(control):
         cursor = await control.execute(
             sql.SQL(

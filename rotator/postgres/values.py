@@ -1,4 +1,4 @@
-"""New values: as binary arrays, made in bulk, or made from each row."""
+"""New values, made in bulk or from each row, and their binary arrays."""
 
 import struct
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,7 +24,7 @@ _STRIDE: Final = len(_LENGTH) + UUID_BYTES
 
 @dataclass(frozen=True, slots=True)
 class UuidBlock:
-    """Many UUIDs as one block of bytes, 16 for each, in network order."""
+    """UUIDs as one block of bytes, 16 for each, in network order."""
 
     block: bytes
 
@@ -39,7 +39,7 @@ class UuidBlockDumper(Dumper):
         """Return the array in the server's binary format."""
         count = len(obj.block) // UUID_BYTES
         elements = bytearray(_STRIDE * count)
-        # A copy for each byte of the stride rather than for each element: 20 copies, however many elements.
+        # One copy for each byte of the stride: 20 copies for any number of elements.
         for offset, byte in enumerate(_LENGTH):
             elements[offset::_STRIDE] = bytes([byte]) * count
         for offset in range(UUID_BYTES):
@@ -53,7 +53,7 @@ def register(context: AdaptContext) -> None:
 
 
 Values = UuidBlock | list[Any]
-"""Parameters that arrive at the server as an array of the column's type."""
+"""A parameter that the server receives as an array of the column's type."""
 
 
 def part(values: Values, start: int, stop: int) -> Values:
@@ -64,12 +64,7 @@ def part(values: Values, start: int, stop: int) -> Values:
 
 
 class Place(NamedTuple):
-    """Where a row is.
-
-    Attributes:
-        leaf: The oid of the partition, or of the table itself.
-        ctid: The row's place in it, e.g. ``(0,1)``.
-    """
+    """The place of a row: the oid of the partition or table, and the ``ctid`` in it, e.g. ``(0,1)``."""
 
     leaf: int
     ctid: str
@@ -77,10 +72,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InBulk:
-    """New values that owe nothing to their rows.
+    """New values that do not depend on their rows.
 
     Attributes:
-        make: Makes as many as it is asked for, for each column of the target.
+        make: A function that makes this number of values for each column of the target.
     """
 
     make: Callable[[int], Awaitable[tuple[Values, ...]]]
@@ -91,8 +86,8 @@ class FromRows:
     """New values that depend on their rows.
 
     Attributes:
-        make: Makes those of the rows with these keys, for each column of the target; returns the keys of the
-            rows that there still are, in the order of the values.
+        make: A function that makes values for the rows with these keys, for each column of the target. It
+            returns the keys of the rows that still exist, in the order of the values.
         make_at: The same for the rows at these places, all of one leaf.
     """
 
@@ -100,7 +95,7 @@ class FromRows:
     make_at: Callable[[Sequence[Place]], Awaitable[tuple[list[Place], tuple[Values, ...]]]]
 
     async def parameters(self, keys: Sequence[Key]) -> dict[str, object]:
-        """Return what the update of these rows is executed with."""
+        """Make the values of the rows with these keys, and return the parameters of their update."""
         found, values = await self.make(keys)
         return {"keys": [str(key) for key in found], **named(values)}
 
@@ -109,16 +104,13 @@ ValueSource = InBulk | FromRows
 
 
 def places_of(table: str) -> tuple[str, str]:
-    """Return, for a query of Django's, the condition that a row is at one of some places, and its place.
+    """Return SQL for a query of Django's: a condition that a row is at one of some places, and its place.
 
-    The condition takes two parameters: the leaf's oid, and the places in it.
-
-    Args:
-        table: The table's quoted name.
+    The condition takes two parameters: the leaf's oid, and the places in it. ``table`` is the quoted name.
     """
     return f"{table}.tableoid = %s AND {table}.ctid = ANY (%s::text[]::tid[])", f"{table}.ctid::text"
 
 
 def named(values: tuple[Values, ...]) -> dict[str, Values]:
-    """Return each column's values by the name of their parameter."""
+    """Return the values of each column by the name of their parameter."""
     return {values_name(at): of_column for at, of_column in enumerate(values)}

@@ -1,10 +1,16 @@
-"""Updates the rows of a range and checkpoints it in the same transaction."""
+"""Gives rows new values: begins a fenced transaction, updates, checks the result and commits.
+
+Every function takes connections in autocommit mode.
+"""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, TypeAlias
 
+import psycopg
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
@@ -12,122 +18,57 @@ from rotator.events import OnCommit, RowsRotated
 from rotator.exceptions import OldValuesKeptError, RangeRejectedError, RangeTooSlowError, ValuesError
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
-from rotator.postgres.connection import begin
-from rotator.postgres.errors import (
-    ANSWER_SECONDS,
-    RANGE_GREW,
-    SUPPRESSED,
-    TOO_LONG,
-    RangeGrewError,
-    translate_errors,
-)
-from rotator.postgres.fence import Lease, begin_fenced, set_timeouts
+from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeGrewError, translate_errors
+from rotator.postgres.fence import Lease, begin_fenced
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
-    COUNT_OUTCOMES,
     ROW,
     TargetTable,
-    identifier,
+    count_writes,
     keyed_update,
-    rows_written_so_far,
+    number,
+    placed_update,
+    range_update,
+    rows_at_places,
+    rows_with_keys,
 )
-from rotator.postgres.values import FromRows, InBulk, Values, ValueSource, named, part
+from rotator.postgres.values import FromRows, InBulk, Place, ValueSource, named, part
 from rotator.ranges import Key, KeyInterval, KeyRange
-
-Digests: TypeAlias = Mapping[str, Sequence[int | None]]
-"""For each key a number for each rotated column; see :attr:`TargetTable.digests`."""
-
-
-async def by_key(cursor: AsyncCursor | None) -> Digests:
-    """Return the digests that a cursor reads, by the rows' keys."""
-    return {} if cursor is None else {key: digests async for key, digests in cursor}
-
-
-def count_kept(before: Digests, after: Digests) -> int:
-    """Return the number of rows that have in one of their columns the value that they had before."""
-    return sum(
-        any(old is not None and old == new for old, new in zip(digests, after[key], strict=True))
-        for key, digests in before.items()
-        if key in after
-    )
-
 
 SLICE_ROWS: Final = 2000
 _ATTEMPTS: Final = 5
-
-_NUMBERED: Final = "rotator_numbered"
-_POSITION: Final = "rotator_position"
-# Deferred triggers would run in the COMMIT, after the last look at what they do.
-_RUN_DEFERRED_TRIGGERS: Final = "SET CONSTRAINTS ALL IMMEDIATE"
-_WRITTEN_BY_OTHERS: Final = "a trigger wrote other rows of the range"
+_GREW: Final = "other sessions keep inserting rows into the range"
+_KEPT: Final = "rows still have their old values after the update"
 _REPEATED: Final = "new values are equal to the old ones"
-
-
-def update_statement(table: TargetTable, *, after_is_known: bool, transaction_seconds: float) -> sql.Composed:
-    """The update of one slice; see docs/decisions/0001.
-
-    It returns one row: the number of rows that were updated, of those that still have their old value, and of
-    those whose new value is the old one; see :meth:`TargetTable.outcome`.
-
-    Parameters: ``after`` and ``through`` (keys), ``values_0`` and so on (an array for each column) and
-    ``rows`` (the number of values; more rows than that are an error).
-
-    Args:
-        table: The table.
-        after_is_known: Whether the slice has a lower bound.
-        transaction_seconds: The age of the transaction at which the statement fails instead.
-    """
-    return sql.SQL(
-        "WITH written AS (UPDATE {row} SET {assignments}"
-        " FROM (SELECT {key}, {old_values}, (row_number() OVER (ORDER BY {key}))::integer AS {position}"
-        " FROM {row} WHERE {within}{and_matches}) AS {numbered}"
-        " WHERE {same_key} AND {target_within}{and_matches}"
-        " AND CASE WHEN {numbered}.{position} <= %(rows)s::integer THEN true"
-        # Joined with a column, or the planner would work the cast out, and fail, before there is a row.
-        " ELSE CAST({grew} || ', at row ' || {numbered}.{position} AS boolean) END"
-        # Evaluated once, before the first row.
-        " AND (SELECT CASE WHEN clock_timestamp() - transaction_timestamp() < {limit}"
-        " THEN true ELSE CAST({too_long} || clock_timestamp() AS boolean) END)"
-        " RETURNING {outcome})"
-        " {count_outcomes}"
-    ).format(
-        count_outcomes=COUNT_OUTCOMES,
-        row=table.row,
-        assignments=table.assignments(identifier(_NUMBERED, _POSITION)),
-        old_values=table.old_values,
-        outcome=table.outcome(_NUMBERED, identifier(_NUMBERED, _POSITION)),
-        and_matches=table.and_matches,
-        numbered=identifier(_NUMBERED),
-        position=identifier(_POSITION),
-        key=table.key_columns,
-        within=table.within(after_is_known=after_is_known),
-        same_key=sql.SQL(" AND ").join(
-            sql.SQL("{} = {}").format(identifier(ROW, key.name), identifier(_NUMBERED, key.name))
-            for key in table.key
-        ),
-        target_within=table.within(after_is_known=after_is_known, alias=ROW),
-        grew=sql.Literal(RANGE_GREW),
-        limit=sql.SQL("make_interval(secs => {})").format(sql.Literal(transaction_seconds)),
-        too_long=sql.Literal(TOO_LONG),
-    )
+_UNCOMPARED: Final = "triggers wrote to the table, and the old values were not read before"
+_WRITTEN_BY_TRIGGER: Final = "a trigger wrote other rows of the range"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NewValues:
-    """New values for a range.
+class OlderRow:
+    """A row that no session has written since the rotation began.
 
     Attributes:
-        rows: For how many rows.
-        columns: One array for each column; none where each value needs its row, and is made from that.
+        place: The row's place.
+        xid: The row's ``xmin``.
+        key: The row's key, for messages.
     """
 
-    rows: int
-    columns: tuple[Values, ...] = ()
+    place: Place
+    xid: str
+    key: Key
+
+
+Rows: TypeAlias = KeyRange | Sequence[OlderRow]
+"""The rows of one transaction: a range, or rows of one partition at their places."""
+
+_Update: TypeAlias = Callable[[AsyncConnection], Awaitable[tuple[int, list[AsyncCursor]]]]
+"""Sends the updates of one attempt, and returns the number of expected rows and the updates' cursors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What the transaction of a range has written.
+    """The result of a transaction.
 
     Attributes:
         rows: The number of rows that have new values.
@@ -139,290 +80,269 @@ class Written:
 
 
 class RewriteError(Exception):
-    """The range was written in a way that must not be committed; another attempt may differ."""
+    """The rows must not be committed as they were written; another attempt may succeed.
 
+    Attributes:
+        condition: What is wrong, in one phrase.
+    """
 
-class _RowsKeptError(RewriteError):
-    """Rows still have their old value."""
-
-
-class _RowsRepeatedError(RewriteError):
-    """Rows were given a new value that is equal to the old one."""
-
-
-class _UncomparedError(RewriteError):
-    """Triggers wrote to the table and the old values were not noted beforehand."""
+    def __init__(self, condition: str) -> None:
+        super().__init__(condition)
+        self.condition = condition
 
 
 class RangeUpdate:
-    """The update of one range of a table, in a transaction that the caller ends."""
+    """Updates rows of one table; the caller commits."""
 
     def __init__(self, table: TargetTable, source: ValueSource, limits: WaitLimits) -> None:
         self.table = table
         self._source = source
         self.limits = limits
-        # Written out once: putting a statement together takes as long as sending it.
-        self._updates = {
-            known: update_statement(
+        # Formatted once: formatting a statement takes as long as sending it.
+        self._range_updates = {
+            known: range_update(
                 table, after_is_known=known, transaction_seconds=limits.transaction_seconds
             ).as_bytes()
             for known in (False, True)
         }
         self._keyed_update = keyed_update(table).as_bytes()
-        self._rows_written_so_far = rows_written_so_far(table).as_bytes()
-        # Once triggers have written to the table, each range notes its old values first.
-        self._compares_digests = False
+        self._placed_update = placed_update(table).as_bytes()
+        self._count_writes = count_writes(table).as_bytes()
+        self._digests = sql.SQL("{}, {}").format(table.key_json_of(ROW), table.digests)
+        # Once triggers have written to the table, each transaction reads digests of the old values first.
+        self._reads_digests = False
 
-    async def make(self, key_range: KeyInterval, rows: int) -> NewValues:
-        """Make a range's values ahead of its transaction, which so holds nothing meanwhile.
+    async def write(self, connection: AsyncConnection, lease: Lease, rows: Rows) -> Written:
+        """Attempt to give rows new values until the result may be committed.
 
-        Args:
-            key_range: Which.
-            rows: How many there are.
+        The transaction is open when this returns, and rolled back when it raises.
 
         Raises:
-            ValuesError: There is something wrong with the new values.
-            RangeTooSlowError: Making so many takes too long.
+            RowsLockedError: Another session has locked some of the rows.
+            RangeRejectedError: The server rejected the rows.
+            OldValuesKeptError: Triggers restore the old values.
+            ValuesError: The new values are invalid.
+            RotatorError: Every other error of :func:`translate_errors`.
         """
-        if isinstance(self._source, FromRows):
-            return NewValues(rows=rows)
-        try:
-            return NewValues(rows=rows, columns=await self._source.make(rows))
-        except ValuesError as error:
-            raise error.of(key_range) from None
+        condition, was_kept = SUPPRESSED, False
+        count = rows.rows if isinstance(rows, KeyRange) else len(rows)
+        for _ in range(_ATTEMPTS):
+            try:
+                return await self.attempt(connection, lease, rows, count)
+            except RangeGrewError:
+                condition = _GREW
+                async with translate_errors(connection):
+                    count = await number(await self._select(connection, rows, sql.SQL("count(*)")))
+            except RewriteError as error:
+                # Once can be chance, where the server rounds a value.
+                if error.condition == _KEPT and was_kept:
+                    where = (
+                        f"in the range {rows}"
+                        if isinstance(rows, KeyRange)
+                        else f"at the keys {rows[0].key} to {rows[-1].key}"
+                    )
+                    triggers = await read_update_triggers(connection, self.table)
+                    raise OldValuesKeptError(where, triggers) from None
+                was_kept = was_kept or error.condition == _KEPT
+                condition = error.condition
+        raise RangeRejectedError(condition, retryable=True)
 
-    async def execute(
-        self, connection: AsyncConnection, key_range: KeyRange, new_values: NewValues, lease: Lease | None
+    async def attempt(
+        self, connection: AsyncConnection, lease: Lease | None, rows: Rows, count: int
     ) -> Written:
-        """Begin a transaction, give a range's rows new values, and make sure that they have them.
+        """Begin a transaction, update rows, and check that each of them has a new value.
 
         Args:
             connection: In autocommit mode.
-            key_range: Which.
-            new_values: Its values.
-            lease: What this process owns; None where the transaction will be rolled back.
+            lease: The lease; None where the caller rolls the transaction back.
+            rows: The rows.
+            count: The number of values to make, where they are made in bulk.
 
         Raises:
-            RangeGrewError: There are more rows.
-            RewriteError: It must not be committed.
-            ValuesError: There is something wrong with the new values.
-            RotatorError: The error of :func:`translate_errors`; the caller rolls the transaction back.
+            RangeGrewError: A range holds more rows than that.
+            RewriteError: The result must not be committed.
+            RotatorError: Every other error of :meth:`write`.
         """
         try:
-            if isinstance(self._source, FromRows):
-                return await self._execute_from_rows(connection, key_range, self._source, lease)
-            return await self._execute_in_bulk(connection, key_range, new_values, lease)
+            update = await self._prepare(connection, rows, count)
+            # Merging two scans of the key's index is the cheapest join of a range, and keeps the key's order.
+            # Rows with some keys, or at some places, are looked up one by one.
+            is_merged = isinstance(rows, KeyRange) and isinstance(self._source, InBulk)
+            disabled_joins = ("nestloop" if is_merged else "mergejoin",)
+            async with rolled_back_on_error(connection):
+                async with connection.pipeline():
+                    await begin_fenced(connection, lease, self.limits, disabled_joins=disabled_joins)
+                    digests = (
+                        await self._select(connection, rows, self._digests) if self._reads_digests else None
+                    )
+                    writes_before = await self._select_writes(connection)
+                    expected, cursors = await update(connection)
+                    # Deferred triggers would run in the COMMIT, after the checks.
+                    await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+                    writes_after = await self._select_writes(connection)
+                results = [await result.fetchone() for cursor in cursors async for result in cursor.results()]
+                written, kept, repeated = map(sum, zip(*filter(None, results), strict=True))
+                if kept or repeated:
+                    raise RewriteError(_KEPT if kept else _REPEATED)
+                table_writes = await number(writes_after) - await number(writes_before)
+                has_other_writes = table_writes != written
+                if written < expected or has_other_writes:
+                    await self._check_rows(connection, rows, written)
+                if has_other_writes:
+                    await self._check_digests(connection, rows, digests)
         except ValuesError as error:
-            raise error.of(key_range) from None
+            raise (error.of(rows) if isinstance(rows, KeyRange) else error) from None
+        return Written(rows=written, has_other_writes=has_other_writes)
 
-    async def _execute_in_bulk(
-        self, connection: AsyncConnection, key_range: KeyRange, new_values: NewValues, lease: Lease | None
-    ) -> Written:
-        slices = await self._slices(connection, key_range, new_values)
-        # The slice at the table's start has no lower bound, and so another statement than those after it.
-        starts = [parameters for parameters in slices if parameters["after"] is None]
-        others = [parameters for parameters in slices if parameters["after"] is not None]
-        async with translate_errors(connection):
-            async with connection.pipeline():
-                # Merging two scans of the key's index is the cheapest join, and keeps the key's order.
-                await self._begin(connection, lease, disabled_joins="nestloop")
-                before = await self._digests(connection, key_range)
-                written_before = await self._written_so_far(connection)
-                cursors: list[AsyncCursor] = []
-                for known, parameters in ((False, starts), (True, others)):
-                    if parameters:
-                        cursors.append(connection.cursor())
-                        await cursors[-1].executemany(self._updates[known], parameters, returning=True)
-                await connection.execute(_RUN_DEFERRED_TRIGGERS)
-                written_after = await self._written_so_far(connection)
-            outcomes = [await result.fetchone() for cursor in cursors async for result in cursor.results()]
-            return await self._check(
-                connection,
-                key_range,
-                [outcome for outcome in outcomes if outcome is not None],
-                rows=new_values.rows,
-                before=before,
-                table_writes=await _number(written_after) - await _number(written_before),
+    async def _prepare(self, connection: AsyncConnection, rows: Rows, count: int) -> _Update:
+        """Make new values before the transaction, where this does not need locked rows."""
+        source = self._source
+        if not isinstance(rows, KeyRange):
+            xids = {row.place: row.xid for row in rows}
+            places, at_places = (
+                (list(xids), await source.make(count))
+                if isinstance(source, InBulk)
+                else await source.make_at(list(xids))
             )
-
-    async def _slices(
-        self, connection: AsyncConnection, key_range: KeyRange, new_values: NewValues
-    ) -> list[dict[str, object]]:
-        """The parameters of each slice's update; a slice ends at a key, whatever others insert."""
-        ends: list[Key] = []
-        if new_values.rows > SLICE_ROWS:
-            most = -(-new_values.rows // SLICE_ROWS) - 1
-            ends = await slice_ends(connection, self.table, key_range, rows=SLICE_ROWS, most=most)
-        ends = [end for end in ends if end != key_range.through] + [key_range.through]
+            parameters = _at([(place, xids[place]) for place in places]) | named(at_places)
+            return partial(self._update_places, parameters, count)
+        if isinstance(source, FromRows):
+            return partial(self._update_from_rows, rows, source)
+        values, ends = await source.make(count), list[Key]()
+        if count > SLICE_ROWS:
+            most = -(-count // SLICE_ROWS) - 1
+            ends = await slice_ends(connection, self.table, rows, rows=SLICE_ROWS, most=most)
+        ends = [end for end in ends if end != rows.through] + [rows.through]
         starts = range(0, len(ends) * SLICE_ROWS, SLICE_ROWS)
-        return [
+        slices: list[dict[str, object]] = [
             {
                 "after": after,
                 "through": through,
-                **named(
-                    tuple(part(of_column, start, start + SLICE_ROWS) for of_column in new_values.columns)
-                ),
-                "rows": max(0, min(SLICE_ROWS, new_values.rows - start)),
+                "rows": max(0, min(SLICE_ROWS, count - start)),
+                **named(tuple(part(of_column, start, start + SLICE_ROWS) for of_column in values)),
             }
-            for start, after, through in zip(starts, [key_range.after, *ends], ends, strict=False)
+            for start, after, through in zip(starts, [rows.after, *ends], ends, strict=False)
         ]
+        return partial(self._update_in_bulk, slices, count)
 
-    async def _execute_from_rows(
-        self, connection: AsyncConnection, key_range: KeyRange, source: FromRows, lease: Lease | None
-    ) -> Written:
-        """The same where each value needs its row: locked in key order, and updated by their keys."""
-        span: KeyInterval = key_range
-        outcomes: list[tuple[int, int, int]] = []
-        rows, began = 0, time.monotonic()
-        async with translate_errors(connection), connection.pipeline():
-            await self._begin(connection, lease, disabled_joins="mergejoin")
-            before = await self._digests(connection, key_range)
-            written_before = await self._written_so_far(connection)
-        while True:
-            async with translate_errors(connection):
-                keys = await self._locked(connection, span)
-                parameters = await source.parameters(keys)
-                cursor = await connection.execute(self._keyed_update, parameters)
-                outcomes.append(await cursor.fetchone() or (0, 0, 0))
-            rows += len(keys)
-            if len(keys) < SLICE_ROWS:
-                break
-            if time.monotonic() - began > self.limits.transaction_seconds:
-                raise RangeTooSlowError(TOO_LONG)
-            span = KeyInterval(after=keys[-1], through=key_range.through)
-        async with translate_errors(connection):
-            async with connection.pipeline():
-                await connection.execute(_RUN_DEFERRED_TRIGGERS)
-                written_after = await self._written_so_far(connection)
-            return await self._check(
-                connection,
-                key_range,
-                outcomes,
-                rows=rows,
-                before=before,
-                table_writes=await _number(written_after) - await _number(written_before),
-            )
+    async def _update_in_bulk(
+        self, slices: list[dict[str, object]], count: int, connection: AsyncConnection
+    ) -> tuple[int, list[AsyncCursor]]:
+        cursors = []
+        # The slice at the table's start has no lower bound, and therefore another statement.
+        for known in (False, True):
+            if parameters := [one for one in slices if (one["after"] is not None) == known]:
+                cursors.append(connection.cursor())
+                await cursors[-1].executemany(self._range_updates[known], parameters, returning=True)
+        return count, cursors
 
-    async def _begin(self, connection: AsyncConnection, lease: Lease | None, *, disabled_joins: str) -> None:
-        await begin(connection)
-        if lease is None:
-            await set_timeouts(connection, self.limits, disabled_joins=(disabled_joins,))
-        else:
-            await begin_fenced(connection, lease, self.limits, disabled_joins=(disabled_joins,))
+    async def _update_from_rows(
+        self, key_range: KeyRange, source: FromRows, connection: AsyncConnection
+    ) -> tuple[int, list[AsyncCursor]]:
+        """Lock rows in the key's order, make their values, and update them by their keys."""
+        rest: KeyInterval = key_range
+        count, cursors, began = 0, list[AsyncCursor](), time.monotonic()
+        async with connection.pipeline() as pipeline:
+            while True:
+                locked = await connection.execute(
+                    sql.SQL("SELECT {} FROM {} WHERE {}{} ORDER BY {} LIMIT {} FOR UPDATE").format(
+                        self.table.key_json,
+                        self.table.row,
+                        self.table.within(after_is_known=rest.after is not None),
+                        self.table.and_matches,
+                        self.table.key_columns,
+                        sql.Literal(SLICE_ROWS),
+                    ),
+                    {"after": rest.after, "through": rest.through},
+                )
+                # Only after a sync does the server limit how long the transaction may be idle.
+                await pipeline.sync()
+                keys = [Key(key) async for (key,) in locked]
+                if cursors and time.monotonic() - began > self.limits.transaction_seconds:
+                    raise RangeTooSlowError(TOO_LONG)
+                cursors.append(await connection.execute(self._keyed_update, await source.parameters(keys)))
+                count += len(keys)
+                if len(keys) < SLICE_ROWS:
+                    return count, cursors
+                rest = KeyInterval(after=keys[-1], through=key_range.through)
 
-    async def _check(
+    async def _update_places(
+        self, parameters: Mapping[str, object], count: int, connection: AsyncConnection
+    ) -> tuple[int, list[AsyncCursor]]:
+        return count, [await connection.execute(self._placed_update, parameters)]
+
+    async def _check_rows(self, connection: AsyncConnection, rows: Rows, written: int) -> None:
+        """Refuse rows that were not updated, and rows of a range that only a trigger wrote.
+
+        Rows that other sessions have deleted since they were planned are not missed.
+        """
+        columns = sql.SQL("count(*), count(*) FILTER (WHERE {} = pg_current_xact_id()::xid)").format(
+            sql.Identifier(ROW, "xmin")
+        )
+        found, own = await (await self._select(connection, rows, columns)).fetchone() or (0, 0)
+        # A row that was updated is not at its place any more.
+        if found > (written if isinstance(rows, KeyRange) else 0):
+            raise RangeRejectedError(SUPPRESSED, retryable=True)
+        if own > written:
+            raise RangeRejectedError(_WRITTEN_BY_TRIGGER, retryable=False)
+
+    async def _check_digests(
+        self, connection: AsyncConnection, rows: Rows, before: AsyncCursor | None
+    ) -> None:
+        """Refuse rows that have old values: triggers ran after the update that returned its result."""
+        if before is None:
+            self._reads_digests = True
+            raise RewriteError(_UNCOMPARED)
+        old = {key: digests async for key, digests in before}
+        async for key, digests in await self._select(connection, rows, self._digests, keys=list(old)):
+            pairs = zip(old[key], digests, strict=True) if key in old else ()
+            if any(was is not None and was == now for was, now in pairs):
+                raise RewriteError(_KEPT)
+
+    async def _select(
         self,
         connection: AsyncConnection,
-        span: KeyInterval,
-        outcomes: list[tuple[int, int, int]],
+        rows: Rows,
+        columns: sql.Composable,
         *,
-        rows: int,
-        before: AsyncCursor | None,
-        table_writes: int,
-    ) -> Written:
-        """Make sure that every row of the range has a new value, whatever triggers did.
-
-        Args:
-            connection: In the transaction.
-            span: The range.
-            outcomes: What each update has returned.
-            rows: The number of rows that were planned.
-            before: The digests before the updates; None where they were not read.
-            table_writes: The number of row versions that the transaction has written to the table.
-        """
-        written, kept, repeated = (sum(column) for column in zip(*outcomes, strict=True))
-        if kept:
-            raise _RowsKeptError
-        if repeated:
-            raise _RowsRepeatedError
-        has_other_writes = table_writes != written
-        if written < rows or has_other_writes:
-            now, ours = await self._count_now(connection, span)
-            # Rows that were deleted since they were planned are gone; rows that are still there stayed as
-            # they were.
-            if now > written:
-                raise RangeRejectedError(SUPPRESSED, retryable=True)
-            if ours > written:
-                raise RangeRejectedError(_WRITTEN_BY_OTHERS, retryable=False)
-        if has_other_writes:
-            # What an update returns is older than what the triggers after it do.
-            if before is None:
-                self._compares_digests = True
-                raise _UncomparedError
-            after = await self._digests(connection, span)
-            if count_kept(await by_key(before), await by_key(after)):
-                raise _RowsKeptError
-        return Written(rows=written, has_other_writes=has_other_writes)
-
-    async def _digests(self, connection: AsyncConnection, span: KeyInterval) -> AsyncCursor | None:
-        """Ask for the digests of the rows' values; None while nothing else writes to the table."""
-        if not self._compares_digests:
-            return None
-        columns = sql.SQL("{}, {}").format(self.table.key_json, self.table.digests)
-        return await self._select(connection, span, columns)
-
-    async def _written_so_far(self, connection: AsyncConnection) -> AsyncCursor:
-        return await connection.execute(self._rows_written_so_far, {"table": self.table.regclass})
-
-    async def _locked(self, connection: AsyncConnection, span: KeyInterval) -> list[Key]:
-        """Lock the first rows of a span, and return their keys."""
-        cursor = await connection.execute(
-            sql.SQL("SELECT {} FROM {} WHERE {}{} ORDER BY {} LIMIT {} FOR UPDATE").format(
-                self.table.key_json,
-                self.table.row,
-                self.table.within(after_is_known=span.after is not None),
-                self.table.and_matches,
-                self.table.key_columns,
-                sql.Literal(SLICE_ROWS),
-            ),
-            {"after": span.after, "through": span.through},
+        keys: list[str] | None = None,
+    ) -> AsyncCursor:
+        """Select columns of the rows; by these keys where the rows have left their places."""
+        table = self.table
+        if isinstance(rows, KeyRange):
+            is_within = table.within(after_is_known=rows.after is not None)
+            found: sql.Composable = sql.SQL("{} WHERE {}").format(table.row, is_within)
+            parameters: dict[str, object] = {"after": rows.after, "through": rows.through}
+        elif keys is None:
+            found, parameters = rows_at_places(table), _at([(row.place, row.xid) for row in rows])
+        else:
+            found, parameters = rows_with_keys(table), {"keys": keys}
+        return await connection.execute(
+            sql.SQL("SELECT {} FROM {}{}").format(columns, found, table.and_matches), parameters
         )
-        return [Key(key) async for (key,) in cursor]
+
+    async def _select_writes(self, connection: AsyncConnection) -> AsyncCursor:
+        return await connection.execute(self._count_writes, {"table": self.table.regclass})
 
     async def planning_seconds(self, connection: AsyncConnection, key: Key) -> float:
-        """Measure the time that the server takes to plan the update of a slice.
-
-        Args:
-            connection: In autocommit mode.
-            key: Any key of the table.
-        """
+        """Measure the time that the server takes to plan the update of a slice, with any key."""
         is_bulk = isinstance(self._source, InBulk)
-        statement = self._updates[True] if is_bulk else self._keyed_update
+        statement = self._range_updates[True] if is_bulk else self._keyed_update
         no_values = named(tuple([] for _ in self.table.columns))
         parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
         limits = replace(self.limits, statement_seconds=ANSWER_SECONDS)
-        async with translate_errors(connection), connection.transaction():
-            await set_timeouts(connection, limits, disabled_joins=("nestloop" if is_bulk else "mergejoin",))
+        joins = ("nestloop" if is_bulk else "mergejoin",)
+        async with rolled_back_on_error(connection):
+            await begin_fenced(connection, None, limits, disabled_joins=joins)
             cursor = await connection.execute(b"EXPLAIN (SUMMARY) " + statement, parameters)
             lines = [str(line) for (line,) in await cursor.fetchall()]
+            await connection.rollback()
         milliseconds = [line.split()[2] for line in lines if line.startswith("Planning Time:")]
         return float(milliseconds[0]) / 1000 if milliseconds else 0.0
 
-    async def count(self, connection: AsyncConnection, span: KeyInterval) -> int:
-        """How many rows a span holds."""
-        return await _number(await self._select(connection, span, sql.SQL("count(*)")))
-
-    async def _count_now(self, connection: AsyncConnection, span: KeyInterval) -> tuple[int, int]:
-        """The number of rows that a span holds now, and of those that this transaction wrote."""
-        columns = sql.SQL("count(*), count(*) FILTER (WHERE xmin = pg_current_xact_id()::xid)")
-        return await (await self._select(connection, span, columns)).fetchone() or (0, 0)
-
-    async def _select(
-        self, connection: AsyncConnection, span: KeyInterval, columns: sql.Composable
-    ) -> AsyncCursor:
-        return await connection.execute(
-            sql.SQL("SELECT {} FROM {} WHERE {}{}").format(
-                columns,
-                self.table.row,
-                self.table.within(after_is_known=span.after is not None),
-                self.table.and_matches,
-            ),
-            {"after": span.after, "through": span.through},
-        )
-
 
 class PostgresWriter:
-    """Writes ranges for as long as the lease holds."""
+    """Writes ranges while its lease is valid."""
 
     def __init__(
         self,
@@ -437,86 +357,59 @@ class PostgresWriter:
         self._on_commit = on_commit
 
     async def rewrite(self, key_range: KeyRange) -> int:
-        """Give a range's rows new values and checkpoint it, in one transaction; then call the callback.
-
-        Returns:
-            How many rows got a new value.
+        """Give a range's rows new values and checkpoint it, in one transaction; return the number of rows.
 
         Raises:
-            RowsLockedError: Another session holds rows of it; nothing was written.
-            RangeRejectedError: The server refused it; nothing was written.
-            OldValuesKeptError: Triggers put the old values back; nothing was written.
             SupersededError: Another process owns the rotation; nothing was written.
-            ValuesError: There is something wrong with the new values; nothing was written.
-            ServerRefusedError: The server refuses for good; nothing was written.
-            ServerLostError: Nobody knows but the checkpoints.
+            ServerLostError: Only the checkpoints tell whether the range was committed.
+            RotatorError: Every other error of :meth:`RangeUpdate.write`; nothing was written.
         """
-        rows = await self._write(key_range)
+        started, lease = time.monotonic(), self._lease
+        async with translate_errors(seconds=None), self._pool.connection() as connection:
+            written = await self._update.write(connection, lease, key_range)
+            async with rolled_back_on_error(connection), connection.pipeline():
+                await connection.execute(
+                    "INSERT INTO rotator_completedrange"
+                    " (rotation_id, after, through, rows, seconds, xid, has_other_writes)"
+                    " VALUES (%s, %s::jsonb, %s::jsonb, %s, %s, pg_current_xact_id()::text::bigint, %s)",
+                    (
+                        lease.rotation,
+                        key_range.after,
+                        key_range.through,
+                        written.rows,
+                        time.monotonic() - started,
+                        written.has_other_writes,
+                    ),
+                )
+                await connection.execute("COMMIT")
         if self._on_commit is not None:
             await self._on_commit(
                 RowsRotated(
-                    rotation=self._lease.rotation,
+                    rotation=lease.rotation,
                     after=key_range.after,
                     through=key_range.through,
-                    rows=rows,
+                    rows=written.rows,
                 )
             )
-        return rows
-
-    async def _write(self, key_range: KeyRange) -> int:
-        started = time.monotonic()
-        rows = key_range.rows
-        reason, kept_before = "", False
-        for _ in range(_ATTEMPTS):
-            new_values = await self._update.make(key_range, rows)
-            async with (
-                translate_errors(),
-                self._pool.connection() as connection,
-                translate_errors(connection),
-            ):
-                try:
-                    written = await self._update.execute(connection, key_range, new_values, self._lease)
-                except RangeGrewError:
-                    await connection.rollback()
-                    reason = "rows keep coming into the range"
-                    rows = await self._update.count(connection, key_range)
-                except _RowsKeptError:
-                    await connection.rollback()
-                    # Once may be chance, where the server rounds what it is given.
-                    if kept_before:
-                        triggers = await read_update_triggers(connection, self._update.table)
-                        raise OldValuesKeptError(f"in the range {key_range}", triggers) from None
-                    kept_before = True
-                except _RowsRepeatedError:
-                    await connection.rollback()
-                    reason = _REPEATED
-                except _UncomparedError:
-                    await connection.rollback()
-                else:
-                    await self._commit(connection, key_range, written, time.monotonic() - started)
-                    return written.rows
-        raise RangeRejectedError(reason or SUPPRESSED, retryable=True)
-
-    async def _commit(
-        self, connection: AsyncConnection, key_range: KeyRange, written: Written, seconds: float
-    ) -> None:
-        async with connection.pipeline():
-            await connection.execute(
-                "INSERT INTO rotator_completedrange"
-                " (rotation_id, after, through, rows, seconds, xid, has_other_writes)"
-                " VALUES (%s, %s::jsonb, %s::jsonb, %s, %s, pg_current_xact_id()::text::bigint, %s)",
-                (
-                    self._lease.rotation,
-                    key_range.after,
-                    key_range.through,
-                    written.rows,
-                    seconds,
-                    written.has_other_writes,
-                ),
-            )
-            await connection.execute("COMMIT")
+        return written.rows
 
 
-async def _number(cursor: AsyncCursor) -> int:
-    row = await cursor.fetchone()
-    return int(row[0]) if row else 0
+@asynccontextmanager
+async def rolled_back_on_error(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Translate errors, and roll the open transaction back."""
+    async with translate_errors(connection):
+        try:
+            yield
+        except BaseException:
+            with suppress(psycopg.Error):
+                await connection.rollback()
+            raise
+
+
+def _at(places: Sequence[tuple[Place, str]]) -> dict[str, object]:
+    """Return the parameters that name row versions by their places and ``xmin``."""
+    return {
+        "leaves": [place.leaf for place, _ in places],
+        "ctids": [place.ctid for place, _ in places],
+        "xids": [xid for _, xid in places],
+    }

@@ -1,7 +1,7 @@
-"""How a rotation looks: a bar, plain lines, JSON lines, or log records.
+"""Shows a rotation as a bar, plain lines, JSON lines, or log records.
 
-Bar and lines are for people and go to ``err``, so that ``out`` can be piped and holds the summary alone.
-JSON lines are for programs and go to ``out``; then the summary goes to ``err``.
+Bar and lines go to ``err``, and the summary to ``out``. JSON lines go to ``out``, and then the summary goes
+to ``err``.
 """
 
 import logging
@@ -38,13 +38,13 @@ PROGRESS_KINDS: Final[tuple[ProgressKind, ...]] = get_args(ProgressKind)
 
 @contextmanager
 def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[Observer]:
-    """Give an observer for the time of a run; leaving restores the terminal, however the run ends.
+    """Yield the observer of a run; at the end, restore the terminal.
 
     Args:
         kind: ``auto`` is the bar where ``err`` is a terminal that can draw one, and lines elsewhere; ``bar``
-            draws it in any case.
-        out: Raw standard output (a Django command's ``self.stdout._out``): its wrapper would end every
-            piece of the bar with a line end.
+            always draws it.
+        out: Raw standard output (a Django command's ``self.stdout._out``, since the wrapper ends every piece
+            with a line end).
         err: Raw standard error.
     """
     match kind:
@@ -60,18 +60,18 @@ def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[O
 
 
 def log_observer(logger: logging.Logger) -> Observer:
-    """Return an observer for a process that nobody watches."""
+    """Return an observer for a process without a terminal, e.g. a Celery worker."""
     return LogObserver(logger, clock=time.monotonic)
 
 
 def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:
-    """Return where the summary goes: wherever it is not in the way of JSON lines."""
+    """Return the stream for the summary: not the one of the JSON lines."""
     return err if kind == "json" else out
 
 
 def can_draw(stream: TextIO) -> bool:
     """Return whether a stream is a terminal that can draw a bar."""
-    # A terminal without a width (some CI runners have them), or a very narrow one, has no room for a bar.
+    # Some CI runners have terminals without a width.
     return (
         stream.isatty()
         and os.environ.get("TERM") != "dumb"

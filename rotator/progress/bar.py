@@ -1,7 +1,6 @@
 """Progress as one live line of a terminal, drawn by alive-progress.
 
-alive-progress draws; the figures are ours, because its rate is the mean of the whole run and its total
-cannot change.
+The figures are those of Stats: the rate of alive-progress is the mean of the whole run.
 """
 
 import os
@@ -22,8 +21,8 @@ from rotator.events import (
 )
 from rotator.progress.lines import Sink, Throttle
 from rotator.progress.preflight import preflight
-from rotator.progress.text import activity, count, done_of_total, duration, notice, plural, rate
-from rotator.stats import Tally
+from rotator.progress.text import activity, count, duration, notice, plural, progress_rows, rate
+from rotator.stats import Stats
 
 _MIN_COLUMNS_TO_WRAP: Final = 30
 _FRAME_START: Final = "\r"
@@ -32,16 +31,15 @@ _CLEAR_LINE: Final = "\r\x1b[2K"
 
 
 def _indent(line: str) -> str:
-    """Return the indent of a line's continuation: that of the value where a label stands before it."""
+    """Return the indent of a line's continuation: that of the value, where the line has a label."""
     found = re.match(r"  [\w ]{12} (?=\S)| *(?:- )?", line)
     return " " * (found.end() if found else 0)
 
 
 class Screen:
-    """Collects what makes up a frame and writes it at once.
+    """Collects the pieces of a frame and writes them at once.
 
-    alive-progress draws from a thread of its own, piece by piece; only so can a line be written above the
-    bar without falling into the middle of it.
+    alive-progress draws in another thread, piece by piece. A line above the bar must not get between pieces.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -51,7 +49,7 @@ class Screen:
         self._frame: list[str] = []
 
     def write(self, text: str) -> int:
-        """Take a piece; from a carriage return until ``flush`` pieces are kept back."""
+        """Write a piece, or keep it until ``flush`` where a frame has begun."""
         with self._lock:
             if self._frame or text == _FRAME_START:
                 self._frame.append(text)
@@ -60,17 +58,14 @@ class Screen:
         return len(text)
 
     def flush(self) -> None:
-        """Write the frame, and clear what a ``^C`` or a wider window has left behind it."""
+        """Write the frame, and clear the rest of the line, e.g. a ``^C``."""
         with self._lock:
             if self._frame:
                 self._sink.write("".join([*self._frame, _CLEAR_REST]))
                 self._frame.clear()
 
     def write_above(self, line: str, columns: int) -> None:
-        """Write a line, broken between words to the width, where the bar is; the bar comes again below.
-
-        Only a word that is wider than the terminal is broken itself.
-        """
+        """Replace the bar by a line, wrapped between words; the next frame draws the bar below it."""
         with self._lock:
             wrapped = (
                 textwrap.fill(line, columns - 1, break_on_hyphens=False, subsequent_indent=_indent(line))
@@ -80,7 +75,7 @@ class Screen:
             self._sink.write(f"{_CLEAR_LINE}{wrapped}\n")
 
     def fileno(self) -> int:
-        """Return the terminal's descriptor, whose width alive-progress asks for."""
+        """Return the terminal's descriptor, from which alive-progress reads the width."""
         return self._stream.fileno()
 
 
@@ -91,15 +86,15 @@ _SHORTEST_BAR, _LONGEST_BAR = 8, 30
 _BAR_BORDERS: Final = 3
 _UNFINISHED_MARK: Final = "(!) "
 _MIN_COLUMNS, _MOST_COLUMNS = 3, 1000
-# The width of rate and ETA, or of what holds the run up: it stays the same for a whole run.
+# The width of rate and ETA, or of the activity; it does not change during a run.
 _SPEED_WIDTH: Final = 9
 _ETA_WIDTH: Final = 12
 _TAIL_WIDTH: Final = 36
-_DEFERRED_WIDTH: Final = 18
+_DEFERRALS_WIDTH: Final = 20
 
 
 def terminal_columns(stream: TextIO) -> int:
-    """Return how wide the stream's terminal is now; 0 where there is none or it does not say."""
+    """Return the width of the stream's terminal; 0 where it is unknown."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
@@ -114,13 +109,13 @@ def bar_observer(
     columns: Callable[[], int] | None = None,
     refresh_seconds: float = REFRESH_SECONDS,
 ) -> Iterator[Callable[[Event], None]]:
-    """Draw a bar until the block is left, in whatever way, and leave the terminal as it was.
+    """Draw a bar until the block ends, and restore the terminal.
 
     Args:
         stream: The terminal; the raw stream, not one that adds line ends.
         clock: Returns monotonic seconds.
-        columns: Returns the terminal's width now; asked of the stream unless given.
-        refresh_seconds: How often it is drawn; leaving waits for one more.
+        columns: Returns the terminal's width; by default that of the stream.
+        refresh_seconds: The time between two frames.
     """
     width = columns or (lambda: terminal_columns(stream))
     bar = _Bar(Screen(stream), clock, lambda: width() or _DEFAULT_COLUMNS, refresh_seconds)
@@ -139,16 +134,15 @@ class _Bar:
         self._columns = columns
         self._refresh_seconds = refresh_seconds
         self._throttle = Throttle(refresh_seconds, clock())
-        self._tally = Tally()
+        self._stats = Stats(clock=clock)
         self._length = 0
         self._handle: Any = None
         self._position = 0
         self._open = ExitStack()
 
     def __call__(self, event: Event) -> None:
-        now = self._clock()
-        line = notice(event, self._tally)
-        self._tally.take(event, now)
+        line = notice(event, self._stats)
+        self._stats.take(event)
         if line:
             self._screen.write_above(line, self._columns())
         match event:
@@ -157,31 +151,31 @@ class _Bar:
                     self._screen.write_above(line, self._columns())
             case RotationStarted():
                 self._start()
-                self._show(now)
+                self._show()
             case RotationStopped():
                 self._finish(event)
-            case RangeCompleted() | WorkersProgressed() if not self._throttle.due(now):
+            case RangeCompleted() | WorkersProgressed() if not self._throttle.due(self._clock()):
                 pass
             case _:
-                self._show(now)
+                self._show()
 
     def close(self) -> None:
-        """End the bar of a run that did not say how it ended."""
+        """End the bar of a run that ended without a RotationStopped."""
         if self._handle is not None:
             self._end_unfinished("stopped", "stopped")
 
     def _start(self) -> None:
-        # It loads slowly and is not needed where there is no terminal.
+        # Importing it is slow, and only a terminal needs it.
         from alive_progress import alive_bar  # noqa: PLC0415
 
         columns = self._columns()
         self._length = max(_SHORTEST_BAR, min(_LONGEST_BAR, columns // 5))
         self._handle = self._open.enter_context(
             alive_bar(
-                self._tally.rows_total,
+                self._stats.rows_total,
                 file=self._screen,
                 force_tty=True,
-                # Only where the terminal does not say; it knows no other widths.
+                # The fallback where the terminal's width is unknown, within the limits of alive-progress.
                 max_cols=max(_MIN_COLUMNS, min(_MOST_COLUMNS, columns)),
                 length=self._length,
                 bar="smooth",
@@ -194,29 +188,29 @@ class _Bar:
                 refresh_secs=self._refresh_seconds,
             )
         )
-        if self._tally.rows_total:
-            self._position = self._tally.rows_capped
+        if self._stats.rows_total:
+            self._position = self._stats.rows_capped
             self._handle(self._position, skipped=True)
 
-    def _show(self, now: float) -> None:
+    def _show(self) -> None:
         if self._handle is None:
             return
-        self._move(self._tally.rows_capped)
-        self._handle.text = bar_text(self._tally, now, self._room())
+        self._move(self._stats.rows_capped)
+        self._handle.text = bar_text(self._stats, self._room())
 
     def _finish(self, event: RotationStopped) -> None:
         if self._handle is None:
             return
         if event.status == "completed":
-            self._end(self._tally.rows_total, fitting(completed_texts(event), self._room()))
+            self._end(self._stats.rows_total, fitting(completed_texts(event), self._room()))
         else:
             self._end_unfinished(f"{event.status} after {duration(event.seconds)}", event.status)
 
     def _end_unfinished(self, how: str, how_in_short: str) -> None:
-        # alive-progress marks a bar that ends short of its total, and this one shall be marked.
-        position = min(self._position, self._tally.rows_total - 1)
+        # alive-progress marks a bar that ends before its total, so it must not reach it.
+        position = min(self._position, self._stats.rows_total - 1)
         room = self._room() - len(_UNFINISHED_MARK)
-        self._end(position, fitting(unfinished_texts(self._tally, how, how_in_short), room))
+        self._end(position, fitting(unfinished_texts(self._stats, how, how_in_short), room))
 
     def _end(self, position: int, text: str) -> None:
         self._move(position)
@@ -225,41 +219,40 @@ class _Bar:
         self._open.close()
 
     def _move(self, position: int) -> None:
-        if self._tally.rows_total and position != self._position:
+        if self._stats.rows_total and position != self._position:
             self._handle(position - self._position)
             self._position = position
 
     def _room(self) -> int:
-        # Terminals differ in what they do about a full last column.
+        # Some terminals wrap a line that fills the last column.
         return self._columns() - self._length - _BAR_BORDERS - 1
 
 
-def bar_text(tally: Tally, now: float, room: int) -> str:
+def bar_text(stats: Stats, room: int) -> str:
     """Return the text next to the bar.
 
-    Which figures there is room for depends on the total and the terminal alone, and each has a width of its
-    own, so that none of them comes, goes or moves during a run.
+    Which figures it has depends only on the total and the terminal, and each has a fixed width, so that none
+    of them appears, vanishes or moves during a run.
     """
-    total = count(tally.rows_total)
-    rows = done_of_total(tally).rjust(len(f"{total} of {total}") + (0 if tally.rows_total_is_exact else 6))
-    head = f"{tally.percent:>3}%"
-    ample, compact = f"{rows} rows  {head}", f"{rows}  {head}"
-    for start in (ample, compact, head):
+    total = count(stats.rows_total)
+    rows = progress_rows(stats).rjust(len(f"{total} of {total}") + (0 if stats.rows_total_is_exact else 6))
+    head = f"{stats.percent:>3}%"
+    for start in (f"{rows} rows  {head}", f"{rows}  {head}", head):
         left = room - len(start) - 2
         if left >= _TAIL_WIDTH or (start is head and left >= _ETA_WIDTH):
-            text = f"{start}  {_tail(tally, now, left)}"
-            if tally.deferrals and left >= _TAIL_WIDTH + _DEFERRED_WIDTH:
-                text = f"{text:<{len(start) + 2 + _TAIL_WIDTH}}  {count(tally.deferrals)} deferred"
+            text = f"{start}  {_tail(stats, left)}"
+            if stats.deferrals and left >= _TAIL_WIDTH + _DEFERRALS_WIDTH:
+                deferrals = plural(stats.deferrals, "deferral")
+                text = f"{text:<{len(start) + 2 + _TAIL_WIDTH}}  {deferrals}"
             return text
     return head[: max(room, 0)]
 
 
-def _tail(tally: Tally, now: float, room: int) -> str:
-    if busy := activity(tally, now):
+def _tail(stats: Stats, room: int) -> str:
+    if busy := activity(stats):
         return fitting([busy, ""], room)
-    rows_per_second, eta_seconds = tally.rows_per_second(now), tally.eta_seconds(now)
-    speed = "?" if rows_per_second is None else rate(rows_per_second)
-    eta = "unknown" if eta_seconds is None else duration(eta_seconds)
+    speed = "?" if stats.rows_per_second is None else rate(stats.rows_per_second)
+    eta = "unknown" if stats.eta_seconds is None else duration(stats.eta_seconds)
     return fitting(
         [
             f"{speed:>{_SPEED_WIDTH}} rows/s  ETA {eta:<{_ETA_WIDTH}}",
@@ -271,16 +264,21 @@ def _tail(tally: Tally, now: float, room: int) -> str:
 
 
 def completed_texts(event: RotationStopped) -> list[str]:
-    """Return what stands beside the bar of a completed run, the longest form first."""
-    rows, time = plural(event.rows, "row"), duration(event.seconds)
-    return [f"{rows}  100%  {rate(event.rows_per_second)} rows/s  in {time}", f"100%  in {time}", "100%"]
-
-
-def unfinished_texts(tally: Tally, how: str, how_in_short: str) -> list[str]:
-    """Return what stands beside the bar of a run that ended before it was done, the longest form first."""
-    percent = f"{tally.percent}%"
+    """Return the texts next to the bar of a completed run, the longest first."""
+    rows, total_time = plural(event.rows, "row"), duration(event.seconds)
     return [
-        f"{done_of_total(tally)} rows  {percent}  {how}",
+        f"{rows}  100%  in {total_time}, {rate(event.rows_per_second)} rows/s while writing",
+        f"{rows}  100%  in {total_time}",
+        f"100%  in {total_time}",
+        "100%",
+    ]
+
+
+def unfinished_texts(stats: Stats, how: str, how_in_short: str) -> list[str]:
+    """Return the texts next to the bar of an unfinished run, the longest first."""
+    percent = f"{stats.percent}%"
+    return [
+        f"{progress_rows(stats)} rows  {percent}  {how}",
         f"{percent}  {how}",
         f"{percent}  {how_in_short}",
         percent,
@@ -288,5 +286,5 @@ def unfinished_texts(tally: Tally, how: str, how_in_short: str) -> list[str]:
 
 
 def fitting(texts: list[str], room: int) -> str:
-    """Return the first text that fits, or what fits of the last."""
+    """Return the first text that fits, or the beginning of the last one."""
     return next((text for text in texts if len(text) <= room), texts[-1][: max(room, 0)])

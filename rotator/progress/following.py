@@ -17,16 +17,16 @@ _BORDERS: Final = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """How far a rotation is.
+    """The progress of a rotation at one moment.
 
     Attributes:
-        status: Its status, or what is to be said in its place.
-        is_working: Whether its owner is at work, so that rate and ETA mean something.
-        rows_done: Rows done, as the owner's latest heartbeat says.
+        status: The status as users see it.
+        is_working: Whether its owner works on it, so that it has a rate and an ETA.
+        rows_done: Rows done at the owner's latest heartbeat.
         rows_total: Rows up to the bound.
         rows: Both as text.
-        percent: Whole percent done.
-        note: What is to be said behind it.
+        percent: The percentage of rows done, rounded down.
+        note: A remark that follows the figures.
     """
 
     status: str
@@ -39,16 +39,15 @@ class Standing:
 
 
 class FollowedProgress:
-    """Shows the standing of a rotation again and again."""
+    """Shows each change of a rotation's progress.
+
+    Args:
+        stream: A raw stream.
+        clock: Returns monotonic seconds.
+        is_live: Whether one line of a terminal is redrawn; otherwise each change is a line.
+    """
 
     def __init__(self, stream: TextIO, *, clock: Callable[[], float], is_live: bool) -> None:
-        """Write to a raw stream.
-
-        Args:
-            stream: Where it goes.
-            clock: Returns monotonic seconds.
-            is_live: Whether one line of a terminal is drawn again and again; else each change is a line.
-        """
         self._stream = stream
         self._sink = Sink(stream)
         self._clock = clock
@@ -58,7 +57,7 @@ class FollowedProgress:
         self._written = ""
 
     def show(self, standing: Standing) -> None:
-        """Show the standing, where it has changed."""
+        """Show the standing if it has changed."""
         now = self._clock()
         if self._seen is not None and standing.rows_done > self._seen.rows_done:
             self._rate.add(standing.rows_done - self._seen.rows_done, now=now, seconds=1.0)
@@ -82,7 +81,7 @@ class FollowedProgress:
         self._written = text
 
     def close(self) -> None:
-        """End the live line, so that what follows has a line of its own."""
+        """End the live line."""
         if self._is_live and self._written:
             self._sink.write("\n")
 

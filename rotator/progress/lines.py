@@ -16,7 +16,7 @@ from rotator.events import (
     RangeCompleted,
     ReceiverFailed,
     RotationStopped,
-    RowFailed,
+    RowRejected,
     ServerLogShowsValues,
     Tick,
     WorkersProgressed,
@@ -24,19 +24,19 @@ from rotator.events import (
 )
 from rotator.progress.preflight import preflight
 from rotator.progress.summary import unchanged_rows, verdict
-from rotator.progress.text import activity, done_of_total, duration, notice, plural, rate
-from rotator.stats import Tally
+from rotator.progress.text import activity, duration, notice, plural, progress_rows, rate
+from rotator.stats import Stats
 
 
 class Throttle:
-    """Says whether it is time again; ``now`` is a monotonic clock's value in seconds."""
+    """A timer for recurring output; each ``now`` is a monotonic clock's value in seconds."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self._seconds = seconds
         self._due_at = now + seconds
 
     def due(self, now: float) -> bool:
-        """Return whether ``seconds`` have passed since it last said yes, or since it was made."""
+        """Return whether ``seconds`` have passed since it was last due, or since its creation."""
         if now < self._due_at:
             return False
         self._due_at = now + self._seconds
@@ -44,11 +44,7 @@ class Throttle:
 
 
 class Sink:
-    """Writes to a stream and falls silent permanently when that fails.
-
-    A closed pipe or a hung-up terminal is no reason to stop half-way through a leak; what was done is in
-    the database.
-    """
+    """Writes to a stream until that fails: a closed pipe or terminal must not stop a rotation."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -76,7 +72,7 @@ class Sink:
 
 
 def _discard(stream: TextIO) -> None:
-    """Discard the text that the stream still holds: Python writes it at its end, and fails again."""
+    """Discard the buffered text, which Python would write at exit, with the same error."""
     if stream not in (sys.stdout, sys.stderr):
         return
     with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device
@@ -87,10 +83,10 @@ class LinesObserver:
     """Writes a line of figures every ``every_seconds`` and one for each notable event.
 
     Args:
-        stream: Where the lines go; the raw stream, not one that adds line ends.
+        stream: The raw stream, not one that adds line ends.
         clock: Returns monotonic seconds.
         wall_clock: Returns the time of day with its time zone.
-        every_seconds: How long it is silent between two lines of figures.
+        every_seconds: The time between two lines of figures.
     """
 
     def __init__(
@@ -105,13 +101,12 @@ class LinesObserver:
         self._wall_clock = wall_clock
         self._clock = clock
         self._throttle = Throttle(every_seconds, clock())
-        self._tally = Tally()
+        self._stats = Stats(clock=clock)
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
-        now = self._clock()
-        line = notice(event, self._tally)
-        self._tally.take(event, now)
+        line = notice(event, self._stats)
+        self._stats.take(event)
         if line:
             self._write(line)
         match event:
@@ -119,8 +114,8 @@ class LinesObserver:
                 for row in preflight(event.findings).splitlines():
                     self._write(row)
             case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._tally.rotation is not None and self._throttle.due(now):
-                    self._write(figures(self._tally, now))
+                if self._stats.started and self._throttle.due(self._clock()):
+                    self._write(figures(self._stats))
             case RotationStopped():
                 unchanged = unchanged_rows(event) if event.status == "completed" else ""
                 self._write(
@@ -135,52 +130,44 @@ class LinesObserver:
         self._sink.write_line(f"{self._wall_clock().astimezone(UTC):%Y-%m-%dT%H:%M:%SZ} {line}")
 
 
-def figures(tally: Tally, now: float) -> str:
-    """Return rows, percent, rate, ETA and whatever keeps the run from getting on, as one line."""
-    parts = [f"{done_of_total(tally)} rows ({tally.percent}%)"]
-    if busy := activity(tally, now):
+def figures(stats: Stats) -> str:
+    """Return the figures as one line."""
+    parts = [f"{progress_rows(stats)} rows ({stats.percent}%)"]
+    if busy := activity(stats):
         parts.append(busy)
     else:
-        rows_per_second, eta_seconds = tally.rows_per_second(now), tally.eta_seconds(now)
-        if rows_per_second is not None:
-            parts.append(f"{rate(rows_per_second)} rows/s")
-        parts.append(f"ETA {'unknown' if eta_seconds is None else duration(eta_seconds)}")
-    if tally.deferrals:
-        parts.append(f"ranges put off {plural(tally.deferrals, 'time')}")
-    if tally.retries:
-        parts.append(f"tried again {plural(tally.retries, 'time')}")
-    if tally.failed_rows:
-        parts.append(f"{plural(tally.failed_rows, 'row')} failed")
-    return ", ".join(parts)
+        if stats.rows_per_second is not None:
+            parts.append(f"{rate(stats.rows_per_second)} rows/s")
+        parts.append(f"ETA {'unknown' if stats.eta_seconds is None else duration(stats.eta_seconds)}")
+    counts = {
+        "deferral": stats.deferrals,
+        "retry": stats.retries,
+        "rejected row": len(stats.rejected_keys),
+    }
+    return ", ".join([*parts, *(plural(number, noun) for noun, number in counts.items() if number)])
 
 
 _WARNINGS: Final = (
     BrokerUnreachable,
     OutageStarted,
     ReceiverFailed,
-    RowFailed,
+    RowRejected,
     ServerLogShowsValues,
+    WorkersProgressed,
     WorkersSilent,
 )
 
 
 class LogObserver:
-    """Logs what is notable, and how it ended; the figures are in the database."""
+    """Logs notable events and the result; the figures are in the database."""
 
     def __init__(self, logger: logging.Logger, *, clock: Callable[[], float]) -> None:
-        """Log to this logger.
-
-        Args:
-            logger: The process's own way to whoever reads its logs.
-            clock: Returns monotonic seconds.
-        """
         self._logger = logger
-        self._clock = clock
-        self._tally = Tally()
+        self._stats = Stats(clock=clock)
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
-        line = verdict(event) if isinstance(event, RotationStopped) else notice(event, self._tally)
-        self._tally.take(event, self._clock())
+        line = verdict(event) if isinstance(event, RotationStopped) else notice(event, self._stats)
+        self._stats.take(event)
         if line:
             self._logger.log(logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO, "%s", line)

@@ -1,15 +1,76 @@
-"""The preflight report as text."""
+"""The preflight report as text, and its estimate of the WAL."""
 
-from rotator.events import Copies, CopyKind, Findings, estimate_wal
+from dataclasses import dataclass
+from typing import Final
+
+from rotator.events import Copies, CopyKind, Findings, ServerFindings, TableFindings
 from rotator.progress.text import count, duration, plural, rate, size
 
-_INDEXES_NAMED = 4
-_NOT_CONFIRMED = "are reported as not confirmed"
-_CANNOT_BE_UNDONE = (
-    "there is no way back to the old values, and whoever holds one is locked out at once;",
-    "they survive in WAL, backups, replicas and caches, and in dead rows until a VACUUM;",
-    "auto_now, history tables and the signals of save() are bypassed;",
-    "a save() of an object that the application loaded before writes an old value back.",
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WalEstimate:
+    """The WAL that a rotation will write.
+
+    Attributes:
+        wal_bytes: The amount.
+        forced_checkpoints: The number of checkpoints that it forces.
+        calm_bytes: The amount without forced checkpoints.
+    """
+
+    wal_bytes: int
+    forced_checkpoints: int
+    calm_bytes: int
+
+
+# What a row's update writes in addition to the new row: record headers, and an entry in each index. Measured
+# with benchmarks/speed.py.
+_ROW_OVERHEAD_BYTES = 130
+_ENTRY_BYTES = 90
+_PAGE_BYTES = 8192
+# CalculateCheckpointSegments() in the server's src/backend/access/transam/xlog.c, with the default of
+# checkpoint_completion_target.
+_CHECKPOINT_SHARE = 1 / 1.9
+
+
+def estimate_wal(table: TableFindings, server: ServerFindings, rows: int) -> WalEstimate:
+    """Estimate the WAL of an update of so many rows of the table.
+
+    After a checkpoint, the first change of a page writes the whole page. The pages of heap and key are
+    changed in order, so each is written once. The pages of an index of random values are written again after
+    each checkpoint.
+    """
+    row_bytes = table.heap_bytes / max(table.rows, 1) + _ROW_OVERHEAD_BYTES
+    row_bytes += 0 if table.is_not_indexed else _ENTRY_BYTES * len(table.indexes)
+    part = min(1.0, rows / max(table.rows, 1))
+    once_bytes = rows * row_bytes
+    if server.full_page_writes:
+        once_bytes += part * (table.heap_bytes + table.index_bytes - table.random_bytes)
+    # In the worst case each new value changes a page that was not changed since the last checkpoint.
+    most_random_bytes = rows * _PAGE_BYTES * sum(index.holds_column for index in table.indexes)
+    most_bytes = once_bytes + most_random_bytes
+    random_bytes = min(table.random_bytes, most_random_bytes) if server.full_page_writes else 0
+    between_bytes = server.max_wal_size_bytes * _CHECKPOINT_SHARE
+    calm_bytes = once_bytes + random_bytes
+    if calm_bytes <= between_bytes:
+        wal_bytes = calm_bytes
+    elif between_bytes > random_bytes:
+        wal_bytes = min(most_bytes, once_bytes * between_bytes / (between_bytes - random_bytes))
+    else:
+        wal_bytes = most_bytes
+    return WalEstimate(
+        wal_bytes=round(wal_bytes),
+        forced_checkpoints=int(wal_bytes / between_bytes),
+        calm_bytes=round(calm_bytes),
+    )
+
+
+_INDEXES_NAMED: Final = 4
+_NOT_CONFIRMED: Final = "rows that they write are reported as not confirmed"
+_CONSEQUENCES: Final = (
+    "Old values cannot be restored, and clients that use them lose access at once.",
+    "Old values remain in WAL, backups, replicas and caches, and in dead rows until a VACUUM.",
+    "auto_now, history tables and the signals of save() are bypassed.",
+    "A save() of an object that the application loaded earlier writes an old value back.",
 )
 
 
@@ -17,10 +78,10 @@ def preflight(findings: Findings) -> str:
     """Return the findings as text of several lines, without a final line end."""
     lines = [f"Before the first write to {findings.target} in the database '{findings.database}':"]
     for label, values in (*_table(findings), *_disk(findings), *_others(findings), *_run(findings)):
-        # Without a label where the one before goes on.
+        # Only the first line of several has the label.
         lines += [f"  {label if not at else '':<12} {value}" for at, value in enumerate(values)]
-    lines.append("What no tool can undo:")
-    lines += [f"  - {sentence}" for sentence in _CANNOT_BE_UNDONE]
+    lines.append("Consequences:")
+    lines += [f"  - {sentence}" for sentence in _CONSEQUENCES]
     return "\n".join(lines)
 
 
@@ -28,12 +89,12 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
     table = findings.table
     rows = f"{count(table.rows)} counted" if table.rows_is_exact else f"about {count(table.rows)} (estimate)"
     if findings.unfinished is not None:
-        rows += f"; rotation {findings.unfinished} goes on, with about {count(findings.rows_left)} left"
+        rows += f"; rotation {findings.unfinished} resumes, with about {count(findings.rows_left)} left"
     named = [f"{index.name} {size(index.size_bytes)}" for index in table.indexes[:_INDEXES_NAMED]]
     if len(table.indexes) > _INDEXES_NAMED:
         named.append(f"{count(len(table.indexes) - _INDEXES_NAMED)} more")
     touched = (
-        "untouched where a page has room, since none holds the column: "
+        "not updated where the page has room, since none contains the column: "
         if table.is_not_indexed
         else f"each update writes to {'all ' + str(len(table.indexes)) if named[1:] else 'the one'}: "
     )
@@ -43,7 +104,7 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         *([("chosen by", [findings.selection])] if findings.selection else []),
         (
             "table",
-            [f"{findings.table_name}: {size(table.heap_bytes)}, its indexes {size(table.index_bytes)}"],
+            [f"{findings.table_name}: {size(table.heap_bytes)}, indexes {size(table.index_bytes)}"],
         ),
         (
             "indexes",
@@ -57,19 +118,16 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
     if table.writing_triggers:
-        lines.append(
-            (
-                "warning",
-                [f"the triggers {', '.join(table.writing_triggers)} write to it: such rows", _NOT_CONFIRMED],
-            )
-        )
+        triggers = ", ".join(table.writing_triggers)
+        lines.append(("warning", [f"the triggers {triggers} write to this table:", _NOT_CONFIRMED]))
     if table.subscriptions:
+        subscriptions = ", ".join(table.subscriptions)
         lines.append(
             (
                 "warning",
                 [
-                    f"the subscriptions {', '.join(table.subscriptions)} write to it:",
-                    f"disable them, or old values can come back; such rows {_NOT_CONFIRMED}",
+                    f"the subscriptions {subscriptions} write to this table:",
+                    f"disable them, or they can restore old values; {_NOT_CONFIRMED}",
                 ],
             )
         )
@@ -78,17 +136,17 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         lines.append(
             (
                 "published",
-                [f"by {publications} WITHOUT A REPLICA IDENTITY: the server will refuse; give it one"],
+                [f"by {publications}, WITHOUT A REPLICA IDENTITY: set one, or the server rejects updates"],
             )
         )
     return lines
 
 
 def _kept(findings: Findings) -> list[tuple[str, list[str]]]:
-    """Return what is said of the rows that get no new value."""
+    """Return the lines on rows that get no new value."""
     kept = findings.table.kept
     if kept is None:
-        return [("kept", ["values that are NULL or blank; they could not be counted in time"])]
+        return [("kept", ["values that are NULL or blank; counting them took too long"])]
     lines = []
     for values in kept:
         if values.null:
@@ -100,11 +158,11 @@ def _kept(findings: Findings) -> list[tuple[str, list[str]]]:
     return [("kept", lines)] if lines else []
 
 
-_COPIES: dict[CopyKind, str] = {
-    "trigger": "  a trigger of the table writes the new values there, too; old values stay there",
-    "history": "  a history: old values stay there, and a revert restores them",
-    "schema": "  the same table in another schema, of another tenant perhaps: rotate it there, too",
-    "name": "  a column of the same name: if its values are copies, rotate them, too",
+_COPIES: Final[dict[CopyKind, str]] = {
+    "trigger": "  a trigger of the table writes new values there too; old values remain there",
+    "history": "  a history: old values remain there, and a revert restores them",
+    "schema": "  the same table in another schema, e.g. of another tenant: rotate it there too",
+    "name": "  a column of the same name: if it contains copies, rotate them too",
 }
 
 
@@ -126,12 +184,12 @@ def _disk(findings: Findings) -> list[tuple[str, list[str]]]:
     if wal.forced_checkpoints:
         enough = size(2 * wal.calm_bytes)
         lines.append(
-            f"after each, pages are written whole: with max_wal_size at {enough} it is {size(wal.calm_bytes)}"
+            f"after each, whole pages are written; with max_wal_size = {enough} it is {size(wal.calm_bytes)}"
         )
     room = size(table.heap_bytes + table.index_bytes)
     return [
         ("WAL", lines),
-        ("disk", [f"up to {room} more for the table, and the WAL; the server cannot tell what is free"]),
+        ("disk", [f"up to {room} more for the table, and the WAL; the free space is unknown"]),
     ]
 
 
@@ -140,16 +198,13 @@ def _others(findings: Findings) -> list[tuple[str, list[str]]]:
     log = (
         f"WILL SHOW new values ({', '.join(server.log_settings)}): set log_parameter_max_length = 0"
         if server.log_settings
-        else "shows no values, but for rows that a constraint refuses: those it quotes whole"
+        else "shows no values, except those of rows that a constraint rejects"
     )
     return [
         ("replicas", list(server.replicas) or ["none"]),
         ("slots", list(server.slots) or ["none"]),
         ("archiving", [server.archiving or "off"]),
-        (
-            "held back",
-            [f"by {holder}" for holder in server.holders] or ["nothing keeps VACUUM from old rows"],
-        ),
+        ("VACUUM", [f"blocked by {holder}" for holder in server.holders] or ["nothing blocks VACUUM"]),
         ("server log", [log]),
     ]
 
@@ -159,7 +214,7 @@ def _run(findings: Findings) -> list[tuple[str, list[str]]]:
     if seconds is not None:
         time = (
             f"about {duration(seconds)} with {plural(findings.concurrency, 'worker')}: {count(sample.rows)} "
-            f"rows were rewritten at {rate(sample.rows_per_second)} rows/s, and rolled back"
+            f"rows were rewritten at {rate(sample.rows_per_second)} rows/s and rolled back"
         )
     else:
         time = (
@@ -170,9 +225,11 @@ def _run(findings: Findings) -> list[tuple[str, list[str]]]:
     lines = [
         (
             "durability",
-            ["a range and its checkpoint survive a crash together or not at all, without waiting for"],
+            [
+                "a crash loses a range and its checkpoint together or neither (synchronous_commit = off);",
+                "completion waits until all of them are on disk",
+            ],
         ),
-        ("", ["the disk (synchronous_commit = off); completion waits for it, and so vouches for all"]),
         ("time", [time]),
     ]
     if findings.bypassed:

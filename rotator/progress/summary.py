@@ -1,18 +1,32 @@
 """The summary of a run, as text and as JSON."""
 
-from rotator.events import RotationStopped, RunFacts
-from rotator.progress.text import count, duration, one_line, plural, rate, size, stopped_by, unconfirmed
+from typing import Final
 
-FAILED_KEYS_NAMED = 20
-SPANS_NAMED = 5
+from rotator.events import RotationStopped, RunFacts
+from rotator.progress.text import (
+    REJECTED_ROWS_NAMED,
+    about,
+    count,
+    done_of_total,
+    duration,
+    one_line,
+    plural,
+    rate,
+    size,
+    stopped_by,
+    unconfirmed,
+)
+
+SPANS_NAMED: Final = 5
 
 
 def report(event: RotationStopped) -> dict[str, object]:
-    """Return the run as JSON types; these keys are an interface and only ever added to.
+    """Return the account of a run as JSON types; these keys are an interface and only ever added to.
 
-    Seconds and rows per second are rounded to a thousandth. ``failed_keys`` holds objects with the ``key``
-    (the server's own JSON array text) and the ``reason``. Sizes are null where the server could not be
-    asked for them.
+    Seconds and rows per second are rounded to a thousandth. ``rows_per_second`` is the rate while writing:
+    from the start of the first range to the end of the last one. ``rejected_keys`` contains objects with the
+    ``key`` (the server's own JSON array text) and the ``reason``. Sizes are null where the server was
+    unreachable.
     """
     return {
         "rotation": event.rotation,
@@ -28,6 +42,7 @@ def report(event: RotationStopped) -> dict[str, object]:
         "seconds": round(event.seconds, 3),
         "seconds_total": round(event.seconds_total, 3),
         "rows_per_second": round(event.rows_per_second, 3),
+        "deferrals": event.deferrals,
         "retries": event.retries,
         "outage_seconds": round(event.outage_seconds, 3),
         "peak_memory_bytes": event.peak_memory_bytes,
@@ -41,7 +56,7 @@ def report(event: RotationStopped) -> dict[str, object]:
         "vacuums": event.vacuums,
         "vacuum_seconds": round(event.vacuum_seconds, 3),
         "resumed": event.resumed,
-        "failed_keys": [{"key": key, "reason": reason} for key, reason in event.failed_keys],
+        "rejected_keys": [{"key": key, "reason": reason} for key, reason in event.rejected_keys],
         "error": event.error,
         "reason": stopped_by(event.stop_reason),
         "spans": [{"after": span.after, "through": span.through} for span in event.spans],
@@ -71,8 +86,9 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
     """Return the summary as text of several lines, without a final line end.
 
     Args:
-        event: How the run ended.
-        resume_command: What goes on with the rotation; shown only where it is unfinished and nobody is at it.
+        event: The account of the run.
+        resume_command: The command that resumes the rotation; shown only where it is unfinished and no other
+            process owns it.
     """
     lines = [verdict(event)]
     if event.stop_reason:
@@ -80,18 +96,18 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
     if event.error:
         lines.append(one_line(event.error))
     lines += [f"  {label:<12} {value}" for label, value in _facts(event)]
-    if event.failed_keys:
-        lines += _failed(event)
+    if event.rejected_keys:
+        lines += _rejected(event)
     if resume_command and event.status != "completed" and not event.superseded:
-        lines.append(f"Go on with: {resume_command}")
+        lines.append(f"Resume with: {resume_command}")
     return "\n".join(lines)
 
 
 def verdict(event: RotationStopped) -> str:
-    """Return one sentence that says how the run ended and what that means for the rows."""
+    """Return the result of the run in one sentence."""
     if event.status == "completed":
-        failed = len(event.failed_keys)
-        exception = f", except {plural(failed, 'row')} that cannot be rotated" if failed else ""
+        rejected = len(event.rejected_keys)
+        exception = f", except {plural(rejected, 'rejected row')}" if rejected else ""
         not_confirmed = f"; {unconfirmed(event.unconfirmed_rows)}" if event.unconfirmed_rows else ""
         unchanged = unchanged_rows(event)
         return (
@@ -100,59 +116,57 @@ def verdict(event: RotationStopped) -> str:
         )
     if event.superseded:
         return (
-            f"Superseded: this run gave {plural(event.rows_this_run, 'row')} of {event.target} a new value, "
-            f"and rotation {event.rotation} is another process's now."
+            f"Superseded: this run gave {plural(event.rows_this_run, 'row')} of {event.target} a new value. "
+            f"Another process owns rotation {event.rotation} now."
         )
-    about, rows = (
-        ("", min(event.rows, event.rows_total)) if event.rows_total_is_exact else ("about ", event.rows)
-    )
+    rows = done_of_total(event.rows, event.rows_total, is_exact=event.rows_total_is_exact)
     return (
         f"{event.status.capitalize()}: rotation {event.rotation} of {event.target} is unfinished; "
-        f"{count(rows)} of {about}{plural(event.rows_total, 'row')} have a new value."
+        f"{rows} row{'s' * (event.rows_total != 1)} have a new value."
     )
 
 
 def unchanged_rows(event: RotationStopped) -> str:
-    """Return a clause on the rows that a filter left unchanged; empty where every row was to be rotated."""
+    """Return a clause on the rows that a filter left unchanged; empty without a filter."""
     if event.run is None or not event.run.is_filtered:
         return ""
     if event.table_rows is None:
         return f"{plural(event.rows, 'row')} match the filter; all others were left unchanged"
-    about = "" if event.table_rows_is_exact else "about "
-    table_rows = max(event.rows, event.table_rows)
+    is_exact, table_rows = event.table_rows_is_exact, max(event.rows, event.table_rows)
     return (
-        f"{count(event.rows)} of {about}{plural(table_rows, 'row')} match the filter; "
-        f"{about}{count(table_rows - event.rows)} were left unchanged"
+        f"{count(event.rows)} of {plural(table_rows, 'row', is_exact=is_exact)} match the filter; "
+        f"{about(table_rows - event.rows, is_exact=is_exact)} were left unchanged"
     )
 
 
-def _spans(event: RotationStopped) -> str:
+def _keys(event: RotationStopped) -> str:
     first = event.spans[0]
     if event.spans[1:] or first.after is not None:
         named = ", ".join(str(span) for span in event.spans[:SPANS_NAMED])
         more = len(event.spans) - SPANS_NAMED
-        return f"{named}, and {plural(more, 'span')} more" if more > 0 else named
+        return f"{named}, and {count(more)} more" if more > 0 else named
     return f"up to {first.through}"
 
 
 def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     rows, seconds = count(event.rows_this_run), duration(event.seconds)
     if event.resumed:
-        rows = f"{rows} in this run, {count(event.rows)} in all"
-        seconds = f"{seconds} in this run, {duration(event.seconds_total)} in all"
+        rows = f"{rows} in this run, {count(event.rows)} in total"
+        seconds = f"{seconds} in this run, {duration(event.seconds_total)} in total"
     if event.late_rows:
-        rows = f"{rows}; {count(event.late_rows)} of them outside the ranges"
+        rows = f"{rows}; {plural(event.late_rows, 'late row')} among them"
     facts = [
         ("rows", rows),
-        *([("keys", one_line(_spans(event)))] if event.spans else []),
+        *([("keys", one_line(_keys(event)))] if event.spans else []),
         ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),
         ("workers", count(event.concurrency)),
         ("time", seconds),
-        ("rate", f"{rate(event.rows_per_second)} rows/s"),
-        ("tried again", plural(event.retries, "range")),
+        ("rate", f"{rate(event.rows_per_second)} rows/s while writing"),
+        ("deferrals", count(event.deferrals)),
+        ("retries", count(event.retries)),
     ]
     if event.outage_seconds > 0:
-        facts.append(("server away", duration(event.outage_seconds)))
+        facts.append(("unreachable", duration(event.outage_seconds)))
     facts += _disk(event)
     if event.peak_memory_bytes:
         facts.append(("peak memory", size(event.peak_memory_bytes)))
@@ -178,10 +192,10 @@ def _growth(before_bytes: int, now_bytes: int) -> str:
     return f"{size(before_bytes)} before, {size(now_bytes)} now{percent}"
 
 
-def _failed(event: RotationStopped) -> list[str]:
-    keys = event.failed_keys
-    lines = [f"{plural(len(keys), 'row')} could not be rotated:"]
-    lines += [f"  key {key}: {one_line(reason)}" for key, reason in keys[:FAILED_KEYS_NAMED]]
-    if len(keys) > FAILED_KEYS_NAMED:
-        lines.append(f"  and {count(len(keys) - FAILED_KEYS_NAMED)} more")
+def _rejected(event: RotationStopped) -> list[str]:
+    keys = event.rejected_keys
+    lines = [f"{plural(len(keys), 'row')} rejected by the server:"]
+    lines += [f"  row {key}: {one_line(reason)}" for key, reason in keys[:REJECTED_ROWS_NAMED]]
+    if len(keys) > REJECTED_ROWS_NAMED:
+        lines.append(f"  and {count(len(keys) - REJECTED_ROWS_NAMED)} more")
     return lines

@@ -1,38 +1,47 @@
 """Formats and sentences that all kinds of progress share."""
 
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, assert_never
 
 from rotator.events import (
     BrokerUnreachable,
+    ConfirmationStarted,
     DrainStarted,
     Event,
     LateCommitsAwaited,
+    LateCommitsOver,
     LateRowsRotated,
     LimitRaised,
     LockHeld,
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    Preflighted,
+    RangeCompleted,
+    RangeDeferred,
     RangeRetried,
     ReceiverFailed,
     RotationStarted,
-    RowFailed,
+    RotationStopped,
+    RowRejected,
     RowsConfirmed,
     ServerLogShowsValues,
     StopReason,
+    Tick,
+    Vacuumed,
     VacuumSkipped,
     VacuumStarted,
+    WorkersProgressed,
     WorkersSilent,
 )
-from rotator.stats import State, Tally
+from rotator.stats import State, Stats
 
-_KEPT_DIGITS = 1000
-_MOST_BYTES = 10 * 1024
-_MOST_HALVES = 20 * 1024 - 1
-_SIZE_UNITS = ("kB", "MB", "GB", "TB", "PB")
-_MINUTE_SECONDS = 60
-_HOUR_SECONDS = 3600
+_KEPT_DIGITS: Final = 1000
+_MOST_BYTES: Final = 10 * 1024
+_MOST_HALVES: Final = 20 * 1024 - 1
+_SIZE_UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
+_MINUTE_SECONDS: Final = 60
+_HOUR_SECONDS: Final = 3600
 
 
 def count(number: int) -> str:
@@ -40,9 +49,15 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def plural(number: int, noun: str) -> str:
-    """Return a count with its noun, e.g. ``1 row`` or ``2,000 rows``."""
-    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+def about(number: int, *, is_exact: bool) -> str:
+    """Return a count, with ``about`` before an estimate."""
+    return count(number) if is_exact else f"about {count(number)}"
+
+
+def plural(number: int, noun: str, *, is_exact: bool = True) -> str:
+    """Return a count with its noun, e.g. ``1 row``, ``about 2,000 rows`` or ``3 retries``."""
+    nouns = f"{noun.removesuffix('y')}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{about(number, is_exact=is_exact)} {noun if number == 1 else nouns}"
 
 
 def duration(seconds: float) -> str:
@@ -59,7 +74,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(rows_per_second: float) -> str:
-    """Return a rate without its unit and with the digits that mean something, e.g. ``25,100`` or ``3.2``."""
+    """Return a rate without its unit, with its significant digits, e.g. ``25,100`` or ``3.2``."""
     if 0 < rows_per_second < 10:  # noqa: PLR2004 - below it a whole number is too coarse
         return f"{rows_per_second:.1f}"
     whole = round(rows_per_second)
@@ -73,22 +88,27 @@ def size(number_of_bytes: int) -> str:
     """Return an amount of memory as PostgreSQL's ``pg_size_pretty`` does, e.g. ``52 MB``."""
     if number_of_bytes < _MOST_BYTES:
         return f"{number_of_bytes} bytes"
-    # The server halves last, so that a half is rounded up.
+    # As the server does: it halves last, so that a half is rounded up.
     halves = number_of_bytes >> 9
     for unit in _SIZE_UNITS:
         if halves < _MOST_HALVES or unit == _SIZE_UNITS[-1]:
             return f"{(halves + 1) // 2} {unit}"
         halves >>= 10
-    raise AssertionError("the last unit is for every larger size")
+    raise AssertionError("The last unit is for every larger size.")
+
+
+def moment(at: datetime) -> str:
+    """Return a time in UTC and to the second."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def one_line(text: str) -> str:
-    """Return the text without line ends and control characters; names and reasons come from elsewhere."""
+    """Return the text without line ends and control characters, which names and reasons may contain."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-FAILED_ROWS_NAMED = 20
-HOLDERS_NAMED = 5
+REJECTED_ROWS_NAMED: Final = 20
+HOLDERS_NAMED: Final = 5
 _ACTIVITIES: Final[dict[State, str]] = {
     "draining": "draining ranges in flight",
     "confirming": "confirming rows",
@@ -97,50 +117,42 @@ _ACTIVITIES: Final[dict[State, str]] = {
 }
 
 
-def notice(event: Event, tally: Tally) -> str:
-    """Return the line that a notable event is worth, or an empty text.
+def notice(event: Event, stats: Stats) -> str:
+    """Return the line for a notable event, or an empty text.
 
     Args:
-        event: What happened.
-        tally: The figures before it happened.
+        event: The event.
+        stats: The figures before it.
     """
+    return one_line(_notice(event, stats))
+
+
+def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 - one case for each event
     match event:
         case RotationStarted():
-            line = _resumed(event) if event.resumed else _started(event)
-        case LateRowsRotated():
-            line = f"{plural(event.rows, 'row')} that no range had written, rotated now"
-        case RowsConfirmed():
-            line = unconfirmed(event.unconfirmed)
-        case VacuumStarted():
-            line = "every row is done; vacuuming the table once more, which a stop would cut short"
-        case DrainStarted():
-            line = f"{event.reason}: draining, ranges in flight commit and no more are planned"
-        case WorkersSilent():
-            line = (
-                f"no worker has done anything for {duration(event.seconds)}: are they running, and do they "
-                "reach broker and database? Another message is sent"
-            )
-        case BrokerUnreachable():
-            line = f"{event.reason.rstrip('.')}: workers that run continue, and no others are started"
-        case RangeRetried() | RowFailed() | LateCommitsAwaited():
-            line = _trouble(event, tally)
-        case _:
-            line = _circumstances(event)
-    return one_line(line)
-
-
-def _circumstances(event: Event) -> str:
-    """Return the line for what the server and other processes do."""
-    match event:
+            return _resumed(event) if event.resumed else _started(event)
+        case RangeRetried():
+            parts = " in two halves" if event.split else ""
+            line = f"a range of {plural(event.rows, 'row')} is retried{parts}: {event.reason}"
+            return "" if event.reason in stats.retry_reasons else line
+        case RowRejected():
+            return _rejected(event, len(stats.rejected_keys))
         case OutageStarted():
             return (
-                f"the server is away: {event.reason.rstrip('.')}; "
+                f"the server is unreachable: {event.reason.rstrip('.')}; "
                 f"waiting for up to {duration(event.budget_seconds)}"
             )
         case OutageEnded():
             return (
-                f"the server is back after {duration(event.seconds)}: "
-                f"its checkpoints vouch for {plural(event.rows_done, 'row')}"
+                f"the server is reachable again after {duration(event.seconds)}: "
+                f"{plural(event.rows_done, 'row')} confirmed by checkpoints"
+            )
+        case BrokerUnreachable():
+            return f"{event.reason.rstrip('.')}; workers that run continue, and no others are started"
+        case WorkersSilent():
+            return (
+                f"no progress by Celery workers for {duration(event.seconds)}: "
+                "check that they run and that they reach the broker and the database. Another message is sent"
             )
         case OwnerWatched():
             return (
@@ -152,16 +164,17 @@ def _circumstances(event: Event) -> str:
                 f"warning: the server will log the new values, because of {', '.join(event.settings)}: "
                 "set log_parameter_max_length = 0 for this role"
             )
+        case LateCommitsAwaited():
+            return "" if event.holders == stats.holders else _awaited(event.holders)
+        case LateRowsRotated():
+            return f"rotated {plural(event.rows, 'late row')}"
+        case RowsConfirmed():
+            return unconfirmed(event.unconfirmed)
+        case VacuumStarted():
+            return "all rows are rotated; running the final VACUUM (Ctrl-C skips it)"
         case VacuumSkipped():
             what = "skipped one VACUUM" if event.is_once else "the table is not vacuumed"
             return f"{what}: {event.reason.rstrip('.')}"
-        case _:
-            return _skip_reason(event)
-
-
-def _skip_reason(event: Event) -> str:
-    """Return the line for what costs time or does not work, while the rotation continues."""
-    match event:
         case ReceiverFailed():
             return (
                 f"warning: the receiver {event.receiver} raised {event.error}; the rotation continues, and "
@@ -175,82 +188,46 @@ def _skip_reason(event: Event) -> str:
             )
         case LockHeld():
             return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
-        case _:
+        case DrainStarted():
+            return f"{event.reason}: draining; ranges in flight are committed, and no new ones start"
+        case (
+            Preflighted()
+            | RangeCompleted()
+            | WorkersProgressed()
+            | RangeDeferred()
+            | LateCommitsOver()
+            | ConfirmationStarted()
+            | Vacuumed()
+            | Tick()
+            | RotationStopped()
+        ):
             return ""
-
-
-def activity(tally: Tally, now: float) -> str:
-    """Return what the run is busy with instead of getting on, or an empty text while rows are being done."""
-    if tally.outage_since is not None:
-        away = duration(now - tally.outage_since)
-        return f"unreachable {away}, {duration(tally.outage_left_seconds(now))} left"
-    if tally.state == "late_commits":
-        return f"waiting for {plural(len(tally.holders), 'transaction')}"
-    return _ACTIVITIES.get(tally.state, "")
-
-
-def unconfirmed(rows: int | None) -> str:
-    """Return the phrase for rows that others wrote last; empty where there are none."""
-    if not rows:
-        return ""
-    return f"{plural(rows, 'row')} not confirmed: written by other sessions or triggers since the start"
-
-
-def done_of_total(tally: Tally) -> str:
-    """Return rows done and in all, e.g. ``412,000 of about 1,000,000``."""
-    about = "" if tally.rows_total_is_exact else "about "
-    return f"{count(tally.rows_shown)} of {about}{count(tally.rows_total)}"
-
-
-def stopped_by(reason: StopReason | None) -> str:
-    """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after``; empty without one."""
-    return f"stopped by {reason}" if reason else ""
-
-
-def moment(at: datetime) -> str:
-    """Return a time in UTC and to the second."""
-    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        case _:
+            assert_never(event)
 
 
 def _started(event: RotationStarted) -> str:
-    about = "" if event.rows_total_is_exact else "about "
+    rows = plural(event.rows_total, "row", is_exact=event.rows_total_is_exact)
     return (
-        f"rotation {event.rotation} of {event.target} starts: {about}{plural(event.rows_total, 'row')}, "
+        f"rotation {event.rotation} of {event.target} starts: {rows}, "
         f"{plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range"
     )
 
 
 def _resumed(event: RotationStarted) -> str:
-    about = "" if event.rows_total_is_exact else "about "
+    rows = plural(event.rows_total, "row", is_exact=event.rows_total_is_exact)
     stopped = moment(event.stopped_at) if event.stopped_at else "an unknown time"
     return (
-        f"rotation {event.rotation} of {event.target} resumes: {count(event.rows_done)} of "
-        f"{about}{plural(event.rows_total, 'row')} were done in {duration(event.seconds_before)} "
-        f"when it stopped at {stopped}"
+        f"rotation {event.rotation} of {event.target} resumes: {count(event.rows_done)} of {rows} "
+        f"were done in {duration(event.seconds_before)} when it stopped at {stopped}"
     )
 
 
-def _trouble(event: RangeRetried | RowFailed | LateCommitsAwaited, tally: Tally) -> str:
-    """Return the line for what keeps rows from being rotated; empty where it was told before."""
-    match event:
-        case RangeRetried():
-            return _retried(event) if event.reason not in tally.retry_reasons else ""
-        case RowFailed():
-            return _failed(event, tally.failed_rows)
-        case LateCommitsAwaited():
-            return _awaited(event.holders) if event.holders != tally.holders else ""
-
-
-def _retried(event: RangeRetried) -> str:
-    part = " in two halves" if event.split else ""
-    return f"a range of {plural(event.rows, 'row')} is retried{part}: {event.reason}"
-
-
-def _failed(event: RowFailed, failed_before: int) -> str:
-    if failed_before < FAILED_ROWS_NAMED:
-        return f"key {event.key} cannot be rotated: {event.reason}"
-    if failed_before == FAILED_ROWS_NAMED:
-        return "more rows cannot be rotated; from here on they are only counted"
+def _rejected(event: RowRejected, rejected_before: int) -> str:
+    if rejected_before < REJECTED_ROWS_NAMED:
+        return f"row {event.key} is rejected: {event.reason}"
+    if rejected_before == REJECTED_ROWS_NAMED:
+        return "more rows are rejected; from now on they are only counted"
     return ""
 
 
@@ -261,3 +238,38 @@ def _awaited(holders: tuple[str, ...]) -> str:
         f"waiting for {plural(len(holders), 'transaction')} older than the rotation, "
         f"which may still commit rows: {named}{more}"
     )
+
+
+def activity(stats: Stats) -> str:
+    """Return the activity of a run that does not rotate ranges now, or an empty text."""
+    if stats.outage_since is not None and stats.outage_left_seconds is not None:
+        unreachable = duration(stats.clock() - stats.outage_since)
+        return f"unreachable {unreachable}, {duration(stats.outage_left_seconds)} left"
+    if stats.state == "late_commits":
+        return f"waiting for {plural(len(stats.holders), 'transaction')}"
+    return _ACTIVITIES.get(stats.state, "")
+
+
+def unconfirmed(rows: int | None) -> str:
+    """Return the phrase for rows that other sessions wrote last; empty where there are none."""
+    if not rows:
+        return ""
+    return f"{plural(rows, 'row')} not confirmed: written by other sessions or triggers since the start"
+
+
+def done_of_total(rows: int, total: int, *, is_exact: bool) -> str:
+    """Return the rows done and the total, e.g. ``412,000 of about 1,000,000``.
+
+    Rows that are added while the rotation runs do not exceed an exact total.
+    """
+    return f"{count(min(rows, total) if is_exact else rows)} of {about(total, is_exact=is_exact)}"
+
+
+def progress_rows(stats: Stats) -> str:
+    """Return the rows done and the total of a run."""
+    return done_of_total(stats.rows_done, stats.rows_total, is_exact=stats.rows_total_is_exact)
+
+
+def stopped_by(reason: StopReason | None) -> str:
+    """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after``; empty without one."""
+    return f"stopped by {reason}" if reason else ""

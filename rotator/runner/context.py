@@ -12,7 +12,7 @@ from rotator.postgres.owner import Owner
 from rotator.postgres.table import Condition
 from rotator.postgres.values import ValueSource
 from rotator.runner.stop import StopSignal
-from rotator.stats import Figures
+from rotator.stats import Stats
 
 AskForHelp: TypeAlias = Callable[[int, int], Awaitable[None]]
 """Sends a message that asks a Celery worker for help: with the rotation's id and the message's.
@@ -72,7 +72,7 @@ class RunContext:
         options: How.
         owner: This process.
         stop_signal: What has been asked of the run.
-        figures: What it has done so far.
+        stats: The figures of the run.
         notify: Tells observers, after the run itself has taken note.
         on_commit: Is awaited after each commit of rows; None where nobody asked for that.
         ask_for_help: Asks Celery workers to rewrite the ranges; None where this process does it.
@@ -83,7 +83,7 @@ class RunContext:
     options: RunOptions
     owner: Owner
     stop_signal: StopSignal
-    figures: Figures
+    stats: Stats
     notify: Observer
     on_commit: OnCommit | None
     ask_for_help: AskForHelp | None

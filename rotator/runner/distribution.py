@@ -12,7 +12,7 @@ from rotator.events import (
     BrokerUnreachable,
     Observer,
     RangeDeferred,
-    RowFailed,
+    RowRejected,
     WorkersProgressed,
     WorkersSilent,
 )
@@ -130,10 +130,17 @@ class Distribution:
         finished = await spans.collect_finished(self._connection, self._lease)
         progress = await spans.read_progress(self._connection, self._lease.rotation, since=self._since)
         ranges, rows = progress.ranges - self._reported[0], progress.rows - self._reported[1]
-        retries, read_at = sum(span.retries for span in finished), self._clock()
-        if ranges or retries:
+        deferrals, retries = sum(s.deferrals for s in finished), sum(s.retries for s in finished)
+        read_at = self._clock()
+        if ranges or deferrals or retries:
             self._notify(
-                WorkersProgressed(ranges=ranges, rows=rows, retries=retries, seconds=read_at - self._read_at)
+                WorkersProgressed(
+                    ranges=ranges,
+                    rows=rows,
+                    deferrals=deferrals,
+                    retries=retries,
+                    seconds=read_at - self._read_at,
+                )
             )
         self._read_at, self._since = read_at, progress.settled
         self._reported = (
@@ -146,7 +153,7 @@ class Distribution:
     def _report_failed_rows(self, finished: Sequence[FinishedSpan]) -> None:
         for key, reason in (failed for span in finished for failed in span.failed_keys):
             self._failed_rows += 1
-            self._notify(RowFailed(key=Key(key), reason=reason))
+            self._notify(RowRejected(key=Key(key), reason=reason))
             if self._failed_rows > MAX_FAILED_ROWS:
                 raise RangeRejectedError(reason, retryable=False)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from rotator.aio import unwrap_group
-from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
+from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.ranges import KeyInterval, KeyRange
 from rotator.runner.retry import NextStep, RetryPolicy
@@ -114,7 +114,7 @@ class Engine:
         """Rewrite every range of the intervals, except for rows that the server rejects permanently.
 
         A range with locked rows is deferred, for as long as it takes. A rejected range is retried where that
-        may help, and then split, down to the single row, which is reported as :class:`RowFailed`. A range
+        may help, and then split, down to the single row, which is reported as :class:`RowRejected`. A range
         that is too slow is split at once, and the planner makes the next ranges smaller.
 
         A fault that affects every row ends the run soon: while no row has been rotated, the first row of each
@@ -217,7 +217,7 @@ class Engine:
 
     def _give_up(self, key_range: KeyRange, error: RangeRejectedError) -> None:
         self._failed_rows += 1
-        self._notify(RowFailed(key=key_range.through, reason=error.condition))
+        self._notify(RowRejected(key=key_range.through, reason=error.condition))
         if self._failed_rows > self._options.max_failed_rows:
             raise error
         if not self._has_rotated and self._failed_rows >= self._options.max_failed_rows_at_start:

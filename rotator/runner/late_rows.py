@@ -13,13 +13,14 @@ from rotator.events import (
     OnCommit,
     RangeDeferred,
     RangeRetried,
-    RowFailed,
+    RowRejected,
     RowsRotated,
 )
 from rotator.exceptions import RangeRejectedError, RowsLockedError
 from rotator.postgres.activity import holders
-from rotator.postgres.older_rows import OlderRow, OlderRows
+from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.table import TargetTable
+from rotator.postgres.writer import OlderRow
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.stop import StopSignal
 
@@ -100,7 +101,7 @@ class LateRows:
                 rejections += 1
                 step = _RETRY.after_rejection(error, rows=len(rows), rejections=rejections)
                 if step is NextStep.GIVE_UP:
-                    return self._notify(RowFailed(key=rows[0].key, reason=error.condition))
+                    return self._notify(RowRejected(key=rows[0].key, reason=error.condition))
                 splits = step is NextStep.SPLIT
                 self._notify(RangeRetried(rows=len(rows), reason=error.condition, split=splits))
                 if splits:

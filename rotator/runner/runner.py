@@ -4,7 +4,6 @@ import asyncio
 import time
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
-from signal import Signals
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -36,8 +35,8 @@ from rotator.postgres.activity import lock_holders
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.errors import settings_that_show_values
 from rotator.postgres.owner import this_process
-from rotator.postgres.planner import gaps
-from rotator.postgres.preflight import COUNT_SECONDS, check_values, count_table, name_server
+from rotator.postgres.planner import count_table, gaps
+from rotator.postgres.preflight import COUNT_SECONDS, check_values, name_server
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage
@@ -50,7 +49,7 @@ from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session
 from rotator.runner.stop import StopSignal
 from rotator.runner.vacuum import Vacuuming
-from rotator.stats import Figures
+from rotator.stats import Stats
 
 NAMED_AFTER_SECONDS: Final = 5.0
 # A range waits for a lock for a tenth of a second at a time.
@@ -145,7 +144,7 @@ class Run:
         """
         self._observer = observer
         self._should_stop = should_stop
-        self._figures = Figures()
+        self._stats = Stats()
         self._stop_signal = StopSignal(self._notify)
         self._context = RunContext(
             server=server,
@@ -153,7 +152,7 @@ class Run:
             options=options,
             owner=this_process(),
             stop_signal=self._stop_signal,
-            figures=self._figures,
+            stats=self._stats,
             notify=self._notify,
             on_commit=on_commit,
             ask_for_help=ask_for_help,
@@ -164,18 +163,7 @@ class Run:
         self._vacuuming = Vacuuming(self._context)
         self._lock_watch = LockWatch(self._notify)
         self._is_completed = False
-        self._late_rows_before = 0
         self._server_name = ""
-
-    @property
-    def signal(self) -> Signals | None:
-        """The signal that asked for a stop, if one did."""
-        return self._stop_signal.signal
-
-    @property
-    def stopped_by_option(self) -> bool:
-        """Whether the run ended because an option told it to."""
-        return self._stop_signal.reason is StopReason.STOP_AFTER
 
     async def rotate(self) -> RotationStopped:
         """Work until the rotation is completed, somebody asks for a stop, or it cannot go on.
@@ -200,7 +188,7 @@ class Run:
                     await self._record("interrupted", stop_reason=StopReason.CANCELLED)
                     raise
                 stopped = (
-                    self._stopped("completed") if self._is_completed else await self._leave("interrupted")
+                    await self._leave_completed() if self._is_completed else await self._leave("interrupted")
                 )
             except Exception as error:
                 # Refusals are recorded already. An error of the program, or of an observer, is not.
@@ -261,7 +249,9 @@ class Run:
             else:
                 if status == "completed":
                     self._is_completed = True
-                    return await self._final_vacuum(self._table)
+                    # All workers have left, so the statistics contain their work.
+                    await self._vacuuming.run_final(self._table)
+                    return await self._leave_completed()
                 return await self._leave(status)
 
     async def _check(self, control: AsyncConnection) -> TargetTable:
@@ -270,7 +260,7 @@ class Run:
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
         self._server_name = await name_server(control)
-        self._figures.storage_before = await read_storage(control, table)
+        self._stats.storage_before = await read_storage(control, table)
         await self._vacuuming.prepare(control, table)
         await self._check_values(control, table)
         if self._context.options.preflight:
@@ -310,7 +300,7 @@ class Run:
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
         if acquired.is_completed:
-            self._notify_outage_ended((await rotations.read_state(control, acquired.lease)).rows_done)
+            self._notify_outage_ended(await rotations.read_state(control, acquired.lease))
             return "completed"
         server = self._context.server
         # Where Celery workers rewrite the ranges, this process only rotates older rows.
@@ -346,29 +336,35 @@ class Run:
             await rotations.beat(
                 control,
                 acquired.lease,
-                rows_done=self._figures.rows_done,
-                active_seconds=self._figures.active_seconds,
+                rows_done=self._stats.rows_done,
+                active_seconds=self._stats.active_seconds,
             )
             self._notify(Tick())
 
     def _notify_started(self, session_work: Session, owned: RotationState) -> None:
-        self._notify_outage_ended(owned.rows_done)
-        if not self._figures.has_started:
-            self._late_rows_before = owned.late_rows
+        self._notify_outage_ended(owned)
+        if self._stats.started is None:
             self._notify(session_work.started(owned))
 
-    def _notify_outage_ended(self, rows_done: int) -> None:
+    def _notify_outage_ended(self, owned: RotationState) -> None:
         if self._outage.is_unreachable:
-            self._notify(OutageEnded(seconds=self._outage.reached(), rows_done=rows_done))
+            seconds = self._outage.reached()
+            self._notify(OutageEnded(seconds=seconds, rows_done=owned.rows_done, late_rows=owned.late_rows))
 
-    async def _final_vacuum(self, table: TargetTable) -> RotationStopped:
-        """Vacuum once more; the workers have left, so what they have done is in the statistics by now."""
-        await self._vacuuming.run_final(table)
-        with suppress(RotatorError):
-            async with connected(self._context.server) as connection:
-                self._figures.storage = await read_storage(connection, table)
-                if self._context.target.condition is not None:
-                    self._figures.table_rows = await count_table(connection, table, seconds=COUNT_SECONDS)
+    async def _leave_completed(self) -> RotationStopped:
+        """Record the time of a completed rotation, and read the figures of its table."""
+        self._stats.stop_clock()
+        with suppress(RotatorError, TimeoutError):
+            async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
+                if self._acquired is not None and self._table is not None:
+                    await rotations.record_seconds(
+                        connection, self._acquired.lease, active_seconds=self._stats.active_seconds
+                    )
+                    self._stats.storage = await read_storage(connection, self._table)
+                    if self._context.target.condition is not None:
+                        self._stats.table_rows = await count_table(
+                            connection, self._table, seconds=COUNT_SECONDS
+                        )
         return self._stopped("completed")
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
@@ -390,7 +386,7 @@ class Run:
             # Another Celery worker resumes it.
             status = "queued"
         await self._record(status, error=str(error))
-        if not self._figures.has_started:
+        if self._stats.started is None:
             raise error
         return self._stopped(status, error=str(error), superseded=superseded)
 
@@ -401,7 +397,7 @@ class Run:
             status = "queued"
         error = "" if reason else _REJECTED_ROWS
         await self._record(status, stop_reason=reason, error=error)
-        if not self._figures.has_started:
+        if self._stats.started is None:
             raise StoppedBeforeStartError(self._stop_signal.signal)
         return self._stopped(status, error=error)
 
@@ -411,34 +407,35 @@ class Run:
         """Tell the database how the run leaves its rotation, as well as that can be done now."""
         if self._acquired is None:
             return
-        # Whatever stands in the way, the account of the run is worth more than this error.
+        self._stats.stop_clock()
+        # The account of the run is more important than an error here.
         with suppress(RotatorError, TimeoutError):
             async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
-                self._figures.rows_done = await rotations.stop(
+                self._stats.rows_done = await rotations.stop(
                     connection,
                     self._acquired.lease,
                     status=status,
                     stop_reason=stop_reason,
                     error=error,
-                    active_seconds=self._figures.active_seconds,
+                    active_seconds=self._stats.active_seconds,
                 )
                 if self._table is not None:
-                    self._figures.storage = await read_storage(connection, self._table)
+                    self._stats.storage = await read_storage(connection, self._table)
                     owned = await rotations.read_state(connection, self._acquired.lease)
+                    self._stats.late_rows = owned.late_rows
                     if owned.bound is not None:
                         left = await gaps(connection, self._table, owned.lease.rotation, owned.bound)
-                        self._figures.spans = intervals_between(left, owned.bound)
+                        self._stats.spans = intervals_between(left, owned.bound)
 
     def _stopped(self, status: EndStatus, *, error: str = "", superseded: bool = False) -> RotationStopped:
         owner, chosen = self._context.owner, self._context.target.selection
-        return self._figures.stopped(
+        return self._stats.stopped(
             status,
             stop_reason=None if status == "completed" or error else self._stop_signal.reason,
             error=error,
-            late_rows_before=self._late_rows_before,
             superseded=superseded,
             run=RunFacts(
-                started_at=self._figures.started_at,
+                started_at=self._stats.started_at,
                 ended_at=datetime.now(UTC),
                 user=owner.user,
                 host=owner.host,
@@ -452,7 +449,7 @@ class Run:
         )
 
     def _notify(self, event: Event) -> None:
-        self._figures.take(event)
+        self._stats.take(event)
         self._lock_watch.take(event)
         if isinstance(event, RangeCompleted | WorkersProgressed | LateRowsRotated):
             self._outage.refill()

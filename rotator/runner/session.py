@@ -69,6 +69,7 @@ class Session:
             rows_total=owned.rows_total,
             rows_total_is_exact=owned.rows_total_is_exact,
             rows_done=owned.rows_done,
+            late_rows=owned.late_rows,
             seconds_before=owned.seconds_before,
             stopped_at=self._acquired.stopped_at,
             concurrency=self._context.options.concurrency,
@@ -85,7 +86,7 @@ class Session:
         await self._rotate_gaps(owned)
         if stop_signal.drain.is_set():
             return "interrupted"
-        if self._context.figures.failed_keys:
+        if self._context.stats.rejected_keys:
             return "failed"
         # Rows that were deleted since they were planned leave the limit unreached, and end it too.
         if options.stop_after_rows is not None and await self._gaps(owned):
@@ -98,18 +99,18 @@ class Session:
 
     async def complete(self, owned: RotationState) -> bool:
         """Mark the rotation completed; False where the checkpoints leave a gap after all."""
-        figures = self._context.figures
+        stats = self._context.stats
         rows_done = await rotations.complete(
             self._connection,
             self._table,
             owned.lease,
             owned.bound,
-            active_seconds=figures.active_seconds,
-            unconfirmed_rows=figures.unconfirmed_rows,
+            active_seconds=stats.active_seconds,
+            unconfirmed_rows=stats.unconfirmed_rows,
         )
         if rows_done is None:
             return False
-        figures.rows_done = rows_done
+        stats.rows_done = rows_done
         return True
 
     async def _freeze(self, owned: RotationState) -> RotationState:
@@ -140,7 +141,7 @@ class Session:
     async def _rotate_gaps(self, owned: RotationState) -> None:
         options = self._context.options
         limit = options.stop_after_rows
-        max_rows = None if limit is None else max(0, limit - self._context.figures.rows_this_run)
+        max_rows = None if limit is None else max(0, limit - self._context.stats.rows_this_run)
         left, drain = await self._gaps(owned), self._context.stop_signal.drain
         planner, notify = IndexPlanner(self._connection, self._table), self._context.notify
         if self._context.ask_for_help is not None:
@@ -201,7 +202,7 @@ class Session:
                 return True
             late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
             rotated = await late_rows.rotate_all(self._context.options.batch)
-            if stop_signal.drain.is_set() or self._context.figures.failed_keys:
+            if stop_signal.drain.is_set() or self._context.stats.rejected_keys:
                 return False
             attempts = 0 if rotated else attempts + 1
             if attempts >= CONFIRMATIONS:

@@ -50,13 +50,13 @@ class Vacuuming:
         """
         if not self._is_allowed:
             return
-        figures = self._context.figures
+        stats = self._context.stats
         part_rows = max(MIN_ROWS, -(-rows_total // self._part_of_table))
-        due_rows = figures.rows_done + part_rows
+        due_rows = stats.rows_done + part_rows
         while not await self._context.stop_signal.wait(POLL_SECONDS):
             # With less than half a part to go, the final VACUUM is soon enough.
-            if due_rows <= figures.rows_done < rows_total - part_rows // 2:
-                due_rows = figures.rows_done + part_rows
+            if due_rows <= stats.rows_done < rows_total - part_rows // 2:
+                due_rows = stats.rows_done + part_rows
                 await self._vacuum(control, table, indexes=False)
 
     async def run_final(self, table: TargetTable) -> None:

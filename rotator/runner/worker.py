@@ -10,7 +10,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.aio import unwrap_group, watch
-from rotator.events import Event, Observer, OnCommit, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
+from rotator.events import Event, Observer, OnCommit, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError
 from rotator.options import RunOptions
 from rotator.postgres import spans
@@ -54,6 +54,7 @@ class _EventCounter:
     """The events of the engine that the owner needs."""
 
     outage: OutageBudget
+    deferrals: int = 0
     retries: int = 0
     failed_keys: list[tuple[Key, str]] = field(default_factory=list)
 
@@ -61,9 +62,11 @@ class _EventCounter:
         match event:
             case RangeCompleted():
                 self.outage.refill()
-            case RangeDeferred() | RangeRetried():
+            case RangeDeferred():
+                self.deferrals += 1
+            case RangeRetried():
                 self.retries += 1
-            case RowFailed():
+            case RowRejected():
                 self.failed_keys.append((event.key, event.reason))
             case _:
                 pass
@@ -182,10 +185,16 @@ class Helper:
                     await engine.run(claimed.gaps, self._drain)
                     renewing.cancel()
         if self._drain.is_set():
-            await spans.release(connection, claimed.lease, retries=counter.retries)
+            await spans.release(
+                connection, claimed.lease, deferrals=counter.deferrals, retries=counter.retries
+            )
         else:
             await spans.finish(
-                connection, claimed.lease, retries=counter.retries, failed_keys=counter.failed_keys
+                connection,
+                claimed.lease,
+                deferrals=counter.deferrals,
+                retries=counter.retries,
+                failed_keys=counter.failed_keys,
             )
 
     async def _keep_renewed(self, connection: AsyncConnection, lease: Lease) -> None:

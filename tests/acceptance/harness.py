@@ -98,9 +98,9 @@ class Finished:
     @property
     def resume_command(self) -> list[str]:
         """The command line that the summary's last line advises."""
-        said, _, command = self.summary[-1].partition("Go on with: ")
-        assert not said, f"the summary does not end with how to go on: {self.out}"
-        assert command, f"the summary does not end with how to go on: {self.out}"
+        said, _, command = self.summary[-1].partition("Resume with: ")
+        assert not said, f"the summary does not end with the command that resumes: {self.out}"
+        assert command, f"the summary does not end with the command that resumes: {self.out}"
         return shlex.split(command)
 
     @property

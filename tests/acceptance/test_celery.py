@@ -7,23 +7,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from core.broker import broker_url, running_broker
 from rotator.api import prepare
 from rotator.models import Helper, Rotation, Span
 from rotator.options import RunOptions
 from rotator.runner.distribution import SILENT_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
+from tests.acceptance.celery_hosts import Hosts, running_hosts
 from tests.acceptance.harness import (
     COMMAND,
     MANAGE,
     Commands,
-    Finished,
     Running,
     checkpoints,
     query,
@@ -41,77 +39,9 @@ MOST_MESSAGE_BYTES = 1024
 MOST_BROKER_BYTES = 20 * 1024**2
 
 
-class Hosts:
-    """A broker, and processes that know it."""
-
-    def __init__(self, commands: Commands, folder: Path) -> None:
-        self._commands = commands
-        self._folder = folder
-        self._broker = ExitStack()
-        self._workers = 0
-        self.process = self._broker.enter_context(running_broker(folder))
-
-    @property
-    def url(self) -> str:
-        return broker_url(self._folder)
-
-    @property
-    def report(self) -> Path:
-        return self._folder / "report"
-
-    def end(self) -> None:
-        self._broker.close()
-
-    def restart_broker(self) -> None:
-        """Kill it; the new one knows of no message."""
-        self._broker.close()
-        self.process = self._broker.enter_context(running_broker(self._folder))
-
-    def worker(self, *, processes: int = 1) -> Running:
-        self._workers += 1
-        worker = self._start(
-            *(sys.executable, "-m", "celery", "--app", "core.celery", "worker", "--loglevel=INFO"),
-            f"--concurrency={processes}",
-            f"--hostname=worker{self._workers}@%h",
-        )
-        wait_until(lambda: "ready." in worker.err, "the worker is ready")
-        return worker
-
-    def coordinator(self, *options: str, **environment: str) -> Running:
-        return self._start(*MANAGE, COMMAND, "--celery", *options, **environment)
-
-    def rotate(self, *options: str) -> Finished:
-        return self.coordinator(*options).wait()
-
-    def deliver_again(self, rotation: int) -> None:
-        """Do as a broker does that has heard nothing for long of who coordinates a rotation."""
-        from core.celery import app  # noqa: PLC0415 - of an extra
-        from rotator.tasks import coordinate  # noqa: PLC0415 - of an extra
-
-        with app.connection(self.url) as connection:
-            coordinate.apply_async(("default", rotation), connection=connection)
-
-    def _start(self, *command: str, **environment: str) -> Running:
-        # Celery warns of what is not ours to mend, and of root.
-        known = ["env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}"]
-        known += [f"{name}={value}" for name, value in environment.items()]
-        return self._commands.start(program=(*known, *command))
-
-
 @pytest.fixture
 def hosts(commands: Commands) -> Iterator[Hosts]:
-    # A socket's path has to be short.
-    folder = Path(f"/tmp/rotator-broker-{os.getpid()}-{time.monotonic_ns()}")  # noqa: S108 - nobody guesses it
-    folder.mkdir(mode=0o700)
-    started = Hosts(commands, folder)
-    try:
-        yield started
-    finally:
-        commands.end()
-        started.end()
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    yield from running_hosts(commands)
 
 
 def kill_all(worker: Running) -> None:
@@ -257,7 +187,7 @@ def test_a_row_that_is_refused_is_named_and_the_rest_gets_done(hosts: Hosts) -> 
         hosts.worker()
         finished = hosts.rotate("--batch=100")
         assert finished.status == 1
-        assert "[8]: check_violation" in finished.out
+        assert "row [8]: check_violation" in finished.out
         assert audit.changed() == ROWS - 1
     finally:
         query("ALTER TABLE tickets_ticket DROP CONSTRAINT frozen_row")
@@ -271,7 +201,7 @@ def test_a_generator_that_fails_in_a_worker_is_told_here(hosts: Hosts) -> None:
     options = ("--batch=100", "--generator=tests.shop.generators.late_uuid")
     finished = hosts.rotate(*options)
     assert finished.status == 1
-    assert "gave None for token; that was for the range (" in finished.out
+    assert "returned None for token; that was for the range (" in finished.out
     audit.assert_checkpoints_and_tokens_agree()
 
 
@@ -317,7 +247,7 @@ def detached(hosts: Hosts, *options: str) -> int:
     said = started.err.splitlines()[-1]
     number = Rotation.objects.get().pk
     assert said == (
-        f"Rotation {number} is left to the workers; see how far they are with: "
+        f"Rotation {number} is queued for Celery workers. Watch it with: "
         f"manage.py rotations {number} --follow"
     )
     return int(number)
@@ -347,7 +277,7 @@ def test_detached_without_a_broker_nothing_is_lost(hosts: Hosts, commands: Comma
     assert refused.status == 1
     assert refused.err.splitlines()[-1] == (
         "CommandError: The broker cannot be reached (OperationalError). "
-        f"Rotation {number} is begun and nothing is lost: the same command tries again."
+        f"Rotation {number} has begun. Run the same command again to queue it."
     )
     hosts.restart_broker()
     hosts.worker(processes=2)
@@ -414,11 +344,13 @@ def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
         terminal.type("y\n")
         wait_for_checkpoints(20)
         terminal.type("\x03")
-        terminal.wait_for("Leave it to the workers, to go on without this terminal? [y/N] ")
+        terminal.wait_for(
+            "Queue the rotation for Celery workers, which continue without this terminal? [y/N] "
+        )
         assert terminal.answer(answer) == 128 + signal.SIGINT
     speed_up()
     number = Rotation.objects.get().pk
-    assert (f"Rotation {number} is left to the workers" in terminal.said) == is_left
+    assert (f"Rotation {number} is queued for Celery workers" in terminal.said) == is_left
     assert follow(commands, number).wait().status == int(not is_left)
     if is_left:
         audit.assert_rotated()
@@ -476,7 +408,7 @@ sys.exit(any(name in sys.modules for name in ("celery", "kombu", "redis")))
 def test_without_workers_it_waits_and_says_so(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     coordinator = hosts.coordinator("--batch=50")
-    silent = "are they running, and do they reach broker and database?"
+    silent = "check that they run and that they reach the broker and the database"
     wait_until(lambda: silent in coordinator.err, "it says so", seconds=SILENT_SECONDS + 20)
     hosts.worker()
     assert coordinator.wait().status == 0
@@ -545,4 +477,4 @@ def test_without_the_extra_it_says_what_to_install(commands: Commands, tmp_path:
     known = ("env", *(f"{name}={value}" for name, value in environment.items()))
     finished = commands.start("--celery", program=(*known, *MANAGE, COMMAND)).wait()
     assert finished.status == 1
-    assert finished.complaint == "--celery needs celery: pip install 'celery[redis]>=5.5'."
+    assert finished.complaint == "--celery needs celery. Run: pip install 'celery[redis]>=5.5'"

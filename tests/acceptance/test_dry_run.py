@@ -38,7 +38,7 @@ def test_a_dry_run_changes_nothing(commands: Commands) -> None:
     assert "  rows         20,000 counted" in lines
     (time,) = (line for line in lines if line.startswith("  time "))
     assert "rows were rewritten at " in time
-    assert "  - there is no way back to the old values" in finished.out
+    assert "  - Old values cannot be restored" in finished.out
 
 
 _VERSIONS = "SELECT sum(xmax::text::bigint)::text, count(DISTINCT xmax::text) FROM tickets_ticket"

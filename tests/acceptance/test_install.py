@@ -82,7 +82,7 @@ def test_the_guide_word_for_word(site: Site) -> None:
     site.add_to_settings(setting)
     _, _, migrate, dry_run, rotate = blocks("sh")
     assert "no issues" in site.run(migrate)
-    assert "What no tool can undo:" in site.run(dry_run)
+    assert "Consequences:" in site.run(dry_run)
     site.assert_rotated("shop_order", ["api_key"], lambda: site.run(rotate))
     assert "completed" in site.run("python manage.py rotations")
     assert site.rows("SELECT sum(rows)::integer FROM rotator_completedrange") == [(5000,)]

@@ -82,7 +82,7 @@ def test_ctrl_c_twice_ends_with_the_summary(commands: Commands, pause: float) ->
 
     assert finished.status == 130
     assert finished.summary[0].startswith("Interrupted: ")
-    assert finished.summary[-1].startswith("Go on with: ")
+    assert finished.summary[-1].startswith("Resume with: ")
     assert "Traceback" not in finished.err
     assert Rotation.objects.get().status == "interrupted"
     audit.assert_checkpoints_and_tokens_agree()
@@ -98,7 +98,7 @@ def test_ctrl_c_many_times_on_a_terminal_ends_with_the_summary() -> None:
             time.sleep(0.04)
         assert terminal.wait() == 130
     assert terminal.said.count("Interrupted: ") == 1
-    assert "Go on with: " in terminal.said
+    assert "Resume with: " in terminal.said
 
 
 def test_a_dry_run_to_a_full_disk_is_no_traceback(commands: Commands) -> None:

@@ -36,6 +36,7 @@ REPORT_KEYS = {
     "seconds",
     "seconds_total",
     "rows_per_second",
+    "deferrals",
     "retries",
     "outage_seconds",
     "heap_bytes_before",
@@ -49,7 +50,7 @@ REPORT_KEYS = {
     "concurrency",
     "batch",
     "resumed",
-    "failed_keys",
+    "rejected_keys",
     "error",
     "reason",
     "spans",
@@ -92,6 +93,7 @@ EVENT_KEYS = {
         "rows_total",
         "rows_total_is_exact",
         "rows_done",
+        "late_rows",
         "seconds_before",
         "stopped_at",
         "concurrency",
@@ -106,9 +108,10 @@ EVENT_KEYS = {
         "percent",
         "rows_per_second",
         "eta_seconds",
+        "late_rows",
         "deferrals",
         "retries",
-        "failed_rows",
+        "rejected_rows",
         "outage_left_seconds",
     },
     "drain_started": {"reason"},
@@ -138,7 +141,7 @@ def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
     *screen, undone, started, last, ended = untimed(finished.err)
     assert screen[0].startswith("Before the first write to tickets.Ticket.token ")
     assert undone.startswith("  - ")
-    assert last.startswith("every row is done")
+    assert last.startswith("all rows are rotated; running the final VACUUM")
     assert started == (
         f"rotation {rotation.pk} of tickets.Ticket.token starts: 5,000 rows, 4 workers, 50 rows a range"
     )
@@ -146,7 +149,7 @@ def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
     assert finished.summary[0] == (
         f"Completed: rotation {rotation.pk} gave 5,000 rows of tickets.Ticket.token a new value."
     )
-    assert "Go on with:" not in finished.out
+    assert "Resume with:" not in finished.out
 
 
 def test_json_is_one_object_a_line_and_the_summary_elsewhere(commands: Commands) -> None:
@@ -166,7 +169,7 @@ def test_json_is_one_object_a_line_and_the_summary_elsewhere(commands: Commands)
         assert datetime.fromisoformat(event["at"]).tzinfo is not None
     assert (events[-1]["status"], events[-1]["rows"], events[-1]["ranges"]) == ("interrupted", 10_000, 50)
     assert finished.err.startswith("Interrupted: ")
-    assert finished.err.splitlines()[-1].startswith("Go on with: ")
+    assert finished.err.splitlines()[-1].startswith("Resume with: ")
 
 
 def test_none_is_the_summary_alone(commands: Commands) -> None:
@@ -200,11 +203,12 @@ def test_the_report_says_what_the_summary_says(commands: Commands, tmp_path: Pat
         "rows_total_is_exact": True,
         "rows_this_run": 2000,
         "ranges": 20,
+        "deferrals": 0,
         "retries": 0,
         "concurrency": 3,
         "batch": 100,
         "resumed": True,
-        "failed_keys": [],
+        "rejected_keys": [],
         "error": "",
     }
     assert {name: second[name] for name in expected} == expected
@@ -243,7 +247,7 @@ def test_a_resumed_run_says_how_far_it_was_and_when_it_stopped(commands: Command
         f"[0-9.]+ s when it stopped at {left_at:%Y-%m-%d %H:%M:%S} UTC",
         untimed(resumed.err)[0],
     )
-    assert resumed.summary[1].split() == ["rows", "3,000", "in", "this", "run,", "8,000", "in", "all"]
+    assert resumed.summary[1].split() == ["rows", "3,000", "in", "this", "run,", "8,000", "in", "total"]
     audit.assert_rotated()
 
 
@@ -272,7 +276,7 @@ def test_stop_after_as_many_rows_as_there_are_completes(commands: Commands) -> N
     audit.assert_rotated()
 
 
-def test_restart_begins_anew_without_asking_where_nobody_could_answer(commands: Commands) -> None:
+def test_restart_does_not_ask_without_a_terminal(commands: Commands) -> None:
     audit = audited_tickets(6000)
     commands.run("--stop-after", "2000")
     between = audit.assert_checkpoints_and_tokens_agree()

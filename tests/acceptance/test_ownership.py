@@ -29,14 +29,14 @@ def _assert_superseded(finished: Finished) -> None:
     rotation = Rotation.objects.get()
     assert finished.status == 1
     assert re.fullmatch(
-        r"Superseded: this run gave [0-9,]+ rows of tickets.Ticket.token a new value, "
-        f"and rotation {rotation.pk} is another process's now.",
+        r"Superseded: this run gave [0-9,]+ rows of tickets.Ticket.token a new value\. "
+        rf"Another process owns rotation {rotation.pk} now\.",
         finished.summary[0],
     )
     assert finished.summary[1] == (
         "Another process has taken this rotation over; this one stopped and has written nothing since."
     )
-    assert "Go on with:" not in finished.out
+    assert "Resume with:" not in finished.out
     assert "Traceback" not in finished.err
 
 

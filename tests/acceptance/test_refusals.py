@@ -32,47 +32,50 @@ def _assert_nothing_happened(audit: Audit, finished: Finished) -> None:
 
 BAD_INPUT = {
     "nope.Ticket.token": (
-        "There is no model nope.Ticket: check the name, and that 'nope' is in INSTALLED_APPS."
+        "There is no model nope.Ticket. Check the name, and that 'nope' is in INSTALLED_APPS."
     ),
     "tickets.Nope.token": (
-        "There is no model tickets.Nope: check the name, and that 'tickets' is in INSTALLED_APPS."
+        "There is no model tickets.Nope. Check the name, and that 'tickets' is in INSTALLED_APPS."
     ),
     "tickets.Ticket.nope": (
-        "tickets.Ticket has no field 'nope': its columns are created_at, id, title, token."
+        "tickets.Ticket has no field 'nope'. Its columns are created_at, id, title, token."
     ),
-    "Ticket.token": "'Ticket.token' is no target: write it as app.Model.field, e.g. shop.Order.api_key.",
+    "Ticket.token": (
+        "'Ticket.token' is not a valid target. Write it as app.Model.field, e.g. shop.Order.api_key."
+    ),
     "auth.Permission.content_type": (
-        "auth.Permission.content_type refers to other rows: it holds no secret to be made anew."
+        "auth.Permission.content_type refers to other rows. It holds no secret to rotate."
     ),
-    "auth.User.groups": "auth.User.groups refers to other rows: it holds no secret to be made anew.",
-    "auth.Group.user": "auth.Group.user is no column of the table: it cannot be rotated.",
+    "auth.User.groups": "auth.User.groups refers to other rows. It holds no secret to rotate.",
+    "auth.Group.user": "auth.Group.user is not a column of the table, so it cannot be rotated.",
     "tickets.Ticket.id": (
-        "tickets.Ticket.id is the primary key, by which rows are found and referred to: it cannot be "
-        "rotated. Give the rows a secret beside the key, and rotate that; or delete the rows, and let the "
-        "application issue new ones."
+        "tickets.Ticket.id is the primary key, which identifies the rows, so it cannot be rotated. Add "
+        "another column for the secret, and rotate that. Or delete the rows, and let the application make "
+        "new ones."
     ),
     "auth.Group.name": (
-        "auth.Group.name has no default that makes a new value for each row. Name a callable that does with "
-        "--generator, e.g. --generator secrets.token_hex."
+        "auth.Group.name has no default that makes a new value for each row. Name a callable that makes "
+        "values with --generator, e.g. --generator secrets.token_hex."
     ),
-    "--filter title": "--filter title is no filter: write it as field=value or field__lookup=value.",
-    "--filter token=leaked": (
-        "--filter token asks for token, which is being rotated: only token__isnull can be."
-    ),
+    "--filter title": "--filter title is not a valid filter. Write it as field=value or field__lookup=value.",
+    "--filter token=leaked": ("--filter token filters by token, which is rotated. Use only token__isnull."),
     "--generator no.such.thing": (
-        "The generator no.such.thing cannot be imported (ModuleNotFoundError): write it as "
+        "The generator no.such.thing cannot be imported (ModuleNotFoundError). Write it as "
         "package.module.name, or package.module.Class.name for a method."
     ),
-    "--batch 0": "--batch must be 1 or more, not 0.",
-    "--concurrency 0": "--concurrency must be 1 or more, not 0.",
-    "--batch 99999999999999999999": "--batch must be 2,147,483,647 or less, not 99999999999999999999.",
-    "--stop-after soon": "'soon' is neither rows (5000) nor a time (90s, 30m, 2h).",
-    "--stop-after 0": "'0' is neither rows (5000) nor a time (90s, 30m, 2h).",
-    "--detach": "--detach leaves the rotation to Celery's workers: give it with --celery.",
-    "--celery --detach --stop-after 5": (
-        "--stop-after ends the run of this process, and with --detach there is none: leave one out."
+    "--batch 0": "--batch must be from 1 to 2,147,483,647, not 0.",
+    "--concurrency 0": "--concurrency must be from 1 to 2,147,483,647, not 0.",
+    "--batch 99999999999999999999": "--batch must be from 1 to 2,147,483,647, not 99999999999999999999.",
+    "--stop-after soon": (
+        "--stop-after must be a number of rows (5000) or a duration (90s, 30m, 2h), not 'soon'."
     ),
-    "--lock-timeout 5": "'5' is no time: write it as 100ms, 30s, 5m or 2h.",
+    "--stop-after 0": "--stop-after must be from 1 to 2,147,483,647, not 0.",
+    "--detach": "--detach queues the rotation for Celery workers. Use it with --celery.",
+    "--celery --detach --stop-after 5": (
+        "--stop-after stops the run of this process, and with --detach there is none. Leave one out."
+    ),
+    "--lock-timeout 5": "--lock-timeout must be a duration (100ms, 30s, 5m or 2h), not '5'.",
+    "--lock-timeout 25h": "--lock-timeout must be from 1ms to 24h, not '25h'.",
 }
 
 
@@ -91,8 +94,10 @@ def test_more_workers_than_the_server_has_connections_for(commands: Commands, au
     finished = commands.run("--concurrency", "100000")
 
     assert finished.status == 1
-    assert finished.complaint.startswith("--concurrency 100000 needs 100003 connections; the server allows ")
-    assert "ask for at most " in finished.complaint
+    assert finished.complaint.startswith(
+        "Cannot open 100003 connections for --concurrency 100000: the server allows "
+    )
+    assert "Use at most --concurrency " in finished.complaint
     _assert_nothing_happened(audit, finished)
 
 
@@ -126,7 +131,7 @@ def test_a_report_that_cannot_be_written(
 
     assert finished.status == 1
     assert finished.complaint == (
-        f"The report cannot be written to {tmp_path / path} ({reason}): name a file that can be."
+        f"The report cannot be written to {tmp_path / path}: {reason}. Name another file with --report."
     )
     _assert_nothing_happened(audit, finished)
 
@@ -140,8 +145,8 @@ def test_a_server_that_is_not_there(commands: Commands, audit: Audit) -> None:
 
     assert finished.status == 1
     assert finished.complaint == (
-        "The database 'default' cannot be reached; check its settings and that it runs: connection failed: "
-        f'connection to server at "127.0.0.1", port {port} failed: Connection refused.'
+        "The database 'default' cannot be reached: connection failed: connection to server at "
+        f'"127.0.0.1", port {port} failed: Connection refused. Check its settings and that the server runs.'
     )
     _assert_nothing_happened(audit, finished)
 
@@ -163,8 +168,8 @@ def test_a_database_without_the_tables(commands: Commands, audit: Audit, fresh_d
 
     assert finished.status == 1
     assert finished.complaint == (
-        "The rotator's tables are missing or out of date in the database 'default': "
-        "run `manage.py migrate --database default` first."
+        "The rotator's tables are missing or out of date in the database 'default'. "
+        "Run `manage.py migrate --database default` first."
     )
     _assert_nothing_happened(audit, finished)
 
@@ -173,7 +178,7 @@ def test_a_database_that_does_not_exist(commands: Commands, audit: Audit) -> Non
     finished = commands.start(database="nobody_made_this").wait()
 
     assert finished.status == 1
-    assert finished.complaint.startswith("The database 'default' cannot be reached; ")
+    assert finished.complaint.startswith("The database 'default' cannot be reached: ")
     assert 'database "nobody_made_this" does not exist' in finished.complaint
     password = urlsplit(os.environ.get("TEST_DATABASE_URL", "")).password
     assert not password or password not in finished.err

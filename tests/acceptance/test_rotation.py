@@ -140,7 +140,7 @@ def test_a_trigger_that_quotes_the_token_does_not_show_it_either(commands: Comma
         query("DROP FUNCTION acceptance_telltale() CASCADE")
 
     assert finished.status == 1
-    assert "1 row could not be rotated:" in finished.out
+    assert "1 row rejected by the server:" in finished.out
     assert number("SELECT count(*) FROM rotator_rotation WHERE status = 'failed'") == 1
     said = "\n".join((finished.out, finished.err, (tmp_path / "report").read_text(), _rotator_tables()))
     assert [token for token in canaries if token in said or token.replace("-", "") in said] == []

@@ -58,7 +58,7 @@ def test_ctrl_c_drains_and_the_bar_says_so() -> None:
     *_, bar, _ = seen(drawn.replace("^C", ""), 120)
     assert f"{rows:,} of 20,000 rows" in bar
     assert f"{rows:,} of 20,000 rows have a new value." in summary
-    assert summary.splitlines()[-1].startswith("Go on with: ")
+    assert summary.splitlines()[-1].startswith("Resume with: ")
     _assert_restored(terminal.said)
 
 

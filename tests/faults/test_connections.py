@@ -42,7 +42,7 @@ def test_connections_cut_again_and_again(
 
     assert cut >= CUTS
     assert_completed(finished)
-    assert finished.err.count("the server is away: ") == CUTS
+    assert finished.err.count("the server is unreachable: ") == CUTS
     audit.assert_rotated_once()
 
 
@@ -83,7 +83,7 @@ def test_a_range_whose_commit_is_ambiguous(
 
     assert_completed(finished)
     # Two of them may be lost at once.
-    assert finished.err.count("the server is away: ") in (1, 2)
+    assert finished.err.count("the server is unreachable: ") in (1, 2)
     audit.assert_rotated_once()
 
 
@@ -128,7 +128,7 @@ def test_silence_is_noticed_and_the_run_goes_on(
     wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
     proxy.go_silent()
     silent_at = time.monotonic()
-    wait_until(lambda: "the server is away" in running.err, "it is noticed", seconds=NOTICED_SECONDS)
+    wait_until(lambda: "the server is unreachable" in running.err, "it is noticed", seconds=NOTICED_SECONDS)
     noticed_after = time.monotonic() - silent_at
     speed_up(database)
     finished = running.wait()
@@ -147,5 +147,5 @@ def test_a_slow_network_is_no_outage(database: Database, rotations: Rotations, p
     finished = rotations.rotated(database.url(port=proxy.port), "--batch=200")
 
     assert_completed(finished)
-    assert "the server is away" not in finished.err
+    assert "the server is unreachable" not in finished.err
     audit.assert_rotated_once()

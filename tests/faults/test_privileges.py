@@ -51,8 +51,8 @@ def test_without_the_right_to_update_the_column(database: Database, rotations: R
     assert finished.status == 1
     assert "Traceback" not in finished.err
     assert finished.out.splitlines()[1] == (
-        "The server refuses, this role lacks a privilege: grant what docs/operating.md lists; "
-        "then the same command goes on."
+        "Cannot rotate: this role lacks a privilege. Grant what docs/operating.md lists, then run the same "
+        "command again."
     )
     assert audit.written() == 0
 
@@ -98,7 +98,7 @@ def test_row_level_security_that_hides_rows_is_refused(
     finished = rotations.rotated(url)
 
     assert finished.status == 1
-    assert finished.complaint.startswith("Row-level security hides rows of public.tickets_ticket from")
+    assert finished.complaint.startswith("Cannot rotate public.tickets_ticket: row-level security hides rows")
     assert audit.written() == 0
     # Whom no policy concerns may go on.
     assert_completed(rotations.rotated(database.url()))

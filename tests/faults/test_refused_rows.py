@@ -46,10 +46,10 @@ def test_rows_that_cannot_be_updated(
     assert finished.status == 1
     assert "Traceback" not in finished.err
     for key in KEYS:
-        assert f"key [{key}] cannot be rotated: {reason}" in finished.err
+        assert f"row [{key}] is rejected: {reason}" in finished.err
         assert f"  key [{key}]: {reason}" in finished.out
     report = (tmp_path / "report").read_text()
-    assert sorted(json.loads(report)["failed_keys"], key=str) == sorted(
+    assert sorted(json.loads(report)["rejected_keys"], key=str) == sorted(
         ({"key": f"[{key}]", "reason": reason} for key in KEYS), key=str
     )
     assert json.loads(report)["status"] == database.status() == "failed"
@@ -62,5 +62,5 @@ def test_rows_that_cannot_be_updated(
     resumed = rotations.rotated(database.url())
 
     assert_completed(resumed)
-    assert f"3 in this run, {ROWS:,} in all" in resumed.out
+    assert f"3 in this run, {ROWS:,} in total" in resumed.out
     audit.assert_rotated_once()

@@ -97,7 +97,7 @@ def test_failures_of_every_kind_show_no_token(
         database.query(
             "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'rotator'"
         )
-        wait_until(lambda: "the server is back" in running.err, "it goes on")
+        wait_until(lambda: "the server is reachable again" in running.err, "it goes on")
         proxy.cut()
         tokens += database.tokens()
         server.restart("immediate")
@@ -108,7 +108,7 @@ def test_failures_of_every_kind_show_no_token(
         said.append(last)
 
     assert said[1].status == 1
-    assert f"key [{REFUSED}] cannot be rotated" in said[1].err
+    assert f"row [{REFUSED}] is rejected" in said[1].err
     assert_completed(last)
     tokens += database.tokens()
     log = server.log()[log_before:]

@@ -57,7 +57,7 @@ def test_crashes_that_lose_acknowledged_commits(
 
         assert lost > 0, "no crash has lost anything, and the test shows nothing"
         assert_completed(finished)
-        assert finished.err.count("the server is back after ") == CRASHES
+        assert finished.err.count("the server is reachable again after ") == CRASHES
         audit.assert_rotated_once()
 
 
@@ -70,13 +70,13 @@ def test_away_for_a_moment(
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
     server.stop()
     time.sleep(1)
-    assert "the server is away: " in running.err
+    assert "the server is unreachable: " in running.err
     server.start()
     finished = running.wait()
 
     assert_completed(finished)
-    assert "the server is back after " in finished.err
-    assert "  server away  " in finished.out
+    assert "the server is reachable again after " in finished.err
+    assert "  unreachable  " in finished.out
     assert 1 < json.loads((tmp_path / "report").read_text())["outage_seconds"] < 20
     audit.assert_rotated_once()
 
@@ -157,7 +157,8 @@ def test_a_role_that_may_not_have_so_many_connections(database: Database, rotati
         assert finished.status == 1
         assert "Traceback" not in finished.err
         assert finished.err.splitlines()[-1] == (
-            "CommandError: The server does not give 4 more connections; are too many in use?"
+            "CommandError: Cannot open 4 more connections: the server accepts no more. Close some, or raise "
+            "the limit of the server, the database or the role."
         )
         assert took < 30
         assert audit.written() == 0
@@ -178,7 +179,7 @@ def test_a_server_that_is_read_only(database: Database, rotations: Rotations) ->
 
     assert finished.status == 1
     assert finished.complaint == (
-        "The server refuses, it is read-only: connect to the primary; then the same command goes on."
+        "Cannot rotate: the server is read-only. Connect to the primary, then run the same command again."
     )
     assert audit.written() == 0
     assert database.number("SELECT count(*) FROM rotator_rotation") == 0
@@ -287,7 +288,7 @@ def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotat
             assert "No space left on device" in server.log()
             assert finished.status == 1
             assert "Traceback" not in finished.err
-            assert "the server is away: " in finished.err
+            assert "the server is unreachable: " in finished.err
             assert finished.out.splitlines()[1].startswith("The ")
             assert json.loads((tmp_path / "report").read_text())["status"] == "interrupted"
             audit.assert_each_row_written_at_most_once()
@@ -310,7 +311,7 @@ def test_a_full_disk(database: Database, rotations: Rotations, tmp_path: Path) -
 
     assert finished.status == 1
     assert "Traceback" not in finished.err
-    sentence = "The server refuses, its disk is full: make room; then the same command goes on."
+    sentence = "Cannot rotate: the server's disk is full. Free some space, then run the same command again."
     assert finished.out.splitlines()[1] == sentence
     assert json.loads((tmp_path / "report").read_text())["error"] == sentence
     assert 0 < written < ROWS

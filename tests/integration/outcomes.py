@@ -9,8 +9,8 @@ import pytest
 from django.db import connections
 from django.db.backends.signals import connection_created
 
-from rotator.api import Outcome, prepare
-from rotator.events import Event, RangeCompleted, RotationStarted, RowsConfirmed
+from rotator.api import prepare
+from rotator.events import Event, RangeCompleted, RotationStarted, RotationStopped, RowsConfirmed
 from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.table import Column, TargetTable
@@ -73,14 +73,14 @@ def rotate(
     *,
     selection: Selection | None = None,
     **options: object,
-) -> Outcome:
+) -> RotationStopped:
     """Rotate one target or several, in small ranges, by one worker."""
     chosen = replace(RunOptions(batch=10, concurrency=1, vacuum=False), **options)  # type: ignore[arg-type] # checked by the class
     names = [labels] if isinstance(labels, str) else labels
     return prepare(names, "default", chosen, selection).rotate(observer or EventRecorder())
 
 
-def rotate_tickets(observer: React | None = None, **options: object) -> Outcome:
+def rotate_tickets(observer: React | None = None, **options: object) -> RotationStopped:
     """Rotate the tickets' tokens, in small ranges, by three workers."""
     return rotate(TARGET, observer, **{"concurrency": 3, "vacuum": True, **options})  # type: ignore[arg-type] # options
 
@@ -109,18 +109,18 @@ def after_range(number: int, do: Callable[[], object]) -> React:
     return react
 
 
-def assert_completed(outcome: Outcome, *, rows: int) -> None:
+def assert_completed(outcome: RotationStopped, *, rows: int) -> None:
     """The run says that it completed the rotation, and so does the database."""
-    assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.error) == ("completed", 0, "")
-    assert outcome.stopped.rows == rows
-    rotation = Rotation.objects.get(pk=outcome.stopped.rotation)
+    assert (outcome.status, outcome.exit_status, outcome.error) == ("completed", 0, "")
+    assert outcome.rows == rows
+    rotation = Rotation.objects.get(pk=outcome.rotation)
     assert (rotation.status, rotation.rows_done, rotation.error) == ("completed", rows, "")
     assert rotation.finished_at is not None
 
 
-def assert_unconfirmed(outcome: Outcome, rows: int) -> None:
+def assert_unconfirmed(outcome: RotationStopped, rows: int) -> None:
     """The run is completed, and every account of it has this number of rows that are not confirmed."""
-    stopped = outcome.stopped
+    stopped = outcome
     assert (stopped.status, outcome.exit_status) == ("completed", 0), f"{stopped.status}: {stopped.error}"
     assert stopped.unconfirmed_rows == rows, f"{stopped.unconfirmed_rows} rows are not confirmed"
     assert Rotation.objects.get(pk=stopped.rotation).unconfirmed_rows == rows

@@ -42,7 +42,7 @@ _LOCK_SECONDS: Final = 0.05
 _RUNS_AT_MOST: Final = 10
 # Upon these an edit may be done.
 _MOMENTS: Final = (RotationStarted, RangeCompleted, LateRowsRotated, ConfirmationStarted)
-_REFUSED: Final = "cannot go on"
+_REFUSED: Final = "Cannot continue rotation"
 # Errors that an edit may meet next to a run; its transaction is rolled back.
 _LOST: Final = (
     errors.LockNotAvailable,

@@ -34,7 +34,7 @@ def admin(client: Client) -> Client:
 
 def test_the_list_shows_how_far_each_is(admin: Client, rotation: Rotation) -> None:
     page = admin.get(reverse("admin:rotator_rotation_changelist"), {"q": "api_key"}).content.decode()
-    for fact in (str(rotation.pk), "shop.Order.api_key", "12,000 of 34,000", "app@db1, pid 42"):
+    for fact in (str(rotation.pk), "shop.Order.api_key", "12,000 of 34,000", "app on db1 (pid 42)"):
         assert fact in page
 
 

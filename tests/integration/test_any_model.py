@@ -89,7 +89,7 @@ def rotate_killed_and_resumed(
     assert 0 < done < rows
     prepared = prepare(labels, "default", options, chosen)
     outcome = prepared.rotate(lambda _event: None)
-    assert outcome.stopped.resumed
+    assert outcome.resumed
     assert_completed(outcome, rows=rows)
 
 
@@ -216,11 +216,11 @@ def test_a_partitioned_table(database: Database, partitioned: TargetTable) -> No
         end_it
     )
 
-    assert outcome.stopped.status == "completed"
+    assert outcome.status == "completed"
     assert database.changed(before, partitioned) == before.keys()
     assert set(database.values(partitioned).values()).isdisjoint({"late", *before.values()})
-    assert outcome.stopped.storage is not None
-    assert outcome.stopped.storage.heap_bytes > 0
+    assert outcome.storage is not None
+    assert outcome.storage.heap_bytes > 0
 
 
 def test_the_time_limit_of_a_range_allows_for_planning_many_partitions(
@@ -239,7 +239,7 @@ def test_the_time_limit_of_a_range_allows_for_planning_many_partitions(
         lambda event: raised.append(event) if isinstance(event, LimitRaised) else None
     )
 
-    assert outcome.stopped.status == "completed"
+    assert outcome.status == "completed"
     assert database.changed(before, partitioned) == before.keys()
     (limit,) = raised
     assert limit.partitions == 4
@@ -380,7 +380,7 @@ def test_random_keys_while_others_insert_a_thousand_a_second(database: Database)
             is_over.set()
         inserting.result()
 
-    assert outcome.stopped.status == "completed"
+    assert outcome.status == "completed"
     assert inserted > 0
     after = database.values(table)
     assert all(after[key] != value for key, value in before.items())

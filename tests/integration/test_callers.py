@@ -61,7 +61,7 @@ def rotate_view(_request: HttpRequest) -> HttpResponse:
 
 
 async def async_view(_request: HttpRequest) -> HttpResponse:
-    with pytest.raises(OptionError, match=r"use `await rotate\(\)`"):
+    with pytest.raises(OptionError, match=r"Use `await rotate\(\)`"):
         rotate_sync(FROM_ROW)
     return HttpResponse(str((await rotate(FROM_ROW, batch=7)).rows))
 
@@ -100,9 +100,9 @@ def _closing(call: Any) -> Any:  # noqa: ANN401 - whatever it is
 
 async def test_a_command_in_a_running_loop_is_refused(orders: Database) -> None:
     """As in a Jupyter notebook."""
-    with pytest.raises(CommandError, match=r"use `await rotate\(\)`"):
+    with pytest.raises(CommandError, match=r"Use `await rotate\(\)`"):
         call_command("async_rotate", API_KEY, generator=FROM_ROW.generator)
-    with pytest.raises(OptionError, match=r"use `await rotate\(\)`"):
+    with pytest.raises(OptionError, match=r"Use `await rotate\(\)`"):
         rotate_sync(FROM_ROW)
     assert orders.execute("SELECT id FROM rotator_rotation") == []
 

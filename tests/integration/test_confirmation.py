@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from rotator.api import Outcome
-from rotator.events import Event, LateCommitsAwaited
+from rotator.events import Event, LateCommitsAwaited, RotationStopped
 from rotator.models import Rotation
 from rotator.options import Selection
 from rotator.postgres import writer
@@ -116,10 +115,10 @@ KEEPING: dict[str, MakeTrigger] = {
 }
 
 
-def assert_refused(outcome: Outcome, trigger: str, *values: Mapping[str, Any]) -> None:
+def assert_refused(outcome: RotationStopped, trigger: str, *values: Mapping[str, Any]) -> None:
     """The run has failed for this trigger's sake, and says so without a value."""
-    error = outcome.stopped.error
-    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
+    error = outcome.error
+    assert (outcome.status, outcome.exit_status) == ("failed", 1)
     assert "still have their old values" in error
     assert trigger in error
     assert "run the same command again" in error

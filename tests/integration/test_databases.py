@@ -91,14 +91,14 @@ def test_the_commands_take_the_database() -> None:
     assert f"{ROWS} of {ROWS}" in out.getvalue()
     out.truncate(0)
     call_command("rotations", stdout=out)
-    assert "Nothing has been rotated in this database so far." in out.getvalue()
+    assert "There are no rotations in this database." in out.getvalue()
 
 
 def test_what_was_begun_by_one_alias_is_gone_on_with_by_another() -> None:
     make_orders("default")
     begun = prepare([API_KEY], "default", RunOptions(batch=7, stop_after_rows=14), NAMED)
-    assert begun.rotate(lambda _event: None).stopped.rows == 14
-    stopped = prepare([API_KEY], "direct", RunOptions(batch=7), NAMED).rotate(lambda _event: None).stopped
+    assert begun.rotate(lambda _event: None).rows == 14
+    stopped = prepare([API_KEY], "direct", RunOptions(batch=7), NAMED).rotate(lambda _event: None)
     assert (stopped.status, stopped.resumed, stopped.rows, stopped.rows_this_run) == (
         "completed",
         True,
@@ -115,7 +115,7 @@ def test_a_database_that_there_is_not() -> None:
 
 @override_settings(ROTATOR=["shop.Order.api_key"])
 def test_a_setting_that_is_none_stops_the_command_with_a_sentence() -> None:
-    with pytest.raises(CommandError, match=r"The setting ROTATOR is no dictionary\."):
+    with pytest.raises(CommandError, match=r"The setting ROTATOR is not a dictionary\."):
         call_command("async_rotate")
 
 

@@ -47,7 +47,7 @@ def test_a_binary_field_of_django_is_not_refused() -> None:
 
 
 def test_a_constant_is_refused_although_each_ciphertext_differs() -> None:
-    with pytest.raises(ValuesError, match="gave the same value 100 times"):
+    with pytest.raises(ValuesError, match="returned the same value 100 times"):
         prepare(["shop.WrittenInSql.encrypted"], "default", OPTIONS)
 
 
@@ -61,7 +61,7 @@ def test_a_constant_is_refused_although_each_ciphertext_differs() -> None:
 def test_a_model_that_another_one_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(User._meta, "swapped", "shop.Client")
     with pytest.raises(
-        TargetError, match=r"AUTH_USER_MODEL puts shop\.Client in its place. Rotate shop\.Client\.pass"
+        TargetError, match=r"AUTH_USER_MODEL replaces it by shop\.Client\. Rotate shop\.Client\.pass"
     ):
         prepare(["auth.User.password"], "default", OPTIONS)
 
@@ -121,14 +121,16 @@ def test_fields_that_change_with_each_save_are_not_derived(database: Database) -
     make_clients(database)
     before = list(Client.objects.order_by("id").values_list("modified", "tag", "once", "encrypted"))
     prepared = prepare(["shop.Client.secret"], "default", OPTIONS)
-    assert prepared.target.bypassed == ("modified (ModifiedField) stays as it is",)
+    assert prepared.target.bypassed == ("modified (ModifiedField) keeps its value",)
     assert_completed(prepared.rotate(lambda _event: None), rows=30)
     assert list(Client.objects.order_by("id").values_list("modified", "tag", "once", "encrypted")) == before
 
 
 def test_a_hash_with_a_salt_is_unclear_and_can_be_ignored_by_name(database: Database) -> None:
     models.Salted.objects.bulk_create(models.Salted() for _ in range(ROWS))
-    with pytest.raises(TargetError, match=r"may derive it .* use --ignore-derived salted: it keeps"):
+    with pytest.raises(
+        TargetError, match=r"may be derived from .* use --ignore-derived salted: the field keeps"
+    ):
         prepare(["shop.Salted.secret"], "default", OPTIONS)
     before = list(models.Salted.objects.order_by("id").values_list("salted", flat=True))
     assert rotate_sync(Target("shop.Salted.secret", ignore_derived=["salted"])).rows == ROWS
@@ -138,7 +140,7 @@ def test_a_hash_with_a_salt_is_unclear_and_can_be_ignored_by_name(database: Data
 
 def test_only_a_field_next_to_the_target_can_be_ignored() -> None:
     for name in ("secret", "nothing"):
-        with pytest.raises(OptionError, match=f"--ignore-derived {name}: .* it has id, salted"):
+        with pytest.raises(OptionError, match=f"--ignore-derived {name}: .* It has id, salted"):
             prepare(["shop.Salted.secret"], "default", OPTIONS, Selection(ignore_derived=(name,)))
 
 
@@ -159,11 +161,11 @@ def test_a_field_that_makes_its_own_value_stores_another_one_as_it_is(database: 
 # --- Where values come from ------------------------------------------------------------------------
 
 ADVICE = {
-    "Maker.key": r"generate_key of the application .* --generator tests\.shop\.models\.Maker\.generate_key\.",
+    "Maker.key": r"application's generate_key .* --generator tests\.shop\.models\.Maker\.generate_key\.",
     "Maker.pin": r"at most 10 characters, e\.g\. secrets\.token_hex\(5\)",
     "Maker.number": r"--generator uuid\.uuid4",
     "Maker.blob": r"--generator secrets\.token_bytes",
-    "Maker.hashed_key": r"says that it holds a hash",
+    "Maker.hashed_key": r"suggests that it holds a hash",
     "Maker.same_by_server": r"values for a DateTimeField",
     "Maker.identifier": r"form that the field's validators accept and at most 20 characters",
     "Maker.long": r"--generator secrets\.token_hex\.",
@@ -216,7 +218,7 @@ def make_makers() -> None:
     ("field", "warning"),
     [
         ("jti", "tokens that are revoked by it become valid again"),
-        ("hashed_key", "says that it holds a hash"),
+        ("hashed_key", "suggests that it holds a hash"),
     ],
 )
 def test_names_that_warn(field: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -236,9 +238,9 @@ def test_names_that_warn(field: str, warning: str, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("generator", "reason"),
     [
-        ("none_for_row", "gave None for api_key"),
-        ("constant_for_row", "gave the same value 100 times"),
-        ("wrong_mapping", "gives a mapping with nothing"),
+        ("none_for_row", "returned None for api_key"),
+        ("constant_for_row", "returned the same value 100 times"),
+        ("wrong_mapping", "returned a mapping with nothing"),
     ],
 )
 def test_a_row_generator_is_tried_before_the_rotation_begins(
@@ -276,7 +278,7 @@ def test_while_no_row_is_done_the_generator_can_be_changed(database: Database) -
     prepared = prepare(
         [label], "default", RunOptions(batch=5, stop_after_rows=5), Selection(generator=changed.generator)
     )
-    assert prepared.rotate(lambda _event: None).stopped.resumed
+    assert prepared.rotate(lambda _event: None).resumed
     assert database.rotation("selection")["generator"] == changed.generator
     # Now that rows are done, it stays.
     with pytest.raises(OptionError, match="was begun with"):

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from rotator.api import Outcome
-from rotator.events import ConfirmationStarted, Event, LateCommitsAwaited
+from rotator.events import ConfirmationStarted, Event, LateCommitsAwaited, RotationStopped
 from rotator.exceptions import TargetError
 from rotator.models import Rotation
 from rotator.postgres.table import TargetTable
@@ -45,7 +44,7 @@ def leaked(database: Database) -> int:
 
 def assert_one_sentence(error: str) -> None:
     """It says what is the matter, and ends with what to do."""
-    assert error.startswith(f"Rotation {Rotation.objects.latest('pk').pk} of {CODES} ")
+    assert error.startswith(f"Cannot continue rotation {Rotation.objects.latest('pk').pk} of {CODES}: ")
     assert error.endswith("Rotate all rows again with --restart.")
     assert "leaked" not in error
 
@@ -53,7 +52,7 @@ def assert_one_sentence(error: str) -> None:
 def assert_restart_rotates_all(database: Database, rows: int = ROWS) -> None:
     outcome = rotate(CODES, restart=True)
     assert_unconfirmed(outcome, 0)
-    assert outcome.stopped.rows == rows
+    assert outcome.rows == rows
     assert not leaked(database)
 
 
@@ -67,10 +66,10 @@ def assert_resuming_is_refused(database: Database, reason: str) -> None:
     assert database.execute("SELECT * FROM shop_coded") == before
 
 
-def assert_failed(outcome: Outcome, reason: str) -> None:
-    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
-    assert re.search(reason, outcome.stopped.error)
-    assert_one_sentence(outcome.stopped.error)
+def assert_failed(outcome: RotationStopped, reason: str) -> None:
+    assert (outcome.status, outcome.exit_status) == ("failed", 1)
+    assert re.search(reason, outcome.error)
+    assert_one_sentence(outcome.error)
 
 
 # --- Another table, key, database or server --------------------------------------------------------
@@ -131,7 +130,7 @@ def test_another_type_of_the_key_during_a_run_fails_it(database: Database) -> No
         database.execute("ALTER TABLE shop_coded ALTER id TYPE text")
 
     outcome = rotate(CODES, EventRecorder(after_range(2, change)), outage_budget_seconds=2)
-    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
+    assert (outcome.status, outcome.exit_status) == ("failed", 1)
     assert_resuming_is_refused(database, "the key is id text")
     assert_restart_rotates_all(database)
 
@@ -235,7 +234,7 @@ def test_rows_that_an_older_version_rotated_are_not_confirmed(database: Database
 
     outcome = rotate(CODES, recorder)
 
-    assert outcome.stopped.resumed
+    assert outcome.resumed
     assert_unconfirmed(outcome, 20)
     assert recorder.counted() == (20, 20)
     assert database.changed(before, table) == before.keys()
@@ -297,7 +296,7 @@ def test_what_keeps_the_rows_transactions_is_no_rewrite(database: Database, scri
     execute_script(database, script)
     outcome = rotate(CODES, EventRecorder(after_range(1, lambda: execute_script(database, script))), batch=5)
     assert_unconfirmed(outcome, 0)
-    assert outcome.stopped.resumed
+    assert outcome.resumed
     assert not leaked(database)
 
 

@@ -57,7 +57,7 @@ def settings(database: Database) -> Iterator[list[str]]:
 
 
 def _of_role(database: Database) -> Composed:
-    """Begin a statement about the role's settings in this database: tests of others go on beside it."""
+    """Begin a statement about the role's settings in this database: other tests use it at the same time."""
     ((name,),) = database.execute("SELECT current_database()")
     return SQL("ALTER ROLE CURRENT_USER IN DATABASE {}").format(Identifier(name))
 
@@ -102,9 +102,9 @@ def test_every_row_is_changed_exactly_once(
         outcome = rotate(WORD, batch=7)
         assert_unconfirmed(outcome, 0)
 
-    assert outcome.stopped.rows == len(before)
-    assert outcome.stopped.resumed == (len(runs) > 1)
+    assert outcome.rows == len(before)
+    assert outcome.resumed == (len(runs) > 1)
     # The checkpoints mean the same rows to every run; else the last pass would have to find some.
-    assert outcome.stopped.late_rows == 0
+    assert outcome.late_rows == 0
     assert set(database.execute("SELECT secret FROM shop_word")).isdisjoint(before)
     assert Counter(database.updates().values()) == {1: len(before)}

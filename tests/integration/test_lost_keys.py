@@ -51,7 +51,7 @@ def test_rows_that_the_index_lacks_are_rotated(database: Database, batch: int, s
     outcome = rotate(TARGET, recorder, batch=batch, selection=SOURCES[source])
 
     assert_unconfirmed(outcome, 0)
-    assert outcome.stopped.late_rows == len(lacked) == 9
+    assert outcome.late_rows == len(lacked) == 9
     assert recorder.counted() == (ROWS + 9, 0)
     assert database.changed(before) == before.keys()
     database.execute("REINDEX TABLE tickets_ticket")
@@ -67,8 +67,8 @@ def test_a_second_row_with_a_key_is_refused_by_its_key(database: Database, sourc
 
     outcome = rotate(TARGET, selection=SOURCES[source])
 
-    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
-    ((key, reason),) = outcome.stopped.failed_keys
+    assert (outcome.status, outcome.exit_status) == ("failed", 1)
+    ((key, reason),) = outcome.rejected_keys
     assert key == "[7]"
     assert reason == "unique_violation (23505) of tickets_ticket_pkey"
     left = {*database.execute("SELECT token FROM tickets_ticket")} & {*tokens}
@@ -108,7 +108,7 @@ def test_rows_are_rotated_although_the_index_is_out_of_order(
     outcome = rotate(CODES, batch=7, selection=Selection(generator=source))
 
     assert_unconfirmed(outcome, 0)
-    assert outcome.stopped.late_rows > 0
+    assert outcome.late_rows > 0
     now = database.execute("SELECT secret FROM shop_coded")
     assert len(now) == 60
     assert {secret for (secret,) in now}.isdisjoint(before.values())

@@ -13,9 +13,10 @@ from rotator.options import WaitLimits
 from rotator.postgres import older_rows as older_rows_module
 from rotator.postgres.connection import connected
 from rotator.postgres.fence import Lease
-from rotator.postgres.older_rows import OlderRow, OlderRows
+from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.rotations import abandon, read_state
 from rotator.postgres.table import TargetTable
+from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key
 from tests.integration.rotation_tables import (
     COMMITTING,
@@ -50,8 +51,8 @@ async def _older_rows(
     database: Database, lease: Lease, table: TargetTable = TICKETS
 ) -> AsyncIterator[OlderRows]:
     async with connected(database.server) as side:
-        owned = await read_state(side, lease)
-        yield OlderRows(side, table, lease, started_xid=owned.started_xid, source=UUIDS, limits=WaitLimits())
+        state = await read_state(side, lease)
+        yield OlderRows(side, table, lease, started_xid=state.started_xid, source=UUIDS, limits=WaitLimits())
 
 
 def _keys(rows: Iterable[OlderRow]) -> list[Key]:

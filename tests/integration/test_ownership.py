@@ -87,9 +87,9 @@ async def test_other_targets_and_tables_are_rotated_beside_it(
     control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     for target, name in ((TARGET, "tenant.tickets_ticket"), ("tickets.Ticket.title", TABLE_NAME)):
-        beside = await try_to_begin(control, STRANGER, target=target, table_name=name)
-        assert beside is not None
-        assert beside.rotation != lease.rotation
+        other = await try_to_begin(control, STRANGER, target=target, table_name=name)
+        assert other is not None
+        assert other.rotation != lease.rotation
 
 
 async def test_by_another_alias_it_is_the_same_rotation(
@@ -230,7 +230,7 @@ async def test_taking_over_waits_for_the_range_in_flight(
     assert (await read_state(control, taken)).rows_done == 20
 
 
-async def test_whoever_keeps_the_lock_for_ever_is_ended(
+async def test_a_session_that_keeps_the_lock_is_terminated(
     database: Database,
     control: psycopg.AsyncConnection,
     lease: Lease,
@@ -246,7 +246,7 @@ async def test_whoever_keeps_the_lock_for_ever_is_ended(
     bystander.execute("COMMIT")
 
 
-async def test_a_lock_that_nobody_can_end_is_told_of(
+async def test_a_lock_that_cannot_be_released_is_an_error(
     database: Database,
     control: psycopg.AsyncConnection,
     lease: Lease,
@@ -279,7 +279,7 @@ async def test_the_heartbeat_moves_on_the_database_s_clock(
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
-async def test_stopping_notes_what_the_checkpoints_vouch_for(
+async def test_a_stop_stores_the_rows_that_checkpoints_confirm(
     database: Database, control: psycopg.AsyncConnection, lease: Lease, status: EndStatus
 ) -> None:
     database.make_tickets(1, 20)
@@ -415,10 +415,10 @@ async def test_abandoning_waits_for_the_range_in_flight(
         assert await abandoning
 
 
-# --- What is owned ---------------------------------------------------------------------------------
+# --- The state ------------------------------------------------------------------------------------
 
 
-async def test_whoever_goes_on_reads_how_far_it_is(
+async def test_the_next_owner_reads_the_state(
     database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
@@ -431,7 +431,7 @@ async def test_whoever_goes_on_reads_how_far_it_is(
     await stop(control, lease, status="interrupted", error="", active_seconds=7.5)
     taken = await _take(control, lease)
     assert taken is not None
-    owned = await read_state(control, taken)
-    assert (owned.bound, owned.rows_total, owned.rows_total_is_exact) == (BOUND, 20, False)
-    assert (owned.rows_done, owned.late_rows, owned.seconds_before) == (7, 2, 7.5)
-    assert owned.started_xid == new.started_xid
+    state = await read_state(control, taken)
+    assert (state.bound, state.rows_total, state.rows_total_is_exact) == (BOUND, 20, False)
+    assert (state.rows_done, state.late_rows, state.seconds_before) == (7, 2, 7.5)
+    assert state.started_xid == new.started_xid

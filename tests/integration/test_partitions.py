@@ -156,7 +156,7 @@ def test_attached_between_two_runs(days: Database) -> None:
     attach(days, "february", 2)
     outcome = rotate(LABEL)
     assert_unconfirmed(outcome, 0)
-    assert outcome.stopped.late_rows == 20
+    assert outcome.late_rows == 20
     assert leaked(days) == 0
 
 
@@ -279,9 +279,9 @@ def test_a_trigger_of_a_partition_that_keeps_old_values_is_named(days: Database,
     table = TargetTable(path=(f"shop_{keeps}",), key=DAYS.key, columns=DAYS.columns)
     trigger = days.make_trigger("NEW.secret := OLD.secret;", table, timing="BEFORE UPDATE")
     outcome = rotate(LABEL)
-    assert outcome.stopped.status == "failed"
-    assert trigger in outcome.stopped.error
-    assert "leaked" not in outcome.stopped.error
+    assert outcome.status == "failed"
+    assert trigger in outcome.error
+    assert "leaked" not in outcome.error
     assert leaked(days) == ROWS - sum(rows for *_, rows in days.checkpoints())
 
 
@@ -311,7 +311,7 @@ def test_one_partition_that_is_rewritten_is_noticed(days: Database, *, is_betwee
             rotate(LABEL)
     else:
         outcome = rotate(LABEL, EventRecorder(after_range(3, reload)))
-        assert outcome.stopped.status == "failed"
-        assert "--restart" in outcome.stopped.error
+        assert outcome.status == "failed"
+        assert "--restart" in outcome.error
     assert_unconfirmed(rotate(LABEL, restart=True), 0)
     assert leaked(days) == 0

@@ -47,10 +47,10 @@ async def _plan(connection: psycopg.AsyncConnection, table: TargetTable, batch: 
     planner, planned = IndexPlanner(connection, table), list[KeyRange]()
     bound = await last_key(connection, table)
     assert bound is not None
-    span = KeyInterval(after=None, through=bound)
-    while span.after != bound:
-        planned.append(await planner.next_range(span, batch))
-        span = KeyInterval(after=planned[-1].through, through=bound)
+    interval = KeyInterval(after=None, through=bound)
+    while interval.after != bound:
+        planned.append(await planner.next_range(interval, batch))
+        interval = KeyInterval(after=planned[-1].through, through=bound)
     return planned
 
 
@@ -86,17 +86,17 @@ async def test_what_is_planned_ahead_is_what_is_planned_one_by_one(
     )
     bound = await last_key(connection, PAIRS)
     assert bound is not None
-    planner, span, planned = IndexPlanner(connection, PAIRS), KeyInterval(after=None, through=bound), 0
-    while span.after != bound:
+    planner, interval, planned = IndexPlanner(connection, PAIRS), KeyInterval(after=None, through=bound), 0
+    while interval.after != bound:
         # A slower server gets smaller ranges, and a range that is refused is split.
         batch = 7 if planned % 20 < 15 else 3
-        key_range = await planner.next_range(span, batch)
-        alone = await IndexPlanner(connection, PAIRS).next_range(span, batch)
+        key_range = await planner.next_range(interval, batch)
+        alone = await IndexPlanner(connection, PAIRS).next_range(interval, batch)
         assert key_range == alone
         if planned % 4 == 0:
             half = await planner.next_range(key_range, 2)
             assert half == await IndexPlanner(connection, PAIRS).next_range(key_range, 2)
-        span = KeyInterval(after=key_range.through, through=bound)
+        interval = KeyInterval(after=key_range.through, through=bound)
         planned += 1
     assert planned > 1000 / 7
 
@@ -126,18 +126,21 @@ async def test_gaps_are_what_no_checkpoint_covers(
             (key(after), key(through)),
         )
     found = await gaps(connection, ODD, 1, Key("[100]"))
-    assert [(span.after, span.through) for span in found] == [
+    assert [(interval.after, interval.through) for interval in found] == [
         (key(after), key(through)) for after, through in left
     ]
 
 
-async def test_gaps_of_a_span_alone(connection: psycopg.AsyncConnection) -> None:
+async def test_gaps_of_an_interval_alone(connection: psycopg.AsyncConnection) -> None:
     await connection.execute(
         "INSERT INTO rotator_completedrange (rotation_id, after, through)"
         " VALUES (1, NULL, '[9]'), (1, '[9]', '[20]'), (1, '[30]', '[40]'), (1, '[60]', '[70]')"
     )
     bounds = [
-        [(span.after, span.through) for span in await gaps(connection, ODD, 1, Key("[50]"), after=after)]
+        [
+            (interval.after, interval.through)
+            for interval in await gaps(connection, ODD, 1, Key("[50]"), after=after)
+        ]
         for after in (Key("[9]"), Key("[20]"))
     ]
     assert bounds == [[("[20]", "[30]"), ("[40]", "[50]")]] * 2
@@ -149,4 +152,4 @@ async def test_checkpoints_of_before_are_not_looked_at(connection: psycopg.Async
         " VALUES (1, NULL, '[9]'), (1, '[9]', '[20]'), (1, '[30]', '[40]')"
     )
     found = await gaps(connection, ODD, 1, Key("[40]"), after=Key("[20]"), checkpoints_before=2)
-    assert [(span.after, span.through) for span in found] == [("[20]", "[30]")]
+    assert [(interval.after, interval.through) for interval in found] == [("[20]", "[30]")]

@@ -168,7 +168,7 @@ async def test_a_small_table_is_not_sampled(
 ) -> None:
     database.make_tickets(1, 1000)
     found = await sample(control, database.server, UPDATE, rows=1000, batch=batch, concurrency=2)
-    assert found.skipped == "the table is too small for that"
+    assert found.skipped == "the table is too small for a sample"
 
 
 async def test_a_sample_that_meets_others_makes_way(
@@ -191,7 +191,7 @@ async def test_a_sample_that_is_refused_names_the_condition(
 
     found = await sample(control, database.server, UPDATE, rows=10_000, batch=20, concurrency=2)
 
-    assert found.skipped == "the server refused a range: check_violation (23514)"
+    assert found.skipped == "the server rejected a range: check_violation (23514)"
 
 
 async def test_a_stop_during_a_sample_leaves_nothing_open(

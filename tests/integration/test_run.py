@@ -24,7 +24,7 @@ from rotator.events import (
     RangeDeferred,
     ReceiverFailed,
     RotationStarted,
-    RowFailed,
+    RowRejected,
     StopReason,
 )
 from rotator.exceptions import OptionError, OwnedElsewhereError, RotationFinishedError, ServerLostError
@@ -81,8 +81,8 @@ def test_every_row_is_rotated_once(database: Database, concurrency: int, batch: 
     assert database.updates() == Counter(before.keys())
     assert_new_uuid4s(before, database.values())
     assert recorder.rows == 65
-    assert outcome.stopped.rows_total == outcome.stopped.rows_this_run == 65
-    assert recorder.events[-1] == outcome.stopped
+    assert outcome.rows_total == outcome.rows_this_run == 65
+    assert recorder.events[-1] == outcome
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -107,8 +107,8 @@ def test_a_completed_rotation_is_followed_by_a_new_one(database: Database) -> No
     database.count_updates()
     first, second = rotate_tickets(), rotate_tickets(restart=True)
     assert_completed(second, rows=30)
-    assert first.stopped.rotation != second.stopped.rotation
-    assert not second.stopped.resumed
+    assert first.rotation != second.rotation
+    assert not second.resumed
     assert database.updates() == once_each((1, 30), (1, 30))
 
 
@@ -130,16 +130,16 @@ def test_a_run_ends_after_exactly_as_many_rows_as_it_was_told(database: Database
 
     first = rotate_tickets(stop_after_rows=rows)
 
-    assert (first.stopped.status, first.exit_status) == ("interrupted", 0)
-    assert first.stopped.rows == first.stopped.rows_this_run == sum(database.updates().values()) == rows
+    assert (first.status, first.exit_status) == ("interrupted", 0)
+    assert first.rows == first.rows_this_run == sum(database.updates().values()) == rows
     assert Rotation.objects.get().status == "interrupted"
 
     second = rotate_tickets()
 
     assert_completed(second, rows=100)
-    assert second.stopped.resumed
-    assert second.stopped.rows_this_run == 100 - rows
-    assert second.stopped.rotation == first.stopped.rotation
+    assert second.resumed
+    assert second.rows_this_run == 100 - rows
+    assert second.rotation == first.rotation
     assert database.updates() == once_each((1, 100))
 
 
@@ -153,10 +153,7 @@ def test_every_run_may_have_another_batch_and_concurrency(database: Database) ->
     database.make_tickets(1, 100)
     database.count_updates()
     for concurrency, batch in ((1, 7), (5, 3), (2, 40)):
-        assert (
-            rotate_tickets(concurrency=concurrency, batch=batch, stop_after_rows=20).stopped.rows_this_run
-            == 20
-        )
+        assert rotate_tickets(concurrency=concurrency, batch=batch, stop_after_rows=20).rows_this_run == 20
     assert_completed(rotate_tickets(concurrency=4, batch=11), rows=100)
     assert database.updates() == once_each((1, 100))
 
@@ -168,7 +165,7 @@ def test_rows_that_are_deleted_between_two_runs_are_not_waited_for(database: Dat
     rotate_tickets(stop_after_rows=50)
     database.execute(f"DELETE FROM tickets_ticket WHERE id {deleted}")
     outcome = rotate_tickets()
-    assert (outcome.stopped.status, outcome.exit_status) == ("completed", 0)
+    assert (outcome.status, outcome.exit_status) == ("completed", 0)
     updates = database.updates()
     assert set(updates.values()) == {1}
     assert set(database.values()) <= set(updates)
@@ -183,10 +180,10 @@ def test_a_signal_lets_ranges_in_flight_commit(database: Database, sent: signal.
 
     outcome = rotate_tickets(recorder)
 
-    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", status)
+    assert (outcome.status, outcome.exit_status) == ("interrupted", status)
     assert recorder.of(DrainStarted) == 1
-    assert 30 <= outcome.stopped.rows == sum(database.updates().values()) < 200
-    assert Rotation.objects.get().rows_done == outcome.stopped.rows
+    assert 30 <= outcome.rows == sum(database.updates().values()) < 200
+    assert Rotation.objects.get().rows_done == outcome.rows
     assert signal.getsignal(sent) is handler
     assert_completed(rotate_tickets(), rows=200)
     assert database.updates() == once_each((1, 200))
@@ -202,9 +199,9 @@ def test_a_second_signal_rolls_back_what_is_in_flight(database: Database) -> Non
 
     outcome = rotate_tickets(EventRecorder(after_range(3, press_twice)))
 
-    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 130)
+    assert (outcome.status, outcome.exit_status) == ("interrupted", 130)
     assert Rotation.objects.get().status == "interrupted"
-    assert outcome.stopped.rows == sum(database.updates().values()) < 200
+    assert outcome.rows == sum(database.updates().values()) < 200
     assert_completed(rotate_tickets(), rows=200)
     assert database.updates() == once_each((1, 200))
 
@@ -215,7 +212,7 @@ def test_a_time_limit_ends_a_run_that_waits_for_somebody(database: Database) -> 
     neighbour.execute("BEGIN")
     neighbour.execute("SELECT FROM tickets_ticket WHERE id = 5 FOR UPDATE")
     outcome = rotate_tickets(stop_after_seconds=0.5)
-    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 0)
+    assert (outcome.status, outcome.exit_status) == ("interrupted", 0)
     neighbour.execute("COMMIT")
     assert_completed(rotate_tickets(), rows=30)
 
@@ -245,7 +242,7 @@ def test_an_owner_that_is_silent_is_taken_over(database: Database, monkeypatch: 
     outcome = rotate_tickets(recorder)
     assert_completed(outcome, rows=30)
     assert recorder.of(OwnerWatched) == 1
-    assert (outcome.stopped.rotation, outcome.stopped.resumed) == (rotation.pk, True)
+    assert (outcome.rotation, outcome.resumed) == (rotation.pk, True)
     rotation.refresh_from_db()
     assert (rotation.generation, rotation.owner_pid) == (2, this_process().pid)
 
@@ -274,7 +271,7 @@ def test_an_owner_that_need_not_be_watched_is_taken_over_at_once(
     rotation, recorder = make_rotation(**owner), EventRecorder()
     outcome = rotate_tickets(recorder, **options)
     assert_completed(outcome, rows=30)
-    assert outcome.stopped.rotation == rotation.pk
+    assert outcome.rotation == rotation.pk
     assert recorder.of(OwnerWatched) == 0
 
 
@@ -284,8 +281,8 @@ def test_a_restart_abandons_what_was_unfinished(database: Database) -> None:
     first = rotate_tickets(stop_after_rows=10)
     second = rotate_tickets(restart=True)
     assert_completed(second, rows=30)
-    assert second.stopped.rotation != first.stopped.rotation
-    assert Rotation.objects.get(pk=first.stopped.rotation).status == "abandoned"
+    assert second.rotation != first.rotation
+    assert Rotation.objects.get(pk=first.rotation).status == "abandoned"
     assert database.updates() == once_each((1, 10), (1, 30))
 
 
@@ -304,8 +301,8 @@ def test_a_run_that_is_taken_over_writes_nothing_more_and_leaves_the_row_alone(d
 
     outcome = rotate_tickets(EventRecorder(after_range(3, take)), concurrency=1)
 
-    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
-    assert "taken this rotation over" in outcome.stopped.error
+    assert (outcome.status, outcome.exit_status) == ("interrupted", 1)
+    assert "taken this rotation over" in outcome.error
     rotation = Rotation.objects.get()
     assert (rotation.status, rotation.owner_host) == ("running", "elsewhere.example")
     assert [rotation.updated_at, sum(database.updates().values())] == seen
@@ -325,13 +322,13 @@ def test_a_queued_rotation_keeps_its_account(database: Database) -> None:
     assert (left.rows_done, left.active_seconds, left.options["batch"]) == (20, 100, 7)
     outcome = rotate_tickets(rotation=number)
     assert_completed(outcome, rows=50)
-    assert outcome.stopped.seconds_total > 100
+    assert outcome.seconds_total > 100
     assert database.updates() == once_each((1, 50))
 
 
 def test_one_that_is_over_is_not_begun_anew(database: Database) -> None:
     database.make_tickets(1, 10)
-    number = rotate_tickets().stopped.rotation
+    number = rotate_tickets().rotation
     for wanted in (number, number + 1):
         with pytest.raises(
             RotationFinishedError, match=f"Rotation {wanted} of .* is not unfinished any more"
@@ -373,8 +370,8 @@ def test_rows_at_fault_are_named_and_all_others_rotated(database: Database) -> N
 
     first = rotate_tickets()
 
-    assert (first.stopped.status, first.exit_status) == ("failed", 1)
-    assert sorted(first.stopped.failed_keys) == [
+    assert (first.status, first.exit_status) == ("failed", 1)
+    assert sorted(first.rejected_keys) == [
         (f"[{number}]", "raise_exception (P0001)") for number in (100, 7, 8)
     ]
     assert Rotation.objects.get().status == "failed"
@@ -384,7 +381,7 @@ def test_rows_at_fault_are_named_and_all_others_rotated(database: Database) -> N
     second = rotate_tickets()
 
     assert_completed(second, rows=100)
-    assert second.stopped.rotation == first.stopped.rotation
+    assert second.rotation == first.rotation
     assert database.updates() == once_each((1, 100))
 
 
@@ -393,8 +390,8 @@ def test_suppressed_updates_complete_nothing(database: Database, monkeypatch: py
     database.before_update("IF OLD.id = 5 THEN RETURN NULL; END IF; RETURN NEW;")
     monkeypatch.setattr(retry, "backoff_seconds", lambda *_attempt, **_limits: 0.0)
     outcome = rotate_tickets()
-    assert outcome.stopped.status == "failed"
-    assert [key for key, _ in outcome.stopped.failed_keys] == ["[5]"]
+    assert outcome.status == "failed"
+    assert [key for key, _ in outcome.rejected_keys] == ["[5]"]
 
 
 def test_rows_that_somebody_holds_are_rotated_when_they_are_free(database: Database) -> None:
@@ -463,7 +460,7 @@ def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
     outcome = rotate_tickets(recorder)
 
     assert_completed(outcome, rows=51)
-    assert outcome.stopped.late_rows == Rotation.objects.get().late_rows == 2
+    assert outcome.late_rows == Rotation.objects.get().late_rows == 2
     assert sum(event.rows for event in recorder.events if isinstance(event, LateRowsRotated)) == 2
     assert database.updates() == once_each((1, 50), (99, 99))
 
@@ -502,8 +499,8 @@ def test_a_late_row_at_fault_completes_nothing(
     recorder = EventRecorder(commit)
     outcome = rotate_tickets(recorder)
 
-    assert (outcome.stopped.status, outcome.exit_status, outcome.stopped.rows) == ("failed", 1, 50)
-    assert outcome.stopped.failed_keys == (("[99]", "raise_exception (P0001)"),)
+    assert (outcome.status, outcome.exit_status, outcome.rows) == ("failed", 1, 50)
+    assert outcome.rejected_keys == (("[99]", "raise_exception (P0001)"),)
     assert Rotation.objects.get().status == "failed"
     assert database.updates() == once_each((1, 50))
 
@@ -519,11 +516,11 @@ def test_a_run_that_is_stopped_while_it_waits_for_others_goes_on_later(
 
     recorder = EventRecorder(stop)
     first = rotate_tickets(recorder)
-    assert (first.stopped.status, first.stopped.rows, first.exit_status) == ("interrupted", 49, 130)
+    assert (first.status, first.rows, first.exit_status) == ("interrupted", 49, 130)
     older.execute("COMMIT")
     second = rotate_tickets()
     assert_completed(second, rows=51)
-    assert second.stopped.late_rows == 2
+    assert second.late_rows == 2
     assert database.updates() == once_each((1, 50), (99, 99))
 
 
@@ -559,8 +556,8 @@ def test_a_limit_counts_the_rows_before_an_outage_too(database: Database) -> Non
         database.execute(END_THE_ROTATOR)
 
     outcome = rotate_tickets(EventRecorder(after_range(5, end)), stop_after_rows=150)
-    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 0)
-    assert outcome.stopped.rows_this_run == outcome.stopped.rows == sum(database.updates().values()) == 150
+    assert (outcome.status, outcome.exit_status) == ("interrupted", 0)
+    assert outcome.rows_this_run == outcome.rows == sum(database.updates().values()) == 150
     assert_completed(rotate_tickets(), rows=300)
     assert database.updates() == once_each((1, 300))
 
@@ -570,14 +567,14 @@ def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Data
     database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def end(event: Event) -> None:
-        if isinstance(event, RowFailed) and recorder.of(RowFailed) == 1:
+        if isinstance(event, RowRejected) and recorder.of(RowRejected) == 1:
             database.execute(END_THE_ROTATOR)
 
     recorder = EventRecorder(end)
     outcome = rotate_tickets(recorder)
-    assert outcome.stopped.status == "failed"
+    assert outcome.status == "failed"
     assert recorder.of(OutageEnded) == 1
-    assert outcome.stopped.failed_keys == (("[257]", "raise_exception (P0001)"),)
+    assert outcome.rejected_keys == (("[257]", "raise_exception (P0001)"),)
 
 
 def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_nothing(
@@ -587,7 +584,7 @@ def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_noth
     trigger = database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def mend(event: Event) -> None:
-        if isinstance(event, RowFailed):
+        if isinstance(event, RowRejected):
             database.execute(END_THE_ROTATOR)
         if isinstance(event, OutageStarted):
             database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
@@ -611,8 +608,8 @@ def test_a_server_that_stays_away_ends_the_run_once_its_budget_is_used_up(databa
         outcome = rotate_tickets(recorder, outage_budget_seconds=0.5)
     finally:
         maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
-    assert "cannot be reached" in outcome.stopped.error
+    assert (outcome.status, outcome.exit_status) == ("interrupted", 1)
+    assert "cannot be reached" in outcome.error
     # Nobody could tell the database.
     assert Rotation.objects.get().status == "running"
     second = rotate_tickets(take_over=True)
@@ -634,8 +631,8 @@ def test_a_server_that_comes_back_read_only_ends_the_run_with_an_account(databas
         outcome = rotate_tickets(recorder, outage_budget_seconds=1.0)
     finally:
         database.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
-    assert (outcome.stopped.status, outcome.exit_status) == ("interrupted", 1)
-    assert "read-only" in outcome.stopped.error
+    assert (outcome.status, outcome.exit_status) == ("interrupted", 1)
+    assert "read-only" in outcome.error
 
 
 # --- The heartbeat beside the work -----------------------------------------------------------------
@@ -649,8 +646,8 @@ def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(
     monkeypatch.setattr(session, "COUNT_SECONDS", 0.001)
     monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
     outcome = rotate_tickets(stop_after_rows=1)
-    assert (outcome.stopped.stop_reason, outcome.exit_status) == (StopReason.STOP_AFTER, 0)
-    assert not outcome.stopped.rows_total_is_exact
+    assert (outcome.stop_reason, outcome.exit_status) == (StopReason.STOP_AFTER, 0)
+    assert not outcome.rows_total_is_exact
 
 
 def test_the_heartbeat_does_not_take_completion_for_a_takeover(

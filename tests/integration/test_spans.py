@@ -67,12 +67,12 @@ async def test_a_helper_whose_lease_has_expired_cannot_write_once_another_has_th
     async with writing(database, second.lease) as writer:
         await writer.rewrite(key_range(30, 100, 70))
     with pytest.raises(SupersededError):
-        await spans.finish(control, first.lease, retries=0)
-    await spans.finish(control, second.lease, retries=3)
+        await spans.finish(control, first.lease, deferrals=0, retries=0)
+    await spans.finish(control, second.lease, deferrals=2, retries=3)
     progress = await spans.read_progress(control, lease.rotation, since=since)
     assert (progress.spans, progress.rows, progress.ranges) == (1, 80, 2)
     (finished,) = await spans.collect_finished(control, lease)
-    assert finished.retries == 3
+    assert (finished.deferrals, finished.retries) == (2, 3)
     assert await _claim(control, lease, "three") is None
     assert database.updates() == once_each((1, 10), (21, 100))
 
@@ -128,10 +128,10 @@ async def test_a_released_span_is_claimed_at_once(
     await spans.plan(control, lease, SPAN)
     first = await _claim(control, lease, "one")
     assert first is not None
-    await spans.release(control, first.lease, retries=1)
+    await spans.release(control, first.lease, deferrals=2, retries=1)
     assert await _claim(control, lease, "two") is not None
     # Too late for the first one.
-    await spans.release(control, first.lease, retries=1)
+    await spans.release(control, first.lease, deferrals=2, retries=1)
     assert await _claim(control, lease, "three") is None
 
 
@@ -205,11 +205,11 @@ async def test_rows_are_counted_once_whatever_the_order_of_the_commits(
         assert second is not None
         async with writing(database, second.lease) as writer:
             await writer.rewrite(key_range(100, 120, 20))
-        await spans.finish(control, second.lease, retries=0)
+        await spans.finish(control, second.lease, deferrals=0, retries=0)
         await count()
         assert counted == 60
         other.execute("COMMIT")
-    await spans.finish(control, first.lease, retries=0)
+    await spans.finish(control, first.lease, deferrals=0, retries=0)
     await spans.plan(control, lease, KeyInterval(after=Key("[120]"), through=Key("[130]")))
     for _ in range(2):
         await count()

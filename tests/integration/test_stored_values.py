@@ -51,11 +51,11 @@ def assert_all_refused(database: Database, table: TargetTable, generator: str, r
     """Every row that is tried is refused for this reason, and all stay as they were."""
     before = database.values(table)
     outcome = rotate(CODES, batch=5, selection=Selection(generator=GENERATORS + generator))
-    assert (outcome.stopped.status, outcome.exit_status) == ("failed", 1)
-    failed = {key for key, _ in outcome.stopped.failed_keys}
+    assert (outcome.status, outcome.exit_status) == ("failed", 1)
+    failed = {key for key, _ in outcome.rejected_keys}
     assert len(failed) >= 8
     assert failed <= before.keys()
-    assert all(found.startswith(reason) for _, found in outcome.stopped.failed_keys)
+    assert all(found.startswith(reason) for _, found in outcome.rejected_keys)
     assert database.values(table) == before
 
 

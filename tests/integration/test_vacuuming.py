@@ -1,4 +1,4 @@
-"""VACUUM beside a rotation, and what keeps it from that."""
+"""VACUUM during a rotation, and what blocks it."""
 
 import asyncio
 import signal
@@ -40,7 +40,7 @@ def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: py
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
     recorder = EventRecorder()
 
-    stopped = rotate_tickets(recorder, batch=100, concurrency=2).stopped
+    stopped = rotate_tickets(recorder, batch=100, concurrency=2)
 
     assert stopped.status == "completed"
     assert stopped.storage_before is not None
@@ -62,7 +62,7 @@ def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.
     )
     database.execute("ANALYZE tickets_ticket")
     database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
-    stopped = rotate_tickets(batch=100, concurrency=2).stopped
+    stopped = rotate_tickets(batch=100, concurrency=2)
     assert stopped.status == "completed"
     # Each eighth would be more; a neighbour's lock makes it one less.
     assert 1 <= stopped.vacuums <= 2
@@ -73,7 +73,7 @@ def test_without_it_the_table_doubles(database: Database) -> None:
     database.make_tickets(1, 10_000)
     recorder = EventRecorder()
 
-    stopped = rotate_tickets(recorder, batch=100, vacuum=False).stopped
+    stopped = rotate_tickets(recorder, batch=100, vacuum=False)
 
     vacuum_events = [recorder.of(kind) for kind in (Vacuumed, VacuumStarted, VacuumSkipped)]
     assert (vacuum_events, stopped.vacuums) == ([0, 0, 0], 0)
@@ -83,7 +83,7 @@ def test_without_it_the_table_doubles(database: Database) -> None:
     database.execute("ALTER TABLE tickets_ticket RESET (autovacuum_enabled)")
 
 
-def test_a_table_that_somebody_else_has_locked_is_left_alone(database: Database) -> None:
+def test_a_locked_table_is_not_vacuumed(database: Database) -> None:
     database.make_tickets(1, 1000)
     neighbour = database.connect()
     recorder = EventRecorder(after_range(1, lambda: neighbour.execute(f"BEGIN; {LOCKED}".encode())))
@@ -96,7 +96,9 @@ def test_a_table_that_somebody_else_has_locked_is_left_alone(database: Database)
 
 
 @pytest.mark.usefixtures("slow_vacuum")
-async def test_it_makes_way_for_whoever_waits(database: Database, control: psycopg.AsyncConnection) -> None:
+async def test_it_is_cancelled_when_another_session_waits(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
     database.make_tickets(1, 5000)
     database.execute("UPDATE tickets_ticket SET title = 'another'")
     neighbour = database.connect()

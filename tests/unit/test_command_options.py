@@ -1,37 +1,110 @@
-"""How options are read, and the command that a summary tells to resume with."""
+"""The options: their checks, their defaults, and the command to resume a run with."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from django.core.management import CommandParser
 
 from rotator.exceptions import OptionError
-from rotator.management.options import resume_command, rows_or_seconds, seconds, writable
+from rotator.management.commands.async_rotate import Command
+from rotator.management.terminal import resume_command, writable
+from rotator.options import (
+    COMMAND_OPTIONS,
+    Duration,
+    RotateOptions,
+    RunOptions,
+    Selection,
+    read_duration,
+    read_rows_or_duration,
+)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("100ms", 0.1), ("30s", 30.0), ("1.5m", 90.0), ("2h", 7200.0), (0.25, 0.25)]
+    ("value", "expected"),
+    [
+        ("100ms", 0.1),
+        ("30s", 30.0),
+        ("1.5m", 90.0),
+        ("2h", 7200.0),
+        (0.25, 0.25),
+        (timedelta(minutes=2), 120.0),
+    ],
 )
-def test_times_have_units(text: str | float, expected: float) -> None:
-    assert seconds(text) == pytest.approx(expected)
+def test_durations_have_units(value: Duration, expected: float) -> None:
+    assert read_duration("outage_budget", value) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("text", ["", "5", "m", "-1s", "0s", "1d", "5 m", "1e3s"])
-def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="write it as 100ms, 30s, 5m or 2h"):
-        seconds(text)
+@pytest.mark.parametrize("value", ["", "5", "m", "-1s", "1d", "5 m", "1e3s"])
+def test_an_invalid_duration_is_refused(value: str) -> None:
+    with pytest.raises(OptionError, match=r"^--outage-budget must be a duration \(100ms, 30s, 5m or 2h\)"):
+        read_duration("outage_budget", value)
 
 
-def test_rows_are_whole_numbers_and_times_are_not() -> None:
-    rows, time = rows_or_seconds("5000"), rows_or_seconds("30m")
-    assert (rows, type(rows)) == (5000, int)
-    assert (time, type(time)) == (1800.0, float)
-    assert rows_or_seconds(None) is None
+@pytest.mark.parametrize("value", ["0s", 0.0, -1.0, timedelta(0), "9000h", "99999999999999999999h"])
+def test_a_duration_out_of_range_is_refused(value: Duration) -> None:
+    with pytest.raises(OptionError, match=r"^--outage-budget must be from 1ms to 8760h, not "):
+        read_duration("outage_budget", value)
 
 
-@pytest.mark.parametrize("text", ["0", "-5", "many", "5k"])
-def test_what_is_neither_rows_nor_a_time_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="neither rows"):
-        rows_or_seconds(text)
+def test_rows_are_whole_numbers_and_durations_are_not() -> None:
+    assert read_rows_or_duration("stop_after", "5000") == (5000, None)
+    assert read_rows_or_duration("stop_after", 5000) == (5000, None)
+    assert read_rows_or_duration("stop_after", "30m") == (None, 1800.0)
+    assert read_rows_or_duration("stop_after", None) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["-5", "many", "5k"])
+def test_neither_rows_nor_a_duration_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"^--stop-after must be a number of rows "):
+        read_rows_or_duration("stop_after", text)
+
+
+@pytest.mark.parametrize("name", ["concurrency", "batch", "stop_after"])
+@pytest.mark.parametrize("number", [0, 2**31])
+def test_numbers_have_a_range(name: str, number: int) -> None:
+    option = name.replace("_", "-")
+    with pytest.raises(OptionError, match=f"^--{option} must be from 1 to 2,147,483,647, not {number}"):
+        RunOptions.checked(**{name: number})
+
+
+# --- One set for the command, the API and Celery ---------------------------------------------------
+
+
+def test_the_command_has_the_defaults_of_the_api() -> None:
+    parser = Command().create_parser("manage.py", "async_rotate")
+    assert isinstance(parser, CommandParser)
+    defaults = vars(parser.parse_args([]))
+    names = ("concurrency", "batch", "restart", "take_over", "stop_after", "lock_timeout", "outage_budget")
+    assert RunOptions.checked(**{name: defaults[name] for name in names}) == RunOptions()
+    assert RunOptions.checked() == RunOptions()
+    assert defaults.keys() >= COMMAND_OPTIONS.keys()
+
+
+def test_the_documentation_of_the_api_repeats_the_help_of_the_command() -> None:
+    documentation = " ".join((RotateOptions.__doc__ or "").split())
+    for name in RotateOptions.__annotations__.keys() - {"vacuum"}:
+        option = COMMAND_OPTIONS[name]
+        text = (option["help"] % option).removesuffix(" Asks first on a terminal.")
+        assert f"{name}: {text}" in documentation
+
+
+def test_saved_options_of_a_newer_version_are_read() -> None:
+    options = RunOptions(batch=7)
+    saved = options.to_json() | {"newer": 1}
+    saved["limits"] |= {"newer_seconds": 2.0}
+    assert RunOptions.from_json(saved) == options
+    selection = Selection(filters=("status=active",), include_null=True, ignore_derived=("checksum",))
+    restored = Selection.from_json(selection.to_json() | {"filters": ["status=active"], "newer": [1]})
+    assert (restored, restored.ignore_derived) == (selection, ("checksum",))
+
+
+def test_saved_options_of_an_older_version_have_the_defaults() -> None:
+    assert RunOptions.from_json({"batch": 7}) == RunOptions(batch=7)
+    assert Selection.from_json({}) == Selection()
+
+
+# --- The command line ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -73,12 +146,6 @@ def test_a_report_is_not_begun_before_there_is_something_to_report(tmp_path: Pat
     report = tmp_path / "report.json"
     assert writable(report) == report
     assert not report.exists()
-
-
-@pytest.mark.parametrize("text", ["9000h", "99999999999999999999h"])
-def test_no_time_is_longer_than_a_year(text: str) -> None:
-    with pytest.raises(OptionError, match="too long"):
-        seconds(text)
 
 
 def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowFailed
+from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.engine import Engine, EngineOptions
@@ -206,7 +206,7 @@ async def test_refused_ranges_are_split_down_to_the_rows_at_fault(
         [_span(0, 100)], asyncio.Event()
     )
     assert rows.written == Counter(set(range(1, 101)) - refused)
-    failed = [event for event in events if isinstance(event, RowFailed)]
+    failed = [event for event in events if isinstance(event, RowRejected)]
     assert {(event.key, event.reason) for event in failed} == {
         (f"[{row}]", "check_violation of sober") for row in refused
     }
@@ -252,7 +252,7 @@ async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
         (2, 3): 5,
         (3, 4): 1,
     }
-    assert [event.key for event in events if isinstance(event, RowFailed)] == ["[3]"]
+    assert [event.key for event in events if isinstance(event, RowRejected)] == ["[3]"]
     assert rows.written == Counter([1, 2, 4])
 
 
@@ -273,7 +273,7 @@ async def test_a_fault_that_every_row_meets_ends_the_run_after_a_few_ranges(
     with pytest.raises(EveryRowRejectedError, match=r"each of the .* rows .* check_violation of sober"):
         await engine.run([_span(0, 100_000)], asyncio.Event())
     assert len(rows.tried) < 250
-    assert 8 <= sum(isinstance(event, RowFailed) for event in events) <= 8 + concurrency
+    assert 8 <= sum(isinstance(event, RowRejected) for event in events) <= 8 + concurrency
 
 
 async def test_a_fault_that_every_row_of_one_range_meets_ends_the_run_too() -> None:

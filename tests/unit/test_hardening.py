@@ -1,4 +1,4 @@
-"""What another user's processes, another version and a patched process are taken for."""
+"""What another user's processes and a patched process are taken for."""
 
 import sys
 import threading
@@ -20,12 +20,6 @@ def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) 
     # hidepid=2: the folder of a process of another user seems not to exist.
     monkeypatch.setattr(owner_module, "_stat", lambda _pid: [])
     assert not owner.is_gone()
-
-
-def test_options_of_a_newer_version_are_read() -> None:
-    saved = RunOptions(batch=7).to_json()
-    saved |= {"newer": 1, "limits": saved["limits"] | {"newer_seconds": 2.0}}
-    assert RunOptions.from_json(saved) == RunOptions(batch=7)
 
 
 @pytest.mark.parametrize(

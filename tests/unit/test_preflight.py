@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from rotator.events import Findings, Index, Sample, ServerFindings, TableFindings, estimate_wal
-from rotator.progress.preflight import preflight
+from rotator.events import Findings, Index, Sample, ServerFindings, TableFindings
+from rotator.progress.preflight import estimate_wal, preflight
 
 GIGABYTE = 1 << 30
 TABLE = TableFindings(
@@ -49,21 +49,21 @@ def test_it_is_one_screen() -> None:
         "Before the first write to shop.Order.api_key in the database 'default':",
         "  server       app@db1:5432/shop",
         "  rows         1,000,000 counted",
-        "  table        public.shop_order: 73 MB, its indexes 59 MB",
+        "  table        public.shop_order: 73 MB, indexes 59 MB",
         "  indexes      each update writes to all 2: ticket_token_key 38 MB, ticket_pkey 21 MB",
     ]
     (time,) = (line for line in lines if line.startswith("  time "))
     assert time.endswith(
-        " about 5 s with 4 workers: 30,000 rows were rewritten at 200,000 rows/s, and rolled back"
+        " about 5 s with 4 workers: 30,000 rows were rewritten at 200,000 rows/s and rolled back"
     )
 
 
-def test_an_estimated_count_and_a_rotation_that_goes_on() -> None:
+def test_an_estimated_count_and_a_rotation_that_is_resumed() -> None:
     findings = replace(
         FINDINGS, table=replace(TABLE, rows_is_exact=False), unfinished=7, rows_left=300_000, sample=Sample()
     )
     text = preflight(findings)
-    assert "about 1,000,000 (estimate); rotation 7 goes on, with about 300,000 left" in text
+    assert "about 1,000,000 (estimate); rotation 7 resumes, with about 300,000 left" in text
     assert "not measured; --dry-run without --no-sample measures it" in text
     assert findings.estimated_seconds is None
 
@@ -94,7 +94,7 @@ def test_what_should_not_be_is_hard_to_miss() -> None:
     for phrase in (
         "replicas     standby1 (async, 12 MB behind)\n               standby2 (sync, 0 bytes behind)",
         "forgotten (NOT ACTIVE, keeps 3 GB)",
-        "by pid 123, since 02:10:00 UTC",
+        "blocked by pid 123, since 02:10:00 UTC",
         "FAILING since",
         "WILL SHOW new values (log_statement = all)",
         "each update fires audit",
@@ -114,7 +114,7 @@ def test_many_indexes_are_named_below_each_other_and_the_smallest_only_counted()
 
 def test_a_column_without_an_index_may_leave_them_alone() -> None:
     bare = replace(TABLE, indexes=(Index(name="ticket_pkey", size_bytes=22_000_000, holds_column=False),))
-    assert "untouched where a page has room" in preflight(replace(FINDINGS, table=bare))
+    assert "not updated where the page has room" in preflight(replace(FINDINGS, table=bare))
     assert estimate_wal(bare, SERVER, 1_000_000).wal_bytes < estimate_wal(TABLE, SERVER, 1_000_000).wal_bytes
 
 

@@ -66,4 +66,4 @@ def test_nothing_is_said_of_processes_elsewhere(elsewhere: dict[str, str]) -> No
 def test_an_owner_is_named_by_user_host_and_pid() -> None:
     owner = Owner(host="db.example", pid=42, process="", user="ann", version="1")
     assert str(owner) == "ann on db.example (pid 42)"
-    assert str(replace(owner, user="")) == "somebody on db.example (pid 42)"
+    assert str(replace(owner, user="")) == "an unknown user on db.example (pid 42)"

@@ -15,7 +15,7 @@ from rotator.events import (
     Tick,
 )
 from rotator.progress.bar import Screen, bar_observer, bar_text, fitting
-from rotator.stats import Tally
+from rotator.stats import Stats
 from tests.unit.progress_fakes import Clock, Gone, Terminal, completed, resumed, started, stopped
 
 SHOW, HIDE = "\x1b[?25h", "\x1b[?25l"
@@ -42,7 +42,7 @@ def test_a_completed_run_leaves_a_full_bar_without_a_warning() -> None:
         observer(stopped(rows=4000))
     notice, receipt, rest = left_on(stream)
     assert notice.startswith("rotation 7 of tickets.Ticket.token starts: 4,000 rows")
-    assert receipt == "|" + "█" * 20 + "| 4,000 rows  100%  25,100 rows/s  in 40 s"
+    assert receipt == "|" + "█" * 20 + "| 4,000 rows  100%  in 40 s, 25,100 rows/s while writing"
     assert rest == ""
 
 
@@ -80,7 +80,7 @@ def test_the_mark_has_its_place_on_a_narrow_terminal() -> None:
     assert left_on(stream)[-2].endswith("(!) 41%  interrupted")
 
 
-def test_all_rows_done_but_failed_is_marked() -> None:
+def test_a_failed_run_with_all_rows_done_is_marked() -> None:
     stream = Terminal()
     with bar(stream) as observer:
         observer(started(rows_total=4000))
@@ -96,7 +96,7 @@ def test_nothing_to_do_does_not_crash() -> None:
         observer(started(rows_total=0))
         observer(Tick())
         observer(stopped(rows=0))
-    assert left_on(stream)[1].endswith("| 0 rows  100%  25,100 rows/s  in 40 s")
+    assert left_on(stream)[1].endswith("| 0 rows  100%  in 40 s, 25,100 rows/s while writing")
 
 
 def test_an_outage_can_take_rows_back() -> None:
@@ -104,7 +104,7 @@ def test_an_outage_can_take_rows_back() -> None:
     with bar(stream) as observer:
         observer(resumed(rows_done=500_000))
         observer(OutageStarted(reason="refused", budget_seconds=300))
-        observer(OutageEnded(seconds=2, rows_done=250_000))
+        observer(OutageEnded(seconds=2, rows_done=250_000, late_rows=0))
         observer(stopped(status="interrupted", rows=250_000))
     assert left_on(stream)[-2].startswith("|█████⚠")
     assert "| (!) 250,000 of 1,000,000 rows  25%" in left_on(stream)[-2]
@@ -131,7 +131,7 @@ def test_a_run_that_never_started_draws_no_bar() -> None:
         observer(Tick())
         observer(DrainStarted(reason=StopReason.SIGTERM))
         observer(stopped(status="failed"))
-    assert left_on(stream) == ["SIGTERM: draining, ranges in flight commit and no more are planned", ""]
+    assert left_on(stream) == ["SIGTERM: draining; ranges in flight are committed, and no new ones start", ""]
     assert HIDE not in stream.getvalue()
 
 
@@ -160,13 +160,16 @@ def test_a_terminal_that_hung_up_does_not_stop_the_run() -> None:
     assert stream.left == 0
 
 
-def tally_after(*events: Event, ranges: int = 0) -> tuple[Tally, float]:
-    tally = Tally()
+def stats_after(*events: Event, ranges: int = 0, seconds: float = 0.0) -> Stats:
+    clock = Clock()
+    stats = Stats(clock=clock)
     for event in events:
-        tally.take(event, 0)
+        stats.take(event)
     for step in range(1, ranges + 1):
-        tally.take(completed(), step / 10)
-    return tally, ranges / 10
+        clock.now = step / 10
+        stats.take(completed())
+    clock.now += seconds
+    return stats
 
 
 AMPLE, COMPACT = "  200,000 of 1,000,000 rows   20%", "  200,000 of 1,000,000   20%"
@@ -186,8 +189,8 @@ AMPLE, COMPACT = "  200,000 of 1,000,000 rows   20%", "  200,000 of 1,000,000   
     ],
 )
 def test_what_there_is_room_for_is_shown(room: int, text: str) -> None:
-    tally, now = tally_after(started(), ranges=100)
-    assert bar_text(tally, now, room) == text
+    stats = stats_after(started(), ranges=100)
+    assert bar_text(stats, room) == text
 
 
 EVENTS: list[Event] = [
@@ -195,7 +198,7 @@ EVENTS: list[Event] = [
     *[completed() for _ in range(200)],
     RangeDeferred(rows=2000),
     OutageStarted(reason="refused", budget_seconds=300),
-    OutageEnded(seconds=2, rows_done=600),
+    OutageEnded(seconds=2, rows_done=600, late_rows=0),
     LateCommitsAwaited(holders=("pid 1", "pid 2")),
     DrainStarted(reason=StopReason.SIGINT),
 ]
@@ -203,11 +206,13 @@ EVENTS: list[Event] = [
 
 @pytest.mark.parametrize("columns", [60, 80, 120, 200])
 def test_no_figure_comes_goes_or_moves(columns: int) -> None:
-    tally, room = Tally(), columns - min(30, columns // 5) - 4
+    clock, room = Clock(), columns - min(30, columns // 5) - 4
+    stats = Stats(clock=clock)
     percent_at, shows_rows = set[int](), set[bool]()
     for step, event in enumerate(EVENTS):
-        tally.take(event, step / 10)
-        text = bar_text(tally, step / 10, room)
+        clock.now = step / 10
+        stats.take(event)
+        text = bar_text(stats, room)
         percent_at.add(text.index("%"))
         shows_rows.add("of 1,000,000" in text)
         assert len(text) <= room
@@ -215,15 +220,15 @@ def test_no_figure_comes_goes_or_moves(columns: int) -> None:
 
 
 def test_deferrals_are_shown_where_there_is_room() -> None:
-    tally, now = tally_after(started(), RangeDeferred(rows=2000), ranges=100)
-    assert bar_text(tally, now, 92) == f"{AMPLE}     20,000 rows/s  ETA 40 s            1 deferred"
-    assert "deferred" not in bar_text(tally, now, 80)
+    stats = stats_after(started(), RangeDeferred(rows=2000), ranges=100)
+    assert bar_text(stats, 92) == f"{AMPLE}     20,000 rows/s  ETA 40 s            1 deferral"
+    assert "deferral" not in bar_text(stats, 80)
 
 
 def test_unknown_figures_are_said_to_be() -> None:
-    tally, now = tally_after(started(rows_total_is_exact=False))
-    assert "? rows/s  ETA unknown" in bar_text(tally, now, 99)
-    assert "0 of about 1,000,000 rows" in bar_text(tally, now, 99)
+    stats = stats_after(started(rows_total_is_exact=False))
+    assert "? rows/s  ETA unknown" in bar_text(stats, 99)
+    assert "0 of about 1,000,000 rows" in bar_text(stats, 99)
 
 
 @pytest.mark.parametrize(
@@ -235,9 +240,9 @@ def test_unknown_figures_are_said_to_be() -> None:
     ],
 )
 def test_what_holds_the_run_up_takes_the_place_of_rate_and_eta(event: Event, text: str) -> None:
-    tally, _ = tally_after(started(), event)
-    assert bar_text(tally, 8.0, 99) == f"        0 of 1,000,000 rows    0%  {text}"
-    assert bar_text(tally, 8.0, 44) == f"  0%  {text}"
+    stats = stats_after(started(), event, seconds=8.0)
+    assert bar_text(stats, 99) == f"        0 of 1,000,000 rows    0%  {text}"
+    assert bar_text(stats, 44) == f"  0%  {text}"
 
 
 def test_the_first_text_that_fits_is_taken_and_the_last_is_cut() -> None:
@@ -252,8 +257,8 @@ def test_each_frame_is_written_at_once_and_clears_the_rest_of_its_line() -> None
     screen = Screen(stream)
     screen.write("\r")
     screen.write("|██  |")
-    screen.write_above("server away", columns=40)
+    screen.write_above("a line above", columns=40)
     screen.write(" 50%")
     screen.flush()
     screen.flush()
-    assert stream.getvalue() == "\r\x1b[2Kserver away\n\r|██  | 50%\x1b[K"
+    assert stream.getvalue() == "\r\x1b[2Ka line above\n\r|██  | 50%\x1b[K"

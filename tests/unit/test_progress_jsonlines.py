@@ -1,7 +1,7 @@
 import io
 import json
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from typing import Any, get_args
 
 from rotator.events import (
     DrainStarted,
@@ -12,13 +12,18 @@ from rotator.events import (
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    Preflighted,
+    RangeCompleted,
     RangeDeferred,
     RangeRetried,
-    RowFailed,
+    RotationStarted,
+    RotationStopped,
+    RowRejected,
     StopReason,
     Tick,
+    WorkersProgressed,
 )
-from rotator.progress.jsonlines import JsonObserver
+from rotator.progress.jsonlines import JsonObserver, event_name
 from rotator.progress.summary import report
 from rotator.ranges import Key
 from tests.unit.progress_fakes import Clock, completed, resumed, started, stopped
@@ -53,6 +58,7 @@ def test_a_start_tells_what_will_be_done() -> None:
             "rows_total": 1_000_000,
             "rows_total_is_exact": True,
             "rows_done": 0,
+            "late_rows": 0,
             "seconds_before": 0.0,
             "stopped_at": None,
             "concurrency": 4,
@@ -94,9 +100,10 @@ def test_progress_comes_once_a_second_with_the_figures() -> None:
         "rows_total": 1_000_000,
         "rows_total_is_exact": True,
         "percent": 8,
+        "late_rows": 0,
         "deferrals": 1,
         "retries": 1,
-        "failed_rows": 0,
+        "rejected_rows": 0,
         "outage_left_seconds": None,
     }
 
@@ -106,26 +113,46 @@ def test_each_notable_event_has_its_name_and_its_facts() -> None:
     assert told(
         OwnerWatched(owner="app on db1, pid 42", seconds=10),
         OutageStarted(reason="refused", budget_seconds=300),
-        OutageEnded(seconds=12, rows_done=410_000),
+        OutageEnded(seconds=12, rows_done=410_000, late_rows=12),
         LateCommitsAwaited(holders=("pid 1", "pid 2")),
         LateCommitsOver(),
         LateRowsRotated(rows=12),
-        RowFailed(key=Key("[42]"), reason="check_violation"),
+        RowRejected(key=Key("[42]"), reason="check_violation"),
         DrainStarted(reason=StopReason.SIGINT),
     ) == [
         head | {"event": "owner_watched", "owner": "app on db1, pid 42", "seconds": 10},
         head | {"event": "outage_started", "reason": "refused", "budget_seconds": 300},
-        head | {"event": "outage_ended", "seconds": 12, "rows_done": 410_000},
+        head | {"event": "outage_ended", "seconds": 12, "rows_done": 410_000, "late_rows": 12},
         head | {"event": "late_commits_awaited", "holders": ["pid 1", "pid 2"]},
         head | {"event": "late_commits_over"},
         head | {"event": "late_rows_rotated", "rows": 12},
-        head | {"event": "row_failed", "key": "[42]", "reason": "check_violation"},
+        head | {"event": "row_rejected", "key": "[42]", "reason": "check_violation"},
         head | {"event": "drain_started", "reason": "SIGINT"},
     ]
 
 
+def test_the_names_of_all_other_events_are_an_interface() -> None:
+    special = {
+        Preflighted,
+        RotationStarted,
+        RangeCompleted,
+        WorkersProgressed,
+        RangeDeferred,
+        RangeRetried,
+        Tick,
+        RotationStopped,
+    }
+    names = (
+        "row_rejected outage_started outage_ended broker_unreachable workers_silent owner_watched "
+        "server_log_shows_values late_commits_awaited late_commits_over late_rows_rotated "
+        "confirmation_started rows_confirmed vacuum_started vacuumed vacuum_skipped receiver_failed "
+        "limit_raised lock_held drain_started"
+    )
+    assert [event_name(kind) for kind in get_args(Event) if kind not in special] == names.split()
+
+
 def test_the_last_line_is_the_report() -> None:
-    end = stopped(failed_keys=((Key("[42]"), "check_violation"),))
+    end = stopped(rejected_keys=((Key("[42]"), "check_violation"),))
     *_, line = told(started(), end)
     assert line == {"event": "stopped", "at": AT} | report(end)
 

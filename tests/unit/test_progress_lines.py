@@ -12,7 +12,7 @@ from rotator.events import (
     OwnerWatched,
     RangeDeferred,
     RangeRetried,
-    RowFailed,
+    RowRejected,
     StopReason,
     Tick,
     VacuumSkipped,
@@ -89,13 +89,12 @@ def test_what_holds_the_run_up_is_in_the_figures() -> None:
     observer(RangeDeferred(rows=2000))
     observer(RangeDeferred(rows=2000))
     observer(RangeRetried(rows=2000, reason="deadlock_detected", split=False))
-    observer(RowFailed(key=Key("[42]"), reason="check_violation"))
+    observer(RowRejected(key=Key("[42]"), reason="check_violation"))
     observer(OutageStarted(reason="connection refused", budget_seconds=300))
     clock.now = 7
     observer(Tick())
     assert lines_of(stream)[-1] == (
-        "0 of 1,000,000 rows (0%), unreachable 7 s, 4 min 53 s left, ranges put off 2 times, "
-        "tried again 1 time, 1 row failed"
+        "0 of 1,000,000 rows (0%), unreachable 7 s, 4 min 53 s left, 2 deferrals, 1 retry, 1 rejected row"
     )
 
 
@@ -112,11 +111,11 @@ def test_a_resumed_start_is_one_line() -> None:
     [
         (
             OutageStarted(reason="Connection refused.", budget_seconds=300),
-            "the server is away: Connection refused; waiting for up to 5 min 00 s",
+            "the server is unreachable: Connection refused; waiting for up to 5 min 00 s",
         ),
         (
-            OutageEnded(seconds=12, rows_done=410_000),
-            "the server is back after 12 s: its checkpoints vouch for 410,000 rows",
+            OutageEnded(seconds=12, rows_done=410_000, late_rows=0),
+            "the server is reachable again after 12 s: 410,000 rows confirmed by checkpoints",
         ),
         (
             OwnerWatched(owner="app on db1, pid 42", seconds=10),
@@ -133,18 +132,18 @@ def test_a_resumed_start_is_one_line() -> None:
             RangeRetried(rows=2000, reason="deadlock_detected (40P01)", split=True),
             "a range of 2,000 rows is retried in two halves: deadlock_detected (40P01)",
         ),
-        (LateRowsRotated(rows=12), "12 rows that no range had written, rotated now"),
+        (LateRowsRotated(rows=12), "rotated 12 late rows"),
         (
             VacuumSkipped(reason="the table is busy", is_once=True),
             "skipped one VACUUM: the table is busy",
         ),
         (
             DrainStarted(reason=StopReason.SIGINT),
-            "SIGINT: draining, ranges in flight commit and no more are planned",
+            "SIGINT: draining; ranges in flight are committed, and no new ones start",
         ),
         (
-            RowFailed(key=Key("[42]"), reason="check_violation on token_length"),
-            "key [42] cannot be rotated: check_violation on token_length",
+            RowRejected(key=Key("[42]"), reason="check_violation on token_length"),
+            "row [42] is rejected: check_violation on token_length",
         ),
         (
             stopped(status="interrupted", rows=588_000, rows_this_run=588_000),
@@ -172,11 +171,11 @@ def test_many_holders_are_counted_after_the_first_five() -> None:
     assert line.endswith(": pid 0; pid 1; pid 2; pid 3; pid 4; and 3 more")
 
 
-def test_a_flood_of_failed_rows_is_counted_after_the_first_twenty() -> None:
-    lines = told(*(RowFailed(key=Key(f"[{key}]"), reason="check_violation") for key in range(500)))
+def test_a_flood_of_rejected_rows_is_counted_after_the_first_twenty() -> None:
+    lines = told(*(RowRejected(key=Key(f"[{key}]"), reason="check_violation") for key in range(500)))
     assert len(lines) == 21
-    assert lines[19] == "key [19] cannot be rotated: check_violation"
-    assert lines[20] == "more rows cannot be rotated; from here on they are only counted"
+    assert lines[19] == "row [19] is rejected: check_violation"
+    assert lines[20] == "more rows are rejected; from now on they are only counted"
 
 
 def test_no_control_characters_whatever_names_and_reasons_hold() -> None:

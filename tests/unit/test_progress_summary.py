@@ -6,13 +6,13 @@ from rotator.progress.summary import report, summary
 from rotator.ranges import Key, KeyInterval, intervals_between
 from tests.unit.progress_fakes import stopped
 
-FAILED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
+REJECTED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
 KEYS = (
     "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows unconfirmed_rows "
-    "ranges seconds seconds_total rows_per_second retries outage_seconds peak_memory_bytes concurrency batch "
-    "heap_bytes_before heap_bytes index_bytes_before index_bytes dead_rows vacuums vacuum_seconds resumed "
-    "failed_keys error reason spans table_rows table_rows_is_exact unchanged_rows started_at ended_at user "
-    "host server table filters excludes generator include_null"
+    "ranges seconds seconds_total rows_per_second deferrals retries outage_seconds peak_memory_bytes "
+    "concurrency batch heap_bytes_before heap_bytes index_bytes_before index_bytes dead_rows vacuums "
+    "vacuum_seconds resumed rejected_keys error reason spans table_rows table_rows_is_exact "
+    "unchanged_rows started_at ended_at user host server table filters excludes generator include_null"
 )
 
 
@@ -23,13 +23,14 @@ def test_a_completed_run() -> None:
         "  ranges       500 of up to 2,000 rows",
         "  workers      4",
         "  time         40 s",
-        "  rate         25,100 rows/s",
-        "  tried again  0 ranges",
+        "  rate         25,100 rows/s while writing",
+        "  deferrals    0",
+        "  retries      0",
         "  peak memory  50 MB",
     ]
 
 
-def test_an_interrupted_run_says_how_to_go_on() -> None:
+def test_an_interrupted_run_says_how_to_resume() -> None:
     end = stopped(
         status="interrupted",
         resumed=True,
@@ -38,6 +39,7 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
         late_rows=12,
         seconds_total=125.0,
         outage_seconds=12.3,
+        deferrals=5,
         retries=3,
         error="SIGINT asked it to stop.",
     )
@@ -47,30 +49,31 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
             "700,000 of 1,000,000 rows have a new value."
         ),
         "SIGINT asked it to stop.",
-        "  rows         288,000 in this run, 700,000 in all; 12 of them outside the ranges",
+        "  rows         288,000 in this run, 700,000 in total; 12 late rows among them",
         "  ranges       500 of up to 2,000 rows",
         "  workers      4",
-        "  time         40 s in this run, 2 min 05 s in all",
-        "  rate         25,100 rows/s",
-        "  tried again  3 ranges",
-        "  server away  12 s",
+        "  time         40 s in this run, 2 min 05 s in total",
+        "  rate         25,100 rows/s while writing",
+        "  deferrals    5",
+        "  retries      3",
+        "  unreachable  12 s",
         "  peak memory  50 MB",
-        "Go on with: manage.py async_rotate tickets.Ticket.token",
+        "Resume with: manage.py async_rotate tickets.Ticket.token",
     ]
 
 
-def test_failed_rows_are_named_up_to_twenty() -> None:
-    lines = summary(stopped(status="failed", failed_keys=FAILED)).splitlines()
+def test_rejected_rows_are_named_up_to_twenty() -> None:
+    lines = summary(stopped(status="failed", rejected_keys=REJECTED)).splitlines()
     assert lines[0].startswith("Failed: ")
-    assert lines[-22:-20] == ["23 rows could not be rotated:", "  key [0]: check_violation on token_length"]
-    assert lines[-2:] == ["  key [19]: check_violation on token_length", "  and 3 more"]
+    assert lines[-22:-20] == ["23 rows rejected by the server:", "  row [0]: check_violation on token_length"]
+    assert lines[-2:] == ["  row [19]: check_violation on token_length", "  and 3 more"]
 
 
-def test_a_completed_run_does_not_hide_its_failed_rows() -> None:
+def test_a_completed_run_does_not_hide_its_rejected_rows() -> None:
     assert (
-        summary(stopped(failed_keys=FAILED))
+        summary(stopped(rejected_keys=REJECTED))
         .splitlines()[0]
-        .endswith("a new value, except 23 rows that cannot be rotated.")
+        .endswith("a new value, except 23 rejected rows.")
     )
 
 
@@ -87,9 +90,9 @@ def test_the_error_stays_on_its_line() -> None:
 
 
 def test_the_report_has_these_keys_and_is_json() -> None:
-    facts = report(stopped(failed_keys=FAILED[:1], rows_per_second=1 / 3))
+    facts = report(stopped(rejected_keys=REJECTED[:1], rows_per_second=1 / 3))
     assert list(facts) == KEYS.split()
-    assert facts["failed_keys"] == [{"key": "[0]", "reason": "check_violation on token_length"}]
+    assert facts["rejected_keys"] == [{"key": "[0]", "reason": "check_violation on token_length"}]
     assert facts["rows_per_second"] == 0.333
     assert json.loads(json.dumps(facts)) == facts
 
@@ -100,7 +103,7 @@ def test_the_report_has_these_keys_and_is_json() -> None:
         ([(None, "[5000]")], "up to [5000]"),
         ([(None, "[2000]"), ("[3000]", "[5000]")], "(start, [2000]], ([3000], [5000]]"),
         ([("[3000]", "[5000]")], "([3000], [5000]]"),
-        ([(f"[{n}]", f"[{n + 1}]") for n in range(0, 14, 2)], "([8], [9]], and 2 spans more"),
+        ([(f"[{n}]", f"[{n + 1}]") for n in range(0, 14, 2)], "([8], [9]], and 2 more"),
     ],
 )
 def test_the_keys_that_were_written_are_shown(spans: list[tuple[str | None, str]], shown: str) -> None:

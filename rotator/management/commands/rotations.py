@@ -1,10 +1,9 @@
-"""``manage.py rotations``: what was rotated, what is being rotated, and how far it is."""
+"""``manage.py rotations``: list rotations with their progress, or follow one."""
 
 import json
 import signal
 import sys
 import time
-from datetime import UTC, datetime, timedelta
 from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
@@ -20,7 +19,8 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres.owner import Owner
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
-from rotator.progress.text import count, duration, stopped_by, unconfirmed
+from rotator.progress.text import count, done_of_total, duration, moment, stopped_by, unconfirmed
+from rotator.stats import percent_of
 
 _FOLLOW_SECONDS: Final = 1.0
 _SIGNAL_BASE: Final = 128
@@ -39,7 +39,7 @@ class Options(TypedDict):
 
 
 class Command(BaseCommand):
-    """Lists rotations; changes nothing."""
+    """Lists rotations."""
 
     help = "List the rotations of a database, the latest first, or show one of them in detail."
     requires_system_checks = ()
@@ -50,20 +50,26 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
-        parser.add_argument("rotation", nargs="?", type=int, metavar="ID", help="Show this rotation alone.")
+        parser.add_argument(
+            "rotation",
+            nargs="?",
+            type=int,
+            metavar="ID",
+            help="The id of a rotation: show only this one, in detail.",
+        )
         parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
             choices=tuple(connections),
             help="The alias of the database that holds the targets (default: %(default)s).",
         )
-        parser.add_argument("--json", action="store_true", help="Print JSON, for programs.")
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
         parser.add_argument(
-            "--follow", action="store_true", help="With an ID: show how far it is until it ends or stops."
+            "--follow", action="store_true", help="With an ID: show its progress until it ends or stops."
         )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Print them."""
+        """Print the rotations."""
         open_closed_streams(self)
         number = options["rotation"]
         silence = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
@@ -72,8 +78,8 @@ class Command(BaseCommand):
             rotations = list(_chosen(found, number))
         except Error as error:
             raise CommandError(
-                f"The rotations of the database '{options['database']}' cannot be read; is it migrated, and "
-                f"does it run? {_first_line(error)}"
+                f"Cannot read the rotations of the database '{options['database']}': {_first_line(error)} "
+                "Check that the server runs and that the database is migrated."
             ) from error
         if number is not None and not rotations:
             raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
@@ -87,11 +93,11 @@ class Command(BaseCommand):
         elif rotations:
             self.stdout.write(_table(rotations))
         else:
-            self.stdout.write("Nothing has been rotated in this database so far.")
+            self.stdout.write("There are no rotations in this database.")
 
     def _follow(self, found: QuerySet[Rotation], number: int | None) -> None:
         if number is None:
-            raise CommandError("Name the rotation to follow: rotations ID --follow.")
+            raise CommandError("--follow needs the ID of a rotation: rotations ID --follow.")
         stream: TextIO = vars(self.stdout)["_out"]
         progress = FollowedProgress(stream, clock=time.monotonic, is_live=can_draw(stream))
         try:
@@ -110,8 +116,7 @@ class Command(BaseCommand):
             sys.exit(_SIGNAL_BASE + signal.SIGINT)
         except Error as error:
             raise CommandError(
-                "The database cannot be reached any more; the rotation itself may go on. "
-                f"{_first_line(error)}"
+                f"Lost the connection to the database: {_first_line(error)} The rotation may still run."
             ) from error
         finally:
             progress.close()
@@ -121,7 +126,7 @@ class Command(BaseCommand):
 
 
 def _standing(rotation: Rotation) -> Standing:
-    """Return how far a rotation is, and whether its owner is at work."""
+    """Return the progress of a rotation at this moment."""
     is_running = rotation.status == Rotation.Status.RUNNING
     return Standing(
         status=_status(rotation),
@@ -135,7 +140,7 @@ def _standing(rotation: Rotation) -> Standing:
 
 
 def _status(rotation: Rotation) -> str:
-    """Return the status as people are told it: a heartbeat that stopped is not a running rotation."""
+    """Return the status, or that a running rotation sends no heartbeat."""
     if _is_silent(rotation):
         return f"no heartbeat for {duration(_silent_seconds(rotation))}"
     return str(rotation.status)
@@ -146,19 +151,12 @@ def _is_silent(rotation: Rotation) -> bool:
 
 
 def _is_dead(rotation: Rotation) -> bool:
-    """Return whether the owner of a running rotation has ended, or is silent longer than an outage lasts."""
-    owner = Owner(
-        host=rotation.owner_host,
-        pid=rotation.owner_pid or 0,
-        process=rotation.owner_process,
-        user=rotation.owner_user,
-        version=rotation.version,
-    )
-    # A process that has just ended may have completed the rotation since it was read.
+    """Return whether the owner of a running rotation has ended, or is silent for too long."""
+    # A process that has just ended may have completed the rotation after it was read.
     if rotation.status != Rotation.Status.RUNNING or _silent_seconds(rotation) < _JUST_ENDED_SECONDS:
         return False
     budget_seconds = RunOptions.from_json(rotation.options).outage_budget_seconds
-    return owner.is_gone() or _silent_seconds(rotation) > budget_seconds + _SILENT_SECONDS
+    return _owner(rotation).is_gone() or _silent_seconds(rotation) > budget_seconds + _SILENT_SECONDS
 
 
 def _awaits_workers(rotation: Rotation) -> bool:
@@ -170,9 +168,8 @@ def _stop_reason(rotation: Rotation) -> StopReason | None:
 
 
 def _silent_seconds(rotation: Rotation) -> float:
-    # On the database's clock, as the heartbeat is.
-    silence: timedelta = vars(rotation)["silence"]
-    return max(0.0, silence.total_seconds())
+    # Measured with the database's clock, which also sets the heartbeat's time.
+    return max(0.0, float(vars(rotation)["silence"].total_seconds()))
 
 
 def _first_line(error: Error) -> str:
@@ -226,7 +223,7 @@ def _table(rotations: list[Rotation]) -> str:
             _rows(rotation),
             str(_percent(rotation)),
             duration(rotation.active_seconds),
-            _owner(rotation),
+            str(_owner(rotation)),
             _age(rotation),
         )
         for rotation in rotations
@@ -246,15 +243,15 @@ def _details(rotation: Rotation) -> str:
         ("rows", f"{_rows(rotation)} ({_percent(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
         ("time", f"{duration(rotation.active_seconds)} over all runs"),
-        ("owner", f"{_owner(rotation)} since {_moment(rotation.owned_since)}"),
-        ("started", _moment(rotation.started_at)),
-        ("heartbeat", f"{_moment(rotation.updated_at)}, {_age(rotation)}"),
-        ("finished", _moment(rotation.finished_at) if rotation.finished_at else "not yet"),
+        ("owner", f"{_owner(rotation)} since {moment(rotation.owned_since)}"),
+        ("started", moment(rotation.started_at)),
+        ("heartbeat", f"{moment(rotation.updated_at)}, {_age(rotation)}"),
+        ("finished", moment(rotation.finished_at) if rotation.finished_at else "not yet"),
         ("generation", str(rotation.generation)),
         ("version", rotation.version),
     ]
     if rotation.unconfirmed_rows is not None:
-        facts.append(("others", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
+        facts.append(("confirmed", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
     if rotation.stop_reason:
         facts.append(("reason", stopped_by(_stop_reason(rotation))))
     if rotation.error:
@@ -263,8 +260,7 @@ def _details(rotation: Rotation) -> str:
 
 
 def _rows(rotation: Rotation) -> str:
-    about = "" if rotation.rows_total_is_exact else "about "
-    rows = f"{count(rotation.rows_done)} of {about}{count(rotation.rows_total)}"
+    rows = done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
     rows += " that match the filter" if Selection.from_json(rotation.selection).is_filtered else ""
     return f"{rows} (last known)" if _is_silent(rotation) else rows
 
@@ -272,16 +268,18 @@ def _rows(rotation: Rotation) -> str:
 def _percent(rotation: Rotation) -> int:
     if rotation.status == Rotation.Status.COMPLETED:
         return 100
-    return min(99, 100 * rotation.rows_done // rotation.rows_total) if rotation.rows_total else 0
+    return percent_of(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
 
 
-def _owner(rotation: Rotation) -> str:
-    return f"{rotation.owner_user or 'unknown'}@{rotation.owner_host} pid {rotation.owner_pid}"
+def _owner(rotation: Rotation) -> Owner:
+    return Owner(
+        host=rotation.owner_host,
+        pid=rotation.owner_pid or 0,
+        process=rotation.owner_process,
+        user=rotation.owner_user,
+        version=rotation.version,
+    )
 
 
 def _age(rotation: Rotation) -> str:
     return f"{duration(_silent_seconds(rotation))} ago"
-
-
-def _moment(at: datetime) -> str:
-    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

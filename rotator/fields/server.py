@@ -1,0 +1,99 @@
+"""The server, session and migrations behind one of Django's own connections."""
+
+import pkgutil
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Final
+
+from asgiref.sync import sync_to_async
+from django.db import DatabaseError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
+from psycopg.errors import InsufficientPrivilege
+from psycopg.sql import Identifier
+
+from rotator.exceptions import MissingPrivilegesError, RotatorError, ServerLostError
+from rotator.fields.connections import lost_is_an_outage, unlogged
+from rotator.postgres.connection import Server
+from rotator.postgres.identity import SESSION_QUERY, SessionIdentity, check_same_session
+from rotator.postgres.values import FromRows, Place, Values
+from rotator.ranges import Key
+
+_APP: Final = "rotator"
+# Django's cursors are synchronous, and its adapters make values for Django.
+_PARAMETERS_OF_DJANGO: Final = ("cursor_factory", "context", "prepare_threshold")
+
+
+def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> SessionIdentity:
+    """Return the identity of the session and the table that one of Django's own connections uses."""
+    name = Identifier(*path).as_string()
+    with unlogged(connection.alias), connection.cursor() as cursor:
+        cursor.execute(SESSION_QUERY, (name, name))
+        names = [column.name for column in cursor.description]
+        return SessionIdentity(**dict(zip(names, cursor.fetchone(), strict=True)))
+
+
+def check_session_of_thread(
+    source: FromRows, database: str, path: tuple[str, ...], session: SessionIdentity
+) -> FromRows:
+    """Return a source of values that first checks that its thread's connection uses the same table.
+
+    Each thread has its own Django connections, and a project may have set up only those of one thread.
+    """
+
+    def check() -> None:
+        with lost_is_an_outage():
+            found = read_session(connections[database], path)
+        check_same_session(path, session, found)
+
+    async def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
+        await sync_to_async(check)()
+        return await source.make(keys)
+
+    async def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
+        await sync_to_async(check)()
+        return await source.make_at(places)
+
+    return FromRows(make, make_at)
+
+
+def check_migrations(connection: BaseDatabaseWrapper) -> None:
+    """Refuse a database that lacks tables of the rotator."""
+    try:
+        applied = MigrationRecorder(connection).applied_migrations()
+    except DatabaseError as error:
+        if isinstance(error.__cause__, InsufficientPrivilege):
+            role = connection.settings_dict["USER"]
+            raise MissingPrivilegesError([f"GRANT SELECT ON django_migrations TO {role};"]) from error
+        # The other lines ask whether the server runs, or are about its next address.
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ServerLostError(
+            f"The database '{connection.alias}' cannot be reached: {reason}. Check its settings and that the "
+            "server runs."
+        ) from error
+    # Not Django's loader, which imports the migrations of every app.
+    module = import_module(MigrationLoader.migrations_module(_APP)[0] or _APP)
+    needed = (found.name for found in pkgutil.iter_modules(module.__path__))
+    if any((_APP, name) not in applied for name in needed):
+        raise RotatorError(
+            f"The rotator's tables are missing or out of date in the database '{connection.alias}'. Run "
+            f"`manage.py migrate --database {connection.alias}` first."
+        )
+
+
+def server_of(connection: BaseDatabaseWrapper, session: SessionIdentity) -> Server:
+    """Return the server that one of Django's connections uses, with the connection's parameters."""
+    return Server(
+        parameters=_parameters(connection),
+        role=connection.settings_dict.get("OPTIONS", {}).get("assume_role"),
+        time_zone=connection.timezone_name,
+        search_path=session.search_path,
+        # A new wrapper, which connects to nothing.
+        read_parameters=lambda: _parameters(connections.create_connection(connection.alias)),
+    )
+
+
+def _parameters(connection: BaseDatabaseWrapper) -> dict[str, Any]:
+    parameters: dict[str, Any] = connection.get_connection_params()
+    return {name: value for name, value in parameters.items() if name not in _PARAMETERS_OF_DJANGO}
