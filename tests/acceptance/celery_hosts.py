@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from core.broker import broker_url, running_broker
 from tests.acceptance.harness import COMMAND, MANAGE, Commands, Finished, Running, wait_until
 
@@ -52,6 +54,16 @@ class Hosts:
 
     def rotate(self, *options: str) -> Finished:
         return self.coordinator(*options).wait()
+
+    def send_from_this_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have the Celery app of the test's own process use this broker."""
+        from core.celery import app  # noqa: PLC0415 - of an extra
+
+        monkeypatch.setattr(app.conf, "broker_url", self.url)
+        # Connections to the broker of an earlier test.
+        app.close()
+        app.amqp._producer_pool = None  # noqa: SLF001 - there is no other way to drop them
+        app.set_default()
 
     def deliver_again(self, rotation: int) -> None:
         """Do as a broker does that has heard nothing for long of who coordinates a rotation."""

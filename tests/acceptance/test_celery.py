@@ -127,20 +127,18 @@ def test_connections_that_are_lost_everywhere(hosts: Hosts) -> None:
 
 
 def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
-    from core.celery import app  # noqa: PLC0415 - of an extra
     from rotator.tasks import ask_for_help  # noqa: PLC0415 - of an extra
 
     async def ask_twice(rotation: int, message: int) -> None:
         for _ in range(2):
             await ask_for_help("default", rotation, message)
 
-    monkeypatch.setattr(app.conf, "broker_url", hosts.url)
-    app.set_default()
+    hosts.send_from_this_process(monkeypatch)
     audit = audited_tickets(ROWS)
     workers = [hosts.worker(), hosts.worker()]
-    options = RunOptions(batch=20, concurrency=2)
+    options, until = RunOptions(batch=20, concurrency=2), time.monotonic() + 120
     prepared = prepare(["tickets.Ticket.token"], "default", options)
-    outcome = prepared.rotate(lambda _event: None, ask_twice)
+    outcome = prepared.rotate(lambda _event: None, ask_twice, lambda: time.monotonic() > until)
     assert outcome.exit_status == 0
     audit.assert_rotated()
     # The copies end too, and send nothing.

@@ -120,7 +120,8 @@ def _rotate(ask: AskForHelp | None = None) -> Accounts:
         late.execute("SELECT FROM tickets_ticket WHERE id = %s FOR UPDATE", [LOCKED])
         prepared = prepare(["tickets.Ticket.token"], "default", RunOptions(batch=100))
         with Accounts(late).observing() as accounts:
-            outcome = prepared.rotate(accounts, ask)
+            until = time.monotonic() + 120
+            outcome = prepared.rotate(accounts, ask, lambda: time.monotonic() > until)
     assert outcome.exit_status == 1
     return accounts
 
@@ -205,11 +206,9 @@ def hosts(commands: Commands) -> Iterator[Hosts]:
 def test_the_accounts_of_a_run_by_celery_workers_agree(
     hosts: Hosts, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from core.celery import app  # noqa: PLC0415 - of an extra
     from rotator.tasks import ask_for_help  # noqa: PLC0415 - of an extra
 
-    monkeypatch.setattr(app.conf, "broker_url", hosts.url)
-    app.set_default()
+    hosts.send_from_this_process(monkeypatch)
     hosts.worker()
     stopped = _assert_agreement(_rotate(partial(ask_for_help, "default")), commands)
     assert stopped.deferrals >= 3
