@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from django.db.models import Q
 
 from rotator.api import prepare
 from rotator.models import Helper, Rotation, Span
@@ -231,9 +232,12 @@ def test_a_worker_that_is_asked_to_stop_leaves_its_span_to_another(hosts: Hosts)
     worker.send(signal.SIGTERM)
     # A span takes five of these, and a container's grace is ten seconds.
     assert worker.wait(10).status == 0
-    assert Span.objects.filter(worker="", generation=1, finished_at=None).exists()
+    # The other worker may have claimed it by now.
+    is_left = Q(worker="", generation=1, finished_at=None) | Q(generation=2)
+    assert Span.objects.filter(is_left).exists()
     speed_up()
-    assert coordinator.wait(SILENT_SECONDS - 10).status == 0
+    # It is not replaced as a lost one, which takes so long.
+    assert coordinator.wait(SILENT_SECONDS).status == 0
     assert other.is_alive
     audit.assert_rotated()
 

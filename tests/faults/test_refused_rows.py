@@ -47,7 +47,7 @@ def test_rows_that_cannot_be_updated(
     assert "Traceback" not in finished.err
     for key in KEYS:
         assert f"row [{key}] is rejected: {reason}" in finished.err
-        assert f"  key [{key}]: {reason}" in finished.out
+        assert f"  row [{key}]: {reason}" in finished.out
     report = (tmp_path / "report").read_text()
     assert sorted(json.loads(report)["rejected_keys"], key=str) == sorted(
         ({"key": f"[{key}]", "reason": reason} for key in KEYS), key=str

@@ -268,6 +268,9 @@ def _rows(rotation: Rotation) -> str:
 def _percent(rotation: Rotation) -> int:
     if rotation.status == Rotation.Status.COMPLETED:
         return 100
+    if rotation.bound is None:
+        # The rows are not counted yet.
+        return 0
     return percent_of(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
 
 
