@@ -318,7 +318,9 @@ def test_tables_with_copies_are_named(database: Database) -> None:
         )
     assert [copies.kind for copies in found.table.copies] == ["trigger", "history", "schema", "name"]
     assert "shop_cliententry a trigger of the table writes new values there too" in said
-    assert '"shop_Client audit", shop_historicalclient a history: old values stay there, and a revert' in said
+    assert (
+        '"shop_Client audit", shop_historicalclient a history: old values remain there, and a revert' in said
+    )
     assert "tenant.shop_client the same table in another schema" in said
     assert "shop_copy, shop_salted, shop_searchable a column of the same name" in said
     assert "shop_number" not in said
