@@ -13,10 +13,7 @@ WATCH_SECONDS: Final = 0.25
 
 @contextmanager
 def unwrap_group() -> Iterator[None]:
-    """Raise the first error of a task group's exception group in its place.
-
-    The errors after it are those of a run that was falling apart already.
-    """
+    """Raise the first error of a task group instead of its exception group; the others follow from it."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -24,33 +21,33 @@ def unwrap_group() -> Iterator[None]:
 
 
 async def watch(is_due: Callable[[], bool], act: Callable[[], None]) -> None:
-    """Wait until a condition holds that nobody tells of, then act."""
-    while not is_due():  # noqa: ASYNC110 - whoever it depends on knows no event loop
+    """Poll until a condition is true, then act."""
+    while not is_due():  # noqa: ASYNC110 - code outside the event loop changes it
         await asyncio.sleep(WATCH_SECONDS)
     act()
 
 
 async def run_in_daemon_thread(call: Callable[[], T]) -> T:
-    """Call in a thread of its own, which may hang for good once nobody waits for it any more.
+    """Call in a new daemon thread, which may never return.
 
-    The threads of the loop's own pool are waited for when the loop is closed.
+    When an event loop is closed, it waits for the threads of its own pool, but not for this one.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def tell(settle: Callable[[], None]) -> None:
-        # Whoever waited may have left, and the loop with it.
+    def settle(act: Callable[[], None]) -> None:
+        # The loop may be closed by now.
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(lambda: None if future.done() else settle())
+            loop.call_soon_threadsafe(lambda: None if future.done() else act())
 
     def work() -> None:
         try:
             result = call()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is for whoever waits
+        except Exception as error:  # noqa: BLE001 - the caller gets any error
             failure = error
-            tell(lambda: future.set_exception(failure))
+            settle(lambda: future.set_exception(failure))
         else:
-            tell(lambda: future.set_result(result))
+            settle(lambda: future.set_result(result))
 
     threading.Thread(target=work, name="rotator call", daemon=True).start()
     return await future

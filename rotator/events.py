@@ -1,4 +1,4 @@
-"""The events of a rotation, as its observers get them; none holds a value of the rotated column."""
+"""The events of a rotation that observers get. No event contains a value of the rotated column."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -15,8 +15,6 @@ class Index:
     """An index of the target's table.
 
     Attributes:
-        name: Its name.
-        size_bytes: Its size.
         holds_column: Whether it contains the rotated column, so that new values go to pages all over it.
     """
 
@@ -27,13 +25,7 @@ class Index:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptValues:
-    """The values of one column that the rotation leaves as they are.
-
-    Attributes:
-        column: The column's name.
-        null: The number of rows that are NULL.
-        blank: The number of rows that are the empty text.
-    """
+    """The numbers of rows whose value in one column stays NULL or blank (the empty string)."""
 
     column: str
     null: int
@@ -41,7 +33,7 @@ class KeptValues:
 
 
 CopyKind: TypeAlias = Literal["trigger", "history", "schema", "name"]
-"""Why a table may hold copies of the values: a trigger of the target writes to it, its name says that it is a
+"""Why a table may hold copies of the values: a trigger of the target writes to it, its name suggests a
 history, it has the same name in another schema, or it has a column of the same name."""
 
 
@@ -50,9 +42,8 @@ class Copies:
     """Tables that may hold copies of the rotated values.
 
     Attributes:
-        kind: The reason why.
         tables: The names of the first tables, with their schemas where needed.
-        more: The number of tables without a name here.
+        more: The number of other tables.
     """
 
     kind: CopyKind
@@ -62,11 +53,10 @@ class Copies:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableFindings:
-    """What the preflight found out about the target's table.
+    """The findings of the preflight on the target's table.
 
     Attributes:
-        rows: The number of rows.
-        rows_is_exact: False where that is the server's estimate.
+        rows_is_exact: False where ``rows`` is the server's estimate.
         heap_bytes: The size without indexes.
         indexes: All indexes, the largest first.
         triggers: The names of the triggers that each update fires.
@@ -74,9 +64,7 @@ class TableFindings:
         subscriptions: The names of the subscriptions that write to it.
         refusing_publications: Publications for which the server rejects every update, since the table has no
             replica identity.
-        kept: The values that the rotation leaves as they are, by column; None where they could not be counted
-            in time.
-        copies: Other tables that may hold copies of the values.
+        kept: The values that stay unchanged, by column; None where they could not be counted in time.
     """
 
     rows: int
@@ -111,14 +99,11 @@ class ServerFindings:
     """The server's settings, and what depends on its WAL and on old row versions.
 
     Attributes:
-        max_wal_size_bytes: The amount of WAL that forces a checkpoint.
-        checkpoint_timeout_seconds: The time after which there is a checkpoint in any case.
-        full_page_writes: Whether the first change of a page after a checkpoint writes the whole page.
         archiving: The state of WAL archiving, as a phrase; empty where it is off.
         replicas: One phrase for each replica, with its lag.
         slots: One phrase for each replication slot, with the WAL that it keeps.
         holders: One phrase for each of the oldest transactions that keep VACUUM from removing row versions.
-        log_settings: The settings that make the server log new values; usually none.
+        log_settings: The settings that make the server log new values.
     """
 
     max_wal_size_bytes: int
@@ -136,9 +121,8 @@ class Sample:
     """Some ranges that were rewritten and rolled back.
 
     Attributes:
-        rows: The number of their rows.
         rows_per_second: The rate with all workers; 0 where nothing was measured.
-        skipped: The reason why nothing was measured; empty where it was.
+        skipped: The reason why nothing was measured.
     """
 
     rows: int = 0
@@ -154,15 +138,9 @@ class Findings:
         target: The target as the user writes it.
         database: Django's alias of the database.
         server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
-        table_name: The table's name, as the server has it.
-        concurrency: The number of workers.
         rows_left: The rows that are not yet rotated: all rows of the table for a new rotation.
         unfinished: The id of the rotation that would be resumed; None for a new one.
-        table: The table.
-        server: The server.
-        sample: The measurement from which the time is estimated.
-        bypassed: The parts of Django's model that act on each save() and that the rotation bypasses, one
-            phrase each.
+        bypassed: The effects of ``save()`` that the rotation does not have, one phrase each.
         selection: The options that choose rows and values; empty where there are none.
         warnings: Warnings that follow from the names of the fields, one sentence each.
     """
@@ -208,8 +186,6 @@ class Storage:
     """The disk space of the target's table.
 
     Attributes:
-        heap_bytes: The table without its indexes.
-        index_bytes: All of its indexes.
         dead_rows: Row versions that no transaction can see, and whose values are still on disk; an estimate
             of the server.
     """
@@ -231,16 +207,14 @@ class RotationStarted:
     """This process owns the rotation and is about to write.
 
     Attributes:
-        rotation: The rotation's id.
         target: The target as the user writes it, e.g. ``tickets.Ticket.token``.
         rows_total: Rows up to the frozen upper bound.
         rows_total_is_exact: False where the total is the server's estimate.
-        rows_done: Rows that earlier runs of this rotation have committed; 0 for a new one.
-        late_rows: Late rows among ``rows_done``.
+        rows_done: Rows that earlier runs of this rotation have committed, late rows included.
         seconds_before: Active seconds of earlier runs.
         stopped_at: The last heartbeat of the last run; None for a new rotation.
-        concurrency: The number of workers of this run.
-        batch: The number of rows in a range in this run.
+        concurrency: The number of workers.
+        batch: The number of rows in a range.
     """
 
     rotation: int
@@ -265,7 +239,6 @@ class RangeCompleted:
     """A range and its checkpoint were committed together.
 
     Attributes:
-        rows: Rows that got a new value.
         seconds: The time from the last attempt's first statement to its commit.
         retries: The number of failed attempts before, deferrals included.
     """
@@ -280,8 +253,6 @@ class WorkersProgressed:
     """Celery workers have committed ranges since the owner last read the checkpoints.
 
     Attributes:
-        ranges: The number of ranges.
-        rows: The number of rows in these ranges.
         deferrals: The number of deferrals in the spans that were finished.
         retries: The number of retries in these spans.
         seconds: The time since the owner last read the checkpoints.
@@ -299,11 +270,9 @@ class RowsRotated:
     """New values of a range, or of some late rows, are committed.
 
     Attributes:
-        rotation: The rotation's id.
         after: The last key before the range; None at the table's start, and for late rows.
         through: The range's last key; None for late rows.
         keys: The keys of late rows; empty for a range.
-        rows: The number of rows that got a new value.
     """
 
     rotation: int
@@ -315,10 +284,10 @@ class RowsRotated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeDeferred:
-    """A range, or planning one, was put back because another session holds a lock.
+    """A range was put back because another session holds a lock.
 
     Attributes:
-        rows: Rows of the range; 0 where the lock kept it from being planned.
+        rows: Rows of the range; 0 where the lock prevented its planning.
     """
 
     rows: int
@@ -326,11 +295,11 @@ class RangeDeferred:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeRetried:
-    """The server rejected a range, which will be retried, whole or in two halves.
+    """The server rejected a range, which will be retried.
 
     Attributes:
-        rows: Rows that the range held when it was planned.
-        reason: The server's condition, e.g. ``deadlock_detected``; never its message's detail.
+        rows: Rows that the range had when it was planned.
+        reason: The server's condition, e.g. ``deadlock_detected``.
         split: Whether it is retried in two halves.
     """
 
@@ -344,7 +313,6 @@ class RowRejected:
     """The server rejects the new value of one row; the rotation of the other rows continues.
 
     Attributes:
-        key: The row's key.
         reason: The server's condition and, where there is one, the constraint's name.
     """
 
@@ -354,12 +322,7 @@ class RowRejected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutageStarted:
-    """The server is unreachable.
-
-    Attributes:
-        reason: One sentence, without values.
-        budget_seconds: The time after which the run gives up.
-    """
+    """The server is unreachable; the run gives up after ``budget_seconds``."""
 
     reason: str
     budget_seconds: float
@@ -370,8 +333,7 @@ class OutageEnded:
     """The server is reachable again, and the progress was read from its checkpoints.
 
     Attributes:
-        seconds: The duration of the outage.
-        rows_done: Rows that are confirmed by checkpoints; may be fewer than were reported before.
+        rows_done: Rows that checkpoints confirm; can be fewer than were reported before.
         late_rows: Late rows among them.
     """
 
@@ -382,22 +344,14 @@ class OutageEnded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BrokerUnreachable:
-    """The broker cannot be reached; workers that have received a message continue.
-
-    Attributes:
-        reason: One sentence.
-    """
+    """The broker cannot be reached; workers that have received a message continue."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersSilent:
-    """No Celery worker has worked on the rotation for long; another message is sent.
-
-    Attributes:
-        seconds: The time for which that is so.
-    """
+    """No Celery worker has worked on the rotation for ``seconds``; another message is sent."""
 
     seconds: float
 
@@ -407,7 +361,7 @@ class OwnerWatched:
     """Another process owns this rotation; this one watches its heartbeat before it takes over.
 
     Attributes:
-        owner: The other process: user, host and pid in one phrase.
+        owner: The user, host and pid of the other process, as a phrase.
         seconds: The longest time that the heartbeat is watched.
     """
 
@@ -417,7 +371,7 @@ class OwnerWatched:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerLogShowsValues:
-    """The server is configured to write the new values to its own log.
+    """The server is configured to log the new values.
 
     Attributes:
         settings: The settings that cause it, e.g. ``log_statement = all``.
@@ -428,10 +382,10 @@ class ServerLogShowsValues:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LateCommitsAwaited:
-    """Transactions older than the rotation may still commit rows of the target.
+    """Transactions older than the rotation can still commit rows of the target.
 
     Attributes:
-        holders: One phrase for each of them (pid or prepared id, user, application, since when).
+        holders: One phrase for each of them (pid or prepared id, user, application, start).
     """
 
     holders: tuple[str, ...]
@@ -456,7 +410,7 @@ class ConfirmationStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsConfirmed:
-    """Each row has been written since the rotation began.
+    """No row is older than the rotation.
 
     Attributes:
         confirmed: Rows that this rotation wrote last.
@@ -474,11 +428,7 @@ class VacuumStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vacuumed:
-    """A VACUUM of the table has ended, during the rotation or after it.
-
-    Attributes:
-        seconds: Its duration.
-    """
+    """A VACUUM of the table has ended, during the rotation or after it."""
 
     seconds: float
 
@@ -488,7 +438,6 @@ class VacuumSkipped:
     """The table was not vacuumed, or not completely; the rotation continues.
 
     Attributes:
-        reason: The reason.
         is_once: Whether only this VACUUM was skipped, and the next one is tried.
     """
 
@@ -502,7 +451,7 @@ class ReceiverFailed:
 
     Attributes:
         receiver: The receiver's dotted name.
-        error: The name of the exception's type; never its message.
+        error: The name of the exception's type, without its message.
     """
 
     receiver: str
@@ -514,9 +463,7 @@ class LimitRaised:
     """The time limit of a range was raised, because planning the update takes a large part of it.
 
     Attributes:
-        planning_seconds: The time that the server takes to plan the update of a range.
-        partitions: The number of the table's partitions.
-        statement_seconds: The time limit of a range from now on.
+        statement_seconds: The new time limit.
     """
 
     planning_seconds: float
@@ -529,7 +476,7 @@ class LockHeld:
     """Other sessions have blocked a range for some seconds.
 
     Attributes:
-        holders: One phrase for each of them (pid, application, state, for how long).
+        holders: One phrase for each of them (pid, application, state, duration).
     """
 
     holders: tuple[str, ...]
@@ -537,11 +484,7 @@ class LockHeld:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted:
-    """The run stops: ranges in flight are committed, and no new ones start.
-
-    Attributes:
-        reason: The cause of the stop.
-    """
+    """The run stops: ranges in flight are committed, and no new ones start."""
 
     reason: StopReason
 
@@ -556,16 +499,10 @@ class RunFacts:
     """The user, place, time and options of a run.
 
     Attributes:
-        started_at: The time of the run's start.
-        ended_at: The time of its end.
-        user: The user of the process.
-        host: The host of the process.
         server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
-        table_name: The table's name, as the server has it.
         filters: The Django lookups that all rotated rows match.
         excludes: The Django lookups that no rotated row matches.
         generator: The dotted path of the values' generator; empty for the fields' own defaults.
-        include_null: Whether a NULL gets a value, too.
     """
 
     started_at: datetime
@@ -581,23 +518,20 @@ class RunFacts:
 
     @property
     def is_filtered(self) -> bool:
-        """Whether some rows of the table are not rotated on purpose."""
+        """Whether options exclude some rows of the table."""
         return bool(self.filters or self.excludes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotationStopped:
-    """The run is over; the database has the same figures.
+    """The end of a run.
 
     Attributes:
-        rotation: The rotation's id.
         target: The target as the user writes it.
-        status: ``completed``, ``queued`` for Celery workers, ``interrupted`` or ``failed``.
-        rows: Rows rotated in all runs of this rotation.
+        rows: Rows rotated in all runs of this rotation; out of date where it is ``superseded``.
         rows_total: Rows up to the frozen upper bound.
         rows_total_is_exact: False where the total is the server's estimate.
-        rows_this_run: Rows rotated by this run.
-        late_rows: Rows, among ``rows``, that no range has written, e.g. since they were committed late.
+        late_rows: Rows, among ``rows``, that no range has written, e.g. because they were committed late.
         unconfirmed_rows: Rows that other sessions or triggers wrote last, after the rotation's start; None
             unless it is completed.
         ranges: Ranges committed by this run.
@@ -609,21 +543,16 @@ class RotationStopped:
         retries: How often this run retried a range after the server rejected it.
         outage_seconds: The time that this run waited for the server.
         peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
-        concurrency: The number of workers of this run.
         batch: The number of rows in a range.
         resumed: Whether an earlier run began this rotation.
         rejected_keys: Keys of rejected rows, each with the reason.
-        storage_before: The table's disk space when this run began; None where that is not known.
-        storage: Its disk space now; None where that is not known.
-        vacuums: The number of this run's VACUUMs of the table.
-        vacuum_seconds: The time that these took.
+        storage_before: The table's disk space when this run began; None where unknown.
+        storage: The table's disk space now; None where unknown.
         stop_reason: The reason of a stop that was requested; None for any other end.
         error: One sentence on the error; empty where there was none.
-        superseded: Whether another process has taken the rotation over; then ``rows`` are not up to date.
-        run: The user, place, time and options; None where that is not known.
+        superseded: Whether another process has taken the rotation over.
         spans: The key intervals that an unfinished rotation has written, in key order.
-        table_rows: The rows of the whole table, where only some are rotated and the rotation is completed;
-            None otherwise.
+        table_rows: The rows of the whole table, if a completed rotation excludes some; None otherwise.
         table_rows_is_exact: False where that is the server's estimate.
     """
 
@@ -662,7 +591,7 @@ class RotationStopped:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of a command: 0 completed or stopped by an option, 128 + the signal, or 1."""
+        """The exit status of a command: 0 completed or stopped by --stop-after, 128 + the signal, or 1."""
         if self.status == "completed":
             return 0
         if self.status != "interrupted" or self.stop_reason is None:
@@ -705,4 +634,4 @@ Event: TypeAlias = (
 Observer: TypeAlias = Callable[[Event], None]
 
 OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
-"""Is awaited after each commit of rows, before the same worker writes more."""
+"""The worker awaits it after each commit of rows, before its next range."""

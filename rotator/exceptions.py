@@ -1,8 +1,4 @@
-"""Every error that a rotation raises, under one root.
-
-Messages are for the person at the terminal: what is wrong, and what to do next. None carries a value
-of the rotated column.
-"""
+"""The errors that a rotation raises. No message contains a value of the rotated column."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,17 +8,17 @@ from rotator.ranges import KeyInterval
 
 
 class RotatorError(Exception):
-    """The root of all errors of this package; its text is one sentence for the user.
+    """The base class of the errors, whose text is for the user: what is wrong, and what to do.
 
     Attributes:
-        exit_status: What a command that fails with it exits with.
+        exit_status: The exit status of a command that fails with this error.
     """
 
     exit_status = 1
 
 
 class TargetError(RotatorError):
-    """The target cannot be rotated as asked; nothing was changed."""
+    """The target cannot be rotated; nothing was changed."""
 
 
 class MissingPrivilegesError(TargetError):
@@ -33,7 +29,7 @@ class MissingPrivilegesError(TargetError):
 
 
 class OptionError(RotatorError):
-    """An option makes no sense here; nothing was changed."""
+    """An option is not valid here; nothing was changed."""
 
 
 class RotationRepeatedError(OptionError):
@@ -52,57 +48,57 @@ class RotationRepeatedError(OptionError):
 
 
 class OwnedElsewhereError(RotatorError):
-    """Another process is alive and owns the rotation; nothing was changed."""
+    """A living process owns the rotation; nothing was changed."""
 
 
 class SupersededError(RotatorError):
-    """Another process has taken the rotation over; this one must not write any more."""
+    """Another process has taken the rotation over, so this one can no longer write."""
 
 
 class RotationFinishedError(RotatorError):
-    """The rotation that was to be gone on with is not unfinished any more; nothing was changed."""
+    """The rotation to resume is completed or abandoned; nothing was changed."""
 
 
 class ServerLostError(RotatorError):
-    """The connection to the server is gone; what was in flight may or may not have been committed."""
+    """The connection to the server was lost; transactions in flight may have been committed."""
 
 
 class ServerRefusedError(RotatorError):
-    """The server refuses for a reason that trying again does not mend; the range was rolled back."""
+    """The server rejects the transaction, and a retry would not help; the range was rolled back."""
 
 
 class RowsLockedError(RotatorError):
-    """Somebody else holds rows of a range; nothing was written, and it can be tried again later."""
+    """Another session has locked rows of a range; nothing was written, and a later retry can succeed."""
 
 
 class RangeRejectedError(RotatorError):
-    """The server refused a range and rolled it back.
+    """The server rejected a range and rolled it back.
 
     Attributes:
-        condition: The server's name for it, with the constraint's where there is one; never a value.
-        retryable: Whether the same range may well succeed when it is tried again.
+        condition: The server's name of the error, with the constraint's name if there is one.
+        retryable: Whether a retry of the same range can succeed.
     """
 
     def __init__(self, condition: str, *, retryable: bool) -> None:
-        super().__init__(f"The server refused a range: {condition}.")
+        super().__init__(f"The server rejected a range: {condition}.")
         self.condition = condition
         self.retryable = retryable
 
 
 class RangeTooSlowError(RangeRejectedError):
-    """A range took longer than it may hold the application up; smaller ones will not."""
+    """A range took longer than its time limit; smaller ones can succeed."""
 
     def __init__(self, condition: str) -> None:
         super().__init__(condition, retryable=True)
 
 
 class EveryRowRejectedError(RotatorError):
-    """The server refused every row that was tried; none was changed."""
+    """The server rejected each row that was tried; none was changed."""
 
     def __init__(self, rows: int, condition: str) -> None:
         super().__init__(
-            f"The server refused each of the {rows} rows that were tried, in different ranges: {condition}. "
-            "No row was changed: remove the cause, and run the same command again."
+            f"The server rejected each of the {rows} rows that were tried, in different ranges: {condition}. "
+            "No row was changed. Remove the cause, then run the same command again."
         )
 
 
@@ -111,35 +107,34 @@ class OldValuesKeptError(RotatorError):
 
     def __init__(self, where: str, triggers: tuple[str, ...]) -> None:
         cause = (
-            f"One of the triggers that an update fires ({', '.join(triggers)}) puts them back"
+            f"One of the triggers that an update fires ({', '.join(triggers)}) restores them"
             if triggers
-            else "The server puts them back, although no trigger of the table was found that does"
+            else "The server restores them, although the table has no trigger that could"
         )
         super().__init__(
-            f"Rows {where} still have their old values after the update, which was rolled back. "
-            f"{cause}: disable it during the rotation, or let it accept new values, and run the same command "
+            f"Rows {where} still have their old values after the update, which was rolled back. {cause}. "
+            "Disable the cause during the rotation, or let it accept new values. Then run the same command "
             "again."
         )
 
 
 class ValuesError(RotatorError):
-    """Something is wrong with the new values; never says what they are."""
+    """The new values are not valid."""
 
     def of(self, key_range: KeyInterval) -> "ValuesError":
-        """Return the same error, with the range that the values were for."""
-        said = str(self).rstrip(".")
+        """Return the same error, with the range of the values."""
         return ValuesError(
-            f"{said}; that was for the range {key_range}, which was left as it is: mend it, and the same "
-            "command goes on."
+            f"{str(self).rstrip('.')}. The range {key_range} was not changed. Fix the values, then run the "
+            "same command again."
         )
 
 
 class BrokerError(RotatorError):
-    """The broker of a distributed rotation cannot be reached; the database is what counts."""
+    """The broker of a distributed rotation cannot be reached."""
 
 
 class StoppedBeforeStartError(RotatorError):
-    """A signal came before anything was changed."""
+    """A signal stopped the run before its first change."""
 
     def __init__(self, signal: Signals | None) -> None:
         super().__init__("Stopped before anything was changed.")

@@ -1,4 +1,4 @@
-"""A rotation and its checkpoints, with constraints that make an impossible row impossible."""
+"""The tables of the rotator, with the constraints that its SQL relies on."""
 
 from typing import ClassVar, Final
 
@@ -10,7 +10,7 @@ _UNFINISHED: Final = ("running", "queued", "interrupted", "failed")
 
 
 class Rotation(models.Model):
-    """One run over one target, from first start to completion, however often it was interrupted.
+    """A rotation of one target, from its start to its completion, over all of its runs.
 
     Transitions::
 
@@ -23,7 +23,7 @@ class Rotation(models.Model):
     UNFINISHED: ClassVar = _UNFINISHED
 
     class Status(models.TextChoices):
-        """The state of a rotation; the first four are unfinished, and the same command resumes them."""
+        """The state of a rotation; a run resumes one in any of the first four states."""
 
         RUNNING = "running"
         QUEUED = "queued"
@@ -49,10 +49,10 @@ class Rotation(models.Model):
     )
     options = models.JSONField(default=dict, help_text="The options of the latest run.")
     selection = models.JSONField(
-        default=dict, help_text="Which rows it is for, and what makes their values; the same for all runs."
+        default=dict, help_text="The rows and the source of their values, the same for all runs."
     )
     identity = models.JSONField(
-        default=dict, help_text="The server, database, table, key and files that it was begun on."
+        default=dict, help_text="The server, database, table, key and files at its start."
     )
     status = models.CharField(max_length=16, choices=Status, default=Status.RUNNING)
     generation = models.BigIntegerField(default=1, help_text="Fences out an older process of this rotation.")
@@ -76,7 +76,7 @@ class Rotation(models.Model):
         max_length=255,
         default="",
         blank=True,
-        help_text="What tells this process from all others of its host.",
+        help_text="Identifies the process on its host, even if another one gets its pid.",
     )
     owner_user = models.CharField(max_length=255, default="", blank=True)
     owned_since = models.DateTimeField(db_default=Now())
@@ -91,7 +91,7 @@ class Rotation(models.Model):
     error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
 
     class Meta:
-        """Constraints that the SQL of the protocol relies on."""
+        """Allow one unfinished rotation of a target, and only consistent rows."""
 
         constraints: ClassVar = [
             models.UniqueConstraint(
@@ -121,14 +121,14 @@ class Rotation(models.Model):
         ]
 
     def __str__(self) -> str:
-        """Return the rotation as messages name it."""
+        """Return its name in messages."""
         return f"rotation {self.pk} of {self.target}"
 
 
 class Span(models.Model):
-    """A part of a rotation's keys that its owner has planned and that one helper at a time works on.
+    """A part of a rotation's keys, planned by the owner; one helper at a time works on it.
 
-    The owner deletes it when it is finished. The checkpoints, not the spans, record what is completed.
+    The owner deletes it when it is finished. Only the checkpoints record which rows are completed.
     """
 
     rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="spans")
@@ -146,7 +146,7 @@ class Span(models.Model):
     finished_at = models.DateTimeField(null=True)
 
     def __str__(self) -> str:
-        """Return the span as logs show it: half-open."""
+        """Return the half-open interval of keys."""
         return f"({self.after or 'start'}, {self.through}]"
 
 
@@ -164,12 +164,12 @@ class Helper(models.Model):
     error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
 
     def __str__(self) -> str:
-        """Return the helper as logs show it."""
+        """Return its name in logs."""
         return f"helper {self.pk}"
 
 
 class CompletedRange(models.Model):
-    """The checkpoint: this range of this rotation is done, committed together with its rows."""
+    """A checkpoint: a completed range, committed in the same transaction as its rows."""
 
     rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="completed_ranges")
     after = models.JSONField(null=True, help_text="The last key before the range; null at the table's start.")
@@ -185,7 +185,7 @@ class CompletedRange(models.Model):
     committed_at = models.DateTimeField(db_default=Now())
 
     class Meta:
-        """Two checkpoints of a rotation share neither end."""
+        """Reject a second checkpoint with the same start or the same end."""
 
         constraints: ClassVar = [
             models.UniqueConstraint(
@@ -201,12 +201,12 @@ class CompletedRange(models.Model):
         ]
 
     def __str__(self) -> str:
-        """Return the range as logs show it: half-open."""
+        """Return the half-open interval of keys."""
         return f"({self.after or 'start'}, {self.through}]"
 
 
 class LateTransaction(models.Model):
-    """A transaction that rotated rows which no range had written: they were committed late, say."""
+    """A transaction that rotated rows that no range had written, e.g. because they were committed late."""
 
     rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="late_transactions")
     xid = models.BigIntegerField(help_text="The transaction (xid8).")
@@ -214,5 +214,5 @@ class LateTransaction(models.Model):
     committed_at = models.DateTimeField(db_default=Now())
 
     def __str__(self) -> str:
-        """Return the transaction as logs show it."""
+        """Return its name in logs."""
         return f"transaction {self.xid}"

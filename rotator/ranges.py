@@ -1,57 +1,39 @@
-"""Keys and ranges of keys, as PostgreSQL writes them; nothing here compares two keys."""
+"""Keys and ranges of keys, as PostgreSQL writes them. Only the server compares keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType
 
 Key = NewType("Key", str)
-"""A row's key as the server's own JSON array text, e.g. ``[42]`` or ``["a", 7]``.
-
-Opaque on purpose: only the server orders keys, with the key's own type and collation, so the text
-goes back to it exactly as it came.
-"""
+"""A row's key as the text of a JSON array, e.g. ``[42]`` or ``["a", 7]``, exactly as the server wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyInterval:
-    """The rows with ``after < key <= through``, however many there are.
-
-    Attributes:
-        after: The last key before the span; None where it begins with the table.
-        through: The span's last key.
-    """
+    """The rows with ``after < key <= through``; ``after`` is None at the table's start."""
 
     after: Key | None
     through: Key
 
     def __str__(self) -> str:
-        """Return the span as logs and messages show it."""
+        """Return the interval as logs and messages show it."""
         return f"({self.after or 'start'}, {self.through}]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRange(KeyInterval):
-    """A span that was planned as one unit of work.
-
-    Attributes:
-        rows: How many rows it held when it was planned; 0 where they were deleted before.
-    """
+    """An interval that one transaction rotates; ``rows`` is its number of rows when it was planned."""
 
     rows: int
 
 
 def intervals_between(gaps: Sequence[KeyInterval], bound: Key) -> tuple[KeyInterval, ...]:
-    """Return the spans up to the bound that lie between gaps.
-
-    Args:
-        gaps: The gaps up to the bound, in key order.
-        bound: The upper key bound.
-    """
-    spans, after, is_covered = list[KeyInterval](), None, True
+    """Return the intervals up to the bound that lie between gaps; both are in key order."""
+    intervals, after, is_covered = list[KeyInterval](), None, True
     for gap in gaps:
         if gap.after != after and gap.after is not None:
-            spans.append(KeyInterval(after=after, through=gap.after))
+            intervals.append(KeyInterval(after=after, through=gap.after))
         after, is_covered = gap.through, gap.through != bound
     if is_covered:
-        spans.append(KeyInterval(after=after, through=bound))
-    return tuple(spans)
+        intervals.append(KeyInterval(after=after, through=bound))
+    return tuple(intervals)

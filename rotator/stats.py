@@ -100,7 +100,7 @@ class RecentRate:
         first, *counted = self._samples
         since = first.at
         if len(counted) >= MIN_SAMPLES and counted[0].at > now - WINDOW_SECONDS:
-            # Between `first` and the window there was only a pause, which is over and not recent.
+            # No range was completed between `first` and the window: that pause is not recent.
             since = max(since, now - WINDOW_SECONDS)
         elapsed = max(counted[-1].at, now - self._range_seconds()) - since
         if elapsed < WARM_UP_SECONDS:
@@ -156,7 +156,7 @@ class Stats:
     Attributes:
         clock: Returns monotonic seconds.
         started: The start of the rotation in this run; None before it.
-        rows_done: Rows done in all runs; may exceed the total.
+        rows_done: Rows done in all runs; can exceed the total.
         late_rows: Late rows among them.
         ranges: Ranges that this run has committed.
         deferrals: How often a range was put back because another session had locked rows.
@@ -167,13 +167,7 @@ class Stats:
         outage_since: The start of the current outage; None while the server is reachable.
         outage_budget_seconds: The longest time that the run waits in that outage.
         outage_seconds: The time of all outages before.
-        vacuums: The number of VACUUMs.
-        vacuum_seconds: The time that they took.
         holders: The transactions that the run waits for.
-        draining: Whether no new ranges start.
-        confirming: Whether the table is read to find the last writer of each row.
-        vacuuming: Whether the final VACUUM runs.
-        started_at: The time of the run's start.
         storage_before: The table's disk space when the run began; None where unknown.
         storage: Its disk space at the end; None where unknown.
         spans: The key intervals that are written; set at the end of an unfinished run.
@@ -385,7 +379,7 @@ class Stats:
         return self.seconds + (self.started.seconds_before if self.started else 0.0)
 
     def stop_clock(self) -> None:
-        """End the run's time now, so that the database and the account get the same one."""
+        """End the run's time now, so that the database and the summary have the same one."""
         if self._ended_at is None:
             self._ended_at = self.clock()
 
@@ -398,10 +392,10 @@ class Stats:
         superseded: bool,
         run: RunFacts,
     ) -> RotationStopped:
-        """Return the account of a run that has started."""
+        """Return the event that ends a run, which must have started."""
         started = self.started
         if started is None:
-            raise AssertionError("The run has not started, so it has no account.")
+            raise AssertionError("The run has not started.")
         return RotationStopped(
             rotation=started.rotation,
             target=started.target,

@@ -47,6 +47,21 @@ class Migration(migrations.Migration):
             name='worker',
             field=models.CharField(blank=True, default='', help_text="The helper's host and pid.", max_length=255),
         ),
+        migrations.AlterField(
+            model_name='rotation',
+            name='identity',
+            field=models.JSONField(default=dict, help_text='The server, database, table, key and files at its start.'),
+        ),
+        migrations.AlterField(
+            model_name='rotation',
+            name='owner_process',
+            field=models.CharField(blank=True, default='', help_text='Identifies the process on its host, even if another one gets its pid.', max_length=255),
+        ),
+        migrations.AlterField(
+            model_name='rotation',
+            name='selection',
+            field=models.JSONField(default=dict, help_text='The rows and the source of their values, the same for all runs.'),
+        ),
         migrations.CreateModel(
             name='Helper',
             fields=[

@@ -84,11 +84,6 @@ _UPDATE_TRIGGERS: Final = sql.SQL(
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
     """Refuse a server that is too old or read-only, or has too few free connections.
 
-    Args:
-        connection: The connection.
-        connections: The number of connections that the run needs.
-        concurrency: The number of workers among them.
-
     Raises:
         TargetError: The server is older than PostgreSQL 15.
         ServerLostError: The server is a replica, or read-only for another reason.
@@ -211,7 +206,7 @@ def _check_relation(named: str, relation: Mapping[str, Any]) -> None:
     if kind == "r" and relation["has_children"]:
         raise TargetError(
             f"Cannot rotate {named}: other tables inherit from it, and its index does not have their keys. "
-            "Rotate each of them by a model of its own."
+            "Define a model for each of them, and rotate those."
         )
     if relation["has_foreign_partitions"]:
         raise TargetError(

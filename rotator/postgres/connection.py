@@ -68,7 +68,7 @@ class Server:
         try:
             # It may request a password or a token from another server.
             parameters = await run_in_daemon_thread(self.read_parameters)
-        except Exception as error:  # noqa: BLE001 - whatever the project's code raises
+        except Exception as error:  # noqa: BLE001 - any error of the project's code
             raise ServerLostError(
                 f"Cannot read Django's connection parameters: {type(error).__name__}."
             ) from None
@@ -170,8 +170,8 @@ _SETTINGS: Final = {
     "enable_partition_pruning": "on",
 }
 _READ_ONLY: Final = "default_transaction_read_only"
-# The default of a role is meant for its other sessions. A setting of the database, the server or the
-# connection is meant for this session, too.
+# A default of the role is for its other sessions. A setting of the database, the server or the connection
+# also applies to this session.
 _ROLE_DEFAULTS: Final = ("user", "database user")
 
 _CONFIGURE: Final = (

@@ -40,7 +40,7 @@ _PERMANENT: Final[dict[type[psycopg.Error], str]] = {
     errors.UndefinedColumn: "a column is missing. Run `manage.py migrate`",
     errors.UndefinedFunction: "a function is missing. Upgrade the server to PostgreSQL 15 or later",
 }
-# Functions in the server's source whose messages contain names, but no values of rows.
+# Functions of the server whose messages contain names, but no values of rows.
 _NAMES_ALONE: Final = (
     "varchar",
     "bpchar",

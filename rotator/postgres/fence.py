@@ -14,7 +14,7 @@ LOCK_CLASS: Final = 0x726F7461
 # "span", for the locks of a distributed rotation's spans.
 SPAN_LOCK_CLASS: Final = 0x7370616E
 
-# What the text of some keys depends on; the server's most exact forms. Input is read in any of them.
+# The text of some keys depends on these settings. They select the server's most exact forms.
 KEY_SETTINGS: Final = {
     "extra_float_digits": "1",
     "DateStyle": "ISO, YMD",
@@ -39,13 +39,13 @@ _FENCE: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """What a process may write for, until another one raises the generation.
+    """The permission of a process to write, valid until another process raises the generation.
 
     Attributes:
         rotation: The rotation's id.
-        generation: The generation that this process was given.
-        span: The span's id, where it may write for that alone.
-        span_generation: The span's generation that it was given.
+        generation: The rotation's generation when this process acquired it.
+        span: The id of the only span that it can write to; None for all rows.
+        span_generation: The span's generation when this process claimed it.
     """
 
     rotation: int
@@ -59,15 +59,14 @@ async def begin_fenced(
 ) -> None:
     """Begin a transaction that only this generation's owner can commit.
 
-    The lock comes before the fence, and each is a statement of its own with a snapshot of its own: whoever
-    takes over holds the lock exclusively while it raises the generation, so what the fence reads after the
-    lock is true until the commit. The fence fails with an error, which in a pipeline also stops a COMMIT that
-    is already on its way.
+    A process that takes over holds the lock in exclusive mode while it raises the generation. So a separate
+    statement takes the lock before the fence, and what the fence reads is then true until the commit. The
+    fence fails with an error, which in a pipeline also stops a COMMIT that was already sent.
 
     Args:
         connection: In autocommit mode.
-        lease: What this process owns; None where the transaction will be rolled back.
-        limits: How long it may wait.
+        lease: The permission to write; None where the transaction will be rolled back.
+        limits: The longest times to wait.
         disabled_joins: The server's names of joins that the update must not be planned with.
     """
     await begin(connection)
@@ -77,10 +76,10 @@ async def begin_fenced(
 
 
 async def fence(connection: AsyncConnection, lease: Lease) -> None:
-    """Make sure that what this process owns is its own until the transaction ends; see :func:`begin_fenced`.
+    """Fail unless the lease is valid, and keep it valid until the transaction ends; see :func:`begin_fenced`.
 
     Raises:
-        SupersededError: It is not, as soon as the answer is read.
+        SupersededError: The lease is not valid. In a pipeline, this comes when the result is read.
     """
     await share_lock(connection, lease.rotation)
     if lease.span is not None:
@@ -91,10 +90,10 @@ async def fence(connection: AsyncConnection, lease: Lease) -> None:
 async def set_timeouts(
     connection: AsyncConnection, limits: WaitLimits, *, disabled_joins: tuple[str, ...]
 ) -> None:
-    """Make a transaction that has just begun one that is in nobody's way; see :func:`begin_fenced`."""
+    """Keep a new transaction from blocking other sessions, and from logging new values."""
     await connection.execute(
         "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
-        # Every role may set the others, and may be asked about this one alone.
+        # Every role may set the others. The function is for this one only.
         " WHERE name <> 'log_parameter_max_length' OR has_parameter_privilege(name, 'SET')",
         _columns(
             {
@@ -105,9 +104,9 @@ async def set_timeouts(
                 # The parameters of the update are the new values.
                 "log_parameter_max_length_on_error": "0",
                 "log_parameter_max_length": "0",
-                # What a crash loses of a range, it loses of its checkpoint too.
+                # A crash loses a range and its checkpoint together.
                 "synchronous_commit": "off",
-                # Rows that a policy hides would keep their leaked values: an error instead.
+                # Raise an error instead of skipping rows that a policy hides.
                 "row_security": "off",
                 # Rows are locked in the order of the plan, and only an index gives the key's.
                 "enable_seqscan": "off",
@@ -123,9 +122,9 @@ async def set_timeouts(
 
 
 async def share_lock(connection: AsyncConnection, number: int, *, lock_class: int = LOCK_CLASS) -> None:
-    """Make whoever takes the rotation, or the span, over wait until this transaction has ended, or end it.
+    """Lock the rotation, or the span, in shared mode, so that a takeover waits for this transaction.
 
-    It has to come before anything that taking over would have to wait for.
+    This must come before any lock that a takeover would have to wait for.
     """
     await connection.execute(
         "SELECT pg_advisory_xact_lock_shared(%s::integer, %s::integer)", (lock_class, number)

@@ -29,11 +29,8 @@ class SessionIdentity:
 
     Attributes:
         system: The server's system identifier.
-        database_oid: The database's oid.
-        database: The database's name.
         role: The role whose privileges the session has.
-        search_path: The schemas in which it looks for unqualified names.
-        table_oid: The oid of the target's table; None where it finds no table of that name.
+        table_oid: The oid of the target's table; None where there is no table of that name.
         table_schema: The schema of that table, or None.
         rotations_oid: The oid of the table of rotations, or None.
     """
@@ -89,7 +86,6 @@ class KeyColumn:
     """The parts of a key column on which the order of its values depends.
 
     Attributes:
-        name: The column's name.
         type: The type's name, as the server prints it.
         collation: The collation's schema and name; empty where the type has none.
         collation_version: The collation's version in the operating system or ICU, or empty.
@@ -107,9 +103,6 @@ class TargetIdentity:
 
     Attributes:
         system: The server's system identifier.
-        database_oid: The database's oid.
-        table_oid: The table's oid.
-        key: The key's columns.
         files: The number of the file (``relfilenode``) of each partition, or of the table itself, by its oid
             as a text. A rewrite of the table changes it.
     """
@@ -129,7 +122,7 @@ class TargetIdentity:
         return cls(**known | {"key": tuple(KeyColumn(**column) for column in saved["key"])})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the identity as JSON types, for the rotation's row."""
+        """Return the identity as JSON types."""
         return asdict(self)
 
     def difference(self, now: "TargetIdentity") -> str:

@@ -110,7 +110,7 @@ async def count_last_writers(
     """Count the rows to rotate by the session that wrote them last; read the whole table once.
 
     Args:
-        connection: A connection in autocommit mode, for this query's use alone.
+        connection: A connection that no other task uses.
         table: The target's table.
         rotation: The rotation's id.
         started_xid: The transaction that began it.

@@ -21,8 +21,6 @@ class Owner:
     """A process that owns a rotation, or owned it.
 
     Attributes:
-        host: The host's name.
-        pid: The process's id on that host.
         process: The boot, the pid namespace and the start time, which identify the process among all with
             this pid; empty where the system does not provide them.
         user: The system user that runs it.

@@ -22,7 +22,6 @@ from rotator.ranges import Key, KeyInterval, KeyRange
 _AHEAD_ROWS: Final = 20_000
 _MAX_RANGES_AHEAD: Final = 16
 
-
 _PLANNING_SETTINGS: Final = {
     **KEY_SETTINGS,
     # A role's own timeouts are meant for the application's statements.
@@ -44,7 +43,7 @@ _TEXT: Final = "rotator_text"
 
 
 class IndexPlanner:
-    """Plans ranges by short queries over the key's index: without a cursor or arithmetic on keys."""
+    """Plans ranges by short queries over the key's index, without a cursor or arithmetic on keys."""
 
     def __init__(self, connection: AsyncConnection, table: TargetTable) -> None:
         """Take a connection for this planner's use alone."""
@@ -131,7 +130,7 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
         " UNION ALL SELECT {planned}.{position} + 1, {next_key} FROM {planned}, LATERAL ("
         "SELECT {row_key} FROM {row} WHERE {following} ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS {next}"
         " WHERE {planned}.{position} < %(ranges)s::integer)"
-        # The JSON is made outside, or the server would make it of every key that it skips.
+        # The outer query makes the JSON, because the inner one would make it of every key that it skips.
         " SELECT {position}, {text}, {survives} FROM (SELECT *, {json} AS {text} FROM {planned}) AS {planned}"
     ).format(
         planned=identifier(_PLANNED),

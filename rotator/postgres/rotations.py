@@ -1,6 +1,7 @@
 """The rotation's row: begin, take over, heartbeat, complete and stop.
 
-Every function takes a connection in autocommit mode.
+Every function takes a connection in autocommit mode. ``read_state``, ``freeze_bound``, ``beat``,
+``stop`` and ``complete`` raise SupersededError where another process owns the rotation.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -26,7 +27,7 @@ from rotator.ranges import Key
 
 _TAKE_OVER_LOCK_SECONDS: Final = 2
 _TAKE_OVER_ATTEMPTS: Final = 5
-# Ids begin at 1: this one's lock is for beginning.
+# Ids begin at 1, so the lock of this one is free for the start of a rotation.
 _NO_ROTATION: Final = 0
 
 # The server ends a transaction that is idle for long.
@@ -55,7 +56,7 @@ class Unfinished:
         updated_at: The latest heartbeat, on the database's clock.
         rows_done: The completed rows at the latest heartbeat.
         selection: The rows and the source of their values, as JSON types.
-        identity: The target at the start; see :class:`rotator.postgres.identity.TargetIdentity`.
+        identity: The :class:`rotator.postgres.identity.TargetIdentity` at the start, as JSON types.
         started_xid: The transaction that began the rotation, epoch included.
     """
 
@@ -89,7 +90,7 @@ class RotationState:
         started_xid: The transaction that began the rotation, epoch included.
         bound: The upper key bound; None where it is not frozen yet, or the table was empty.
         rows_total: The rows up to the bound.
-        rows_total_is_exact: Whether they were counted; else they are an estimate.
+        rows_total_is_exact: False where they are an estimate.
         rows_done: The rows that checkpoints and late transactions confirm.
         late_rows: The rows among them that late transactions confirm.
         seconds_before: The active seconds of earlier runs.
@@ -108,13 +109,7 @@ class RotationState:
 
 
 async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> Unfinished | None:
-    """Return the unfinished rotation of a target, if there is one; a constraint allows only one.
-
-    Args:
-        connection: The connection.
-        target: The target as the user writes it.
-        table_name: The table's name on the server.
-    """
+    """Return the unfinished rotation of a target; a constraint allows only one."""
     async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
@@ -135,15 +130,12 @@ async def find_unfinished(connection: AsyncConnection, target: str, table_name: 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewRotation:
-    """The terms of a new rotation.
+    """The terms of a new rotation; options, selection and identity as JSON types.
 
     Attributes:
         target: The target as the user writes it.
-        table_name: The table's name on the server.
+        table_name: The table's name, as the server quotes it.
         database: Django's alias of the database.
-        options: The options of the run, as JSON types.
-        selection: The rows and the source of their values, as JSON types.
-        identity: The target at the start, as JSON types.
     """
 
     target: str
@@ -157,7 +149,7 @@ class NewRotation:
 async def find_last_completed(
     connection: AsyncConnection, target: str, table_name: str, selection: Selection
 ) -> Completed | None:
-    """Return the latest completed rotation of the same fields, rows and values, if there is one."""
+    """Return the latest completed rotation of the same fields, rows and values."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT id, selection, finished_at,"
@@ -202,8 +194,8 @@ async def begin_rotation(
         connection: The connection.
         terms: The terms of the rotation.
         owner: This process.
-        repeats: Whether it may repeat any completed rotation.
-        after: The completed rotation that it may repeat; None for no rotation.
+        repeats: Whether it can repeat any completed rotation.
+        after: The completed rotation that it can repeat; None for no rotation.
 
     Raises:
         OwnedElsewhereError: Another unfinished rotation has some of the same fields.
@@ -266,10 +258,9 @@ async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewSelection:
-    """The selection that a rotation is resumed with.
+    """The selection that a rotation is resumed with, as JSON types.
 
     Attributes:
-        saved: The selection as JSON types.
         unless_begun: Whether it is valid only while the rotation has no completed rows.
     """
 
@@ -378,11 +369,7 @@ async def _raise_generation(
 
 
 async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState:
-    """Return the rotation's state, with its rows counted from the checkpoints.
-
-    Raises:
-        SupersededError: Another process owns the rotation.
-    """
+    """Return the rotation's state, with its rows counted from the checkpoints."""
     async with translate_errors(connection):
         cursor = connection.cursor(row_factory=dict_row)
         await cursor.execute(
@@ -412,11 +399,7 @@ async def freeze_bound(
 
 
 async def beat(connection: AsyncConnection, lease: Lease, *, rows_done: int, active_seconds: float) -> None:
-    """Write a heartbeat on the database's clock, with the completed rows.
-
-    Raises:
-        SupersededError: Another process owns the rotation.
-    """
+    """Write a heartbeat on the database's clock, with the completed rows."""
     await _update(
         connection,
         lease,
@@ -434,11 +417,7 @@ async def stop(
     active_seconds: float,
     stop_reason: StopReason | None = None,
 ) -> int:
-    """End the run and leave the rotation unfinished; return the rows that the checkpoints confirm.
-
-    Raises:
-        SupersededError: Another process owns the rotation; it was not changed.
-    """
+    """End the run and leave the rotation unfinished; return the rows that the checkpoints confirm."""
     return await _update(
         connection,
         lease,
@@ -469,9 +448,6 @@ async def complete(
 
     Returns:
         The rows that the checkpoints confirm; None where they leave a gap.
-
-    Raises:
-        SupersededError: Another process owns the rotation.
     """
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, _SYNCHRONOUS)
@@ -529,7 +505,7 @@ async def exclusive_lock(
 ) -> AsyncIterator[None]:
     """Open a transaction that holds the lock of a rotation, or of a span, in exclusive mode.
 
-    Every range of it has ended by then.
+    By then, the transactions of its ranges have ended.
     """
     parameters = {"class": lock_class, "number": number}
     async with translate_errors(connection), connection.transaction():

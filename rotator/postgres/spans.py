@@ -1,4 +1,8 @@
-"""The spans that a rotation's owner has planned, and the helpers that claim them."""
+"""The spans that a rotation's owner has planned, and the helpers that claim them.
+
+Every function takes a connection in autocommit mode. ``clear``, ``plan``, ``add_helper`` and
+``finish`` raise SupersededError where another process owns the rotation or the span.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -78,13 +82,7 @@ _CLAIM: Final = _statement(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedSpan:
-    """A span that a helper has finished.
-
-    Attributes:
-        deferrals: The number of deferrals of its ranges.
-        retries: The number of retries of its ranges.
-        failed_keys: The keys that could not be rotated, each with the reason.
-    """
+    """A span that a helper has finished; ``failed_keys`` have the reasons with them."""
 
     deferrals: int
     retries: int
@@ -99,7 +97,7 @@ class Progress:
         spans: The number of spans that are left.
         claimable: The number of spans among them that no living helper has claimed.
         settled: The id up to which no transaction in flight can add a checkpoint.
-        ranges: The number of checkpoints after the id that was asked for.
+        ranges: The number of checkpoints after the given id.
         rows: The number of rows in these ranges.
         settled_ranges: The number of ranges among them up to the settled id.
         settled_rows: The number of rows in these ranges.
@@ -119,10 +117,9 @@ class HelperState:
     """A message that asks for help, or the task that has received it.
 
     Attributes:
-        id: The id of its row.
         is_alive: Whether a task has received it and has renewed its lease since.
         seconds_since_sent: The time since the message was sent; None where it is not sent.
-        error: The reason why the task has given up; empty where it has not.
+        error: The reason why the task has stopped; empty where it has not failed.
     """
 
     id: int
@@ -133,23 +130,14 @@ class HelperState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClaimedSpan:
-    """A span that this process works on.
-
-    Attributes:
-        lease: What it may write for.
-        gaps: The parts of it that no checkpoint covers.
-    """
+    """A span that this process works on, and the gaps in it that no checkpoint covers."""
 
     lease: Lease
     gaps: list[KeyInterval]
 
 
 async def clear(connection: AsyncConnection, lease: Lease) -> int:
-    """Remove the spans and the helpers of an earlier owner, and return the latest checkpoint's id.
-
-    Raises:
-        SupersededError: This process does not own the rotation any more.
-    """
+    """Remove the spans and the helpers of an earlier owner, and return the latest checkpoint's id."""
     async with translate_errors(connection), connection.transaction():
         await fence(connection, lease)
         await connection.execute("DELETE FROM rotator_span WHERE rotation_id = %s", (lease.rotation,))
@@ -160,11 +148,7 @@ async def clear(connection: AsyncConnection, lease: Lease) -> int:
 
 
 async def plan(connection: AsyncConnection, lease: Lease, span: KeyInterval) -> None:
-    """Add a span that helpers can claim.
-
-    Raises:
-        SupersededError: This process does not own the rotation any more.
-    """
+    """Add a span that helpers can claim."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             _PLAN, {"after": span.after, "through": span.through, **asdict(lease)}
@@ -208,16 +192,7 @@ async def read_helpers(connection: AsyncConnection, rotation: int) -> list[Helpe
 
 
 async def add_helper(connection: AsyncConnection, lease: Lease, *, instead_of: int | None) -> int:
-    """Add a message that will be sent, and return its id.
-
-    Args:
-        connection: In autocommit mode.
-        lease: The owner's lease.
-        instead_of: The id of a helper whose message becomes invalid; None for no helper.
-
-    Raises:
-        SupersededError: This process does not own the rotation any more.
-    """
+    """Add a message that will be sent instead of another helper's, if given; return its id."""
     async with translate_errors(connection):
         cursor = await connection.execute(_ADD_HELPER, {"instead_of": instead_of, **asdict(lease)})
         row = await cursor.fetchone()
@@ -227,7 +202,7 @@ async def add_helper(connection: AsyncConnection, lease: Lease, *, instead_of: i
 
 
 async def mark_sent(connection: AsyncConnection, messages: Sequence[int]) -> None:
-    """Note that messages were sent; the row of one that was received is gone already."""
+    """Record that messages were sent; a helper that has received one has deleted its row."""
     async with translate_errors(connection):
         await connection.execute(
             "UPDATE rotator_helper SET sent_at = clock_timestamp() WHERE id = ANY (%s)", (list(messages),)
@@ -237,9 +212,8 @@ async def mark_sent(connection: AsyncConnection, messages: Sequence[int]) -> Non
 async def renew(connection: AsyncConnection, lease: Lease, helper: int) -> bool:
     """Renew the leases of a helper and of the span that it works on.
 
-    Returns:
-        Whether the helper is wanted: False where the rotation does not run with this generation any more, or
-        another message was sent instead.
+    Return False where the helper is no longer needed: the rotation does not run with this generation, or
+    another message was sent instead.
     """
     async with translate_errors(connection):
         cursor = await connection.execute(_RENEW, {"helper": helper, **asdict(lease)})
@@ -253,13 +227,7 @@ async def claim(
 
     When this returns, no transaction of an earlier helper of the same span can commit. Those that begin now
     fail at the fence, which reads the new generation. Those that have passed the fence hold the span's lock
-    shared until they end, and this waits for the exclusive one before it reads the gaps.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-        lease: The rotation's generation that the helper has read.
-        worker: The host and pid of this process.
+    in shared mode until they end, and this waits for the exclusive mode before it reads the gaps.
 
     Raises:
         RowsLockedError: A transaction of an earlier helper keeps the lock and could not be terminated.
@@ -308,11 +276,7 @@ async def finish(
     retries: int,
     failed_keys: Sequence[tuple[Key, str]] = (),
 ) -> None:
-    """Record that every row of a span was rotated or has failed.
-
-    Raises:
-        SupersededError: Another helper has claimed it.
-    """
+    """Record that every row of a span was rotated or has failed."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             "UPDATE rotator_span SET finished_at = clock_timestamp(),"

@@ -33,7 +33,7 @@ class Condition(sql.Composable):
 
     Attributes:
         text: The SQL, with ``%s`` for each parameter and ``%%`` for each percent sign.
-        parameters: The parameters' values, which become literals: the server plans with them.
+        parameters: Values that become literals, so that the server plans with them.
     """
 
     text: str
@@ -53,13 +53,12 @@ class Condition(sql.Composable):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """One column of the table.
+    """A column of the table.
 
     Attributes:
         name: The column's name, unquoted.
         type_name: The type's name, e.g. ``int8``; for a domain, the name of the base type. Without a length:
             an explicit cast would cut a value, where an assignment is an error.
-        type_schema: The type's schema.
         collation: The collation's schema and name, unquoted; None where the type has none.
         keeps_null: Whether a NULL stays NULL.
         stored_type: The column's own type as SQL, e.g. ``numeric(5,2)``, to which an assignment converts a
@@ -104,8 +103,7 @@ class TargetTable:
         key: The columns of the primary key, in the index's order.
         columns: The rotated columns.
         condition: The condition for the rotated rows; None for all rows.
-        found_name: The table's name and schema as the server quotes them: the same by every alias and search
-            path.
+        found_name: The table's name and schema as the server quotes them, for every alias and search path.
         is_partitioned: Whether the rows are in partitions.
     """
 
@@ -253,13 +251,10 @@ def values_name(at: int) -> str:
 def range_update(table: TargetTable, *, after_is_known: bool, transaction_seconds: float) -> sql.Composed:
     """Update the rows of one slice of a range; see docs/decisions/0001.
 
+    It fails when the transaction is older than ``transaction_seconds``.
+
     Parameters: those of :func:`_update`, ``after``, ``through`` and ``rows``: the number of new values. More
     rows than that are an error.
-
-    Args:
-        table: The table.
-        after_is_known: Whether the slice has a lower bound.
-        transaction_seconds: The age of the transaction at which the statement fails instead.
     """
     old_rows = sql.SQL(
         "SELECT {key}, {old_values}, (row_number() OVER (ORDER BY {key}))::integer AS {position}"
@@ -298,7 +293,6 @@ def keyed_update(table: TargetTable) -> sql.Composed:
 
     Parameters: those of :func:`_update` and ``keys`` (texts of JSON arrays).
     """
-    # Sorted, so that the rows are locked in the key's order.
     old_rows = sql.SQL("SELECT keys.*, {} FROM {} ORDER BY {}").format(
         _old_values(table), rows_with_keys(table), table.key_columns_of("keys")
     )
@@ -316,7 +310,7 @@ def placed_update(table: TargetTable) -> sql.Composed:
 
 
 def rows_with_keys(table: TargetTable) -> sql.Composable:
-    """Return what follows FROM in a query for the rows with the keys of the parameter ``keys``."""
+    """Return the FROM clause for the rows with the keys of the parameter ``keys``."""
     return sql.SQL(
         "(SELECT {decoded}, {position} FROM unnest(%(keys)s::text[]) WITH ORDINALITY"
         " AS texts (rotator_key, {position})) AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
@@ -330,7 +324,7 @@ def rows_with_keys(table: TargetTable) -> sql.Composable:
 
 
 def rows_at_places(table: TargetTable) -> sql.Composable:
-    """Return what follows FROM in a query for the row versions at ``leaves``, ``ctids`` and ``xids``."""
+    """Return the FROM clause for the row versions at ``leaves``, ``ctids`` and ``xids``."""
     return sql.SQL(
         "unnest(%(leaves)s::bigint[]::oid[], %(ctids)s::text[]::tid[], %(xids)s::text[]::xid[])"
         " WITH ORDINALITY AS places (leaf, place, xid, {}) JOIN {} ON {}"
@@ -356,7 +350,7 @@ def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composa
 
     It returns one row: the number of updated rows, of rows that still have an old value although another one
     was assigned (a trigger restored it), and of rows with a new value that is equal to the old one. Stored
-    bytes are compared (``*=``): other operators call different values equal, or do not exist for the type.
+    bytes are compared (``*=``): other operators treat some different values as equal, or do not exist.
 
     Parameters: ``values_0`` and so on, one array for each column; a row takes the element at its position.
     """
@@ -379,7 +373,7 @@ def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composa
         if (is_rotated := column.is_rotated(old)) is not None:
             is_unchanged = sql.SQL("{} AND {}").format(is_rotated, is_unchanged)
         is_assigned = column.is_rotated(current)
-        # The rows of a single column are chosen for it.
+        # With one column, the condition selects only rows that get a value.
         if is_assigned is not None and len(table.columns) > 1:
             new = sql.SQL("CASE WHEN {} THEN {} ELSE {} END").format(is_assigned, new, current)
         assignments.append(sql.SQL("{} = {}").format(name, new))

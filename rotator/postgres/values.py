@@ -72,11 +72,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InBulk:
-    """New values that do not depend on their rows.
-
-    Attributes:
-        make: A function that makes this number of values for each column of the target.
-    """
+    """New values that do not depend on their rows; ``make`` returns this number of them for each column."""
 
     make: Callable[[int], Awaitable[tuple[Values, ...]]]
 

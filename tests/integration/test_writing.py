@@ -273,7 +273,7 @@ async def test_a_violated_constraint_is_named_without_a_value(database: Database
         said = await _refused(database, lease, key_range(None, 20, 20), RangeRejectedError)
     finally:
         database.execute("ALTER TABLE tickets_ticket DROP CONSTRAINT sober")
-    assert said == "The server refused a range: check_violation (23514) of sober."
+    assert said == "The server rejected a range: check_violation (23514) of sober."
 
 
 async def test_what_a_trigger_says_is_not_repeated(database: Database, lease: Lease) -> None:
@@ -282,7 +282,7 @@ async def test_what_a_trigger_says_is_not_repeated(database: Database, lease: Le
         "RAISE EXCEPTION 'not %', NEW.token USING DETAIL = NEW.token, HINT = 'instead of ' || OLD.token;"
     )
     said = await _refused(database, lease, key_range(None, 20, 20), RangeRejectedError)
-    assert said == "The server refused a range: raise_exception (P0001)."
+    assert said == "The server rejected a range: raise_exception (P0001)."
 
 
 async def test_a_deferred_constraint_is_refused_at_the_commit(database: Database, lease: Lease) -> None:
