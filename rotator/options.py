@@ -223,8 +223,8 @@ class RotateOptions(TypedDict, total=False):
         take_over: Take the rotation from the process that owns it, even if that process is alive. It will
             stop.
         vacuum: Vacuum the table after each eighth of its rows and at the end (default: True).
-        reindex: Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes, and
-            needs free disk space for a copy of the largest index.
+        reindex: Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes,
+            and needs free disk space for a copy of the largest index.
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).

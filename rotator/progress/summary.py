@@ -216,17 +216,27 @@ def _growth(before_bytes: int, now_bytes: int) -> str:
 def _reindex(event: RotationStopped) -> list[str]:
     """Return the statements that make the indexes smaller, and what they need."""
     largest = max((index.size_bytes for index in event.storage.indexes), default=0) if event.storage else 0
+    shown = event.reindex_statements[:STATEMENTS_SHOWN]
     lines = [
         (
             "Rebuild the indexes with --reindex and the same command, or with the statements below, one at a "
             "time. This blocks no reads or writes, and needs free disk space for a copy of an index (at most "
             f"{size(largest)})."
         ),
-        *(f"  {statement}" for statement in event.reindex_statements[:STATEMENTS_SHOWN]),
+        *(f"  {statement}{_growth_of_index(event, statement)}" for statement in shown),
     ]
     if (more := len(event.reindex_statements) - STATEMENTS_SHOWN) > 0:
         lines.append(f"  and {plural(more, 'more statement')}; the report has all of them")
     return lines
+
+
+def _growth_of_index(event: RotationStopped, statement: str) -> str:
+    """Return the growth of a statement's index as a comment; empty where it is unknown."""
+    for index in _indexes(event):
+        before, now = index["bytes_before"], index["bytes"]
+        if statement.endswith(f" {index['name']};") and isinstance(before, int) and isinstance(now, int):
+            return f" -- {_growth(before, now)}"
+    return ""
 
 
 def _rejected(event: RotationStopped) -> list[str]:
