@@ -124,7 +124,7 @@ class IndexBuilder:
                 )
             reason = await execute_until(self.connection, statement.encode(), reason_to_cancel, WATCH_SECONDS)
         except RowsLockedError:
-            return f"transactions of other sessions did not end within {lock_seconds:.0f} s"
+            return f"transactions of other sessions did not end within {lock_seconds:g} s"
         except RangeRejectedError as error:
             return error.condition
         except RotatorError as error:
