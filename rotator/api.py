@@ -234,6 +234,11 @@ class Prepared:
         close_idle()
         return run(lambda: Run(self.server, self.target, self.options, observer).begin())
 
+    def reindex(self, observer: Observer, rotation: int) -> tuple[str, ...]:
+        """Rebuild the indexes after a completed rotation, and return the statements for the rest."""
+        close_idle()
+        return run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
+
     def rotate(
         self,
         observer: Observer,

@@ -182,17 +182,32 @@ class StopReason(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class IndexSize:
+    """The size of one index.
+
+    Attributes:
+        name: The index's name with its schema, quoted.
+        size_bytes: The size.
+    """
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
     """The disk space of the target's table.
 
     Attributes:
         dead_rows: Row versions that no transaction can see, and whose values are still on disk; an estimate
             of the server.
+        indexes: Each index, in the order of the names.
     """
 
     heap_bytes: int
     index_bytes: int
     dead_rows: int
+    indexes: tuple[IndexSize, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -446,6 +461,71 @@ class VacuumSkipped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Analyzed:
+    """ANALYZE has replaced the table's statistics, which held old values.
+
+    Attributes:
+        seconds: Its duration.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnalyzeSkipped:
+    """The table's statistics still hold old values; the rotation is completed.
+
+    Attributes:
+        reason: The reason.
+        statement: The statement to run.
+    """
+
+    reason: str
+    statement: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReindexStarted:
+    """The rotation is completed, and its indexes are being rebuilt.
+
+    Attributes:
+        indexes: The number of indexes to rebuild.
+    """
+
+    indexes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexRebuilt:
+    """An index was rebuilt.
+
+    Attributes:
+        name: The index's name with its schema, quoted.
+        seconds: The duration.
+        bytes_before: The size before.
+        bytes_now: The size now.
+    """
+
+    name: str
+    seconds: float
+    bytes_before: int
+    bytes_now: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReindexSkipped:
+    """An index was not rebuilt, or an invalid one not dropped; the rotation is completed.
+
+    Attributes:
+        name: The index's name with its schema, quoted; empty for all indexes.
+        reason: The reason.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReceiverFailed:
     """A receiver of the signal raised an exception; reported once for each receiver and type.
 
@@ -554,6 +634,9 @@ class RotationStopped:
         spans: The key intervals that an unfinished rotation has written, in key order.
         table_rows: The rows of the whole table, if a completed rotation excludes some; None otherwise.
         table_rows_is_exact: False where that is the server's estimate.
+        analyze_statement: The statement that removes old values from the statistics; empty where ANALYZE has
+            removed them, or the rotation is unfinished.
+        reindex_statements: The statements that make the indexes as small as before, each to be run alone.
     """
 
     rotation: int
@@ -588,6 +671,8 @@ class RotationStopped:
     spans: tuple[KeyInterval, ...] = ()
     table_rows: int | None = None
     table_rows_is_exact: bool = True
+    analyze_statement: str = ""
+    reindex_statements: tuple[str, ...] = ()
 
     @property
     def exit_status(self) -> int:
@@ -623,6 +708,11 @@ Event: TypeAlias = (
     | VacuumStarted
     | Vacuumed
     | VacuumSkipped
+    | Analyzed
+    | AnalyzeSkipped
+    | ReindexStarted
+    | IndexRebuilt
+    | ReindexSkipped
     | ReceiverFailed
     | LimitRaised
     | LockHeld

@@ -166,6 +166,7 @@ class RunOptions:
     stop_after_seconds: float | None = None
     outage_budget_seconds: float = _OUTAGE_SECONDS
     vacuum: bool = True
+    reindex: bool = False
     preflight: bool = False
     sample: bool = False
     limits: WaitLimits = field(default_factory=WaitLimits)
@@ -222,6 +223,8 @@ class RotateOptions(TypedDict, total=False):
         take_over: Take the rotation from the process that owns it, even if that process is alive. It will
             stop.
         vacuum: Vacuum the table after each eighth of its rows and at the end (default: True).
+        reindex: Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes,
+            and needs free disk space for a copy of the largest index.
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
@@ -232,6 +235,7 @@ class RotateOptions(TypedDict, total=False):
     restart: bool
     take_over: bool
     vacuum: bool
+    reindex: bool
     lock_timeout: timedelta
     outage_budget: timedelta
 
@@ -336,6 +340,10 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "no_vacuum": _switch(
         "Leave the old row versions, and the space they take, to autovacuum. By default the table is "
         "vacuumed after each eighth of its rows and at the end."
+    ),
+    "reindex": _switch(
+        "Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes, and "
+        "needs free disk space for a copy of the largest index."
     ),
     "progress": {
         "default": "auto",

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, assert_never
 
 from rotator.events import (
+    Analyzed,
+    AnalyzeSkipped,
     BrokerUnreachable,
     ConfirmationStarted,
     DrainStarted,
     EndStatus,
     Event,
+    IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
@@ -30,6 +33,8 @@ from rotator.events import (
     RangeDeferred,
     RangeRetried,
     ReceiverFailed,
+    ReindexSkipped,
+    ReindexStarted,
     RotationStarted,
     RotationStopped,
     RowRejected,
@@ -143,7 +148,7 @@ def _capped(rows: int, total: int, *, is_exact: bool) -> int:
 
 
 State: TypeAlias = Literal[
-    "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming"
+    "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming", "reindexing"
 ]
 
 
@@ -171,6 +176,8 @@ class Stats:
         storage_before: The table's disk space when the run began; None where unknown.
         storage: Its disk space at the end; None where unknown.
         spans: The key intervals that are written; set at the end of an unfinished run.
+        analyze_statement: The statement that removes old values from the statistics, if needed.
+        reindex_statements: The statements that make the indexes as small as before.
         table_rows: The rows of the whole table and whether they are counted; None where unknown.
     """
 
@@ -193,10 +200,13 @@ class Stats:
     draining: bool = False
     confirming: bool = False
     vacuuming: bool = False
+    reindexing: bool = False
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     storage_before: Storage | None = None
     storage: Storage | None = None
     spans: tuple[KeyInterval, ...] = ()
+    analyze_statement: str = ""
+    reindex_statements: tuple[str, ...] = ()
     table_rows: tuple[int | None, bool] = (None, True)
     _rate: RecentRate = field(default_factory=RecentRate)
     _deferred_at: float | None = None
@@ -257,6 +267,10 @@ class Stats:
             case Vacuumed():
                 self.vacuums += 1
                 self.vacuum_seconds += event.seconds
+            case AnalyzeSkipped():
+                self.analyze_statement = event.statement
+            case ReindexStarted():
+                self.reindexing = True
             case DrainStarted():
                 self.draining = True
             case RotationStopped():
@@ -269,6 +283,9 @@ class Stats:
                 | OwnerWatched()
                 | ServerLogShowsValues()
                 | VacuumSkipped()
+                | Analyzed()
+                | IndexRebuilt()
+                | ReindexSkipped()
                 | ReceiverFailed()
                 | LimitRaised()
                 | LockHeld()
@@ -318,8 +335,8 @@ class Stats:
         """The current activity of the run."""
         if self.outage_since is not None:
             return "outage"
-        if self.vacuuming:
-            return "vacuuming"
+        if self.reindexing or self.vacuuming:
+            return "reindexing" if self.reindexing else "vacuuming"
         if self.holders:
             return "late_commits"
         if self.draining or self.confirming:
@@ -429,6 +446,8 @@ class Stats:
             spans=self.spans,
             table_rows=self.table_rows[0],
             table_rows_is_exact=self.table_rows[1],
+            analyze_statement=self.analyze_statement,
+            reindex_statements=self.reindex_statements,
         )
 
 

@@ -1,16 +1,17 @@
-"""VACUUM of the target, and the disk space of its heap and indexes.
+"""VACUUM and ANALYZE of the target, and the disk space of its heap and indexes.
 
 Every function takes connections in autocommit mode.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
 from psycopg import AsyncConnection, errors, sql
 from psycopg.errors import Diagnostic
 
-from rotator.events import Storage
+from rotator.events import IndexSize, Storage
 from rotator.postgres.connection import OwnConnection, execute_alone
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
@@ -24,6 +25,11 @@ _MAINTAIN_SINCE: Final = 170_000
 _OWNS: Final = (
     "SELECT pg_has_role(c.relowner, 'USAGE') OR pg_has_role(d.datdba, 'USAGE')"
     " FROM pg_class c, pg_database d WHERE c.oid = %s::regclass AND d.datname = current_database()"
+)
+# ANALYZE locks the partitioned table itself, too.
+_MEMBERS: Final = sql.SQL(
+    "(SELECT %(table)s::regclass::oid AS oid"
+    " UNION SELECT relid::oid FROM pg_partition_tree(%(table)s::regclass))"
 )
 _MAINTAINS: Final = "SELECT has_table_privilege(%s::regclass, 'MAINTAIN')"
 
@@ -39,11 +45,21 @@ async def read_storage(connection: AsyncConnection, table: TargetTable) -> Stora
             {"table": table.regclass},
         )
         heap_bytes, index_bytes, dead_rows = await cursor.fetchone() or (0, 0, 0)
-    return Storage(heap_bytes=heap_bytes, index_bytes=index_bytes, dead_rows=dead_rows)
+        cursor = await connection.execute(
+            sql.SQL(
+                "SELECT format('%%I.%%I', n.nspname, c.relname), pg_relation_size(c.oid)"
+                " FROM {} AS leaf JOIN pg_index i ON i.indrelid = leaf.oid"
+                " JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
+                " ORDER BY 1"
+            ).format(PARTITIONS),
+            {"table": table.regclass},
+        )
+        indexes = tuple([IndexSize(name=name, size_bytes=size) async for name, size in cursor])
+    return Storage(heap_bytes=heap_bytes, index_bytes=index_bytes, dead_rows=dead_rows, indexes=indexes)
 
 
 async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
-    """Return whether this role may vacuum the table; otherwise the server skips it with a warning."""
+    """Return whether this role may vacuum and analyze the table; else the server skips it with a warning."""
     queries = [_OWNS]
     if connection.info.server_version >= _MAINTAIN_SINCE:
         queries.append(_MAINTAINS)
@@ -87,34 +103,114 @@ async def vacuum(
     Returns:
         The reason why it was skipped or cancelled; empty where it finished.
     """
+    statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0, INDEX_CLEANUP {}) {}").format(
+        sql.SQL("on" if indexes else "off"), sql.Identifier(*table.path)
+    )
+    reason, _warnings = await _maintain(connection, control, table, statement, "VACUUM")
+    return reason
+
+
+async def analyze(connection: AsyncConnection, control: AsyncConnection, table: TargetTable) -> str:
+    """Make new statistics of the table, of its partitions and of the expressions in its indexes.
+
+    The old ones, in ``pg_stats`` and ``pg_stats_ext``, hold values from before the rotation.
+
+    Args:
+        connection: A connection for the statement alone.
+        control: Another connection, for watching the lock queue.
+        table: The table.
+
+    Returns:
+        The reason why statistics may still hold old values; empty where they do not.
+    """
+    statement = sql.SQL("ANALYZE (SKIP_LOCKED) {}").format(sql.Identifier(*table.path))
+    reason, warnings = await _maintain(connection, control, table, statement, "ANALYZE")
+    if not reason and warnings:
+        reason = "the server skipped a part of it; check that this role owns each partition"
+    if not reason and (columns := await _without_statistics(control, table)):
+        reason = f"ANALYZE keeps the statistics of columns with the statistics target 0: {', '.join(columns)}"
+    return reason
+
+
+async def _without_statistics(control: AsyncConnection, table: TargetTable) -> list[str]:
+    """Return the rotated columns that ANALYZE skips, and that have statistics."""
+    async with translate_errors(control):
+        cursor = await control.execute(
+            sql.SQL(
+                "SELECT DISTINCT a.attname::text FROM {} AS member JOIN pg_class c ON c.oid = member.oid"
+                " JOIN pg_namespace n ON n.oid = c.relnamespace"
+                " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attstattarget = 0"
+                " JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname"
+                " AND s.attname = a.attname WHERE a.attname = ANY (%(columns)s::text[]) ORDER BY 1"
+            ).format(_MEMBERS),
+            {"table": table.regclass, "columns": [column.name for column in table.columns]},
+        )
+        return [name async for (name,) in cursor]
+
+
+async def _maintain(
+    connection: AsyncConnection,
+    control: AsyncConnection,
+    table: TargetTable,
+    statement: sql.Composed,
+    verb: str,
+) -> tuple[str, set[str | None]]:
+    """Execute VACUUM or ANALYZE, and cancel it when another session waits for its lock.
+
+    Returns:
+        The reason why it was skipped or cancelled, and the codes of the server's warnings.
+    """
     warnings = set[str | None]()
 
     def note(warning: Diagnostic) -> None:
         # The warning is not valid after the handler has returned.
-        warnings.add(warning.sqlstate)
+        if warning.severity_nonlocalized == "WARNING":
+            warnings.add(warning.sqlstate)
+
+    async def reason_to_cancel() -> str:
+        return BUSY if await _blocks_others(control, table) else ""
 
     if isinstance(connection, OwnConnection) and "role" in connection.local_settings:
-        return "VACUUM cannot assume a role through a connection pooler"
+        return f"{verb} cannot assume a role through a connection pooler", warnings
     connection.add_notice_handler(note)
-    statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0, INDEX_CLEANUP {}) {}").format(
-        sql.SQL("on" if indexes else "off"), table.name
-    )
-    vacuuming = asyncio.create_task(_execute(connection, statement), name="rotator VACUUM statement")
+    reason = await execute_until(connection, statement, reason_to_cancel, WATCH_SECONDS)
+    if reason is None:
+        reason = await _cancelled_by(connection, verb)
+    return reason or (BUSY if errors.LockNotAvailable.sqlstate in warnings else ""), warnings
+
+
+async def execute_until(
+    connection: AsyncConnection,
+    statement: bytes | sql.Composed,
+    reason_to_cancel: Callable[[], Awaitable[str]],
+    every_seconds: float,
+) -> str | None:
+    """Execute a statement that cannot be part of a transaction, and cancel it once there is a reason.
+
+    Args:
+        connection: A connection for the statement alone.
+        statement: The statement.
+        reason_to_cancel: Returns the reason; empty where there is none.
+        every_seconds: The time between two of its calls.
+
+    Returns:
+        The reason of the cancellation; empty where the statement finished; None where another process or the
+        server cancelled it.
+    """
+    executing = asyncio.create_task(_execute(connection, statement), name="rotator maintenance")
+    reason = ""
     try:
-        blocks_others = False
-        while not (await asyncio.wait([vacuuming], timeout=WATCH_SECONDS))[0]:
-            if blocks_others := await _blocks_others(control, table):
+        while not (await asyncio.wait([executing], timeout=every_seconds))[0]:
+            if reason := await reason_to_cancel():
                 await connection.cancel_safe()
                 break
-        was_cancelled = not await vacuuming
+        is_finished = await executing
     finally:
-        vacuuming.cancel()
-    if was_cancelled:
-        return BUSY if blocks_others else await _cancelled_by(connection)
-    return BUSY if errors.LockNotAvailable.sqlstate in warnings else ""
+        executing.cancel()
+    return "" if is_finished else reason or None
 
 
-async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool:
+async def _execute(connection: AsyncConnection, statement: bytes | sql.Composed) -> bool:
     """Execute the statement, and return whether it finished; False where it was cancelled."""
     # Without a time limit: it is cancelled once another session waits for it.
     async with translate_errors(connection, seconds=None):
@@ -124,7 +220,7 @@ async def _execute(connection: AsyncConnection, statement: sql.Composed) -> bool
     return False
 
 
-async def _cancelled_by(connection: AsyncConnection) -> str:
+async def _cancelled_by(connection: AsyncConnection, verb: str) -> str:
     """Return the reason of a cancellation by another process or by the server."""
     async with translate_errors(connection):
         # The session's own setting, without the rotator's settings for its transactions.
@@ -132,15 +228,15 @@ async def _cancelled_by(connection: AsyncConnection) -> str:
         row = await cursor.fetchone()
     timeout = row[0] if row else "0"
     if timeout == "0":
-        return "another session cancelled VACUUM"
+        return f"another session cancelled {verb}"
     return (
-        f"the role's statement_timeout ({timeout}) cancelled VACUUM and cannot be changed through a "
+        f"the role's statement_timeout ({timeout}) cancelled {verb} and cannot be changed through a "
         "connection pooler; connect to the server directly, or raise it for this role"
     )
 
 
 async def _blocks_others(control: AsyncConnection, table: TargetTable) -> bool:
-    """Return whether a session waits for a lock on the table while VACUUM holds one."""
+    """Return whether a session waits for a lock on the table while VACUUM or ANALYZE holds one."""
     async with translate_errors(control):
         cursor = await control.execute(
             sql.SQL(
@@ -149,7 +245,7 @@ async def _blocks_others(control: AsyncConnection, table: TargetTable) -> bool:
                 # In a copy of a database, other tables have the same oids.
                 " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
                 " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')"
-            ).format(PARTITIONS),
+            ).format(_MEMBERS),
             {"table": table.regclass},
         )
         row = await cursor.fetchone()

@@ -11,8 +11,8 @@ rotator.events has its own name and fields; keys are only ever added. The others
                  rejected_rows, outage_left_seconds (null while the server is reachable)
     stopped      the same keys as the report
 
-``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing``, ``confirming`` or
-``vacuuming``.
+``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing``, ``confirming``,
+``vacuuming`` or ``reindexing``.
 """
 
 import json

@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from typing import Final, TextIO
 
 from rotator.events import (
+    AnalyzeSkipped,
     BrokerUnreachable,
     Event,
     OutageStarted,
     Preflighted,
     RangeCompleted,
     ReceiverFailed,
+    ReindexSkipped,
     RotationStopped,
     RowRejected,
     ServerLogShowsValues,
@@ -148,9 +150,11 @@ def figures(stats: Stats) -> str:
 
 
 _WARNINGS: Final = (
+    AnalyzeSkipped,
     BrokerUnreachable,
     OutageStarted,
     ReceiverFailed,
+    ReindexSkipped,
     RowRejected,
     ServerLogShowsValues,
     WorkersProgressed,

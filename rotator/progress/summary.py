@@ -4,6 +4,7 @@ from typing import Final
 
 from rotator.events import RotationStopped, RunFacts
 from rotator.progress.text import (
+    OLD_STATISTICS,
     REJECTED_ROWS_NAMED,
     about,
     count,
@@ -18,6 +19,7 @@ from rotator.progress.text import (
 )
 
 SPANS_NAMED: Final = 5
+STATEMENTS_SHOWN: Final = 10
 
 
 def report(event: RotationStopped) -> dict[str, object]:
@@ -62,9 +64,24 @@ def report(event: RotationStopped) -> dict[str, object]:
         "spans": [{"after": span.after, "through": span.through} for span in event.spans],
         "table_rows": event.table_rows,
         "table_rows_is_exact": event.table_rows_is_exact,
+        "indexes": _indexes(event),
+        "analyze_statement": event.analyze_statement,
+        "reindex_statements": list(event.reindex_statements),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
         **_run(event.run),
     }
+
+
+def _indexes(event: RotationStopped) -> list[dict[str, object]]:
+    before = (
+        {index.name: index.size_bytes for index in event.storage_before.indexes}
+        if event.storage_before
+        else {}
+    )
+    return [
+        {"name": index.name, "bytes_before": before.get(index.name), "bytes": index.size_bytes}
+        for index in (event.storage.indexes if event.storage else ())
+    ]
 
 
 def _run(run: RunFacts | None) -> dict[str, object]:
@@ -98,6 +115,10 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
     lines += [f"  {label:<12} {value}" for label, value in _facts(event)]
     if event.rejected_keys:
         lines += _rejected(event)
+    if event.analyze_statement:
+        lines.append(f"{OLD_STATISTICS[0].upper()}{OLD_STATISTICS[1:]}. Run: {event.analyze_statement}")
+    if event.reindex_statements:
+        lines += _reindex(event)
     if resume_command and event.status != "completed" and not event.superseded:
         lines.append(f"Resume with: {resume_command}")
     return "\n".join(lines)
@@ -190,6 +211,32 @@ def _disk(event: RotationStopped) -> list[tuple[str, str]]:
 def _growth(before_bytes: int, now_bytes: int) -> str:
     percent = f" ({now_bytes / before_bytes - 1:+.0%})" if before_bytes else ""
     return f"{size(before_bytes)} before, {size(now_bytes)} now{percent}"
+
+
+def _reindex(event: RotationStopped) -> list[str]:
+    """Return the statements that make the indexes smaller, and what they need."""
+    largest = max((index.size_bytes for index in event.storage.indexes), default=0) if event.storage else 0
+    shown = event.reindex_statements[:STATEMENTS_SHOWN]
+    lines = [
+        (
+            "Rebuild the indexes with --reindex and the same command, or with the statements below, one at a "
+            "time. This blocks no reads or writes, and needs free disk space for a copy of an index (at most "
+            f"{size(largest)})."
+        ),
+        *(f"  {statement}{_growth_of_index(event, statement)}" for statement in shown),
+    ]
+    if (more := len(event.reindex_statements) - STATEMENTS_SHOWN) > 0:
+        lines.append(f"  and {plural(more, 'more statement')}; the report has all of them")
+    return lines
+
+
+def _growth_of_index(event: RotationStopped, statement: str) -> str:
+    """Return the growth of a statement's index as a comment; empty where it is unknown."""
+    for index in _indexes(event):
+        before, now = index["bytes_before"], index["bytes"]
+        if statement.endswith(f" {index['name']};") and isinstance(before, int) and isinstance(now, int):
+            return f" -- {_growth(before, now)}"
+    return ""
 
 
 def _rejected(event: RotationStopped) -> list[str]:

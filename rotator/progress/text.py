@@ -4,10 +4,13 @@ from datetime import UTC, datetime
 from typing import Final, assert_never
 
 from rotator.events import (
+    Analyzed,
+    AnalyzeSkipped,
     BrokerUnreachable,
     ConfirmationStarted,
     DrainStarted,
     Event,
+    IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
@@ -21,6 +24,8 @@ from rotator.events import (
     RangeDeferred,
     RangeRetried,
     ReceiverFailed,
+    ReindexSkipped,
+    ReindexStarted,
     RotationStarted,
     RotationStopped,
     RowRejected,
@@ -58,6 +63,11 @@ def plural(number: int, noun: str, *, is_exact: bool = True) -> str:
     """Return a count with its noun, e.g. ``1 row``, ``about 2,000 rows`` or ``3 retries``."""
     nouns = f"{noun.removesuffix('y')}ies" if noun.endswith("ry") else f"{noun}s"
     return f"{about(number, is_exact=is_exact)} {noun if number == 1 else nouns}"
+
+
+def indexes(number: int) -> str:
+    """Return a number of indexes, e.g. ``1 index`` or ``3 indexes``."""
+    return f"{count(number)} index{'es' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:
@@ -107,12 +117,14 @@ def one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
+OLD_STATISTICS: Final = "the statistics in pg_stats may still hold old values"
 REJECTED_ROWS_NAMED: Final = 20
 HOLDERS_NAMED: Final = 5
 _ACTIVITIES: Final[dict[State, str]] = {
     "draining": "draining ranges in flight",
     "confirming": "confirming rows",
     "vacuuming": "vacuuming",
+    "reindexing": "rebuilding indexes",
     "finishing": "finishing",
 }
 
@@ -175,6 +187,17 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
         case VacuumSkipped():
             what = "skipped one VACUUM" if event.is_once else "the table is not vacuumed"
             return f"{what}: {event.reason.rstrip('.')}"
+        case AnalyzeSkipped():
+            return f"{OLD_STATISTICS}: {event.reason.rstrip('.')}. Run: {event.statement}"
+        case ReindexStarted():
+            return f"rebuilding {indexes(event.indexes)} (Ctrl-C stops this; the rotation stays completed)"
+        case IndexRebuilt():
+            return (
+                f"rebuilt {event.name} in {duration(event.seconds)}: "
+                f"{size(event.bytes_before)} before, {size(event.bytes_now)} now"
+            )
+        case ReindexSkipped():
+            return f"{event.name or 'the indexes'} not rebuilt: {event.reason.rstrip('.')}"
         case ReceiverFailed():
             return (
                 f"warning: the receiver {event.receiver} raised {event.error}; the rotation continues, and "
@@ -198,6 +221,7 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             | LateCommitsOver()
             | ConfirmationStarted()
             | Vacuumed()
+            | Analyzed()
             | Tick()
             | RotationStopped()
         ):

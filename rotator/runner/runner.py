@@ -45,6 +45,7 @@ from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.preflight import check, examine
+from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session
 from rotator.runner.stop import StopSignal
@@ -157,6 +158,7 @@ class Run:
         self._acquired: Acquired | None = None
         self._table: TargetTable | None = None
         self._vacuuming = Vacuuming(self._context)
+        self._reindexing = Reindexing(self._context)
         self._lock_watch = LockWatch(self._notify)
         self._is_completed = False
         self._server_name = ""
@@ -210,6 +212,18 @@ class Run:
         await self._record("queued")
         return self._acquired.lease.rotation
 
+    async def reindex(self, rotation: int) -> tuple[str, ...]:
+        """Rebuild the indexes that a completed rotation has left; return the statements for the rest.
+
+        Raises:
+            RotatorError: The server is unreachable, or the target cannot be rotated.
+        """
+        with self._stop_signal.signals() if self._context.options.listens_to_signals else nullcontext():
+            async with connected(self._context.server) as control:
+                table = await check(control, self._context.target, self._context.options)
+                await self._reindexing.run(table, rotation)
+                return await self._reindexing.read_statements(control, table, rotation)
+
     async def _stop_in_time(self) -> None:
         seconds = self._context.options.stop_after_seconds
         if seconds is not None:
@@ -247,6 +261,8 @@ class Run:
                     self._is_completed = True
                     # All workers have left, so the statistics contain their work.
                     await self._vacuuming.run_final(self._table)
+                    if self._context.options.reindex:
+                        await self._reindexing.run(self._table, self._acquired.lease.rotation)
                     return await self._leave_completed()
                 return await self._leave(status)
 
@@ -357,6 +373,9 @@ class Run:
                         connection, self._acquired.lease, active_seconds=self._stats.active_seconds
                     )
                     self._stats.storage = await read_storage(connection, self._table)
+                    self._stats.reindex_statements = await self._reindexing.read_statements(
+                        connection, self._table, self._acquired.lease.rotation
+                    )
                     if self._context.target.condition is not None:
                         self._stats.table_rows = await count_table(
                             connection, self._table, seconds=COUNT_SECONDS

@@ -1,15 +1,16 @@
-"""Runs VACUUM during and after the rotation, so that space is reused."""
+"""Runs VACUUM during and after the rotation, so that space is reused, and ANALYZE after it."""
 
+import asyncio
 import time
 from typing import Final
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
-from rotator.events import Vacuumed, VacuumSkipped, VacuumStarted
+from rotator.events import Analyzed, AnalyzeSkipped, Vacuumed, VacuumSkipped, VacuumStarted
 from rotator.exceptions import RotatorError
 from rotator.postgres.connection import connected
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuum import BUSY, is_scattered, may_vacuum, vacuum
+from rotator.postgres.vacuum import BUSY, analyze, is_scattered, may_vacuum, vacuum
 from rotator.runner.context import RunContext
 
 # VACUUM reads every page that changed, and what the last one skipped is read again.
@@ -18,6 +19,9 @@ PART_OF_TABLE: Final = 8
 PART_OF_SCATTERED_TABLE: Final = 2
 MIN_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
+# The delays before ANALYZE is tried again on a busy table, on which perhaps autovacuum works.
+ANALYZE_DELAYS_SECONDS: Final = (0.5, 1.5, 4.0)
+_STOPPED: Final = "a stop was requested"
 
 
 class Vacuuming:
@@ -26,13 +30,15 @@ class Vacuuming:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._is_allowed = False
+        self._vacuums = False
         self._part_of_table = PART_OF_TABLE
         self._reported = ""
 
     async def prepare(self, control: AsyncConnection, table: TargetTable) -> None:
         """Read whether this role may vacuum the table, and report it if not."""
+        self._is_allowed = await may_vacuum(control, table)
+        self._vacuums = self._is_allowed and self._context.options.vacuum
         if self._context.options.vacuum:
-            self._is_allowed = await may_vacuum(control, table)
             if await is_scattered(control, table):
                 self._part_of_table = PART_OF_SCATTERED_TABLE
             if not self._is_allowed:
@@ -48,7 +54,7 @@ class Vacuuming:
             table: The target's table.
             rows_total: The number of rows of the rotation.
         """
-        if not self._is_allowed:
+        if not self._vacuums:
             return
         stats = self._context.stats
         part_rows = max(MIN_ROWS, -(-rows_total // self._part_of_table))
@@ -60,11 +66,38 @@ class Vacuuming:
                 await self._vacuum(control, table, indexes=False)
 
     async def run_final(self, table: TargetTable) -> None:
-        """Vacuum once more, unless or until a stop is requested."""
+        """Vacuum once more and analyze, unless or until a stop is requested."""
         stop_signal = self._context.stop_signal
-        if self._is_allowed and not stop_signal.drain.is_set():
+        if self._vacuums and not stop_signal.drain.is_set():
             self._context.notify(VacuumStarted())
             await stop_signal.run_until_stop(self._vacuum_final(table))
+        if reason := await self._analyze_final(table):
+            statement = f"ANALYZE {sql.Identifier(*table.path).as_string()};"
+            self._context.notify(AnalyzeSkipped(reason=reason, statement=statement))
+
+    async def _analyze_final(self, table: TargetTable) -> str:
+        """Replace the statistics, which hold old values; return the reason where they were not replaced."""
+        if not self._is_allowed:
+            return "this role does not own the table"
+        if self._context.stop_signal.drain.is_set():
+            return _STOPPED
+        started = time.monotonic()
+        reason = await self._context.stop_signal.run_until_stop(self._analyze(table))
+        if reason == "":
+            self._context.notify(Analyzed(seconds=time.monotonic() - started))
+        return _STOPPED if reason is None else reason
+
+    async def _analyze(self, table: TargetTable) -> str:
+        try:
+            async with connected(self._context.server) as control:
+                for delay_seconds in (0.0, *ANALYZE_DELAYS_SECONDS):
+                    await asyncio.sleep(delay_seconds)
+                    async with connected(self._context.server) as connection:
+                        if (reason := await analyze(connection, control, table)) != BUSY:
+                            return reason
+        except RotatorError as error:
+            return str(error)
+        return BUSY
 
     async def _vacuum_final(self, table: TargetTable) -> None:
         try:

@@ -3,11 +3,21 @@
 import json
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from rotator.models import CompletedRange, Rotation
 from tests.acceptance.audit import Audit, audited_tickets
-from tests.acceptance.harness import MANAGE, Commands, number, query
+from tests.acceptance.harness import (
+    MANAGE,
+    Commands,
+    backends,
+    number,
+    query,
+    url_of,
+    wait_for_the_backends_to_go,
+    wait_until,
+)
 
 MILLION = 1_000_000
 MOST_MEMORY_BYTES = 150_000_000
@@ -83,6 +93,40 @@ def test_other_columns_stay_as_they_are(commands: Commands) -> None:
     assert commands.run().status == 0
 
     assert query("SELECT id, title, created_at FROM tickets_ticket ORDER BY id") == before
+
+
+def test_reindex_after_completion_and_again_after_a_kill(commands: Commands) -> None:
+    audited_tickets(5000)
+    query("CREATE INDEX tickets_token ON tickets_ticket (token)")
+    try:
+        size = "SELECT pg_relation_size('tickets_token')::integer"
+        before = number(size)
+        # Another session's transaction, for which REINDEX waits.
+        with psycopg.connect(url_of()) as holder:
+            running = commands.start("--reindex")
+            wait_until(lambda: Rotation.objects.filter(status="completed").exists(), "completed")
+            holder.execute("UPDATE tickets_ticket SET title = title WHERE id = 1")
+            wait_until(
+                lambda: backends("query LIKE 'REINDEX%%' AND wait_event = 'virtualxid'"), "REINDEX waits"
+            )
+            running.kill()
+            holder.rollback()
+        wait_for_the_backends_to_go()
+        query("VACUUM tickets_ticket")
+
+        finished = commands.run("--reindex")
+
+        assert finished.status == 0, finished.err
+        assert finished.summary == [
+            (
+                f"Rotation {Rotation.objects.get().pk} of tickets.Ticket.token is completed, and its indexes are "
+                "rebuilt."
+            )
+        ]
+        assert number(size) <= 1.1 * before
+        assert number("SELECT count(*)::integer FROM pg_index WHERE NOT indisvalid") == 0
+    finally:
+        query("DROP INDEX tickets_token")
 
 
 def _tokens() -> list[str]:

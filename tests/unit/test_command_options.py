@@ -75,7 +75,10 @@ def test_the_command_has_the_defaults_of_the_api() -> None:
     parser = Command().create_parser("manage.py", "async_rotate")
     assert isinstance(parser, CommandParser)
     defaults = vars(parser.parse_args([]))
-    names = ("concurrency", "batch", "restart", "take_over", "stop_after", "lock_timeout", "outage_budget")
+    names = (
+        *("concurrency", "batch", "restart", "take_over", "reindex"),
+        *("stop_after", "lock_timeout", "outage_budget"),
+    )
     assert RunOptions.checked(**{name: defaults[name] for name in names}) == RunOptions()
     assert RunOptions.checked() == RunOptions()
     assert defaults.keys() >= COMMAND_OPTIONS.keys()

@@ -145,7 +145,8 @@ def test_the_names_of_all_other_events_are_an_interface() -> None:
     names = (
         "row_rejected outage_started outage_ended broker_unreachable workers_silent owner_watched "
         "server_log_shows_values late_commits_awaited late_commits_over late_rows_rotated "
-        "confirmation_started rows_confirmed vacuum_started vacuumed vacuum_skipped receiver_failed "
+        "confirmation_started rows_confirmed vacuum_started vacuumed vacuum_skipped analyzed "
+        "analyze_skipped reindex_started index_rebuilt reindex_skipped receiver_failed "
         "limit_raised lock_held drain_started"
     )
     assert [event_name(kind) for kind in get_args(Event) if kind not in special] == names.split()

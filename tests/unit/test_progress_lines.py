@@ -3,8 +3,10 @@ import io
 import pytest
 
 from rotator.events import (
+    AnalyzeSkipped,
     DrainStarted,
     Event,
+    IndexRebuilt,
     LateCommitsAwaited,
     LateRowsRotated,
     OutageEnded,
@@ -12,6 +14,8 @@ from rotator.events import (
     OwnerWatched,
     RangeDeferred,
     RangeRetried,
+    ReindexSkipped,
+    ReindexStarted,
     RowRejected,
     StopReason,
     Tick,
@@ -136,6 +140,25 @@ def test_a_resumed_start_is_one_line() -> None:
         (
             VacuumSkipped(reason="the table is busy", is_once=True),
             "skipped one VACUUM: the table is busy",
+        ),
+        (
+            AnalyzeSkipped(reason="this role does not own the table", statement="ANALYZE orders;"),
+            (
+                "the statistics in pg_stats may still hold old values: this role does not own the table. "
+                "Run: ANALYZE orders;"
+            ),
+        ),
+        (
+            ReindexStarted(indexes=2),
+            "rebuilding 2 indexes (Ctrl-C stops this; the rotation stays completed)",
+        ),
+        (
+            IndexRebuilt(name="public.orders_pkey", seconds=3, bytes_before=2_097_152, bytes_now=1_048_576),
+            "rebuilt public.orders_pkey in 3 s: 2048 kB before, 1024 kB now",
+        ),
+        (
+            ReindexSkipped(name="public.orders_pkey", reason="a stop was requested"),
+            "public.orders_pkey not rebuilt: a stop was requested",
         ),
         (
             DrainStarted(reason=StopReason.SIGINT),

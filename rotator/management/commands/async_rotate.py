@@ -91,6 +91,11 @@ class Command(BaseCommand):
             if options["dry_run"]:
                 Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
                 return
+            if prepared.options.reindex and not prepared.options.restart:
+                earlier = prepared.earlier()
+                if earlier.unfinished is None and earlier.completed is not None:
+                    self._reindex(prepared, earlier.completed.id, options)
+                    return
             ask_for_help = self._ask_for_help(options, prepared.target.database)
             if options["detach"]:
                 self._queue(prepared, options)
@@ -161,6 +166,20 @@ class Command(BaseCommand):
                 f"manage.py rotations {rotation} --follow{where}"
             )
 
+    def _reindex(self, prepared: "Prepared", rotation: int, options: dict[str, Any]) -> None:
+        """Rebuild the indexes that the run of a completed rotation has left."""
+        with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:
+            statements = prepared.reindex(observer, rotation)
+        if statements:
+            raise CommandError(
+                f"Not every index of rotation {rotation} was rebuilt. Run: {' '.join(statements)}"
+            )
+        if options["verbosity"]:
+            stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
+            Sink(stream).write_line(
+                f"Rotation {rotation} of {prepared.target.label} is completed, and its indexes are rebuilt."
+            )
+
     def _agrees_to_queue(self, stopped: RotationStopped) -> bool:
         """Ask, after a Ctrl-C on a terminal, whether Celery workers continue."""
         is_interrupted = stopped.status == "interrupted" and stopped.stop_reason is StopReason.SIGINT
@@ -202,6 +221,7 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
     return RunOptions.checked(
         **{name: options[name] for name in names},
         vacuum=not options["no_vacuum"],
+        reindex=options["reindex"],
         preflight=not options["no_preflight"],
         # Only a reader needs the estimate.
         sample=not options["no_sample"] and (options["dry_run"] or is_terminal(sys.stderr)),

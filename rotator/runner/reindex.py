@@ -1,0 +1,130 @@
+"""Rebuilds the indexes after a rotation."""
+
+import time
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.events import IndexRebuilt, IndexSize, ReindexSkipped, ReindexStarted
+from rotator.exceptions import RotatorError
+from rotator.postgres.connection import connected
+from rotator.postgres.indexes import (
+    STOPPED,
+    IndexBuilder,
+    drop_statement,
+    find_leftovers,
+    find_stale_indexes,
+    read_size,
+    rebuild_statement,
+)
+from rotator.postgres.table import TargetTable
+from rotator.postgres.vacuum import BUSY
+from rotator.runner.context import RunContext
+
+# The delays before an index is tried again that another session's lock has interrupted.
+DELAYS_SECONDS: Final = (1.0, 4.0, 16.0)
+# Rebuilding an index that has grown less is not worth advising.
+MIN_GROWTH: Final = 1.1
+MIN_GROWTH_BYTES: Final = 4 * 1024 * 1024
+
+
+class Reindexing:
+    """Rebuilds the indexes of the target's table; an obstacle is reported and never raises an error.
+
+    The catalogs tell which indexes were rebuilt since the rotation began, so an interrupted run is resumed
+    with the others.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+
+    async def run(self, table: TargetTable, rotation: int) -> None:
+        """Rebuild the indexes one at a time, until a stop is requested."""
+        try:
+            async with (
+                connected(self._context.server) as control,
+                connected(self._context.server) as connection,
+            ):
+                await self._rebuild_all(control, connection, table, rotation)
+        except RotatorError as error:
+            self._skip("", str(error))
+
+    async def read_statements(
+        self, control: AsyncConnection, table: TargetTable, rotation: int
+    ) -> tuple[str, ...]:
+        """Return the statements to run: without ``--reindex`` only for indexes that have grown a lot."""
+        stats = self._context.stats
+        stale = await find_stale_indexes(control, table, rotation)
+        if not self._context.options.reindex:
+            before = (
+                {i.name: i.size_bytes for i in stats.storage_before.indexes} if stats.storage_before else {}
+            )
+            stale = tuple(index for index in stale if _has_grown(index, before.get(index.name)))
+        leftovers = await find_leftovers(control, table) if self._context.options.reindex else ()
+        return (
+            *(drop_statement(leftover) for leftover in leftovers),
+            *(rebuild_statement(index.name) for index in stale),
+        )
+
+    async def _rebuild_all(
+        self, control: AsyncConnection, connection: AsyncConnection, table: TargetTable, rotation: int
+    ) -> None:
+        drain = self._context.stop_signal.drain
+        builder = IndexBuilder(connection=connection, control=control, is_stopped=drain.is_set)
+        if drain.is_set():
+            self._skip("", STOPPED)
+            return
+        if not await builder.is_direct():
+            self._skip("", "REINDEX needs a direct connection to the server, without a pooler")
+            return
+        await self._drop_leftovers(builder, control, table)
+        stale = await find_stale_indexes(control, table, rotation)
+        if stale:
+            self._context.notify(ReindexStarted(indexes=len(stale)))
+        for index in stale:
+            if drain.is_set():
+                return
+            started = time.monotonic()
+            reason = await self._rebuild(builder, control, table, index.name)
+            if reason:
+                self._skip(index.name, reason)
+                continue
+            self._context.notify(
+                IndexRebuilt(
+                    name=index.name,
+                    seconds=time.monotonic() - started,
+                    bytes_before=index.size_bytes,
+                    bytes_now=await read_size(control, index.name),
+                )
+            )
+
+    async def _rebuild(
+        self, builder: IndexBuilder, control: AsyncConnection, table: TargetTable, name: str
+    ) -> str:
+        """Rebuild an index; return the reason where it was not rebuilt, else an empty text."""
+        delays_seconds = iter(DELAYS_SECONDS)
+        while reason := await builder.rebuild(name):
+            await self._drop_leftovers(builder, control, table)
+            delay_seconds = next(delays_seconds, None)
+            if reason != BUSY or delay_seconds is None:
+                break
+            if await self._context.stop_signal.wait(delay_seconds):
+                return STOPPED
+        return reason
+
+    async def _drop_leftovers(
+        self, builder: IndexBuilder, control: AsyncConnection, table: TargetTable
+    ) -> None:
+        for leftover in await find_leftovers(control, table):
+            if reason := await builder.drop(leftover):
+                self._skip(leftover, f"this invalid index could not be dropped, {reason}")
+
+    def _skip(self, name: str, reason: str) -> None:
+        self._context.notify(ReindexSkipped(name=name, reason=reason))
+
+
+def _has_grown(index: IndexSize, bytes_before: int | None) -> bool:
+    if bytes_before is None:
+        return False
+    growth_bytes = index.size_bytes - bytes_before
+    return growth_bytes >= MIN_GROWTH_BYTES and index.size_bytes > MIN_GROWTH * bytes_before
