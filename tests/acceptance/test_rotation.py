@@ -117,11 +117,9 @@ def test_reindex_after_completion_and_again_after_a_kill(commands: Commands) -> 
         finished = commands.run("--reindex")
 
         assert finished.status == 0, finished.err
+        rotation = Rotation.objects.get()
         assert finished.summary == [
-            (
-                f"Rotation {Rotation.objects.get().pk} of tickets.Ticket.token is completed, and its indexes are "
-                "rebuilt."
-            )
+            f"Rotation {rotation.pk} of tickets.Ticket.token is completed, and its indexes are rebuilt."
         ]
         assert number(size) <= 1.1 * before
         assert number("SELECT count(*)::integer FROM pg_index WHERE NOT indisvalid") == 0
