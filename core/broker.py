@@ -1,4 +1,4 @@
-"""A broker of one's own, out of a wheel: for development, the demo and the tests."""
+"""An embedded broker, installed from PyPI, for development, the demo and the tests."""
 
 import subprocess
 import time
@@ -38,7 +38,7 @@ def running_broker(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     socket.unlink(missing_ok=True)
     command = [program, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder]
     words = [str(word) for word in command]
-    # A program of an installed package, and no word of anybody else. Ctrl-C on the terminal is not for it.
+    # The program comes from an installed package. Ctrl-C on the terminal must not reach it.
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True) as process:  # noqa: S603
         try:
             deadline = time.monotonic() + _SECONDS

@@ -89,22 +89,22 @@ def help_with_rotation(database: str, number: int, message: int, should_stop: Sh
 def coordinate_rotation(
     database: str, number: int, observer: Observer, ask_for_help: AskForHelp, should_stop: ShouldStop
 ) -> bool:
-    """Plan and watch a rotation that was begun and left to the workers.
+    """Plan and watch a rotation that is queued for Celery workers.
 
     Args:
         database: Django's alias of the database.
-        number: The rotation's id; one that is over, or was stopped on purpose, is no worker's work.
-        observer: Is told of everything.
+        number: The rotation's id; a rotation that is finished or was stopped is left as it is.
+        observer: Is called with each event.
         ask_for_help: Asks workers to rewrite the ranges.
-        should_stop: Whether the worker has to stop.
+        should_stop: Returns whether the worker has to stop.
 
     Returns:
-        Whether another worker is to go on with it.
+        Whether another worker has to resume it.
 
     Raises:
-        OwnedElsewhereError: Another process is alive and coordinates it.
-        ServerLostError: The server could not be reached in the first place.
-        RotatorError: It cannot be done here; the rotation's row says why.
+        OwnedElsewhereError: Another process coordinates it.
+        ServerLostError: The server is unreachable.
+        RotatorError: This worker cannot rotate the target; the rotation's row has the reason.
     """
     rotations = Rotation.objects.using(database).filter(pk=number, status__in=Rotation.UNFINISHED)
     try:
@@ -116,10 +116,10 @@ def coordinate_rotation(
     options = replace(
         RunOptions.from_json(rotation.options),
         rotation=number,
-        # The signals of a worker are its own, and nobody looks at a preflight here.
+        # Celery handles the signals of its workers, and no user reads a preflight report here.
         listens_to_signals=False,
         preflight=False,
-        # They were meant for the beginning.
+        # These options were for the start of the rotation.
         restart=False,
         after=None,
         take_over=False,
@@ -139,7 +139,7 @@ def coordinate_rotation(
         raise ServerLostError(f"The database '{database}' cannot be reached.") from error
     except Exception as error:
         reason = str(error) if isinstance(error, RotatorError) else program_error(error)
-        # Unless somebody has taken it over meanwhile.
+        # Unless another process has taken it over.
         rotations.filter(generation=rotation.generation, updated_at=rotation.updated_at).update(
             status=Rotation.Status.FAILED, error=reason, updated_at=Now()
         )
@@ -149,10 +149,10 @@ def coordinate_rotation(
     return stopped.status == "queued"
 
 
-# A project's own limit would end a span, or a rotation, in the middle.
+# A limit of the project's app would end a task in the middle of its work.
 TIME_LIMIT_SECONDS: Final = 1800
-# A broker takes a message back that nobody has acknowledged for long: Redis after an hour, RabbitMQ after
-# half of one, and then it closes the worker's channel.
+# A broker delivers a message again that is not acknowledged for long: Redis after an hour, RabbitMQ after
+# half an hour; RabbitMQ then also closes the worker's channel.
 HAND_ON_SECONDS: Final = 1200
 # Other tasks of the same queue get a process within this time.
 HELP_SECONDS: Final = 60
@@ -160,7 +160,7 @@ ASK_AGAIN_SECONDS: Final = 60
 PUBLISH_SECONDS: Final = 10.0
 MAX_BROKER_WAIT_SECONDS: Final = 300.0
 
-# Shared with the processes that the worker forks, which are told nothing else of its shutdown.
+# Shared with the processes that the worker forks: Celery does not tell them of its shutdown.
 _shutdown = mmap.mmap(-1, 1)
 
 
@@ -176,7 +176,7 @@ def _should_hand_on(seconds: float) -> ShouldStop:
 
 
 _OPTIONS: Final[dict[str, Any]] = {
-    # A worker that dies has not done it.
+    # The message of a worker that dies is delivered again.
     "acks_late": True,
     "reject_on_worker_lost": True,
     "ignore_result": True,
@@ -200,11 +200,11 @@ def help_rotation(database: str, rotation: int, message: int) -> None:
 
 @shared_task(name="rotator.coordinate", bind=True, max_retries=None, **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
 def coordinate(task: Task, database: str, rotation: int) -> None:
-    """Plan and watch a rotation without a terminal; takes one of the workers' places until its end.
+    """Plan and watch a rotation without a terminal; occupies one process of a worker until its end.
 
-    Hands it on after a while, and when its worker has to stop. Harmless however often and late it is
-    delivered: while another delivery is at it, or the server is away, this one asks again now and then, so
-    that there is always one that would go on.
+    The task sends its message again after 20 minutes and when its worker has to stop. Copies of the message
+    are harmless: while another task coordinates the rotation, or the server is unreachable, a copy is retried
+    every minute, so that one of them can take over.
     """
     observer, ask = log_observer(logging.getLogger(__name__)), partial(ask_for_help, database)
     try:
@@ -217,11 +217,11 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
 
 
 def _again(task: Task, *, seconds: int) -> NoReturn:
-    """Have the same message delivered once more, and end this delivery."""
+    """Retry this message after some time, and end this task."""
     try:
         raise task.retry(countdown=seconds)
     except Reject as error:
-        # It could not be published: let the broker keep the one there is.
+        # The new message could not be sent: the broker keeps the old one.
         raise Reject(error.reason, requeue=True) from None
 
 
@@ -229,13 +229,13 @@ async def ask_for_help(database: str, rotation: int, message: int) -> None:
     """Send a message that asks a worker for help with a rotation.
 
     Raises:
-        BrokerError: The broker cannot be reached; the message may have been sent all the same.
+        BrokerError: The broker cannot be reached; the message may still have been sent.
     """
     await _send(help_rotation, (database, rotation, message))
 
 
 def hand_over(database: str, rotation: int) -> None:
-    """Have a worker coordinate a rotation that was begun.
+    """Send a message that asks a worker to coordinate a rotation.
 
     Raises:
         BrokerError: The broker cannot be reached.
@@ -244,10 +244,10 @@ def hand_over(database: str, rotation: int) -> None:
 
 
 def load_app() -> None:
-    """Make the project's Celery app the one that tasks are published with.
+    """Make the project's Celery app the one that sends messages.
 
     Raises:
-        OptionError: There is none.
+        OptionError: The project has no Celery app.
     """
     path = read_setting().get("CELERY_APP", "")
     if path:
@@ -266,19 +266,19 @@ def load_app() -> None:
 
 
 async def _send(task: Task, arguments: tuple[object, ...]) -> None:
-    # Celery would write the arguments a second time, for people who watch it.
+    # Celery would add the arguments a second time, for its monitors.
     await _in_time(partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr=""))
 
 
 class BrokerCalls:
-    """The calls of the broker, each in a thread. A broker that swallows connections keeps such a thread.
+    """The calls to the broker, each in a thread, which hangs if the broker accepts connections but is silent.
 
-    The more of them there are, the longer the wait before the next one, so that a broker that is unreachable
-    for a day costs few threads.
+    Each hanging call doubles the wait before the next one, so a broker that hangs for a day costs few
+    threads.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin without any."""
+        """Start without calls."""
         self._clock = clock
         self._running_since: dict[object, float] = {}
 
@@ -288,7 +288,7 @@ class BrokerCalls:
         return len(self._running_since)
 
     def check(self) -> None:
-        """Raise ``TimeoutError`` where another call would most likely hang like the last one."""
+        """Raise ``TimeoutError`` if another call would probably hang like the last one."""
         now = self._clock()
         hanging = [since for since in list(self._running_since.values()) if now - since >= PUBLISH_SECONDS]
         if hanging:
@@ -297,7 +297,7 @@ class BrokerCalls:
                 raise TimeoutError
 
     def tracked(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the same call, which counts for as long as it runs."""
+        """Return the same call, counted while it runs."""
 
         def work() -> Any:  # noqa: ANN401 - whatever the call returns
             number = object()
@@ -314,7 +314,7 @@ _calls = BrokerCalls()
 
 
 async def _in_time(call: Callable[[], Any]) -> None:
-    # A broker that is away can hold a call up for good.
+    # A call to an unreachable broker may never return.
     try:
         _calls.check()
         async with asyncio.timeout(PUBLISH_SECONDS):

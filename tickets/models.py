@@ -7,7 +7,7 @@ from django.utils import timezone
 
 
 class Ticket(models.Model):
-    """A ticket. Whoever holds its token may read and change it, so nothing here prints one."""
+    """A ticket. Its token allows its holder to read and change it, so nothing prints the token."""
 
     id = models.BigAutoField(primary_key=True)
     title = models.CharField(max_length=200)

@@ -1,4 +1,4 @@
-"""Whose account the server runs under: PostgreSQL refuses to run as root, so root lends it nobody's."""
+"""The account of the server: PostgreSQL refuses to run as root, so for root it is the account ``nobody``."""
 
 import errno
 import os

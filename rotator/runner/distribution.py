@@ -76,17 +76,17 @@ class Distribution:
         rows_left: int,
         max_rows: int | None,
     ) -> None:
-        """Have the gaps rotated, until a drain is asked for.
+        """Have Celery workers rotate the gaps, until a drain begins.
 
         Args:
-            gaps: What is left to do.
-            drain: Once set, no more is planned.
-            rows_left: About how many rows that are.
-            max_rows: How many of them are planned at the most; None for no limit.
+            gaps: The gaps to rotate.
+            drain: Once set, no more spans are planned.
+            rows_left: The approximate number of rows in the gaps.
+            max_rows: The maximum rows to plan; None for no limit.
 
         Raises:
-            ServerRefusedError: A worker met what trying again does not mend.
-            RangeRejectedError: More rows were refused than ``MAX_FAILED_ROWS``.
+            ServerRefusedError: A worker met a permanent error.
+            RangeRejectedError: More than ``MAX_FAILED_ROWS`` rows were rejected.
             SupersededError: This process does not own the rotation any more.
         """
         self._since = await spans.clear(self._connection, self._lease)

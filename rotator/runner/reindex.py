@@ -21,7 +21,7 @@ from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import BUSY
 from rotator.runner.context import RunContext
 
-# The delays before an index is tried again that another session's lock has interrupted.
+# The delays before the rebuild of an index is retried that another session's lock has interrupted.
 DELAYS_SECONDS: Final = (1.0, 4.0, 16.0)
 # Rebuilding an index that has grown less is not worth advising.
 MIN_GROWTH: Final = 1.1

@@ -19,7 +19,7 @@ PART_OF_TABLE: Final = 8
 PART_OF_SCATTERED_TABLE: Final = 2
 MIN_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
-# The delays before ANALYZE is tried again on a busy table, on which perhaps autovacuum works.
+# The delays before ANALYZE is retried on a busy table; autovacuum may be working on it.
 ANALYZE_DELAYS_SECONDS: Final = (0.5, 1.5, 4.0)
 _STOPPED: Final = "a stop was requested"
 
