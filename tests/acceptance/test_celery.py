@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from django.db.models import Q
 
 from rotator.api import prepare
 from rotator.models import Helper, Rotation, Span
@@ -200,7 +199,7 @@ def test_a_generator_that_fails_in_a_worker_is_told_here(hosts: Hosts) -> None:
     options = ("--batch=100", "--generator=tests.shop.generators.late_uuid")
     finished = hosts.rotate(*options)
     assert finished.status == 1
-    assert "returned None for token; that was for the range (" in finished.out
+    assert "returned None for token. The range (" in finished.out
     audit.assert_checkpoints_and_tokens_agree()
 
 
@@ -232,11 +231,8 @@ def test_a_worker_that_is_asked_to_stop_leaves_its_span_to_another(hosts: Hosts)
     worker.send(signal.SIGTERM)
     # A span takes five of these, and a container's grace is ten seconds.
     assert worker.wait(10).status == 0
-    # The other worker may have claimed it by now.
-    is_left = Q(worker="", generation=1, finished_at=None) | Q(generation=2)
-    assert Span.objects.filter(is_left).exists()
     speed_up()
-    # It is not replaced as a lost one, which takes so long.
+    # The span is released: another worker need not wait until its lease expires.
     assert coordinator.wait(SILENT_SECONDS).status == 0
     assert other.is_alive
     audit.assert_rotated()

@@ -297,7 +297,7 @@ def test_one_that_fails_later_names_the_range_and_can_be_gone_on_with(orders: Da
     outcome = run(API_KEY, selection=selection)
     assert (outcome.status, outcome.exit_status) == ("failed", 1)
     assert "over its limit (max_length 80)" in outcome.error
-    assert "for the range (" in outcome.error
+    assert "The range (" in outcome.error
     done = sum(rows for *_, rows in orders.checkpoints())
     assert 0 < done == ROWS - len(leaked()) < ROWS
 
