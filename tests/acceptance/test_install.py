@@ -233,7 +233,7 @@ def test_models_that_no_one_here_wrote(crowded: Site) -> None:
     for label in ("authtoken.Token.key", "sessions.Session.session_key", "knox.AuthToken.digest"):
         said = refused(label)
         assert "is the primary key" in said
-        assert "delete the rows, and let the application issue new ones" in said
+        assert "delete the rows, and let the application make new ones" in said
 
     assert "has no default" in refused("auth.User.password")
     crowded.assert_rotated(
