@@ -53,7 +53,7 @@ class Client:
 
     Attributes:
         seconds: From the start of its process to its exit, or of the statement alone.
-        writing_seconds: Of these, from the first range to the last; None where nobody says.
+        writing_seconds: The part from the first range to the last; None where it is not reported.
         cpu_seconds: What its process used of the processor; None where there is none.
         peak_bytes: The high-water mark of its memory; None where there is no process.
     """

@@ -16,7 +16,7 @@ class Measurement:
     Attributes:
         rows_per_second: From the first range's begin to the last one's commit.
         seconds: From the process's start to its exit.
-        retries: How many ranges had to be tried again.
+        retries: The number of retries.
     """
 
     rows_per_second: float

@@ -19,7 +19,7 @@ class Measurement:
     Attributes:
         rows_per_second: From the first range's begin to the last one's commit.
         seconds: From the process's start to its exit.
-        retries: How many ranges had to be tried again.
+        retries: The number of retries.
         ranges: How many were planned.
         odd_ranges: How many of them, but for the last, held more or fewer rows than asked for.
     """
@@ -130,7 +130,7 @@ def _rotate(server: Server, original: Database, options: argparse.Namespace) -> 
 
 
 def _table(found: dict[str, list[Measurement]], databases: dict[str, Database]) -> str:
-    lines = [["", "writing, rows/s", "seconds", "ranges", "tried again", "highest id", "rows in a heap page"]]
+    lines = [["", "writing, rows/s", "seconds", "ranges", "retries", "highest id", "rows in a heap page"]]
     for name, runs in found.items():
         highest, density = databases[name].fetch(
             f"SELECT max(id), count(*)::float8 / (pg_relation_size('{TABLE}')"

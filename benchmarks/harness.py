@@ -361,7 +361,7 @@ def interleaved(repetitions: int, ways: dict[str, Callable[[], T]]) -> dict[str,
 
 
 def say(what: str) -> None:
-    """Tell whoever waits what is being done."""
+    """Report the current step."""
     print(f"... {what}", file=sys.stderr, flush=True)
 
 
@@ -448,7 +448,7 @@ def _url_of_server(settings: str) -> Iterator[str]:
 
 
 class _Peak:
-    """Asks the system again and again for a process's high-water mark, which nobody is told at its end.
+    """Polls a process's high-water mark of memory, which the system does not report after its end.
 
     The usage that a parent is told of its child begins with the parent's own memory, which forking copies.
     """

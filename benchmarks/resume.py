@@ -114,7 +114,7 @@ def _interrupted(server: Server, checkpoints: int, rest: int) -> Database:
     database.run(
         "TRUNCATE rotator_completedrange",
         _CRAFT.format(table=TABLE, checkpoints=checkpoints),
-        # Rows that nobody has written since the rotation began would be taken for ones that came late.
+        # Rows that no session has written since the rotation began would count as late rows.
         f"UPDATE {TABLE} SET title = title WHERE id <= {checkpoints}",
         f"VACUUM {TABLE}",
         f"UPDATE rotator_rotation SET rows_done = {checkpoints}",

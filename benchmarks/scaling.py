@@ -66,7 +66,7 @@ def _scale(server: Server, options: argparse.Namespace) -> bool:
                 "one UPDATE": partial(_update, server, original),
             },
         )
-        # Ten million of them are in nobody's way any more.
+        # Ten million rows take disk space that later steps need.
         server.drop(original)
     print(_table(found))
     holds = _judge(found, options.difference)

@@ -230,7 +230,7 @@ class Soak:
 
     @staticmethod
     def _could_not_begin(said: str) -> bool:
-        """Whether a connection was lost before there was a rotation to go on with; that ends a run."""
+        """Whether a connection was lost before the rotation was acquired, which ends a run."""
         has_begun = " starts: " in said or " resumes: " in said
         # While it is still importing, an interrupt ends it as Python does.
         return not has_begun and ("Traceback" not in said or said.rstrip().endswith("KeyboardInterrupt"))
@@ -340,9 +340,9 @@ def _print(
     print(table([["fault", "times"], *([name, f"{times:,}"] for name, times in findings.faults.items())]))
     if neighbour.transactions:
         print(
-            f"A neighbour made {neighbour.transactions:,} transactions meanwhile; its longest statement took "
-            f"{neighbour.longest_seconds:.2f} s, {neighbour.waited:,} took more than 0.02 s, and it was told "
-            f"of {len(neighbour.refused)} errors."
+            f"A neighbour made {neighbour.transactions:,} transactions; its longest statement took "
+            f"{neighbour.longest_seconds:.2f} s, {neighbour.waited:,} took more than 0.02 s, and it got "
+            f"{len(neighbour.refused)} errors."
         )
     for violation in findings.violations:
         print(f"violation: {violation}")

@@ -31,7 +31,7 @@ class Measurement:
         writing_seconds: Of these, from the first range's begin to the last one's commit.
         making_seconds: Of these, what making the values alone takes the server; 0 where it makes none.
         client_cpu_seconds: What the client's process used of the processor; None for the statement.
-        retries: How many ranges had to be tried again.
+        retries: The number of retries.
         wal_bytes: What the server wrote to its log.
         wal_cleaned_bytes: The same with a VACUUM after it, which removes what old rows are still there.
         heap_bytes: What the heap grew by.

@@ -175,8 +175,8 @@ def prepare(
     labels = labels or default_target()
     if not labels:
         raise TargetError(
-            "There is no target. Name it as app.Model.field, or set ROTATOR = {'DEFAULT_TARGET': ...} in the "
-            "settings."
+            "No target was given. Name it as app.Model.field, or set ROTATOR = {'DEFAULT_TARGET': ...} in "
+            "the settings."
         )
     connection = _connection(labels, database)
     target = resolve(labels, connection.alias, selection or Selection())

@@ -114,7 +114,7 @@ class Selection:
         words += ["--include-null"] if self.include_null else []
         words += ["--include-blank"] if self.include_blank else []
         words += [word for name in self.ignore_derived for word in ("--ignore-derived", name)]
-        return shlex.join(words) or "no filter and no generator"
+        return shlex.join(words) or "the default options"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

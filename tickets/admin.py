@@ -29,8 +29,8 @@ class TicketAdmin(TicketModelAdmin):
     def lookup_allowed(self, lookup: str, value: str, request: HttpRequest) -> bool:
         """Refuse filters on the token.
 
-        Django allows every local field in the query string: ``?token__startswith=a`` would let whoever
-        sees the list guess a token digit by digit.
+        Django allows every local field in the query string: ``?token__startswith=a`` would let a user
+        who sees the list guess a token digit by digit.
         """
         if lookup.partition("__")[0] == "token":
             return False

@@ -5,7 +5,7 @@ from django.core.paginator import Paginator
 
 
 def main() -> None:
-    """Go on after the last page; the server skips all rows before each page anew."""
+    """Continue after the last page; for each page the server skips all rows before it."""
     chosen = options("Paginator and bulk_update()")
     file = PlaceFile(chosen.place)
     pages = Paginator(Ticket.objects.order_by("pk"), chosen.batch)

@@ -9,7 +9,7 @@ from django.db import connection
 
 
 def main() -> None:
-    """Begin at the start: which of the batches in flight were done, nobody knows afterwards."""
+    """Begin at the start: nothing records which batches in flight were committed."""
     chosen = options("threads and bulk_update()")
     room = Semaphore(2 * chosen.threads)
 

@@ -1,4 +1,4 @@
-"""The account of the server: PostgreSQL refuses to run as root, so for root it is the account ``nobody``."""
+"""The system account that runs the server. PostgreSQL refuses to run as root."""
 
 import errno
 import os
@@ -28,10 +28,10 @@ class Account:
 
     @classmethod
     def for_server(cls) -> Self:
-        """Return our own account, or nobody's where ours is root.
+        """Return the account of this process; for root, the system account ``nobody``.
 
         Raises:
-            EmbeddedServerError: We are root, and the system has no ``nobody``.
+            EmbeddedServerError: This process runs as root, and the system has no account ``nobody``.
         """
         if os.geteuid() != 0:
             return cls(uid=os.geteuid(), gid=os.getegid(), lent=False)

@@ -21,7 +21,7 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def state_folder(project: Path, account: Account) -> Path:
     """Choose the folder for a clone's server: in the clone, or in a part of the system that is root's.
 
-    Root gives folders away to the account that it lends. It does so only where nobody else can put
+    Root gives folders away to the account that it lends. It does so only where no other user can put
     a link in the way, and where that account can enter.
 
     Args:

@@ -78,7 +78,7 @@ class Audit:
         faults = {
             "rows that came or went": self._rows() - number(f"SELECT count(*) FROM {_OLD}"),
             "rows with their old token": self._rows() - self.changed(),
-            "tokens that somebody had before": number(
+            "tokens that another row had before": number(
                 f"SELECT count(*) FROM tickets_ticket t JOIN {_OLD} o ON o.token = t.token"
             ),
             "tokens that two rows share": number(

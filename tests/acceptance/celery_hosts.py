@@ -74,7 +74,7 @@ class Hosts:
             coordinate.apply_async(("default", rotation), connection=connection)
 
     def _start(self, *command: str, **environment: str) -> Running:
-        # Celery warns of what is not ours to mend, and of root.
+        # Warnings of Celery itself, and about root, are not errors here.
         known = ["env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}"]
         known += [f"{name}={value}" for name, value in environment.items()]
         return self._commands.start(program=(*known, *command))

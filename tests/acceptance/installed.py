@@ -86,7 +86,7 @@ class Site:
 
     @classmethod
     def start(cls, environment: Environment, folder: Path, database: str) -> "Site":
-        """Do what somebody does who begins one: startproject, startapp, and a PostgreSQL database."""
+        """Create a project as a user does: startproject, startapp, and a PostgreSQL database."""
         folder.mkdir()
         environment.run(
             "django-admin startproject site_of_theirs . && python manage.py startapp shop", cwd=folder

@@ -258,7 +258,7 @@ def follow(commands: Commands, number: int) -> Running:
 def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     following = follow(commands, detached(hosts, "--batch=50"))
-    # One place for whoever plans and watches.
+    # One process for the coordinator.
     hosts.worker(processes=2)
     finished = following.wait()
     assert finished.status == 0, finished.err

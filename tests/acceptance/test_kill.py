@@ -1,4 +1,4 @@
-"""SIGKILL, which nobody can prepare for: nothing is lost, nothing is done twice."""
+"""SIGKILL, which no process can handle: no row is lost, and none is rotated twice."""
 
 import random
 import signal

@@ -290,7 +290,7 @@ def test_restart_does_not_ask_without_a_terminal(commands: Commands) -> None:
         "abandoned",
         "interrupted",
     ]
-    # Not --restart again, which would throw away what it advises to go on with.
+    # Not --restart again, which would abandon the rotation that it advises to resume.
     assert stopped.resume_command[1:] == ["manage.py", COMMAND]
     assert commands.go_on(stopped).status == 0
     assert audit.changed() == 6000

@@ -153,7 +153,7 @@ def test_a_server_that_is_not_there(commands: Commands, audit: Audit) -> None:
 
 @pytest.fixture
 def fresh_database(commands: Commands) -> Iterator[str]:  # noqa: ARG001
-    """A database of the same server that nobody has migrated."""
+    """A database of the same server without the rotator's tables."""
     name = f"{connection.settings_dict['NAME']}_fresh"
     with psycopg.connect(url_of(), autocommit=True) as admin:
         drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))

@@ -132,7 +132,7 @@ class Audit:
         # Joins of millions of rows that are planned for a few take minutes.
         self._database.query(f"ANALYZE {TABLE}, {_WRITES}")
         found = {
-            "rows with a token that somebody had before": self._number(
+            "rows with a token that another row had before": self._number(
                 f"SELECT count(*) FROM {TABLE} t JOIN {_OLD} o ON o.token = t.token"
             ),
             "tokens that two rows share": self._number(

@@ -103,12 +103,12 @@ class OwnServer:
 
     @property
     def password(self) -> str:
-        """The password of whoever connects over TCP; to be given to roles that a test makes."""
+        """The password for TCP connections; tests give it to the roles that they create."""
         return self._password
 
     @property
     def socket_folder(self) -> Path:
-        """Where its unix socket is; whoever can enter may be anybody."""
+        """The folder of its unix socket, which trusts every user who can enter it."""
         return self.folder / "socket"
 
     def connect(self, database: str = "postgres") -> psycopg.Connection:

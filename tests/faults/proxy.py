@@ -35,7 +35,7 @@ class At(Enum):
 
     BEFORE = "before it is forwarded: nothing was committed"
     AFTER = "after the server has answered, but before the client hears it: all was committed"
-    LATE = "at once, and only then is it forwarded: it is committed while nobody listens any more"
+    LATE = "at once, and only then is it forwarded: it is committed after the client has left"
     NEVER = "at once, and it is never forwarded: the server keeps the transaction, and its locks, open"
 
 
@@ -196,11 +196,11 @@ class Proxy:
         return self._call(self._cut())
 
     def refuse(self) -> None:
-        """Let nobody in any more; those that are in stay."""
+        """Refuse new connections; open ones stay open."""
         self._call(self._stop_listening())
 
     def accept(self) -> None:
-        """Let clients in again, on the same port."""
+        """Accept connections again, on the same port."""
         self._call(self._listen())
 
     def go_silent(self, *, new_ones_too: bool = False) -> None:

@@ -80,7 +80,7 @@ def test_a_frozen_owner_writes_nothing_once_it_is_overtaken(
 
 @contextmanager
 def _without_heartbeats(database: Database) -> Iterator[None]:
-    """Let whoever wants to know from the rotation's row whether it is still the owner wait."""
+    """Block sessions that read the rotation's row to check who owns it."""
     with database.connect() as other, other.transaction():
         other.execute("SELECT FROM rotator_rotation FOR NO KEY UPDATE")
         yield

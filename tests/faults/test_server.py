@@ -22,7 +22,7 @@ from tests.faults.own_server import OwnServer
 ROWS = 20_000
 CRASHES = 3
 SETTLED_SECONDS = 0.1
-# Preallocated WAL is 80 MB at the least, and a row takes half a kilobyte.
+# Preallocated WAL is at least 80 MB, and a row takes half a kilobyte.
 ROWS_THAT_FILL_THE_WAL = 250_000
 ROOM_FOR_WAL_KILOBYTES = 4096
 PLENTY_KILOBYTES = 4 << 20
@@ -247,7 +247,7 @@ def _small_wal_disk(server: OwnServer) -> Iterator[Path]:
     folder.mkdir()
     with ExitStack() as stack:
         stack.callback(folder.rmdir)
-        # Before the server is stopped: whoever may not mount one leaves it as it was.
+        # Before the server is stopped: without the right to mount, it stays as it was.
         stack.enter_context(_mounted(folder, server.account, kilobytes=PLENTY_KILOBYTES))
         server.stop()
         wal.rename(aside)

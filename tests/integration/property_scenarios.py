@@ -136,7 +136,7 @@ class During:
     Attributes:
         at: The number of the run's event upon which it is done.
         edit: The edit.
-        in_thread: Whether the run goes on meanwhile.
+        in_thread: Whether the run continues during the edit.
         open_seconds: How long its transaction stays open then.
     """
 
@@ -154,7 +154,7 @@ class Rotate:
         stop_after: The number of rows after which it stops; None for no limit.
         kill_after: The number of events after which its process is killed; None for a run that is not.
         lost_at: The number of the event upon which it loses its connections; None for none.
-        during: What other sessions do meanwhile, unless it is killed.
+        during: The edits of other sessions during the run, unless it is killed.
         batch: The number of rows of a range.
         concurrency: The number of workers.
     """

@@ -37,7 +37,7 @@ from tests.integration.property_scenarios import PARTITIONS, During, Edit, Kind,
 SCHEMA: Final = "property"
 LABEL: Final = "shop.Property.secret"
 _TARGET: Final = sql.SQL("property.target")
-# Edits block the run's event loop, so the run's own transactions cannot end meanwhile.
+# Edits block the run's event loop, so the run's own transactions cannot end during an edit.
 _LOCK_SECONDS: Final = 0.05
 _RUNS_AT_MOST: Final = 10
 # Upon these an edit may be done.
@@ -51,7 +51,7 @@ _LOST: Final = (
     errors.UniqueViolation,
     # No partition for the key.
     errors.CheckViolation,
-    # Dropped meanwhile.
+    # It was dropped during the run.
     errors.UndefinedTable,
 )
 

@@ -300,7 +300,7 @@ async def try_to_begin(
     database: str = "default",
     repeats: bool = True,
 ) -> Lease | None:
-    """Begin a rotation as somebody's."""
+    """Begin a rotation for an owner."""
     terms = NewRotation(
         target=target,
         table_name=table_name,

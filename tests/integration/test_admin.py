@@ -1,4 +1,4 @@
-"""Rotations in the admin: to be looked at, by whoever may, and changed by nobody."""
+"""Rotations in the admin: users with the permission can view them, and no user can change them."""
 
 import pytest
 from django.contrib.auth.models import User

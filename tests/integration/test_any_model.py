@@ -1,4 +1,4 @@
-"""Every kind of key with every kind of secret: rotated, killed, gone on with, and accounted for."""
+"""Every kind of key with every kind of secret: rotated, killed, resumed, and audited."""
 
 import threading
 import uuid

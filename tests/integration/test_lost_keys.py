@@ -27,7 +27,7 @@ def skip_without_superuser(database: Database) -> None:
 
 @contextmanager
 def index_misses_rows(database: Database, index: str) -> Iterator[None]:
-    """Leave rows that are inserted meanwhile out of an index, as a damaged one does."""
+    """Leave rows that are inserted during the test out of an index, as a damaged one does."""
     skip_without_superuser(database)
     # The test's own queries must not use it either.
     for scan in ("indexscan", "indexonlyscan", "bitmapscan"):

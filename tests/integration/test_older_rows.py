@@ -142,15 +142,15 @@ async def test_rows_are_rotated_while_they_are_looked_for(
     assert database.updates() == once_each((1, 300))
 
 
-@pytest.mark.parametrize("meanwhile", ["DELETE FROM tickets_ticket", "UPDATE tickets_ticket SET title = ''"])
+@pytest.mark.parametrize("own_change", ["DELETE FROM tickets_ticket", "UPDATE tickets_ticket SET title = ''"])
 async def test_rows_that_were_written_since_they_were_found_are_left_alone(
-    database: Database, control: psycopg.AsyncConnection, meanwhile: str
+    database: Database, control: psycopg.AsyncConnection, own_change: str
 ) -> None:
     database.make_tickets(1, 5)
     lease = await begin(control)
     async with _older_rows(database, lease) as older_rows:
         (rows,) = [rows async for rows in older_rows.find(10)]
-        database.execute(f"{meanwhile} WHERE id = 2")
+        database.execute(f"{own_change} WHERE id = 2")
         before = database.values()
         assert await older_rows.rotate(rows) == 4
     assert database.changed(before) == set(once_each((1, 1), (3, 5)))

@@ -583,13 +583,13 @@ def test_a_row_that_was_at_fault_before_an_outage_and_is_not_after_it_fails_noth
     database.make_tickets(1, 500)
     trigger = database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
-    def mend(event: Event) -> None:
+    def fix_cause(event: Event) -> None:
         if isinstance(event, RowRejected):
             database.execute(END_THE_ROTATOR)
         if isinstance(event, OutageStarted):
             database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
 
-    assert_completed(rotate_tickets(EventRecorder(mend)), rows=500)
+    assert_completed(rotate_tickets(EventRecorder(fix_cause)), rows=500)
 
 
 def test_a_server_that_stays_away_ends_the_run_once_its_budget_is_used_up(database: Database) -> None:

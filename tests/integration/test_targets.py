@@ -483,7 +483,7 @@ def test_the_application_hears_of_each_commit(orders: Database, kind: str) -> No
 
     def hear(sender: object, **what: Any) -> None:  # noqa: ANN401 - whatever a signal carries
         del what["signal"]
-        # Committed already, for whoever looks.
+        # Committed, so that other sessions see it.
         what["checkpoints"] = len(orders.checkpoints())
         heard.append(what | {"sender": sender})
         raise RuntimeError

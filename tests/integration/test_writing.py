@@ -211,7 +211,7 @@ async def test_locked_rows_are_not_waited_for_long(database: Database, lease: Le
 
 
 @pytest.mark.parametrize(
-    ("meanwhile", "rows"),
+    ("neighbour_statement", "rows"),
     [
         ("UPDATE tickets_ticket SET title = 'else' WHERE id = 7", 20),
         ("UPDATE tickets_ticket SET token = gen_random_uuid() WHERE id = 7", 20),
@@ -220,12 +220,12 @@ async def test_locked_rows_are_not_waited_for_long(database: Database, lease: Le
     ],
 )
 async def test_what_a_neighbour_does_to_a_row_that_is_waited_for(
-    database: Database, lease: Lease, meanwhile: str, rows: int
+    database: Database, lease: Lease, neighbour_statement: str, rows: int
 ) -> None:
     database.make_tickets(1, 20)
     neighbour = database.connect()
     neighbour.execute("BEGIN")
-    neighbour.execute(meanwhile.encode())
+    neighbour.execute(neighbour_statement.encode())
     async with writing(database, lease, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
         rewriting = tasks.create_task(writer.rewrite(key_range(None, 20, 20)))
         await database.until_rotator_waits_for_a_lock()

@@ -41,7 +41,7 @@ class _Numbers:
 
 
 class _LockedTable(_Numbers):
-    """The same, but for a table that somebody has locked at first."""
+    """The same for a table that another session has locked at first."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ async def test_an_error_of_the_writer_ends_the_run_as_itself() -> None:
 
 
 class _Refusals(_Rows):
-    """Refuses every range that holds one of these rows: for good, or until it was refused so often."""
+    """Rejects every range that holds one of these rows: always, or a limited number of times."""
 
     def __init__(
         self, refused: Iterable[int], *, retryable: bool = False, times: int | None = None, slow_rows: int = 0

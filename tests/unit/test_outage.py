@@ -1,4 +1,4 @@
-"""The budget for a server that is away, by a clock that is turned by hand."""
+"""The budget for an unreachable server, with an injected clock."""
 
 from rotator.runner.retry import (
     FIRST_RECONNECT_SECONDS,

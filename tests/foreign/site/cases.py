@@ -36,7 +36,7 @@ from shop import models as shop
 ROWS = 30
 LATER = timezone.now() + timedelta(days=1)
 USERS = [User.objects.create(username=f"user {i}", email=f"u{i}@example.org") for i in range(ROWS)]
-# What generators made, by what is stored: a hash alone tells nobody the secret.
+# The secrets that generators made, by the stored value: a hash does not reveal its secret.
 MADE = {}
 
 
