@@ -16,7 +16,7 @@ TUNING: Final = {
     "max_wal_size": "8GB",
     "checkpoint_timeout": "30min",
     "shared_buffers": "512MB",
-    "max_connections": "100",
+    "max_connections": "300",
     # They commit as late as anything can, so the tests want some.
     "max_prepared_transactions": "10",
 }
