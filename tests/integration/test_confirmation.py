@@ -399,7 +399,7 @@ def test_rows_that_are_deleted_are_counted_nowhere(database: Database) -> None:
     assert recorder.counted() == (ROWS - 2, 0)
 
 
-def test_an_older_transaction_that_goes_on_writing_is_waited_for(database: Database) -> None:
+def test_the_run_waits_for_an_older_transaction_that_still_writes(database: Database) -> None:
     """Its rows look older than the start, whenever it writes them."""
     database.make_tickets(1, ROWS)
     older = _older(database)
