@@ -26,6 +26,7 @@ from rotator.ranges import Key
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.gate import Gate
+from rotator.runner.pacing import OWN_PER_SECOND_WITH_CELERY, Pacing
 from rotator.runner.preflight import measured_update, read_target
 from rotator.runner.retry import OutageBudget
 
@@ -109,6 +110,9 @@ class Helper:
         self._should_stop = should_stop
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=_ignore)
+        self._pacing = Pacing(
+            server, self._gate, options.pace, _ignore, own_per_second=OWN_PER_SECOND_WITH_CELERY
+        )
         self._drain = asyncio.Event()
         self._is_wanted = True
         self._renewed_at = 0.0
@@ -145,6 +149,7 @@ class Helper:
             pooled(self._server, self._options.concurrency + OTHER_CONNECTIONS) as pool,
             pool.connection() as connection,
             pool.connection() as side,
+            self._pacing.running(),
         ):
             table = await read_target(connection, self._target)
             difference = identity and identity.difference(await read_identity(connection, table))

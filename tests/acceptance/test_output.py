@@ -39,6 +39,8 @@ REPORT_KEYS = {
     "deferrals",
     "retries",
     "outage_seconds",
+    "pace",
+    "limited_seconds",
     "throttled_seconds",
     "heap_bytes_before",
     "heap_bytes",
@@ -147,7 +149,8 @@ def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
     assert undone.startswith("  - ")
     assert last.startswith("all rows are rotated; running the final VACUUM")
     assert started == (
-        f"rotation {rotation.pk} of tickets.Ticket.token starts: 5,000 rows, 4 workers, 50 rows a range"
+        f"rotation {rotation.pk} of tickets.Ticket.token starts: 5,000 rows, 4 workers, 50 rows a range, "
+        "pace balanced"
     )
     assert ended.startswith(f"rotation {rotation.pk} of tickets.Ticket.token completed after ")
     assert finished.summary[0] == (
