@@ -246,7 +246,7 @@ def _started(event: RotationStarted) -> str:
     rows = plural(event.rows_total, "row", is_exact=event.rows_total_is_exact)
     return (
         f"rotation {event.rotation} of {event.target} starts: {rows}, "
-        f"{plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range, pace {event.pace}"
+        f"{plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range"
         f"{_cost(event.batch)}"
     )
 

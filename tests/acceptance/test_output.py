@@ -149,8 +149,7 @@ def test_pipes_get_lines_without_control_characters(commands: Commands) -> None:
     assert undone.startswith("  - ")
     assert last.startswith("all rows are rotated; running the final VACUUM")
     assert started == (
-        f"rotation {rotation.pk} of tickets.Ticket.token starts: 5,000 rows, 4 workers, 50 rows a range, "
-        "pace balanced"
+        f"rotation {rotation.pk} of tickets.Ticket.token starts: 5,000 rows, 4 workers, 50 rows a range"
     )
     assert ended.startswith(f"rotation {rotation.pk} of tickets.Ticket.token completed after ")
     assert finished.summary[0] == (

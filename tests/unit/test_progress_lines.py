@@ -58,8 +58,7 @@ def test_figures_come_every_five_seconds() -> None:
         observer(Tick())
     first, *figures = lines_of(stream)
     assert first == (
-        "rotation 7 of tickets.Ticket.token starts: 1,000,000 rows, 4 workers, 2,000 rows a range, "
-        "pace balanced"
+        "rotation 7 of tickets.Ticket.token starts: 1,000,000 rows, 4 workers, 2,000 rows a range"
     )
     assert figures == [
         "100,000 of 1,000,000 rows (10%), 20,000 rows/s, ETA 45 s",
@@ -82,8 +81,7 @@ def test_an_estimate_is_called_one_and_an_unknown_eta_too() -> None:
     clock.now = 6
     observer(Tick())
     assert lines_of(stream) == [
-        "rotation 7 of tickets.Ticket.token starts: about 1,000,000 rows, 4 workers, 2,000 rows a range, "
-        "pace balanced",
+        "rotation 7 of tickets.Ticket.token starts: about 1,000,000 rows, 4 workers, 2,000 rows a range",
         "0 of about 1,000,000 rows (0%), ETA unknown",
     ]
 
