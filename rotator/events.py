@@ -1,7 +1,7 @@
 """The events of a rotation that observers get. No event contains a value of the rotated column."""
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from signal import Signals
@@ -228,8 +228,9 @@ class RotationStarted:
         rows_done: Rows that earlier runs of this rotation have committed, late rows included.
         seconds_before: Active seconds of earlier runs.
         stopped_at: The last heartbeat of the last run; None for a new rotation.
-        concurrency: The number of workers.
-        batch: The number of rows in a range.
+        concurrency: The maximum number of workers.
+        batch: The maximum number of rows in a range.
+        pace: The name of the pace.
     """
 
     rotation: int
@@ -242,6 +243,7 @@ class RotationStarted:
     stopped_at: datetime | None
     concurrency: int
     batch: int
+    pace: str = "balanced"
 
     @property
     def resumed(self) -> bool:
@@ -563,6 +565,59 @@ class LockHeld:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PaceChanged:
+    """The pace allows another number of workers, or the rows in a range or the reason have changed.
+
+    Attributes:
+        pace: The name of the pace.
+        workers: The number of workers that may write now.
+        concurrency: Its upper limit.
+        rows: The number of rows in the next range.
+        reason: One phrase, e.g. ``commit p90 4.1 ms > 3.0 ms``.
+        is_limited: Whether the pace applies: other sessions are at work.
+        is_new: False where only the rows in a range or the reason have changed.
+    """
+
+    pace: str
+    workers: int
+    concurrency: int
+    rows: int
+    reason: str
+    is_limited: bool
+    is_new: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Throttled:
+    """A throttle holds the rotation: no more ranges begin until it ends.
+
+    Attributes:
+        source: The name of the throttle.
+        reason: One phrase, e.g. ``replica lag 14 s > 10 s``.
+        is_new: False where only the reason of a throttle has changed.
+    """
+
+    source: str
+    reason: str
+    is_new: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThrottleEnded:
+    """A throttle does not hold the rotation any more; another one may.
+
+    Attributes:
+        source: The name of the throttle.
+        reason: Its last reason.
+        seconds: The time that it held the rotation.
+    """
+
+    source: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted:
     """The run stops: ranges in flight are committed, and no new ones start."""
 
@@ -622,8 +677,11 @@ class RotationStopped:
         deferrals: How often this run put a range back because another session had locked rows.
         retries: How often this run retried a range after the server rejected it.
         outage_seconds: The time that this run waited for the server.
+        throttled_seconds: The time that throttles held this run, by the name of the throttle.
         peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
-        batch: The number of rows in a range.
+        batch: The maximum number of rows in a range.
+        pace: The last pace of this run.
+        limited_seconds: The time for which the pace applied: other sessions were at work.
         resumed: Whether an earlier run began this rotation.
         rejected_keys: Keys of rejected rows, each with the reason.
         storage_before: The table's disk space when this run began; None where unknown.
@@ -673,6 +731,9 @@ class RotationStopped:
     table_rows_is_exact: bool = True
     analyze_statement: str = ""
     reindex_statements: tuple[str, ...] = ()
+    throttled_seconds: Mapping[str, float] = field(default_factory=dict)
+    pace: str = "balanced"
+    limited_seconds: float = 0.0
 
     @property
     def exit_status(self) -> int:
@@ -716,6 +777,9 @@ Event: TypeAlias = (
     | ReceiverFailed
     | LimitRaised
     | LockHeld
+    | PaceChanged
+    | Throttled
+    | ThrottleEnded
     | DrainStarted
     | Tick
     | RotationStopped

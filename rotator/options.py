@@ -26,6 +26,44 @@ _MAX_LOCK_TIMEOUT: Final = "24h"
 _MAX_NUMBER: Final = 2**31 - 1
 
 
+# A range of more rows makes other writers of its rows wait for long.
+LARGE_BATCH: Final = 10_000
+MAX_BATCH: Final = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """A limit on what the rotation costs other sessions.
+
+    Attributes:
+        name: The value of ``--pace``.
+        latency_limit: The limit of a commit's duration, as a multiple of that without the rotation; None for
+            no limit.
+        range_seconds: The time on the server that a range may take; None for no limit.
+    """
+
+    name: str
+    latency_limit: float | None = None
+    range_seconds: float | None = None
+
+
+PACES: Final = {
+    pace.name: pace
+    for pace in (
+        Pace(name="gentle", latency_limit=1.5, range_seconds=0.010),
+        Pace(name="balanced", latency_limit=2.5, range_seconds=0.025),
+        Pace(name="full"),
+    )
+}
+
+
+def read_pace(name: str) -> Pace:
+    """Check the value of ``--pace``, and return the pace."""
+    if name not in PACES:
+        raise OptionError(f"--pace must be gentle, balanced or full, not '{name}'.")
+    return PACES[name]
+
+
 def read_duration(name: str, value: Duration, *, maximum: str = _MAX_WAIT) -> float:
     """Check the value of an option that is a duration, and return its seconds."""
     seconds = _seconds(value)
@@ -148,6 +186,7 @@ class RunOptions:
     """The options of one run: those of the command, checked, and some for other callers.
 
     Attributes:
+        pace: The name of the pace.
         rotation: The id of the only rotation to resume; None for the target's unfinished one, or a new one.
         after: The id of the completed rotation that a new one may repeat; None for no rotation.
         preflight: Whether to report on table and server before a new rotation begins.
@@ -158,6 +197,7 @@ class RunOptions:
 
     concurrency: int = 4
     batch: int = 2000
+    pace: str = "balanced"
     rotation: int | None = None
     restart: bool = False
     after: int | None = None
@@ -193,6 +233,11 @@ class RunOptions:
         )
         _in_range("concurrency", checked.concurrency)
         _in_range("batch", checked.batch)
+        if read_pace(checked.pace).latency_limit is not None and checked.batch > MAX_BATCH:
+            raise OptionError(
+                f"--batch must be at most {MAX_BATCH:,}, not {checked.batch}: other writers of a range's "
+                "rows wait until it is committed. Choose a smaller one, or --pace full."
+            )
         return checked
 
     @classmethod
@@ -215,9 +260,12 @@ class RotateOptions(TypedDict, total=False):
     """The options of ``rotate`` and ``rotate_sync``; the same as those of the command.
 
     Attributes:
-        concurrency: The number of workers that write at the same time. Each has its own connection
+        concurrency: The maximum number of workers that write at the same time. Each has its own connection
             (default: 4).
-        batch: The number of rows in a range. Each range is one transaction (default: 2000).
+        batch: The maximum number of rows in a range. Each range is one transaction (default: 2000). More than
+            10,000 makes other writers of these rows wait for long.
+        pace: What the rotation may cost other sessions while they are at work: gentle and balanced use fewer
+            workers and smaller ranges then; full does not (default: balanced).
         restart: Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a
             completed one.
         take_over: Take the rotation from the process that owns it, even if that process is alive. It will
@@ -232,6 +280,7 @@ class RotateOptions(TypedDict, total=False):
 
     concurrency: int
     batch: int
+    pace: str
     restart: bool
     take_over: bool
     vacuum: bool
@@ -259,17 +308,24 @@ def _list(metavar: str, text: str) -> dict[str, Any]:
 COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "concurrency": _value(
         "N",
-        "The number of workers that write at the same time. Each has its own connection (default: "
+        "The maximum number of workers that write at the same time. Each has its own connection (default: "
         "%(default)s).",
         kind=int,
         default=_DEFAULTS.concurrency,
     ),
     "batch": _value(
         "ROWS",
-        "The number of rows in a range. Each range is one transaction (default: %(default)s).",
+        "The maximum number of rows in a range. Each range is one transaction (default: %(default)s). More "
+        f"than {LARGE_BATCH:,} makes other writers of these rows wait for long.",
         kind=int,
         default=_DEFAULTS.batch,
     ),
+    "pace": {
+        "choices": tuple(PACES),
+        "default": _DEFAULTS.pace,
+        "help": "What the rotation may cost other sessions while they are at work: gentle and balanced use "
+        "fewer workers and smaller ranges then; full does not (default: %(default)s).",
+    },
     "database": {
         "help": "The alias of the database that holds the target (default: the one that the project's "
         "database routers write the model to)."

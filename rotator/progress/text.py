@@ -19,6 +19,7 @@ from rotator.events import (
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    PaceChanged,
     Preflighted,
     RangeCompleted,
     RangeDeferred,
@@ -32,6 +33,8 @@ from rotator.events import (
     RowsConfirmed,
     ServerLogShowsValues,
     StopReason,
+    Throttled,
+    ThrottleEnded,
     Tick,
     Vacuumed,
     VacuumSkipped,
@@ -39,8 +42,11 @@ from rotator.events import (
     WorkersProgressed,
     WorkersSilent,
 )
+from rotator.options import LARGE_BATCH
 from rotator.stats import State, Stats
 
+# Measured with 4 workers and a range of 20,000 rows.
+SECONDS_PER_ROW: Final = 50e-6
 _KEPT_DIGITS: Final = 1000
 _MOST_BYTES: Final = 10 * 1024
 _MOST_HALVES: Final = 20 * 1024 - 1
@@ -211,6 +217,12 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             )
         case LockHeld():
             return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
+        case PaceChanged():
+            return pace(event) if event.is_new else ""
+        case Throttled():
+            return f"throttled: {event.reason}; no new ranges start" if event.is_new else ""
+        case ThrottleEnded():
+            return f"throttle ended after {duration(event.seconds)}: {event.reason}"
         case DrainStarted():
             return f"{event.reason}: draining; ranges in flight are committed, and no new ones start"
         case (
@@ -235,7 +247,16 @@ def _started(event: RotationStarted) -> str:
     return (
         f"rotation {event.rotation} of {event.target} starts: {rows}, "
         f"{plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range"
+        f"{_cost(event.batch)}"
     )
+
+
+def _cost(batch: int) -> str:
+    """Return what ranges of so many rows cost other sessions; empty for a usual number."""
+    if batch <= LARGE_BATCH:
+        return ""
+    seconds = duration(batch * SECONDS_PER_ROW)
+    return f"; warning: with ranges of this size, writers of the same rows may wait for {seconds} or more"
 
 
 def _resumed(event: RotationStarted) -> str:
@@ -264,11 +285,21 @@ def _awaited(holders: tuple[str, ...]) -> str:
     )
 
 
+def pace(event: PaceChanged) -> str:
+    """Return the pace, what it allows now and why."""
+    return (
+        f"pace {event.pace}: {event.workers} of {plural(event.concurrency, 'worker')} × "  # noqa: RUF001 - a sign
+        f"{plural(event.rows, 'row')}, {event.reason}"
+    )
+
+
 def activity(stats: Stats) -> str:
     """Return the activity of a run that does not rotate ranges now, or an empty text."""
     if stats.outage_since is not None and stats.outage_left_seconds is not None:
         unreachable = duration(stats.clock() - stats.outage_since)
         return f"unreachable {unreachable}, {duration(stats.outage_left_seconds)} left"
+    if stats.state == "throttled":
+        return f"throttled: {'; '.join(stats.throttles.values())}"
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
     return _ACTIVITIES.get(stats.state, "")

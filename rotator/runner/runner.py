@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Final
 
@@ -44,6 +45,8 @@ from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
+from rotator.runner.gate import Gate
+from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
@@ -143,12 +146,15 @@ class Run:
         self._should_stop = should_stop
         self._stats = Stats()
         self._stop_signal = StopSignal(self._notify)
+        gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=self._notify)
         self._context = RunContext(
             server=server,
             target=target,
             options=options,
             owner=this_process(),
             stop_signal=self._stop_signal,
+            gate=gate,
+            pacing=Pacing(server, gate, options.pace, self._notify),
             stats=self._stats,
             notify=self._notify,
             on_commit=on_commit,
@@ -269,6 +275,8 @@ class Run:
     async def _check(self, control: AsyncConnection) -> TargetTable:
         """Refuse what cannot be rotated, before anything is changed, and report what is risky."""
         table = await check(control, self._context.target, self._context.options)
+        if self._context.ask_for_help is None:
+            await self._context.pacing.prepare(control)
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
         self._server_name = await name_server(control)
@@ -323,7 +331,7 @@ class Run:
             session_work = Session(connection, pool, table, acquired, self._context)
             while True:
                 with unwrap_group():
-                    async with asyncio.TaskGroup() as tasks:
+                    async with asyncio.TaskGroup() as tasks, self._paced():
                         heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
                         owned = await session_work.read_state()
                         self._notify_started(session_work, owned)
@@ -341,6 +349,12 @@ class Run:
                 # The heartbeat has ended: it would report a completed rotation as lost.
                 if status != "completed" or await session_work.complete(owned):
                     return status
+
+    @asynccontextmanager
+    async def _paced(self) -> AsyncIterator[None]:
+        """Keep the pace where this process rewrites the ranges; Celery workers keep it themselves."""
+        async with self._context.pacing.running() if self._context.ask_for_help is None else nullcontext():
+            yield
 
     async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
         while True:

@@ -39,6 +39,9 @@ REPORT_KEYS = {
     "deferrals",
     "retries",
     "outage_seconds",
+    "pace",
+    "limited_seconds",
+    "throttled_seconds",
     "heap_bytes_before",
     "heap_bytes",
     "index_bytes_before",
@@ -101,6 +104,7 @@ EVENT_KEYS = {
         "stopped_at",
         "concurrency",
         "batch",
+        "pace",
         "resumed",
     },
     "progress": {
@@ -116,6 +120,9 @@ EVENT_KEYS = {
         "retries",
         "rejected_rows",
         "outage_left_seconds",
+        "pace",
+        "throttles",
+        "throttled_seconds",
     },
     "drain_started": {"reason"},
     "stopped": REPORT_KEYS,
@@ -364,8 +371,8 @@ def test_while_a_range_waits_for_a_lock_the_eta_is_unknown(commands: Commands) -
         other.execute("SELECT FROM tickets_ticket WHERE id = (SELECT max(id) FROM tickets_ticket) FOR UPDATE")
         running = commands.start("--batch", "100", "--progress", "json")
         wait_for_checkpoints(79)
-        said = len(running.out.splitlines())
-        wait_until(lambda: len(running.out.splitlines()) > said + 5, "progress while it waits")
+        said = running.out.count('"progress"')
+        wait_until(lambda: running.out.count('"progress"') > said + 5, "progress while it waits")
         other.rollback()
     assert running.wait().status == 0
 

@@ -223,7 +223,16 @@ class Command(BaseCommand):
 
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
-    names = ("concurrency", "batch", "restart", "take_over", "stop_after", "lock_timeout", "outage_budget")
+    names = (
+        "concurrency",
+        "batch",
+        "pace",
+        "restart",
+        "take_over",
+        "stop_after",
+        "lock_timeout",
+        "outage_budget",
+    )
     return RunOptions.checked(
         **{name: options[name] for name in names},
         vacuum=not options["no_vacuum"],
