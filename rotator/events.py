@@ -1,7 +1,7 @@
 """The events of a rotation that observers get. No event contains a value of the rotated column."""
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from signal import Signals
@@ -563,6 +563,36 @@ class LockHeld:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Throttled:
+    """A throttle holds the rotation: no more ranges begin until it ends.
+
+    Attributes:
+        source: The name of the throttle.
+        reason: One phrase, e.g. ``replica lag 14 s > 10 s``.
+        is_new: False where only the reason of a throttle has changed.
+    """
+
+    source: str
+    reason: str
+    is_new: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThrottleEnded:
+    """A throttle does not hold the rotation any more; another one may.
+
+    Attributes:
+        source: The name of the throttle.
+        reason: Its last reason.
+        seconds: The time that it held the rotation.
+    """
+
+    source: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted:
     """The run stops: ranges in flight are committed, and no new ones start."""
 
@@ -622,6 +652,7 @@ class RotationStopped:
         deferrals: How often this run put a range back because another session had locked rows.
         retries: How often this run retried a range after the server rejected it.
         outage_seconds: The time that this run waited for the server.
+        throttled_seconds: The time that throttles held this run, by the name of the throttle.
         peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
         batch: The number of rows in a range.
         resumed: Whether an earlier run began this rotation.
@@ -673,6 +704,7 @@ class RotationStopped:
     table_rows_is_exact: bool = True
     analyze_statement: str = ""
     reindex_statements: tuple[str, ...] = ()
+    throttled_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def exit_status(self) -> int:
@@ -716,6 +748,8 @@ Event: TypeAlias = (
     | ReceiverFailed
     | LimitRaised
     | LockHeld
+    | Throttled
+    | ThrottleEnded
     | DrainStarted
     | Tick
     | RotationStopped

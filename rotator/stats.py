@@ -43,6 +43,8 @@ from rotator.events import (
     ServerLogShowsValues,
     StopReason,
     Storage,
+    Throttled,
+    ThrottleEnded,
     Tick,
     Vacuumed,
     VacuumSkipped,
@@ -148,7 +150,15 @@ def _capped(rows: int, total: int, *, is_exact: bool) -> int:
 
 
 State: TypeAlias = Literal[
-    "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming", "reindexing"
+    "rotating",
+    "outage",
+    "throttled",
+    "draining",
+    "late_commits",
+    "finishing",
+    "confirming",
+    "vacuuming",
+    "reindexing",
 ]
 
 
@@ -172,6 +182,8 @@ class Stats:
         outage_since: The start of the current outage; None while the server is reachable.
         outage_budget_seconds: The longest time that the run waits in that outage.
         outage_seconds: The time of all outages before.
+        throttles: The reasons of the throttles that hold the run now, by their names.
+        throttled_seconds: The time of all throttles that have ended, by their names.
         holders: The transactions that the run waits for.
         storage_before: The table's disk space when the run began; None where unknown.
         storage: Its disk space at the end; None where unknown.
@@ -196,6 +208,8 @@ class Stats:
     outage_seconds: float = 0.0
     vacuums: int = 0
     vacuum_seconds: float = 0.0
+    throttles: dict[str, str] = field(default_factory=dict)
+    throttled_seconds: dict[str, float] = field(default_factory=dict)
     holders: tuple[str, ...] = ()
     draining: bool = False
     confirming: bool = False
@@ -209,6 +223,7 @@ class Stats:
     reindex_statements: tuple[str, ...] = ()
     table_rows: tuple[int | None, bool] = (None, True)
     _rate: RecentRate = field(default_factory=RecentRate)
+    _throttled_since: dict[str, float] = field(default_factory=dict)
     _deferred_at: float | None = None
     _began_at: float = field(init=False)
     _ended_at: float | None = None
@@ -254,6 +269,15 @@ class Stats:
                 # These rows are in gaps, so they are retried.
                 self.rejected_keys.clear()
                 self._rate.restart()
+            case Throttled():
+                self.throttles[event.source] = event.reason
+                if event.is_new:
+                    self._throttled_since[event.source] = self.clock()
+            case ThrottleEnded():
+                self.throttles.pop(event.source, None)
+                self._throttled_since.pop(event.source, None)
+                before = self.throttled_seconds.get(event.source, 0.0)
+                self.throttled_seconds[event.source] = before + event.seconds
             case LateCommitsAwaited():
                 self.holders = event.holders
             case LateCommitsOver():
@@ -331,7 +355,7 @@ class Stats:
         return percent_of(self.rows_done, self.rows_total, is_exact=self.rows_total_is_exact)
 
     @property
-    def state(self) -> State:
+    def state(self) -> State:  # noqa: PLR0911 - one result for each state
         """The current activity of the run."""
         if self.outage_since is not None:
             return "outage"
@@ -341,6 +365,8 @@ class Stats:
             return "late_commits"
         if self.draining or self.confirming:
             return "draining" if self.draining else "confirming"
+        if self.throttles:
+            return "throttled"
         if self.rows_total_is_exact and self.rows_done >= self.rows_total:
             return "finishing"
         return "rotating"
@@ -351,6 +377,14 @@ class Stats:
         if self.outage_since is None:
             return None
         return max(0.0, self.outage_budget_seconds - (self.clock() - self.outage_since))
+
+    @property
+    def throttled_so_far(self) -> dict[str, float]:
+        """The seconds that each throttle has held the run until now, by its name."""
+        now = self.clock()
+        current = {source: now - since for source, since in self._throttled_since.items()}
+        names = [*self.throttled_seconds, *(name for name in current if name not in self.throttled_seconds)]
+        return {name: self.throttled_seconds.get(name, 0.0) + current.get(name, 0.0) for name in names}
 
     @property
     def rows_per_second(self) -> float | None:
@@ -448,6 +482,7 @@ class Stats:
             table_rows_is_exact=self.table_rows[1],
             analyze_statement=self.analyze_statement,
             reindex_statements=self.reindex_statements,
+            throttled_seconds=self.throttled_so_far,
         )
 
 

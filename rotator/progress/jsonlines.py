@@ -8,11 +8,12 @@ rotator.events has its own name and fields; keys are only ever added. The others
     started      the fields of RotationStarted, and resumed
     progress     once a second: state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second
                  (the recent rate) and eta_seconds (both null while unknown), late_rows, deferrals, retries,
-                 rejected_rows, outage_left_seconds (null while the server is reachable)
+                 rejected_rows, outage_left_seconds (null while the server is reachable), throttles (the
+                 throttles that hold the run, with their reasons) and throttled_seconds (by throttle)
     stopped      the same keys as the report
 
-``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing``, ``confirming``,
-``vacuuming`` or ``reindexing``.
+``state`` is ``rotating``, ``outage``, ``throttled``, ``draining``, ``late_commits``, ``finishing``,
+``confirming``, ``vacuuming`` or ``reindexing``.
 """
 
 import json
@@ -109,6 +110,8 @@ def figures(stats: Stats) -> dict[str, object]:
         "retries": stats.retries,
         "rejected_rows": len(stats.rejected_keys),
         "outage_left_seconds": _rounded(stats.outage_left_seconds),
+        "throttles": dict(stats.throttles),
+        "throttled_seconds": {name: round(s, 3) for name, s in stats.throttled_so_far.items()},
     }
 
 

@@ -47,6 +47,7 @@ def report(event: RotationStopped) -> dict[str, object]:
         "deferrals": event.deferrals,
         "retries": event.retries,
         "outage_seconds": round(event.outage_seconds, 3),
+        "throttled_seconds": {name: round(s, 3) for name, s in event.throttled_seconds.items()},
         "peak_memory_bytes": event.peak_memory_bytes,
         "concurrency": event.concurrency,
         "batch": event.batch,
@@ -188,6 +189,9 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     ]
     if event.outage_seconds > 0:
         facts.append(("unreachable", duration(event.outage_seconds)))
+    facts += [
+        ("throttled", f"{duration(seconds)} by {name}") for name, seconds in event.throttled_seconds.items()
+    ]
     facts += _disk(event)
     if event.peak_memory_bytes:
         facts.append(("peak memory", size(event.peak_memory_bytes)))

@@ -32,6 +32,8 @@ from rotator.events import (
     RowsConfirmed,
     ServerLogShowsValues,
     StopReason,
+    Throttled,
+    ThrottleEnded,
     Tick,
     Vacuumed,
     VacuumSkipped,
@@ -211,6 +213,10 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             )
         case LockHeld():
             return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
+        case Throttled():
+            return f"throttled: {event.reason}; no new ranges start" if event.is_new else ""
+        case ThrottleEnded():
+            return f"throttle ended after {duration(event.seconds)}: {event.reason}"
         case DrainStarted():
             return f"{event.reason}: draining; ranges in flight are committed, and no new ones start"
         case (
@@ -269,6 +275,8 @@ def activity(stats: Stats) -> str:
     if stats.outage_since is not None and stats.outage_left_seconds is not None:
         unreachable = duration(stats.clock() - stats.outage_since)
         return f"unreachable {unreachable}, {duration(stats.outage_left_seconds)} left"
+    if stats.state == "throttled":
+        return f"throttled: {'; '.join(stats.throttles.values())}"
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
     return _ACTIVITIES.get(stats.state, "")

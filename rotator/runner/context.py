@@ -11,6 +11,7 @@ from rotator.postgres.identity import SessionIdentity
 from rotator.postgres.owner import Owner
 from rotator.postgres.table import Condition
 from rotator.postgres.values import ValueSource
+from rotator.runner.gate import Gate
 from rotator.runner.stop import StopSignal
 from rotator.stats import Stats
 
@@ -69,6 +70,7 @@ class RunContext:
     Attributes:
         owner: This process.
         stop_signal: The requests to stop.
+        gate: What a worker passes before each range.
         stats: The statistics of the run.
         notify: Passes an event to the statistics and to the observer.
         on_commit: Is awaited after each commit of rows; None without receivers.
@@ -80,6 +82,7 @@ class RunContext:
     options: RunOptions
     owner: Owner
     stop_signal: StopSignal
+    gate: Gate
     stats: Stats
     notify: Observer
     on_commit: OnCommit | None

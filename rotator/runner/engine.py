@@ -9,12 +9,11 @@ from rotator.aio import unwrap_group
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.ranges import KeyInterval, KeyRange
+from rotator.runner.gate import Gate
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.work_queue import Attempt, WorkQueue
 
 MAX_FAILED_ROWS: Final = 1000
-COMPLETED_BEFORE_GROWTH: Final = 64
-MIN_ROWS: Final = 16
 
 
 class RangePlanner(Protocol):
@@ -49,8 +48,6 @@ class EngineOptions:
     """The limits of an engine.
 
     Attributes:
-        concurrency: The number of workers.
-        batch: The maximum rows in a range; ranges are smaller while the server is too slow for that.
         max_rows: The maximum rows to plan; None for no limit.
         queue_ranges: The maximum planned ranges in the queue, which caps memory.
         waiting_ranges: The number of ranges that wait for a retry at which workers prefer them.
@@ -61,8 +58,6 @@ class EngineOptions:
             other ranges are tried first.
     """
 
-    concurrency: int = 4
-    batch: int = 2000
     max_rows: int | None = None
     queue_ranges: int = 16
     waiting_ranges: int = 16
@@ -72,43 +67,25 @@ class EngineOptions:
     probe_delay_seconds: float = 1.0
 
 
-class BatchSizer:
-    """The size of the next range: halved by a range that is too slow, doubled after many that are not.
-
-    Attributes:
-        batch: The rows in the next range.
-    """
-
-    def __init__(self, max_batch: int) -> None:
-        self.batch = self._max_batch = max_batch
-        self._completed = 0
-
-    def shrink(self, rows: int) -> None:
-        """Plan smaller ranges, since one of this many rows was too slow."""
-        self._completed = 0
-        self.batch = max(min(MIN_ROWS, self._max_batch), min(self.batch, rows // 2))
-
-    def count_completed(self) -> None:
-        """Count a completed range; many of them let the next ranges grow."""
-        self._completed += 1
-        if self.batch < self._max_batch and self._completed >= COMPLETED_BEFORE_GROWTH:
-            self._completed = 0
-            self.batch = min(self._max_batch, self.batch * 2)
-
-
 class Engine:
     """Rewrites intervals of keys by a planner, a bounded queue and several workers."""
 
     def __init__(
-        self, planner: RangePlanner, writer: RangeWriter, *, notify: Observer, options: EngineOptions
+        self,
+        planner: RangePlanner,
+        writer: RangeWriter,
+        gate: Gate,
+        *,
+        notify: Observer,
+        options: EngineOptions,
     ) -> None:
         self._planner = planner
         self._writer = writer
+        self._gate = gate
         self._notify = notify
         self._options = options
         self._failed_rows = 0
         self._has_rotated = False
-        self._sizer = BatchSizer(options.batch)
 
     async def run(self, intervals: Iterable[KeyInterval], drain: asyncio.Event) -> None:
         """Rewrite every range of the intervals, except for rows that the server rejects permanently.
@@ -136,7 +113,7 @@ class Engine:
                 planner = tasks.create_task(self._plan(intervals, queue), name="rotator planner")
                 workers = [
                     tasks.create_task(self._work(queue), name=f"rotator worker {number}")
-                    for number in range(1, options.concurrency + 1)
+                    for number in range(1, self._gate.concurrency + 1)
                 ]
                 await asyncio.wait(workers)
                 # After a drain the planner may still wait for room in the queue.
@@ -147,7 +124,7 @@ class Engine:
         for interval in intervals:
             rest = interval
             while not queue.drain.is_set() and rows_left != 0:
-                batch = self._sizer.batch if rows_left is None else min(self._sizer.batch, rows_left)
+                batch = self._gate.rows if rows_left is None else min(self._gate.rows, rows_left)
                 key_range = await self._next_range(rest, batch, queue)
                 if key_range is None:
                     break
@@ -160,25 +137,30 @@ class Engine:
         await queue.close()
 
     async def _work(self, queue: WorkQueue) -> None:
-        clock = asyncio.get_running_loop().time
         while (attempt := await queue.take()) is not None:
-            started = clock()
-            try:
-                rows = await self._writer.rewrite(attempt.key_range)
-            except RowsLockedError:
-                await self._defer(attempt, queue)
-            except RangeRejectedError as error:
-                await self._retry(attempt, error, queue)
-            else:
-                self._sizer.count_completed()
-                self._has_rotated = self._has_rotated or rows > 0
-                self._notify(
-                    RangeCompleted(
-                        rows=rows,
-                        seconds=clock() - started,
-                        retries=attempt.deferrals + attempt.rejections,
-                    )
+            async with self._gate.passage(queue.drain) as may_begin:
+                if may_begin:
+                    await self._write(attempt, queue)
+
+    async def _write(self, attempt: Attempt, queue: WorkQueue) -> None:
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        try:
+            rows = await self._writer.rewrite(attempt.key_range)
+        except RowsLockedError:
+            await self._defer(attempt, queue)
+        except RangeRejectedError as error:
+            await self._retry(attempt, error, queue)
+        else:
+            self._gate.count_completed()
+            self._has_rotated = self._has_rotated or rows > 0
+            self._notify(
+                RangeCompleted(
+                    rows=rows,
+                    seconds=clock() - started,
+                    retries=attempt.deferrals + attempt.rejections,
                 )
+            )
 
     async def _defer(self, attempt: Attempt, queue: WorkQueue) -> None:
         retry, key_range, deferrals = self._options.retry, attempt.key_range, attempt.deferrals + 1
@@ -195,7 +177,7 @@ class Engine:
         retry, key_range, rejections = self._options.retry, attempt.key_range, attempt.rejections + 1
         is_too_slow = isinstance(error, RangeTooSlowError)
         if is_too_slow:
-            self._sizer.shrink(key_range.rows)
+            self._gate.shrink(key_range.rows)
         step = retry.after_rejection(error, rows=key_range.rows, rejections=rejections)
         if step is NextStep.GIVE_UP:
             self._give_up(key_range, error)

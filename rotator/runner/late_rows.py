@@ -21,6 +21,7 @@ from rotator.postgres.activity import holders
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
+from rotator.runner.gate import Gate
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.stop import StopSignal
 
@@ -73,20 +74,27 @@ class LateRows:
     """
 
     def __init__(
-        self, older_rows: OlderRows, stop_signal: StopSignal, notify: Observer, on_commit: OnCommit | None
+        self,
+        older_rows: OlderRows,
+        gate: Gate,
+        stop_signal: StopSignal,
+        notify: Observer,
+        on_commit: OnCommit | None,
     ) -> None:
         self._older_rows = older_rows
+        self._gate = gate
         self._stop_signal = stop_signal
         self._notify = notify
         self._on_commit = on_commit
         self.rows = 0
 
-    async def rotate_all(self, batch: int) -> int:
+    async def rotate_all(self) -> int:
         """Rotate all of them until a stop is requested, and return the number of rows with new values."""
-        async for rows in self._older_rows.find(batch):
-            await self._rotate(rows)
-            if self._stop_signal.drain.is_set():
-                break
+        async for rows in self._older_rows.find(self._gate.rows):
+            async with self._gate.passage(self._stop_signal.drain) as may_begin:
+                if not may_begin:
+                    break
+                await self._rotate(rows)
         return self.rows
 
     async def _rotate(self, rows: Sequence[OlderRow]) -> None:

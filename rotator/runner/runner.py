@@ -44,6 +44,7 @@ from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
+from rotator.runner.gate import Gate
 from rotator.runner.preflight import check, examine
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
@@ -149,6 +150,7 @@ class Run:
             options=options,
             owner=this_process(),
             stop_signal=self._stop_signal,
+            gate=Gate(concurrency=options.concurrency, rows=options.batch, notify=self._notify),
             stats=self._stats,
             notify=self._notify,
             on_commit=on_commit,

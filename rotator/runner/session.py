@@ -157,7 +157,9 @@ class Session:
             )
             self._limits = update.limits
             writer = PostgresWriter(self._pool, update, owned.lease, self._context.on_commit)
-            await build_engine(planner, writer, options, notify, max_rows=max_rows).run(left, drain)
+            await build_engine(planner, writer, self._context.gate, notify, max_rows=max_rows).run(
+                left, drain
+            )
 
     async def _confirm(self, owned: RotationState) -> bool:
         """Rotate every row that no session has written since the rotation began.
@@ -196,8 +198,8 @@ class Session:
             if not writers.older:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
-            late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
-            rotated = await late_rows.rotate_all(self._context.options.batch)
+            late_rows = LateRows(older_rows, self._context.gate, stop_signal, notify, self._context.on_commit)
+            rotated = await late_rows.rotate_all()
             if stop_signal.drain.is_set() or self._context.stats.rejected_keys:
                 return False
             attempts = 0 if rotated else attempts + 1

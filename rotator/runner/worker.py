@@ -25,6 +25,7 @@ from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.engine import Engine, EngineOptions
+from rotator.runner.gate import Gate
 from rotator.runner.preflight import measured_update, read_target
 from rotator.runner.retry import OutageBudget
 
@@ -39,14 +40,17 @@ IDLE_SECONDS: Final = 3.0
 def build_engine(
     planner: IndexPlanner,
     writer: PostgresWriter,
-    options: RunOptions,
+    gate: Gate,
     notify: Observer,
     *,
     max_rows: int | None = None,
 ) -> Engine:
     """Return the engine that rewrites gaps, for the command and for helpers."""
-    engine_options = EngineOptions(concurrency=options.concurrency, batch=options.batch, max_rows=max_rows)
-    return Engine(planner, writer, notify=notify, options=engine_options)
+    return Engine(planner, writer, gate, notify=notify, options=EngineOptions(max_rows=max_rows))
+
+
+def _ignore(_event: Event) -> None:
+    pass
 
 
 @dataclass
@@ -104,6 +108,7 @@ class Helper:
         self._on_commit = on_commit
         self._should_stop = should_stop
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
+        self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=_ignore)
         self._drain = asyncio.Event()
         self._is_wanted = True
         self._renewed_at = 0.0
@@ -178,7 +183,7 @@ class Helper:
                 connection, table, self._target, self._options.limits, claimed.gaps[0].through, counter
             )
             writer = PostgresWriter(pool, update, claimed.lease, self._on_commit)
-            engine = build_engine(planner, writer, self._options, counter)
+            engine = build_engine(planner, writer, self._gate, counter)
             with unwrap_group():
                 async with asyncio.TaskGroup() as tasks:
                     renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease))

@@ -39,6 +39,7 @@ REPORT_KEYS = {
     "deferrals",
     "retries",
     "outage_seconds",
+    "throttled_seconds",
     "heap_bytes_before",
     "heap_bytes",
     "index_bytes_before",

@@ -12,6 +12,7 @@ from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, R
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.engine import Engine, EngineOptions
+from rotator.runner.gate import Gate
 from rotator.runner.retry import RetryPolicy
 
 RETRY = RetryPolicy()
@@ -76,11 +77,19 @@ class _Rows:
 
 
 def _engine(
-    planner: _Numbers, writer: _Rows, events: list[Event], retry: RetryPolicy = RETRY, **options: int
+    planner: _Numbers,
+    writer: _Rows,
+    events: list[Event],
+    retry: RetryPolicy = RETRY,
+    *,
+    concurrency: int = 4,
+    batch: int = 2000,
+    **options: int,
 ) -> Engine:
     retry = replace(retry, first_delay_seconds=0)
     without_delays = EngineOptions(retry=retry, probe_delay_seconds=0, **options)
-    return Engine(planner, writer, notify=events.append, options=without_delays)
+    gate = Gate(concurrency=concurrency, rows=batch, notify=events.append)
+    return Engine(planner, writer, gate, notify=events.append, options=without_delays)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 50])
@@ -141,6 +150,7 @@ async def test_a_drain_ends_the_waiting_for_a_locked_table() -> None:
     engine = Engine(
         _LockedTable(1000),
         rows,
+        Gate(concurrency=4, rows=2000, notify=notify),
         notify=notify,
         options=EngineOptions(retry=RetryPolicy(first_delay_seconds=1000, max_delay_seconds=1000)),
     )

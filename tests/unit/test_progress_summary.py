@@ -9,9 +9,9 @@ from tests.unit.progress_fakes import stopped
 REJECTED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
 KEYS = (
     "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows unconfirmed_rows "
-    "ranges seconds seconds_total rows_per_second deferrals retries outage_seconds peak_memory_bytes "
-    "concurrency batch heap_bytes_before heap_bytes index_bytes_before index_bytes dead_rows vacuums "
-    "vacuum_seconds resumed rejected_keys error reason spans table_rows table_rows_is_exact "
+    "ranges seconds seconds_total rows_per_second deferrals retries outage_seconds throttled_seconds "
+    "peak_memory_bytes concurrency batch heap_bytes_before heap_bytes index_bytes_before index_bytes "
+    "dead_rows vacuums vacuum_seconds resumed rejected_keys error reason spans table_rows table_rows_is_exact "
     "indexes analyze_statement reindex_statements "
     "unchanged_rows started_at ended_at user host server table filters excludes generator include_null"
 )

@@ -1,0 +1,240 @@
+"""The gate that a worker passes before each range: whether ranges begin, how many, and of which size."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rotator.events import Observer, Throttled, ThrottleEnded
+
+SLOW_SECONDS: Final = 5.0
+COMPLETED_BEFORE_GROWTH: Final = 64
+MIN_ROWS: Final = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hold:
+    """The reason of a source that closes the gate.
+
+    Attributes:
+        reason: One phrase, e.g. ``replica lag 14 s > 10 s``.
+        since: The monotonic time at which the source closed it.
+    """
+
+    reason: str
+    since: float
+
+
+class RangeSizer:
+    """The rows of the next range: halved by a range that is too slow, doubled after many that are not.
+
+    Attributes:
+        rows: The rows of the next range.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self.rows = self._max_rows = max_rows
+        self._completed = 0
+
+    def shrink(self, rows: int) -> None:
+        """Plan smaller ranges, since one of this many rows was too slow."""
+        self._completed = 0
+        self.rows = max(min(MIN_ROWS, self._max_rows), min(self.rows, rows // 2))
+
+    def count_completed(self) -> None:
+        """Count a completed range; many of them let the next ranges grow."""
+        self._completed += 1
+        if self.rows < self._max_rows and self._completed >= COMPLETED_BEFORE_GROWTH:
+            self._completed = 0
+            self.rows = min(self._max_rows, self.rows * 2)
+
+
+class Gate:
+    """Lets workers begin ranges while no throttle closes it, and at most ``workers`` of them at a time.
+
+    Throttles close and open it by ``hold()`` and ``release()``. The options, or an operator, set the upper
+    limits by ``set_limits()``. The controller of the pace allows less than these by ``allow()``. The engine
+    asks it by ``passage()`` and ``rows``.
+    """
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        rows: int,
+        notify: Observer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make an open gate.
+
+        Args:
+            concurrency: The upper limit of workers.
+            rows: The upper limit of rows in a range.
+            notify: Is called with :class:`Throttled` and :class:`ThrottleEnded`.
+            clock: Returns monotonic seconds.
+        """
+        self._concurrency, self._max_rows = concurrency, rows
+        self._allowed_workers: int | None = None
+        self._allowed_rows: int | None = None
+        self._notify = notify
+        self._clock = clock
+        self._holds = dict[str, Hold]()
+        self._sizer = RangeSizer(rows)
+        self._busy = 0
+        self._slow_until = 0.0
+        self._waiting = deque[asyncio.Future[None]]()
+
+    @property
+    def concurrency(self) -> int:
+        """The upper limit of workers."""
+        return self._concurrency
+
+    @property
+    def workers(self) -> int:
+        """The number of workers that may write at the same time now."""
+        return min(self._concurrency, self._allowed_workers or self._concurrency)
+
+    @property
+    def max_rows(self) -> int:
+        """The upper limit of rows in a range."""
+        return self._max_rows
+
+    @property
+    def rows(self) -> int:
+        """The number of rows in the next range."""
+        return min(self._max_rows, self._sizer.rows, self._allowed_rows or self._max_rows)
+
+    @property
+    def busy(self) -> int:
+        """The number of workers that write a range now."""
+        return self._busy
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no throttle closes the gate."""
+        return not self._holds
+
+    @property
+    def holds(self) -> dict[str, Hold]:
+        """The holds by their sources, the oldest first."""
+        return dict(self._holds)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The reasons of the sources that close the gate, the oldest first."""
+        return tuple(hold.reason for hold in self._holds.values())
+
+    def set_limits(self, *, concurrency: int | None = None, rows: int | None = None) -> None:
+        """Change the upper limits; None leaves one unchanged."""
+        if concurrency is not None:
+            self._concurrency = concurrency
+        if rows is not None:
+            self._max_rows, self._sizer = rows, RangeSizer(rows)
+        self._admit()
+
+    def allow(self, *, workers: int | None, rows: int | None) -> None:
+        """Allow less than the upper limits; None for no other limit."""
+        self._allowed_workers, self._allowed_rows = workers, rows
+        self._admit()
+
+    def shrink(self, rows: int) -> None:
+        """Plan smaller ranges, since one of this many rows was too slow."""
+        self._sizer.shrink(rows)
+
+    def count_completed(self) -> None:
+        """Count a completed range; many of them let the next ranges grow."""
+        self._sizer.count_completed()
+
+    def hold(self, source: str, reason: str) -> None:
+        """Close the gate: no more ranges begin, and those in flight are finished.
+
+        Call it again with the same source to change the reason, e.g. because its value has changed.
+
+        Args:
+            source: The name of the throttle, which releases it.
+            reason: One phrase of the form ``signal value > limit``.
+        """
+        held = self._holds.get(source)
+        if held is not None and held.reason == reason:
+            return
+        self._holds[source] = Hold(reason=reason, since=self._clock() if held is None else held.since)
+        self._notify(Throttled(source=source, reason=reason, is_new=held is None))
+
+    def release(self, source: str, *, slowly: bool = True) -> None:
+        """Open the gate, unless another source closes it; a source that does not hold it may call this too.
+
+        Args:
+            source: The name of the throttle.
+            slowly: Whether to begin at half speed: for some seconds, each worker pauses after a range for as
+                long as the range took. Pauses lower the WAL and the lag.
+        """
+        held = self._holds.pop(source, None)
+        if held is None:
+            return
+        now = self._clock()
+        if slowly:
+            self._slow_until = now + SLOW_SECONDS
+        self._notify(ThrottleEnded(source=source, reason=held.reason, seconds=now - held.since))
+        self._admit()
+
+    @asynccontextmanager
+    async def passage(self, drain: asyncio.Event) -> AsyncIterator[bool]:
+        """Wait until a range may begin, and count the worker as busy until the block ends.
+
+        Workers pass in the order in which they came. The result is False where a drain began before: then no
+        range may begin.
+        """
+        if not await self._enter(drain):
+            yield False
+            return
+        started = self._clock()
+        try:
+            yield True
+            if (now := self._clock()) < self._slow_until:
+                await _wait(drain, now - started)
+        finally:
+            self._leave()
+
+    async def _enter(self, drain: asyncio.Event) -> bool:
+        if drain.is_set():
+            return False
+        if self._has_room and not self._waiting:
+            self._busy += 1
+            return True
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(admitted)
+        draining = asyncio.create_task(drain.wait(), name="rotator wait for a drain")
+        either: list[asyncio.Future[Any]] = [admitted, draining]
+        may_begin = False
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            may_begin = admitted.done() and not drain.is_set()
+        finally:
+            draining.cancel()
+            if not admitted.done():
+                self._waiting.remove(admitted)
+            elif not may_begin:
+                self._leave()
+        return may_begin
+
+    @property
+    def _has_room(self) -> bool:
+        return self.is_open and self._busy < self.workers
+
+    def _admit(self) -> None:
+        while self._waiting and self._has_room:
+            self._busy += 1
+            self._waiting.popleft().set_result(None)
+
+    def _leave(self) -> None:
+        self._busy -= 1
+        self._admit()
+
+
+async def _wait(drain: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await drain.wait()
