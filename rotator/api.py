@@ -39,6 +39,7 @@ from rotator.postgres.connection import Server
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
 from rotator.postgres.values import FromRows
+from rotator.progress.text import stopped_by
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
 from rotator.runner.runner import Run
@@ -87,7 +88,8 @@ class RotationUnfinishedError(RotatorError):
     """
 
     def __init__(self, stopped: RotationStopped) -> None:
-        super().__init__(stopped.error or f"Stopped by {stopped.stop_reason}.")
+        reason = stopped_by(stopped.stop_reason, stopped.cancelled_by)
+        super().__init__(stopped.error or f"The run was {reason}.")
         self.stopped = stopped
 
 

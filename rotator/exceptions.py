@@ -53,8 +53,8 @@ class RevisionError(RotatorError):
     def __init__(self, rotation: int, seen: int, present: int, changed_by: str) -> None:
         by = f", by {changed_by}" if changed_by else ""
         super().__init__(
-            f"Rotation {rotation} was changed since revision {seen}: it has revision {present}{by}. Look at it "
-            f"with rotations {rotation}, then repeat the change with --revision {present}."
+            f"Rotation {rotation} was changed since revision {seen}: its revision is {present}{by}. Look at "
+            f"it with rotations {rotation}, then repeat the change with --revision {present}."
         )
 
 

@@ -7,6 +7,7 @@ from django.db import models, transaction
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
+from rotator.events import ActionKind
 from rotator.exceptions import RevisionError
 
 _UNFINISHED: Final = ("running", "queued", "interrupted", "failed")
@@ -275,7 +276,7 @@ class Control(models.Model):
     def change(
         cls,
         rotation: Rotation,
-        action: "Action.Kind",
+        action: ActionKind,
         values: Mapping[str, object],
         *,
         by: str,
@@ -285,7 +286,7 @@ class Control(models.Model):
 
         Args:
             rotation: The rotation.
-            action: The kind of the change, for the log.
+            action: The kind of the change.
             values: The new values, by the names of the fields.
             by: The user.
             revision: The revision that the user has seen; None to change any.
@@ -296,52 +297,38 @@ class Control(models.Model):
         Raises:
             RevisionError: Another user has changed the row since that revision.
         """
-        database = rotation._state.db
+        database = rotation._state.db  # noqa: SLF001 - documented by Django
         with transaction.atomic(using=database):
             rows = cls.objects.using(database)
             rows.get_or_create(rotation=rotation)
             # Locks the row: two users at once get different revisions.
-            control = rows.select_for_update().get(rotation=rotation)
-            if revision is not None and control.revision != revision:
-                raise RevisionError(rotation.pk, revision, control.revision, control.changed_by)
-            control.revision += 1
-            control.changed_by = by
-            match action:
-                case Action.Kind.PAUSED:
-                    control.paused_by = by
-                case Action.Kind.CANCELLED:
-                    control.cancel_revision, control.cancelled_by = control.revision, by
-                case _:
-                    pass
-            for name, value in values.items():
-                setattr(control, name, value)
-            control.save()
-            rows.filter(rotation=rotation).update(changed_at=Now())
-            detail = " ".join(f"{name}={value}" for name, value in values.items() if name != "paused")
-            Action.objects.using(database).create(rotation=rotation, kind=action, by=by, detail=detail)
-        return control
+            present = rows.select_for_update().get(rotation=rotation)
+            if revision is not None and present.revision != revision:
+                raise RevisionError(rotation.pk, revision, present.revision, present.changed_by)
+            following = present.revision + 1
+            signed: dict[str, object] = {}
+            if action is ActionKind.PAUSED:
+                signed = {"paused_by": by}
+            elif action is ActionKind.CANCELLED:
+                signed = {"cancelled_by": by, "cancel_revision": following}
+            rows.filter(rotation=rotation).update(
+                **values, **signed, revision=following, changed_by=by, changed_at=Now()
+            )
+            Action.objects.using(database).create(
+                rotation=rotation,
+                kind=action,
+                by=by,
+                detail=" ".join(f"{name}={value}" for name, value in values.items() if name != "paused"),
+            )
+            return rows.get(rotation=rotation)
 
 
 class Action(models.Model):
     """What a user or a process did with a rotation, for ``rotations ID --log``."""
 
-    class Kind(models.TextChoices):
-        """The kind of an action."""
-
-        STARTED = "started"
-        RESUMED = "resumed"
-        TAKEN_OVER = "taken over"
-        PAUSED = "paused"
-        UNPAUSED = "pause ended"
-        CHANGED = "changed"
-        CANCELLED = "cancelled"
-        STOPPED = "stopped"
-        COMPLETED = "completed"
-        ABANDONED = "abandoned"
-
     rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="actions")
-    kind = models.CharField(max_length=16, choices=Kind)
-    by = models.CharField(max_length=255, default="", blank=True, help_text="The user, and where known the process.")
+    kind = models.CharField(max_length=16, choices=[(kind.value, kind.value) for kind in ActionKind])
+    by = models.CharField(max_length=255, default="", blank=True, help_text="The user or the process.")
     detail = models.TextField(default="", blank=True, help_text="One phrase, never a value of the column.")
     at = models.DateTimeField(db_default=Now())
 

@@ -19,11 +19,13 @@ from rotator.events import (
     DrainStarted,
     EndStatus,
     Event,
+    HorizonHeld,
     IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
     LimitRaised,
+    LimitsChanged,
     LockHeld,
     OutageEnded,
     OutageStarted,
@@ -224,6 +226,8 @@ class Stats:
     table_rows: tuple[int | None, bool] = (None, True)
     _rate: RecentRate = field(default_factory=RecentRate)
     _throttled_since: dict[str, float] = field(default_factory=dict)
+    _held_since: float | None = None
+    _held_seconds: float = 0.0
     _deferred_at: float | None = None
     _began_at: float = field(init=False)
     _ended_at: float | None = None
@@ -270,6 +274,8 @@ class Stats:
                 self.rejected_keys.clear()
                 self._rate.restart()
             case Throttled():
+                if self._held_since is None:
+                    self._held_since = self.clock()
                 self.throttles[event.source] = event.reason
                 if event.is_new:
                     self._throttled_since[event.source] = self.clock()
@@ -278,6 +284,9 @@ class Stats:
                 self._throttled_since.pop(event.source, None)
                 before = self.throttled_seconds.get(event.source, 0.0)
                 self.throttled_seconds[event.source] = before + event.seconds
+                if not self.throttles and self._held_since is not None:
+                    self._held_seconds += self.clock() - self._held_since
+                    self._held_since = None
             case LateCommitsAwaited():
                 self.holders = event.holders
             case LateCommitsOver():
@@ -313,6 +322,8 @@ class Stats:
                 | ReceiverFailed()
                 | LimitRaised()
                 | LockHeld()
+                | LimitsChanged()
+                | HorizonHeld()
                 | Tick()
             ):
                 pass
@@ -379,6 +390,11 @@ class Stats:
         return max(0.0, self.outage_budget_seconds - (self.clock() - self.outage_since))
 
     @property
+    def held_seconds(self) -> float:
+        """The time in which one or more throttles have held this run until now."""
+        return self._held_seconds + (0.0 if self._held_since is None else self.clock() - self._held_since)
+
+    @property
     def throttled_so_far(self) -> dict[str, float]:
         """The seconds that each throttle has held the run until now, by its name."""
         now = self.clock()
@@ -442,6 +458,7 @@ class Stats:
         error: str,
         superseded: bool,
         run: RunFacts,
+        cancelled_by: str = "",
     ) -> RotationStopped:
         """Return the event that ends a run, which must have started."""
         started = self.started
@@ -483,6 +500,7 @@ class Stats:
             analyze_statement=self.analyze_statement,
             reindex_statements=self.reindex_statements,
             throttled_seconds=self.throttled_so_far,
+            cancelled_by=cancelled_by,
         )
 
 

@@ -58,6 +58,9 @@ class Gate:
     Throttles close and open it by ``hold()`` and ``release()``. The options, or an operator, set the upper
     limits by ``set_limits()``. The controller of the pace allows less than these by ``allow()``. The engine
     asks it by ``passage()`` and ``rows``.
+
+    Attributes:
+        most_workers: The upper limit of workers at the start; no later limit is higher.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class Gate:
             notify: Is called with :class:`Throttled` and :class:`ThrottleEnded`.
             clock: Returns monotonic seconds.
         """
-        self._concurrency, self._max_rows = concurrency, rows
+        self.most_workers = self._concurrency = concurrency
+        self._max_rows = rows
         self._allowed_workers: int | None = None
         self._allowed_rows: int | None = None
         self._notify = notify
@@ -130,7 +134,7 @@ class Gate:
     def set_limits(self, *, concurrency: int | None = None, rows: int | None = None) -> None:
         """Change the upper limits; None leaves one unchanged."""
         if concurrency is not None:
-            self._concurrency = concurrency
+            self._concurrency = min(concurrency, self.most_workers)
         if rows is not None:
             self._max_rows, self._sizer = rows, RangeSizer(rows)
         self._admit()
