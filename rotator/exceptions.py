@@ -47,6 +47,10 @@ class RotationRepeatedError(OptionError):
         self.rotation = rotation
 
 
+class RequestError(RotatorError):
+    """A rotation cannot do what a user requests; nothing was changed."""
+
+
 class RevisionError(RotatorError):
     """A change was based on an older revision of the control row; nothing was changed."""
 

@@ -49,6 +49,25 @@ def read_rows_or_duration(name: str, value: Duration | None) -> tuple[int | None
     return None, read_duration(name, value)
 
 
+def read_setting(name: str, text: str) -> object:
+    """Check the value of a setting that a user changes while a rotation runs.
+
+    Args:
+        name: ``pace``, ``concurrency`` or ``batch``.
+        text: The value; ``default`` for that of the run.
+
+    Returns:
+        The value for the control row.
+    """
+    if name == "pace":
+        return "" if text == "default" else text
+    if text == "default":
+        return None
+    if not re.fullmatch(r"[0-9_]+", text):
+        raise OptionError(f"{name} must be a number or default, not '{text}'.")
+    return _in_range(name, int(text))
+
+
 def _seconds(value: Duration) -> float | None:
     if isinstance(value, timedelta):
         return value.total_seconds()
@@ -194,6 +213,11 @@ class RunOptions:
         _in_range("concurrency", checked.concurrency)
         _in_range("batch", checked.batch)
         return checked
+
+    @property
+    def has_throttles(self) -> bool:
+        """Whether the owner reads signals that can hold the rotation."""
+        return False
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "RunOptions":

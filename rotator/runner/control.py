@@ -12,6 +12,9 @@ from rotator.postgres.control import Requested
 from rotator.runner.gate import Gate
 
 PAUSE: Final = "pause"
+OWNER: Final = "owner"
+# A heartbeat comes each second.
+SILENT_SECONDS: Final = 5.0
 SIGNAL: Final = "SIGUSR1"
 
 
@@ -56,6 +59,20 @@ class LiveControl:
             self._answered = requested.cancel_revision
             self._cancel(requested.cancelled_by)
         self.revision = requested.revision
+
+    def follow_owner(self, requested: Requested) -> None:
+        """Apply the requests, and what holds the owner, in a helper.
+
+        The owner alone reads the throttles. Where there are any, a silent owner is an unknown value.
+        """
+        self.apply(requested)
+        reason, silent_seconds = requested.throttle_reason, requested.silent_seconds
+        if not reason and self._options.has_throttles and silent_seconds > SILENT_SECONDS:
+            reason = f"no heartbeat of the owner for {silent_seconds:.0f} s > {SILENT_SECONDS:.0f} s"
+        if reason:
+            self._gate.hold(OWNER, reason)
+        else:
+            self._gate.release(OWNER)
 
     def _limit(self, requested: Requested) -> None:
         gate, options = self._gate, self._options

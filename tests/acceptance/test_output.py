@@ -102,6 +102,9 @@ EVENT_KEYS = {
         "stopped_at",
         "concurrency",
         "batch",
+        "deferrals_before",
+        "retries_before",
+        "throttled_seconds_before",
         "resumed",
     },
     "progress": {
@@ -118,7 +121,7 @@ EVENT_KEYS = {
         "rejected_rows",
         "outage_left_seconds",
     },
-    "drain_started": {"reason"},
+    "drain_started": {"reason", "by"},
     "stopped": REPORT_KEYS,
 }
 CONTROL = re.compile(r"[^\n -~]")
