@@ -13,6 +13,7 @@ from rotator.postgres.table import Condition
 from rotator.postgres.values import ValueSource
 from rotator.runner.gate import Gate
 from rotator.runner.stop import StopSignal
+from rotator.runner.throttles import ThrottleSources
 from rotator.stats import Stats
 
 AskForHelp: TypeAlias = Callable[[int, int], Awaitable[None]]
@@ -45,6 +46,7 @@ class RunTarget:
         bypassed: The effects of ``save()`` that the update does not have, one phrase each.
         warnings: The warnings about the names of the fields, one sentence each.
         session: The identity of Django's own session; None while it is unknown.
+        throttles: The replicas and callables of the project that can hold the rotation.
     """
 
     label: str
@@ -61,6 +63,7 @@ class RunTarget:
     bypassed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     session: SessionIdentity | None = None
+    throttles: ThrottleSources = field(default_factory=ThrottleSources)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

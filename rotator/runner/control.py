@@ -60,14 +60,16 @@ class LiveControl:
             self._cancel(requested.cancelled_by)
         self.revision = requested.revision
 
-    def follow_owner(self, requested: Requested) -> None:
+    def follow_owner(self, requested: Requested, *, has_throttles: bool) -> None:
         """Apply the requests, and what holds the owner, in a helper.
 
-        The owner alone reads the throttles. Where there are any, a silent owner is an unknown value.
+        Args:
+            requested: What was read.
+            has_throttles: Whether the owner reads throttles, so that they are unknown while it is silent.
         """
         self.apply(requested)
         reason, silent_seconds = requested.throttle_reason, requested.silent_seconds
-        if not reason and self._options.has_throttles and silent_seconds > SILENT_SECONDS:
+        if not reason and has_throttles and silent_seconds > SILENT_SECONDS:
             reason = f"no heartbeat of the owner for {silent_seconds:.0f} s > {SILENT_SECONDS:.0f} s"
         if reason:
             self._gate.hold(OWNER, reason)

@@ -49,11 +49,13 @@ from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.gate import Gate
+from rotator.runner.horizon import HorizonWatch
 from rotator.runner.preflight import check, examine
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session, figures_of
 from rotator.runner.stop import StopSignal
+from rotator.runner.throttles import Throttles
 from rotator.runner.vacuum import Vacuuming
 from rotator.stats import Stats
 
@@ -167,6 +169,8 @@ class Run:
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._acquired: Acquired | None = None
         self._table: TargetTable | None = None
+        self._throttles = Throttles(options, target.throttles)
+        self._horizon = HorizonWatch(self._notify)
         self._vacuuming = Vacuuming(self._context)
         self._reindexing = Reindexing(self._context)
         self._lock_watch = LockWatch(self._notify)
@@ -347,6 +351,14 @@ class Run:
                         self._notify_started(session_work, owned)
                         # A pause survives the end of a process: it applies before the first range.
                         await self._beat_once(control, acquired)
+                        rotation = acquired.lease.rotation
+                        await self._throttles.look(control, rotation, self._gate)
+                        throttles = tasks.create_task(
+                            self._throttles.watch(control, rotation, self._gate), name="rotator throttles"
+                        )
+                        horizon = tasks.create_task(
+                            self._horizon.watch(control), name="rotator watch of the xmin horizon"
+                        )
                         vacuum = tasks.create_task(
                             self._vacuuming.run_during_rotation(control, table, rows_total=owned.rows_total),
                             name="rotator VACUUM",
@@ -356,6 +368,8 @@ class Run:
                         )
                         status = await session_work.work(owned)
                         locks.cancel()
+                        throttles.cancel()
+                        horizon.cancel()
                         vacuum.cancel()
                         heart.cancel()
                 # The heartbeat has ended: it would report a completed rotation as lost.
@@ -373,7 +387,7 @@ class Run:
         self._live.apply(await read_requested(control, acquired.lease.rotation))
         # Helpers read a pause from the control row.
         held = [hold for source, hold in self._gate.holds.items() if source != PAUSE]
-        await rotations.beat(
+        beat_at = await rotations.beat(
             control,
             acquired.lease,
             rows_done=self._stats.rows_done,
@@ -384,6 +398,7 @@ class Run:
                 throttled_seconds=time.monotonic() - held[0].since if held else 0.0,
             ),
         )
+        self._throttles.note_beat(beat_at)
 
     def _notify_started(self, session_work: Session, owned: RotationState) -> None:
         self._notify_outage_ended(owned)

@@ -219,7 +219,9 @@ class Helper:
     async def _look(self, connection: AsyncConnection) -> None:
         """Apply what users request, and what holds the owner, once a second."""
         if time.monotonic() - self._looked_at >= LOOK_SECONDS:
-            self._live.follow_owner(await read_requested(connection, self._lease.rotation))
+            requested = await read_requested(connection, self._lease.rotation)
+            has_throttles = self._options.has_throttles or bool(self._target.throttles.calls)
+            self._live.follow_owner(requested, has_throttles=has_throttles)
             self._looked_at = time.monotonic()
 
     async def _renew(self, connection: AsyncConnection, lease: Lease) -> None:
