@@ -340,9 +340,10 @@ class RotateOptions(TypedDict, total=False):
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
-        max_lag: Begin no range while a replica of ``lag_of`` lags more than this.
-        lag_of: Django's aliases of the replicas.
-        max_unarchived_wal: Begin no range while more WAL than this, e.g. ``1GB``, waits for the archiver.
+        max_lag: Begin no range while a replica lags more than this. The lag is that of the rotation's
+            heartbeat.
+        lag_of: The aliases in DATABASES of the replicas that max_lag applies to.
+        max_unarchived_wal: Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.
         max_slot_wal: Begin no range while a replication slot keeps more WAL than this.
     """
 
@@ -458,11 +459,10 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     ),
     "max_lag": _value(
         "TIME",
-        "Begin no range while a replica lags more than this; see --lag-of. The lag is that of the rotation's "
-        "heartbeat.",
+        "Begin no range while a replica lags more than this. The lag is that of the rotation's heartbeat.",
         default=None,
     ),
-    "lag_of": _list("ALIAS", "The alias in DATABASES of a replica for --max-lag."),
+    "lag_of": _list("ALIAS", "The alias in DATABASES of a replica that --max-lag applies to."),
     "max_unarchived_wal": _value(
         "SIZE", "Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.", default=None
     ),

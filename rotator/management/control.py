@@ -91,11 +91,9 @@ def send(rotation: Rotation, request: Request, *, by: str, revision: int | None)
     if request.kind is ActionKind.CANCELLED and not is_owned:
         raise RequestError(f"{name} is {rotation.status}: no process works on it, so nothing is cancelled.")
     options, present = RunOptions.from_json(rotation.options), control_of(rotation)
-    batch, pace = (
-        request.values.get(name, getattr(present, name)) or getattr(options, name)
-        for name in ("batch", "pace")
-    )
-    check_batch(batch, pace)
+    settings = {"batch": present.batch, "pace": present.pace} | request.values
+    batch, pace = settings["batch"] or options.batch, settings["pace"] or options.pace
+    check_batch(int(str(batch)), str(pace))
     workers = options.concurrency
     wanted = request.values.get("concurrency")
     if is_owned and isinstance(wanted, int) and wanted > workers:
