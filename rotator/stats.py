@@ -343,7 +343,7 @@ class Stats:
         self.rows_done += rows
         self.ranges += ranges
         self.holders = ()
-        self._rate.add(rows, now=now, seconds=seconds)
+        self._rate.add(rows, now=self._rate_clock(), seconds=seconds)
         self._last_range_at = now
         if self._first_range_at is None:
             self._first_range_at = now - seconds
@@ -408,6 +408,10 @@ class Stats:
         is_limited = self.pace is not None and self.pace.is_limited
         return self._limited_seconds + (self.clock() - self._pace_at if is_limited else 0.0)
 
+    def _rate_clock(self) -> float:
+        """Return a time that stands still while the run is throttled, so that throttles are no stall."""
+        return self.clock() - self.held_seconds
+
     @property
     def throttled_so_far(self) -> dict[str, float]:
         """The seconds that each throttle has held the run until now, by its name."""
@@ -418,17 +422,17 @@ class Stats:
 
     @property
     def rows_per_second(self) -> float | None:
-        """The recent rate; None while it is unknown or the server is unreachable."""
-        return None if self.outage_since is not None else self._rate.rows_per_second(self.clock())
+        """The recent rate, without throttled time; None while unknown or the server is unreachable."""
+        return None if self.outage_since is not None else self._rate.rows_per_second(self._rate_clock())
 
     @property
     def eta_seconds(self) -> float | None:
         """The time until every row is done; None while it is unknown or the run does not write."""
         now, rows_left = self.clock(), self.rows_total - self.rows_done
         estimate_is_exceeded = rows_left <= 0 and not self.rows_total_is_exact
-        if self.state not in ("rotating", "finishing") or estimate_is_exceeded:
+        if self.state not in ("rotating", "finishing", "throttled") or estimate_is_exceeded:
             return None
-        eta_seconds = self._rate.eta_seconds(rows_left, now)
+        eta_seconds = self._rate.eta_seconds(rows_left, self._rate_clock())
         is_deferred = self._deferred_at is not None and now - self._deferred_at < LOCK_SECONDS
         if eta_seconds is not None and is_deferred and eta_seconds < LOCK_SECONDS:
             # The remaining rows may be the locked ones.

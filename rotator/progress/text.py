@@ -312,10 +312,19 @@ def activity(stats: Stats) -> str:
         unreachable = duration(stats.clock() - stats.outage_since)
         return f"unreachable {unreachable}, {duration(stats.outage_left_seconds)} left"
     if stats.state == "throttled":
-        return f"throttled: {'; '.join(stats.throttles.values())}"
+        return throttled(stats)[0]
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
     return _ACTIVITIES.get(stats.state, "")
+
+
+def throttled(stats: Stats) -> list[str]:
+    """Return the texts for a run that is throttled now, the longest first."""
+    so_far = f"throttled {duration(stats.held_seconds)} so far"
+    full = f"{so_far} ({'; '.join(stats.throttles.values())})"
+    if stats.eta_seconds is not None:
+        full = f"ETA {duration(stats.eta_seconds)} at the current rate; {full}"
+    return [full, so_far, "throttled"]
 
 
 def unconfirmed(rows: int | None) -> str:
