@@ -276,9 +276,8 @@ def main() -> None:
         "(default: all)",
     )
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the changing load, as SVG or PNG")
-    parser.set_defaults(settings="default")
     options = parser.parse_args()
-    run_script(lambda server: _measure(server, options), settings=options.settings)
+    run_script(lambda server: _measure(server, options), server=options.server)
 
 
 def _measure(server: Server, options: argparse.Namespace) -> bool:

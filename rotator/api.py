@@ -19,7 +19,7 @@ from django.apps import apps
 from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from rotator.apps import default_target
+from rotator.apps import default_target, throttle_paths
 from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
@@ -34,11 +34,13 @@ from rotator.fields.connections import (
 from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
 from rotator.fields.target import find_fields, resolve
+from rotator.fields.throttles import find_sources
 from rotator.options import RotateOptions, RunOptions, Selection
 from rotator.postgres.connection import Server
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
 from rotator.postgres.values import FromRows
+from rotator.progress.text import stopped_by
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
 from rotator.runner.runner import Run
@@ -87,7 +89,8 @@ class RotationUnfinishedError(RotatorError):
     """
 
     def __init__(self, stopped: RotationStopped) -> None:
-        super().__init__(stopped.error or f"Stopped by {stopped.stop_reason}.")
+        reason = stopped_by(stopped.stop_reason, stopped.cancelled_by)
+        super().__init__(stopped.error or f"The run was {reason}.")
         self.stopped = stopped
 
 
@@ -189,8 +192,10 @@ def prepare(
     if session.table_schema is not None:
         # The search path of the rotator's own sessions may be another one.
         path = (session.table_schema, path[-1])
-    target = replace(target, source=source, path=path, session=session)
-    return Prepared(target=target, options=options, server=server_of(connection, session))
+    server = server_of(connection, session)
+    throttles = find_sources(options.lag_of, throttle_paths(), server)
+    target = replace(target, source=source, path=path, session=session, throttles=throttles)
+    return Prepared(target=target, options=options, server=server)
 
 
 def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrapper:

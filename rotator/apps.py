@@ -1,7 +1,7 @@
 """The Django app: its configuration, its system checks and the ``ROTATOR`` setting."""
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from django.apps import AppConfig
 from django.conf import settings
@@ -10,14 +10,14 @@ from django.db import connections
 
 from rotator.exceptions import OptionError, TargetError
 
-KEYS: Final = ("DEFAULT_TARGET", "CELERY_APP")
+KEYS: Final = ("DEFAULT_TARGET", "CELERY_APP", "THROTTLES")
 
 
-def read_setting() -> Mapping[str, str]:
+def read_setting() -> Mapping[str, Any]:
     """Return the setting ``ROTATOR``; empty if the project has none.
 
     Raises:
-        OptionError: It is not a dictionary of strings, or has an unknown key.
+        OptionError: It is not a dictionary of strings and of a list of throttles, or has an unknown key.
     """
     setting: object = getattr(settings, "ROTATOR", {})
     if not isinstance(setting, dict):
@@ -25,12 +25,25 @@ def read_setting() -> Mapping[str, str]:
     unknown = sorted(str(key) for key in setting if key not in KEYS)
     if unknown:
         raise OptionError(
-            f"The setting ROTATOR has an unknown key {', '.join(unknown)}. The keys are {' and '.join(KEYS)}."
+            f"The setting ROTATOR has an unknown key {', '.join(unknown)}. The keys are "
+            f"{', '.join(KEYS[:-1])} and {KEYS[-1]}."
         )
     for key, value in setting.items():
-        if not isinstance(value, str):
+        if key == "THROTTLES":
+            if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
+                raise OptionError('ROTATOR["THROTTLES"] is not a list of dotted paths.')
+        elif not isinstance(value, str):
             raise OptionError(f'ROTATOR["{key}"] is not a string.')
     return setting
+
+
+def throttle_paths() -> tuple[str, ...]:
+    """Return the dotted paths of the setting's throttles; empty if the setting has none.
+
+    Raises:
+        OptionError: The setting is not valid.
+    """
+    return tuple(read_setting().get("THROTTLES", ()))
 
 
 def default_target() -> tuple[str, ...]:
@@ -45,7 +58,7 @@ def default_target() -> tuple[str, ...]:
 def check_setting(**_: object) -> list[CheckMessage]:
     """Check ``settings.ROTATOR``."""
     try:
-        labels = default_target()
+        labels, paths = default_target(), throttle_paths()
     except OptionError as error:
         return [Error(str(error), id="rotator.E001")]
     if labels:
@@ -55,6 +68,14 @@ def check_setting(**_: object) -> list[CheckMessage]:
             find_fields(labels)
         except TargetError as error:
             return [Error(f'ROTATOR["DEFAULT_TARGET"]: {error}', id="rotator.E002")]
+    if paths:
+        from rotator.fields.throttles import check_callable  # noqa: PLC0415 - imports the driver
+
+        try:
+            for path in paths:
+                check_callable(path)
+        except OptionError as error:
+            return [Error(str(error), id="rotator.E003")]
     return []
 
 

@@ -179,6 +179,22 @@ class StopReason(StrEnum):
     SIGHUP = "SIGHUP"
     WORKER_SHUTDOWN = "shutdown of the Celery worker"
     CANCELLED = "cancellation by the calling program"
+    CANCEL = "rotations cancel"
+
+
+class ActionKind(StrEnum):
+    """What a user or a process did with a rotation, as the database stores it."""
+
+    STARTED = "started"
+    RESUMED = "resumed"
+    TAKEN_OVER = "taken over"
+    PAUSED = "paused"
+    PAUSE_ENDED = "pause ended"
+    CHANGED = "changed"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+    COMPLETED = "completed"
+    ABANDONED = "abandoned"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,6 +247,9 @@ class RotationStarted:
         concurrency: The maximum number of workers.
         batch: The maximum number of rows in a range.
         pace: The name of the pace.
+        deferrals_before: Deferrals of earlier runs.
+        retries_before: Retries of earlier runs.
+        throttled_seconds_before: The time in which throttles held earlier runs.
     """
 
     rotation: int
@@ -243,6 +262,9 @@ class RotationStarted:
     stopped_at: datetime | None
     concurrency: int
     batch: int
+    deferrals_before: int = 0
+    retries_before: int = 0
+    throttled_seconds_before: float = 0.0
     pace: str = "balanced"
 
     @property
@@ -618,10 +640,42 @@ class ThrottleEnded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsChanged:
+    """A user has changed the limits of the running rotation.
+
+    Attributes:
+        concurrency: The most workers.
+        batch: The most rows in a range.
+        by: The user.
+    """
+
+    concurrency: int
+    batch: int
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HorizonHeld:
+    """Other sessions, slots, replicas or prepared transactions keep VACUUM from removing dead rows.
+
+    Attributes:
+        holders: One phrase for each of them, the oldest first.
+    """
+
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted:
-    """The run stops: ranges in flight are committed, and no new ones start."""
+    """The run stops: ranges in flight are committed, and no new ones start.
+
+    Attributes:
+        reason: The reason.
+        by: The user who cancelled the rotation; empty for any other reason.
+    """
 
     reason: StopReason
+    by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -687,6 +741,7 @@ class RotationStopped:
         storage_before: The table's disk space when this run began; None where unknown.
         storage: The table's disk space now; None where unknown.
         stop_reason: The reason of a stop that was requested; None for any other end.
+        cancelled_by: The user who cancelled the rotation; empty where no user did.
         error: One sentence on the error; empty where there was none.
         superseded: Whether another process has taken the rotation over.
         spans: The key intervals that an unfinished rotation has written, in key order.
@@ -732,6 +787,7 @@ class RotationStopped:
     analyze_statement: str = ""
     reindex_statements: tuple[str, ...] = ()
     throttled_seconds: Mapping[str, float] = field(default_factory=dict)
+    cancelled_by: str = ""
     pace: str = "balanced"
     limited_seconds: float = 0.0
 
@@ -744,6 +800,9 @@ class RotationStopped:
             return 1
         if self.stop_reason is StopReason.STOP_AFTER:
             return 0
+        if self.stop_reason is StopReason.CANCEL:
+            # It ends like Ctrl-C.
+            return 128 + Signals.SIGINT
         return 128 + Signals[self.stop_reason] if self.stop_reason in Signals.__members__ else 1
 
 
@@ -780,6 +839,8 @@ Event: TypeAlias = (
     | PaceChanged
     | Throttled
     | ThrottleEnded
+    | LimitsChanged
+    | HorizonHeld
     | DrainStarted
     | Tick
     | RotationStopped

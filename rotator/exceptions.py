@@ -47,6 +47,21 @@ class RotationRepeatedError(OptionError):
         self.rotation = rotation
 
 
+class RequestError(RotatorError):
+    """A rotation cannot do what a user requests; nothing was changed."""
+
+
+class RevisionError(RotatorError):
+    """A change was based on an older revision of the control row; nothing was changed."""
+
+    def __init__(self, rotation: int, seen: int, present: int, changed_by: str) -> None:
+        by = f", by {changed_by}" if changed_by else ""
+        super().__init__(
+            f"Rotation {rotation} was changed since revision {seen}: its revision is {present}{by}. Look at "
+            f"it with rotations {rotation}, then repeat the change with --revision {present}."
+        )
+
+
 class OwnedElsewhereError(RotatorError):
     """A living process owns the rotation; nothing was changed."""
 

@@ -1,10 +1,14 @@
 """The tables of the rotator, with the constraints that its SQL relies on."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
-from django.db import models
+from django.db import models, transaction
 from django.db.models import F, Q
 from django.db.models.functions import Now
+
+from rotator.events import ActionKind
+from rotator.exceptions import RevisionError
 
 _UNFINISHED: Final = ("running", "queued", "interrupted", "failed")
 
@@ -67,6 +71,26 @@ class Rotation(models.Model):
         null=True,
         help_text="Rows that other sessions or triggers wrote last, counted at completion.",
     )
+    deferrals = models.BigIntegerField(
+        default=0, db_default=0, help_text="How often a range was deferred because of locks, over all runs."
+    )
+    retries = models.BigIntegerField(
+        default=0, db_default=0, help_text="How often a range was retried after an error, over all runs."
+    )
+    throttled_seconds = models.FloatField(
+        default=0.0, db_default=0.0, help_text="The time in which throttles held the rotation, over all runs."
+    )
+    throttle_reason = models.TextField(
+        default="",
+        db_default="",
+        blank=True,
+        help_text="What holds the rotation now, except for a pause; empty where nothing does.",
+    )
+    throttled_since = models.DateTimeField(null=True, help_text="The time since which it is held.")
+    applied_revision = models.BigIntegerField(
+        default=0, db_default=0, help_text="The revision of the control row that the owner has applied."
+    )
+    applied_at = models.DateTimeField(null=True, help_text="The time at which the owner applied it.")
     started_at = models.DateTimeField(db_default=Now())
     updated_at = models.DateTimeField(db_default=Now(), help_text="The owner's heartbeat.")
     finished_at = models.DateTimeField(null=True)
@@ -115,6 +139,9 @@ class Rotation(models.Model):
                     rows_total__gte=0,
                     rows_done__gte=0,
                     late_rows__gte=0,
+                    deferrals__gte=0,
+                    retries__gte=0,
+                    throttled_seconds__gte=0,
                 ),
                 name="rotator_rotation_figures_not_negative",
             ),
@@ -216,3 +243,95 @@ class LateTransaction(models.Model):
     def __str__(self) -> str:
         """Return its name in logs."""
         return f"transaction {self.xid}"
+
+
+class Control(models.Model):
+    """The requests of users to the owner and the helpers of a rotation, which read it once a second.
+
+    Only users write it. The owner writes what it has applied to the rotation's row, so a session that locks
+    this row never stops the heartbeat.
+    """
+
+    rotation = models.OneToOneField(
+        Rotation, on_delete=models.CASCADE, primary_key=True, related_name="control"
+    )
+    revision = models.BigIntegerField(default=0, help_text="Increased by each change.")
+    paused = models.BooleanField(default=False)
+    paused_by = models.CharField(max_length=255, default="", blank=True)
+    pace = models.CharField(max_length=16, default="", blank=True, help_text="Empty for that of the run.")
+    concurrency = models.IntegerField(null=True, help_text="The most workers; null for that of the run.")
+    batch = models.IntegerField(null=True, help_text="The most rows in a range; null for that of the run.")
+    cancel_revision = models.BigIntegerField(
+        null=True, help_text="The revision that asks the owner of that time to stop; null where none does."
+    )
+    cancelled_by = models.CharField(max_length=255, default="", blank=True)
+    changed_by = models.CharField(max_length=255, default="", blank=True)
+    changed_at = models.DateTimeField(db_default=Now())
+
+    def __str__(self) -> str:
+        """Return its name in messages."""
+        return f"revision {self.revision} of the control of rotation {self.pk}"
+
+    @classmethod
+    def change(
+        cls,
+        rotation: Rotation,
+        action: ActionKind,
+        values: Mapping[str, object],
+        *,
+        by: str,
+        revision: int | None = None,
+    ) -> "Control":
+        """Change the control row of a rotation in a transaction of its own, and log it.
+
+        Args:
+            rotation: The rotation.
+            action: The kind of the change.
+            values: The new values, by the names of the fields.
+            by: The user.
+            revision: The revision that the user has seen; None to change any.
+
+        Returns:
+            The changed row.
+
+        Raises:
+            RevisionError: Another user has changed the row since that revision.
+        """
+        database = rotation._state.db  # noqa: SLF001 - documented by Django
+        with transaction.atomic(using=database):
+            rows = cls.objects.using(database)
+            rows.get_or_create(rotation=rotation)
+            # Locks the row: two users at once get different revisions.
+            present = rows.select_for_update().get(rotation=rotation)
+            if revision is not None and present.revision != revision:
+                raise RevisionError(rotation.pk, revision, present.revision, present.changed_by)
+            following = present.revision + 1
+            signed: dict[str, object] = {}
+            if action is ActionKind.PAUSED:
+                signed = {"paused_by": by}
+            elif action is ActionKind.CANCELLED:
+                signed = {"cancelled_by": by, "cancel_revision": following}
+            rows.filter(rotation=rotation).update(
+                **values, **signed, revision=following, changed_by=by, changed_at=Now()
+            )
+            Action.objects.using(database).create(
+                rotation=rotation,
+                kind=action,
+                by=by,
+                detail=" ".join(f"{name}={value}" for name, value in values.items() if name != "paused"),
+            )
+            return rows.get(rotation=rotation)
+
+
+class Action(models.Model):
+    """What a user or a process did with a rotation, for ``rotations ID --log``."""
+
+    rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="actions")
+    kind = models.CharField(max_length=16, choices=[(kind.value, kind.value) for kind in ActionKind])
+    by = models.CharField(max_length=255, default="", blank=True, help_text="The user or the process.")
+    detail = models.TextField(default="", blank=True, help_text="One phrase, never a value of the column.")
+    at = models.DateTimeField(db_default=Now())
+
+    def __str__(self) -> str:
+        """Return the action and the user."""
+        return f"{self.kind} by {self.by}"

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,9 @@ _LOCK_SECONDS: Final = 0.1
 _OUTAGE_SECONDS: Final = 300.0
 # The server counts timeouts in milliseconds, and 0 means no timeout.
 _MIN_SECONDS: Final = 0.001
+_BYTES: Final = {"kB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+_MIN_BYTES: Final = 2**20
+_MAX_BYTES: Final = 1000 * 2**40
 _SECONDS: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 # Event loops cannot wait for much longer than a year.
 _MAX_WAIT: Final = "8760h"
@@ -74,6 +77,17 @@ def read_duration(name: str, value: Duration, *, maximum: str = _MAX_WAIT) -> fl
     return seconds
 
 
+def read_size(name: str, value: str | None) -> int | None:
+    """Check the value of an option that is an amount of WAL, and return its bytes."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(kB|MB|GB|TB)", value)
+    number = int(float(found[1]) * _BYTES[found[2]]) if found else 0
+    if not _MIN_BYTES <= number <= _MAX_BYTES:
+        raise OptionError(f"{_flag(name)} must be a size from 1MB to 1000TB (500MB, 1GB), not '{value}'.")
+    return number
+
+
 def read_rows_or_duration(name: str, value: Duration | None) -> tuple[int | None, float | None]:
     """Check the value of an option that is a number of rows or a duration, and return rows and seconds."""
     if value is None:
@@ -85,6 +99,34 @@ def read_rows_or_duration(name: str, value: Duration | None) -> tuple[int | None
             f"{_flag(name)} must be a number of rows (5000) or a duration (90s, 30m, 2h), not '{value}'."
         )
     return None, read_duration(name, value)
+
+
+def check_batch(batch: int, pace: str) -> None:
+    """Refuse a number of rows in a range that costs other sessions more than the pace allows."""
+    if read_pace(pace).latency_limit is not None and batch > MAX_BATCH:
+        raise OptionError(
+            f"--batch must be at most {MAX_BATCH:,}, not {batch}: other writers of a range's rows wait until "
+            "it is committed. Choose a smaller one, or --pace full."
+        )
+
+
+def read_setting(name: str, text: str) -> object:
+    """Check the value of a setting that a user changes while a rotation runs.
+
+    Args:
+        name: ``pace``, ``concurrency`` or ``batch``.
+        text: The value; ``default`` for that of the run.
+
+    Returns:
+        The value for the control row.
+    """
+    if name == "pace":
+        return "" if text == "default" else read_pace(text).name
+    if text == "default":
+        return None
+    if not re.fullmatch(r"[0-9_]+", text):
+        raise OptionError(f"{name} must be a number or default, not '{text}'.")
+    return _in_range(name, int(text))
 
 
 def _seconds(value: Duration) -> float | None:
@@ -192,6 +234,10 @@ class RunOptions:
         preflight: Whether to report on table and server before a new rotation begins.
         sample: Whether to measure the speed for that report, by ranges that are rolled back.
         limits: The limits of a range's transaction.
+        max_lag_seconds: The lag of a replica above which no range begins; None for no limit.
+        lag_of: Django's aliases of these replicas.
+        max_unarchived_wal_bytes: The WAL that waits for the archiver above which no range begins.
+        max_slot_wal_bytes: The WAL that one replication slot keeps above which no range begins.
         listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP stop the run; else the caller handles them.
     """
 
@@ -210,6 +256,10 @@ class RunOptions:
     preflight: bool = False
     sample: bool = False
     limits: WaitLimits = field(default_factory=WaitLimits)
+    max_lag_seconds: float | None = None
+    lag_of: tuple[str, ...] = ()
+    max_unarchived_wal_bytes: int | None = None
+    max_slot_wal_bytes: int | None = None
     listens_to_signals: bool = True
 
     @classmethod
@@ -219,12 +269,22 @@ class RunOptions:
         lock_timeout: Duration = _LOCK_SECONDS,
         outage_budget: Duration = _OUTAGE_SECONDS,
         stop_after: Duration | None = None,
+        max_lag: Duration | None = None,
+        lag_of: Sequence[str] = (),
+        max_unarchived_wal: str | None = None,
+        max_slot_wal: str | None = None,
         **options: Any,  # noqa: ANN401 - fields of this class
     ) -> "RunOptions":
         """Check options as a user writes them, and return those of the run."""
         rows, seconds = read_rows_or_duration("stop_after", stop_after)
         lock_seconds = read_duration("lock_timeout", lock_timeout, maximum=_MAX_LOCK_TIMEOUT)
+        if (max_lag is None) != (not lag_of):
+            raise OptionError("--max-lag and --lag-of belong together: --max-lag 10s --lag-of replica.")
         checked = cls(
+            max_lag_seconds=None if max_lag is None else read_duration("max_lag", max_lag),
+            lag_of=tuple(lag_of),
+            max_unarchived_wal_bytes=read_size("max_unarchived_wal", max_unarchived_wal),
+            max_slot_wal_bytes=read_size("max_slot_wal", max_slot_wal),
             limits=WaitLimits.of_lock_seconds(lock_seconds),
             outage_budget_seconds=read_duration("outage_budget", outage_budget),
             stop_after_rows=rows,
@@ -233,18 +293,22 @@ class RunOptions:
         )
         _in_range("concurrency", checked.concurrency)
         _in_range("batch", checked.batch)
-        if read_pace(checked.pace).latency_limit is not None and checked.batch > MAX_BATCH:
-            raise OptionError(
-                f"--batch must be at most {MAX_BATCH:,}, not {checked.batch}: other writers of a range's "
-                "rows wait until it is committed. Choose a smaller one, or --pace full."
-            )
+        check_batch(checked.batch, checked.pace)
         return checked
+
+    @property
+    def has_throttles(self) -> bool:
+        """Whether options make the owner read signals that can hold the rotation."""
+        limits = (self.max_lag_seconds, self.max_unarchived_wal_bytes, self.max_slot_wal_bytes)
+        return any(limit is not None for limit in limits)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "RunOptions":
         """Return the options that :meth:`to_json` of this version, or another one, has saved."""
         limits = WaitLimits(**_known(WaitLimits, saved.get("limits", {})))
-        return cls(**_known(cls, saved) | {"limits": limits})
+        # JSON has lists.
+        lag_of = tuple(saved.get("lag_of", ()))
+        return cls(**_known(cls, saved) | {"limits": limits, "lag_of": lag_of})
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON types, for the rotation's row."""
@@ -276,6 +340,11 @@ class RotateOptions(TypedDict, total=False):
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
+        max_lag: Begin no range while a replica lags more than this. The lag is that of the rotation's
+            heartbeat.
+        lag_of: The aliases in DATABASES of the replicas that max_lag applies to.
+        max_unarchived_wal: Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.
+        max_slot_wal: Begin no range while a replication slot keeps more WAL than this.
     """
 
     concurrency: int
@@ -287,6 +356,10 @@ class RotateOptions(TypedDict, total=False):
     reindex: bool
     lock_timeout: timedelta
     outage_budget: timedelta
+    max_lag: timedelta
+    lag_of: Sequence[str]
+    max_unarchived_wal: str
+    max_slot_wal: str
 
 
 _DEFAULTS: Final = RunOptions()
@@ -383,6 +456,18 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "The longest wait for an unreachable server, before the run stops (default: "
         f"{_OUTAGE_SECONDS / 60:.0f}m).",
         default=_OUTAGE_SECONDS,
+    ),
+    "max_lag": _value(
+        "TIME",
+        "Begin no range while a replica lags more than this. The lag is that of the rotation's heartbeat.",
+        default=None,
+    ),
+    "lag_of": _list("ALIAS", "The alias in DATABASES of a replica that --max-lag applies to."),
+    "max_unarchived_wal": _value(
+        "SIZE", "Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.", default=None
+    ),
+    "max_slot_wal": _value(
+        "SIZE", "Begin no range while a replication slot keeps more WAL than this.", default=None
     ),
     "dry_run": _switch(
         "Show what the rotation will meet, how long it will take and what cannot be undone, and exit. To "

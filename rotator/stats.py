@@ -19,11 +19,13 @@ from rotator.events import (
     DrainStarted,
     EndStatus,
     Event,
+    HorizonHeld,
     IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
     LimitRaised,
+    LimitsChanged,
     LockHeld,
     OutageEnded,
     OutageStarted,
@@ -229,6 +231,8 @@ class Stats:
     _limited_seconds: float = 0.0
     _pace_at: float = 0.0
     _throttled_since: dict[str, float] = field(default_factory=dict)
+    _held_since: float | None = None
+    _held_seconds: float = 0.0
     _deferred_at: float | None = None
     _began_at: float = field(init=False)
     _ended_at: float | None = None
@@ -278,6 +282,8 @@ class Stats:
                 self._limited_seconds = self.limited_seconds
                 self.pace, self._pace_at = event, self.clock()
             case Throttled():
+                if self._held_since is None:
+                    self._held_since = self.clock()
                 self.throttles[event.source] = event.reason
                 if event.is_new:
                     self._throttled_since[event.source] = self.clock()
@@ -286,6 +292,9 @@ class Stats:
                 self._throttled_since.pop(event.source, None)
                 before = self.throttled_seconds.get(event.source, 0.0)
                 self.throttled_seconds[event.source] = before + event.seconds
+                if not self.throttles and self._held_since is not None:
+                    self._held_seconds += self.clock() - self._held_since
+                    self._held_since = None
             case LateCommitsAwaited():
                 self.holders = event.holders
             case LateCommitsOver():
@@ -321,6 +330,8 @@ class Stats:
                 | ReceiverFailed()
                 | LimitRaised()
                 | LockHeld()
+                | LimitsChanged()
+                | HorizonHeld()
                 | Tick()
             ):
                 pass
@@ -332,7 +343,7 @@ class Stats:
         self.rows_done += rows
         self.ranges += ranges
         self.holders = ()
-        self._rate.add(rows, now=now, seconds=seconds)
+        self._rate.add(rows, now=self._rate_clock(), seconds=seconds)
         self._last_range_at = now
         if self._first_range_at is None:
             self._first_range_at = now - seconds
@@ -387,10 +398,19 @@ class Stats:
         return max(0.0, self.outage_budget_seconds - (self.clock() - self.outage_since))
 
     @property
+    def held_seconds(self) -> float:
+        """The time in which one or more throttles have held this run until now."""
+        return self._held_seconds + (0.0 if self._held_since is None else self.clock() - self._held_since)
+
+    @property
     def limited_seconds(self) -> float:
         """The time for which the pace has applied: other sessions were at work."""
         is_limited = self.pace is not None and self.pace.is_limited
         return self._limited_seconds + (self.clock() - self._pace_at if is_limited else 0.0)
+
+    def _rate_clock(self) -> float:
+        """Return a time that stands still while the run is throttled, so that throttles are no stall."""
+        return self.clock() - self.held_seconds
 
     @property
     def throttled_so_far(self) -> dict[str, float]:
@@ -402,17 +422,17 @@ class Stats:
 
     @property
     def rows_per_second(self) -> float | None:
-        """The recent rate; None while it is unknown or the server is unreachable."""
-        return None if self.outage_since is not None else self._rate.rows_per_second(self.clock())
+        """The recent rate, without throttled time; None while unknown or the server is unreachable."""
+        return None if self.outage_since is not None else self._rate.rows_per_second(self._rate_clock())
 
     @property
     def eta_seconds(self) -> float | None:
         """The time until every row is done; None while it is unknown or the run does not write."""
         now, rows_left = self.clock(), self.rows_total - self.rows_done
         estimate_is_exceeded = rows_left <= 0 and not self.rows_total_is_exact
-        if self.state not in ("rotating", "finishing") or estimate_is_exceeded:
+        if self.state not in ("rotating", "finishing", "throttled") or estimate_is_exceeded:
             return None
-        eta_seconds = self._rate.eta_seconds(rows_left, now)
+        eta_seconds = self._rate.eta_seconds(rows_left, self._rate_clock())
         is_deferred = self._deferred_at is not None and now - self._deferred_at < LOCK_SECONDS
         if eta_seconds is not None and is_deferred and eta_seconds < LOCK_SECONDS:
             # The remaining rows may be the locked ones.
@@ -456,6 +476,7 @@ class Stats:
         error: str,
         superseded: bool,
         run: RunFacts,
+        cancelled_by: str = "",
     ) -> RotationStopped:
         """Return the event that ends a run, which must have started."""
         started = self.started
@@ -497,6 +518,7 @@ class Stats:
             analyze_statement=self.analyze_statement,
             reindex_statements=self.reindex_statements,
             throttled_seconds=self.throttled_so_far,
+            cancelled_by=cancelled_by,
             pace=started.pace if self.pace is None else self.pace.pace,
             limited_seconds=self.limited_seconds,
         )

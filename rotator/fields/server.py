@@ -94,6 +94,16 @@ def server_of(connection: BaseDatabaseWrapper, session: SessionIdentity) -> Serv
     )
 
 
+def server_of_replica(connection: BaseDatabaseWrapper, primary: Server) -> Server:
+    """Return the server behind the alias of a replica, with the search path of the primary's session."""
+    return Server(
+        parameters=_parameters(connection),
+        role=connection.settings_dict.get("OPTIONS", {}).get("assume_role"),
+        search_path=primary.search_path,
+        read_parameters=lambda: _parameters(connections.create_connection(connection.alias)),
+    )
+
+
 def _parameters(connection: BaseDatabaseWrapper) -> dict[str, Any]:
     parameters: dict[str, Any] = connection.get_connection_params()
     return {name: value for name, value in parameters.items() if name not in _PARAMETERS_OF_DJANGO}

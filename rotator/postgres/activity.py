@@ -1,9 +1,11 @@
-"""Other sessions that a rotation waits for: old transactions and lock holders."""
+"""Other sessions: old transactions, holders of locks, and holders of the xmin horizon."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from psycopg import AsyncConnection, sql
+from psycopg.rows import class_row
 
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
@@ -64,3 +66,51 @@ async def lock_holders(connection: AsyncConnection, *, seconds: float) -> Mappin
     async with translate_errors(connection):
         cursor = await connection.execute(_LOCK_HOLDERS, (seconds,))
         return {pid: phrase async for pid, phrase in cursor}
+
+
+# The view's state and times of other roles are NULL without pg_read_all_stats, its xid and xmin are not. A
+# replica has no database. A worker of autovacuum ignores its own snapshot while it vacuums, and so does a
+# VACUUM of the rotator.
+_HORIZON_HOLDERS: Final = (
+    "SELECT name, xmin, phrase FROM ("
+    " SELECT 'pid ' || pid AS name, CASE WHEN datname IS NULL"
+    " THEN 'replica ' || COALESCE(NULLIF(application_name, ''), '?') || ' (hot_standby_feedback)'"
+    " ELSE 'pid ' || pid || COALESCE(', ' || NULLIF(application_name, ''), '') || COALESCE(', ' || state, '')"
+    " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '') END"
+    " AS phrase, COALESCE(backend_xmin, backend_xid)::text AS xmin,"
+    " GREATEST(age(backend_xmin), age(backend_xid)) AS age FROM pg_stat_activity"
+    " WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)"
+    " AND (datname IS NULL OR datname = current_database())"
+    " AND application_name IS DISTINCT FROM current_setting('application_name')"
+    " AND backend_type IS DISTINCT FROM 'autovacuum worker'"
+    " UNION ALL SELECT 'prepared ' || gid, 'prepared transaction ' || gid, transaction::text,"
+    " age(transaction) FROM pg_prepared_xacts WHERE database = current_database()"
+    " UNION ALL SELECT 'slot ' || slot_name, 'replication slot ' || slot_name"
+    " || CASE WHEN active THEN '' ELSE ' (not active)' END, xmin::text, age(xmin)"
+    " FROM pg_replication_slots WHERE xmin IS NOT NULL"
+    ") AS held ORDER BY age DESC LIMIT %s"
+)
+_HORIZON_HOLDERS_READ: Final = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HorizonHolder:
+    """A session, replica, slot or prepared transaction that holds the xmin horizon of the database.
+
+    Attributes:
+        name: What it is.
+        xmin: The oldest transaction whose rows it keeps from VACUUM; it stays the same as long as it does.
+        phrase: What it is and what it does now.
+    """
+
+    name: str
+    xmin: str
+    phrase: str
+
+
+async def horizon_holders(connection: AsyncConnection) -> tuple[HorizonHolder, ...]:
+    """Return what holds the xmin horizon now, the oldest first; most of it for a moment only."""
+    async with translate_errors(connection):
+        cursor = connection.cursor(row_factory=class_row(HorizonHolder))
+        await cursor.execute(_HORIZON_HOLDERS, (_HORIZON_HOLDERS_READ,))
+        return tuple(await cursor.fetchall())

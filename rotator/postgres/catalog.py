@@ -273,6 +273,8 @@ _OWN_TABLES: Final = {
     "rotator_rotation": ("SELECT", "INSERT", "UPDATE"),
     "rotator_completedrange": ("SELECT", "INSERT"),
     "rotator_latetransaction": ("SELECT", "INSERT"),
+    "rotator_control": ("SELECT", "INSERT", "UPDATE"),
+    "rotator_action": ("SELECT", "INSERT"),
 }
 _HAS: Final = (
     "SELECT COALESCE(has_table_privilege(to_regclass(%(table)s)::oid, %(privilege)s), true)"

@@ -14,13 +14,14 @@ from psycopg import AsyncConnection, Rollback, errors, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from rotator.events import EndStatus, StopReason
+from rotator.events import ActionKind, EndStatus, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection
 from rotator.postgres.connection import set_local
+from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
-from rotator.postgres.owner import Owner
+from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.planner import gaps
 from rotator.postgres.table import TargetTable
 from rotator.ranges import Key
@@ -42,8 +43,48 @@ _HAS_ROWS_DONE: Final = (
 _CONFIRMED_ROWS: Final = sql.SQL(
     "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
 )
-# A run that has not yet read the active seconds of earlier runs has only its own.
-_ACTIVE: Final = sql.SQL("active_seconds = GREATEST(active_seconds, %(active_seconds)s)")
+# A run that has not yet read the figures of earlier runs has only its own.
+_FIGURES: Final = sql.SQL(
+    "active_seconds = GREATEST(active_seconds, %(active_seconds)s),"
+    " deferrals = GREATEST(deferrals, %(deferrals)s), retries = GREATEST(retries, %(retries)s),"
+    " throttled_seconds = GREATEST(throttled_seconds, %(throttled_seconds)s)"
+)
+_NOT_HELD: Final = sql.SQL("throttle_reason = '', throttled_since = NULL")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """The figures of a rotation over all of its runs, as its owner has counted them.
+
+    Attributes:
+        active_seconds: The time of all runs.
+        deferrals: The number of deferrals.
+        retries: The number of retries.
+        throttled_seconds: The time in which throttles held the rotation.
+    """
+
+    active_seconds: float
+    deferrals: int = 0
+    retries: int = 0
+    throttled_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnerReport:
+    """The report of the owner with its heartbeat.
+
+    Attributes:
+        applied_revision: The revision of the control row that it has applied.
+        throttle_reason: What holds it, except for a pause; empty where nothing does.
+        throttled_seconds: The time since which it is held; 0 where it is not.
+    """
+
+    applied_revision: int = 0
+    throttle_reason: str = ""
+    throttled_seconds: float = 0.0
+
+
+_NO_REPORT: Final = OwnerReport()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +134,7 @@ class RotationState:
         rows_total_is_exact: False where they are an estimate.
         rows_done: The rows that checkpoints and late transactions confirm.
         late_rows: The rows among them that late transactions confirm.
-        seconds_before: The active seconds of earlier runs.
+        before: The figures of earlier runs.
         identity: The target at the start.
     """
 
@@ -104,7 +145,7 @@ class RotationState:
     rows_total_is_exact: bool
     rows_done: int
     late_rows: int
-    seconds_before: float
+    before: Figures
     identity: Mapping[str, Any]
 
 
@@ -226,6 +267,8 @@ async def begin_rotation(
             },
         )
         row = await cursor.fetchone()
+        if row:
+            await log_action(connection, row[0], ActionKind.STARTED, by=str(this_process()))
         if row and not repeats:
             # A rotation that was unfinished at the first check may have been completed since. Now that this
             # row is inserted, no other one is unfinished.
@@ -276,6 +319,7 @@ async def take_over(
     owner: Owner,
     options: dict[str, Any],
     selection: NewSelection | None = None,
+    action: ActionKind = ActionKind.TAKEN_OVER,
 ) -> Lease | None:
     """Raise the generation of a rotation and own it; return None where ``lease`` is out of date.
 
@@ -301,6 +345,7 @@ async def take_over(
             **asdict(lease),
             **asdict(owner),
         },
+        action,
     )
 
 
@@ -344,6 +389,7 @@ async def abandon(connection: AsyncConnection, lease: Lease) -> bool:
         "status = 'abandoned', finished_at = clock_timestamp()",
         "generation = %(generation)s",
         asdict(lease),
+        ActionKind.ABANDONED,
     )
     return abandoned is not None
 
@@ -354,6 +400,7 @@ async def _raise_generation(
     assignments: LiteralString,
     condition: LiteralString,
     parameters: Mapping[str, Any],
+    action: ActionKind | None = None,
 ) -> Lease | None:
     """Change an unfinished rotation under its exclusive lock; return None where the condition is false."""
     async with exclusive_lock(connection, rotation):
@@ -365,6 +412,8 @@ async def _raise_generation(
             {**parameters, "rotation": rotation},
         )
         row = await cursor.fetchone()
+        if row and action is not None:
+            await log_action(connection, rotation, action, by=str(this_process()))
     return Lease(rotation=rotation, generation=row[0]) if row else None
 
 
@@ -375,7 +424,8 @@ async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState
         await cursor.execute(
             sql.SQL(
                 "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
-                " active_seconds AS seconds_before, identity, ({})::bigint AS rows_done"
+                " active_seconds, deferrals, retries, throttled_seconds, identity,"
+                " ({})::bigint AS rows_done"
                 " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s"
             ).format(_CONFIRMED_ROWS),
             asdict(lease),
@@ -383,7 +433,8 @@ async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState
         row = await cursor.fetchone()
     if row is None:
         raise superseded()
-    return RotationState(lease=lease, **row)
+    before = Figures(**{name: row.pop(name) for name in Figures.__dataclass_fields__})
+    return RotationState(lease=lease, before=before, **row)
 
 
 async def freeze_bound(
@@ -398,14 +449,36 @@ async def freeze_bound(
     )
 
 
-async def beat(connection: AsyncConnection, lease: Lease, *, rows_done: int, active_seconds: float) -> None:
-    """Write a heartbeat on the database's clock, with the completed rows."""
-    await _update(
+async def beat(
+    connection: AsyncConnection,
+    lease: Lease,
+    *,
+    rows_done: int,
+    figures: Figures,
+    report: OwnerReport = _NO_REPORT,
+) -> datetime:
+    """Write a heartbeat with the completed rows, and return its time on the database's clock."""
+    _, beat_at = await _update(
         connection,
         lease,
-        sql.SQL("rows_done = %(rows_done)s, {}").format(_ACTIVE),
-        {"rows_done": rows_done, "active_seconds": active_seconds},
+        sql.SQL(
+            "rows_done = %(rows_done)s, {}, throttle_reason = %(reason)s, throttled_since = CASE"
+            " WHEN %(reason)s = '' THEN NULL"
+            # The reason may change with each heartbeat, while the rotation is held all the time.
+            " ELSE COALESCE(throttled_since, clock_timestamp() - make_interval(secs => %(held)s)) END,"
+            " applied_revision = %(applied)s,"
+            " applied_at = CASE WHEN applied_revision = %(applied)s THEN applied_at"
+            " ELSE clock_timestamp() END"
+        ).format(_FIGURES),
+        {
+            "rows_done": rows_done,
+            "reason": report.throttle_reason,
+            "held": report.throttled_seconds,
+            "applied": report.applied_revision,
+            **asdict(figures),
+        },
     )
+    return beat_at
 
 
 async def stop(
@@ -414,23 +487,25 @@ async def stop(
     *,
     status: EndStatus,
     error: str,
-    active_seconds: float,
+    figures: Figures,
     stop_reason: StopReason | None = None,
 ) -> int:
     """End the run and leave the rotation unfinished; return the rows that the checkpoints confirm."""
-    return await _update(
-        connection,
-        lease,
-        sql.SQL(
-            "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s, {}, rows_done = {}"
-        ).format(_ACTIVE, _CONFIRMED_ROWS),
-        {
-            "status": status,
-            "stop_reason": stop_reason or "",
-            "error": error,
-            "active_seconds": active_seconds,
-        },
-    )
+    async with translate_errors(connection), connection.transaction():
+        await set_local(connection, _SYNCHRONOUS)
+        rows_done, _ = await _update(
+            connection,
+            lease,
+            sql.SQL(
+                "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s, {}, {},"
+                " rows_done = {}"
+            ).format(_FIGURES, _NOT_HELD, _CONFIRMED_ROWS),
+            {"status": status, "stop_reason": stop_reason or "", "error": error, **asdict(figures)},
+        )
+        detail = stop_reason or error or status
+        by = str(this_process())
+        await log_action(connection, lease.rotation, ActionKind.STOPPED, by=by, detail=detail)
+    return rows_done
 
 
 async def complete(
@@ -439,7 +514,7 @@ async def complete(
     lease: Lease,
     bound: Key | None,
     *,
-    active_seconds: float,
+    figures: Figures,
     unconfirmed_rows: int | None = None,
 ) -> int | None:
     """Mark the rotation completed, synchronously, if the checkpoints leave no gap.
@@ -453,50 +528,51 @@ async def complete(
         await set_local(connection, _SYNCHRONOUS)
         # If this process dies before it commits, the next owner can end this transaction.
         await share_lock(connection, lease.rotation)
-        rows_done = await _update(
+        rows_done, _ = await _update(
             connection,
             lease,
             sql.SQL(
                 "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '', {},"
-                " rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
-            ).format(_ACTIVE, _CONFIRMED_ROWS),
-            {"active_seconds": active_seconds, "unconfirmed_rows": unconfirmed_rows},
+                " {}, rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
+            ).format(_FIGURES, _NOT_HELD, _CONFIRMED_ROWS),
+            {"unconfirmed_rows": unconfirmed_rows, **asdict(figures)},
         )
+        await log_action(connection, lease.rotation, ActionKind.COMPLETED, by=str(this_process()))
         if bound is not None and await gaps(connection, table, lease.rotation, bound):
             raise Rollback
         return rows_done
     return None
 
 
-async def record_seconds(connection: AsyncConnection, lease: Lease, *, active_seconds: float) -> None:
-    """Record the time of a completed rotation, its final VACUUM included."""
+async def record_figures(connection: AsyncConnection, lease: Lease, *, figures: Figures) -> None:
+    """Record the figures of a completed rotation; its time includes the final VACUUM."""
     async with translate_errors(connection):
         await connection.execute(
             sql.SQL(
                 "UPDATE rotator_rotation SET {}"
                 " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'completed'"
-            ).format(_ACTIVE),
-            {"active_seconds": active_seconds, **asdict(lease)},
+            ).format(_FIGURES),
+            {**asdict(figures), **asdict(lease)},
         )
 
 
 async def _update(
     connection: AsyncConnection, lease: Lease, assignments: sql.Composable, values: dict[str, Any]
-) -> int:
-    """Change the row of a rotation that this process owns, and return its completed rows."""
+) -> tuple[int, datetime]:
+    """Change the row of a rotation that this process owns; return its completed rows and the time."""
     async with translate_errors(connection):
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE rotator_rotation SET updated_at = clock_timestamp(), {}"
                 " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'"
-                " RETURNING rows_done"
+                " RETURNING rows_done, updated_at"
             ).format(assignments),
             {**values, **asdict(lease)},
         )
         row = await cursor.fetchone()
     if row is None:
         raise superseded()
-    return int(row[0])
+    return row
 
 
 @asynccontextmanager

@@ -21,7 +21,17 @@ from rotator.events import (
 )
 from rotator.progress.lines import Sink, Throttle
 from rotator.progress.preflight import preflight
-from rotator.progress.text import activity, count, duration, notice, pace, plural, progress_rows, rate
+from rotator.progress.text import (
+    activity,
+    count,
+    duration,
+    notice,
+    pace,
+    plural,
+    progress_rows,
+    rate,
+    throttled,
+)
 from rotator.stats import Stats
 
 _MIN_COLUMNS_TO_WRAP: Final = 30
@@ -251,6 +261,8 @@ def bar_text(stats: Stats, room: int) -> str:
 
 
 def _tail(stats: Stats, room: int) -> str:
+    if stats.state == "throttled":
+        return fitting([*throttled(stats), ""], room)
     if busy := activity(stats):
         return fitting([busy, ""], room)
     speed = "?" if stats.rows_per_second is None else rate(stats.rows_per_second)

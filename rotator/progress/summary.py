@@ -63,7 +63,7 @@ def report(event: RotationStopped) -> dict[str, object]:
         "resumed": event.resumed,
         "rejected_keys": [{"key": key, "reason": reason} for key, reason in event.rejected_keys],
         "error": event.error,
-        "reason": stopped_by(event.stop_reason),
+        "reason": stopped_by(event.stop_reason, event.cancelled_by),
         "spans": [{"after": span.after, "through": span.through} for span in event.spans],
         "table_rows": event.table_rows,
         "table_rows_is_exact": event.table_rows_is_exact,
@@ -112,7 +112,8 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
     """
     lines = [verdict(event)]
     if event.stop_reason:
-        lines.append(f"Stopped by {event.stop_reason}.")
+        reason = stopped_by(event.stop_reason, event.cancelled_by)
+        lines.append(one_line(f"{reason[0].upper()}{reason[1:]}."))
     if event.error:
         lines.append(one_line(event.error))
     lines += [f"  {label:<12} {value}" for label, value in _facts(event)]

@@ -10,11 +10,13 @@ from rotator.events import (
     ConfirmationStarted,
     DrainStarted,
     Event,
+    HorizonHeld,
     IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
     LimitRaised,
+    LimitsChanged,
     LockHeld,
     OutageEnded,
     OutageStarted,
@@ -223,8 +225,19 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             return f"throttled: {event.reason}; no new ranges start" if event.is_new else ""
         case ThrottleEnded():
             return f"throttle ended after {duration(event.seconds)}: {event.reason}"
+        case LimitsChanged():
+            return (
+                f"limits changed by {event.by}: {plural(event.concurrency, 'worker')}, "
+                f"{plural(event.batch, 'row')} a range"
+            )
+        case HorizonHeld():
+            return (
+                "VACUUM cannot remove dead rows until these end or advance: "
+                f"{'; '.join(event.holders[:HOLDERS_NAMED])}"
+            )
         case DrainStarted():
-            return f"{event.reason}: draining; ranges in flight are committed, and no new ones start"
+            cause = stopped_by(event.reason, event.by) if event.by else event.reason
+            return f"{cause}: draining; ranges in flight are committed, and no new ones start"
         case (
             Preflighted()
             | RangeCompleted()
@@ -299,10 +312,19 @@ def activity(stats: Stats) -> str:
         unreachable = duration(stats.clock() - stats.outage_since)
         return f"unreachable {unreachable}, {duration(stats.outage_left_seconds)} left"
     if stats.state == "throttled":
-        return f"throttled: {'; '.join(stats.throttles.values())}"
+        return throttled(stats)[0]
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
     return _ACTIVITIES.get(stats.state, "")
+
+
+def throttled(stats: Stats) -> list[str]:
+    """Return the texts for a run that is throttled now, the longest first."""
+    so_far = f"throttled {duration(stats.held_seconds)} so far"
+    full = f"{so_far} ({'; '.join(stats.throttles.values())})"
+    if stats.eta_seconds is not None:
+        full = f"ETA {duration(stats.eta_seconds)} at the current rate; {full}"
+    return [full, so_far, "throttled"]
 
 
 def unconfirmed(rows: int | None) -> str:
@@ -325,6 +347,13 @@ def progress_rows(stats: Stats) -> str:
     return done_of_total(stats.rows_done, stats.rows_total, is_exact=stats.rows_total_is_exact)
 
 
-def stopped_by(reason: StopReason | None) -> str:
-    """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after``; empty without one."""
+def stopped_by(reason: StopReason | None, by: str = "") -> str:
+    """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after``; empty without one.
+
+    Args:
+        reason: The reason.
+        by: The user who cancelled the rotation, for ``cancelled by USER``.
+    """
+    if reason is StopReason.CANCEL and by:
+        return f"cancelled by {by}"
     return f"stopped by {reason}" if reason else ""

@@ -7,7 +7,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import OwnerWatched
+from rotator.events import ActionKind, OwnerWatched
 from rotator.exceptions import (
     OptionError,
     OwnedElsewhereError,
@@ -105,6 +105,7 @@ async def acquire(connection: AsyncConnection, table: TargetTable, context: RunC
             owner=context.owner,
             options=options.to_json(),
             selection=selection,
+            action=ActionKind.TAKEN_OVER if found.status == "running" else ActionKind.RESUMED,
         )
         if lease is not None:
             return Acquired(lease=lease, stopped_at=found.updated_at)

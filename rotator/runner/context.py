@@ -14,6 +14,7 @@ from rotator.postgres.values import ValueSource
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
 from rotator.runner.stop import StopSignal
+from rotator.runner.throttles import ThrottleSources
 from rotator.stats import Stats
 
 AskForHelp: TypeAlias = Callable[[int, int], Awaitable[None]]
@@ -46,6 +47,7 @@ class RunTarget:
         bypassed: The effects of ``save()`` that the update does not have, one phrase each.
         warnings: The warnings about the names of the fields, one sentence each.
         session: The identity of Django's own session; None while it is unknown.
+        throttles: The replicas and callables of the project that can hold the rotation.
     """
 
     label: str
@@ -62,6 +64,7 @@ class RunTarget:
     bypassed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     session: SessionIdentity | None = None
+    throttles: ThrottleSources = field(default_factory=ThrottleSources)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -113,7 +113,7 @@ class Engine:
                 planner = tasks.create_task(self._plan(intervals, queue), name="rotator planner")
                 workers = [
                     tasks.create_task(self._work(queue), name=f"rotator worker {number}")
-                    for number in range(1, self._gate.concurrency + 1)
+                    for number in range(1, self._gate.most_workers + 1)
                 ]
                 await asyncio.wait(workers)
                 # After a drain the planner may still wait for room in the queue.

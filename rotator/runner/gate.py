@@ -36,6 +36,7 @@ class Gate:
     asks it by ``passage()`` and ``rows``.
 
     Attributes:
+        most_workers: The upper limit of workers at the start; no later limit is higher.
         rows_completed: The rows of all completed ranges.
         ranges_completed: Their number.
     """
@@ -56,7 +57,8 @@ class Gate:
             notify: Is called with :class:`Throttled` and :class:`ThrottleEnded`.
             clock: Returns monotonic seconds.
         """
-        self._concurrency, self._max_rows = concurrency, rows
+        self.most_workers = self._concurrency = concurrency
+        self._max_rows = rows
         self._allowance = Allowance()
         self._notify = notify
         self._clock = clock
@@ -111,7 +113,7 @@ class Gate:
     def set_limits(self, *, concurrency: int | None = None, rows: int | None = None) -> None:
         """Change the upper limits; None leaves one unchanged."""
         if concurrency is not None:
-            self._concurrency = concurrency
+            self._concurrency = min(concurrency, self.most_workers)
         if rows is not None:
             self._max_rows = rows
             self._sizer.limit(rows)

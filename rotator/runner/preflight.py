@@ -18,6 +18,7 @@ from rotator.postgres.table import TargetTable, count_partitions
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget
+from rotator.runner.throttles import Throttles
 
 # The measurement runs alone, but many workers plan at the same time.
 PLANNING_TIMES: Final = 2
@@ -71,7 +72,9 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
     """
     connections = options.concurrency + OTHER_CONNECTIONS
     await check_server(connection, connections=connections, concurrency=options.concurrency)
-    return await read_target(connection, target)
+    table = await read_target(connection, target)
+    await Throttles(options, target.throttles).check(connection)
+    return table
 
 
 async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetTable:

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -34,24 +35,28 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
 from rotator.postgres.activity import lock_holders
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
+from rotator.postgres.control import read_requested
 from rotator.postgres.errors import settings_that_show_values
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import count_table, gaps
 from rotator.postgres.preflight import COUNT_SECONDS, check_values, name_server
-from rotator.postgres.rotations import RotationState
+from rotator.postgres.rotations import OwnerReport, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
+from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.gate import Gate
+from rotator.runner.horizon import HorizonWatch
 from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
-from rotator.runner.session import Session
+from rotator.runner.session import Session, figures_of
 from rotator.runner.stop import StopSignal
+from rotator.runner.throttles import Throttles
 from rotator.runner.vacuum import Vacuuming
 from rotator.stats import Stats
 
@@ -146,15 +151,23 @@ class Run:
         self._should_stop = should_stop
         self._stats = Stats()
         self._stop_signal = StopSignal(self._notify)
-        gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=self._notify)
+        self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=self._notify)
+        pacing = Pacing(server, self._gate, options.pace, self._notify)
+        self._live = LiveControl(
+            self._gate,
+            pacing,
+            options,
+            self._notify,
+            cancel=partial(self._stop_signal.request, StopReason.CANCEL),
+        )
         self._context = RunContext(
             server=server,
             target=target,
             options=options,
             owner=this_process(),
             stop_signal=self._stop_signal,
-            gate=gate,
-            pacing=Pacing(server, gate, options.pace, self._notify),
+            gate=self._gate,
+            pacing=pacing,
             stats=self._stats,
             notify=self._notify,
             on_commit=on_commit,
@@ -163,6 +176,8 @@ class Run:
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._acquired: Acquired | None = None
         self._table: TargetTable | None = None
+        self._throttles = Throttles(options, target.throttles)
+        self._horizon = HorizonWatch(self._notify)
         self._vacuuming = Vacuuming(self._context)
         self._reindexing = Reindexing(self._context)
         self._lock_watch = LockWatch(self._notify)
@@ -179,7 +194,7 @@ class Run:
             ServerLostError: The server was unreachable before the rotation was acquired.
             StoppedBeforeStartError: A stop was requested before anything was changed.
         """
-        with self._stop_signal.signals() if self._context.options.listens_to_signals else nullcontext():
+        with self._signals():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
             watching = asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop")
             ticking = asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks")
@@ -224,11 +239,19 @@ class Run:
         Raises:
             RotatorError: The server is unreachable, or the target cannot be rotated.
         """
-        with self._stop_signal.signals() if self._context.options.listens_to_signals else nullcontext():
+        with self._signals():
             async with connected(self._context.server) as control:
                 table = await check(control, self._context.target, self._context.options)
                 await self._reindexing.run(table, rotation)
                 return await self._reindexing.read_statements(control, table, rotation)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if not self._context.options.listens_to_signals:
+            yield
+            return
+        with self._stop_signal.signals(), pause_signals(self._gate):
+            yield
 
     async def _stop_in_time(self) -> None:
         seconds = self._context.options.stop_after_seconds
@@ -335,6 +358,16 @@ class Run:
                         heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
                         owned = await session_work.read_state()
                         self._notify_started(session_work, owned)
+                        # A pause survives the end of a process: it applies before the first range.
+                        await self._beat_once(control, acquired)
+                        rotation = acquired.lease.rotation
+                        await self._throttles.look(control, rotation, self._gate)
+                        throttles = tasks.create_task(
+                            self._throttles.watch(control, rotation, self._gate), name="rotator throttles"
+                        )
+                        horizon = tasks.create_task(
+                            self._horizon.watch(control), name="rotator watch of the xmin horizon"
+                        )
                         vacuum = tasks.create_task(
                             self._vacuuming.run_during_rotation(control, table, rows_total=owned.rows_total),
                             name="rotator VACUUM",
@@ -344,6 +377,8 @@ class Run:
                         )
                         status = await session_work.work(owned)
                         locks.cancel()
+                        throttles.cancel()
+                        horizon.cancel()
                         vacuum.cancel()
                         heart.cancel()
                 # The heartbeat has ended: it would report a completed rotation as lost.
@@ -359,13 +394,26 @@ class Run:
     async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
-            await rotations.beat(
-                control,
-                acquired.lease,
-                rows_done=self._stats.rows_done,
-                active_seconds=self._stats.active_seconds,
-            )
+            await self._beat_once(control, acquired)
             self._notify(Tick())
+
+    async def _beat_once(self, control: AsyncConnection, acquired: Acquired) -> None:
+        """Apply what users request, and write a heartbeat that says so."""
+        self._live.apply(await read_requested(control, acquired.lease.rotation))
+        # Helpers read a pause from the control row.
+        held = [hold for source, hold in self._gate.holds.items() if source != PAUSE]
+        beat_at = await rotations.beat(
+            control,
+            acquired.lease,
+            rows_done=self._stats.rows_done,
+            figures=figures_of(self._stats),
+            report=OwnerReport(
+                applied_revision=self._live.revision,
+                throttle_reason="; ".join(hold.reason for hold in held),
+                throttled_seconds=time.monotonic() - held[0].since if held else 0.0,
+            ),
+        )
+        self._throttles.note_beat(beat_at)
 
     def _notify_started(self, session_work: Session, owned: RotationState) -> None:
         self._notify_outage_ended(owned)
@@ -383,8 +431,8 @@ class Run:
         with suppress(RotatorError, TimeoutError):
             async with asyncio.timeout(RECORD_SECONDS), connected(self._context.server) as connection:
                 if self._acquired is not None and self._table is not None:
-                    await rotations.record_seconds(
-                        connection, self._acquired.lease, active_seconds=self._stats.active_seconds
+                    await rotations.record_figures(
+                        connection, self._acquired.lease, figures=figures_of(self._stats)
                     )
                     self._stats.storage = await read_storage(connection, self._table)
                     self._stats.reindex_statements = await self._reindexing.read_statements(
@@ -446,7 +494,7 @@ class Run:
                     status=status,
                     stop_reason=stop_reason,
                     error=error,
-                    active_seconds=self._stats.active_seconds,
+                    figures=figures_of(self._stats),
                 )
                 if self._table is not None:
                     self._stats.storage = await read_storage(connection, self._table)
@@ -458,9 +506,11 @@ class Run:
 
     def _stopped(self, status: EndStatus, *, error: str = "", superseded: bool = False) -> RotationStopped:
         owner, chosen = self._context.owner, self._context.target.selection
+        stop_reason = None if status == "completed" or error else self._stop_signal.reason
         return self._stats.stopped(
             status,
-            stop_reason=None if status == "completed" or error else self._stop_signal.reason,
+            stop_reason=stop_reason,
+            cancelled_by=self._stop_signal.by if stop_reason is StopReason.CANCEL else "",
             error=error,
             superseded=superseded,
             run=RunFacts(

@@ -13,7 +13,7 @@ from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target,
 from rotator.postgres.last_writers import LastWriters, count_last_writers
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
-from rotator.postgres.rotations import RotationState
+from rotator.postgres.rotations import Figures, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import KeyInterval
@@ -23,10 +23,22 @@ from rotator.runner.distribution import Distribution
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.preflight import measured_update
 from rotator.runner.worker import build_engine
+from rotator.stats import Stats
 
 OLDER_WRITERS_SECONDS: Final = 5.0
 COUNT_SECONDS: Final = 2.0
 CONFIRMATIONS: Final = 5
+
+
+def figures_of(stats: Stats) -> Figures:
+    """Return the figures of all runs of a rotation."""
+    before = stats.started
+    return Figures(
+        active_seconds=stats.active_seconds,
+        deferrals=stats.deferrals + (before.deferrals_before if before else 0),
+        retries=stats.retries + (before.retries_before if before else 0),
+        throttled_seconds=stats.held_seconds + (before.throttled_seconds_before if before else 0.0),
+    )
 
 
 class Session:
@@ -70,7 +82,10 @@ class Session:
             rows_total_is_exact=owned.rows_total_is_exact,
             rows_done=owned.rows_done,
             late_rows=owned.late_rows,
-            seconds_before=owned.seconds_before,
+            seconds_before=owned.before.active_seconds,
+            deferrals_before=owned.before.deferrals,
+            retries_before=owned.before.retries,
+            throttled_seconds_before=owned.before.throttled_seconds,
             stopped_at=self._acquired.stopped_at,
             concurrency=self._context.options.concurrency,
             batch=self._context.options.batch,
@@ -102,7 +117,7 @@ class Session:
             self._table,
             owned.lease,
             owned.bound,
-            active_seconds=stats.active_seconds,
+            figures=figures_of(stats),
             unconfirmed_rows=stats.unconfirmed_rows,
         )
         if rows_done is None:

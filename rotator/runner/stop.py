@@ -24,6 +24,7 @@ class StopSignal:
     Attributes:
         drain: Set by the first request: no more ranges begin.
         reason: The reason of the first request.
+        by: The user who cancelled the rotation; empty for any other reason.
         signal: The first signal, if there was one.
         aborted: Whether a second signal asked to cancel the ranges in flight.
     """
@@ -31,18 +32,19 @@ class StopSignal:
     def __init__(self, notify: Observer) -> None:
         self.drain = asyncio.Event()
         self.reason: StopReason | None = None
+        self.by = ""
         self.signal: signal.Signals | None = None
         self.aborted = False
         self._work: asyncio.Task[object] | None = None
         self._notify = notify
         self._signalled_at = 0.0
 
-    def request(self, reason: StopReason) -> None:
+    def request(self, reason: StopReason, by: str = "") -> None:
         """Begin to drain, unless a drain has begun."""
         if not self.drain.is_set():
-            self.reason = reason
+            self.reason, self.by = reason, by
             self.drain.set()
-            self._notify(DrainStarted(reason=reason))
+            self._notify(DrainStarted(reason=reason, by=by))
 
     def request_by_signal(self, received: signal.Signals) -> None:
         """Begin to drain on the first signal, and cancel the work on the second.

@@ -15,6 +15,7 @@ from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError
 from rotator.options import RunOptions
 from rotator.postgres import spans
 from rotator.postgres.connection import Server, pooled
+from rotator.postgres.control import read_requested
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity, changed_target, read_identity
 from rotator.postgres.owner import this_process
@@ -24,6 +25,7 @@ from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget, ShouldStop
+from rotator.runner.control import LiveControl
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import OWN_PER_SECOND_WITH_CELERY, Pacing
@@ -33,6 +35,7 @@ from rotator.runner.retry import OutageBudget
 # For claims and leases, and for the planner.
 OTHER_CONNECTIONS: Final = 2
 RENEW_SECONDS: Final = 4.0
+LOOK_SECONDS: Final = 1.0
 POLL_SECONDS: Final = 0.2
 # The owner plans the next spans within this time; a helper without spans leaves its process to other tasks.
 IDLE_SECONDS: Final = 3.0
@@ -113,9 +116,11 @@ class Helper:
         self._pacing = Pacing(
             server, self._gate, options.pace, _ignore, own_per_second=OWN_PER_SECOND_WITH_CELERY
         )
+        # The owner stops the rotation, which ends this task.
+        self._live = LiveControl(self._gate, self._pacing, options, _ignore, cancel=lambda _by: None)
         self._drain = asyncio.Event()
         self._is_wanted = True
-        self._renewed_at = 0.0
+        self._renewed_at = self._looked_at = 0.0
 
     async def work(self, identity: TargetIdentity | None) -> bool:
         """Rewrite spans until none is left, the rotation stops, or the task has to stop.
@@ -160,6 +165,7 @@ class Helper:
             planner, clock, worker = IndexPlanner(side, table), time.monotonic, str(this_process())
             idle_since = clock()
             while not self._drain.is_set():
+                await self._look(connection)
                 claimed = None
                 # Where a transaction of an earlier helper could not be ended, the new lease expires, too.
                 with suppress(RowsLockedError):
@@ -209,8 +215,19 @@ class Helper:
 
     async def _keep_renewed(self, connection: AsyncConnection, lease: Lease) -> None:
         while True:
-            await asyncio.sleep(self._renewed_at + RENEW_SECONDS - time.monotonic())
-            await self._renew(connection, lease)
+            due_at = min(self._looked_at + LOOK_SECONDS, self._renewed_at + RENEW_SECONDS)
+            await asyncio.sleep(due_at - time.monotonic())
+            await self._look(connection)
+            if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
+                await self._renew(connection, lease)
+
+    async def _look(self, connection: AsyncConnection) -> None:
+        """Apply what users request, and what holds the owner, once a second."""
+        if time.monotonic() - self._looked_at >= LOOK_SECONDS:
+            requested = await read_requested(connection, self._lease.rotation)
+            has_throttles = self._options.has_throttles or bool(self._target.throttles.calls)
+            self._live.follow_owner(requested, has_throttles=has_throttles)
+            self._looked_at = time.monotonic()
 
     async def _renew(self, connection: AsyncConnection, lease: Lease) -> None:
         self._renewed_at = time.monotonic()

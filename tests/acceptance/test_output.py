@@ -105,6 +105,9 @@ EVENT_KEYS = {
         "concurrency",
         "batch",
         "pace",
+        "deferrals_before",
+        "retries_before",
+        "throttled_seconds_before",
         "resumed",
     },
     "progress": {
@@ -124,7 +127,7 @@ EVENT_KEYS = {
         "throttles",
         "throttled_seconds",
     },
-    "drain_started": {"reason"},
+    "drain_started": {"reason", "by"},
     "stopped": REPORT_KEYS,
 }
 CONTROL = re.compile(r"[^\n -~]")

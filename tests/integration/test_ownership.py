@@ -14,6 +14,7 @@ from rotator.postgres.connection import connected
 from rotator.postgres.fence import LOCK_CLASS, Lease
 from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import (
+    Figures,
     abandon,
     beat,
     complete,
@@ -139,7 +140,7 @@ async def test_this_process_takes_over_from_itself_whatever_the_lost_reply_was_t
 async def test_what_this_process_has_completed_is_not_taken_over_but_found(
     control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    await complete(control, TICKETS, lease, None, active_seconds=1.0)
+    await complete(control, TICKETS, lease, None, figures=Figures(active_seconds=1.0))
     assert await take_over_from_self(control, lease.rotation, owner=this_process(), options={}) is None
     assert await find_completed(control, lease.rotation, this_process()) == lease
 
@@ -148,7 +149,7 @@ async def test_what_another_process_owns_is_neither(control: psycopg.AsyncConnec
     taken = await _take(control, lease)
     assert taken is not None
     assert await take_over_from_self(control, lease.rotation, owner=this_process(), options={}) is None
-    await complete(control, TICKETS, taken, None, active_seconds=1.0)
+    await complete(control, TICKETS, taken, None, figures=Figures(active_seconds=1.0))
     assert await find_completed(control, lease.rotation, this_process()) is None
 
 
@@ -273,7 +274,7 @@ async def test_the_heartbeat_moves_on_the_database_s_clock(
 ) -> None:
     for _ in range(2):
         before = database.rotation("updated_at")
-        await beat(control, lease, rows_done=12, active_seconds=3.5)
+        await beat(control, lease, rows_done=12, figures=Figures(active_seconds=3.5))
         assert database.rotation("updated_at") > before
     assert (database.rotation("rows_done"), database.rotation("active_seconds")) == (12, 3.5)
 
@@ -288,23 +289,23 @@ async def test_a_stop_stores_the_rows_that_checkpoints_confirm(
         await writer.rewrite(key_range(10, 12, 2))
     database.execute("UPDATE rotator_rotation SET late_rows = 3")
     # The heartbeat said what was in memory.
-    await beat(control, lease, rows_done=4711, active_seconds=1)
-    rows_done = await stop(control, lease, status=status, error="because", active_seconds=2)
+    await beat(control, lease, rows_done=4711, figures=Figures(active_seconds=1))
+    rows_done = await stop(control, lease, status=status, error="because", figures=Figures(active_seconds=2))
     assert rows_done == database.rotation("rows_done") == 10
     assert (database.rotation("status"), database.rotation("error")) == (status, "because")
     assert database.rotation("finished_at") is None
 
 
 async def _beat(control: psycopg.AsyncConnection, lease: Lease) -> None:
-    await beat(control, lease, rows_done=1, active_seconds=1)
+    await beat(control, lease, rows_done=1, figures=Figures(active_seconds=1))
 
 
 async def _stop(control: psycopg.AsyncConnection, lease: Lease) -> None:
-    await stop(control, lease, status="failed", error="", active_seconds=1)
+    await stop(control, lease, status="failed", error="", figures=Figures(active_seconds=1))
 
 
 async def _complete(control: psycopg.AsyncConnection, lease: Lease) -> None:
-    await complete(control, TICKETS, lease, None, active_seconds=1)
+    await complete(control, TICKETS, lease, None, figures=Figures(active_seconds=1))
 
 
 async def _read(control: psycopg.AsyncConnection, lease: Lease) -> None:
@@ -346,7 +347,7 @@ async def test_nothing_with_a_gap_is_completed(
         for after, through, rows in ranges:
             await writer.rewrite(key_range(after, through, rows))
     row = database.execute("SELECT * FROM rotator_rotation")
-    assert await complete(control, TICKETS, lease, BOUND, active_seconds=1) is None
+    assert await complete(control, TICKETS, lease, BOUND, figures=Figures(active_seconds=1)) is None
     assert database.execute("SELECT * FROM rotator_rotation") == row
 
 
@@ -357,7 +358,7 @@ async def test_without_a_gap_it_is_completed(
     async with writing(database, lease) as writer:
         for through in (20, 5, 10, 15):
             await writer.rewrite(key_range(through - 5 or None, through, 5))
-    assert await complete(control, TICKETS, lease, BOUND, active_seconds=8) == 20
+    assert await complete(control, TICKETS, lease, BOUND, figures=Figures(active_seconds=8)) == 20
     assert (database.rotation("status"), database.rotation("rows_done")) == ("completed", 20)
     assert database.rotation("finished_at") is not None
     assert await find_unfinished(control, TARGET, TABLE_NAME) is None
@@ -369,16 +370,16 @@ async def test_checkpoints_of_another_rotation_complete_nothing(
     database.make_tickets(1, 20)
     async with writing(database, lease) as writer:
         await writer.rewrite(key_range(None, 20, 20))
-    assert await complete(control, TICKETS, lease, BOUND, active_seconds=1) == 20
+    assert await complete(control, TICKETS, lease, BOUND, figures=Figures(active_seconds=1)) == 20
     following = await begin(control)
-    assert await complete(control, TICKETS, following, BOUND, active_seconds=1) is None
+    assert await complete(control, TICKETS, following, BOUND, figures=Figures(active_seconds=1)) is None
     assert (await read_state(control, following)).rows_done == 0
 
 
 async def test_an_empty_table_needs_no_checkpoint(
     database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    assert await complete(control, TICKETS, lease, None, active_seconds=1) == 0
+    assert await complete(control, TICKETS, lease, None, figures=Figures(active_seconds=1)) == 0
     assert database.rotation("status") == "completed"
 
 
@@ -428,10 +429,10 @@ async def test_the_next_owner_reads_the_state(
     async with writing(database, lease) as writer:
         await writer.rewrite(key_range(None, 5, 5))
     database.execute("UPDATE rotator_rotation SET late_rows = 2")
-    await stop(control, lease, status="interrupted", error="", active_seconds=7.5)
+    await stop(control, lease, status="interrupted", error="", figures=Figures(active_seconds=7.5))
     taken = await _take(control, lease)
     assert taken is not None
     state = await read_state(control, taken)
     assert (state.bound, state.rows_total, state.rows_total_is_exact) == (BOUND, 20, False)
-    assert (state.rows_done, state.late_rows, state.seconds_before) == (7, 2, 7.5)
+    assert (state.rows_done, state.late_rows, state.before.active_seconds) == (7, 2, 7.5)
     assert state.started_xid == new.started_xid

@@ -19,7 +19,7 @@ from rotator.exceptions import (
 from rotator.postgres import writer as writing_module
 from rotator.postgres.errors import SUPPRESSED
 from rotator.postgres.fence import Lease
-from rotator.postgres.rotations import abandon, stop
+from rotator.postgres.rotations import Figures, abandon, stop
 from rotator.postgres.table import Column, TargetTable
 from rotator.postgres.values import InBulk, ValueSource
 from rotator.postgres.writer import PostgresWriter
@@ -337,7 +337,7 @@ async def test_a_rotation_that_was_stopped_is_not_written_for(
     database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     database.make_tickets(1, 20)
-    await stop(control, lease, status="interrupted", error="", active_seconds=0)
+    await stop(control, lease, status="interrupted", error="", figures=Figures(active_seconds=0))
     await _refused(database, lease, key_range(None, 20, 20), SupersededError)
 
 

@@ -63,6 +63,9 @@ def test_a_start_tells_what_will_be_done() -> None:
             "stopped_at": None,
             "concurrency": 4,
             "batch": 2000,
+            "deferrals_before": 0,
+            "retries_before": 0,
+            "throttled_seconds_before": 0.0,
             "pace": "balanced",
             "resumed": False,
         }
@@ -131,7 +134,7 @@ def test_each_notable_event_has_its_name_and_its_facts() -> None:
         head | {"event": "late_commits_over"},
         head | {"event": "late_rows_rotated", "rows": 12},
         head | {"event": "row_rejected", "key": "[42]", "reason": "check_violation"},
-        head | {"event": "drain_started", "reason": "SIGINT"},
+        head | {"event": "drain_started", "reason": "SIGINT", "by": ""},
     ]
 
 
@@ -151,7 +154,8 @@ def test_the_names_of_all_other_events_are_an_interface() -> None:
         "server_log_shows_values late_commits_awaited late_commits_over late_rows_rotated "
         "confirmation_started rows_confirmed vacuum_started vacuumed vacuum_skipped analyzed "
         "analyze_skipped reindex_started index_rebuilt reindex_skipped receiver_failed "
-        "limit_raised lock_held pace_changed throttled throttle_ended drain_started"
+        "limit_raised lock_held pace_changed throttled throttle_ended limits_changed horizon_held "
+        "drain_started"
     )
     assert [event_name(kind) for kind in get_args(Event) if kind not in special] == names.split()
 

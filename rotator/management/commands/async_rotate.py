@@ -232,6 +232,7 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
         "stop_after",
         "lock_timeout",
         "outage_budget",
+        *("max_lag", "lag_of", "max_unarchived_wal", "max_slot_wal"),
     )
     return RunOptions.checked(
         **{name: options[name] for name in names},

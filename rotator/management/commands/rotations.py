@@ -1,4 +1,4 @@
-"""``manage.py rotations``: list rotations with their progress, or follow one."""
+"""``manage.py rotations``: list rotations with their progress, follow one, or control it while it runs."""
 
 import json
 import signal
@@ -8,40 +8,55 @@ from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
-from django.db.models import DurationField, ExpressionWrapper, F, QuerySet
-from django.db.models.functions import Now
+from django.db.models import QuerySet
 
 from rotator import __version__
 from rotator.events import StopReason
+from rotator.exceptions import OptionError, RotatorError
+from rotator.management.control import SETTINGS, VERBS, Request, await_answer, read_request, send
+from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of, silent_seconds
 from rotator.management.terminal import open_closed_streams
-from rotator.models import Rotation
-from rotator.options import RunOptions, Selection
-from rotator.postgres.owner import Owner
+from rotator.models import Action, Rotation
+from rotator.options import Selection
+from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
-from rotator.progress.text import count, done_of_total, duration, moment, stopped_by, unconfirmed
+from rotator.progress.text import (
+    count,
+    done_of_total,
+    duration,
+    moment,
+    one_line,
+    stopped_by,
+    unconfirmed,
+)
 from rotator.stats import percent_of
 
 _FOLLOW_SECONDS: Final = 1.0
 _SIGNAL_BASE: Final = 128
-# A heartbeat comes each second.
-_SILENT_SECONDS: Final = 10.0
-_JUST_ENDED_SECONDS: Final = 3.0
 
 
 class Options(TypedDict):
     """The options, as the command line or ``call_command`` gives them."""
 
-    rotation: int | None
+    rotation: str | None
+    request: list[str]
     database: str
     json: bool
     follow: bool
+    log: bool
+    all: bool
+    revision: int | None
 
 
 class Command(BaseCommand):
-    """Lists rotations."""
+    """Lists rotations, and controls those that run."""
 
-    help = "List the rotations of a database, the latest first, or show one of them in detail."
+    help = (
+        "List the rotations of a database, the latest first, or show one of them in detail. With a request, "
+        "control it while it runs: rotations 5 pause, resume, cancel, or set concurrency=2 pace=gentle "
+        "batch=500. Write options after the request."
+    )
     requires_system_checks = ()
 
     def get_version(self) -> str:
@@ -53,9 +68,16 @@ class Command(BaseCommand):
         parser.add_argument(
             "rotation",
             nargs="?",
-            type=int,
             metavar="ID",
             help="The id of a rotation: show only this one, in detail.",
+        )
+        parser.add_argument(
+            "request",
+            nargs="*",
+            metavar="REQUEST",
+            help="pause: begin no more ranges. resume: end a pause. cancel: stop like Ctrl-C; the rotation "
+            "can be resumed. set NAME=VALUE: change concurrency, batch or pace; the value default is that of "
+            "the run.",
         )
         parser.add_argument(
             "--database",
@@ -67,13 +89,29 @@ class Command(BaseCommand):
         parser.add_argument(
             "--follow", action="store_true", help="With an ID: show its progress until it ends or stops."
         )
+        parser.add_argument(
+            "--log", action="store_true", help="With an ID: show what users and processes did with it."
+        )
+        parser.add_argument(
+            "--all",
+            action="store_true",
+            help="Instead of an ID: pause or resume every unfinished rotation of the database.",
+        )
+        parser.add_argument(
+            "--revision",
+            type=int,
+            metavar="N",
+            help="With a request: refuse it if another user has changed the rotation since this revision.",
+        )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print the rotations."""
         open_closed_streams(self)
-        number = options["rotation"]
-        silence = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
-        found = Rotation.objects.using(options["database"]).annotate(silence=silence).order_by("-pk")
+        try:
+            number, request = _read_words(options)
+        except RotatorError as error:
+            raise CommandError(str(error)) from error
+        found = find_rotations(options["database"])
         try:
             rotations = list(_chosen(found, number))
         except Error as error:
@@ -83,9 +121,19 @@ class Command(BaseCommand):
             ) from error
         if number is not None and not rotations:
             raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
-        if options["follow"]:
+        if request is not None:
+            if options["all"]:
+                rotations = [each for each in rotations if each.status in Rotation.UNFINISHED]
+            self._send(rotations, request, options)
+        elif options["follow"]:
             self._follow(found, number)
-        elif options["json"]:
+        elif options["log"]:
+            self._log(number, options)
+        else:
+            self._show(rotations, number, options)
+
+    def _show(self, rotations: list[Rotation], number: int | None, options: Options) -> None:
+        if options["json"]:
             facts = [_facts(rotation) for rotation in rotations]
             self.stdout.write(json.dumps(facts if number is None else facts[0], indent=2))
         elif number is not None:
@@ -94,6 +142,43 @@ class Command(BaseCommand):
             self.stdout.write(_table(rotations))
         else:
             self.stdout.write("There are no rotations in this database.")
+
+    def _send(self, rotations: list[Rotation], request: Request, options: Options) -> None:
+        """Send a request to the owners of rotations, and print their answers."""
+        if not rotations:
+            self.stdout.write("There are no unfinished rotations in this database.")
+        by = this_process().user or "an unknown user"
+        try:
+            controls = [send(each, request, by=by, revision=options["revision"]) for each in rotations]
+            answers = [await_answer(control, request, options["database"]) for control in controls]
+        except RotatorError as error:
+            raise CommandError(str(error)) from error
+        except Error as error:
+            raise CommandError(
+                f"Cannot store the request in the database '{options['database']}': {_first_line(error)} If "
+                "the database is the problem, send SIGUSR1 to the process of the rotation to pause it."
+            ) from error
+        except KeyboardInterrupt:
+            sys.exit(_SIGNAL_BASE + signal.SIGINT)
+        for answer in answers:
+            self.stdout.write(answer.text)
+        if not all(answer.is_applied for answer in answers):
+            sys.exit(1)
+
+    def _log(self, number: int | None, options: Options) -> None:
+        if number is None:
+            raise CommandError("--log needs the ID of a rotation: rotations ID --log.")
+        actions = Action.objects.using(options["database"]).filter(rotation=number).order_by("pk")
+        if options["json"]:
+            facts = [
+                {"at": each.at.isoformat(), "action": each.kind, "by": each.by, "detail": each.detail}
+                for each in actions
+            ]
+            self.stdout.write(json.dumps(facts, indent=2))
+            return
+        for each in actions:
+            detail = f": {one_line(each.detail)}" if each.detail else ""
+            self.stdout.write(f"{moment(each.at)}  {each.kind} by {each.by}{detail}")
 
     def _follow(self, found: QuerySet[Rotation], number: int | None) -> None:
         if number is None:
@@ -106,9 +191,9 @@ class Command(BaseCommand):
                 progress.show(_standing(rotation))
                 if rotation.status != Rotation.Status.RUNNING and not _awaits_workers(rotation):
                     break
-                if _is_dead(rotation):
+                if is_dead(rotation):
                     raise CommandError(
-                        f"The owner of rotation {rotation.pk}, {_owner(rotation)}, has ended or sends no "
+                        f"The owner of rotation {rotation.pk}, {owner_of(rotation)}, has ended or sends no "
                         "heartbeat, and the rotation is unfinished. Run its command again to resume it."
                     )
                 time.sleep(_FOLLOW_SECONDS)
@@ -121,55 +206,67 @@ class Command(BaseCommand):
         finally:
             progress.close()
         if rotation.status != Rotation.Status.COMPLETED:
-            left = stopped_by(_stop_reason(rotation)) or rotation.error or f"it is {rotation.status}"
+            left = _reason(rotation) or rotation.error or f"it is {rotation.status}"
             raise CommandError(f"Rotation {rotation.pk} is unfinished: {left}")
+
+
+def _read_words(options: Options) -> tuple[int | None, Request | None]:
+    """Return the id of the rotation and the request; None where the command line has none."""
+    words = [*([options["rotation"]] if options["rotation"] else []), *options["request"]]
+    number = int(words.pop(0)) if words and words[0].isdecimal() else None
+    if options["all"]:
+        if number is not None or words not in (["pause"], ["resume"]):
+            raise OptionError("--all is for one of these: rotations pause --all, rotations resume --all.")
+    elif words and number is None:
+        if words[0] in VERBS:
+            raise OptionError(f"{words[0]} needs the ID of a rotation: rotations ID {words[0]}.")
+        raise OptionError(f"'{words[0]}' is not the ID of a rotation.")
+    if options["revision"] is not None and (not words or options["all"]):
+        raise OptionError("--revision needs an ID and a request, e.g. rotations ID pause --revision 3.")
+    return number, read_request(words) if words else None
 
 
 def _standing(rotation: Rotation) -> Standing:
     """Return the progress of a rotation at this moment."""
     is_running = rotation.status == Rotation.Status.RUNNING
+    held = _held(rotation)
     return Standing(
         status=_status(rotation),
-        is_working=is_running and not _is_silent(rotation),
+        is_working=is_running and not is_silent(rotation) and not held,
         rows_done=rotation.rows_done,
         rows_total=rotation.rows_total,
         rows=_rows(rotation),
         percent=_percent(rotation),
-        note="waiting for a worker" if _awaits_workers(rotation) else "",
+        note="waiting for a worker" if _awaits_workers(rotation) else held,
     )
 
 
 def _status(rotation: Rotation) -> str:
-    """Return the status, or that a running rotation sends no heartbeat."""
-    if _is_silent(rotation):
-        return f"no heartbeat for {duration(_silent_seconds(rotation))}"
+    """Return the status, or that a running rotation sends no heartbeat or is held."""
+    if is_silent(rotation):
+        return f"no heartbeat for {duration(silent_seconds(rotation))}"
+    if _held(rotation):
+        return "paused" if control_of(rotation).paused else "throttled"
     return str(rotation.status)
 
 
-def _is_silent(rotation: Rotation) -> bool:
-    return rotation.status == Rotation.Status.RUNNING and _silent_seconds(rotation) > _SILENT_SECONDS
-
-
-def _is_dead(rotation: Rotation) -> bool:
-    """Return whether the owner of a running rotation has ended, or is silent for too long."""
-    # A process that has just ended may have completed the rotation after it was read.
-    if rotation.status != Rotation.Status.RUNNING or _silent_seconds(rotation) < _JUST_ENDED_SECONDS:
-        return False
-    budget_seconds = RunOptions.from_json(rotation.options).outage_budget_seconds
-    return _owner(rotation).is_gone() or _silent_seconds(rotation) > budget_seconds + _SILENT_SECONDS
+def _held(rotation: Rotation) -> str:
+    """Return what holds a running rotation; empty where nothing does."""
+    if rotation.status != Rotation.Status.RUNNING:
+        return ""
+    control = control_of(rotation)
+    paused = [f"paused by {control.paused_by}"] if control.paused else []
+    return "; ".join([*paused, *([rotation.throttle_reason] if rotation.throttle_reason else [])])
 
 
 def _awaits_workers(rotation: Rotation) -> bool:
     return rotation.status == Rotation.Status.QUEUED
 
 
-def _stop_reason(rotation: Rotation) -> StopReason | None:
-    return StopReason(rotation.stop_reason) if rotation.stop_reason else None
-
-
-def _silent_seconds(rotation: Rotation) -> float:
-    # Measured with the database's clock, which also sets the heartbeat's time.
-    return max(0.0, float(vars(rotation)["silence"].total_seconds()))
+def _reason(rotation: Rotation) -> str:
+    """Return the reason of a stop as a phrase; empty without one."""
+    reason = StopReason(rotation.stop_reason) if rotation.stop_reason else None
+    return stopped_by(reason, control_of(rotation).cancelled_by)
 
 
 def _first_line(error: Error) -> str:
@@ -207,9 +304,30 @@ def _facts(rotation: Rotation) -> dict[str, object]:
         "options": rotation.options,
         "selection": rotation.selection,
         "error": rotation.error,
-        "reason": stopped_by(_stop_reason(rotation)),
+        "reason": _reason(rotation),
         "is_filtered": Selection.from_json(rotation.selection).is_filtered,
-        "heartbeat_seconds_ago": round(_silent_seconds(rotation), 3),
+        "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
+        "deferrals": rotation.deferrals,
+        "retries": rotation.retries,
+        "throttled_seconds": round(rotation.throttled_seconds, 3),
+        "throttle_reason": _held(rotation),
+        "throttled_since": rotation.throttled_since and rotation.throttled_since.isoformat(),
+        "control": _control_facts(rotation),
+    }
+
+
+def _control_facts(rotation: Rotation) -> dict[str, object]:
+    control = control_of(rotation)
+    return {
+        "revision": control.revision,
+        "paused": control.paused,
+        "pace": control.pace,
+        "concurrency": control.concurrency,
+        "batch": control.batch,
+        "changed_by": control.changed_by,
+        "changed_at": control.changed_at.isoformat() if control.revision else None,
+        "applied_revision": rotation.applied_revision,
+        "applied_at": rotation.applied_at and rotation.applied_at.isoformat(),
     }
 
 
@@ -223,7 +341,7 @@ def _table(rotations: list[Rotation]) -> str:
             _rows(rotation),
             str(_percent(rotation)),
             duration(rotation.active_seconds),
-            str(_owner(rotation)),
+            str(owner_of(rotation)),
             _age(rotation),
         )
         for rotation in rotations
@@ -242,8 +360,10 @@ def _details(rotation: Rotation) -> str:
         ("status", _status(rotation)),
         ("rows", f"{_rows(rotation)} ({_percent(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
+        ("deferrals", count(rotation.deferrals)),
+        ("retries", count(rotation.retries)),
         ("time", f"{duration(rotation.active_seconds)} over all runs"),
-        ("owner", f"{_owner(rotation)} since {moment(rotation.owned_since)}"),
+        ("owner", f"{owner_of(rotation)} since {moment(rotation.owned_since)}"),
         ("started", moment(rotation.started_at)),
         ("heartbeat", f"{moment(rotation.updated_at)}, {_age(rotation)}"),
         ("finished", moment(rotation.finished_at) if rotation.finished_at else "not yet"),
@@ -253,16 +373,35 @@ def _details(rotation: Rotation) -> str:
     if rotation.unconfirmed_rows is not None:
         facts.append(("confirmed", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
     if rotation.stop_reason:
-        facts.append(("reason", stopped_by(_stop_reason(rotation))))
+        facts.append(("reason", _reason(rotation)))
     if rotation.error:
         facts.append(("error", rotation.error))
+    if rotation.throttled_seconds:
+        facts.append(("throttled", f"{duration(rotation.throttled_seconds)} over all runs"))
+    if held := _held(rotation):
+        since = f", since {moment(rotation.throttled_since)}" if rotation.throttled_since else ""
+        facts.append(("held", f"{held}{since}"))
+    if control_of(rotation).revision:
+        facts.append(("control", _control(rotation)))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
+
+
+def _control(rotation: Rotation) -> str:
+    """Return the requests of users, and whether the owner has applied them."""
+    control = control_of(rotation)
+    settings = [f"{name}={value}" for name in SETTINGS if (value := getattr(control, name))]
+    requests = ", ".join([*(["paused"] if control.paused else []), *settings]) or "no limits"
+    applied = "applied" if rotation.applied_revision >= control.revision else "not applied yet"
+    return (
+        f"{requests}; revision {control.revision} by {control.changed_by} at {moment(control.changed_at)}, "
+        f"{applied}"
+    )
 
 
 def _rows(rotation: Rotation) -> str:
     rows = done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
     rows += " that match the filter" if Selection.from_json(rotation.selection).is_filtered else ""
-    return f"{rows} (last known)" if _is_silent(rotation) else rows
+    return f"{rows} (last known)" if is_silent(rotation) else rows
 
 
 def _percent(rotation: Rotation) -> int:
@@ -274,15 +413,5 @@ def _percent(rotation: Rotation) -> int:
     return percent_of(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
 
 
-def _owner(rotation: Rotation) -> Owner:
-    return Owner(
-        host=rotation.owner_host,
-        pid=rotation.owner_pid or 0,
-        process=rotation.owner_process,
-        user=rotation.owner_user,
-        version=rotation.version,
-    )
-
-
 def _age(rotation: Rotation) -> str:
-    return f"{duration(_silent_seconds(rotation))} ago"
+    return f"{duration(silent_seconds(rotation))} ago"
