@@ -2,6 +2,7 @@
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -19,7 +20,14 @@ from rotator.runner.control import LiveControl
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
 from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
-from tests.integration.rotation_tables import COMMITTING, TABLE_NAME, TARGET, Database, once_each
+from tests.integration.rotation_tables import (
+    COMMITTING,
+    TABLE_NAME,
+    TARGET,
+    TICKETS,
+    Database,
+    once_each,
+)
 
 pytestmark = COMMITTING
 
@@ -47,12 +55,15 @@ def ask(*words: str) -> str:
     return out.getvalue()
 
 
-def test_of_two_users_at_once_one_is_refused() -> None:
+def test_of_two_users_at_once_one_is_refused(database: Database) -> None:
     rotation = make_rotation()
+    Control.change(rotation, ActionKind.CHANGED, {"batch": 500}, by="zoe")
+    # Long enough for all of them to read the row before the first one commits, if no lock stops them.
+    database.before_update("PERFORM pg_sleep(0.3); RETURN NEW;", replace(TICKETS, path=("rotator_control",)))
 
     def change(by: str) -> str:
         try:
-            Control.change(rotation, ActionKind.PAUSED, {"paused": True}, by=by, revision=0)
+            Control.change(rotation, ActionKind.PAUSED, {"paused": True}, by=by, revision=1)
         except RevisionError as error:
             return str(error)
         finally:
@@ -63,8 +74,8 @@ def test_of_two_users_at_once_one_is_refused() -> None:
         answers = list(users.map(change, ["alice", "bob", "carol", "dave"]))
     control = Control.objects.get()
     assert sum(not answer for answer in answers) == 1
-    assert (control.revision, Action.objects.count()) == (1, 1)
-    expected = f"was changed since revision 0: its revision is 1, by {control.changed_by}. Look at it"
+    assert (control.revision, Action.objects.count()) == (2, 2)
+    expected = f"was changed since revision 1: its revision is 2, by {control.changed_by}. Look at it"
     assert sum(expected in answer for answer in answers) == 3
 
 
