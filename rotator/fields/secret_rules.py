@@ -127,6 +127,8 @@ _COPIES: Final[Mapping[tuple[str, str, str], str]] = {
     ("reversion", "Version", "serialized_data"): "Delete old versions: manage.py deleterevisions.",
     ("silk", "Request", "encoded_headers"): "Delete old requests: manage.py silk_clear_request_log.",
     ("silk", "Request", "raw_body"): "Delete old requests: manage.py silk_clear_request_log.",
+    ("silk", "Response", "encoded_headers"): "Delete old requests: manage.py silk_clear_request_log.",
+    ("silk", "Response", "raw_body"): "Delete old requests: manage.py silk_clear_request_log.",
 }
 _SIMPLE_HISTORY: Final = {"history_id", "history_date", "history_type"}
 _PGHISTORY: Final = {"pgh_id", "pgh_created_at", "pgh_label"}
@@ -163,7 +165,7 @@ _SECRET_NAME: Final = re.compile(
     r"(^|_)(secrets?|passwords?|passwd|pwd|passphrases?|passcodes?|tokens?|bearer|jwt|credentials?|apikeys?"
     rf"|({_KEYS})_?keys?|({_CODES})_?codes?|otp|totp|hotp|pin|cvv|cvc)(_|$)"
 )
-# Needs a second clue: most keys and codes are not secret.
+# Needs a second reason: most keys and codes are not secret.
 _VAGUE_NAME: Final = re.compile(r"(^|_)(keys?|codes?|digest|checksum|hash|hashed)(_|$)")
 _SECRET_MODEL: Final = re.compile(
     r"(^|_)(tokens?|secrets?|credentials?|api_?keys?|otp|[th]otp|passwords?|passcodes?|rsa|ssh|invitations?"
@@ -180,7 +182,10 @@ _OTHER_NAME: Final = re.compile(
 )
 _PRIVATE_KEY: Final = re.compile(r"(^|_)(private_?key|(rsa|ssh)_?key)(_|$)")
 _SIGNED_NAME: Final = re.compile(r"(^|_)(jwt|id_token)(_|$)")
-_EXPIRY_NAME: Final = re.compile(r"(^|_)(expires?|expiry|expiration|valid_until)(_|$)")
+# A key or code is a secret if it can be used for some time, or once.
+_EXPIRY_NAME: Final = re.compile(
+    r"(^|_)(expires?|expiry|expiration|valid_until|verified|redeemed|consumed)(_|$)"
+)
 _TYPE_NAME: Final = re.compile(r"encrypt|fernet|pgp|cipher|secret|password|apikey", re.IGNORECASE)
 _DEFAULT_NAME: Final = re.compile(r"token|secret|random|generat|api_?key|default_key|password|shortuuid")
 _NUMBER_NAME: Final = re.compile(r"(^|_)(pin|otp|passcode|pin_?code)(_|$)")
@@ -221,11 +226,12 @@ def _default_reason(field: AnyField) -> str:
 
 
 def _model_reason(field: AnyField) -> str:
-    """Return the second clue that a field with a vague name holds a secret."""
+    """Return the second reason that a field with a vague name holds a secret."""
     if _SECRET_MODEL.search(_snake(field.model.__name__)):
         return f"its name is {field.model.__name__}.{field.name}"
-    if any(_EXPIRY_NAME.search(_snake(other.name)) for other in field.model._meta.concrete_fields):
-        return f"its name is {field.name}, and its rows expire"
+    names = {_snake(other.name) for other in field.model._meta.concrete_fields}
+    if _snake(field.name) in ("key", "code") and any(map(_EXPIRY_NAME.search, names)):
+        return f"its name is {field.name}, and its rows expire or are used once"
     return ""
 
 

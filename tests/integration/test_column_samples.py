@@ -31,8 +31,8 @@ def make(database: Database, value: str, *, of: str = "text", rows: int = 100) -
     database.execute(
         made.format(
             TABLE,
-            sql.SQL(value),  # type: ignore[arg-type] # not a literal
-            sql.SQL(of),  # type: ignore[arg-type] # not a literal
+            sql.SQL(value),
+            sql.SQL(of),
             sql.Identifier(COLUMN),
             sql.Literal(rows),
         )
