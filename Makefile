@@ -66,11 +66,11 @@ test-foreign: .venv/test ## Rotate the models of foreign packages, which are ins
 
 # What depends on the server's version, build and locales; the rest behaves the same on the embedded server.
 INSTALLED := $(addprefix tests/integration/test_,any_model.py key_settings.py stored_values.py sessions.py \
-	partitions.py identity.py older_rows.py planning.py plans.py vacuuming.py)
+	partitions.py older_rows.py plans.py vacuuming.py)
 
 test-installed: .venv/test ## Run the tests of keys, plans and SQL on the PostgreSQL that Debian's packages brought
 	pg_virtualenv -o max_prepared_transactions=10 sh -c 'TEST_DATABASE_URL="postgres://$$PGUSER:$$PGPASSWORD@$$PGHOST:$$PGPORT/postgres" \
-		$(PYTEST) $(INSTALLED)'
+		$(PYTEST) -m "not slow" $(INSTALLED)'
 
 lint: .venv/dev ## Check style
 	$(BIN)/ruff check .
