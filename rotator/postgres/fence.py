@@ -1,13 +1,16 @@
 """The start of every transaction that writes for a rotation: settings, lock and fence."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Final
 
+import psycopg
 from psycopg import AsyncConnection, sql
 
 from rotator.options import WaitLimits
 from rotator.postgres.connection import begin
-from rotator.postgres.errors import SUPERSEDED
+from rotator.postgres.errors import ANSWER_SECONDS, SUPERSEDED, translate_errors
 
 # "rota" in ASCII: the first half of the advisory locks' key; the second is the rotation's id.
 LOCK_CLASS: Final = 0x726F7461
@@ -85,6 +88,20 @@ async def fence(connection: AsyncConnection, lease: Lease) -> None:
     if lease.span is not None:
         await share_lock(connection, lease.span, lock_class=SPAN_LOCK_CLASS)
     await connection.execute(_FENCE, asdict(lease))
+
+
+@asynccontextmanager
+async def rolled_back_on_error(
+    connection: AsyncConnection, *, seconds: float | None = ANSWER_SECONDS
+) -> AsyncIterator[None]:
+    """Translate errors, and roll the open transaction back; see :func:`translate_errors`."""
+    async with translate_errors(connection, seconds=seconds):
+        try:
+            yield
+        except BaseException:
+            with suppress(psycopg.Error):
+                await connection.rollback()
+            raise
 
 
 async def set_timeouts(

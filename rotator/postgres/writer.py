@@ -4,13 +4,11 @@ Every function takes connections in autocommit mode.
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeAlias
 
-import psycopg
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
@@ -19,7 +17,7 @@ from rotator.exceptions import OldValuesKeptError, RangeRejectedError, RangeTooS
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeGrewError, translate_errors
-from rotator.postgres.fence import Lease, begin_fenced
+from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
     ROW,
@@ -394,18 +392,6 @@ class PostgresWriter:
                 )
             )
         return written.rows
-
-
-@asynccontextmanager
-async def rolled_back_on_error(connection: AsyncConnection) -> AsyncIterator[None]:
-    """Translate errors, and roll the open transaction back."""
-    async with translate_errors(connection):
-        try:
-            yield
-        except BaseException:
-            with suppress(psycopg.Error):
-                await connection.rollback()
-            raise
 
 
 def _at(places: Sequence[tuple[Place, str]]) -> dict[str, object]:
