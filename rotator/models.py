@@ -252,6 +252,9 @@ class Ledger(models.Model):
         null=True, help_text="The key up to which it is loaded; null before the first range."
     )
     entries = models.BigIntegerField(default=0, help_text="Digests in the table.")
+    control_rows = models.BigIntegerField(
+        default=0, help_text="Rows of a sample that were all found in it before the rotation."
+    )
     guard = models.CharField(max_length=16, choices=Guard, default=Guard.NONE, blank=True)
     guard_hits = models.BigIntegerField(
         default=0, help_text="Old values that earlier guards met; the present guard has a sequence."
@@ -277,6 +280,7 @@ class Verification(models.Model):
     rows = models.BigIntegerField(default=0, help_text="Rows that it has searched.")
     survivors = models.BigIntegerField(default=0, help_text="Rows whose present value is in the ledger.")
     survivor_keys = models.JSONField(default=list, help_text="The keys of the first survivors.")
+    repairs = models.BooleanField(default=False, help_text="Whether it gives survivors new values.")
     repaired = models.BigIntegerField(default=0, help_text="Survivors that it has given new values.")
     result = models.JSONField(default=dict, help_text="Coverage, controls and result; empty until its end.")
     started_at = models.DateTimeField(db_default=Now())

@@ -31,7 +31,8 @@ CHECK_CONNECTION_SECONDS: Final = 1
 _FENCE: Final = (
     sql.SQL(
         "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation r WHERE r.id = %(rotation)s"
-        " AND r.generation = %(generation)s AND r.status = 'running' AND (%(span)s::bigint IS NULL"
+        " AND r.generation = %(generation)s"
+        " AND r.status = CASE WHEN %(repairs)s THEN 'completed' ELSE 'running' END AND (%(span)s::bigint IS NULL"
         " OR EXISTS (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
         " AND s.generation = %(span_generation)s))), {}) AS integer)"
     )
@@ -49,12 +50,14 @@ class Lease:
         generation: The rotation's generation when this process acquired it.
         span: The id of the only span that it can write to; None for all rows.
         span_generation: The span's generation when this process claimed it.
+        repairs: Whether it is for survivors of a completed rotation, not for an unfinished one.
     """
 
     rotation: int
     generation: int
     span: int | None = None
     span_generation: int = 0
+    repairs: bool = False
 
 
 async def begin_fenced(

@@ -148,8 +148,8 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
     async with rolled_back_on_error(connection):
         await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
         await connection.execute(
-            "INSERT INTO rotator_ledger (rotation_id, salt, state, entries, guard, guard_hits)"
-            " VALUES (%b, %b, 'loading', 1, '', 0)",
+            "INSERT INTO rotator_ledger (rotation_id, salt, state, entries, control_rows, guard,"
+            " guard_hits) VALUES (%b, %b, 'loading', 1, 0, '', 0)",
             (lease.rotation, secrets.token_bytes(SALT_BYTES)),
         )
         for statement in (
