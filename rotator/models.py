@@ -251,6 +251,9 @@ class Ledger(models.Model):
     loaded_through = models.JSONField(
         null=True, help_text="The key up to which it is loaded; null before the first range."
     )
+    started_xid = models.BigIntegerField(
+        help_text="The oldest transaction that was open when loading began (xid8)."
+    )
     entries = models.BigIntegerField(default=0, help_text="Digests in the table.")
     control_rows = models.BigIntegerField(
         default=0, help_text="Rows of a sample that were all found in it before the rotation."

@@ -24,6 +24,7 @@ class Migration(migrations.Migration):
                 ('salt', models.BinaryField(help_text='A secret: with it, a value that can be guessed can be found.')),
                 ('state', models.CharField(choices=[('loading', 'Loading'), ('ready', 'Ready'), ('forgotten', 'Forgotten')], default='loading', max_length=16)),
                 ('loaded_through', models.JSONField(help_text='The key up to which it is loaded; null before the first range.', null=True)),
+                ('started_xid', models.BigIntegerField(help_text='The oldest transaction that was open when loading began (xid8).')),
                 ('entries', models.BigIntegerField(default=0, help_text='Digests in the table.')),
                 ('control_rows', models.BigIntegerField(default=0, help_text='Rows of a sample that were all found in it before the rotation.')),
                 ('guard', models.CharField(blank=True, choices=[('', 'None'), ('refuse', 'Refuse'), ('keep', 'Keep')], default='', max_length=16)),

@@ -32,8 +32,9 @@ _FENCE: Final = (
     sql.SQL(
         "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation r WHERE r.id = %(rotation)s"
         " AND r.generation = %(generation)s"
-        " AND r.status = CASE WHEN %(repairs)s THEN 'completed' ELSE 'running' END AND (%(span)s::bigint IS NULL"
-        " OR EXISTS (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
+        " AND r.status = CASE WHEN %(repairs)s THEN 'completed' ELSE 'running' END"
+        " AND (%(span)s::bigint IS NULL OR EXISTS"
+        " (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
         " AND s.generation = %(span_generation)s))), {}) AS integer)"
     )
     .format(sql.Literal(SUPERSEDED))

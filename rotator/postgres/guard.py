@@ -93,16 +93,22 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
         "columns": sql.SQL(", ").join(identifier(column.name) for column in table.columns),
         "body": sql.Literal(_body(ledger, table, action)),
     }
-    statements = (
-        "CREATE SEQUENCE IF NOT EXISTS {sequence}",
+    create_function = (
         # The function's owner may read the ledger; the application's role need not. A fixed search path keeps
         # other schemas from replacing what it calls.
         "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER"
-        " SET search_path = pg_catalog, pg_temp AS {body}",
+        " SET search_path = pg_catalog, pg_temp AS {body}"
+    )
+    create_trigger = (
+        "CREATE OR REPLACE TRIGGER {trigger} BEFORE INSERT OR UPDATE OF {columns} ON {table}"
+        " FOR EACH ROW EXECUTE FUNCTION {function}()"
+    )
+    statements = (
+        "CREATE SEQUENCE IF NOT EXISTS {sequence}",
+        create_function,
         # Otherwise any role could attach it to its own table, to find out what is in the ledger.
         "REVOKE ALL ON FUNCTION {function}() FROM PUBLIC",
-        "CREATE OR REPLACE TRIGGER {trigger} BEFORE INSERT OR UPDATE OF {columns} ON {table}"
-        " FOR EACH ROW EXECUTE FUNCTION {function}()",
+        create_trigger,
     )
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, {"lock_timeout": LOCK_TIMEOUT})

@@ -1,7 +1,7 @@
 """The ledger of a rotation: salted digests of the old values, in a table for each rotation.
 
-An entry is the first 8 bytes of ``sha256(salt || value)``, as a bigint. The server computes it from the row, and
-the salt stays in the database. Every function takes a connection in autocommit mode.
+An entry is the first 8 bytes of ``sha256(salt || value)``, as a bigint. The server computes it from the row,
+and the salt stays in the database. Every function takes a connection in autocommit mode.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, sql
 
 from rotator.options import WaitLimits
 from rotator.postgres.connection import set_local
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.table import ROW, Column, TargetTable, identifier
 from rotator.ranges import Key, KeyInterval
@@ -66,6 +66,7 @@ class Ledger:
         schema: The schema of the rotator's tables, unquoted.
         is_ready: Whether it is complete and indexed.
         through: The key up to which it is loaded; None before the first range.
+        started_xid: The oldest transaction that was open when loading began, epoch included.
         entries: The number of its entries.
         guard: The action of the guard: ``refuse`` or ``keep``; empty where there is none.
     """
@@ -74,6 +75,7 @@ class Ledger:
     schema: str
     is_ready: bool = False
     through: Key | None = None
+    started_xid: int = 0
     entries: int = 0
     guard: str = ""
 
@@ -113,19 +115,21 @@ async def find_ledger(connection: AsyncConnection, rotation: int) -> Ledger | No
     async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT (SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
-            " WHERE c.oid = 'rotator_ledger'::regclass), state, loaded_through::text, entries, guard"
+            " WHERE c.oid = 'rotator_ledger'::regclass), state, loaded_through::text, started_xid,"
+            " entries, guard"
             " FROM rotator_ledger WHERE rotation_id = %s AND state <> 'forgotten'",
             (rotation,),
         )
         row = await cursor.fetchone()
     if row is None:
         return None
-    schema, state, through, entries, guard = row
+    schema, state, through, started_xid, entries, guard = row
     return Ledger(
         rotation=rotation,
         schema=schema,
         is_ready=state == "ready",
         through=None if through is None else Key(through),
+        started_xid=started_xid,
         entries=entries,
         guard=guard,
     )
@@ -144,12 +148,13 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
             " WHERE c.oid = 'rotator_ledger'::regclass"
         )
         ((schema,),) = await cursor.fetchall()
-    ledger = Ledger(rotation=lease.rotation, schema=schema, entries=1)
+    ledger = Ledger(rotation=lease.rotation, schema=schema)
     async with rolled_back_on_error(connection):
         await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
         await connection.execute(
-            "INSERT INTO rotator_ledger (rotation_id, salt, state, entries, control_rows, guard,"
-            " guard_hits) VALUES (%b, %b, 'loading', 1, 0, '', 0)",
+            "INSERT INTO rotator_ledger (rotation_id, salt, state, started_xid, entries, control_rows, guard,"
+            " guard_hits) VALUES (%b, %b, 'loading', pg_snapshot_xmin(pg_current_snapshot())::text::bigint,"
+            " 1, 0, '', 0)",
             (lease.rotation, secrets.token_bytes(SALT_BYTES)),
         )
         for statement in (
@@ -160,7 +165,10 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
         ):
             await connection.execute(sql.SQL(statement).format(name=ledger.name, known=ledger.known), {})
         await connection.execute("COMMIT")
-    return ledger
+    created = await find_ledger(connection, lease.rotation)
+    if created is None:
+        raise superseded()
+    return created
 
 
 async def load_range(
@@ -210,8 +218,8 @@ def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sq
     )
 
 
-async def finish_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger) -> None:
-    """Index a ledger that is loaded, and mark it as ready.
+async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger) -> None:
+    """Index a ledger that is loaded.
 
     The index is built now because a new index is smaller than one that has grown.
     """
@@ -220,12 +228,27 @@ async def finish_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledge
         await begin_fenced(
             connection, lease, replace(LOAD_LIMITS, statement_seconds=INDEX_SECONDS), disabled_joins=()
         )
-        await connection.execute(sql.SQL("CREATE INDEX {} ON {} (digest)").format(index, ledger.name), {})
         await connection.execute(
-            "UPDATE rotator_ledger SET state = 'ready', ready_at = clock_timestamp() WHERE rotation_id = %s",
-            (ledger.rotation,),
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (digest)").format(index, ledger.name), {}
         )
         await connection.execute("COMMIT")
+
+
+async def finish_ledger(connection: AsyncConnection, ledger: Ledger, control_rows: int) -> Ledger:
+    """Mark a ledger as ready, and return it.
+
+    Args:
+        connection: The connection.
+        ledger: The ledger, which is loaded and indexed.
+        control_rows: The number of rows of a sample that were found in it.
+    """
+    async with translate_errors(connection):
+        await connection.execute(
+            "UPDATE rotator_ledger SET control_rows = %s, state = 'ready', ready_at = clock_timestamp()"
+            " WHERE rotation_id = %s AND state = 'loading'",
+            (control_rows, ledger.rotation),
+        )
+    return replace(ledger, is_ready=True)
 
 
 async def forget_ledger(connection: AsyncConnection, ledger: Ledger) -> None:

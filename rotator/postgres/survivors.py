@@ -127,10 +127,9 @@ async def control_ledger(
     ledger: Ledger,
     *,
     bound: Key,
-    started_xid: int,
     rows: int,
 ) -> tuple[int, int]:
-    """Search for a sample of rows that still have their old values, before the rotation.
+    """Search for a sample of rows that no session has written since loading began, before the rotation.
 
     Returns:
         The number of rows in the sample, and the number of them that the search found.
@@ -151,7 +150,7 @@ async def control_ledger(
     parameters = {
         "percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)),
         "through": bound,
-        "started_xid": started_xid,
+        "started_xid": ledger.started_xid,
     }
     async with translate_errors(connection, seconds=None):
         ((sampled, found),) = await (await connection.execute(query, parameters)).fetchall()

@@ -18,6 +18,7 @@ from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeGrewError, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
+from rotator.postgres.ledger import Ledger, enter_values
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
     ROW,
@@ -25,6 +26,7 @@ from rotator.postgres.table import (
     count_writes,
     keyed_update,
     number,
+    placed_rows,
     placed_update,
     range_update,
     rows_at_places,
@@ -92,7 +94,17 @@ class RewriteError(Exception):
 class RangeUpdate:
     """Updates rows of one table; the caller commits."""
 
-    def __init__(self, table: TargetTable, source: ValueSource, limits: WaitLimits) -> None:
+    def __init__(
+        self, table: TargetTable, source: ValueSource, limits: WaitLimits, ledger: Ledger | None = None
+    ) -> None:
+        """Prepare the statements.
+
+        Args:
+            table: The target's table.
+            source: The source of the new values.
+            limits: The limits of each transaction.
+            ledger: The ledger that old values of rows at places enter first; None where they are in it.
+        """
         self.table = table
         self._source = source
         self.limits = limits
@@ -105,6 +117,7 @@ class RangeUpdate:
         }
         self._keyed_update = keyed_update(table).as_bytes()
         self._placed_update = placed_update(table).as_bytes()
+        self._enter_values = ledger and enter_values(ledger, table, placed_rows(table)).as_bytes()
         self._count_writes = count_writes(table).as_bytes()
         self._digests = sql.SQL("{}, {}").format(table.key_json_of(ROW), table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
@@ -173,6 +186,9 @@ class RangeUpdate:
                     digests = (
                         await self._select(connection, rows, self._digests) if self._reads_digests else None
                     )
+                    if self._enter_values and not isinstance(rows, KeyRange):
+                        places = [(row.place, row.xid) for row in rows]
+                        await connection.execute(self._enter_values, _at(places))
                     writes_before = await self._select_writes(connection)
                     expected, cursors = await update(connection)
                     # Deferred triggers would run in the COMMIT, after the checks.

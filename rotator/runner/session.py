@@ -197,7 +197,7 @@ class Session:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
             late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
-            rotated = await late_rows.rotate_all(self._context.options.batch)
+            rotated = await late_rows.rotate_all(older_rows.find(self._context.options.batch))
             if stop_signal.drain.is_set() or self._context.stats.rejected_keys:
                 return False
             attempts = 0 if rotated else attempts + 1
