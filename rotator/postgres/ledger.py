@@ -20,6 +20,7 @@ from rotator.ranges import Key, KeyInterval
 
 SALT_BYTES: Final = 32
 DIGEST_BYTES: Final = 8
+DIGEST_BITS: Final = 8 * DIGEST_BYTES
 # Reading locks no rows, so a range of the ledger may be larger and slower than one that writes.
 LOAD_LIMITS: Final = WaitLimits(lock_seconds=0.1, statement_seconds=30.0, transaction_seconds=60.0)
 # Building an index of a billion entries takes long. No other session waits for it.
