@@ -1,11 +1,11 @@
 """The events of a rotation that observers get. No event contains a value of the rotated column."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from signal import Signals
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rotator.ranges import Key, KeyInterval
 
@@ -603,6 +603,205 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerStarted:
+    """The old values are being entered into the ledger, before the first row is rotated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerProgressed:
+    """The values of a range are in the ledger."""
+
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerReady:
+    """Every old value is in the ledger.
+
+    Attributes:
+        seconds: The time of this run for it.
+        control_rows: The rows of a sample, all of which a search in the ledger found.
+    """
+
+    seconds: float
+    control_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardAdded:
+    """A trigger keeps old values from coming back.
+
+    Attributes:
+        action: ``refuse`` or ``keep``.
+    """
+
+    action: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationStarted:
+    """The table is being searched for values that are in the ledger.
+
+    Attributes:
+        rows_total: The server's estimate of the rows of the table.
+        rows: The rows that an interrupted verification has searched before.
+        repairs: Whether the survivors get new values.
+    """
+
+    rows_total: int
+    rows: int
+    repairs: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationProgressed:
+    """A range was searched.
+
+    Attributes:
+        rows: The rows that this verification has searched.
+        survivors: The survivors that it has found.
+    """
+
+    rows: int
+    survivors: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """The rows that a rotation has written, and those that it has not.
+
+    Attributes:
+        status: The status of the rotation.
+        gaps: The first intervals of keys that no checkpoint covers.
+        gap_rows: The rows to rotate in all of these intervals.
+        confirmed_rows: The rows that this rotation wrote last; None where unknown.
+        unconfirmed_rows: The rows that other sessions or triggers wrote last; None where unknown.
+        older_rows: The rows that no session has written since the rotation began; None where unknown.
+        unknown: Why the last writers of the rows are unknown; empty where they are known.
+        rejected_keys: The keys of rows that the server rejected, with the reason.
+        table_rows: The rows of the table.
+        excluded_rows: The rows that a filter leaves out.
+        null_rows: The rows of which a value is NULL and stays NULL.
+        blank_rows: The rows of which a value is the empty string and stays so.
+    """
+
+    status: str
+    gaps: tuple[KeyInterval, ...]
+    gap_rows: int
+    confirmed_rows: int | None
+    unconfirmed_rows: int | None
+    older_rows: int | None
+    unknown: str
+    rejected_keys: tuple[tuple[Key, str], ...]
+    table_rows: int
+    excluded_rows: int
+    null_rows: int
+    blank_rows: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row is left that the rotation has to write."""
+        is_written = not (self.gaps or self.gap_rows or self.rejected_keys or self.older_rows)
+        return is_written and self.status == "completed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Controls:
+    """The tests of the search itself: it must find what is certainly in the ledger.
+
+    Attributes:
+        sampled: The rows of a sample that were searched for before the rotation, and all of them found.
+        entries: The entries that were recorded.
+        entries_found: The entries that the ledger has.
+        is_salt_right: Whether the first entry, whose text is known, was made with this salt.
+        planted: The rows whose present values were entered for a moment.
+        planted_found: The number of these rows that the search found.
+    """
+
+    sampled: int
+    entries: int
+    entries_found: int
+    is_salt_right: bool
+    planted: int
+    planted_found: int
+
+    @property
+    def have_passed(self) -> bool:
+        """Whether the search can be trusted."""
+        return (
+            self.is_salt_right and self.entries == self.entries_found and self.planted == self.planted_found
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """The end of a verification.
+
+    Attributes:
+        number: The id of the verification; None where there is no ledger.
+        rows: The rows that were searched.
+        survivors: The rows whose value is in the ledger; None where this is unknown.
+        survivor_keys: The keys of the first survivors.
+        repaired: The survivors that have new values, in a verification that repairs.
+        controls: The tests of the search; None where there is no ledger.
+        guard_hits: How often a guard met an old value.
+        false_matches: The expected number of survivors that are none, because only their digests are equal.
+        vacuumed_at: The last VACUUM of the table, in ISO 8601; empty where unknown.
+        dead_rows: The server's estimate of dead rows, which hold old values until VACUUM removes them.
+        server_version: The version of the server.
+        error: One sentence where it did not finish.
+    """
+
+    rotation: int
+    target: str
+    number: int | None
+    started_at: datetime
+    ended_at: datetime
+    rows: int = 0
+    survivors: int | None = None
+    survivor_keys: tuple[Key, ...] = ()
+    repaired: int = 0
+    coverage: Coverage | None = None
+    controls: Controls | None = None
+    guard_hits: int = 0
+    false_matches: float = 0.0
+    vacuumed_at: str = ""
+    dead_rows: int = 0
+    server_version: str = ""
+    error: str = ""
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the search can be trusted, no survivor was found, and no row is left to write."""
+        return (
+            not self.error
+            and self.survivors == 0
+            and self.controls is not None
+            and self.controls.have_passed
+            and self.coverage is not None
+            and self.coverage.is_whole
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verification as JSON types."""
+        facts = asdict(self)
+        for name in ("started_at", "ended_at"):
+            facts[name] = facts[name].astimezone(UTC).isoformat(timespec="milliseconds")
+        if self.coverage is not None:
+            facts["coverage"]["rejected_keys"] = [
+                {"key": key, "reason": reason} for key, reason in self.coverage.rejected_keys
+            ]
+        if self.controls is not None:
+            facts["controls"]["have_passed"] = self.controls.have_passed
+        return {"is_verified": self.is_verified, **facts}
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of a command: 0 only where everything is verified."""
+        return 0 if self.is_verified else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RotationStopped:
     """The end of a run.
 
@@ -637,6 +836,7 @@ class RotationStopped:
         analyze_statement: The statement that removes old values from the statistics; empty where ANALYZE has
             removed them, or the rotation is unfinished.
         reindex_statements: The statements that make the indexes as small as before, each to be run alone.
+        verification: The verification after a completed rotation; None without a ledger.
     """
 
     rotation: int
@@ -673,12 +873,16 @@ class RotationStopped:
     table_rows_is_exact: bool = True
     analyze_statement: str = ""
     reindex_statements: tuple[str, ...] = ()
+    verification: Verified | None = None
 
     @property
     def exit_status(self) -> int:
-        """The exit status of a command: 0 completed or stopped by --stop-after, 128 + the signal, or 1."""
+        """The exit status of a command: 0 completed or stopped by --stop-after, 128 + the signal, or 1.
+
+        A completed rotation that is not verified, although it has a ledger, has the status 1.
+        """
         if self.status == "completed":
-            return 0
+            return 0 if self.verification is None else self.verification.exit_status
         if self.status != "interrupted" or self.stop_reason is None:
             return 1
         if self.stop_reason is StopReason.STOP_AFTER:
@@ -717,6 +921,13 @@ Event: TypeAlias = (
     | LimitRaised
     | LockHeld
     | DrainStarted
+    | LedgerStarted
+    | LedgerProgressed
+    | LedgerReady
+    | GuardAdded
+    | VerificationStarted
+    | VerificationProgressed
+    | Verified
     | Tick
     | RotationStopped
 )

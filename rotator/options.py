@@ -13,6 +13,8 @@ from rotator.exceptions import OptionError
 Duration: TypeAlias = str | float | timedelta
 """A text such as ``100ms``, ``30s``, ``5m`` or ``2h``, a number of seconds, or a timedelta."""
 
+GUARD_ACTIONS: Final = ("refuse", "keep")
+
 _LOCK_SECONDS: Final = 0.1
 _OUTAGE_SECONDS: Final = 300.0
 # The server counts timeouts in milliseconds, and 0 means no timeout.
@@ -151,6 +153,8 @@ class RunOptions:
         rotation: The id of the only rotation to resume; None for the target's unfinished one, or a new one.
         after: The id of the completed rotation that a new one may repeat; None for no rotation.
         preflight: Whether to report on table and server before a new rotation begins.
+        prove: Whether to enter the old values into a ledger first, and to verify at the end.
+        guard: The action of the guard: ``refuse`` or ``keep``; empty for no guard.
         sample: Whether to measure the speed for that report, by ranges that are rolled back.
         limits: The limits of a range's transaction.
         listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP stop the run; else the caller handles them.
@@ -167,6 +171,8 @@ class RunOptions:
     outage_budget_seconds: float = _OUTAGE_SECONDS
     vacuum: bool = True
     reindex: bool = False
+    prove: bool = False
+    guard: str = ""
     preflight: bool = False
     sample: bool = False
     limits: WaitLimits = field(default_factory=WaitLimits)
@@ -193,6 +199,10 @@ class RunOptions:
         )
         _in_range("concurrency", checked.concurrency)
         _in_range("batch", checked.batch)
+        if checked.guard not in ("", *GUARD_ACTIONS):
+            raise OptionError(f"--guard must be {' or '.join(GUARD_ACTIONS)}, not '{checked.guard}'.")
+        if checked.guard and not checked.prove:
+            raise OptionError("--guard compares new values with the ledger. Use it with --prove.")
         return checked
 
     @classmethod
@@ -225,6 +235,10 @@ class RotateOptions(TypedDict, total=False):
         vacuum: Vacuum the table after each eighth of its rows and at the end (default: True).
         reindex: Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes,
             and needs free disk space for a copy of the largest index.
+        prove: Store a salted digest of each old value before the first row is rotated, and verify at the end
+            that no row has an old value. See docs/proof.md.
+        guard: With ``prove``: stop old values from coming back, by a trigger. ``refuse`` lets such a write
+            fail; ``keep`` keeps the newer value.
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
@@ -236,6 +250,8 @@ class RotateOptions(TypedDict, total=False):
     take_over: bool
     vacuum: bool
     reindex: bool
+    prove: bool
+    guard: str
     lock_timeout: timedelta
     outage_budget: timedelta
 
@@ -345,6 +361,18 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes, and "
         "needs free disk space for a copy of the largest index."
     ),
+    "prove": _switch(
+        "Store a salted digest of each old value before the first row is rotated, and verify at the end that "
+        "no row has an old value. See docs/proof.md."
+    ),
+    "guard": {
+        "nargs": "?",
+        "const": GUARD_ACTIONS[0],
+        "default": "",
+        "choices": GUARD_ACTIONS,
+        "help": "With --prove: stop old values from coming back, by a trigger. A write of an old value fails "
+        "(refuse, the default), or an update keeps the newer value (keep).",
+    },
     "progress": {
         "default": "auto",
         "help": "How to show progress: a bar on a terminal and lines elsewhere (auto), or JSON lines on "

@@ -19,10 +19,14 @@ from rotator.events import (
     DrainStarted,
     EndStatus,
     Event,
+    GuardAdded,
     IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LedgerProgressed,
+    LedgerReady,
+    LedgerStarted,
     LimitRaised,
     LockHeld,
     OutageEnded,
@@ -47,6 +51,9 @@ from rotator.events import (
     Vacuumed,
     VacuumSkipped,
     VacuumStarted,
+    VerificationProgressed,
+    VerificationStarted,
+    Verified,
     WorkersProgressed,
     WorkersSilent,
 )
@@ -148,7 +155,16 @@ def _capped(rows: int, total: int, *, is_exact: bool) -> int:
 
 
 State: TypeAlias = Literal[
-    "rotating", "outage", "draining", "late_commits", "finishing", "confirming", "vacuuming", "reindexing"
+    "rotating",
+    "outage",
+    "draining",
+    "late_commits",
+    "finishing",
+    "confirming",
+    "vacuuming",
+    "reindexing",
+    "loading",
+    "verifying",
 ]
 
 
@@ -178,6 +194,10 @@ class Stats:
         spans: The key intervals that are written; set at the end of an unfinished run.
         analyze_statement: The statement that removes old values from the statistics, if needed.
         reindex_statements: The statements that make the indexes as small as before.
+        loading: Whether old values are being entered into the ledger.
+        loaded_rows: The rows whose values this run has entered.
+        verifying: Whether the table is being searched for old values.
+        verification: The result of that search; None without a ledger.
         table_rows: The rows of the whole table and whether they are counted; None where unknown.
     """
 
@@ -201,6 +221,10 @@ class Stats:
     confirming: bool = False
     vacuuming: bool = False
     reindexing: bool = False
+    loading: bool = False
+    loaded_rows: int = 0
+    verifying: bool = False
+    verification: Verified | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     storage_before: Storage | None = None
     storage: Storage | None = None
@@ -250,7 +274,7 @@ class Stats:
             case OutageEnded():
                 self.rows_done, self.late_rows = event.rows_done, event.late_rows
                 self.outage_since, self.outage_seconds = None, self.outage_seconds + event.seconds
-                self.confirming = False
+                self.confirming = self.loading = False
                 # These rows are in gaps, so they are retried.
                 self.rejected_keys.clear()
                 self._rate.restart()
@@ -271,6 +295,16 @@ class Stats:
                 self.analyze_statement = event.statement
             case ReindexStarted():
                 self.reindexing = True
+            case LedgerStarted():
+                self.loading, self.loaded_rows = True, 0
+            case LedgerProgressed():
+                self.loaded_rows += event.rows
+            case LedgerReady():
+                self.loading = False
+            case VerificationStarted():
+                self.verifying = True
+            case Verified():
+                self.verification = event
             case DrainStarted():
                 self.draining = True
             case RotationStopped():
@@ -289,6 +323,8 @@ class Stats:
                 | ReceiverFailed()
                 | LimitRaised()
                 | LockHeld()
+                | GuardAdded()
+                | VerificationProgressed()
                 | Tick()
             ):
                 pass
@@ -333,17 +369,18 @@ class Stats:
     @property
     def state(self) -> State:
         """The current activity of the run."""
-        if self.outage_since is not None:
-            return "outage"
-        if self.reindexing or self.vacuuming:
-            return "reindexing" if self.reindexing else "vacuuming"
-        if self.holders:
-            return "late_commits"
-        if self.draining or self.confirming:
-            return "draining" if self.draining else "confirming"
-        if self.rows_total_is_exact and self.rows_done >= self.rows_total:
-            return "finishing"
-        return "rotating"
+        activities: tuple[tuple[State, bool], ...] = (
+            ("outage", self.outage_since is not None),
+            ("verifying", self.verifying),
+            ("reindexing", self.reindexing),
+            ("vacuuming", self.vacuuming),
+            ("late_commits", bool(self.holders)),
+            ("draining", self.draining),
+            ("loading", self.loading),
+            ("confirming", self.confirming),
+            ("finishing", self.rows_total_is_exact and self.rows_done >= self.rows_total),
+        )
+        return next((state for state, is_current in activities if is_current), "rotating")
 
     @property
     def outage_left_seconds(self) -> float | None:
@@ -448,6 +485,7 @@ class Stats:
             table_rows_is_exact=self.table_rows[1],
             analyze_statement=self.analyze_statement,
             reindex_statements=self.reindex_statements,
+            verification=self.verification,
         )
 
 

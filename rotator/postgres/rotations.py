@@ -4,7 +4,7 @@ Every function takes a connection in autocommit mode. ``read_state``, ``freeze_b
 ``stop`` and ``complete`` raise SupersededError where another process owns the rotation.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -386,6 +386,46 @@ async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState
     return RotationState(lease=lease, **row)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotationFacts:
+    """A rotation in any state, for a verification.
+
+    Attributes:
+        started_xid: The transaction that began the rotation, epoch included.
+        bound: The upper key bound; None where it is not frozen.
+        identity: The target at the start.
+        rejected_keys: The keys that the server rejected in the latest run, with the reason.
+        guard_hits: How often earlier guards met an old value.
+    """
+
+    status: str
+    started_xid: int
+    bound: Key | None
+    identity: Mapping[str, Any]
+    rejected_keys: tuple[tuple[Key, str], ...]
+    guard_hits: int
+
+
+async def read_facts(connection: AsyncConnection, rotation: int) -> RotationFacts:
+    """Return the facts about a rotation that exists."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "SELECT r.status, r.started_xid, r.bound::text, r.identity, r.rejected_keys,"
+            " COALESCE(l.guard_hits, 0) FROM rotator_rotation r"
+            " LEFT JOIN rotator_ledger l ON l.rotation_id = r.id WHERE r.id = %s",
+            (rotation,),
+        )
+        ((status, started_xid, bound, identity, rejected, hits),) = await cursor.fetchall()
+    return RotationFacts(
+        status=status,
+        started_xid=started_xid,
+        bound=None if bound is None else Key(bound),
+        identity=identity,
+        rejected_keys=tuple((Key(key), reason) for key, reason in rejected),
+        guard_hits=hits,
+    )
+
+
 async def freeze_bound(
     connection: AsyncConnection, lease: Lease, *, bound: Key | None, rows_total: int, is_exact: bool
 ) -> None:
@@ -416,19 +456,22 @@ async def stop(
     error: str,
     active_seconds: float,
     stop_reason: StopReason | None = None,
+    rejected_keys: Sequence[tuple[Key, str]] = (),
 ) -> int:
     """End the run and leave the rotation unfinished; return the rows that the checkpoints confirm."""
     return await _update(
         connection,
         lease,
         sql.SQL(
-            "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s, {}, rows_done = {}"
+            "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s,"
+            " rejected_keys = %(rejected_keys)s, {}, rows_done = {}"
         ).format(_ACTIVE, _CONFIRMED_ROWS),
         {
             "status": status,
             "stop_reason": stop_reason or "",
             "error": error,
             "active_seconds": active_seconds,
+            "rejected_keys": Jsonb([[str(key), reason] for key, reason in rejected_keys]),
         },
     )
 
@@ -457,8 +500,8 @@ async def complete(
             connection,
             lease,
             sql.SQL(
-                "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '', {},"
-                " rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
+                "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '',"
+                " rejected_keys = '[]', {}, rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
             ).format(_ACTIVE, _CONFIRMED_ROWS),
             {"active_seconds": active_seconds, "unconfirmed_rows": unconfirmed_rows},
         )

@@ -9,10 +9,11 @@ rotator.events has its own name and fields; keys are only ever added. The others
     progress     once a second: state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second
                  (the recent rate) and eta_seconds (both null while unknown), late_rows, deferrals, retries,
                  rejected_rows, outage_left_seconds (null while the server is reachable)
+    verified     the same keys as ``verification`` of the report
     stopped      the same keys as the report
 
 ``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing``, ``confirming``,
-``vacuuming`` or ``reindexing``.
+``vacuuming``, ``reindexing``, ``loading`` (the ledger) or ``verifying``.
 """
 
 import json
@@ -25,6 +26,7 @@ from typing import TextIO
 from rotator.events import (
     Event,
     Findings,
+    LedgerProgressed,
     Preflighted,
     RangeCompleted,
     RangeDeferred,
@@ -32,11 +34,14 @@ from rotator.events import (
     RotationStarted,
     RotationStopped,
     Tick,
+    VerificationProgressed,
+    Verified,
     WorkersProgressed,
 )
 from rotator.progress.lines import Sink, Throttle
 from rotator.progress.preflight import estimate_wal
 from rotator.progress.summary import report
+from rotator.progress.verification import verification_report
 from rotator.stats import Stats
 
 
@@ -76,9 +81,11 @@ class JsonObserver:
             case RangeCompleted() | WorkersProgressed() | Tick():
                 if self._stats.started and self._throttle.due(self._clock()):
                     self._write("progress", figures(self._stats))
-            case RangeDeferred() | RangeRetried():
+            case RangeDeferred() | RangeRetried() | LedgerProgressed() | VerificationProgressed():
                 # These are frequent, and counted in the figures.
                 pass
+            case Verified():
+                self._write("verified", verification_report(event))
             case RotationStopped():
                 self._write("stopped", report(event))
             case _:

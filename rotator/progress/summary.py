@@ -17,6 +17,7 @@ from rotator.progress.text import (
     stopped_by,
     unconfirmed,
 )
+from rotator.progress.verification import verification_report, verification_summary
 
 SPANS_NAMED: Final = 5
 STATEMENTS_SHOWN: Final = 10
@@ -67,6 +68,7 @@ def report(event: RotationStopped) -> dict[str, object]:
         "indexes": _indexes(event),
         "analyze_statement": event.analyze_statement,
         "reindex_statements": list(event.reindex_statements),
+        "verification": event.verification and verification_report(event.verification),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
         **_run(event.run),
     }
@@ -119,6 +121,8 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
         lines.append(f"{OLD_STATISTICS[0].upper()}{OLD_STATISTICS[1:]}. Run: {event.analyze_statement}")
     if event.reindex_statements:
         lines += _reindex(event)
+    if event.verification is not None:
+        lines.append(verification_summary(event.verification))
     if resume_command and event.status != "completed" and not event.superseded:
         lines.append(f"Resume with: {resume_command}")
     return "\n".join(lines)

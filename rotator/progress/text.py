@@ -10,10 +10,14 @@ from rotator.events import (
     ConfirmationStarted,
     DrainStarted,
     Event,
+    GuardAdded,
     IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LedgerProgressed,
+    LedgerReady,
+    LedgerStarted,
     LimitRaised,
     LockHeld,
     OutageEnded,
@@ -36,10 +40,13 @@ from rotator.events import (
     Vacuumed,
     VacuumSkipped,
     VacuumStarted,
+    VerificationProgressed,
+    VerificationStarted,
+    Verified,
     WorkersProgressed,
     WorkersSilent,
 )
-from rotator.stats import State, Stats
+from rotator.stats import State, Stats, percent_of
 
 _KEPT_DIGITS: Final = 1000
 _MOST_BYTES: Final = 10 * 1024
@@ -117,6 +124,10 @@ def one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
+GUARD_ACTIONS: Final = {
+    "refuse": "a write of an old value fails",
+    "keep": "an update with an old value keeps the newer one, and an insert of an old value fails",
+}
 OLD_STATISTICS: Final = "the statistics in pg_stats may still hold old values"
 REJECTED_ROWS_NAMED: Final = 20
 HOLDERS_NAMED: Final = 5
@@ -126,6 +137,8 @@ _ACTIVITIES: Final[dict[State, str]] = {
     "vacuuming": "vacuuming",
     "reindexing": "rebuilding indexes",
     "finishing": "finishing",
+    "loading": "loading the ledger",
+    "verifying": "searching for old values",
 }
 
 
@@ -211,6 +224,18 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             )
         case LockHeld():
             return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
+        case LedgerStarted():
+            return "loading the ledger: no row is rotated before each old value has its digest in it"
+        case LedgerReady():
+            return (
+                f"the ledger is complete after {duration(event.seconds)}; "
+                f"{plural(event.control_rows, 'sampled row')} searched for, and all of them found"
+            )
+        case GuardAdded():
+            return f"added the guard: {GUARD_ACTIONS[event.action]}"
+        case VerificationStarted():
+            before = f", after {plural(event.rows, 'row')} of an interrupted search" if event.rows else ""
+            return f"searching the table for old values{before}"
         case DrainStarted():
             return f"{event.reason}: draining; ranges in flight are committed, and no new ones start"
         case (
@@ -222,6 +247,9 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             | ConfirmationStarted()
             | Vacuumed()
             | Analyzed()
+            | LedgerProgressed()
+            | VerificationProgressed()
+            | Verified()
             | Tick()
             | RotationStopped()
         ):
@@ -271,6 +299,9 @@ def activity(stats: Stats) -> str:
         return f"unreachable {unreachable}, {duration(stats.outage_left_seconds)} left"
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
+    if stats.state == "loading" and stats.rows_total:
+        percent = percent_of(stats.loaded_rows, stats.rows_total, is_exact=stats.rows_total_is_exact)
+        return f"{_ACTIVITIES['loading']}: {percent}%"
     return _ACTIVITIES.get(stats.state, "")
 
 

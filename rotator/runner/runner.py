@@ -26,6 +26,7 @@ from rotator.events import (
     ServerLogShowsValues,
     StopReason,
     Tick,
+    Verified,
     WorkersProgressed,
 )
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
@@ -34,6 +35,7 @@ from rotator.postgres import rotations
 from rotator.postgres.activity import lock_holders
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.errors import settings_that_show_values
+from rotator.postgres.ledger import find_ledger
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import count_table, gaps
 from rotator.postgres.preflight import COUNT_SECONDS, check_values, name_server
@@ -44,12 +46,13 @@ from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
-from rotator.runner.preflight import check, examine
+from rotator.runner.preflight import check, examine, read_target
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session
 from rotator.runner.stop import StopSignal
 from rotator.runner.vacuum import Vacuuming
+from rotator.runner.verification import Verifier
 from rotator.stats import Stats
 
 NAMED_AFTER_SECONDS: Final = 5.0
@@ -263,6 +266,7 @@ class Run:
                     await self._vacuuming.run_final(self._table)
                     if self._context.options.reindex:
                         await self._reindexing.run(self._table, self._acquired.lease.rotation)
+                    await self._verify(self._table, self._acquired.lease.rotation)
                     return await self._leave_completed()
                 return await self._leave(status)
 
@@ -382,6 +386,56 @@ class Run:
                         )
         return self._stopped("completed")
 
+    async def _verify(self, table: TargetTable, rotation: int) -> None:
+        """Verify a completed rotation that has a ledger; an error is part of the result."""
+        context, started_at = self._context, datetime.now(UTC)
+        try:
+            async with connected(context.server) as connection:
+                if await find_ledger(connection, rotation) is None:
+                    return
+                verifier = Verifier(
+                    connection,
+                    table,
+                    context.target,
+                    rotation,
+                    context.options,
+                    self._stop_signal,
+                    self._notify,
+                )
+                await verifier.verify()
+        except RotatorError as error:
+            self._notify(
+                Verified(
+                    rotation=rotation,
+                    target=context.target.label,
+                    number=None,
+                    started_at=started_at,
+                    ended_at=datetime.now(UTC),
+                    error=str(error),
+                )
+            )
+
+    async def verify(self, rotation: int, *, repairs: bool) -> Verified:
+        """Verify a rotation, and give survivors new values if ``repairs``.
+
+        Raises:
+            RotatorError: The server is unreachable, or the rotation cannot be verified or repaired.
+        """
+        context = self._context
+        async with connected(context.server) as connection:
+            table = await read_target(connection, context.target)
+            verifier = Verifier(
+                connection,
+                table,
+                context.target,
+                rotation,
+                context.options,
+                self._stop_signal,
+                self._notify,
+                context.on_commit,
+            )
+            return await verifier.verify(repairs=repairs)
+
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False if the budget is used up or a stop was requested."""
         is_new = not self._outage.is_unreachable
@@ -433,6 +487,7 @@ class Run:
                     stop_reason=stop_reason,
                     error=error,
                     active_seconds=self._stats.active_seconds,
+                    rejected_keys=self._stats.rejected_keys,
                 )
                 if self._table is not None:
                     self._stats.storage = await read_storage(connection, self._table)

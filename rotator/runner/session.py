@@ -11,6 +11,7 @@ from rotator.exceptions import RotatorError
 from rotator.postgres import rotations
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import LastWriters, count_last_writers
+from rotator.postgres.ledger import Ledger
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import RotationState
@@ -22,6 +23,7 @@ from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.preflight import measured_update
+from rotator.runner.proof import Proof
 from rotator.runner.worker import build_engine
 
 OLDER_WRITERS_SECONDS: Final = 5.0
@@ -55,6 +57,7 @@ class Session:
         self._acquired = acquired
         self._context = context
         self._limits = context.options.limits
+        self._ledger: Ledger | None = None
 
     async def read_state(self) -> RotationState:
         """Read the rotation's state; freeze its bound if there are rows and it is not frozen."""
@@ -79,6 +82,10 @@ class Session:
     async def work(self, owned: RotationState) -> EndStatus:
         """Rotate the gaps and confirm every row; return ``completed`` if both succeeded."""
         options, stop_signal = self._context.options, self._context.stop_signal
+        proof = Proof(self._connection, self._table, owned, self._context)
+        self._ledger = await proof.prepare()
+        if stop_signal.drain.is_set():
+            return "interrupted"
         await self._rotate_gaps(owned)
         if stop_signal.drain.is_set():
             return "interrupted"
@@ -186,6 +193,7 @@ class Session:
             started_xid=owned.started_xid,
             source=self._context.target.source,
             limits=self._limits,
+            ledger=self._ledger,
         )
         notify(ConfirmationStarted())
         attempts = 0
@@ -197,7 +205,7 @@ class Session:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
             late_rows = LateRows(older_rows, stop_signal, notify, self._context.on_commit)
-            rotated = await late_rows.rotate_all(self._context.options.batch)
+            rotated = await late_rows.rotate_all(older_rows.find(self._context.options.batch))
             if stop_signal.drain.is_set() or self._context.stats.rejected_keys:
                 return False
             attempts = 0 if rotated else attempts + 1

@@ -75,7 +75,8 @@ class Command(BaseCommand):
         for name, arguments in COMMAND_OPTIONS.items():
             flags = ["--noinput", "--no-input"] if name == "noinput" else [f"--{name.replace('_', '-')}"]
             argument = parser.add_argument(*flags, **arguments)
-            argument.choices = choices.get(name)
+            if name in choices:
+                argument.choices = choices[name]
 
     def handle(self, *_args: object, **options: Any) -> None:  # noqa: ANN401 - the values of COMMAND_OPTIONS
         """Rotate, and exit with the status of the run."""
@@ -228,6 +229,8 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
         **{name: options[name] for name in names},
         vacuum=not options["no_vacuum"],
         reindex=options["reindex"],
+        prove=options["prove"],
+        guard=options["guard"],
         preflight=not options["no_preflight"],
         # Only a reader needs the estimate.
         sample=not options["no_sample"] and (options["dry_run"] or is_terminal(sys.stderr)),

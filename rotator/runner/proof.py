@@ -1,0 +1,170 @@
+"""Enters the old values into the ledger before the first row is rotated, and adds the guard."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.events import GuardAdded, LedgerProgressed, LedgerReady, LedgerStarted
+from rotator.exceptions import OptionError, RangeTooSlowError, RotatorError, RowsLockedError
+from rotator.postgres import rotations
+from rotator.postgres.entropy import check_not_guessable
+from rotator.postgres.guard import add_guard
+from rotator.postgres.ledger import (
+    Ledger,
+    create_ledger,
+    find_ledger,
+    finish_ledger,
+    index_ledger,
+    load_range,
+)
+from rotator.postgres.planner import IndexPlanner
+from rotator.postgres.rotations import RotationState
+from rotator.postgres.survivors import control_ledger
+from rotator.postgres.table import TargetTable
+from rotator.ranges import Key, KeyInterval
+from rotator.runner.context import RunContext
+from rotator.runner.late_rows import wait_for_older_writers
+from rotator.runner.retry import RetryPolicy
+from rotator.runner.stop import StopSignal
+
+LOAD_ROWS: Final = 20_000
+GUARD_ATTEMPTS: Final = 100
+_RETRY: Final = RetryPolicy()
+
+
+class Proof:
+    """Prepares the ledger and the guard of a rotation; a killed run is resumed where it stopped."""
+
+    def __init__(
+        self, connection: AsyncConnection, table: TargetTable, owned: RotationState, context: RunContext
+    ) -> None:
+        """Take a connection in autocommit mode, for this object's use alone."""
+        self._connection = connection
+        self._table = table
+        self._owned = owned
+        self._context = context
+        self._planner = IndexPlanner(connection, table)
+
+    async def prepare(self) -> Ledger | None:
+        """Return the ledger, complete and indexed; None where the rotation has none, or a stop was requested.
+
+        Raises:
+            OptionError: The rotation has begun without a ledger.
+            TargetError: The values of a column can be guessed.
+            RotatorError: The control of the ledger failed, or the guard could not be added.
+        """
+        options, drain = self._context.options, self._context.stop_signal.drain
+        rotation = self._owned.lease.rotation
+        ledger = await find_ledger(self._connection, rotation)
+        if ledger is None:
+            if not options.prove:
+                return None
+            if await rotations.has_rows_done(self._connection, rotation):
+                raise OptionError(
+                    f"Rotation {rotation} has rotated rows without a ledger, so their old values are unknown. "
+                    "Resume it without --prove, or begin again with --restart."
+                )
+            await check_not_guessable(self._connection, self._table)
+        if ledger is None or not ledger.is_ready:
+            ledger = await self._complete(ledger)
+        if ledger is not None and options.guard not in ("", ledger.guard) and not drain.is_set():
+            await self._add_guard(ledger, options.guard)
+        return ledger
+
+    async def _complete(self, ledger: Ledger | None) -> Ledger | None:
+        """Load the rest of the ledger, index it and test it; return None where a stop was requested."""
+        context, lease = self._context, self._owned.lease
+        started = time.monotonic()
+        # Otherwise a row that is committed late could be rotated before its value enters the ledger.
+        if not await wait_for_older_writers(
+            self._connection,
+            self._table,
+            self._owned.started_xid,
+            seconds=None,
+            stop_signal=context.stop_signal,
+            notify=context.notify,
+        ):
+            return None
+        context.notify(LedgerStarted())
+        if ledger is None:
+            ledger = await create_ledger(self._connection, lease)
+        bound, rows = self._owned.bound, 0
+        if bound is not None:
+            await self._load(ledger, bound)
+        if context.stop_signal.drain.is_set():
+            return None
+        await context.stop_signal.run_until_stop(index_ledger(self._connection, lease, ledger))
+        if context.stop_signal.drain.is_set():
+            return None
+        if bound is not None:
+            rows, found = await control_ledger(
+                self._connection, self._table, ledger, bound=bound, rows=self._owned.rows_total
+            )
+            if found < rows:
+                raise RotatorError(
+                    f"The control of the ledger failed: {rows:,} rows that were not written since were "
+                    f"searched for, and only {found:,} of them found. No row was rotated. Begin again with "
+                    "--restart."
+                )
+        ledger = await finish_ledger(self._connection, ledger, rows)
+        context.notify(LedgerReady(seconds=time.monotonic() - started, control_rows=rows))
+        return ledger
+
+    async def _load(self, ledger: Ledger, bound: Key) -> None:
+        rest, drain = KeyInterval(after=ledger.through, through=bound), self._context.stop_signal.drain
+        rows = LOAD_ROWS
+        while rest.after != bound and not drain.is_set():
+            try:
+                planned = await self._planner.next_range(rest, rows)
+                await load_range(self._connection, self._owned.lease, self._table, ledger, planned)
+            except RowsLockedError:
+                await self._context.stop_signal.wait(_RETRY.delay_seconds(1))
+                continue
+            except RangeTooSlowError:
+                if rows == 1:
+                    raise
+                rows //= 2
+                continue
+            self._context.notify(LedgerProgressed(rows=planned.rows))
+            rest = replace(rest, after=planned.through)
+
+    async def _add_guard(self, ledger: Ledger, action: str) -> None:
+        await until_unlocked(
+            lambda: add_guard(self._connection, ledger, self._table, action),
+            self._context.stop_signal,
+            what=f"add the guard to {self._table.found_name}",
+        )
+        if not self._context.stop_signal.drain.is_set():
+            self._context.notify(GuardAdded(action=action))
+
+
+async def until_unlocked(
+    change: Callable[[], Awaitable[None]], stop_signal: StopSignal | None, *, what: str
+) -> None:
+    """Retry a change of the table that other sessions' locks prevent, until a stop is requested.
+
+    Args:
+        change: The change, which waits for locks only for a short time.
+        stop_signal: The requests to stop; None where there are none.
+        what: The change as a phrase, for the error.
+
+    Raises:
+        RotatorError: The table was locked at each attempt.
+    """
+    for attempt in range(1, GUARD_ATTEMPTS + 1):
+        try:
+            return await change()
+        except RowsLockedError:
+            delay_seconds = _RETRY.delay_seconds(attempt)
+        if stop_signal is None:
+            await asyncio.sleep(delay_seconds)
+        elif await stop_signal.wait(delay_seconds):
+            return None
+    raise RotatorError(
+        f"Cannot {what}: in {GUARD_ATTEMPTS} attempts, transactions of other sessions held locks on the table. "
+        "End the long ones, then run the same command again."
+    )
