@@ -24,7 +24,7 @@ from rotator.fields.secret_rules import (
     judge,
 )
 from rotator.fields.server import read_session, server_of
-from rotator.fields.target import resolve, table_path
+from rotator.fields.target import find_fields, resolve, table_path
 from rotator.models import Rotation
 from rotator.options import Selection
 from rotator.postgres.catalog import read_table
@@ -42,6 +42,7 @@ from rotator.postgres.column_samples import (
     sample_column,
 )
 from rotator.postgres.connection import Server
+from rotator.postgres.copies import CopySearch, find_copies
 from rotator.postgres.errors import translate_errors
 
 _PATTERNS: Final = Patterns(formats=TOKEN_FORMATS, hash_format=HASH_FORMAT, json_key=JSON_KEY)
@@ -144,6 +145,41 @@ def take_inventory(database: str) -> Inventory:
         if path in tables
     ]
     return inventory
+
+
+def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearch:
+    """Search all tables of a database for old values of a rotation, by read-only transactions.
+
+    Args:
+        database: Django's alias of the database.
+        rotation: The id of the rotation, which needs a ledger.
+        every_row: Whether to search all rows of every column, and not a sample first.
+
+    Raises:
+        OptionError: There is no such rotation, or it has no ledger.
+        ServerLostError: The server cannot be reached.
+    """
+    connection = connections[database]
+    _check(connection)
+    with _reading(database):
+        server = server_of(connection, read_session(connection, ("pg_class",)))
+        found = Rotation.objects.using(database).filter(pk=rotation).first()
+    if found is None:
+        raise OptionError(f"There is no rotation {rotation} in the database '{database}'.")
+    columns = [str(each.column) for each in find_fields(found.target.split())]
+
+    async def search() -> CopySearch:
+        async with connected_for_reading(server) as own:
+            return await find_copies(
+                own,
+                server,
+                rotation=rotation,
+                table=found.table_name,
+                columns=columns,
+                every_row=every_row,
+            )
+
+    return run(search)
 
 
 def _column(label: str, table: StoredTable, finding: Finding) -> SecretColumn:

@@ -8,11 +8,12 @@ from django.core.management import BaseCommand, CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator import __version__
-from rotator.exceptions import RotatorError
-from rotator.fields.secret_columns import Inventory, SecretColumn, take_inventory
+from rotator.exceptions import OptionError, RotatorError
+from rotator.fields.secret_columns import Inventory, SecretColumn, search_copies, take_inventory
 from rotator.fields.secret_rules import Kind
 from rotator.management.terminal import open_closed_streams
-from rotator.progress.text import moment, plural
+from rotator.postgres.copies import CopySearch
+from rotator.progress.text import count, moment, plural
 
 _HEADINGS: Final = {
     Kind.SECRET: "Secrets",
@@ -26,6 +27,8 @@ class Options(TypedDict):
 
     database: str
     json: bool
+    copies_of: int | None
+    all: bool
 
 
 class Command(BaseCommand):
@@ -50,18 +53,35 @@ class Command(BaseCommand):
             help="The alias of the database to search (default: %(default)s).",
         )
         parser.add_argument("--json", action="store_true", help="Print JSON.")
+        parser.add_argument(
+            "--copies-of",
+            type=int,
+            metavar="ID",
+            help="Search all tables of the database for old values of this rotation, which must have a "
+            "ledger (async_rotate --prove).",
+        )
+        parser.add_argument(
+            "--all",
+            action="store_true",
+            help="With --copies-of: search all rows of every column, not a sample of each first.",
+        )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print the columns."""
         open_closed_streams(self)
+        database, rotation = options["database"], options["copies_of"]
         try:
-            inventory = take_inventory(options["database"])
+            if rotation is None:
+                if options["all"]:
+                    raise OptionError("--all needs a rotation: find_secrets --copies-of ID --all.")
+                inventory = take_inventory(database)
+                facts, text = _facts(inventory, database), _text(inventory, database)
+            else:
+                search = search_copies(database, rotation, every_row=options["all"])
+                facts, text = _copy_facts(search, rotation), _copy_text(search, rotation)
         except RotatorError as error:
             raise CommandError(str(error), returncode=error.exit_status) from error
-        if options["json"]:
-            self.stdout.write(json.dumps(_facts(inventory, options["database"]), indent=2))
-        else:
-            self.stdout.write(_text(inventory, options["database"]))
+        self.stdout.write(json.dumps(facts, indent=2) if options["json"] else text)
 
 
 def _facts(inventory: Inventory, database: str) -> dict[str, object]:
@@ -91,6 +111,37 @@ def _facts(inventory: Inventory, database: str) -> dict[str, object]:
         ],
         "problems": inventory.problems,
     }
+
+
+def _copy_facts(search: CopySearch, rotation: int) -> dict[str, object]:
+    """Return the result of a search as JSON types; these keys are an interface and only ever added to."""
+    return {
+        "rotation": rotation,
+        "columns_searched": search.columns,
+        "copies": [
+            {"table": each.table, "column": each.column, "rows": each.rows, "rows_searched": each.searched}
+            for each in search.found
+        ],
+        "problems": search.problems,
+    }
+
+
+def _copy_text(search: CopySearch, rotation: int) -> str:
+    blocks = []
+    if search.found:
+        lines = [
+            f"  {each.table}.{each.column}: {count(each.rows)} of {plural(each.searched, 'row')}"
+            for each in search.found
+        ]
+        blocks.append("\n".join(["Columns with old values:", *lines]))
+    if search.problems:
+        blocks.append("\n".join(["Not searched completely:", *(f"  {each}" for each in search.problems)]))
+    found = len(search.found)
+    blocks.append(
+        f"Searched {plural(search.columns, 'column')} for old values of rotation {rotation}: "
+        f"{count(found) if found else 'none'} {'has' if found == 1 else 'have'} copies."
+    )
+    return "\n\n".join(blocks)
 
 
 def _text(inventory: Inventory, database: str) -> str:
