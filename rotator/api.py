@@ -20,7 +20,7 @@ from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.apps import default_target
-from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped
+from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped, Verified
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
     borrowed,
@@ -33,7 +33,7 @@ from rotator.fields.connections import (
 )
 from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
-from rotator.fields.target import find_fields, resolve
+from rotator.fields.target import check_stored_form, find_fields, resolve
 from rotator.options import RotateOptions, RunOptions, Selection
 from rotator.postgres.connection import Server
 from rotator.postgres.fence import Lease
@@ -182,6 +182,8 @@ def prepare(
     target = resolve(labels, connection.alias, selection or Selection())
     if not is_begun:
         check_migrations(connection)
+    if options.prove:
+        check_stored_form(find_fields(labels), connection.alias)
     session = read_session(connection, target.path)
     source, path = target.source, target.path
     if isinstance(source, FromRows):
@@ -238,6 +240,17 @@ class Prepared:
         """Rebuild the indexes after a completed rotation, and return the statements for the rest."""
         close_idle()
         return run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
+
+    def verify(self, observer: Observer, rotation: int, *, repairs: bool) -> Verified:
+        """Verify a rotation of this target, and give survivors new values if ``repairs``."""
+
+        async def work() -> Verified:
+            verifying = Run(self.server, self.target, self.options, observer, self._on_commit(observer))
+            async with borrowed_in_loop():
+                return await verifying.verify(rotation, repairs=repairs)
+
+        close_idle()
+        return run(work)
 
     def rotate(
         self,

@@ -11,14 +11,11 @@ from rotator.events import (
     Coverage,
     Event,
     LateRowsRotated,
-    Observer,
-    OnCommit,
     VerificationProgressed,
     VerificationStarted,
     Verified,
 )
 from rotator.exceptions import OptionError, RangeTooSlowError, RowsLockedError
-from rotator.options import RunOptions
 from rotator.postgres import survivors
 from rotator.postgres.guard import count_hits
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
@@ -30,11 +27,10 @@ from rotator.postgres.survivors import Search, Survivors
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key, KeyInterval, KeyRange
-from rotator.runner.context import RunTarget
+from rotator.runner.context import RunContext
 from rotator.runner.late_rows import LateRows
 from rotator.runner.preflight import measured_update
 from rotator.runner.retry import RetryPolicy
-from rotator.runner.stop import StopSignal
 
 SEARCH_ROWS: Final = 20_000
 COUNT_SECONDS: Final = 1.0
@@ -49,33 +45,25 @@ class Verifier:
         self,
         connection: AsyncConnection,
         table: TargetTable,
-        target: RunTarget,
         rotation: int,
-        options: RunOptions,
-        stop_signal: StopSignal,
-        notify: Observer,
-        on_commit: OnCommit | None = None,
+        context: RunContext,
     ) -> None:
         """Prepare it.
 
         Args:
             connection: A connection in autocommit mode, for this object's use alone.
             table: The target's table.
-            target: The target.
             rotation: The rotation's id.
-            options: The options of the rotation.
-            stop_signal: The requests to stop.
-            notify: Gets the events.
-            on_commit: Is awaited after each commit of repaired rows; None without receivers.
+            context: The run.
         """
         self._connection = connection
         self._table = table
-        self._target = target
         self._rotation = rotation
-        self._options = options
-        self._stop_signal = stop_signal
-        self._notify = notify
-        self._on_commit = on_commit
+        self._target = context.target
+        self._options = context.options
+        self._stop_signal = context.stop_signal
+        self._notify = context.notify
+        self._on_commit = context.on_commit
         self._planner = IndexPlanner(connection, table)
         self._planted = (0, 0)
 
@@ -124,11 +112,11 @@ class Verifier:
         verified = Verified(
             rotation=self._rotation,
             target=self._target.label,
-            number=search and search.id,
+            number=None if search is None else search.id,
             started_at=started_at,
             ended_at=datetime.now(UTC),
             rows=search.rows if search else 0,
-            survivors=search and search.survivors,
+            survivors=None if search is None else search.survivors,
             repaired=search.repaired if search else 0,
             coverage=await self._cover(facts),
             controls=controls,

@@ -13,6 +13,7 @@ from django.db.models.functions import Now
 
 from rotator import __version__
 from rotator.events import StopReason
+from rotator.management.rotation import first_line, unreadable
 from rotator.management.terminal import open_closed_streams
 from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
@@ -77,10 +78,7 @@ class Command(BaseCommand):
         try:
             rotations = list(_chosen(found, number))
         except Error as error:
-            raise CommandError(
-                f"Cannot read the rotations of the database '{options['database']}': {_first_line(error)} "
-                "Check that the server runs and that the database is migrated."
-            ) from error
+            raise unreadable(options["database"], error) from error
         if number is not None and not rotations:
             raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
         if options["follow"]:
@@ -116,7 +114,7 @@ class Command(BaseCommand):
             sys.exit(_SIGNAL_BASE + signal.SIGINT)
         except Error as error:
             raise CommandError(
-                f"Lost the connection to the database: {_first_line(error)} The rotation may still run."
+                f"Lost the connection to the database: {first_line(error)} The rotation may still run."
             ) from error
         finally:
             progress.close()
@@ -170,10 +168,6 @@ def _stop_reason(rotation: Rotation) -> StopReason | None:
 def _silent_seconds(rotation: Rotation) -> float:
     # Measured with the database's clock, which also sets the heartbeat's time.
     return max(0.0, float(vars(rotation)["silence"].total_seconds()))
-
-
-def _first_line(error: Error) -> str:
-    return " ".join(str(error).split("\n", 1)[0].split())
 
 
 def _chosen(found: QuerySet[Rotation], number: int | None) -> QuerySet[Rotation]:
