@@ -35,12 +35,13 @@ from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
 from rotator.fields.target import check_stored_form, find_fields, resolve
 from rotator.options import RotateOptions, RunOptions, Selection
-from rotator.postgres.connection import Server
+from rotator.postgres.connection import Server, connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
 from rotator.postgres.values import FromRows
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
+from rotator.runner.proof import forget, unguard
 from rotator.runner.runner import Run
 
 __all__ = ["RotateOptions", "RotationUnfinishedError", "Target", "rotate", "rotate_sync"]
@@ -212,6 +213,22 @@ def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrap
             "Call it outside atomic(), and with autocommit on."
         )
     return connection
+
+
+def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
+    """Drop the ledger of a rotation with its guard, or only the guard; return whether there was one.
+
+    Raises:
+        RotatorError: The server is unreachable, or other sessions held locks at each attempt.
+    """
+    connection = connections[database]
+    server = server_of(connection, read_session(connection, ("rotator_rotation",)))
+
+    async def drop() -> bool:
+        async with connected(server) as own:
+            return await (unguard if only_guard else forget)(own, rotation)
+
+    return run(drop)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

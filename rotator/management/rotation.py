@@ -3,7 +3,7 @@
 from django.core.management import CommandError
 from django.db import Error
 
-from rotator.models import Rotation
+from rotator.models import Ledger, Rotation
 
 
 def find_rotation(number: int, database: str) -> Rotation:
@@ -19,6 +19,11 @@ def find_rotation(number: int, database: str) -> Rotation:
     if rotation is None:
         raise CommandError(f"There is no rotation {number} in the database '{database}'.")
     return rotation
+
+
+def find_ledger(rotation: Rotation) -> Ledger | None:
+    """Return the ledger of a rotation, forgotten or not; None where it never had one."""
+    return getattr(rotation, "ledger", None)
 
 
 def unreadable(database: str, error: Error) -> CommandError:

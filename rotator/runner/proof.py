@@ -12,12 +12,13 @@ from rotator.events import GuardAdded, LedgerProgressed, LedgerReady, LedgerStar
 from rotator.exceptions import OptionError, RangeTooSlowError, RotatorError, RowsLockedError
 from rotator.postgres import rotations
 from rotator.postgres.fence import Lease
-from rotator.postgres.guard import add_guard
+from rotator.postgres.guard import add_guard, remove_guard
 from rotator.postgres.ledger import (
     Ledger,
     create_ledger,
     find_ledger,
     finish_ledger,
+    forget_ledger,
     index_ledger,
     load_range,
 )
@@ -140,6 +141,33 @@ class Proof:
         )
         if not self._context.stop_signal.drain.is_set():
             self._context.notify(GuardAdded(action=action))
+
+
+async def unguard(connection: AsyncConnection, rotation: int) -> bool:
+    """Remove the guard of a rotation, and return whether it had one.
+
+    Raises:
+        RotatorError: Other sessions held locks on the table at each attempt.
+    """
+    ledger = await find_ledger(connection, rotation)
+    if ledger is None or not ledger.guard:
+        return False
+    await until_unlocked(lambda: remove_guard(connection, ledger), None, what="remove the guard")
+    return True
+
+
+async def forget(connection: AsyncConnection, rotation: int) -> bool:
+    """Drop the ledger of a rotation, and its guard; return whether it had a ledger.
+
+    Raises:
+        RotatorError: Other sessions held locks on the table at each attempt.
+    """
+    ledger = await find_ledger(connection, rotation)
+    if ledger is None:
+        return False
+    await unguard(connection, rotation)
+    await until_unlocked(lambda: forget_ledger(connection, ledger), None, what="drop the ledger")
+    return True
 
 
 async def until_unlocked(
