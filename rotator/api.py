@@ -20,7 +20,7 @@ from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.apps import default_target
-from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped
+from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped, Verified
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
     borrowed,
@@ -33,14 +33,15 @@ from rotator.fields.connections import (
 )
 from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
-from rotator.fields.target import find_fields, resolve
+from rotator.fields.target import check_stored_form, find_fields, resolve
 from rotator.options import RotateOptions, RunOptions, Selection
-from rotator.postgres.connection import Server
+from rotator.postgres.connection import Server, connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
 from rotator.postgres.values import FromRows
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
+from rotator.runner.proof import forget, unguard
 from rotator.runner.runner import Run
 
 __all__ = ["RotateOptions", "RotationUnfinishedError", "Target", "rotate", "rotate_sync"]
@@ -182,6 +183,8 @@ def prepare(
     target = resolve(labels, connection.alias, selection or Selection())
     if not is_begun:
         check_migrations(connection)
+    if options.prove:
+        check_stored_form(find_fields(labels), connection.alias)
     session = read_session(connection, target.path)
     source, path = target.source, target.path
     if isinstance(source, FromRows):
@@ -212,6 +215,22 @@ def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrap
     return connection
 
 
+def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
+    """Drop the ledger of a rotation with its guard, or only the guard; return whether there was one.
+
+    Raises:
+        RotatorError: The server is unreachable, or other sessions held locks at each attempt.
+    """
+    connection = connections[database]
+    server = server_of(connection, read_session(connection, ("rotator_rotation",)))
+
+    async def drop() -> bool:
+        async with connected(server) as own:
+            return await (unguard if only_guard else forget)(own, rotation)
+
+    return run(drop)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """A rotation that Django's side has checked; each method raises RotatorError if it cannot go ahead."""
@@ -238,6 +257,17 @@ class Prepared:
         """Rebuild the indexes after a completed rotation, and return the statements for the rest."""
         close_idle()
         return run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
+
+    def verify(self, observer: Observer, rotation: int, *, repairs: bool) -> Verified:
+        """Verify a rotation of this target, and give survivors new values if ``repairs``."""
+
+        async def work() -> Verified:
+            verifying = Run(self.server, self.target, self.options, observer, self._on_commit(observer))
+            async with borrowed_in_loop():
+                return await verifying.verify(rotation, repairs=repairs)
+
+        close_idle()
+        return run(work)
 
     def rotate(
         self,

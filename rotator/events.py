@@ -738,7 +738,7 @@ class Verified:
     """The end of a verification.
 
     Attributes:
-        number: The id of the verification; None where there is no ledger.
+        number: The id of the verification; None where it did not begin.
         rows: The rows that were searched.
         survivors: The rows whose value is in the ledger; None where this is unknown.
         survivor_keys: The keys of the first survivors.
@@ -748,7 +748,10 @@ class Verified:
         false_matches: The expected number of survivors that are none, because only their digests are equal.
         vacuumed_at: The last VACUUM of the table, in ISO 8601; empty where unknown.
         dead_rows: The server's estimate of dead rows, which hold old values until VACUUM removes them.
+        server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
         server_version: The version of the server.
+        user: The user of the process that verified.
+        host: The host of that process.
         error: One sentence where it did not finish.
     """
 
@@ -767,7 +770,10 @@ class Verified:
     false_matches: float = 0.0
     vacuumed_at: str = ""
     dead_rows: int = 0
+    server_name: str = ""
     server_version: str = ""
+    user: str = ""
+    host: str = ""
     error: str = ""
 
     @property

@@ -69,6 +69,7 @@ class Ledger:
         through: The key up to which it is loaded; None before the first range.
         started_xid: The oldest transaction that was open when loading began, epoch included.
         entries: The number of its entries.
+        control_rows: The number of rows of a sample that were found in it before the rotation.
         guard: The action of the guard: ``refuse`` or ``keep``; empty where there is none.
     """
 
@@ -78,6 +79,7 @@ class Ledger:
     through: Key | None = None
     started_xid: int = 0
     entries: int = 0
+    control_rows: int = 0
     guard: str = ""
 
     @property
@@ -117,14 +119,14 @@ async def find_ledger(connection: AsyncConnection, rotation: int) -> Ledger | No
         cursor = await connection.execute(
             "SELECT (SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
             " WHERE c.oid = 'rotator_ledger'::regclass), state, loaded_through::text, started_xid,"
-            " entries, guard"
+            " entries, control_rows, guard"
             " FROM rotator_ledger WHERE rotation_id = %s AND state <> 'forgotten'",
             (rotation,),
         )
         row = await cursor.fetchone()
     if row is None:
         return None
-    schema, state, through, started_xid, entries, guard = row
+    schema, state, through, started_xid, entries, control_rows, guard = row
     return Ledger(
         rotation=rotation,
         schema=schema,
@@ -132,6 +134,7 @@ async def find_ledger(connection: AsyncConnection, rotation: int) -> Ledger | No
         through=None if through is None else Key(through),
         started_xid=started_xid,
         entries=entries,
+        control_rows=control_rows,
         guard=guard,
     )
 
@@ -249,7 +252,7 @@ async def finish_ledger(connection: AsyncConnection, ledger: Ledger, control_row
             " WHERE rotation_id = %s AND state = 'loading'",
             (control_rows, ledger.rotation),
         )
-    return replace(ledger, is_ready=True)
+    return replace(ledger, is_ready=True, control_rows=control_rows)
 
 
 async def forget_ledger(connection: AsyncConnection, ledger: Ledger) -> None:

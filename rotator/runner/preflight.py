@@ -11,6 +11,7 @@ from rotator.options import RunOptions, Selection, WaitLimits
 from rotator.postgres import rotations
 from rotator.postgres.catalog import check_server, missing_grants, read_table
 from rotator.postgres.connection import Server, connected
+from rotator.postgres.entropy import check_not_guessable
 from rotator.postgres.identity import check_session
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
 from rotator.postgres.rotations import Completed, Unfinished
@@ -71,7 +72,10 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
     """
     connections = options.concurrency + OTHER_CONNECTIONS
     await check_server(connection, connections=connections, concurrency=options.concurrency)
-    return await read_target(connection, target)
+    table = await read_target(connection, target)
+    if options.prove:
+        await check_not_guessable(connection, table)
+    return table
 
 
 async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetTable:

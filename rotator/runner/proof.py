@@ -11,13 +11,14 @@ from psycopg import AsyncConnection
 from rotator.events import GuardAdded, LedgerProgressed, LedgerReady, LedgerStarted
 from rotator.exceptions import OptionError, RangeTooSlowError, RotatorError, RowsLockedError
 from rotator.postgres import rotations
-from rotator.postgres.entropy import check_not_guessable
-from rotator.postgres.guard import add_guard
+from rotator.postgres.fence import Lease
+from rotator.postgres.guard import add_guard, remove_guard
 from rotator.postgres.ledger import (
     Ledger,
     create_ledger,
     find_ledger,
     finish_ledger,
+    forget_ledger,
     index_ledger,
     load_range,
 )
@@ -37,53 +38,53 @@ _RETRY: Final = RetryPolicy()
 
 
 class Proof:
-    """Prepares the ledger and the guard of a rotation; a killed run is resumed where it stopped."""
+    """Prepares the ledger and the guard of a rotation; a killed run is resumed where it stopped.
 
-    def __init__(
-        self, connection: AsyncConnection, table: TargetTable, owned: RotationState, context: RunContext
-    ) -> None:
+    Attributes:
+        ledger: The ledger, once it is complete and indexed; None where the rotation has none.
+    """
+
+    def __init__(self, connection: AsyncConnection, table: TargetTable, context: RunContext) -> None:
         """Take a connection in autocommit mode, for this object's use alone."""
+        self.ledger: Ledger | None = None
         self._connection = connection
         self._table = table
-        self._owned = owned
         self._context = context
         self._planner = IndexPlanner(connection, table)
 
-    async def prepare(self) -> Ledger | None:
-        """Return the ledger, complete and indexed; None where the rotation has none, or a stop was requested.
+    async def prepare(self, owned: RotationState) -> None:
+        """Complete the ledger, unless a stop is requested or the rotation has none, and add the guard.
 
         Raises:
             OptionError: The rotation has begun without a ledger.
-            TargetError: The values of a column can be guessed.
             RotatorError: The control of the ledger failed, or the guard could not be added.
         """
         options, drain = self._context.options, self._context.stop_signal.drain
-        rotation = self._owned.lease.rotation
+        rotation = owned.lease.rotation
         ledger = await find_ledger(self._connection, rotation)
         if ledger is None:
             if not options.prove:
-                return None
+                return
             if await rotations.has_rows_done(self._connection, rotation):
                 raise OptionError(
-                    f"Rotation {rotation} has rotated rows without a ledger, so their old values are unknown. "
-                    "Resume it without --prove, or begin again with --restart."
+                    f"Rotation {rotation} has rotated rows without a ledger, so their old values are "
+                    "unknown. Resume it without --prove, or begin again with --restart."
                 )
-            await check_not_guessable(self._connection, self._table)
         if ledger is None or not ledger.is_ready:
-            ledger = await self._complete(ledger)
+            ledger = await self._complete(owned, ledger)
         if ledger is not None and options.guard not in ("", ledger.guard) and not drain.is_set():
             await self._add_guard(ledger, options.guard)
-        return ledger
+        self.ledger = ledger
 
-    async def _complete(self, ledger: Ledger | None) -> Ledger | None:
+    async def _complete(self, owned: RotationState, ledger: Ledger | None) -> Ledger | None:
         """Load the rest of the ledger, index it and test it; return None where a stop was requested."""
-        context, lease = self._context, self._owned.lease
+        context, lease = self._context, owned.lease
         started = time.monotonic()
         # Otherwise a row that is committed late could be rotated before its value enters the ledger.
         if not await wait_for_older_writers(
             self._connection,
             self._table,
-            self._owned.started_xid,
+            owned.started_xid,
             seconds=None,
             stop_signal=context.stop_signal,
             notify=context.notify,
@@ -92,9 +93,9 @@ class Proof:
         context.notify(LedgerStarted())
         if ledger is None:
             ledger = await create_ledger(self._connection, lease)
-        bound, rows = self._owned.bound, 0
+        bound, rows = owned.bound, 0
         if bound is not None:
-            await self._load(ledger, bound)
+            await self._load(owned.lease, ledger, bound)
         if context.stop_signal.drain.is_set():
             return None
         await context.stop_signal.run_until_stop(index_ledger(self._connection, lease, ledger))
@@ -102,7 +103,7 @@ class Proof:
             return None
         if bound is not None:
             rows, found = await control_ledger(
-                self._connection, self._table, ledger, bound=bound, rows=self._owned.rows_total
+                self._connection, self._table, ledger, bound=bound, rows=owned.rows_total
             )
             if found < rows:
                 raise RotatorError(
@@ -114,13 +115,13 @@ class Proof:
         context.notify(LedgerReady(seconds=time.monotonic() - started, control_rows=rows))
         return ledger
 
-    async def _load(self, ledger: Ledger, bound: Key) -> None:
+    async def _load(self, lease: Lease, ledger: Ledger, bound: Key) -> None:
         rest, drain = KeyInterval(after=ledger.through, through=bound), self._context.stop_signal.drain
         rows = LOAD_ROWS
         while rest.after != bound and not drain.is_set():
             try:
                 planned = await self._planner.next_range(rest, rows)
-                await load_range(self._connection, self._owned.lease, self._table, ledger, planned)
+                await load_range(self._connection, lease, self._table, ledger, planned)
             except RowsLockedError:
                 await self._context.stop_signal.wait(_RETRY.delay_seconds(1))
                 continue
@@ -140,6 +141,33 @@ class Proof:
         )
         if not self._context.stop_signal.drain.is_set():
             self._context.notify(GuardAdded(action=action))
+
+
+async def unguard(connection: AsyncConnection, rotation: int) -> bool:
+    """Remove the guard of a rotation, and return whether it had one.
+
+    Raises:
+        RotatorError: Other sessions held locks on the table at each attempt.
+    """
+    ledger = await find_ledger(connection, rotation)
+    if ledger is None or not ledger.guard:
+        return False
+    await until_unlocked(lambda: remove_guard(connection, ledger), None, what="remove the guard")
+    return True
+
+
+async def forget(connection: AsyncConnection, rotation: int) -> bool:
+    """Drop the ledger of a rotation, and its guard; return whether it had a ledger.
+
+    Raises:
+        RotatorError: Other sessions held locks on the table at each attempt.
+    """
+    ledger = await find_ledger(connection, rotation)
+    if ledger is None:
+        return False
+    await unguard(connection, rotation)
+    await until_unlocked(lambda: forget_ledger(connection, ledger), None, what="drop the ledger")
+    return True
 
 
 async def until_unlocked(
@@ -165,6 +193,6 @@ async def until_unlocked(
         elif await stop_signal.wait(delay_seconds):
             return None
     raise RotatorError(
-        f"Cannot {what}: in {GUARD_ATTEMPTS} attempts, transactions of other sessions held locks on the table. "
+        f"Cannot {what}: in {GUARD_ATTEMPTS} attempts, other sessions held locks on the table. "
         "End the long ones, then run the same command again."
     )

@@ -393,16 +393,7 @@ class Run:
             async with connected(context.server) as connection:
                 if await find_ledger(connection, rotation) is None:
                     return
-                verifier = Verifier(
-                    connection,
-                    table,
-                    context.target,
-                    rotation,
-                    context.options,
-                    self._stop_signal,
-                    self._notify,
-                )
-                await verifier.verify()
+                await Verifier(connection, table, rotation, context).verify()
         except RotatorError as error:
             self._notify(
                 Verified(
@@ -424,17 +415,7 @@ class Run:
         context = self._context
         async with connected(context.server) as connection:
             table = await read_target(connection, context.target)
-            verifier = Verifier(
-                connection,
-                table,
-                context.target,
-                rotation,
-                context.options,
-                self._stop_signal,
-                self._notify,
-                context.on_commit,
-            )
-            return await verifier.verify(repairs=repairs)
+            return await Verifier(connection, table, rotation, context).verify(repairs=repairs)
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False if the budget is used up or a stop was requested."""

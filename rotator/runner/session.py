@@ -11,7 +11,6 @@ from rotator.exceptions import RotatorError
 from rotator.postgres import rotations
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import LastWriters, count_last_writers
-from rotator.postgres.ledger import Ledger
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import RotationState
@@ -57,7 +56,7 @@ class Session:
         self._acquired = acquired
         self._context = context
         self._limits = context.options.limits
-        self._ledger: Ledger | None = None
+        self._proof = Proof(connection, table, context)
 
     async def read_state(self) -> RotationState:
         """Read the rotation's state; freeze its bound if there are rows and it is not frozen."""
@@ -82,8 +81,7 @@ class Session:
     async def work(self, owned: RotationState) -> EndStatus:
         """Rotate the gaps and confirm every row; return ``completed`` if both succeeded."""
         options, stop_signal = self._context.options, self._context.stop_signal
-        proof = Proof(self._connection, self._table, owned, self._context)
-        self._ledger = await proof.prepare()
+        await self._proof.prepare(owned)
         if stop_signal.drain.is_set():
             return "interrupted"
         await self._rotate_gaps(owned)
@@ -193,7 +191,7 @@ class Session:
             started_xid=owned.started_xid,
             source=self._context.target.source,
             limits=self._limits,
-            ledger=self._ledger,
+            ledger=self._proof.ledger,
         )
         notify(ConfirmationStarted())
         attempts = 0

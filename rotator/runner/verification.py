@@ -11,30 +11,27 @@ from rotator.events import (
     Coverage,
     Event,
     LateRowsRotated,
-    Observer,
-    OnCommit,
     VerificationProgressed,
     VerificationStarted,
     Verified,
 )
 from rotator.exceptions import OptionError, RangeTooSlowError, RowsLockedError
-from rotator.options import RunOptions
 from rotator.postgres import survivors
 from rotator.postgres.guard import count_hits
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
 from rotator.postgres.last_writers import count_last_writers
 from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledger
 from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
+from rotator.postgres.preflight import name_server
 from rotator.postgres.rotations import RotationFacts, read_facts
 from rotator.postgres.survivors import Search, Survivors
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key, KeyInterval, KeyRange
-from rotator.runner.context import RunTarget
+from rotator.runner.context import RunContext
 from rotator.runner.late_rows import LateRows
 from rotator.runner.preflight import measured_update
 from rotator.runner.retry import RetryPolicy
-from rotator.runner.stop import StopSignal
 
 SEARCH_ROWS: Final = 20_000
 COUNT_SECONDS: Final = 1.0
@@ -49,33 +46,26 @@ class Verifier:
         self,
         connection: AsyncConnection,
         table: TargetTable,
-        target: RunTarget,
         rotation: int,
-        options: RunOptions,
-        stop_signal: StopSignal,
-        notify: Observer,
-        on_commit: OnCommit | None = None,
+        context: RunContext,
     ) -> None:
         """Prepare it.
 
         Args:
             connection: A connection in autocommit mode, for this object's use alone.
             table: The target's table.
-            target: The target.
             rotation: The rotation's id.
-            options: The options of the rotation.
-            stop_signal: The requests to stop.
-            notify: Gets the events.
-            on_commit: Is awaited after each commit of repaired rows; None without receivers.
+            context: The run.
         """
         self._connection = connection
         self._table = table
-        self._target = target
         self._rotation = rotation
-        self._options = options
-        self._stop_signal = stop_signal
-        self._notify = notify
-        self._on_commit = on_commit
+        self._owner = context.owner
+        self._target = context.target
+        self._options = context.options
+        self._stop_signal = context.stop_signal
+        self._notify = context.notify
+        self._on_commit = context.on_commit
         self._planner = IndexPlanner(connection, table)
         self._planted = (0, 0)
 
@@ -106,8 +96,10 @@ class Verifier:
         return verified
 
     async def _verify(self, facts: RotationFacts, ledger: Ledger | None, *, repairs: bool) -> Verified:
-        started_at, controls, search = datetime.now(UTC), None, None
-        if ledger is not None and ledger.is_ready:
+        started_at, controls, count = datetime.now(UTC), None, None
+        if ledger is None or not ledger.is_ready:
+            search = await survivors.begin_search(self._connection, self._rotation, None, repairs=repairs)
+        else:
             entries, entries_found, is_salt_right = await count_known(self._connection, ledger)
             self._planted = (0, 0)
             search = await self._search(ledger, repairs=repairs)
@@ -120,26 +112,30 @@ class Verifier:
                 planted=planted,
                 planted_found=planted_found,
             )
+            count = search.survivors
         vacuumed = await survivors.read_vacuumed(self._connection, self._table)
         verified = Verified(
             rotation=self._rotation,
             target=self._target.label,
-            number=search and search.id,
+            number=search.id,
             started_at=started_at,
             ended_at=datetime.now(UTC),
-            rows=search.rows if search else 0,
-            survivors=search and search.survivors,
-            repaired=search.repaired if search else 0,
+            rows=search.rows,
+            survivors=count,
+            repaired=search.repaired,
             coverage=await self._cover(facts),
             controls=controls,
             guard_hits=await self._guard_hits(facts, ledger),
-            false_matches=_false_matches(ledger, search),
+            false_matches=0.0 if ledger is None else float(ledger.entries * search.rows) / 2.0**DIGEST_BITS,
             vacuumed_at=vacuumed.at,
             dead_rows=vacuumed.dead_rows,
+            server_name=await name_server(self._connection),
             server_version=vacuumed.server_version,
+            user=self._owner.user,
+            host=self._owner.host,
             error="A stop was requested." if self._stop_signal.drain.is_set() else "",
         )
-        if search is None or verified.error:
+        if verified.error:
             return verified
         keys = await survivors.finish_search(self._connection, search, verified.to_json())
         return replace(verified, survivor_keys=keys)
@@ -257,10 +253,3 @@ def _by_leaf(rows: list[OlderRow]) -> list[list[OlderRow]]:
     for row in rows:
         leaves.setdefault(row.place.leaf, []).append(row)
     return list(leaves.values())
-
-
-def _false_matches(ledger: Ledger | None, search: Search | None) -> float:
-    """Return the expected number of rows with another value and the same digest."""
-    if ledger is None or search is None:
-        return 0.0
-    return float(ledger.entries * search.rows) / 2.0**DIGEST_BITS
