@@ -20,7 +20,7 @@ from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.apps import default_target
-from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped, Verified
+from rotator.events import Event, Findings, LeakedValuesFound, Observer, OnCommit, RotationStopped, Verified
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
     borrowed,
@@ -31,6 +31,7 @@ from rotator.fields.connections import (
     is_in_transaction,
     run,
 )
+from rotator.fields.leaked import read_leaked
 from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
 from rotator.fields.target import check_stored_form, find_fields, resolve
@@ -38,8 +39,10 @@ from rotator.options import RotateOptions, RunOptions, Selection
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
+from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.values import FromRows
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
+from rotator.runner.leaked_rows import count_leaked
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
 from rotator.runner.proof import forget, unguard
 from rotator.runner.runner import Run
@@ -67,6 +70,9 @@ class Target:
         include_null: Whether rows whose value is NULL are rotated too.
         include_blank: Whether rows whose value is the empty text are rotated too.
         ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
+        leaked: The path of a file with leaked values; only rows whose present value is in it are rotated. It
+            is written as on the command line. Empty for all rows.
+        leaked_column: The name of the column with the values, if that file is a CSV file.
     """
 
     fields: str | Sequence[str]
@@ -78,6 +84,8 @@ class Target:
     include_null: bool = False
     include_blank: bool = False
     ignore_derived: Sequence[str] = ()
+    leaked: str = ""
+    leaked_column: str = ""
 
 
 class RotationUnfinishedError(RotatorError):
@@ -138,11 +146,13 @@ def _prepare_call(target: Target, options: RotateOptions) -> "Prepared":
         include_null=target.include_null,
         include_blank=target.include_blank,
         ignore_derived=tuple(target.ignore_derived),
+        leaked=target.leaked,
+        leaked_column=target.leaked_column,
     )
     labels = [target.fields] if isinstance(target.fields, str) else target.fields
     check_no_running_loop()
     with borrowed():
-        return prepare(labels, target.database, checked, selection)
+        return prepare(labels, target.database, checked, selection).with_leaked_values()
 
 
 def _completed(stopped: RotationStopped) -> RotationStopped:
@@ -238,6 +248,32 @@ class Prepared:
     target: RunTarget
     options: RunOptions
     server: Server
+
+    def with_leaked_values(self) -> "Prepared":
+        """Read the leaked values that the selection names, and return the rotation of only their rows."""
+        selection = self.target.selection
+        if not selection.leaked:
+            if selection.leaked_column:
+                raise OptionError("--leaked-column names a column of the file of --leaked. Use both.")
+            return self
+        if self.options.prove:
+            raise OptionError(
+                "--leaked rotates some rows, and --prove is about all of them. Rotate with --leaked first, "
+                "then all rows with --prove."
+            )
+        values = self._read_leaked(selection.leaked, selection.leaked_column)
+        # The digests are in temporary tables, which one connection uses.
+        options = replace(self.options, concurrency=1, sample=False)
+        return replace(self, target=replace(self.target, leaked=values), options=options)
+
+    def _read_leaked(self, path: str, column: str) -> LeakedValues:
+        return read_leaked(path, column, find_fields(self.target.label.split()), self.target.database)
+
+    def count_leaked(self, path: str, column: str) -> LeakedValuesFound:
+        """Search the table for the leaked values of a file, and return which of them rows have now."""
+        values = self._read_leaked(path, column)
+        close_idle()
+        return run(lambda: count_leaked(self.server, self.target, values))
 
     def earlier(self) -> Earlier:
         """Return the earlier rotations of this target that matter to a new run."""

@@ -583,6 +583,7 @@ class RunFacts:
         filters: The Django lookups that all rotated rows match.
         excludes: The Django lookups that no rotated row matches.
         generator: The dotted path of the values' generator; empty for the fields' own defaults.
+        leaked: The file with the leaked values of the rotated rows; empty where all rows are rotated.
     """
 
     started_at: datetime
@@ -595,11 +596,29 @@ class RunFacts:
     excludes: tuple[str, ...]
     generator: str
     include_null: bool
+    leaked: str = ""
 
     @property
     def is_filtered(self) -> bool:
         """Whether options exclude some rows of the table."""
-        return bool(self.filters or self.excludes)
+        return bool(self.filters or self.excludes or self.leaked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeakedValuesFound:
+    """A search has found the leaked values that rows have.
+
+    Attributes:
+        values: The number of values in the list of leaked values.
+        found: The number of them that rows had in a search of this run.
+        found_lines: The lines of these values, e.g. ``("5", "17-19")``; at most 10,000 ranges.
+        other_lines: The lines of the others, in the same form.
+    """
+
+    values: int
+    found: int
+    found_lines: tuple[str, ...]
+    other_lines: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -843,6 +862,7 @@ class RotationStopped:
             removed them, or the rotation is unfinished.
         reindex_statements: The statements that make the indexes as small as before, each to be run alone.
         verification: The verification after a completed rotation; None without a ledger.
+        leaked: The leaked values that rows had; None without a list of leaked values.
     """
 
     rotation: int
@@ -874,6 +894,7 @@ class RotationStopped:
     error: str = ""
     superseded: bool = False
     run: RunFacts | None = None
+    leaked: LeakedValuesFound | None = None
     spans: tuple[KeyInterval, ...] = ()
     table_rows: int | None = None
     table_rows_is_exact: bool = True
@@ -931,6 +952,7 @@ Event: TypeAlias = (
     | LedgerProgressed
     | LedgerReady
     | GuardAdded
+    | LeakedValuesFound
     | VerificationStarted
     | VerificationProgressed
     | Verified

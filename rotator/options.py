@@ -82,6 +82,9 @@ class Selection:
         include_blank: Whether rows whose value is the empty text are rotated too.
         ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
             They change neither rows nor values, so a run can resume with others.
+        leaked: The path of a file with leaked values, or ``-`` for the standard input; only rows whose
+            present value is in it are rotated. Empty for all rows.
+        leaked_column: The name of the column of a CSV file; empty for a file of another kind.
     """
 
     filters: tuple[str, ...] = ()
@@ -90,11 +93,13 @@ class Selection:
     include_null: bool = False
     include_blank: bool = False
     ignore_derived: tuple[str, ...] = field(default=(), compare=False)
+    leaked: str = ""
+    leaked_column: str = ""
 
     @property
     def is_filtered(self) -> bool:
         """Whether the rotation leaves out some rows of the table."""
-        return bool(self.filters or self.excludes)
+        return bool(self.filters or self.excludes or self.leaked)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Selection":
@@ -116,6 +121,8 @@ class Selection:
         words += ["--include-null"] if self.include_null else []
         words += ["--include-blank"] if self.include_blank else []
         words += [word for name in self.ignore_derived for word in ("--ignore-derived", name)]
+        words += ["--leaked", self.leaked] if self.leaked else []
+        words += ["--leaked-column", self.leaked_column] if self.leaked_column else []
         return shlex.join(words) or "the default options"
 
 
@@ -308,6 +315,16 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "FIELD",
         "Rotate although this field seems to derive its value from the target when a row is saved. The "
         "field keeps its values.",
+    ),
+    "leaked": _value(
+        "FILE|-",
+        "Rotate only the rows whose present value is in this file, or on the standard input (-): one value "
+        "in each line, a CSV file with --leaked-column, or the JSON of GitHub's secret scanning. The values are "
+        "not sent to the server.",
+        default="",
+    ),
+    "leaked_column": _value(
+        "NAME", "The name of the column with the values, if the file of --leaked is a CSV file.", default=""
     ),
     "celery": _switch(
         "Rotate with the project's Celery workers, each with --concurrency connections. This process plans "

@@ -24,6 +24,7 @@ from rotator.events import (
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LeakedValuesFound,
     LedgerProgressed,
     LedgerReady,
     LedgerStarted,
@@ -198,6 +199,7 @@ class Stats:
         loaded_rows: The rows whose values this run has entered.
         verifying: Whether the table is being searched for old values.
         verification: The result of that search; None without a ledger.
+        leaked: The leaked values that rows had; None without a list of leaked values.
         table_rows: The rows of the whole table and whether they are counted; None where unknown.
     """
 
@@ -225,6 +227,7 @@ class Stats:
     loaded_rows: int = 0
     verifying: bool = False
     verification: Verified | None = None
+    leaked: LeakedValuesFound | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     storage_before: Storage | None = None
     storage: Storage | None = None
@@ -305,6 +308,8 @@ class Stats:
                 self.verifying = True
             case Verified():
                 self.verification = event
+            case LeakedValuesFound():
+                self.leaked = event
             case DrainStarted():
                 self.draining = True
             case RotationStopped():
@@ -486,6 +491,7 @@ class Stats:
             analyze_statement=self.analyze_statement,
             reindex_statements=self.reindex_statements,
             verification=self.verification,
+            leaked=self.leaked,
         )
 
 

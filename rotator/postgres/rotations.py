@@ -150,6 +150,9 @@ async def find_last_completed(
     connection: AsyncConnection, target: str, table_name: str, selection: Selection
 ) -> Completed | None:
     """Return the latest completed rotation of the same fields, rows and values."""
+    if selection.leaked:
+        # The file may have other values, and rows that were rotated since have none of them.
+        return None
     async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT id, selection, finished_at,"

@@ -10,6 +10,7 @@ rotator.events has its own name and fields; keys are only ever added. The others
                  (the recent rate) and eta_seconds (both null while unknown), late_rows, deferrals, retries,
                  rejected_rows, outage_left_seconds (null while the server is reachable)
     verified     the same keys as ``verification`` of the report
+    leaked_values_found   the fields of LeakedValuesFound, as in the report
     stopped      the same keys as the report
 
 ``state`` is ``rotating``, ``outage``, ``draining``, ``late_commits``, ``finishing``, ``confirming``,

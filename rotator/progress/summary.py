@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from rotator.events import RotationStopped, RunFacts
+from rotator.events import LeakedValuesFound, RotationStopped, RunFacts
 from rotator.progress.text import (
     OLD_STATISTICS,
     REJECTED_ROWS_NAMED,
@@ -10,6 +10,7 @@ from rotator.progress.text import (
     count,
     done_of_total,
     duration,
+    leaked_values,
     one_line,
     plural,
     rate,
@@ -69,8 +70,19 @@ def report(event: RotationStopped) -> dict[str, object]:
         "analyze_statement": event.analyze_statement,
         "reindex_statements": list(event.reindex_statements),
         "verification": event.verification and verification_report(event.verification),
+        "leaked": event.leaked and leaked_report(event.leaked),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
         **_run(event.run),
+    }
+
+
+def leaked_report(event: LeakedValuesFound) -> dict[str, object]:
+    """Return the leaked values that rows had as JSON types: numbers of lines, never values."""
+    return {
+        "values": event.values,
+        "found": event.found,
+        "found_lines": list(event.found_lines),
+        "other_lines": list(event.other_lines),
     }
 
 
@@ -155,6 +167,8 @@ def unchanged_rows(event: RotationStopped) -> str:
     """Return a clause on the rows that a filter left unchanged; empty without a filter."""
     if event.run is None or not event.run.is_filtered:
         return ""
+    if event.run.leaked:
+        return "All rows without a leaked value were left unchanged"
     if event.table_rows is None:
         return f"{plural(event.rows, 'row')} match the filter; all others were left unchanged"
     is_exact, table_rows = event.table_rows_is_exact, max(event.rows, event.table_rows)
@@ -178,10 +192,11 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     if event.resumed:
         rows = f"{rows} in this run, {count(event.rows)} in total"
         seconds = f"{seconds} in this run, {duration(event.seconds_total)} in total"
-    if event.late_rows:
+    if event.late_rows and event.leaked is None:
         rows = f"{rows}; {plural(event.late_rows, 'late row')} among them"
     facts = [
         ("rows", rows),
+        *([("leaked", leaked_values(event.leaked))] if event.leaked else []),
         *([("keys", one_line(_keys(event)))] if event.spans else []),
         ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),
         ("workers", count(event.concurrency)),

@@ -15,6 +15,7 @@ from rotator.events import (
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LeakedValuesFound,
     LedgerProgressed,
     LedgerReady,
     LedgerStarted,
@@ -48,6 +49,7 @@ from rotator.events import (
 )
 from rotator.stats import State, Stats, percent_of
 
+LINES_NAMED: Final = 10
 _KEPT_DIGITS: Final = 1000
 _MOST_BYTES: Final = 10 * 1024
 _MOST_HALVES: Final = 20 * 1024 - 1
@@ -192,7 +194,10 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
         case LateCommitsAwaited():
             return "" if event.holders == stats.holders else _awaited(event.holders)
         case LateRowsRotated():
-            return f"rotated {plural(event.rows, 'late row')}"
+            noun = "row" if stats.leaked else "late row"
+            return f"rotated {plural(event.rows, noun)}"
+        case LeakedValuesFound():
+            return leaked_values(event)
         case RowsConfirmed():
             return unconfirmed(event.unconfirmed)
         case VacuumStarted():
@@ -310,6 +315,14 @@ def unconfirmed(rows: int | None) -> str:
     if not rows:
         return ""
     return f"{plural(rows, 'row')} not confirmed: written by other sessions or triggers since the start"
+
+
+def leaked_values(event: LeakedValuesFound) -> str:
+    """Return the sentence on the leaked values that rows have, with the first of their lines."""
+    named = event.found_lines[:LINES_NAMED]
+    more = ", and more" if len(event.found_lines) > len(named) else ""
+    lines = f" (line {', '.join(named)}{more})" if named else ""
+    return f"{count(event.found)} of {plural(event.values, 'leaked value')} found in rows{lines}"
 
 
 def done_of_total(rows: int, total: int, *, is_exact: bool) -> str:

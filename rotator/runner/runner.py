@@ -496,6 +496,7 @@ class Run:
                 excludes=chosen.excludes,
                 generator=chosen.generator,
                 include_null=chosen.include_null,
+                leaked=chosen.leaked,
             ),
         )
 

@@ -101,8 +101,11 @@ class Command(BaseCommand):
         """Do what the options ask for; return the end of a run, where this process made one."""
         from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
 
+        if options["leaked"] and options["celery"]:
+            raise OptionError("--leaked rotates in this process. Use it without --celery.")
         prepared = prepare(options["target"], options["database"], _run_options(options), _selection(options))
         report_file = writable(options["report"])
+        prepared = prepared.with_leaked_values()
         if options["dry_run"]:
             Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
             return None
@@ -245,6 +248,8 @@ def _selection(options: dict[str, Any]) -> Selection:
         include_null=options["include_null"],
         include_blank=options["include_blank"],
         ignore_derived=tuple(options["ignore_derived"]),
+        leaked=options["leaked"],
+        leaked_column=options["leaked_column"],
     )
 
 
@@ -278,8 +283,10 @@ def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, 
         observer(Preflighted(findings=findings))
     about = "" if findings.table.rows_is_exact else "about "
     rows = f"{about}{plural(findings.rows_left, 'row')}"
+    leaked = prepared.target.leaked
+    chosen = rows if leaked is None else f"the rows with one of {plural(len(leaked), 'leaked value')}"
     sys.stderr.write(f"{one_line(f'{findings.server_name}, table {findings.table_name}, {rows}')}\n")
-    if not agrees(f"Rotate {rows} of {prepared.target.label} now?"):
+    if not agrees(f"Rotate {chosen} of {prepared.target.label} now?"):
         raise OptionError("Nothing was changed.")
     return replace(prepared, options=replace(options, preflight=False))
 
