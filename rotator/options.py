@@ -319,8 +319,8 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "leaked": _value(
         "FILE|-",
         "Rotate only the rows whose present value is in this file, or on the standard input (-): one value "
-        "in each line, a CSV file with --leaked-column, or the JSON of GitHub's secret scanning. The values are "
-        "not sent to the server.",
+        "in each line, a CSV file with --leaked-column, or the JSON of GitHub's secret scanning. The values "
+        "are not sent to the server.",
         default="",
     ),
     "leaked_column": _value(

@@ -168,7 +168,7 @@ def unchanged_rows(event: RotationStopped) -> str:
     if event.run is None or not event.run.is_filtered:
         return ""
     if event.run.leaked:
-        return "All rows without a leaked value were left unchanged"
+        return f"{plural(event.rows, 'row')} had a leaked value; all others were left unchanged"
     if event.table_rows is None:
         return f"{plural(event.rows, 'row')} match the filter; all others were left unchanged"
     is_exact, table_rows = event.table_rows_is_exact, max(event.rows, event.table_rows)
@@ -198,10 +198,14 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
         ("rows", rows),
         *([("leaked", leaked_values(event.leaked))] if event.leaked else []),
         *([("keys", one_line(_keys(event)))] if event.spans else []),
-        ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),
+        *(
+            []
+            if event.leaked
+            else [("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}")]
+        ),
         ("workers", count(event.concurrency)),
         ("time", seconds),
-        ("rate", f"{rate(event.rows_per_second)} rows/s while writing"),
+        *([] if event.leaked else [("rate", f"{rate(event.rows_per_second)} rows/s while writing")]),
         ("deferrals", count(event.deferrals)),
         ("retries", count(event.retries)),
     ]

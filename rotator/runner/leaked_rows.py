@@ -10,7 +10,7 @@ from rotator.events import EndStatus, LeakedValuesFound, StopReason
 from rotator.exceptions import RotatorError
 from rotator.postgres import leaked, rotations
 from rotator.postgres.connection import Server, connected
-from rotator.postgres.leaked import LeakedValues
+from rotator.postgres.leaked import LeakedValues, Searched
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
@@ -35,6 +35,7 @@ class LeakedRows:
         self._table = table
         self._context = context
         self._values = values
+        self._searched = Searched()
 
     async def find(self, owned: RotationState) -> RotationState:
         """Send the list, search the table, and return the state with the number of rows."""
@@ -48,7 +49,7 @@ class LeakedRows:
     async def _search(self) -> int:
         """Search the table until a stop is requested, and return the number of rows found."""
         found = 0
-        async for number in leaked.search(self._connection, self._table, self._values):
+        async for number in leaked.search(self._connection, self._table, self._values, self._searched):
             found = number
             if self._context.stop_signal.drain.is_set():
                 break
@@ -133,6 +134,6 @@ async def count_leaked(server: Server, target: RunTarget, values: LeakedValues) 
     async with connected(server) as connection:
         table = await read_target(connection, target)
         await leaked.load(connection, values)
-        async for _ in leaked.search(connection, table, values):
+        async for _ in leaked.search(connection, table, values, Searched()):
             pass
     return found_event(values)
