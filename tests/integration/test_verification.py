@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rotator.progress.verification import verification_summary
 from rotator.runner import verification
 from tests.integration.killed import kill_itself, until_killed
 from tests.integration.outcomes import SHOP, EventRecorder, rotate_tickets
-from tests.integration.rotation_tables import TARGET, Database
+from tests.integration.rotation_tables import Database
 
 pytestmark = SHOP
 
@@ -205,10 +204,9 @@ def test_an_unfinished_rotation_is_not_verified(database: Database) -> None:
         _verify(repairs=True)
 
 
+@pytest.mark.usefixtures("old")
 def test_a_killed_verification_resumes_where_it_stopped(
-    database: Database,
-    old: None,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: ARG001 - a fixture
+    database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _save_stale(database, 3, 58)
     number = Rotation.objects.get().pk
@@ -292,8 +290,8 @@ def test_the_evidence_says_first_what_is_not_proved(database: Database, tmp_path
     database.execute(f"CREATE TABLE {OLD} AS SELECT * FROM tickets_ticket")
     trigger = database.before_update("IF NEW.id = 9 THEN RAISE check_violation; END IF; RETURN NEW;")
     try:
-        options = {"prove": True, "selection": Selection(excludes=("id__gt=50",))}
-        assert rotate_tickets(**options).status == "failed"
+        selection = Selection(excludes=("id__gt=50",))
+        assert rotate_tickets(prove=True, selection=selection).status == "failed"
         _save_stale(database, 3)
         _verify()
         facts = _evidence(tmp_path)
@@ -307,7 +305,7 @@ def test_the_evidence_says_first_what_is_not_proved(database: Database, tmp_path
         assert any("rejected the new values of 1 rows" in sentence for sentence in first["reasons"])
 
         database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
-        assert rotate_tickets(**options).status == "completed"
+        assert rotate_tickets(prove=True, selection=selection).status == "completed"
         assert _verify(repairs=True).is_verified
         facts = _evidence(tmp_path)
         assert facts["NOT_PROVED"]["is_verified"] is True
