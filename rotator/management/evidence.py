@@ -28,8 +28,8 @@ _METHOD: Final = (
 )
 _VERIFICATION: Final = (
     "Full: the salted SHA-256 digest, cut to 64 bits, of each present value was looked up in the ledger of "
-    "the digests of the old values. Controls: planted values, a sample before the rotation, and the number of "
-    "entries."
+    "the digests of the old values. Controls: planted values, a sample before the rotation, and the "
+    "number of entries."
 )
 _CONTROLS: Final = ("planted", "planted_found", "sampled", "entries", "entries_found", "have_passed")
 
