@@ -99,8 +99,9 @@ def test_values_have_the_form_that_their_columns_store(tmp_path: Path) -> None:
 
 def test_a_value_has_a_digest_for_each_kind_of_field(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"{UUID}\nsecret\n")
-    fields = [ByInteger._meta.get_field(name) for name in ("as_char", "as_text", "as_uuid", "as_custom")]
-    values = read(tmp_path / "keys", fields=tuple(fields))
+    chosen = ("as_char", "as_text", "as_uuid", "as_custom")
+    fields = tuple(field for field in ByInteger._meta.concrete_fields if field.name in chosen)
+    values = read(tmp_path / "keys", fields=fields)
     assert (len(values), values.forms) == (2, 4)
     assert digest_of("secret", values.salt) in values.digests[4:]
     assert digest_of("<terces", values.salt) in values.digests[4:]
