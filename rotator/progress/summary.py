@@ -68,9 +68,9 @@ def report(event: RotationStopped) -> dict[str, object]:
         "indexes": _indexes(event),
         "analyze_statement": event.analyze_statement,
         "reindex_statements": list(event.reindex_statements),
-        "verification": event.verification and verification_report(event.verification),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
         **_run(event.run),
+        "verification": event.verification and verification_report(event.verification),
     }
 
 
