@@ -244,8 +244,8 @@ class RotateOptions(TypedDict, total=False):
             and needs free disk space for a copy of the largest index.
         prove: Store a salted digest of each old value before the first row is rotated, and verify at the end
             that no row has an old value. See docs/proof.md.
-        guard: With ``prove``: stop old values from coming back, by a trigger. ``refuse`` lets such a write
-            fail; ``keep`` keeps the newer value.
+        guard: With --prove: stop old values from coming back, by a trigger. A write of an old value fails
+            (refuse, the default), or an update keeps the newer value (keep).
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).

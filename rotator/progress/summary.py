@@ -69,10 +69,10 @@ def report(event: RotationStopped) -> dict[str, object]:
         "indexes": _indexes(event),
         "analyze_statement": event.analyze_statement,
         "reindex_statements": list(event.reindex_statements),
-        "verification": event.verification and verification_report(event.verification),
-        "leaked": event.leaked and leaked_report(event.leaked),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
         **_run(event.run),
+        "verification": event.verification and verification_report(event.verification),
+        "leaked": event.leaked and leaked_report(event.leaked),
     }
 
 
