@@ -106,10 +106,10 @@ format: .venv/dev ## Format the code
 	$(BIN)/ruff format .
 
 benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in half an hour to an hour
-	$(BIN)/python benchmarks/speed.py --settings default --repetitions 5
+	$(BIN)/python benchmarks/speed.py --repetitions 5
 	$(BIN)/python benchmarks/compare.py --slow-rows 50000 --repetitions 1 --plot docs/pictures/compare.svg
 	$(BIN)/python benchmarks/concurrency.py --plot docs/pictures/concurrency.svg
-	$(BIN)/python benchmarks/scaling.py --settings tuned
+	$(BIN)/python benchmarks/scaling.py --server tuned
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/keys.py
 	$(BIN)/python benchmarks/estimate.py
