@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
@@ -14,19 +15,23 @@ from rotator import __version__
 from rotator.events import StopReason
 from rotator.exceptions import OptionError, RotatorError
 from rotator.management.control import SETTINGS, VERBS, Request, await_answer, read_request, send
+from rotator.management.evidence import evidence
 from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of, silent_seconds
-from rotator.management.terminal import open_closed_streams
-from rotator.models import Action, Rotation
+from rotator.management.rotation import find_ledger, first_line, unreadable
+from rotator.management.terminal import open_closed_streams, writable
+from rotator.models import Action, Ledger, Rotation
 from rotator.options import Selection
 from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
 from rotator.progress.text import (
+    GUARD_ACTIONS,
     count,
     done_of_total,
     duration,
     moment,
     one_line,
+    plural,
     stopped_by,
     unconfirmed,
 )
@@ -47,6 +52,9 @@ class Options(TypedDict):
     log: bool
     all: bool
     revision: int | None
+    unguard: bool
+    forget: bool
+    evidence: Path | None
 
 
 class Command(BaseCommand):
@@ -104,6 +112,22 @@ class Command(BaseCommand):
             help="With a request: refuse it if another user has changed the rotation since this revision.",
         )
 
+        parser.add_argument(
+            "--unguard", action="store_true", help="With an ID: remove the guard that --guard has added."
+        )
+        parser.add_argument(
+            "--forget",
+            action="store_true",
+            help="With an ID: drop the ledger that --prove has made, and the guard. Afterwards it is unknown "
+            "whether old values survive.",
+        )
+        parser.add_argument(
+            "--evidence",
+            type=Path,
+            metavar="FILE",
+            help="With an ID: write what is proved, and what is not, to this file as JSON.",
+        )
+
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print the rotations."""
         open_closed_streams(self)
@@ -115,13 +139,14 @@ class Command(BaseCommand):
         try:
             rotations = list(_chosen(found, number))
         except Error as error:
-            raise CommandError(
-                f"Cannot read the rotations of the database '{options['database']}': {_first_line(error)} "
-                "Check that the server runs and that the database is migrated."
-            ) from error
+            raise unreadable(options["database"], error) from error
         if number is not None and not rotations:
             raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
-        if request is not None:
+        if options["unguard"] or options["forget"] or options["evidence"]:
+            if number is None:
+                raise CommandError("--unguard, --forget and --evidence need the ID of a rotation.")
+            self._change_proof(rotations[0], options)
+        elif request is not None:
             if options["all"]:
                 rotations = [each for each in rotations if each.status in Rotation.UNFINISHED]
             self._send(rotations, request, options)
@@ -155,7 +180,7 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         except Error as error:
             raise CommandError(
-                f"Cannot store the request in the database '{options['database']}': {_first_line(error)} If "
+                f"Cannot store the request in the database '{options['database']}': {first_line(error)} If "
                 "the database is the problem, send SIGUSR1 to the process of the rotation to pause it."
             ) from error
         except KeyboardInterrupt:
@@ -180,6 +205,35 @@ class Command(BaseCommand):
             detail = f": {one_line(each.detail)}" if each.detail else ""
             self.stdout.write(f"{moment(each.at)}  {each.kind} by {each.by}{detail}")
 
+    def _change_proof(self, rotation: Rotation, options: Options) -> None:
+        """Remove the guard or the ledger, and write the evidence."""
+        from rotator.api import drop_ledger  # noqa: PLC0415 - imports the engine, which a list does not need
+
+        name = f"rotation {rotation.pk}"
+        if options["forget"] and rotation.status in Rotation.UNFINISHED:
+            raise CommandError(
+                f"Cannot drop the ledger: {name} is unfinished and needs it. Finish it, or abandon it by "
+                "async_rotate --restart."
+            )
+        try:
+            if options["unguard"]:
+                had_guard = drop_ledger(options["database"], rotation.pk, only_guard=True)
+                self.stdout.write(
+                    f"The guard of {name} is removed." if had_guard else f"{name} has no guard."
+                )
+            if options["forget"]:
+                had_ledger = drop_ledger(options["database"], rotation.pk, only_guard=False)
+                self.stdout.write(
+                    f"The ledger of {name} is dropped." if had_ledger else f"{name} has no ledger."
+                )
+            if path := writable(options["evidence"]):
+                path.write_text(evidence(rotation), encoding="utf-8")
+                self.stdout.write(f"The evidence of {name} is in {path}.")
+        except RotatorError as error:
+            raise CommandError(str(error), returncode=error.exit_status) from error
+        except OSError as error:
+            raise CommandError(f"The evidence could not be written: {error}") from error
+
     def _follow(self, found: QuerySet[Rotation], number: int | None) -> None:
         if number is None:
             raise CommandError("--follow needs the ID of a rotation: rotations ID --follow.")
@@ -201,7 +255,7 @@ class Command(BaseCommand):
             sys.exit(_SIGNAL_BASE + signal.SIGINT)
         except Error as error:
             raise CommandError(
-                f"Lost the connection to the database: {_first_line(error)} The rotation may still run."
+                f"Lost the connection to the database: {first_line(error)} The rotation may still run."
             ) from error
         finally:
             progress.close()
@@ -269,10 +323,6 @@ def _reason(rotation: Rotation) -> str:
     return stopped_by(reason, control_of(rotation).cancelled_by)
 
 
-def _first_line(error: Error) -> str:
-    return " ".join(str(error).split("\n", 1)[0].split())
-
-
 def _chosen(found: QuerySet[Rotation], number: int | None) -> QuerySet[Rotation]:
     return found if number is None else found.filter(pk=number)
 
@@ -307,6 +357,8 @@ def _facts(rotation: Rotation) -> dict[str, object]:
         "reason": _reason(rotation),
         "is_filtered": Selection.from_json(rotation.selection).is_filtered,
         "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
+        "ledger": ledger.state if (ledger := find_ledger(rotation)) else "",
+        "guard": ledger.guard if ledger else "",
         "deferrals": rotation.deferrals,
         "retries": rotation.retries,
         "throttled_seconds": round(rotation.throttled_seconds, 3),
@@ -372,6 +424,8 @@ def _details(rotation: Rotation) -> str:
     ]
     if rotation.unconfirmed_rows is not None:
         facts.append(("confirmed", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
+    if ledger := find_ledger(rotation):
+        facts.append(("ledger", _ledger(ledger)))
     if rotation.stop_reason:
         facts.append(("reason", _reason(rotation)))
     if rotation.error:
@@ -396,6 +450,12 @@ def _control(rotation: Rotation) -> str:
         f"{requests}; revision {control.revision} by {control.changed_by} at {moment(control.changed_at)}, "
         f"{applied}"
     )
+
+
+def _ledger(ledger: Ledger) -> str:
+    entries = plural(ledger.entries, "entry") if ledger.state != Ledger.State.FORGOTTEN else ""
+    guard = f"guard: {GUARD_ACTIONS[ledger.guard]}" if ledger.guard else "no guard"
+    return ", ".join(filter(None, (str(ledger.state), entries, guard)))
 
 
 def _rows(rotation: Rotation) -> str:
