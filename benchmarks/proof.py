@@ -30,8 +30,8 @@ def main() -> None:
     """Read the options and run."""
     parser = parser_for(
         "How much do --prove and --guard add to a rotation? The verification at the end is measured apart. "
-        "Exits with 1 if --prove adds more than --percent to the time or more than --memory to the peak, if a "
-        "row takes more than --bytes in the ledger, or if a verification takes more than --seconds.",
+        "Exits with 1 if --prove adds more than --percent to the time or more than --memory to the peak, if "
+        "a row takes more than --bytes in the ledger, or if a verification takes more than --seconds.",
         repetitions=3,
     )
     parser.add_argument(

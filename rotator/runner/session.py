@@ -56,7 +56,7 @@ class Session:
         self._acquired = acquired
         self._context = context
         self._limits = context.options.limits
-        self._proof = Proof(connection, table, context)
+        self._proof = Proof(connection, pool, table, context)
 
     async def read_state(self) -> RotationState:
         """Read the rotation's state; freeze its bound if there are rows and it is not frozen."""
