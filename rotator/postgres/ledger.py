@@ -6,7 +6,6 @@ and the salt stays in the database. Every function takes a connection in autocom
 
 import asyncio
 import hashlib
-import secrets
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,7 +18,6 @@ from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.table import ROW, Column, TargetTable, identifier, number
 from rotator.ranges import Key, KeyInterval
 
-SALT_BYTES: Final = 32
 DIGEST_BYTES: Final = 8
 DIGEST_BITS: Final = 8 * DIGEST_BYTES
 # Reading locks no rows, so a range of the ledger may be larger and slower than one that writes.
@@ -157,10 +155,12 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
     async with rolled_back_on_error(connection):
         await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
         await connection.execute(
+            # The salt never leaves the server: 366 random bits, of which it keeps 256.
             "INSERT INTO rotator_ledger (rotation_id, salt, state, started_xid, entries, control_rows, guard,"
-            " guard_hits) VALUES (%b, %b, 'loading', pg_snapshot_xmin(pg_current_snapshot())::text::bigint,"
-            " 1, 0, '', 0)",
-            (lease.rotation, secrets.token_bytes(SALT_BYTES)),
+            " guard_hits) VALUES (%s, sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())"
+            " || uuid_send(gen_random_uuid())), 'loading',"
+            " pg_snapshot_xmin(pg_current_snapshot())::text::bigint, 1, 0, '', 0)",
+            (lease.rotation,),
         )
         for statement in (
             # A table of the same name can only come from a database that was copied in part.

@@ -142,6 +142,8 @@ async def examine(
         sample=measured,
         bypassed=target.bypassed,
         warnings=target.warnings,
+        proves=options.prove,
+        guard=options.guard,
         selection="" if target.selection == Selection() else str(target.selection),
     )
 
