@@ -143,6 +143,8 @@ class Findings:
         bypassed: The effects of ``save()`` that the rotation does not have, one phrase each.
         selection: The options that choose rows and values; empty where there are none.
         warnings: Warnings that follow from the names of the fields, one sentence each.
+        proves: Whether the old values enter a ledger first.
+        guard: The action of the guard that will be added: ``refuse`` or ``keep``; empty for no guard.
     """
 
     target: str
@@ -158,6 +160,8 @@ class Findings:
     bypassed: tuple[str, ...]
     selection: str = ""
     warnings: tuple[str, ...] = ()
+    proves: bool = False
+    guard: str = ""
 
     @property
     def estimated_seconds(self) -> float | None:

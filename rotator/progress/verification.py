@@ -39,7 +39,10 @@ def verification_verdict(event: Verified) -> str:
     """Return the result in one sentence."""
     name = f"rotation {event.rotation} of {event.target}"
     if event.error:
-        return f"Not verified: the verification of {name} did not finish. {one_line(event.error)}"
+        return (
+            f"Not verified: the verification of {name} did not finish. {one_line(event.error)} "
+            f"Run: manage.py verify_rotation {event.rotation}"
+        )
     if event.controls is not None and not event.controls.have_passed:
         return (
             f"Not verified: a control of {name} failed, so its search proves nothing. The line of the "

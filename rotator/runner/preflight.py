@@ -144,6 +144,8 @@ async def examine(
         sample=measured,
         bypassed=target.bypassed,
         warnings=target.warnings,
+        proves=options.prove,
+        guard=options.guard,
         selection="" if target.selection == Selection() else str(target.selection),
     )
 
@@ -157,7 +159,9 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Fin
     """
     async with connected(server) as connection:
         table = await check(connection, target, options)
-        if grants := await missing_grants(connection, table):
+        if grants := await missing_grants(
+            connection, table, proves=options.prove, guards=bool(options.guard)
+        ):
             raise MissingPrivilegesError(grants)
         if options.sample and target.selection.generator:
             await check_values(connection, RangeUpdate(table, target.source, options.limits))

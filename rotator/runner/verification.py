@@ -27,7 +27,7 @@ from rotator.postgres.rotations import RotationFacts, read_facts
 from rotator.postgres.survivors import Search, Survivors
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
-from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.ranges import Key, KeyInterval
 from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
 from rotator.runner.late_rows import LateRows
@@ -35,6 +35,7 @@ from rotator.runner.preflight import measured_update
 from rotator.runner.retry import RetryPolicy
 
 SEARCH_ROWS: Final = 20_000
+CONTROL_ROWS: Final = 1000
 COUNT_SECONDS: Final = 1.0
 GAPS_NAMED: Final = 100
 _RETRY: Final = RetryPolicy()
@@ -68,7 +69,6 @@ class Verifier:
         self._notify = context.notify
         self._on_commit = context.on_commit
         self._planner = IndexPlanner(connection, table)
-        self._planted = (0, 0)
 
     async def verify(self, *, repairs: bool = False) -> Verified:
         """Search the table for old values and count what the rotation has written.
@@ -102,9 +102,9 @@ class Verifier:
             search = await survivors.begin_search(self._connection, self._rotation, None, repairs=repairs)
         else:
             entries, entries_found, is_salt_right = await count_known(self._connection, ledger)
-            self._planted = (0, 0)
-            search = await self._search(ledger, repairs=repairs)
-            planted, planted_found = self._planted
+            search = await self._begin(repairs=repairs)
+            planted, planted_found = await self._control(ledger, search.bound)
+            search = await self._search(ledger, search, repairs=repairs)
             controls = Controls(
                 sampled=ledger.control_rows,
                 entries=entries,
@@ -144,13 +144,28 @@ class Verifier:
     async def _guard_hits(self, facts: RotationFacts, ledger: Ledger | None) -> int:
         return facts.guard_hits + (await count_hits(self._connection, ledger) if ledger else 0)
 
-    async def _search(self, ledger: Ledger, *, repairs: bool) -> Search:
+    async def _begin(self, *, repairs: bool) -> Search:
+        """Resume an interrupted search, or begin one."""
         search = await survivors.resume_search(self._connection, self._rotation, repairs=repairs)
         if search is None:
             bound = await last_key(self._connection, self._table)
             search = await survivors.begin_search(self._connection, self._rotation, bound, repairs=repairs)
         rows_total, _ = await count_table(self._connection, self._table, seconds=COUNT_SECONDS)
         self._notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
+        return search
+
+    async def _control(self, ledger: Ledger, bound: Key | None) -> tuple[int, int]:
+        """Search for planted values, in the first range that has any; return their rows, and those found."""
+        after: Key | None = None
+        while bound is not None and after != bound:
+            planned = await self._planner.next_range(KeyInterval(after=after, through=bound), CONTROL_ROWS)
+            planted, found = await survivors.control_search(self._connection, self._table, ledger, planned)
+            if planted:
+                return planted, found
+            after = planned.through
+        return 0, 0
+
+    async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> Search:
         placed = None
         if repairs and search.bound is not None:
             placed = await self._placed_rows(search, search.bound)
@@ -162,7 +177,7 @@ class Verifier:
                 planned = await self._planner.next_range(
                     KeyInterval(after=search.through, through=search.bound), rows
                 )
-                found = await self._find(ledger, planned)
+                found = await survivors.find_survivors(self._connection, self._table, ledger, planned)
             except RowsLockedError:
                 await self._stop_signal.wait(_RETRY.delay_seconds(1))
                 continue
@@ -183,11 +198,6 @@ class Verifier:
             )
             self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
         return search
-
-    async def _find(self, ledger: Ledger, planned: KeyRange) -> list[OlderRow]:
-        if not self._planted[0]:
-            self._planted = await survivors.control_search(self._connection, self._table, ledger, planned)
-        return await survivors.find_survivors(self._connection, self._table, ledger, planned)
 
     async def _placed_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""
