@@ -66,11 +66,11 @@ test-foreign: .venv/test ## Rotate the models of foreign packages, which are ins
 
 # What depends on the server's version, build and locales; the rest behaves the same on the embedded server.
 INSTALLED := $(addprefix tests/integration/test_,any_model.py key_settings.py stored_values.py sessions.py \
-	partitions.py identity.py older_rows.py planning.py plans.py vacuuming.py)
+	partitions.py older_rows.py plans.py vacuuming.py)
 
 test-installed: .venv/test ## Run the tests of keys, plans and SQL on the PostgreSQL that Debian's packages brought
 	pg_virtualenv -o max_prepared_transactions=10 sh -c 'TEST_DATABASE_URL="postgres://$$PGUSER:$$PGPASSWORD@$$PGHOST:$$PGPORT/postgres" \
-		$(PYTEST) $(INSTALLED)'
+		$(PYTEST) -m "not slow" $(INSTALLED)'
 
 lint: .venv/dev ## Check style
 	$(BIN)/ruff check .
@@ -106,10 +106,10 @@ format: .venv/dev ## Format the code
 	$(BIN)/ruff format .
 
 benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in half an hour to an hour
-	$(BIN)/python benchmarks/speed.py --settings default --repetitions 5
+	$(BIN)/python benchmarks/speed.py --repetitions 5
 	$(BIN)/python benchmarks/compare.py --slow-rows 50000 --repetitions 1 --plot docs/pictures/compare.svg
 	$(BIN)/python benchmarks/concurrency.py --plot docs/pictures/concurrency.svg
-	$(BIN)/python benchmarks/scaling.py --settings tuned
+	$(BIN)/python benchmarks/scaling.py --server tuned
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/keys.py
 	$(BIN)/python benchmarks/estimate.py

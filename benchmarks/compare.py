@@ -127,7 +127,7 @@ def main() -> None:
     if options.list or not ways:
         print("\n".join(ways) or "No way has such a name; --list without --only names them all.")
         sys.exit(0 if ways else 2)
-    run_script(lambda server: _compare(server, ways, options), settings=options.settings)
+    run_script(lambda server: _compare(server, ways, options), server=options.server)
 
 
 def _ways(options: argparse.Namespace) -> dict[str, Way]:
@@ -235,7 +235,7 @@ def _compare(server: Server, ways: dict[str, Way], options: argparse.Namespace) 
     if options.plot is not None:
         title = f"PostgreSQL {machine.server}, {machine.cores} cores, the whole command"
         bars(options.plot, best_of_each(rates), title=title, ours=OURS)
-    write_json(options.json, machine, settings=options.settings, measurements=found)
+    write_json(options.json, machine, server=options.server, measurements=found)
     return True
 
 

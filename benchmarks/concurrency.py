@@ -52,7 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw it, as SVG or PNG")
     options = parser.parse_args()
-    run_script(lambda server: _compare(server, options), settings=options.settings)
+    run_script(lambda server: _compare(server, options), server=options.server)
 
 
 def _compare(server: Server, options: argparse.Namespace) -> bool:

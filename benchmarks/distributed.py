@@ -68,7 +68,7 @@ def main() -> None:
         help="tickets where the workers' way to the server is slow (default: %(default)s)",
     )
     options = parser.parse_args()
-    run_script(lambda server: _compare(server, options), settings=options.settings)
+    run_script(lambda server: _compare(server, options), server=options.server)
 
 
 def _compare(server: Server, options: argparse.Namespace) -> bool:

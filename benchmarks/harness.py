@@ -30,6 +30,8 @@ PROJECT: Final = Path(__file__).resolve().parent.parent
 # A script's own folder is on the path; the project's is not.
 sys.path.insert(0, str(PROJECT))
 
+from core.embedded.account import Account  # noqa: E402
+from core.embedded.binaries import find_installed_programs  # noqa: E402
 from core.embedded.errors import EmbeddedServerError  # noqa: E402
 from core.embedded.server import database_url  # noqa: E402
 from tests.faults.own_server import OwnServer, OwnServerError  # noqa: E402
@@ -43,7 +45,7 @@ _LAST_LINES: Final = 5
 # What a shell reports for a command that a signal ended.
 _SIGNAL_BASE: Final = 128
 _SETTINGS: Final[dict[str, dict[str, str]]] = {
-    "default": {},
+    "stock": {},
     "tuned": {"max_wal_size": "16GB", "shared_buffers": "2GB", "checkpoint_timeout": "30min"},
 }
 _POLL_SECONDS: Final = 0.02
@@ -313,12 +315,12 @@ class Server:
         return _connection(self._url.geturl())
 
 
-def run_script(measure: Callable[[Server], bool], *, settings: str = "project") -> NoReturn:
+def run_script(measure: Callable[[Server], bool], *, server: str) -> NoReturn:
     """Run a benchmark on a server, clean up whatever happens, and exit.
 
     Args:
         measure: Whether what the benchmark is about holds.
-        settings: Which server, as ``--settings`` has it.
+        server: The server, as ``--server`` names it.
 
     The process exits with 0 if what the benchmark returns is true, 1 if not, 2 if it could not be run, and
     128 and the signal's number if one ended it.
@@ -326,13 +328,13 @@ def run_script(measure: Callable[[Server], bool], *, settings: str = "project") 
     for number in _SIGNALS:
         signal.signal(number, _raise_signalled)
     try:
-        with _url_of_server(settings) as url:
-            server = Server(url)
+        with _url_of(server) as url:
+            databases = Server(url)
             try:
-                holds = measure(server)
+                holds = measure(databases)
             finally:
                 _ignore_signals()
-                server.drop_all()
+                databases.drop_all()
     except (BenchmarkError, EmbeddedServerError, OwnServerError, psycopg.Error) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -390,13 +392,12 @@ def parser_for(
             help=f"{text} (default: %(default)s)",
         )
     parser.add_argument(
-        "--settings",
-        choices=("project", *_SETTINGS),
-        default="project",
-        help="which server: the one that DATABASE_URL names or the embedded one (project), or one of the "
-        "benchmark's own, as PostgreSQL comes (default) or with "
+        "--server",
+        choices=(*_SETTINGS, "project"),
+        default="stock",
+        help="a new server of the installed PostgreSQL with its default settings (stock) or with "
         + ", ".join(f"{name} = {value}" for name, value in _SETTINGS["tuned"].items())
-        + " (tuned) (default: %(default)s)",
+        + " (tuned), or the server of DATABASE_URL or the embedded one (project) (default: %(default)s)",
     )
     parser.add_argument(
         "--json", type=writable, metavar="FILE", help="write every measurement to this file too"
@@ -437,14 +438,25 @@ def _folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _url_of_server(settings: str) -> Iterator[str]:
-    if settings == "project":
-        # Empty is as good as unset, as in the project's settings.
-        yield os.environ.get("DATABASE_URL") or database_url(PROJECT)
+def _url_of(server: str) -> Iterator[str]:
+    if server == "project":
+        url = os.environ.get("DATABASE_URL")
+        if not url:
+            print(
+                "The embedded server is built without OpenSSL: its gen_random_uuid() opens a device for each "
+                "value. This slows down one UPDATE, and flatters the rotation. Compare them with --server "
+                "stock."
+            )
+        yield url or database_url(PROJECT)
         return
+    programs = find_installed_programs(Account.for_server())
+    if programs is None:
+        raise BenchmarkError(
+            "No PostgreSQL is installed. Install your system's package (postgresql), or use --server project."
+        )
     say("starting a server")
-    with OwnServer(_SETTINGS[settings], is_stock=True) as server:
-        yield server.url("postgres")
+    with OwnServer(_SETTINGS[server], programs=programs, is_stock=True) as own:
+        yield own.url("postgres")
 
 
 class _Peak:

@@ -54,7 +54,7 @@ def main() -> None:
         help="how much longer any of them may take (default: %(default)s)",
     )
     options = parser.parse_args()
-    run_script(lambda server: _compare(server, options), settings=options.settings)
+    run_script(lambda server: _compare(server, options), server=options.server)
 
 
 def _compare(server: Server, options: argparse.Namespace) -> bool:

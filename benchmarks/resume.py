@@ -71,7 +71,7 @@ def main() -> None:
         help="how much more memory they may need (default: %(default)s)",
     )
     options = parser.parse_args()
-    run_script(lambda server: _compare(server, options), settings=options.settings)
+    run_script(lambda server: _compare(server, options), server=options.server)
 
 
 def _compare(server: Server, options: argparse.Namespace) -> bool:

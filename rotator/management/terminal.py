@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+import psycopg
 from django.core.management import BaseCommand
 from django.core.management.base import OutputWrapper
 
@@ -61,6 +62,20 @@ def open_closed_streams(command: BaseCommand) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - stays open until the process ends
         if vars(getattr(command, name))["_out"] is None:
             setattr(command, name, OutputWrapper(getattr(sys, name)))
+
+
+def hide_errors_of_lost_connections() -> None:
+    """Print no traceback where Python collects what psycopg had left unfinished on a lost connection.
+
+    The run itself has already reported the loss. To be called once in a process of one command.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, psycopg.Error):
+            before(unraisable)
+
+    sys.unraisablehook = report
 
 
 @contextmanager

@@ -5,7 +5,7 @@ missing from the index. Therefore they are found by reading the heap, never by t
 leaf, a ``ctid`` and an ``xmin``; a session that writes the row makes another row version.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 from psycopg import AsyncConnection, sql
@@ -48,7 +48,7 @@ class OlderRows:
         """The rotation's id."""
         return self._lease.rotation
 
-    async def find(self, batch: int) -> AsyncIterator[list[OlderRow]]:
+    async def find(self, batch: int) -> AsyncGenerator[list[OlderRow], None]:
         """Read the table once, in the order of its blocks, and yield at most ``batch`` rows at a time.
 
         A row that any session writes in the meantime moves to a place where it is not found again.

@@ -66,7 +66,7 @@ def test_two_workers_share_a_rotation(hosts: Hosts) -> None:
     assert (report["rows_this_run"], report["ranges"]) == (ROWS, ROWS // 20)
 
 
-def test_a_worker_that_is_killed_is_made_up_for(hosts: Hosts) -> None:
+def test_another_worker_replaces_a_killed_one(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.02)
     worker, other = hosts.worker(), hosts.worker()
@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed_is_made_up_for(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
-def test_a_coordinator_that_is_killed_is_gone_on_with(hosts: Hosts) -> None:
+def test_a_new_coordinator_resumes_after_a_killed_one(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.02)
     hosts.worker()
@@ -94,6 +94,7 @@ def test_a_coordinator_that_is_killed_is_gone_on_with(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_a_broker_that_forgets_everything(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.02)
@@ -147,6 +148,7 @@ def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> N
     wait_until(lambda: not Helper.objects.exists(), "no helper is left")
 
 
+@pytest.mark.slow
 def test_a_lost_chain_of_messages_is_started_again(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.02)
@@ -161,8 +163,12 @@ def test_a_lost_chain_of_messages_is_started_again(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
-@pytest.mark.parametrize("begins_here", [True, False], ids=["local first", "distributed first"])
-def test_whichever_mode_began_it_the_other_goes_on(
+@pytest.mark.parametrize(
+    "begins_here",
+    [pytest.param(True, marks=pytest.mark.slow), False],
+    ids=["local first", "distributed first"],
+)
+def test_each_mode_resumes_a_rotation_of_the_other(
     hosts: Hosts, commands: Commands, *, begins_here: bool
 ) -> None:
     audit = audited_tickets(ROWS)
@@ -193,7 +199,7 @@ def test_a_row_that_is_refused_is_named_and_the_rest_gets_done(hosts: Hosts) -> 
     audit.assert_rotated()
 
 
-def test_a_generator_that_fails_in_a_worker_is_told_here(hosts: Hosts) -> None:
+def test_the_command_reports_a_generator_that_fails_in_a_worker(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     hosts.worker()
     options = ("--batch=100", "--generator=tests.shop.generators.late_uuid")
@@ -255,7 +261,7 @@ def follow(commands: Commands, number: int) -> Running:
     return commands.start(str(number), "--follow", program=(*MANAGE, "rotations"))
 
 
-def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands) -> None:
+def test_a_detached_rotation_continues_without_a_terminal(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     following = follow(commands, detached(hosts, "--batch=50"))
     # One process for the coordinator.
@@ -267,6 +273,7 @@ def test_detached_it_goes_on_without_a_terminal(hosts: Hosts, commands: Commands
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_detached_without_a_broker_nothing_is_lost(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     hosts.end()
@@ -284,9 +291,8 @@ def test_detached_without_a_broker_nothing_is_lost(hosts: Hosts, commands: Comma
     audit.assert_rotated()
 
 
-def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
-    hosts: Hosts, commands: Commands
-) -> None:
+@pytest.mark.slow
+def test_another_worker_coordinates_when_the_first_is_asked_to_stop(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.02)
     worker = hosts.worker(processes=2)
@@ -301,7 +307,7 @@ def test_a_detached_coordinator_is_made_up_for_when_its_worker_is_asked_to_stop(
     audit.assert_rotated()
 
 
-def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, commands: Commands) -> None:
+def test_a_redelivered_message_of_a_coordinator_begins_nothing(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.3)
     # Processes for as many helpers as there can be, and two more: the second message does not wait for them.
@@ -320,7 +326,7 @@ def test_a_coordinators_message_that_comes_again_begins_nothing(hosts: Hosts, co
     audit.assert_rotated()
 
 
-def test_what_a_worker_cannot_do_is_told_here(hosts: Hosts, tmp_path: Path) -> None:
+def test_the_command_reports_what_a_worker_cannot_do(hosts: Hosts, tmp_path: Path) -> None:
     audit = audited_tickets(ROWS)
     (tmp_path / "only_here.py").write_text("import uuid\nmake = uuid.uuid4\n")
     hosts.worker()
@@ -330,8 +336,10 @@ def test_what_a_worker_cannot_do_is_told_here(hosts: Hosts, tmp_path: Path) -> N
     audit.assert_untouched()
 
 
-@pytest.mark.parametrize(("answer", "is_left"), [("y\n", True), ("\n", False)])
-def test_ctrl_c_on_a_terminal_asks_whether_the_workers_shall_go_on(
+@pytest.mark.parametrize(
+    ("answer", "is_left"), [("y\n", True), pytest.param("\n", False, marks=pytest.mark.slow)]
+)
+def test_ctrl_c_on_a_terminal_asks_whether_workers_continue(
     hosts: Hosts, commands: Commands, answer: str, *, is_left: bool
 ) -> None:
     audit = audited_tickets(ROWS)
@@ -368,12 +376,11 @@ def test_ctrl_c_without_a_broker_ends_it(hosts: Hosts) -> None:
     assert "Interrupted: " in finished.out
 
 
-@pytest.mark.parametrize("batch", [10_000, 50_000])
-def test_large_batches_are_nothing_to_the_broker(hosts: Hosts, batch: int) -> None:
+def test_messages_stay_small_with_large_batches(hosts: Hosts) -> None:
     import redis  # noqa: PLC0415 - of an extra
 
     audit = audited_tickets(ROWS)
-    coordinator = hosts.coordinator(f"--batch={batch}", "--concurrency=2")
+    coordinator = hosts.coordinator("--batch=50000", "--concurrency=2")
     broker = redis.Redis(unix_socket_path=hosts.url.removeprefix("redis+socket://"))
     wait_until(lambda: broker.llen("celery"), "a message")
     (message, *_) = broker.lrange("celery", 0, -1)
@@ -403,6 +410,7 @@ sys.exit(any(name in sys.modules for name in ("celery", "kombu", "redis")))
 """
 
 
+@pytest.mark.slow
 def test_without_workers_it_waits_and_says_so(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     coordinator = hosts.coordinator("--batch=50")
@@ -426,7 +434,9 @@ def test_nothing_of_celery_is_imported_without_it(commands: Commands) -> None:
     audit.assert_rotated()
 
 
-@pytest.mark.parametrize("detach", [(), ("--detach",)], ids=["celery", "detached"])
+@pytest.mark.parametrize(
+    "detach", [pytest.param((), marks=pytest.mark.slow), ("--detach",)], ids=["celery", "detached"]
+)
 def test_the_same_command_after_completion_is_refused(hosts: Hosts, detach: tuple[str, ...]) -> None:
     audit = audited_tickets(ROWS)
     worker = hosts.worker(processes=2)
@@ -444,7 +454,7 @@ def test_the_same_command_after_completion_is_refused(hosts: Hosts, detach: tupl
     audit.assert_rotated()
 
 
-def test_what_was_stopped_on_purpose_is_not_gone_on_with(hosts: Hosts) -> None:
+def test_a_rotation_stopped_on_purpose_is_not_resumed_by_workers(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     worker = hosts.worker()
     assert hosts.rotate("--batch=50", f"--stop-after={ROWS // 2}").status == 0
@@ -455,6 +465,7 @@ def test_what_was_stopped_on_purpose_is_not_gone_on_with(hosts: Hosts) -> None:
     audit.assert_checkpoints_and_tokens_agree()
 
 
+@pytest.mark.slow
 def test_ddl_on_the_table_is_waited_for(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     hosts.worker()

@@ -17,7 +17,9 @@ COUNTED = "Counted: 20,000 of 20,000 tickets have a new token, and 20,000 tokens
 LEFT = "SELECT count(*) FROM pg_class WHERE relname LIKE 'demo%'"
 
 
-@pytest.mark.parametrize("mode", [(), ("--celery",)], ids=["demo", "demo-celery"])
+@pytest.mark.parametrize(
+    "mode", [(), pytest.param(("--celery",), marks=pytest.mark.slow)], ids=["demo", "demo-celery"]
+)
 def test_an_interrupted_demo_is_resumed_and_counted_against_its_start(
     commands: Commands, mode: tuple[str, ...]
 ) -> None:

@@ -25,14 +25,14 @@ def _assert_completed_in(columns: int, **variables: str) -> str:
 
 
 @pytest.mark.usefixtures("commands")
-@pytest.mark.parametrize("columns", [0, 1, 2, 10, 19, 20, 30, 501, 1001, 10_000])
+@pytest.mark.parametrize("columns", [0, 1, 20, 1001])
 def test_any_width(columns: int) -> None:
     _assert_completed_in(columns)
 
 
 @pytest.mark.usefixtures("commands")
 @pytest.mark.parametrize(
-    "variables", [{"TERM": "dumb"}, {"TERM": ""}, {"COLUMNS": "abc"}, {"PYTHONIOENCODING": "ascii"}]
+    "variables", [{"TERM": "dumb", "PYTHONIOENCODING": "ascii"}, {"TERM": "", "COLUMNS": "abc"}]
 )
 def test_any_environment(variables: dict[str, str]) -> None:
     _assert_completed_in(80, **variables)
@@ -70,7 +70,7 @@ def test_streams_that_are_closed_or_full(commands: Commands, redirection: str, p
     audit.assert_rotated()
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.02, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("pause", [0.0, 0.05, 0.2])
 def test_ctrl_c_twice_ends_with_the_summary(commands: Commands, pause: float) -> None:
     audit = audited_tickets(20_000)
     running = commands.start("--batch", "50")
@@ -101,7 +101,7 @@ def test_ctrl_c_many_times_on_a_terminal_ends_with_the_summary() -> None:
     assert "Resume with: " in terminal.said
 
 
-def test_a_dry_run_to_a_full_disk_is_no_traceback(commands: Commands) -> None:
+def test_a_dry_run_to_a_full_disk_prints_no_traceback(commands: Commands) -> None:
     audited_tickets(100)
     program = ("/bin/sh", "-c", 'exec "$@" >/dev/full', "sh", *MANAGE, COMMAND, "--dry-run")
     finished = commands.start(program=program).wait()

@@ -29,7 +29,7 @@ PROMPT_SECONDS = 10.0
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_a_signal_drains_and_the_advised_command_goes_on(
+def test_a_signal_drains_and_the_advised_command_resumes(
     commands: Commands, sent: signal.Signals, status: int
 ) -> None:
     audit = audited_tickets(ROWS)

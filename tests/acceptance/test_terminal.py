@@ -107,7 +107,7 @@ def test_restart_asks_and_leaves_all_as_it_was(commands: Commands) -> None:
     assert audit.assert_checkpoints_and_tokens_agree() == audit.changed() == 500
 
 
-def test_restart_asks_and_begins_anew(commands: Commands) -> None:
+def test_restart_asks_and_begins_a_new_rotation(commands: Commands) -> None:
     audit = audited_tickets(1000)
     commands.run("--stop-after", "500")
     with rotating_in_a_terminal("--restart") as terminal:

@@ -26,6 +26,7 @@ from rotator.postgres.table import Column, TargetTable, identifier
 from tests.integration.killed import rotate_until_killed
 from tests.integration.outcomes import assert_completed
 from tests.integration.rotation_tables import SCHEMA, Database
+from tests.pairs import all_pairs
 from tests.shop import models
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
@@ -93,8 +94,7 @@ def rotate_killed_and_resumed(
     assert_completed(outcome, rows=rows)
 
 
-@pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("model", KEYS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize(("model", "field"), all_pairs(KEYS, FIELDS))
 def test_each_row_gets_one_new_value(database: Database, model: type[Model], field: str) -> None:
     make_rows(model, KEYS[model])
     table = table_of(model, field)

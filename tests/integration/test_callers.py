@@ -141,7 +141,7 @@ def test_a_transaction_that_django_did_not_begin_is_one_too() -> None:
     databases=["default", "other"],
     available_apps=["rotator", "tickets", "tests.shop"],
 )
-def test_a_transaction_of_another_database_goes_on(orders: Database) -> None:
+def test_a_transaction_on_another_database_continues(orders: Database) -> None:
     with transaction.atomic(using="other"):
         models.Code.objects.using("other").create(code="the caller's work")
         call_command("async_rotate", API_KEY, generator=FROM_ROW.generator, no_vacuum=True)

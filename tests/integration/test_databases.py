@@ -94,7 +94,7 @@ def test_the_commands_take_the_database() -> None:
     assert "There are no rotations in this database." in out.getvalue()
 
 
-def test_what_was_begun_by_one_alias_is_gone_on_with_by_another() -> None:
+def test_a_rotation_begun_by_one_alias_is_resumed_by_another() -> None:
     make_orders("default")
     begun = prepare([API_KEY], "default", RunOptions(batch=7, stop_after_rows=14), NAMED)
     assert begun.rotate(lambda _event: None).rows == 14
@@ -119,7 +119,7 @@ def test_a_setting_that_is_none_stops_the_command_with_a_sentence() -> None:
         call_command("async_rotate")
 
 
-def test_a_project_without_postgresql_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_project_without_postgresql_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for connection in connections.all():
         monkeypatch.setattr(connection, "vendor", "sqlite")
     (message,) = check_databases()

@@ -178,7 +178,7 @@ def test_what_the_server_says_reaches_the_user(state: Path) -> None:
     (state / "data" / "pg_hba.conf").write_text("local all all trust\n")
 
 
-def test_a_folder_with_an_unhandy_name_serves_as_well(state: Path) -> None:
+def test_a_folder_with_special_characters_in_its_name_works(state: Path) -> None:
     unhandy = state / 'it\'s $HOME, "quoted" `by` a friend \\ é'
     user = _User(unhandy)
     assert _answers(user.socket)
@@ -187,7 +187,7 @@ def test_a_folder_with_an_unhandy_name_serves_as_well(state: Path) -> None:
     user.socket.rmdir()
 
 
-def test_an_installed_server_steps_in_for_the_wheel(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_server_replaces_the_missing_wheel(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     try:
         programs = find_programs(Account.for_server(), state)

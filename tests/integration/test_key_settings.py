@@ -9,6 +9,7 @@ from psycopg.sql import SQL, Composed, Identifier, Literal
 from rotator.postgres.table import Column, TargetTable
 from tests.integration.outcomes import SHOP, assert_unconfirmed, each_connection, rotate
 from tests.integration.rotation_tables import Database
+from tests.pairs import all_pairs
 
 pytestmark = SHOP
 
@@ -73,17 +74,12 @@ def change_setting(database: Database, name: str, value: str, *, is_set: bool) -
     assert str(seen).startswith(value) == is_set
 
 
-@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize(("setting", "value", "type_name", "key"), KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize(("of_key", "of_runs"), all_pairs(KEYS, RUNS))
 def test_every_row_is_changed_exactly_once(
-    database: Database,
-    settings: list[str],
-    setting: str,
-    value: str,
-    type_name: str,
-    key: str,
-    runs: tuple[bool, ...],
+    database: Database, settings: list[str], of_key: str, of_runs: str
 ) -> None:
+    setting, value, type_name, key = KEYS[of_key]
+    runs = RUNS[of_runs]
     database.execute(f"CREATE TABLE shop_word (word {type_name} PRIMARY KEY, secret uuid)")
     database.execute(
         f"INSERT INTO shop_word SELECT {key}, gen_random_uuid() FROM generate_series(1, {ROWS}) AS i"

@@ -72,7 +72,7 @@ async def test_a_transaction_that_wrote_before_the_start_is_named_until_it_is_ov
         [WRITE_ELSEWHERE, "SAVEPOINT here", UPDATE, "ROLLBACK TO here"],
     ],
 )
-async def test_a_transaction_that_has_written_nothing_to_the_target_is_not_waited_for(
+async def test_a_transaction_without_writes_to_the_target_delays_nothing(
     control: psycopg.AsyncConnection, other: psycopg.Connection, statements: list[str]
 ) -> None:
     execute_all(other, *statements)

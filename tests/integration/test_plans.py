@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import psycopg
@@ -173,7 +174,8 @@ async def test_older_rows_are_looked_up_by_their_places(
     # As if all of them had been committed late.
     started_xid = 1 + int(database.execute("SELECT pg_current_xact_id()::text")[0][0])
     older_rows = OlderRows(side, table, lease, started_xid=started_xid, source=UUIDS, limits=PATIENT)
-    (found, *_) = [rows async for rows in older_rows.find(50)]
+    async with aclosing(older_rows.find(50)) as batches:
+        found = await anext(batches)
     for chosen in (found[10:40], found[:7]):
         late_before = database.rotation("late_rows")
         explained.plans.kinds()

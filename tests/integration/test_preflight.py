@@ -171,7 +171,7 @@ async def test_a_small_table_is_not_sampled(
     assert found.skipped == "the table is too small for a sample"
 
 
-async def test_a_sample_that_meets_others_makes_way(
+async def test_a_sample_stops_where_another_session_holds_locks(
     database: Database, control: psycopg.AsyncConnection
 ) -> None:
     database.make_tickets(1, 10_000)
@@ -212,7 +212,7 @@ async def test_a_stop_during_a_sample_leaves_nothing_open(
     )
 
 
-def test_it_comes_before_a_new_rotation_and_not_again_when_that_goes_on(database: Database) -> None:
+def test_the_preflight_precedes_a_new_rotation_and_not_a_resumed_one(database: Database) -> None:
     database.make_tickets(1, 1000)
     recorder = EventRecorder()
     rotate_tickets(recorder, preflight=True, stop_after_rows=100)

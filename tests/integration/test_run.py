@@ -505,7 +505,7 @@ def test_a_late_row_at_fault_completes_nothing(
     assert database.updates() == once_each((1, 50))
 
 
-def test_a_run_that_is_stopped_while_it_waits_for_others_goes_on_later(
+def test_a_run_stopped_while_it_waits_for_transactions_can_be_resumed(
     database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)

@@ -292,7 +292,7 @@ def test_a_bad_generator_is_found_out_before_anything_is_changed(
     assert orders.execute("SELECT id FROM rotator_rotation") == []
 
 
-def test_one_that_fails_later_names_the_range_and_can_be_gone_on_with(orders: Database) -> None:
+def test_a_later_failure_names_the_range_and_the_rotation_can_be_resumed(orders: Database) -> None:
     selection = Selection(generator=f"{MADE_BY}later")
     outcome = run(API_KEY, selection=selection)
     assert (outcome.status, outcome.exit_status) == ("failed", 1)
@@ -478,7 +478,7 @@ def test_another_rotation_with_the_same_field_has_to_wait(orders: Database) -> N
 
 
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
-def test_the_application_hears_of_each_commit(orders: Database, kind: str) -> None:
+def test_receivers_are_called_for_each_commit(orders: Database, kind: str) -> None:
     heard: list[dict[str, Any]] = []
 
     def hear(sender: object, **what: Any) -> None:  # noqa: ANN401 - whatever a signal carries
@@ -508,7 +508,7 @@ def test_the_application_hears_of_each_commit(orders: Database, kind: str) -> No
     )
 
 
-def test_it_hears_of_late_rows_by_their_keys(orders: Database) -> None:
+def test_receivers_get_the_keys_of_late_rows(orders: Database) -> None:
     late = orders.connect()
     late.execute("BEGIN")
     ((number,),) = late.execute(
@@ -552,7 +552,7 @@ async def test_so_does_a_coroutine(orders: Database) -> None:
     assert orders.rotation("status") == "completed"
 
 
-async def test_cancelling_it_leaves_the_rotation_to_be_gone_on_with(orders: Database) -> None:
+async def test_a_cancelled_call_leaves_a_rotation_that_can_be_resumed(orders: Database) -> None:
     target = Target(API_KEY, generator=TOKEN.generator)
 
     def stop(event: Event) -> None:

@@ -87,7 +87,7 @@ def test_ids_come_from_the_tables_own_sequence() -> None:
 
 
 @pytest.mark.usefixtures("transactional_db")
-def test_every_token_is_a_uuid4_of_its_own() -> None:
+def test_every_token_is_a_distinct_uuid4() -> None:
     run("create_tickets", count=500, batch_size=200)
 
     tokens = list(Ticket.objects.values_list("token", flat=True))

@@ -31,7 +31,7 @@ def test_root_keeps_the_data_out_of_a_clone_that_is_closed_or_shared(short: Path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of root's")
-def test_root_keeps_the_data_in_a_clone_of_its_own_that_others_can_enter(short: Path) -> None:
+def test_root_keeps_the_data_in_its_own_clone_that_others_can_enter(short: Path) -> None:
     short.chmod(0o755)
     assert state_folder(short, _LENT) == short / ".postgres"
     os.chown(short, 1000, 1000)

@@ -58,7 +58,7 @@ def test_a_server_that_was_never_away_was_away_for_no_time() -> None:
     assert budget.reached() == 0
 
 
-def test_coming_back_without_working_goes_on_with_the_same_budget() -> None:
+def test_a_short_reconnection_does_not_refill_the_budget() -> None:
     budget, clock = _budget()
     budget.lost()
     clock.now += 10

@@ -25,7 +25,7 @@ def test_this_process_is_not_gone() -> None:
     assert not this_process().is_gone()
 
 
-def test_a_child_is_gone_once_it_has_ended_even_if_nobody_has_reaped_it() -> None:
+def test_a_zombie_process_counts_as_ended() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _NAME_YOURSELF], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:

@@ -174,7 +174,7 @@ def test_a_resumed_start_is_one_line() -> None:
         ),
     ],
 )
-def test_notable_events_are_told_at_once(event: Event, line: str) -> None:
+def test_notable_events_are_printed_at_once(event: Event, line: str) -> None:
     assert told(event) == [line]
 
 
@@ -183,7 +183,7 @@ def test_what_happens_often_is_not_told_at_once(event: Event) -> None:
     assert told(started(), event) == told(started())
 
 
-def test_the_same_wait_is_told_once() -> None:
+def test_the_same_wait_is_printed_once() -> None:
     waits = LateCommitsAwaited(holders=("pid 1",))
     assert len(told(waits, waits, waits)) == 1
     assert len(told(waits, LateCommitsAwaited(holders=("pid 2",)))) == 2

@@ -20,6 +20,7 @@ from rotator.exceptions import BrokerError, OptionError, RotatorError, StoppedBe
 from rotator.management.terminal import (
     agrees,
     can_ask,
+    hide_errors_of_lost_connections,
     hold_interrupts,
     is_terminal,
     open_closed_streams,
@@ -78,31 +79,13 @@ class Command(BaseCommand):
 
     def handle(self, *_args: object, **options: Any) -> None:  # noqa: ANN401 - the values of COMMAND_OPTIONS
         """Rotate, and exit with the status of the run."""
-        from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
-
         if not options["verbosity"]:
             options["progress"] = "none"
         open_closed_streams(self)
+        if self._is_called_from_shell:
+            hide_errors_of_lost_connections()
         try:
-            prepared = prepare(
-                options["target"], options["database"], _run_options(options), _selection(options)
-            )
-            report_file = writable(options["report"])
-            if options["dry_run"]:
-                Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
-                return
-            if prepared.options.reindex and not prepared.options.restart:
-                earlier = prepared.earlier()
-                if earlier.unfinished is None and earlier.completed is not None:
-                    self._reindex(prepared, earlier.completed.id, options)
-                    return
-            ask_for_help = self._ask_for_help(options, prepared.target.database)
-            if options["detach"]:
-                self._queue(prepared, options)
-                return
-            stopped = self._rotate(prepared, ask_for_help, options, report_file)
-            if ask_for_help is not None and not options["noinput"] and self._agrees_to_queue(stopped):
-                self._queue(_without_one_run(prepared), options)
+            stopped = self._run(options)
         except KeyboardInterrupt:
             # Ends the line of ^C.
             self.stderr.write("")
@@ -110,8 +93,31 @@ class Command(BaseCommand):
             raise CommandError(str(error), returncode=error.exit_status) from None
         except RotatorError as error:
             raise CommandError(str(error), returncode=error.exit_status) from error
-        if stopped.exit_status:
+        if stopped is not None and stopped.exit_status:
             sys.exit(stopped.exit_status)
+
+    def _run(self, options: dict[str, Any]) -> RotationStopped | None:
+        """Do what the options ask for; return the end of a run, where this process made one."""
+        from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
+
+        prepared = prepare(options["target"], options["database"], _run_options(options), _selection(options))
+        report_file = writable(options["report"])
+        if options["dry_run"]:
+            Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
+            return None
+        if prepared.options.reindex and not prepared.options.restart:
+            earlier = prepared.earlier()
+            if earlier.unfinished is None and earlier.completed is not None:
+                self._reindex(prepared, earlier.completed.id, options)
+                return None
+        ask_for_help = self._ask_for_help(options, prepared.target.database)
+        if options["detach"]:
+            self._queue(prepared, options)
+            return None
+        stopped = self._rotate(prepared, ask_for_help, options, report_file)
+        if ask_for_help is not None and not options["noinput"] and self._agrees_to_queue(stopped):
+            self._queue(_without_one_run(prepared), options)
+        return stopped
 
     def _rotate(
         self,
