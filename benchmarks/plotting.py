@@ -77,3 +77,27 @@ def lines_and_heat(
     figure.colorbar(image, ax=right, label="rows a second")
     figure.suptitle(title)
     figure.savefig(file)
+
+
+def timeline(
+    file: Path, latencies: Sequence[tuple[float, float]], workers: Sequence[tuple[float, int]], *, title: str
+) -> None:
+    """Draw the application's latencies over time, with each change of the pace.
+
+    Args:
+        file: Where to.
+        latencies: When each transaction ended, and its latency in ms.
+        workers: When the number of workers changed, and to which.
+        title: Above it.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, which only pictures need
+
+    start = min(at for at, _ in [*latencies, *workers])
+    figure = Figure(figsize=(_WIDTH_INCHES, 0.5 * _WIDTH_INCHES), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([at - start for at, _ in latencies], [latency for _, latency in latencies], ".", markersize=2)
+    for at, number in workers:
+        axes.axvline(at - start, color="tab:red", linewidth=0.5)
+        axes.annotate(str(number), (at - start, 1.0), xycoords=("data", "axes fraction"), color="tab:red")
+    axes.set(xlabel="seconds", ylabel="latency in ms", yscale="log", title=title)
+    figure.savefig(file)

@@ -244,8 +244,9 @@ class RotationStarted:
         rows_done: Rows that earlier runs of this rotation have committed, late rows included.
         seconds_before: Active seconds of earlier runs.
         stopped_at: The last heartbeat of the last run; None for a new rotation.
-        concurrency: The number of workers.
-        batch: The number of rows in a range.
+        concurrency: The maximum number of workers.
+        batch: The maximum number of rows in a range.
+        pace: The name of the pace.
         deferrals_before: Deferrals of earlier runs.
         retries_before: Retries of earlier runs.
         throttled_seconds_before: The time in which throttles held earlier runs.
@@ -264,6 +265,7 @@ class RotationStarted:
     deferrals_before: int = 0
     retries_before: int = 0
     throttled_seconds_before: float = 0.0
+    pace: str = "balanced"
 
     @property
     def resumed(self) -> bool:
@@ -585,6 +587,29 @@ class LockHeld:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PaceChanged:
+    """The pace allows another number of workers, or the rows in a range or the reason have changed.
+
+    Attributes:
+        pace: The name of the pace.
+        workers: The number of workers that may write now.
+        concurrency: Its upper limit.
+        rows: The number of rows in the next range.
+        reason: One phrase, e.g. ``commit p90 4.1 ms > 3.0 ms``.
+        is_limited: Whether the pace applies: other sessions are at work.
+        is_new: False where only the rows in a range or the reason have changed.
+    """
+
+    pace: str
+    workers: int
+    concurrency: int
+    rows: int
+    reason: str
+    is_limited: bool
+    is_new: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Throttled:
     """A throttle holds the rotation: no more ranges begin until it ends.
 
@@ -708,7 +733,9 @@ class RotationStopped:
         outage_seconds: The time that this run waited for the server.
         throttled_seconds: The time that throttles held this run, by the name of the throttle.
         peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
-        batch: The number of rows in a range.
+        batch: The maximum number of rows in a range.
+        pace: The last pace of this run.
+        limited_seconds: The time for which the pace applied: other sessions were at work.
         resumed: Whether an earlier run began this rotation.
         rejected_keys: Keys of rejected rows, each with the reason.
         storage_before: The table's disk space when this run began; None where unknown.
@@ -761,6 +788,8 @@ class RotationStopped:
     reindex_statements: tuple[str, ...] = ()
     throttled_seconds: Mapping[str, float] = field(default_factory=dict)
     cancelled_by: str = ""
+    pace: str = "balanced"
+    limited_seconds: float = 0.0
 
     @property
     def exit_status(self) -> int:
@@ -807,6 +836,7 @@ Event: TypeAlias = (
     | ReceiverFailed
     | LimitRaised
     | LockHeld
+    | PaceChanged
     | Throttled
     | ThrottleEnded
     | LimitsChanged

@@ -29,6 +29,44 @@ _MAX_LOCK_TIMEOUT: Final = "24h"
 _MAX_NUMBER: Final = 2**31 - 1
 
 
+# A range of more rows makes other writers of its rows wait for long.
+LARGE_BATCH: Final = 10_000
+MAX_BATCH: Final = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """A limit on what the rotation costs other sessions.
+
+    Attributes:
+        name: The value of ``--pace``.
+        latency_limit: The limit of a commit's duration, as a multiple of that without the rotation; None for
+            no limit.
+        range_seconds: The time on the server that a range may take; None for no limit.
+    """
+
+    name: str
+    latency_limit: float | None = None
+    range_seconds: float | None = None
+
+
+PACES: Final = {
+    pace.name: pace
+    for pace in (
+        Pace(name="gentle", latency_limit=1.5, range_seconds=0.010),
+        Pace(name="balanced", latency_limit=2.5, range_seconds=0.025),
+        Pace(name="full"),
+    )
+}
+
+
+def read_pace(name: str) -> Pace:
+    """Check the value of ``--pace``, and return the pace."""
+    if name not in PACES:
+        raise OptionError(f"--pace must be gentle, balanced or full, not '{name}'.")
+    return PACES[name]
+
+
 def read_duration(name: str, value: Duration, *, maximum: str = _MAX_WAIT) -> float:
     """Check the value of an option that is a duration, and return its seconds."""
     seconds = _seconds(value)
@@ -63,6 +101,15 @@ def read_rows_or_duration(name: str, value: Duration | None) -> tuple[int | None
     return None, read_duration(name, value)
 
 
+def check_batch(batch: int, pace: str) -> None:
+    """Refuse a number of rows in a range that costs other sessions more than the pace allows."""
+    if read_pace(pace).latency_limit is not None and batch > MAX_BATCH:
+        raise OptionError(
+            f"--batch must be at most {MAX_BATCH:,}, not {batch}: other writers of a range's rows wait until "
+            "it is committed. Choose a smaller one, or --pace full."
+        )
+
+
 def read_setting(name: str, text: str) -> object:
     """Check the value of a setting that a user changes while a rotation runs.
 
@@ -74,7 +121,7 @@ def read_setting(name: str, text: str) -> object:
         The value for the control row.
     """
     if name == "pace":
-        return "" if text == "default" else text
+        return "" if text == "default" else read_pace(text).name
     if text == "default":
         return None
     if not re.fullmatch(r"[0-9_]+", text):
@@ -181,6 +228,7 @@ class RunOptions:
     """The options of one run: those of the command, checked, and some for other callers.
 
     Attributes:
+        pace: The name of the pace.
         rotation: The id of the only rotation to resume; None for the target's unfinished one, or a new one.
         after: The id of the completed rotation that a new one may repeat; None for no rotation.
         preflight: Whether to report on table and server before a new rotation begins.
@@ -195,6 +243,7 @@ class RunOptions:
 
     concurrency: int = 4
     batch: int = 2000
+    pace: str = "balanced"
     rotation: int | None = None
     restart: bool = False
     after: int | None = None
@@ -244,6 +293,7 @@ class RunOptions:
         )
         _in_range("concurrency", checked.concurrency)
         _in_range("batch", checked.batch)
+        check_batch(checked.batch, checked.pace)
         return checked
 
     @property
@@ -274,9 +324,12 @@ class RotateOptions(TypedDict, total=False):
     """The options of ``rotate`` and ``rotate_sync``; the same as those of the command.
 
     Attributes:
-        concurrency: The number of workers that write at the same time. Each has its own connection
+        concurrency: The maximum number of workers that write at the same time. Each has its own connection
             (default: 4).
-        batch: The number of rows in a range. Each range is one transaction (default: 2000).
+        batch: The maximum number of rows in a range. Each range is one transaction (default: 2000). More than
+            10,000 makes other writers of these rows wait for long.
+        pace: What the rotation may cost other sessions while they are at work: gentle and balanced use fewer
+            workers and smaller ranges then; full does not (default: balanced).
         restart: Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a
             completed one.
         take_over: Take the rotation from the process that owns it, even if that process is alive. It will
@@ -287,14 +340,16 @@ class RotateOptions(TypedDict, total=False):
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
-        max_lag: Begin no range while a replica of ``lag_of`` lags more than this.
-        lag_of: Django's aliases of the replicas.
-        max_unarchived_wal: Begin no range while more WAL than this, e.g. ``1GB``, waits for the archiver.
+        max_lag: Begin no range while a replica lags more than this. The lag is that of the rotation's
+            heartbeat.
+        lag_of: The aliases in DATABASES of the replicas that max_lag applies to.
+        max_unarchived_wal: Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.
         max_slot_wal: Begin no range while a replication slot keeps more WAL than this.
     """
 
     concurrency: int
     batch: int
+    pace: str
     restart: bool
     take_over: bool
     vacuum: bool
@@ -326,17 +381,24 @@ def _list(metavar: str, text: str) -> dict[str, Any]:
 COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "concurrency": _value(
         "N",
-        "The number of workers that write at the same time. Each has its own connection (default: "
+        "The maximum number of workers that write at the same time. Each has its own connection (default: "
         "%(default)s).",
         kind=int,
         default=_DEFAULTS.concurrency,
     ),
     "batch": _value(
         "ROWS",
-        "The number of rows in a range. Each range is one transaction (default: %(default)s).",
+        "The maximum number of rows in a range. Each range is one transaction (default: %(default)s). More "
+        f"than {LARGE_BATCH:,} makes other writers of these rows wait for long.",
         kind=int,
         default=_DEFAULTS.batch,
     ),
+    "pace": {
+        "choices": tuple(PACES),
+        "default": _DEFAULTS.pace,
+        "help": "What the rotation may cost other sessions while they are at work: gentle and balanced use "
+        "fewer workers and smaller ranges then; full does not (default: %(default)s).",
+    },
     "database": {
         "help": "The alias of the database that holds the target (default: the one that the project's "
         "database routers write the model to)."
@@ -397,11 +459,10 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     ),
     "max_lag": _value(
         "TIME",
-        "Begin no range while a replica lags more than this; see --lag-of. The lag is that of the rotation's "
-        "heartbeat.",
+        "Begin no range while a replica lags more than this. The lag is that of the rotation's heartbeat.",
         default=None,
     ),
-    "lag_of": _list("ALIAS", "The alias in DATABASES of a replica for --max-lag."),
+    "lag_of": _list("ALIAS", "The alias in DATABASES of a replica that --max-lag applies to."),
     "max_unarchived_wal": _value(
         "SIZE", "Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.", default=None
     ),

@@ -27,6 +27,22 @@ class KeyRange(KeyInterval):
     rows: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """The result of a transaction that gave rows new values.
+
+    Attributes:
+        rows: The number of rows that have new values.
+        has_other_writes: Whether a trigger wrote other rows of the table in the same transaction.
+        server_seconds: The time from the transaction's start to the end of its updates, on the server's
+            clock, without the time in which the server waited for new values.
+    """
+
+    rows: int
+    has_other_writes: bool
+    server_seconds: float
+
+
 def intervals_between(gaps: Sequence[KeyInterval], bound: Key) -> tuple[KeyInterval, ...]:
     """Return the intervals up to the bound that lie between gaps; both are in key order."""
     intervals, after, is_covered = list[KeyInterval](), None, True

@@ -30,6 +30,7 @@ from rotator.events import (
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    PaceChanged,
     Preflighted,
     RangeCompleted,
     RangeDeferred,
@@ -184,6 +185,7 @@ class Stats:
         outage_since: The start of the current outage; None while the server is reachable.
         outage_budget_seconds: The longest time that the run waits in that outage.
         outage_seconds: The time of all outages before.
+        pace: The present pace; None before it has changed.
         throttles: The reasons of the throttles that hold the run now, by their names.
         throttled_seconds: The time of all throttles that have ended, by their names.
         holders: The transactions that the run waits for.
@@ -210,6 +212,7 @@ class Stats:
     outage_seconds: float = 0.0
     vacuums: int = 0
     vacuum_seconds: float = 0.0
+    pace: PaceChanged | None = None
     throttles: dict[str, str] = field(default_factory=dict)
     throttled_seconds: dict[str, float] = field(default_factory=dict)
     holders: tuple[str, ...] = ()
@@ -225,6 +228,8 @@ class Stats:
     reindex_statements: tuple[str, ...] = ()
     table_rows: tuple[int | None, bool] = (None, True)
     _rate: RecentRate = field(default_factory=RecentRate)
+    _limited_seconds: float = 0.0
+    _pace_at: float = 0.0
     _throttled_since: dict[str, float] = field(default_factory=dict)
     _held_since: float | None = None
     _held_seconds: float = 0.0
@@ -273,6 +278,9 @@ class Stats:
                 # These rows are in gaps, so they are retried.
                 self.rejected_keys.clear()
                 self._rate.restart()
+            case PaceChanged():
+                self._limited_seconds = self.limited_seconds
+                self.pace, self._pace_at = event, self.clock()
             case Throttled():
                 if self._held_since is None:
                     self._held_since = self.clock()
@@ -335,7 +343,7 @@ class Stats:
         self.rows_done += rows
         self.ranges += ranges
         self.holders = ()
-        self._rate.add(rows, now=now, seconds=seconds)
+        self._rate.add(rows, now=self._rate_clock(), seconds=seconds)
         self._last_range_at = now
         if self._first_range_at is None:
             self._first_range_at = now - seconds
@@ -395,6 +403,16 @@ class Stats:
         return self._held_seconds + (0.0 if self._held_since is None else self.clock() - self._held_since)
 
     @property
+    def limited_seconds(self) -> float:
+        """The time for which the pace has applied: other sessions were at work."""
+        is_limited = self.pace is not None and self.pace.is_limited
+        return self._limited_seconds + (self.clock() - self._pace_at if is_limited else 0.0)
+
+    def _rate_clock(self) -> float:
+        """Return a time that stands still while the run is throttled, so that throttles are no stall."""
+        return self.clock() - self.held_seconds
+
+    @property
     def throttled_so_far(self) -> dict[str, float]:
         """The seconds that each throttle has held the run until now, by its name."""
         now = self.clock()
@@ -404,17 +422,17 @@ class Stats:
 
     @property
     def rows_per_second(self) -> float | None:
-        """The recent rate; None while it is unknown or the server is unreachable."""
-        return None if self.outage_since is not None else self._rate.rows_per_second(self.clock())
+        """The recent rate, without throttled time; None while unknown or the server is unreachable."""
+        return None if self.outage_since is not None else self._rate.rows_per_second(self._rate_clock())
 
     @property
     def eta_seconds(self) -> float | None:
         """The time until every row is done; None while it is unknown or the run does not write."""
         now, rows_left = self.clock(), self.rows_total - self.rows_done
         estimate_is_exceeded = rows_left <= 0 and not self.rows_total_is_exact
-        if self.state not in ("rotating", "finishing") or estimate_is_exceeded:
+        if self.state not in ("rotating", "finishing", "throttled") or estimate_is_exceeded:
             return None
-        eta_seconds = self._rate.eta_seconds(rows_left, now)
+        eta_seconds = self._rate.eta_seconds(rows_left, self._rate_clock())
         is_deferred = self._deferred_at is not None and now - self._deferred_at < LOCK_SECONDS
         if eta_seconds is not None and is_deferred and eta_seconds < LOCK_SECONDS:
             # The remaining rows may be the locked ones.
@@ -501,6 +519,8 @@ class Stats:
             reindex_statements=self.reindex_statements,
             throttled_seconds=self.throttled_so_far,
             cancelled_by=cancelled_by,
+            pace=started.pace if self.pace is None else self.pace.pace,
+            limited_seconds=self.limited_seconds,
         )
 
 

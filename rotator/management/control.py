@@ -9,9 +9,9 @@ from django.db.models.functions import Now
 
 from rotator.events import ActionKind, StopReason
 from rotator.exceptions import OptionError, RequestError
-from rotator.management.owners import find_rotations, is_dead, is_silent, owner_of, silent_seconds
+from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of, silent_seconds
 from rotator.models import Control, Rotation
-from rotator.options import RunOptions, read_setting
+from rotator.options import RunOptions, check_batch, read_setting
 from rotator.progress.text import duration
 
 VERBS: Final = ("pause", "resume", "cancel", "set")
@@ -90,7 +90,11 @@ def send(rotation: Rotation, request: Request, *, by: str, revision: int | None)
     is_owned = rotation.status in (Rotation.Status.RUNNING, Rotation.Status.QUEUED)
     if request.kind is ActionKind.CANCELLED and not is_owned:
         raise RequestError(f"{name} is {rotation.status}: no process works on it, so nothing is cancelled.")
-    workers = RunOptions.from_json(rotation.options).concurrency
+    options, present = RunOptions.from_json(rotation.options), control_of(rotation)
+    settings = {"batch": present.batch, "pace": present.pace} | request.values
+    batch, pace = settings["batch"] or options.batch, settings["pace"] or options.pace
+    check_batch(int(str(batch)), str(pace))
+    workers = options.concurrency
     wanted = request.values.get("concurrency")
     if is_owned and isinstance(wanted, int) and wanted > workers:
         raise RequestError(

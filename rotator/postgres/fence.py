@@ -24,6 +24,8 @@ KEY_SETTINGS: Final = {
 
 IDLE_SECONDS: Final = 10
 CHECK_CONNECTION_SECONDS: Final = 1
+# A crash loses a range and its checkpoint together.
+SYNCHRONOUS_COMMIT: Final = "off"
 
 _FENCE: Final = (
     sql.SQL(
@@ -104,8 +106,7 @@ async def set_timeouts(
                 # The parameters of the update are the new values.
                 "log_parameter_max_length_on_error": "0",
                 "log_parameter_max_length": "0",
-                # A crash loses a range and its checkpoint together.
-                "synchronous_commit": "off",
+                "synchronous_commit": SYNCHRONOUS_COMMIT,
                 # Raise an error instead of skipping rows that a policy hides.
                 "row_security": "off",
                 # Rows are locked in the order of the plan, and only an index gives the key's.

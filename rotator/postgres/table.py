@@ -231,15 +231,16 @@ async def count_partitions(connection: AsyncConnection, table: TargetTable) -> i
 
 
 def count_writes(table: TargetTable) -> sql.Composed:
-    """Count the row versions that this session has written to the table.
+    """Count the row versions that this session has written to the table, and the transaction's seconds.
 
-    Only the difference within a transaction has a meaning. Takes the parameter ``table``.
+    Only the difference of counts within a transaction has a meaning. Takes the parameter ``table``.
     """
     writes = sql.SQL("pg_stat_get_xact_tuples_inserted({0}) + pg_stat_get_xact_tuples_updated({0})")
+    age = sql.SQL("extract(epoch FROM clock_timestamp() - transaction_timestamp())::float8")
     if not table.is_partitioned:
-        return sql.SQL("SELECT {}").format(writes.format(sql.SQL("%(table)s::regclass")))
-    return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint FROM {} AS leaf").format(
-        writes.format(sql.SQL("oid")), PARTITIONS
+        return sql.SQL("SELECT {}, {}").format(writes.format(sql.SQL("%(table)s::regclass")), age)
+    return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint, {} FROM {} AS leaf").format(
+        writes.format(sql.SQL("oid")), age, PARTITIONS
     )
 
 

@@ -33,7 +33,7 @@ from rotator.postgres.table import (
     rows_with_keys,
 )
 from rotator.postgres.values import FromRows, InBulk, Place, ValueSource, named, part
-from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.ranges import Key, KeyInterval, KeyRange, Written
 
 SLICE_ROWS: Final = 2000
 _ATTEMPTS: Final = 5
@@ -62,21 +62,9 @@ class OlderRow:
 Rows: TypeAlias = KeyRange | Sequence[OlderRow]
 """The rows of one transaction: a range, or rows of one partition at their places."""
 
-_Update: TypeAlias = Callable[[AsyncConnection], Awaitable[tuple[int, list[AsyncCursor]]]]
-"""Sends the updates of one attempt, and returns the number of expected rows and the updates' cursors."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """The result of a transaction.
-
-    Attributes:
-        rows: The number of rows that have new values.
-        has_other_writes: Whether a trigger wrote other rows of the table in the same transaction.
-    """
-
-    rows: int
-    has_other_writes: bool
+_Update: TypeAlias = Callable[[AsyncConnection], Awaitable[tuple[int, list[AsyncCursor], float]]]
+"""Sends the updates of one attempt, and returns the number of expected rows, the updates' cursors, and the
+seconds in which the server waited for new values."""
 
 
 class RewriteError(Exception):
@@ -176,7 +164,7 @@ class RangeUpdate:
                         await self._select(connection, rows, self._digests) if self._reads_digests else None
                     )
                     writes_before = await self._select_writes(connection)
-                    expected, cursors = await update(connection)
+                    expected, cursors, making_seconds = await update(connection)
                     # Deferred triggers would run in the COMMIT, after the checks.
                     await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
                     writes_after = await self._select_writes(connection)
@@ -184,7 +172,8 @@ class RangeUpdate:
                 written, kept, repeated = map(sum, zip(*filter(None, results), strict=True))
                 if kept or repeated:
                     raise RewriteError(_KEPT if kept else _REPEATED)
-                table_writes = await number(writes_after) - await number(writes_before)
+                after, seconds = await writes_after.fetchone() or (0, 0.0)
+                table_writes = after - await number(writes_before)
                 has_other_writes = table_writes != written
                 if written < expected or has_other_writes:
                     await self._check_rows(connection, rows, written)
@@ -192,7 +181,11 @@ class RangeUpdate:
                     await self._check_digests(connection, rows, digests)
         except ValuesError as error:
             raise (error.of(rows) if isinstance(rows, KeyRange) else error) from None
-        return Written(rows=written, has_other_writes=has_other_writes)
+        return Written(
+            rows=written,
+            has_other_writes=has_other_writes,
+            server_seconds=max(0.0, seconds - making_seconds),
+        )
 
     async def _prepare(self, connection: AsyncConnection, rows: Rows, count: int) -> _Update:
         """Make new values before the transaction, where this does not need locked rows."""
@@ -227,21 +220,21 @@ class RangeUpdate:
 
     async def _update_in_bulk(
         self, slices: list[dict[str, object]], count: int, connection: AsyncConnection
-    ) -> tuple[int, list[AsyncCursor]]:
+    ) -> tuple[int, list[AsyncCursor], float]:
         cursors = []
         # The slice at the table's start has no lower bound, and therefore another statement.
         for known in (False, True):
             if parameters := [one for one in slices if (one["after"] is not None) == known]:
                 cursors.append(connection.cursor())
                 await cursors[-1].executemany(self._range_updates[known], parameters, returning=True)
-        return count, cursors
+        return count, cursors, 0.0
 
     async def _update_from_rows(
         self, key_range: KeyRange, source: FromRows, connection: AsyncConnection
-    ) -> tuple[int, list[AsyncCursor]]:
+    ) -> tuple[int, list[AsyncCursor], float]:
         """Lock rows in the key's order, make their values, and update them by their keys."""
         rest: KeyInterval = key_range
-        count, cursors, began = 0, list[AsyncCursor](), time.monotonic()
+        count, cursors, began, making_seconds = 0, list[AsyncCursor](), time.monotonic(), 0.0
         async with connection.pipeline() as pipeline:
             while True:
                 locked = await connection.execute(
@@ -260,16 +253,19 @@ class RangeUpdate:
                 keys = [Key(key) async for (key,) in locked]
                 if cursors and time.monotonic() - began > self.limits.transaction_seconds:
                     raise RangeTooSlowError(TOO_LONG)
-                cursors.append(await connection.execute(self._keyed_update, await source.parameters(keys)))
+                making_since = time.monotonic()
+                parameters = await source.parameters(keys)
+                making_seconds += time.monotonic() - making_since
+                cursors.append(await connection.execute(self._keyed_update, parameters))
                 count += len(keys)
                 if len(keys) < SLICE_ROWS:
-                    return count, cursors
+                    return count, cursors, making_seconds
                 rest = KeyInterval(after=keys[-1], through=key_range.through)
 
     async def _update_places(
         self, parameters: Mapping[str, object], count: int, connection: AsyncConnection
-    ) -> tuple[int, list[AsyncCursor]]:
-        return count, [await connection.execute(self._placed_update, parameters)]
+    ) -> tuple[int, list[AsyncCursor], float]:
+        return count, [await connection.execute(self._placed_update, parameters)], 0.0
 
     async def _check_rows(self, connection: AsyncConnection, rows: Rows, written: int) -> None:
         """Refuse rows that were not updated, and rows of a range that only a trigger wrote.
@@ -356,8 +352,8 @@ class PostgresWriter:
         self._lease = lease
         self._on_commit = on_commit
 
-    async def rewrite(self, key_range: KeyRange) -> int:
-        """Give a range's rows new values and checkpoint it, in one transaction; return the number of rows.
+    async def rewrite(self, key_range: KeyRange) -> Written:
+        """Give a range's rows new values and checkpoint it, in one transaction.
 
         Call ``on_commit`` after the commit; a crash in between skips the call.
 
@@ -393,7 +389,7 @@ class PostgresWriter:
                     rows=written.rows,
                 )
             )
-        return written.rows
+        return written
 
 
 @asynccontextmanager

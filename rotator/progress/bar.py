@@ -21,7 +21,17 @@ from rotator.events import (
 )
 from rotator.progress.lines import Sink, Throttle
 from rotator.progress.preflight import preflight
-from rotator.progress.text import activity, count, duration, notice, plural, progress_rows, rate
+from rotator.progress.text import (
+    activity,
+    count,
+    duration,
+    notice,
+    pace,
+    plural,
+    progress_rows,
+    rate,
+    throttled,
+)
 from rotator.stats import Stats
 
 _MIN_COLUMNS_TO_WRAP: Final = 30
@@ -244,11 +254,15 @@ def bar_text(stats: Stats, room: int) -> str:
             if stats.deferrals and left >= _TAIL_WIDTH + _DEFERRALS_WIDTH:
                 deferrals = plural(stats.deferrals, "deferral")
                 text = f"{text:<{len(start) + 2 + _TAIL_WIDTH}}  {deferrals}"
+            if stats.pace is not None and stats.pace.is_limited:
+                text = fitting([f"{text}  {pace(stats.pace)}", text], room)
             return text
     return head[: max(room, 0)]
 
 
 def _tail(stats: Stats, room: int) -> str:
+    if stats.state == "throttled":
+        return fitting([*throttled(stats), ""], room)
     if busy := activity(stats):
         return fitting([busy, ""], room)
     speed = "?" if stats.rows_per_second is None else rate(stats.rows_per_second)

@@ -8,8 +8,9 @@ rotator.events has its own name and fields; keys are only ever added. The others
     started      the fields of RotationStarted, and resumed
     progress     once a second: state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second
                  (the recent rate) and eta_seconds (both null while unknown), late_rows, deferrals, retries,
-                 rejected_rows, outage_left_seconds (null while the server is reachable), throttles (the
-                 throttles that hold the run, with their reasons) and throttled_seconds (by throttle)
+                 rejected_rows, outage_left_seconds (null while the server is reachable), pace (the fields of
+                 PaceChanged; null before the first), throttles (the throttles that hold the run, with their
+                 reasons) and throttled_seconds (by throttle)
     stopped      the same keys as the report
 
 ``state`` is ``rotating``, ``outage``, ``throttled``, ``draining``, ``late_commits``, ``finishing``,
@@ -26,6 +27,7 @@ from typing import TextIO
 from rotator.events import (
     Event,
     Findings,
+    PaceChanged,
     Preflighted,
     RangeCompleted,
     RangeDeferred,
@@ -77,8 +79,8 @@ class JsonObserver:
             case RangeCompleted() | WorkersProgressed() | Tick():
                 if self._stats.started and self._throttle.due(self._clock()):
                     self._write("progress", figures(self._stats))
-            case RangeDeferred() | RangeRetried():
-                # These are frequent, and counted in the figures.
+            case RangeDeferred() | RangeRetried() | PaceChanged(is_new=False):
+                # These are frequent, and the figures contain them.
                 pass
             case RotationStopped():
                 self._write("stopped", report(event))
@@ -110,6 +112,7 @@ def figures(stats: Stats) -> dict[str, object]:
         "retries": stats.retries,
         "rejected_rows": len(stats.rejected_keys),
         "outage_left_seconds": _rounded(stats.outage_left_seconds),
+        "pace": stats.pace and asdict(stats.pace),
         "throttles": dict(stats.throttles),
         "throttled_seconds": {name: round(s, 3) for name, s in stats.throttled_so_far.items()},
     }

@@ -26,7 +26,7 @@ from rotator.events import (
 )
 from rotator.progress.preflight import preflight
 from rotator.progress.summary import unchanged_rows, verdict
-from rotator.progress.text import activity, duration, notice, plural, progress_rows, rate
+from rotator.progress.text import activity, duration, notice, pace, plural, progress_rows, rate
 from rotator.stats import Stats
 
 
@@ -146,7 +146,10 @@ def figures(stats: Stats) -> str:
         "retry": stats.retries,
         "rejected row": len(stats.rejected_keys),
     }
-    return ", ".join([*parts, *(plural(number, noun) for noun, number in counts.items() if number)])
+    parts += [plural(number, noun) for noun, number in counts.items() if number]
+    if stats.pace is not None and stats.pace.is_limited:
+        parts.append(pace(stats.pace))
+    return ", ".join(parts)
 
 
 _WARNINGS: Final = (

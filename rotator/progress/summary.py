@@ -47,6 +47,8 @@ def report(event: RotationStopped) -> dict[str, object]:
         "deferrals": event.deferrals,
         "retries": event.retries,
         "outage_seconds": round(event.outage_seconds, 3),
+        "pace": event.pace,
+        "limited_seconds": round(event.limited_seconds, 3),
         "throttled_seconds": {name: round(s, 3) for name, s in event.throttled_seconds.items()},
         "peak_memory_bytes": event.peak_memory_bytes,
         "concurrency": event.concurrency,
@@ -183,6 +185,7 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
         *([("keys", one_line(_keys(event)))] if event.spans else []),
         ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),
         ("workers", count(event.concurrency)),
+        ("pace", _pace(event)),
         ("time", seconds),
         ("rate", f"{rate(event.rows_per_second)} rows/s while writing"),
         ("deferrals", count(event.deferrals)),
@@ -197,6 +200,12 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     if event.peak_memory_bytes:
         facts.append(("peak memory", size(event.peak_memory_bytes)))
     return facts
+
+
+def _pace(event: RotationStopped) -> str:
+    if not event.limited_seconds:
+        return event.pace
+    return f"{event.pace}; limited for {duration(event.limited_seconds)}: other sessions were at work"
 
 
 def _disk(event: RotationStopped) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from rotator.events import (
     OutageEnded,
     OutageStarted,
     OwnerWatched,
+    PaceChanged,
     Preflighted,
     RangeCompleted,
     RangeDeferred,
@@ -43,8 +44,11 @@ from rotator.events import (
     WorkersProgressed,
     WorkersSilent,
 )
+from rotator.options import LARGE_BATCH
 from rotator.stats import State, Stats
 
+# Measured with 4 workers and a range of 20,000 rows.
+SECONDS_PER_ROW: Final = 50e-6
 _KEPT_DIGITS: Final = 1000
 _MOST_BYTES: Final = 10 * 1024
 _MOST_HALVES: Final = 20 * 1024 - 1
@@ -215,6 +219,8 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             )
         case LockHeld():
             return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
+        case PaceChanged():
+            return pace(event) if event.is_new else ""
         case Throttled():
             return f"throttled: {event.reason}; no new ranges start" if event.is_new else ""
         case ThrottleEnded():
@@ -254,7 +260,16 @@ def _started(event: RotationStarted) -> str:
     return (
         f"rotation {event.rotation} of {event.target} starts: {rows}, "
         f"{plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range"
+        f"{_cost(event.batch)}"
     )
+
+
+def _cost(batch: int) -> str:
+    """Return what ranges of so many rows cost other sessions; empty for a usual number."""
+    if batch <= LARGE_BATCH:
+        return ""
+    seconds = duration(batch * SECONDS_PER_ROW)
+    return f"; warning: with ranges of this size, writers of the same rows may wait for {seconds} or more"
 
 
 def _resumed(event: RotationStarted) -> str:
@@ -283,16 +298,33 @@ def _awaited(holders: tuple[str, ...]) -> str:
     )
 
 
+def pace(event: PaceChanged) -> str:
+    """Return the pace, what it allows now and why."""
+    return (
+        f"pace {event.pace}: {event.workers} of {plural(event.concurrency, 'worker')} × "  # noqa: RUF001 - a sign
+        f"{plural(event.rows, 'row')}, {event.reason}"
+    )
+
+
 def activity(stats: Stats) -> str:
     """Return the activity of a run that does not rotate ranges now, or an empty text."""
     if stats.outage_since is not None and stats.outage_left_seconds is not None:
         unreachable = duration(stats.clock() - stats.outage_since)
         return f"unreachable {unreachable}, {duration(stats.outage_left_seconds)} left"
     if stats.state == "throttled":
-        return f"throttled: {'; '.join(stats.throttles.values())}"
+        return throttled(stats)[0]
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
     return _ACTIVITIES.get(stats.state, "")
+
+
+def throttled(stats: Stats) -> list[str]:
+    """Return the texts for a run that is throttled now, the longest first."""
+    so_far = f"throttled {duration(stats.held_seconds)} so far"
+    full = f"{so_far} ({'; '.join(stats.throttles.values())})"
+    if stats.eta_seconds is not None:
+        full = f"ETA {duration(stats.eta_seconds)} at the current rate; {full}"
+    return [full, so_far, "throttled"]
 
 
 def unconfirmed(rows: int | None) -> str:

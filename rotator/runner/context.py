@@ -12,6 +12,7 @@ from rotator.postgres.owner import Owner
 from rotator.postgres.table import Condition
 from rotator.postgres.values import ValueSource
 from rotator.runner.gate import Gate
+from rotator.runner.pacing import Pacing
 from rotator.runner.stop import StopSignal
 from rotator.runner.throttles import ThrottleSources
 from rotator.stats import Stats
@@ -74,6 +75,7 @@ class RunContext:
         owner: This process.
         stop_signal: The requests to stop.
         gate: What a worker passes before each range.
+        pacing: What moves the gate's allowance.
         stats: The statistics of the run.
         notify: Passes an event to the statistics and to the observer.
         on_commit: Is awaited after each commit of rows; None without receivers.
@@ -86,6 +88,7 @@ class RunContext:
     owner: Owner
     stop_signal: StopSignal
     gate: Gate
+    pacing: Pacing
     stats: Stats
     notify: Observer
     on_commit: OnCommit | None

@@ -7,9 +7,11 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from rotator.events import LimitsChanged, Observer
+from rotator.exceptions import OptionError
 from rotator.options import RunOptions
 from rotator.postgres.control import Requested
 from rotator.runner.gate import Gate
+from rotator.runner.pacing import Pacing
 
 PAUSE: Final = "pause"
 OWNER: Final = "owner"
@@ -26,17 +28,25 @@ class LiveControl:
     """
 
     def __init__(
-        self, gate: Gate, options: RunOptions, notify: Observer, *, cancel: Callable[[str], None]
+        self,
+        gate: Gate,
+        pacing: Pacing,
+        options: RunOptions,
+        notify: Observer,
+        *,
+        cancel: Callable[[str], None],
     ) -> None:
         """Begin with the options of the run.
 
         Args:
             gate: The gate.
+            pacing: What keeps the pace.
             options: The options of the run.
             notify: Is called with :class:`LimitsChanged`.
             cancel: Is called with the user who cancels the rotation.
         """
         self._gate = gate
+        self._pacing = pacing
         self._options = options
         self._notify = notify
         self._cancel = cancel
@@ -78,6 +88,9 @@ class LiveControl:
 
     def _limit(self, requested: Requested) -> None:
         gate, options = self._gate, self._options
+        # A pace that only a newer version has changes nothing.
+        with suppress(OptionError):
+            self._pacing.set_pace(requested.pace or options.pace)
         concurrency = min(requested.concurrency or options.concurrency, gate.most_workers)
         rows = requested.batch or options.batch
         if (concurrency, rows) != (gate.concurrency, gate.max_rows):

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 from rotator.aio import unwrap_group
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
-from rotator.ranges import KeyInterval, KeyRange
+from rotator.ranges import KeyInterval, KeyRange, Written
 from rotator.runner.gate import Gate
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.work_queue import Attempt, WorkQueue
@@ -33,8 +33,8 @@ class RangePlanner(Protocol):
 class RangeWriter(Protocol):
     """Writes ranges of rows."""
 
-    async def rewrite(self, key_range: KeyRange) -> int:
-        """Write new values and the checkpoint of a range in one transaction, and return the rows written.
+    async def rewrite(self, key_range: KeyRange) -> Written:
+        """Write new values and the checkpoint of a range in one transaction.
 
         Raises:
             RowsLockedError: Another session holds rows of the range; nothing was written.
@@ -146,17 +146,17 @@ class Engine:
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
-            rows = await self._writer.rewrite(attempt.key_range)
+            written = await self._writer.rewrite(attempt.key_range)
         except RowsLockedError:
             await self._defer(attempt, queue)
         except RangeRejectedError as error:
             await self._retry(attempt, error, queue)
         else:
-            self._gate.count_completed()
-            self._has_rotated = self._has_rotated or rows > 0
+            self._gate.count_completed(written.rows, written.server_seconds)
+            self._has_rotated = self._has_rotated or written.rows > 0
             self._notify(
                 RangeCompleted(
-                    rows=rows,
+                    rows=written.rows,
                     seconds=clock() - started,
                     retries=attempt.deferrals + attempt.rejections,
                 )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rotator.events import Observer, Throttled, ThrottleEnded
+from rotator.runner.controller import Allowance, RangeSizer
 
 SLOW_SECONDS: Final = 5.0
-COMPLETED_BEFORE_GROWTH: Final = 64
-MIN_ROWS: Final = 16
+EMPTY_POLL_SECONDS: Final = 0.002
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,30 +28,6 @@ class Hold:
     since: float
 
 
-class RangeSizer:
-    """The rows of the next range: halved by a range that is too slow, doubled after many that are not.
-
-    Attributes:
-        rows: The rows of the next range.
-    """
-
-    def __init__(self, max_rows: int) -> None:
-        self.rows = self._max_rows = max_rows
-        self._completed = 0
-
-    def shrink(self, rows: int) -> None:
-        """Plan smaller ranges, since one of this many rows was too slow."""
-        self._completed = 0
-        self.rows = max(min(MIN_ROWS, self._max_rows), min(self.rows, rows // 2))
-
-    def count_completed(self) -> None:
-        """Count a completed range; many of them let the next ranges grow."""
-        self._completed += 1
-        if self.rows < self._max_rows and self._completed >= COMPLETED_BEFORE_GROWTH:
-            self._completed = 0
-            self.rows = min(self._max_rows, self.rows * 2)
-
-
 class Gate:
     """Lets workers begin ranges while no throttle closes it, and at most ``workers`` of them at a time.
 
@@ -61,6 +37,8 @@ class Gate:
 
     Attributes:
         most_workers: The upper limit of workers at the start; no later limit is higher.
+        rows_completed: The rows of all completed ranges.
+        ranges_completed: Their number.
     """
 
     def __init__(
@@ -81,13 +59,14 @@ class Gate:
         """
         self.most_workers = self._concurrency = concurrency
         self._max_rows = rows
-        self._allowed_workers: int | None = None
-        self._allowed_rows: int | None = None
+        self._allowance = Allowance()
         self._notify = notify
         self._clock = clock
         self._holds = dict[str, Hold]()
         self._sizer = RangeSizer(rows)
+        self.rows_completed = self.ranges_completed = 0
         self._busy = 0
+        self._is_emptied = False
         self._slow_until = 0.0
         self._waiting = deque[asyncio.Future[None]]()
 
@@ -99,7 +78,7 @@ class Gate:
     @property
     def workers(self) -> int:
         """The number of workers that may write at the same time now."""
-        return min(self._concurrency, self._allowed_workers or self._concurrency)
+        return min(self._concurrency, self._allowance.workers or self._concurrency)
 
     @property
     def max_rows(self) -> int:
@@ -109,7 +88,7 @@ class Gate:
     @property
     def rows(self) -> int:
         """The number of rows in the next range."""
-        return min(self._max_rows, self._sizer.rows, self._allowed_rows or self._max_rows)
+        return self._sizer.rows(self._allowance.range_seconds)
 
     @property
     def busy(self) -> int:
@@ -136,21 +115,24 @@ class Gate:
         if concurrency is not None:
             self._concurrency = min(concurrency, self.most_workers)
         if rows is not None:
-            self._max_rows, self._sizer = rows, RangeSizer(rows)
+            self._max_rows = rows
+            self._sizer.limit(rows)
         self._admit()
 
-    def allow(self, *, workers: int | None, rows: int | None) -> None:
-        """Allow less than the upper limits; None for no other limit."""
-        self._allowed_workers, self._allowed_rows = workers, rows
+    def allow(self, allowance: Allowance) -> None:
+        """Allow less than the upper limits."""
+        self._allowance = allowance
         self._admit()
 
     def shrink(self, rows: int) -> None:
         """Plan smaller ranges, since one of this many rows was too slow."""
         self._sizer.shrink(rows)
 
-    def count_completed(self) -> None:
-        """Count a completed range; many of them let the next ranges grow."""
-        self._sizer.count_completed()
+    def count_completed(self, rows: int, server_seconds: float) -> None:
+        """Count a completed range of this many rows, which took this time on the server."""
+        self.rows_completed += rows
+        self.ranges_completed += 1
+        self._sizer.count_completed(rows, server_seconds)
 
     def hold(self, source: str, reason: str) -> None:
         """Close the gate: no more ranges begin, and those in flight are finished.
@@ -183,6 +165,23 @@ class Gate:
             self._slow_until = now + SLOW_SECONDS
         self._notify(ThrottleEnded(source=source, reason=held.reason, seconds=now - held.since))
         self._admit()
+
+    @asynccontextmanager
+    async def emptied(self, seconds: float) -> AsyncIterator[bool]:
+        """Let no range begin until the block ends, and wait at most so long for those in flight.
+
+        The result is whether none is in flight.
+        """
+        self._is_emptied = True
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while self._busy:  # noqa: ASYNC110 - it happens once a minute
+                        await asyncio.sleep(EMPTY_POLL_SECONDS)
+            yield not self._busy
+        finally:
+            self._is_emptied = False
+            self._admit()
 
     @asynccontextmanager
     async def passage(self, drain: asyncio.Event) -> AsyncIterator[bool]:
@@ -226,7 +225,7 @@ class Gate:
 
     @property
     def _has_room(self) -> bool:
-        return self.is_open and self._busy < self.workers
+        return self.is_open and not self._is_emptied and self._busy < self.workers
 
     def _admit(self) -> None:
         while self._waiting and self._has_room:

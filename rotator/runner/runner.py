@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -50,6 +50,7 @@ from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.gate import Gate
 from rotator.runner.horizon import HorizonWatch
+from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
@@ -151,8 +152,13 @@ class Run:
         self._stats = Stats()
         self._stop_signal = StopSignal(self._notify)
         self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=self._notify)
+        pacing = Pacing(server, self._gate, options.pace, self._notify)
         self._live = LiveControl(
-            self._gate, options, self._notify, cancel=partial(self._stop_signal.request, StopReason.CANCEL)
+            self._gate,
+            pacing,
+            options,
+            self._notify,
+            cancel=partial(self._stop_signal.request, StopReason.CANCEL),
         )
         self._context = RunContext(
             server=server,
@@ -161,6 +167,7 @@ class Run:
             owner=this_process(),
             stop_signal=self._stop_signal,
             gate=self._gate,
+            pacing=pacing,
             stats=self._stats,
             notify=self._notify,
             on_commit=on_commit,
@@ -291,6 +298,8 @@ class Run:
     async def _check(self, control: AsyncConnection) -> TargetTable:
         """Refuse what cannot be rotated, before anything is changed, and report what is risky."""
         table = await check(control, self._context.target, self._context.options)
+        if self._context.ask_for_help is None:
+            await self._context.pacing.prepare(control)
         if showing := await settings_that_show_values(control):
             self._notify(ServerLogShowsValues(settings=showing))
         self._server_name = await name_server(control)
@@ -345,7 +354,7 @@ class Run:
             session_work = Session(connection, pool, table, acquired, self._context)
             while True:
                 with unwrap_group():
-                    async with asyncio.TaskGroup() as tasks:
+                    async with asyncio.TaskGroup() as tasks, self._paced():
                         heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
                         owned = await session_work.read_state()
                         self._notify_started(session_work, owned)
@@ -375,6 +384,12 @@ class Run:
                 # The heartbeat has ended: it would report a completed rotation as lost.
                 if status != "completed" or await session_work.complete(owned):
                     return status
+
+    @asynccontextmanager
+    async def _paced(self) -> AsyncIterator[None]:
+        """Keep the pace where this process rewrites the ranges; Celery workers keep it themselves."""
+        async with self._context.pacing.running() if self._context.ask_for_help is None else nullcontext():
+            yield
 
     async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
         while True:

@@ -89,6 +89,7 @@ class Session:
             stopped_at=self._acquired.stopped_at,
             concurrency=self._context.options.concurrency,
             batch=self._context.options.batch,
+            pace=self._context.pacing.pace,
         )
 
     async def work(self, owned: RotationState) -> EndStatus:

@@ -26,7 +26,7 @@ from rotator.postgres.throttles import (
 )
 from rotator.runner.gate import Gate
 
-POLL_SECONDS: Final = 0.5
+POLL_SECONDS: Final = 1.0
 # A throttle ends when its value has been below this part of the limit for some time.
 RESUME_PART: Final = 0.8
 RESUME_SECONDS: Final = 1.0

@@ -28,6 +28,7 @@ from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.gate import Gate
+from rotator.runner.pacing import OWN_PER_SECOND_WITH_CELERY, Pacing
 from rotator.runner.preflight import measured_update, read_target
 from rotator.runner.retry import OutageBudget
 
@@ -112,8 +113,11 @@ class Helper:
         self._should_stop = should_stop
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
         self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=_ignore)
+        self._pacing = Pacing(
+            server, self._gate, options.pace, _ignore, own_per_second=OWN_PER_SECOND_WITH_CELERY
+        )
         # The owner stops the rotation, which ends this task.
-        self._live = LiveControl(self._gate, options, _ignore, cancel=lambda _by: None)
+        self._live = LiveControl(self._gate, self._pacing, options, _ignore, cancel=lambda _by: None)
         self._drain = asyncio.Event()
         self._is_wanted = True
         self._renewed_at = self._looked_at = 0.0
@@ -150,6 +154,7 @@ class Helper:
             pooled(self._server, self._options.concurrency + OTHER_CONNECTIONS) as pool,
             pool.connection() as connection,
             pool.connection() as side,
+            self._pacing.running(),
         ):
             table = await read_target(connection, self._target)
             difference = identity and identity.difference(await read_identity(connection, table))

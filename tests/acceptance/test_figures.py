@@ -181,10 +181,13 @@ def _assert_agreement(accounts: Accounts, commands: Commands) -> RotationStopped
     facts = json.loads(listed)
     for name in ("rotation", "status", "rows", "rows_total", "rows_total_is_exact", "late_rows", "error"):
         assert facts[name] == account[name]
+    for name in ("deferrals", "retries"):
+        assert facts[name] == account[name] == getattr(rotation, name)
     assert (facts["percent"], facts["seconds_total"]) == (100, account["seconds_total"])
     details = commands.start(str(rotation.pk), program=(*MANAGE, "rotations")).wait().out
     assert f"  rows       {of_total} (100%)" in details
     assert f"  time       {duration(stopped.seconds)} over all runs" in details
+    assert f"  deferrals  {count(stopped.deferrals)}\n  retries    {count(stopped.retries)}\n" in details
     assert RotationAdmin(Rotation, site).progress(rotation) == of_total
     return stopped
 

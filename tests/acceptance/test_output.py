@@ -39,6 +39,8 @@ REPORT_KEYS = {
     "deferrals",
     "retries",
     "outage_seconds",
+    "pace",
+    "limited_seconds",
     "throttled_seconds",
     "heap_bytes_before",
     "heap_bytes",

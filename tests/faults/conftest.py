@@ -17,7 +17,8 @@ TEMPLATE = "migrated"
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
     """A server, with a migrated database to copy."""
-    with OwnServer() as own:
+    # Throttles read the state of the archiver.
+    with OwnServer({"archive_mode": "on", "archive_command": "true"}) as own:
         with own.connect() as admin:
             admin.execute(f"CREATE DATABASE {TEMPLATE}".encode())
         migrated = (

@@ -230,3 +230,33 @@ class OwnServer:
             return int((self._data / "postmaster.pid").read_text().split("\n", 1)[0] or 0)
         except FileNotFoundError:
             return 0
+
+
+class OwnReplica(OwnServer):
+    """A hot standby of a server of the tests' own, which streams from it.
+
+    Args:
+        primary: The server that it is a replica of.
+    """
+
+    def __init__(self, primary: OwnServer) -> None:
+        super().__init__({"wal_receiver_status_interval": "1s", "hot_standby_feedback": "off"})
+        self._primary = primary
+        self._password = primary.password
+
+    def _create(self) -> None:
+        self._account.own(self.folder)
+        self.socket_folder.mkdir()
+        self._account.own(self.socket_folder)
+        self._run(
+            "pg_basebackup",
+            f"--pgdata={self._data}",
+            f"--host={self._primary.socket_folder}",
+            f"--port={self._primary.port}",
+            f"--username={SUPERUSER}",
+            "--checkpoint=fast",
+            "--write-recovery-conf",
+            "--no-sync",
+        )
+        self.port = unused_port()
+        self._configure(self._settings)

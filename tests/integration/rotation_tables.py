@@ -283,6 +283,13 @@ class Database:
             assert time.monotonic() < deadline, f"in vain: {condition}"
             await asyncio.sleep(0.005)
 
+    async def until_blocked(self) -> None:
+        """Wait until a session of this database waits for a lock."""
+        await self.until(
+            "EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()"
+            " AND wait_event_type = 'Lock')"
+        )
+
     async def until_rotator_waits_for_a_lock(self, *, backends: int = 1) -> None:
         """Wait until so many of the rotator's own backends wait for a lock."""
         await self.until(

@@ -180,7 +180,7 @@ async def test_who_was_taken_over_writes_nothing_any_more(
         with pytest.raises(SupersededError):
             await former.rewrite(key_range(None, 20, 20))
         assert database.values() == before
-        assert await latter.rewrite(key_range(None, 20, 20)) == 20
+        assert (await latter.rewrite(key_range(None, 20, 20))).rows == 20
 
 
 @pytest.mark.parametrize("status", ["completed", "abandoned"])
@@ -224,7 +224,7 @@ async def test_taking_over_waits_for_the_range_in_flight(
         await database.until_rotator_waits_for_a_lock(backends=2)
         assert database.rotation("generation") == 1
         gate.execute("SELECT pg_advisory_unlock(1, 1)")
-        assert await rewriting == 20
+        assert (await rewriting).rows == 20
         taken = await taking
     assert taken is not None
     # Whoever has taken over sees all that its predecessor has done.

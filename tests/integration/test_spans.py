@@ -96,7 +96,7 @@ async def test_a_claim_waits_for_the_transaction_of_the_helper_before(
             claims = asyncio.create_task(_claim(control, lease, "two"))
             await database.until_rotator_waits_for_a_lock(backends=2)
             other.execute("SELECT pg_advisory_unlock(1)")
-            assert await writes == 10
+            assert (await writes).rows == 10
     second = await claims
     assert second is not None
     assert second.gaps == [KeyInterval(after=Key("[20]"), through=Key("[100]"))]

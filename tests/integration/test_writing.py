@@ -70,7 +70,7 @@ async def test_each_row_of_the_range_changes_once_and_no_other(database: Databas
     database.count_updates()
     before = database.values()
     async with writing(database, lease) as writer:
-        assert await writer.rewrite(key_range(10, 20, 10)) == 10
+        assert (await writer.rewrite(key_range(10, 20, 10))).rows == 10
     assert database.updates() == once_each((11, 20))
     assert database.changed(before) == set(once_each((11, 20)))
     assert_new_uuid4s(before, {key: database.values()[key] for key in once_each((11, 20))})
@@ -91,7 +91,7 @@ async def test_the_first_range_begins_with_the_table(database: Database, lease: 
     database.make_tickets(-5, 5)
     before = database.values()
     async with writing(database, lease) as writer:
-        assert await writer.rewrite(key_range(None, 0, 6)) == 6
+        assert (await writer.rewrite(key_range(None, 0, 6))).rows == 6
     assert database.changed(before) == set(once_each((-5, 0)))
     assert database.checkpoints() == [(None, "[0]", 6)]
 
@@ -115,7 +115,7 @@ async def test_a_range_without_rows_is_checkpointed(
     if table is not TICKETS:
         database.make_table(table)
     async with writing(database, lease, table, source=source) as writer:
-        assert await writer.rewrite(key_range(20, 25, 0)) == 0
+        assert (await writer.rewrite(key_range(20, 25, 0))).rows == 0
     assert database.checkpoints() == [("[20]", "[25]", 0)]
 
 
@@ -123,7 +123,7 @@ async def test_values_of_other_types_travel_too(database: Database, lease: Lease
     database.make_table(SECRETS)
     database.fill(SECRETS, "i")
     async with writing(database, lease, SECRETS, source=InBulk(_texts)) as writer:
-        assert await writer.rewrite(key_range(None, 9, 10)) == 10
+        assert (await writer.rewrite(key_range(None, 9, 10))).rows == 10
     assert database.values(SECRETS) == {f"[{number}]": f"new {number}" for number in range(10)}
 
 
@@ -136,7 +136,7 @@ async def test_a_range_of_several_slices_writes_each_row_once(
     database.count_updates()
     before = database.values()
     async with writing(database, lease) as writer:
-        assert await writer.rewrite(key_range(5, 35, 30)) == 30
+        assert (await writer.rewrite(key_range(5, 35, 30))).rows == 30
     assert database.updates() == once_each((6, 35))
     assert_new_uuid4s(before, {key: database.values()[key] for key in once_each((6, 35))})
     assert database.checkpoints() == [("[5]", "[35]", 30)]
@@ -153,7 +153,7 @@ async def test_rows_that_were_deleted_since_they_were_planned_are_not_missed(
     database.execute(f"DELETE FROM tickets_ticket WHERE id {deleted}")
     left = database.values()
     async with writing(database, lease) as writer:
-        assert await writer.rewrite(key_range(None, 20, 20)) == len(left)
+        assert (await writer.rewrite(key_range(None, 20, 20))).rows == len(left)
     assert database.updates() == Counter(left.keys())
     assert database.checkpoints() == [(None, "[20]", len(left))]
 
@@ -176,7 +176,7 @@ async def test_rows_that_were_inserted_since_the_others_were_planned_are_written
     database.count_updates()
     before = database.values()
     async with writing(database, lease) as writer:
-        assert await writer.rewrite(key_range(None, 30, planned)) == 30
+        assert (await writer.rewrite(key_range(None, 30, planned))).rows == 30
     assert database.updates() == once_each((1, 30))
     assert_new_uuid4s(before, database.values())
     assert database.checkpoints() == [(None, "[30]", 30)]
@@ -232,7 +232,7 @@ async def test_what_a_neighbour_does_to_a_row_that_is_waited_for(
         neighbour.execute("COMMIT")
         # The neighbour's version is what is rotated.
         committed = database.values()
-        assert await rewriting == rows
+        assert (await rewriting).rows == rows
     changed = database.changed(committed)
     assert len(changed) == rows
     assert changed <= set(once_each((1, 20)))
@@ -256,12 +256,12 @@ async def test_a_row_that_is_put_in_another_s_place_is_tried_again(database: Dat
         assert isinstance(refused, RangeRejectedError)
         assert refused.retryable
         assert database.checkpoints() == []
-        assert await writer.rewrite(key_range(None, 20, 20)) == 20
+        assert (await writer.rewrite(key_range(None, 20, 20))).rows == 20
 
 
 async def _outcome(writer: PostgresWriter, tried: KeyRange) -> int | RotatorError:
     try:
-        return await writer.rewrite(tried)
+        return (await writer.rewrite(tried)).rows
     except RotatorError as error:
         return error
 
@@ -362,7 +362,7 @@ async def test_a_writer_is_as_good_as_new_after_each_kind_of_error(database: Dat
         with pytest.raises(RowsLockedError):
             await writer.rewrite(key_range(None, 20, 20))
         neighbour.execute("ROLLBACK")
-        assert await writer.rewrite(key_range(None, 20, 3)) == 20
+        assert (await writer.rewrite(key_range(None, 20, 3))).rows == 20
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ async def test_tables_keys_and_columns_of_any_name_and_shape(
     assert len(before) == 10
     async with writing(database, lease, table) as writer:
         tried = KeyRange(after=Key(after), through=Key(through), rows=len(expected))
-        assert await writer.rewrite(tried) == len(expected)
+        assert (await writer.rewrite(tried)).rows == len(expected)
     assert database.changed(before, table) == expected
     assert database.updates() == Counter(expected)
     assert database.checkpoints() == [(after, through, len(expected))]

@@ -10,7 +10,7 @@ import pytest
 
 from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
-from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.ranges import Key, KeyInterval, KeyRange, Written
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.gate import Gate
 from rotator.runner.retry import RetryPolicy
@@ -65,7 +65,7 @@ class _Rows:
         self.gate.set()
         self._locked = locked or {}
 
-    async def rewrite(self, key_range: KeyRange) -> int:
+    async def rewrite(self, key_range: KeyRange) -> Written:
         self.begun += 1
         await self.gate.wait()
         through = _number(key_range.through)
@@ -73,7 +73,7 @@ class _Rows:
             self._locked[through] -= 1
             raise RowsLockedError("locked")
         self.written.update(range(_number(key_range.after) + 1, through + 1))
-        return key_range.rows
+        return Written(rows=key_range.rows, has_other_writes=False, server_seconds=0.0)
 
 
 def _engine(
@@ -174,7 +174,7 @@ async def test_draining_finishes_what_is_in_flight_and_begins_nothing() -> None:
 
 async def test_an_error_of_the_writer_ends_the_run_as_itself() -> None:
     class Broken(_Rows):
-        async def rewrite(self, key_range: KeyRange) -> int:
+        async def rewrite(self, key_range: KeyRange) -> Written:
             raise PermissionError(key_range.through)
 
     with pytest.raises(PermissionError):
@@ -194,7 +194,7 @@ class _Refusals(_Rows):
         self._left = times
         self._slow_rows = slow_rows
 
-    async def rewrite(self, key_range: KeyRange) -> int:
+    async def rewrite(self, key_range: KeyRange) -> Written:
         after, through = _number(key_range.after), _number(key_range.through)
         self.tried.append((after, through))
         if self._slow_rows and key_range.rows >= self._slow_rows:

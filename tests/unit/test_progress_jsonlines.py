@@ -66,6 +66,7 @@ def test_a_start_tells_what_will_be_done() -> None:
             "deferrals_before": 0,
             "retries_before": 0,
             "throttled_seconds_before": 0.0,
+            "pace": "balanced",
             "resumed": False,
         }
     ]
@@ -108,6 +109,7 @@ def test_progress_comes_once_a_second_with_the_figures() -> None:
         "retries": 1,
         "rejected_rows": 0,
         "outage_left_seconds": None,
+        "pace": None,
         "throttles": {},
         "throttled_seconds": {},
     }
@@ -152,7 +154,7 @@ def test_the_names_of_all_other_events_are_an_interface() -> None:
         "server_log_shows_values late_commits_awaited late_commits_over late_rows_rotated "
         "confirmation_started rows_confirmed vacuum_started vacuumed vacuum_skipped analyzed "
         "analyze_skipped reindex_started index_rebuilt reindex_skipped receiver_failed "
-        "limit_raised lock_held throttled throttle_ended limits_changed horizon_held "
+        "limit_raised lock_held pace_changed throttled throttle_ended limits_changed horizon_held "
         "drain_started"
     )
     assert [event_name(kind) for kind in get_args(Event) if kind not in special] == names.split()

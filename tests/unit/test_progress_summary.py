@@ -9,11 +9,11 @@ from tests.unit.progress_fakes import stopped
 REJECTED = tuple((Key(f"[{key}]"), "check_violation on token_length") for key in range(23))
 KEYS = (
     "rotation target status rows rows_total rows_total_is_exact rows_this_run late_rows unconfirmed_rows "
-    "ranges seconds seconds_total rows_per_second deferrals retries outage_seconds throttled_seconds "
-    "peak_memory_bytes concurrency batch heap_bytes_before heap_bytes index_bytes_before index_bytes "
-    "dead_rows vacuums vacuum_seconds resumed rejected_keys error reason spans table_rows table_rows_is_exact "
-    "indexes analyze_statement reindex_statements "
-    "unchanged_rows started_at ended_at user host server table filters excludes generator include_null"
+    "ranges seconds seconds_total rows_per_second deferrals retries outage_seconds pace limited_seconds "
+    "throttled_seconds peak_memory_bytes concurrency batch heap_bytes_before heap_bytes "
+    "index_bytes_before index_bytes dead_rows vacuums vacuum_seconds resumed rejected_keys error reason "
+    "spans table_rows table_rows_is_exact indexes analyze_statement reindex_statements unchanged_rows "
+    "started_at ended_at user host server table filters excludes generator include_null"
 )
 
 
@@ -23,6 +23,7 @@ def test_a_completed_run() -> None:
         "  rows         1,000,000",
         "  ranges       500 of up to 2,000 rows",
         "  workers      4",
+        "  pace         balanced",
         "  time         40 s",
         "  rate         25,100 rows/s while writing",
         "  deferrals    0",
@@ -53,6 +54,7 @@ def test_an_interrupted_run_says_how_to_resume() -> None:
         "  rows         288,000 in this run, 700,000 in total; 12 late rows among them",
         "  ranges       500 of up to 2,000 rows",
         "  workers      4",
+        "  pace         balanced",
         "  time         40 s in this run, 2 min 05 s in total",
         "  rate         25,100 rows/s while writing",
         "  deferrals    5",

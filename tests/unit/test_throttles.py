@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from rotator.events import Event, HorizonHeld, Throttled, ThrottleEnded
 from rotator.exceptions import OptionError
 from rotator.fields.throttles import find_sources
 from rotator.options import RunOptions
 from rotator.postgres import throttles as signals
+from rotator.postgres.activity import HorizonHolder
 from rotator.postgres.connection import Server
 from rotator.postgres.throttles import Reading, Replica, reading
+from rotator.progress.bar import bar_text
+from rotator.progress.lines import figures
 from rotator.runner import throttles
+from rotator.runner.horizon import HorizonWatch
 from rotator.runner.throttles import (
     Budget,
     CalledSignal,
@@ -22,6 +27,8 @@ from rotator.runner.throttles import (
     show_bytes,
     show_seconds,
 )
+from rotator.stats import Stats
+from tests.unit.progress_fakes import Clock, completed, started
 
 UNKNOWN = Reading(problem="no answer within 2 s")
 
@@ -201,3 +208,56 @@ def test_limits_survive_the_row_of_the_rotation() -> None:
 
 def test_a_signal_is_watched_only_where_it_has_a_limit() -> None:
     assert Throttles(RunOptions(), ThrottleSources())._signals == []  # noqa: SLF001 - its only state
+
+
+# --- How it is shown --------------------------------------------------------------------------------
+
+LAG = "replica lag of standby 14 s > 10 s; ends below 8.0 s"
+
+
+def test_throttled_time_is_shown_separately_and_is_no_stall() -> None:
+    clock = Clock()
+    stats = Stats(clock=clock)
+    stats.take(started())
+    for second in range(1, 11):
+        clock.now = second
+        stats.take(completed(rows=1000, seconds=1.0))
+    assert stats.eta_seconds == pytest.approx(990, rel=0.02)
+    stats.take(Throttled(source="replica lag of standby", reason=LAG))
+    stats.take(Throttled(source="pause", reason="paused by alice"))
+    clock.now += 240
+    # Much longer than a stall.
+    assert stats.state == "throttled"
+    assert stats.eta_seconds == pytest.approx(990, rel=0.02)
+    text = f"ETA 16 min 30 s at the current rate; throttled 4 min 00 s so far ({LAG}; paused by alice)"
+    assert f" rows (1%), {text}" in figures(stats)
+    assert bar_text(stats, 200).endswith(text)
+    assert bar_text(stats, 80).endswith("throttled 4 min 00 s so far")
+    stats.take(ThrottleEnded(source="pause", reason="paused by alice", seconds=240))
+    clock.now += 10
+    stats.take(ThrottleEnded(source="replica lag of standby", reason=LAG, seconds=250))
+    # Both at once are counted once.
+    assert stats.held_seconds == 250
+    assert stats.rows_per_second == pytest.approx(1000, rel=0.02)
+    for second in range(1, 6):
+        clock.now = 260 + second
+        stats.take(completed(rows=1000, seconds=1.0))
+    assert stats.rows_per_second == pytest.approx(1000, rel=0.02)
+
+
+def test_the_horizon_is_reported_once_when_it_has_not_moved_for_five_seconds() -> None:
+    now, events = [0.0], list[Event]()
+    watch = HorizonWatch(events.append, clock=lambda: now[0])
+    old = HorizonHolder(name="pid 7", xmin="100", phrase="pid 7, psql, idle in transaction")
+    for second in range(0, 20, 2):
+        now[0] = second
+        # A busy session has another snapshot each time.
+        busy = HorizonHolder(name="pid 8", xmin=str(200 + second), phrase="pid 8")
+        watch.take((old, busy))
+        assert len(events) == (second >= 5)
+    assert events == [HorizonHeld(holders=("pid 7, psql, idle in transaction",))]
+    watch.take(())
+    for second in (20, 24, 26):
+        now[0] = second
+        watch.take((old,))
+    assert len(events) == 2

@@ -224,7 +224,14 @@ class Command(BaseCommand):
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
     names = (
-        *("concurrency", "batch", "restart", "take_over", "stop_after", "lock_timeout", "outage_budget"),
+        "concurrency",
+        "batch",
+        "pace",
+        "restart",
+        "take_over",
+        "stop_after",
+        "lock_timeout",
+        "outage_budget",
         *("max_lag", "lag_of", "max_unarchived_wal", "max_slot_wal"),
     )
     return RunOptions.checked(

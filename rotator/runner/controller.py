@@ -1,0 +1,337 @@
+"""The controller of the pace: from measurements to the number of workers and the size of ranges.
+
+Nothing here waits, reads a clock of its own or asks the server, so that simulations can test it.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from rotator.options import Pace
+
+# Rows per range.
+COMPLETED_BEFORE_GROWTH: Final = 64
+MIN_ROWS: Final = 16
+START_ROWS: Final = 500
+RECENT_RANGES: Final = 16
+MAX_GROWTH: Final = 1.5
+# What a range costs on the server whatever its size; an estimate, which only makes the size settle sooner.
+FIXED_SECONDS: Final = 0.003
+# With less, most of a range's time is that cost.
+MIN_RANGE_SECONDS: Final = 0.005
+
+# Workers.
+WINDOW_SECONDS: Final = 2.0
+MIN_SAMPLES: Final = 10
+SAMPLES_OF_ONE_STEP: Final = 20
+# Differences below it matter to no application, and on a fast disk they are noise.
+TOLERATED_SECONDS: Final = 0.0005
+LOW_MARK: Final = 0.8
+FAR_ABOVE: Final = 2.0
+DOWN_SECONDS: Final = 1.0
+UP_SECONDS: Final = 2.0
+TRIAL_RANGES: Final = 16
+SETTLE_SECONDS: Final = 0.5
+MARK_SECONDS: Final = 10.0
+MIN_GAIN: Final = 0.3
+BUSY: Final = 0.8
+BLOCKED_SECONDS: Final = 60.0
+MAX_BLOCKED_SECONDS: Final = 600.0
+# A baseline that changes by more makes earlier trials meaningless.
+NEW_BASELINE: Final = 1.3
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """Return the value that this share of the values does not exceed; there must be one."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+class RangeSizer:
+    """The rows of the next range.
+
+    A range that is too slow halves them, and many that are not double them. A target of server time limits
+    them further: the slowest tenth of the recent ranges must still reach it. So they shrink at once, and grow
+    at most ``MAX_GROWTH`` times.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._rows = self._max_rows = max_rows
+        self._completed = 0
+        self._recent = deque[tuple[int, float]](maxlen=RECENT_RANGES)
+
+    def shrink(self, rows: int) -> None:
+        """Plan smaller ranges, since one of this many rows was too slow."""
+        self._completed = 0
+        self._rows = max(min(MIN_ROWS, self._max_rows), min(self._rows, rows // 2))
+
+    def count_completed(self, rows: int, server_seconds: float) -> None:
+        """Count a completed range of this many rows, which took this time on the server."""
+        self._completed += 1
+        if self._rows < self._max_rows and self._completed >= COMPLETED_BEFORE_GROWTH:
+            self._completed = 0
+            self._rows = min(self._max_rows, self._rows * 2)
+        if rows:
+            self._recent.append((rows, server_seconds))
+
+    def limit(self, max_rows: int) -> None:
+        """Change the upper limit."""
+        self._rows = max_rows if self._rows == self._max_rows else min(self._rows, max_rows)
+        self._max_rows = max_rows
+
+    def rows(self, range_seconds: float | None) -> int:
+        """Return the rows of the next range, which should take at most this time; None for any time."""
+        if range_seconds is None:
+            return self._rows
+        if not self._recent:
+            return min(self._rows, START_ROWS)
+        largest = max(rows for rows, _ in self._recent) * MAX_GROWTH
+        fitting = percentile((_rows_within(range_seconds, *recent) for recent in self._recent), 0.1)
+        return max(min(MIN_ROWS, self._rows), min(self._rows, int(min(fitting, largest))))
+
+
+def _rows_within(range_seconds: float, rows: int, seconds: float) -> float:
+    """Return the rows that a range can have in a time, where one of ``rows`` took ``seconds``."""
+    fixed = min(FIXED_SECONDS, range_seconds / 2)
+    seconds_per_row = (seconds - fixed) / rows
+    return (range_seconds - fixed) / seconds_per_row if seconds_per_row > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allowance:
+    """What the controller allows.
+
+    Attributes:
+        workers: The number of workers; None for the upper limit.
+        range_seconds: The time on the server that a range may take; None for any.
+    """
+
+    workers: int | None = None
+    range_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """The work of the run so far.
+
+    Attributes:
+        rows: The number of rotated rows.
+        ranges: The number of completed ranges.
+        busy: The mean number of workers that wrote a range, since the last time.
+    """
+
+    rows: int
+    ranges: int
+    busy: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Block:
+    """A level that failed, and the time until it is tried again."""
+
+    until: float
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Mark:
+    """The progress at some time of a level."""
+
+    at: float
+    rows: int
+    ranges: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trial:
+    """More workers than before, which have to be worth it."""
+
+    level_before: int
+    rate_before: float
+
+
+class Controller:
+    """Moves a level up and down while other sessions are at work.
+
+    A level above zero is a number of workers. Each level below one halves the time that the ranges of the
+    only worker take. A level that was too much, or gained too little, is blocked for a minute, then for two,
+    and so on: without that memory, the level would swing between two neighbours for ever.
+
+    Each ``now`` is a monotonic clock's value in seconds and never smaller than the one before.
+
+    Attributes:
+        pace: The pace.
+    """
+
+    def __init__(self, pace: Pace, *, max_workers: int, now: float) -> None:
+        """Begin with one worker.
+
+        Args:
+            pace: A pace with limits.
+            max_workers: The upper limit of workers.
+            now: The time.
+        """
+        self.pace = pace
+        self._range_seconds = pace.range_seconds or math.inf
+        self._latency_limit = pace.latency_limit or math.inf
+        self._max_workers = max_workers
+        self._lowest = 1 - max(0, int(math.log2(self._range_seconds / MIN_RANGE_SECONDS)))
+        self._baseline: float | None = None
+        self._samples = deque[tuple[float, float]]()
+        self._blocks = dict[int, _Block]()
+        self._level = 1
+        self._changed_at = now
+        self._mark: _Mark | None = None
+        self._trial: _Trial | None = None
+        self._doubles = True
+        self._gauge = ""
+        self._knee = ""
+
+    @property
+    def allowance(self) -> Allowance:
+        """What is allowed now."""
+        share = 2.0 ** min(0, self._level - 1)
+        return Allowance(workers=max(1, self._level), range_seconds=self._range_seconds * share)
+
+    @property
+    def reason(self) -> str:
+        """The reason of the present level, as a phrase; empty without measurements."""
+        return "; ".join(filter(None, [self._gauge, self._knee]))
+
+    @property
+    def is_lowest(self) -> bool:
+        """Whether it can go no lower."""
+        return self._level <= self._lowest
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the commits take longer than the limit."""
+        p90, limit = self.p90, self.limit
+        return p90 is not None and limit is not None and p90 > limit
+
+    @property
+    def limit(self) -> float | None:
+        """The longest time of a commit, in seconds; None without a baseline."""
+        if self._baseline is None:
+            return None
+        return max(self._baseline * self._latency_limit, self._baseline + TOLERATED_SECONDS)
+
+    @property
+    def p90(self) -> float | None:
+        """The 90th percentile of the commits at the present level; None while there are too few."""
+        if len(self._samples) < MIN_SAMPLES:
+            return None
+        return percentile((seconds for _, seconds in self._samples), 0.9)
+
+    def set_max_workers(self, workers: int) -> None:
+        """Change the upper limit of workers."""
+        self._max_workers = workers
+        self._level = min(self._level, workers)
+
+    def set_baseline(self, seconds: float) -> None:
+        """Set the 90th percentile of the commits without our own load."""
+        before, self._baseline = self._baseline, seconds
+        if before is not None and not 1 / NEW_BASELINE <= seconds / before <= NEW_BASELINE:
+            self._blocks.clear()
+
+    def add_commit(self, seconds: float, now: float) -> None:
+        """Count a commit of the probe, which took this time."""
+        self._samples.append((now, seconds))
+
+    def interrupt(self, now: float) -> None:
+        """Forget the measurements of this level, since ranges were held back meanwhile."""
+        self._samples.clear()
+        self._changed_at, self._mark = now, None
+
+    def decide(self, progress: Progress, now: float) -> bool:
+        """Move the level where the measurements ask for it, and return whether it has moved.
+
+        Too few measurements, or old ones, hold the level.
+        """
+        while self._samples and self._samples[0][0] < now - WINDOW_SECONDS:
+            self._samples.popleft()
+        is_old = self._mark is not None and now - self._mark.at > MARK_SECONDS and self._trial is None
+        if is_old or (self._mark is None and now - self._changed_at >= SETTLE_SECONDS):
+            self._mark = _Mark(at=now, rows=progress.rows, ranges=progress.ranges)
+        p90, limit = self.p90, self.limit
+        if p90 is None or limit is None:
+            return False
+        sign = ">" if p90 > limit else "≤"
+        self._gauge = f"commit p90 {p90 * 1000:.1f} ms {sign} {limit * 1000:.1f} ms"
+        if not any(now < block.until for block in self._blocks.values()):
+            self._knee = ""
+        level = self._level
+        if p90 > limit:
+            self._go_down(p90, limit, now)
+        elif self._trial is not None and self._is_measured(progress, now):
+            self._end_trial(self._trial, progress, now)
+        elif p90 < LOW_MARK * limit and self._trial is None:
+            self._go_up(p90, limit, progress, now)
+        if self._level == level:
+            return False
+        self._samples.clear()
+        self._changed_at, self._mark = now, None
+        return True
+
+    def _go_down(self, p90: float, limit: float, now: float) -> None:
+        if self.is_lowest:
+            return
+        if p90 > FAR_ABOVE * limit:
+            lower = self._level // 2 if self._level > 1 else self._level - 2
+        elif len(self._samples) >= SAMPLES_OF_ONE_STEP and now - self._changed_at >= DOWN_SECONDS:
+            lower = self._level - 1
+        else:
+            return
+        self._block(self._level, now)
+        self._level = max(self._lowest, lower if self._trial is None else self._trial.level_before)
+        self._doubles, self._trial, self._knee = False, None, ""
+
+    def _go_up(self, p90: float, limit: float, progress: Progress, now: float) -> None:
+        if not self._is_measured(progress, now) or progress.busy < BUSY * max(1, self._level):
+            return
+        for higher in [2 * self._level, self._level + 1] if self._doubles else [self._level + 1]:
+            if not self._level < higher <= self._max_workers or self._is_blocked(higher, now):
+                continue
+            # What our load adds grows with the workers, and somewhat with the size of a range.
+            factor = higher / self._level if self._level >= 1 else MAX_GROWTH
+            baseline = self._baseline or 0.0
+            if baseline + max(0.0, p90 - baseline) * factor > limit:
+                continue
+            if higher > 1:
+                self._trial = _Trial(level_before=self._level, rate_before=self._rate(progress, now))
+            self._level = higher
+            return
+
+    def _end_trial(self, trial: _Trial, progress: Progress, now: float) -> None:
+        self._trial = None
+        gain = self._rate(progress, now) / trial.rate_before - 1 if trial.rate_before else math.inf
+        needed = MIN_GAIN * (self._level - trial.level_before) / self._level
+        if gain >= needed:
+            return
+        self._block(self._level, now)
+        self._doubles = False
+        more = f"{self._level} workers instead of {trial.level_before}"
+        self._knee = f"{more} changed rows/s by {gain:+.0%} < {needed:+.0%}"
+        self._level = trial.level_before
+
+    def _is_measured(self, progress: Progress, now: float) -> bool:
+        """Return whether the level has lasted for long enough to compare it."""
+        if self._mark is None or now - self._mark.at < UP_SECONDS - SETTLE_SECONDS:
+            return False
+        return progress.ranges - self._mark.ranges >= TRIAL_RANGES
+
+    def _rate(self, progress: Progress, now: float) -> float:
+        mark = self._mark
+        return (progress.rows - mark.rows) / (now - mark.at) if mark and now > mark.at else 0.0
+
+    def _block(self, level: int, now: float) -> None:
+        block = self._blocks.get(level)
+        # A level that lasted was not the failure of the same trial.
+        is_repeated = block is not None and now - self._changed_at < BLOCKED_SECONDS
+        seconds = min(MAX_BLOCKED_SECONDS, 2 * block.seconds) if block and is_repeated else BLOCKED_SECONDS
+        self._blocks[level] = _Block(until=now + seconds, seconds=seconds)
+
+    def _is_blocked(self, level: int, now: float) -> bool:
+        return any(blocked <= level and now < block.until for blocked, block in self._blocks.items())

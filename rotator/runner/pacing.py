@@ -1,0 +1,290 @@
+"""Keeps the pace: measures what other sessions feel, and moves the gate's allowance accordingly."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from statistics import median
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.events import Observer, PaceChanged
+from rotator.exceptions import RotatorError
+from rotator.options import read_pace
+from rotator.postgres.connection import Server, connected
+from rotator.postgres.probes import Activity, probe, read_activity, sessions_that_wait
+from rotator.runner.controller import MIN_SAMPLES, Allowance, Controller, Progress, percentile
+from rotator.runner.gate import Gate
+
+PROBE_SECONDS: Final = 0.04
+LOOK_SECONDS: Final = 0.25
+REPORT_SECONDS: Final = 1.0
+REPORTED_FAILURE: Final = 2
+RETRY_SECONDS: Final = 2.0
+STEADY_SECONDS: Final = 10.0
+CLOSE_SECONDS: Final = 1.0
+
+# A session waits for a range of the usual size for less.
+WAIT_SECONDS: Final = 0.05
+LOCK_WAIT: Final = "lock wait"
+
+BASELINE_SECONDS: Final = 0.3
+EMPTY_SECONDS: Final = 1.0
+BASELINE_EVERY_SECONDS: Final = 60.0
+# Where even the least is too much, the load of other sessions may have changed.
+BASELINE_AT_LOWEST_SECONDS: Final = 10.0
+BASELINES: Final = 3
+
+# Sessions add to the statistics once a second, so a shorter time can miss them, or count ours for theirs.
+MIN_ACTIVITY_SECONDS: Final = 0.3
+ACTIVE_SECONDS: Final = 1.0
+QUIET_SECONDS: Final = 5.0
+OTHERS_PER_SECOND: Final = 5.0
+SHARE_WHEN_QUIET: Final = 0.25
+SHARE_WHEN_ACTIVE: Final = 0.1
+# Planning and writing.
+COMMITS_OF_RANGE: Final = 2
+COMMITS_OF_PROBE: Final = 3
+# Heartbeat, VACUUM, and what watches locks.
+OWN_PER_SECOND: Final = 5.0
+# A coordinator also reads spans, progress and helpers ten times a second.
+OWN_PER_SECOND_WITH_CELERY: Final = 50.0
+
+QUIET: Final = "no other sessions at work"
+ACTIVE: Final = "other sessions at work"
+
+
+class Neighbours:
+    """Whether other sessions are at work: the server commits more than the rotations do.
+
+    Attributes:
+        are_active: Whether they are.
+    """
+
+    def __init__(self, own_per_second: float = OWN_PER_SECOND) -> None:
+        """Assume that there are none.
+
+        Args:
+            own_per_second: The commits of the rotation that no statistics count.
+        """
+        self.are_active = False
+        self._own_per_second = own_per_second
+        self._counts = deque[tuple[float, float, float]]()
+
+    def add(self, activity: Activity, *, own_commits: int) -> None:
+        """Take the counts, and the commits of the probes so far."""
+        own = activity.ranges * COMMITS_OF_RANGE + activity.writes + own_commits
+        self._counts.append((activity.at, activity.commits - own, own))
+        while len(self._counts) > 1 and self._counts[1][0] <= activity.at - QUIET_SECONDS:
+            self._counts.popleft()
+        if self.are_active:
+            self.are_active = self._are_active(QUIET_SECONDS, SHARE_WHEN_ACTIVE) is not False
+        else:
+            self.are_active = self._are_active(ACTIVE_SECONDS, SHARE_WHEN_QUIET) is True
+
+    def _are_active(self, seconds: float, share: float) -> bool | None:
+        """Return whether they were at work for the last ``seconds``; None if that is unknown."""
+        at, others, own = self._counts[-1]
+        since = [counts for counts in self._counts if counts[0] <= at - seconds]
+        # At the start of a run less time has passed.
+        before_at, before_others, before_own = since[-1] if since else self._counts[0]
+        elapsed = at - before_at
+        if elapsed < (seconds if self.are_active else MIN_ACTIVITY_SECONDS):
+            return None
+        limit = OTHERS_PER_SECOND + self._own_per_second + share * (own - before_own) / elapsed
+        return (others - before_others) / elapsed > limit
+
+
+class Pacing:
+    """Keeps the pace of a run or of a Celery worker, and never raises an error."""
+
+    def __init__(
+        self,
+        server: Server,
+        gate: Gate,
+        pace: str,
+        notify: Observer,
+        *,
+        own_per_second: float = OWN_PER_SECOND,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            server: The server, for a connection of its own.
+            gate: The gate whose allowance it moves.
+            pace: The name of the pace.
+            notify: Is called with :class:`PaceChanged`.
+            own_per_second: The commits of the rotation that no statistics count.
+            clock: Returns monotonic seconds.
+        """
+        self._server = server
+        self._gate = gate
+        self._pace = read_pace(pace)
+        self._notify = notify
+        self._clock = clock
+        self._neighbours = Neighbours(own_per_second)
+        self._own_commits = 0
+        self._controller: Controller | None = None
+        self._is_limited = False
+        self._baselines = deque[float](maxlen=BASELINES)
+        self._baseline_at = 0.0
+        self._look_at = self._report_at = 0.0
+        self._busy = list[int]()
+
+    @property
+    def pace(self) -> str:
+        """The name of the pace."""
+        return self._pace.name
+
+    def set_pace(self, name: str) -> None:
+        """Change the pace.
+
+        Raises:
+            OptionError: There is no such pace.
+        """
+        pace = read_pace(name)
+        if pace == self._pace:
+            return
+        self._pace, self._controller = pace, None
+        if self._is_limited:
+            self._is_limited = False
+            self._gate.allow(Allowance())
+        self._announce("the pace was changed")
+
+    async def prepare(self, connection: AsyncConnection) -> None:
+        """Count commits before the preflight, so that other sessions are known after it."""
+        if self._pace.latency_limit is not None:
+            with suppress(RotatorError):
+                self._neighbours.add(await read_activity(connection), own_commits=0)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep the pace until the block ends."""
+        keeping = asyncio.create_task(self.run(), name="rotator pace")
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping], timeout=CLOSE_SECONDS)
+
+    async def run(self) -> None:
+        """Keep the pace until cancelled. Without measurements, the allowance stays what it is."""
+        failures = 0
+        while True:
+            began = self._clock()
+            try:
+                if self._pace.latency_limit is not None:
+                    async with connected(self._server) as connection:
+                        await self._watch(connection)
+            except RotatorError as error:
+                failures = 1 if self._clock() - began > STEADY_SECONDS else failures + 1
+                # Not for a connection that the next attempt opens again.
+                if failures == REPORTED_FAILURE:
+                    self._announce(f"no measurements: {str(error).rstrip('.')}")
+                await asyncio.sleep(RETRY_SECONDS)
+            finally:
+                self._gate.release(LOCK_WAIT, slowly=False)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _watch(self, connection: AsyncConnection) -> None:
+        """Look and probe on this connection until the pace is full."""
+        while self._pace.latency_limit is not None:
+            if self._clock() >= self._look_at:
+                self._look_at = self._clock() + LOOK_SECONDS
+                await self._look(connection)
+                await self._follow_neighbours(connection)
+            controller = self._controller
+            if not self._is_limited or controller is None:
+                await asyncio.sleep(LOOK_SECONDS)
+            elif not self._gate.is_open:
+                await asyncio.sleep(LOOK_SECONDS)
+                controller.interrupt(self._clock())
+            else:
+                await self._measure(connection, controller)
+                await asyncio.sleep(PROBE_SECONDS)
+
+    async def _look(self, connection: AsyncConnection) -> None:
+        """Hold while a session waits for a range, and see whether other sessions are at work."""
+        waiting = await sessions_that_wait(connection, seconds=WAIT_SECONDS)
+        if waiting.sessions:
+            longest, limit = waiting.seconds * 1000, WAIT_SECONDS * 1000
+            self._gate.hold(LOCK_WAIT, f"{LOCK_WAIT} of other sessions {longest:.0f} ms > {limit:.0f} ms")
+        else:
+            self._gate.release(LOCK_WAIT, slowly=False)
+        self._own_commits += 2
+        self._neighbours.add(await read_activity(connection), own_commits=self._own_commits)
+
+    async def _follow_neighbours(self, connection: AsyncConnection) -> None:
+        """Limit the rotation while other sessions are at work."""
+        if self._neighbours.are_active and not self._is_limited:
+            now = self._clock()
+            if self._controller is None:
+                self._controller = Controller(self._pace, max_workers=self._gate.concurrency, now=now)
+            self._is_limited = True
+            self._gate.allow(self._controller.allowance)
+            self._announce(ACTIVE)
+            await self._measure_baseline(connection, self._controller)
+        elif self._is_limited and not self._neighbours.are_active:
+            self._is_limited = False
+            self._gate.allow(Allowance())
+            self._announce(QUIET)
+
+    async def _measure(self, connection: AsyncConnection, controller: Controller) -> None:
+        """Probe once, and let the controller decide."""
+        gate = self._gate
+        measured = await probe(connection)
+        self._own_commits += COMMITS_OF_PROBE
+        now = self._clock()
+        self._busy.append(gate.busy)
+        controller.set_max_workers(gate.concurrency)
+        controller.add_commit(measured.commit_seconds, now)
+        progress = Progress(
+            rows=gate.rows_completed,
+            ranges=gate.ranges_completed,
+            busy=sum(self._busy) / len(self._busy),
+        )
+        if len(self._busy) * PROBE_SECONDS >= LOOK_SECONDS:
+            self._busy.clear()
+            if controller.decide(progress, now):
+                gate.allow(controller.allowance)
+                self._announce(controller.reason or ACTIVE)
+        if now >= self._report_at:
+            self._announce(controller.reason or ACTIVE, is_new=False)
+        is_stuck = controller.is_lowest and controller.is_over
+        every = BASELINE_AT_LOWEST_SECONDS if is_stuck else BASELINE_EVERY_SECONDS
+        if now - self._baseline_at >= every:
+            await self._measure_baseline(connection, controller)
+
+    async def _measure_baseline(self, connection: AsyncConnection, controller: Controller) -> None:
+        """Measure while no range is in flight, so that our own load never becomes the baseline."""
+        async with self._gate.emptied(EMPTY_SECONDS) as is_empty:
+            seconds, until = list[float](), self._clock() + BASELINE_SECONDS
+            while is_empty and self._clock() < until:
+                seconds.append((await probe(connection)).commit_seconds)
+        self._own_commits += COMMITS_OF_PROBE * len(seconds)
+        if len(seconds) >= MIN_SAMPLES:
+            self._baselines.append(percentile(seconds, 0.9))
+            # One checkpoint of the server is no new baseline.
+            controller.set_baseline(median(self._baselines))
+            self._baseline_at = self._clock()
+        else:
+            self._baseline_at = self._clock() - BASELINE_EVERY_SECONDS + BASELINE_AT_LOWEST_SECONDS
+        controller.interrupt(self._clock())
+
+    def _announce(self, reason: str, *, is_new: bool = True) -> None:
+        self._report_at = self._clock() + REPORT_SECONDS
+        gate = self._gate
+        self._notify(
+            PaceChanged(
+                pace=self._pace.name,
+                workers=gate.workers,
+                concurrency=gate.concurrency,
+                rows=gate.rows,
+                reason=reason,
+                is_limited=self._is_limited,
+                is_new=is_new,
+            )
+        )
