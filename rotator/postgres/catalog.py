@@ -275,6 +275,7 @@ _OWN_TABLES: Final = {
     "rotator_latetransaction": ("SELECT", "INSERT"),
     "rotator_control": ("SELECT", "INSERT", "UPDATE"),
     "rotator_action": ("SELECT", "INSERT"),
+    "rotator_measurement": ("SELECT", "INSERT"),
 }
 _HAS: Final = (
     "SELECT COALESCE(has_table_privilege(to_regclass(%(table)s)::oid, %(privilege)s), true)"

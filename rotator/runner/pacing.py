@@ -133,11 +133,27 @@ class Pacing:
         self._baseline_at = 0.0
         self._look_at = self._report_at = 0.0
         self._busy = list[int]()
+        self._waiting_sessions: int | None = None
 
     @property
     def pace(self) -> str:
         """The name of the pace."""
         return self._pace.name
+
+    @property
+    def commit_seconds(self) -> float | None:
+        """The 90th percentile of the time of recent commits; None where none are measured now."""
+        return self._controller.p90 if self._controller and self._is_limited else None
+
+    @property
+    def baseline_seconds(self) -> float | None:
+        """The same without the rotation; None where it is not measured."""
+        return self._controller.baseline if self._controller else None
+
+    @property
+    def waiting_sessions(self) -> int | None:
+        """The number of sessions that wait for a range; None where that is not measured."""
+        return self._waiting_sessions
 
     def set_pace(self, name: str) -> None:
         """Change the pace.
@@ -186,6 +202,7 @@ class Pacing:
                     self._announce(f"no measurements: {str(error).rstrip('.')}")
                 await asyncio.sleep(RETRY_SECONDS)
             finally:
+                self._waiting_sessions = None
                 self._gate.release(LOCK_WAIT, slowly=False)
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -209,6 +226,7 @@ class Pacing:
     async def _look(self, connection: AsyncConnection) -> None:
         """Hold while a session waits for a range, and see whether other sessions are at work."""
         waiting = await sessions_that_wait(connection, seconds=WAIT_SECONDS)
+        self._waiting_sessions = waiting.sessions
         if waiting.sessions:
             longest, limit = waiting.seconds * 1000, WAIT_SECONDS * 1000
             self._gate.hold(LOCK_WAIT, f"{LOCK_WAIT} of other sessions {longest:.0f} ms > {limit:.0f} ms")
