@@ -32,7 +32,8 @@ CHART: Final = (
 
 # One row for each time in which the same sources held the rotation.
 HELD: Final = (
-    "WITH found AS (SELECT at, held_by, lead(at) OVER later AS until, held_by <> lag(held_by, 1, '') OVER later"
+    "WITH found AS (SELECT at, held_by, lead(at) OVER later AS until,"
+    " held_by <> lag(held_by, 1, '') OVER later"
     " OR EXTRACT(epoch FROM at - lag(at) OVER later) > %(gap)s AS begins"
     " FROM rotator_measurement WHERE rotation_id = %(rotation)s WINDOW later AS (ORDER BY at, id)),"
     " numbered AS (SELECT *, count(*) FILTER (WHERE begins) OVER (ORDER BY at) AS number FROM found)"

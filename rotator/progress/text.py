@@ -128,7 +128,7 @@ def one_line(text: str) -> str:
 OLD_STATISTICS: Final = "the statistics in pg_stats may still hold old values"
 REJECTED_ROWS_NAMED: Final = 20
 HOLDERS_NAMED: Final = 5
-_ACTIVITIES: Final[dict[State, str]] = {
+ACTIVITIES: Final[dict[State, str]] = {
     "draining": "draining ranges in flight",
     "confirming": "confirming rows",
     "vacuuming": "vacuuming",
@@ -315,7 +315,7 @@ def activity(stats: Stats) -> str:
         return throttled(stats)[0]
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
-    return _ACTIVITIES.get(stats.state, "")
+    return ACTIVITIES.get(stats.state, "")
 
 
 def throttled(stats: Stats) -> list[str]:
