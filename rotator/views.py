@@ -1,9 +1,9 @@
-"""The pages of a rotation in Django's admin, and their buttons."""
+"""The pages of a rotation in Django's admin, their buttons, and the metrics."""
 
 from typing import TYPE_CHECKING, Any, Final
 
 from django.contrib import messages
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.db import router
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import render
@@ -102,6 +102,25 @@ def control_all(admin: "_Admin", request: HttpRequest) -> HttpResponse:
         number += 1
     messages.success(request, f"Requested of {number} rotation{'s' * (number != 1)}: {verb}.")
     return HttpResponseRedirect(reverse("admin:rotator_rotation_changelist"))
+
+
+def metrics(request: HttpRequest) -> HttpResponse:
+    """Return the metrics of rotations in Prometheus's text format.
+
+    Raises:
+        PermissionDenied: The method is not GET.
+        ImproperlyConfigured: The extra ``metrics`` is not installed.
+    """
+    if request.method != "GET":
+        raise PermissionDenied
+    try:
+        from rotator.management import metrics as found  # noqa: PLC0415 - needs an extra
+    except ImportError as error:
+        raise ImproperlyConfigured(
+            "The metrics need prometheus-client. Install django-async-rotator[metrics]."
+        ) from error
+    text = found.metrics(router.db_for_read(Rotation))
+    return HttpResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _request(admin: "_Admin", request: HttpRequest, rotation: Rotation) -> str:

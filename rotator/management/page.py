@@ -313,7 +313,7 @@ def _run_facts(rotation: Rotation, *, hide_keys: bool) -> Facts:
         ("chosen by", _selection(Selection.from_json(rotation.selection), hide_keys=hide_keys)),
         (
             "options",
-            f"pace {options.pace}, {plural(options.concurrency, 'worker')}, {count(options.batch)} rows a range",
+            f"pace {options.pace}, {plural(options.concurrency, 'worker')}, {count(options.batch)} rows",
         ),
         ("time", f"{duration(rotation.active_seconds)} over all runs"),
         ("owner", f"{owner_of(rotation)} since {moment(rotation.owned_since)}"),

@@ -42,6 +42,15 @@ HELD: Final = (
     " FROM numbered WHERE held_by <> '' GROUP BY number, held_by ORDER BY 2"
 )
 
+# Each measurement counts until the next one.
+HELD_SECONDS: Final = (
+    "SELECT name, sum(LEAST(seconds, %(gap)s)) FROM (SELECT held_by,"
+    " EXTRACT(epoch FROM lead(at) OVER (ORDER BY at, id) - at)::float8 AS seconds"
+    " FROM rotator_measurement WHERE rotation_id = %(rotation)s) AS measured"
+    " CROSS JOIN LATERAL string_to_table(NULLIF(held_by, ''), chr(10)) AS name"
+    " WHERE seconds IS NOT NULL GROUP BY name ORDER BY name"
+)
+
 # The same checkpoints that the progress of the run counts, in steps of a quarter of a second.
 RECENT_RANGES: Final = (
     "SELECT EXTRACT(epoch FROM max(committed_at))::float8 AS at, sum(rows)::bigint AS rows,"
