@@ -1,12 +1,16 @@
 """What the page shows of one rotation, as text and JSON types: the template and the script show the same."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
+from django.apps import apps
+from django.core.exceptions import FieldDoesNotExist
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.utils import CursorWrapper
+from django.db.models import Field
 
 from rotator.events import ActionKind, StopReason
 from rotator.management.control import SETTINGS
@@ -264,13 +268,25 @@ def _left_out(rotation: Rotation, *, hide_keys: bool = False) -> list[str]:
     if chosen.is_filtered:
         words = _selection(chosen, hide_keys=hide_keys)
         left.append(f"Rows that the filter leaves out keep their values: {words}")
-    if not chosen.include_null:
+    fields = _fields(rotation)
+    if not chosen.include_null and any(field.null for field in fields):
         left.append("NULL stays NULL (no --include-null).")
-    if not chosen.include_blank:
+    if not chosen.include_blank and any(field.empty_strings_allowed for field in fields):
         left.append("The empty text stays empty (no --include-blank).")
     if rotation.unconfirmed_rows:
         left.append(f"{unconfirmed(rotation.unconfirmed_rows)}.")
-    return left
+    return left or ["The options leave out no row."]
+
+
+def _fields(rotation: Rotation) -> "list[Field[Any, Any]]":
+    """Return the fields of the target, without those that the project has no more."""
+    found = []
+    for label in rotation.target.split():
+        model, _, name = label.rpartition(".")
+        with suppress(LookupError, ValueError, FieldDoesNotExist):
+            field = apps.get_model(model)._meta.get_field(name)
+            found += [field] if isinstance(field, Field) else []
+    return found
 
 
 def _selection(chosen: Selection, *, hide_keys: bool) -> str:

@@ -21,6 +21,8 @@ from rotator.runner.gate import Gate
 PROBE_SECONDS: Final = 0.04
 LOOK_SECONDS: Final = 0.25
 REPORT_SECONDS: Final = 1.0
+RECENT_SECONDS: Final = 5.0
+MOST_COMMITS: Final = 250
 REPORTED_FAILURE: Final = 2
 RETRY_SECONDS: Final = 2.0
 STEADY_SECONDS: Final = 10.0
@@ -134,6 +136,8 @@ class Pacing:
         self._look_at = self._report_at = 0.0
         self._busy = list[int]()
         self._waiting_sessions: int | None = None
+        # Of all levels: the controller forgets those of the level before.
+        self._commits = deque[tuple[float, float]](maxlen=MOST_COMMITS)
 
     @property
     def pace(self) -> str:
@@ -142,8 +146,10 @@ class Pacing:
 
     @property
     def commit_seconds(self) -> float | None:
-        """The 90th percentile of the time of recent commits; None where none are measured now."""
-        return self._controller.p90 if self._controller and self._is_limited else None
+        """The 90th percentile of the commits of the last seconds; None where none were measured."""
+        since = self._clock() - RECENT_SECONDS
+        recent = [seconds for at, seconds in self._commits if at >= since]
+        return percentile(recent, 0.9) if recent else None
 
     @property
     def baseline_seconds(self) -> float | None:
@@ -259,6 +265,7 @@ class Pacing:
         self._busy.append(gate.busy)
         controller.set_max_workers(gate.concurrency)
         controller.add_commit(measured.commit_seconds, now)
+        self._commits.append((now, measured.commit_seconds))
         progress = Progress(
             rows=gate.rows_completed,
             ranges=gate.ranges_completed,
