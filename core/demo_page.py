@@ -33,8 +33,7 @@ def main() -> int:
     manage = [sys.executable, "manage.py"]
     # --insecure: the development server serves static files although DEBUG is off.
     serve = [*manage, "runserver", "--noreload", "--insecure", f"127.0.0.1:{options.port}"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(serve, **quiet) as site, subprocess.Popen([*manage, *_ROTATE], **quiet) as rotation:
+    with _started(serve) as site, _started([*manage, *_ROTATE]) as rotation:
         try:
             number = _wait_for_rotation(rotation)
             page = f"http://127.0.0.1:{options.port}/admin/rotator/rotation/{number}/change/"
@@ -49,6 +48,10 @@ def main() -> int:
                 process.terminate()
             _remove_user()
     return 0
+
+
+def _started(command: list[str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _reset_user() -> str:
