@@ -12,7 +12,7 @@ INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-celery test test-slow test-foreign test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
+.PHONY: help demo demo-celery demo-page test test-slow test-foreign test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -54,6 +54,11 @@ demo-celery: .venv/celery ## Do the same by two Celery workers, with a broker of
 	$(EMBEDDED) manage.py migrate --verbosity 0
 	$(EMBEDDED) manage.py create_tickets --total $(COUNT)
 	$(EMBEDDED) -m core.demo --celery --batch $(BATCH)
+
+demo-page: .venv/embedded ## Show the page of a rotation that takes some minutes
+	$(EMBEDDED) manage.py migrate --verbosity 0
+	$(EMBEDDED) manage.py create_tickets --total $(COUNT)
+	$(EMBEDDED) -m core.demo_page
 
 test: .venv/test ## Run the test suite, except for what is slow
 	$(PYTEST) -m "not slow and not foreign"

@@ -1,12 +1,19 @@
-"""Rotations in the admin, read-only."""
+"""Rotations in Django's admin: a list, and a page for each with buttons that control it."""
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.contrib import admin
-from django.http import HttpRequest
+from django.core.exceptions import PermissionDenied
+from django.db.models import QuerySet
+from django.http import HttpRequest, HttpResponse
+from django.urls import URLPattern, path
 
+from rotator.management.owners import find_rotations, owner_of
+from rotator.management.standing import age_of, percent_of_rotation, rows_of, status_of
 from rotator.models import Rotation
-from rotator.progress.text import done_of_total
+from rotator.progress.text import moment
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Rotation]
@@ -17,36 +24,89 @@ else:
 
 @admin.register(Rotation)
 class RotationAdmin(_ModelAdmin):
-    """Shows the progress of each rotation."""
+    """Shows the progress of rotations, and controls them."""
 
-    list_display = (
-        "id",
-        "target",
-        "database",
-        "status",
-        "progress",
-        "late_rows",
-        "deferrals",
-        "retries",
-        "throttle_reason",
-        "unconfirmed_rows",
-        "owner",
-        "started_at",
-        "updated_at",
-    )
+    change_list_template = "rotator/rotations.html"
+    list_display = ("rotation", "shown_status", "percent", "rows", "owner", "heartbeat", "started")
     list_filter = ("status", "database")
     search_fields = ("target",)
     ordering: ClassVar = ["-id"]
+    actions = ()
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Rotation]:
+        """Return the rotations with the age of their heartbeats."""
+        return find_rotations(super().get_queryset(request).db)
+
+    @admin.display(description="rotation", ordering="id")
+    def rotation(self, rotation: Rotation) -> str:
+        """Return the id and the target."""
+        return f"{rotation.pk}: {rotation.target}"
+
+    @admin.display(description="status", ordering="status")
+    def shown_status(self, rotation: Rotation) -> str:
+        """Return the status, or what holds it."""
+        return status_of(rotation)
+
+    @admin.display(description="%")
+    def percent(self, rotation: Rotation) -> str:
+        """Return the percentage of rows done."""
+        return f"{percent_of_rotation(rotation)}%"
 
     @admin.display(description="rows done")
-    def progress(self, rotation: Rotation) -> str:
+    def rows(self, rotation: Rotation) -> str:
         """Return the rows done and the total."""
-        return done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
+        return rows_of(rotation)
 
     @admin.display(description="owner")
     def owner(self, rotation: Rotation) -> str:
         """Return the process that owns the rotation, or the last one that did."""
-        return f"{rotation.owner_user or 'unknown'} on {rotation.owner_host} (pid {rotation.owner_pid})"
+        return str(owner_of(rotation))
+
+    @admin.display(description="last heartbeat", ordering="updated_at")
+    def heartbeat(self, rotation: Rotation) -> str:
+        """Return the age of the heartbeat while the rotation runs, and its time afterwards."""
+        return age_of(rotation) if rotation.status == "running" else moment(rotation.updated_at)
+
+    @admin.display(description="started", ordering="started_at")
+    def started(self, rotation: Rotation) -> str:
+        """Return the time of the start, in UTC as everywhere."""
+        return moment(rotation.started_at)
+
+    def get_urls(self) -> list[URLPattern]:
+        """Add the page's JSON and the buttons."""
+        # Imported here, so that commands do not import what only web processes need.
+        from rotator import views  # noqa: PLC0415
+
+        def wrapped(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
+            return self.admin_site.admin_view(partial(view, self))
+
+        return [
+            path("control/", wrapped(views.control_all), name="rotator_rotation_control_all"),
+            path("<path:number>/state/", wrapped(views.state), name="rotator_rotation_state"),
+            path("<path:number>/control/", wrapped(views.control), name="rotator_rotation_control"),
+            *super().get_urls(),
+        ]
+
+    def change_view(
+        self,
+        request: HttpRequest,
+        object_id: str,
+        form_url: str = "",  # noqa: ARG002 - Django's signature
+        extra_context: dict[str, Any] | None = None,  # noqa: ARG002 - Django's signature
+    ) -> HttpResponse:
+        """Show the page of one rotation."""
+        from rotator import views  # noqa: PLC0415 - as above
+
+        if request.method not in ("GET", "HEAD"):
+            raise PermissionDenied
+        return views.show(self, request, object_id)
+
+    def changelist_view(
+        self, request: HttpRequest, extra_context: dict[str, Any] | None = None
+    ) -> HttpResponse:
+        """Show the list, with buttons for users that may control rotations."""
+        may_control = request.user.has_perm("rotator.control_rotation")
+        return super().changelist_view(request, {**(extra_context or {}), "may_control": may_control})
 
     def has_add_permission(self, request: HttpRequest) -> bool:  # noqa: ARG002 - Django's signature
         """Return False: only the command adds rotations."""

@@ -10,14 +10,14 @@ from django.db import connections
 
 from rotator.exceptions import OptionError, TargetError
 
-KEYS: Final = ("DEFAULT_TARGET", "CELERY_APP", "THROTTLES")
+KEYS: Final = ("DEFAULT_TARGET", "CELERY_APP", "THROTTLES", "HIDE_KEYS")
 
 
 def read_setting() -> Mapping[str, Any]:
     """Return the setting ``ROTATOR``; empty if the project has none.
 
     Raises:
-        OptionError: It is not a dictionary of strings and of a list of throttles, or has an unknown key.
+        OptionError: It is not a dictionary, has an unknown key, or a value of the wrong type.
     """
     setting: object = getattr(settings, "ROTATOR", {})
     if not isinstance(setting, dict):
@@ -32,6 +32,9 @@ def read_setting() -> Mapping[str, Any]:
         if key == "THROTTLES":
             if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
                 raise OptionError('ROTATOR["THROTTLES"] is not a list of dotted paths.')
+        elif key == "HIDE_KEYS":
+            if not isinstance(value, bool):
+                raise OptionError('ROTATOR["HIDE_KEYS"] is not True or False.')
         elif not isinstance(value, str):
             raise OptionError(f'ROTATOR["{key}"] is not a string.')
     return setting
@@ -44,6 +47,15 @@ def throttle_paths() -> tuple[str, ...]:
         OptionError: The setting is not valid.
     """
     return tuple(read_setting().get("THROTTLES", ()))
+
+
+def hides_keys() -> bool:
+    """Return whether the page shows no keys of rows.
+
+    Raises:
+        OptionError: The setting is not valid.
+    """
+    return bool(read_setting().get("HIDE_KEYS", False))
 
 
 def default_target() -> tuple[str, ...]:

@@ -121,6 +121,8 @@ class Rotation(models.Model):
     class Meta:
         """Allow one unfinished rotation of a target, and only consistent rows."""
 
+        permissions: ClassVar = [("control_rotation", "Can pause, resume, cancel and change rotations")]
+
         constraints: ClassVar = [
             models.UniqueConstraint(
                 fields=["target", "table_name"],
@@ -411,3 +413,39 @@ class Verification(models.Model):
     def __str__(self) -> str:
         """Return its name in messages."""
         return f"verification {self.pk} of rotation {self.rotation_id}"
+
+
+class Measurement(models.Model):
+    """What the owner of a rotation measured at a moment, for the page and the metrics.
+
+    It writes one every few seconds, and when its state or what holds it changes.
+    """
+
+    rotation = models.ForeignKey(
+        Rotation, on_delete=models.CASCADE, related_name="measurements", db_index=False
+    )
+    at = models.DateTimeField(db_default=Now())
+    rows_done = models.BigIntegerField()
+    state = models.CharField(max_length=16, help_text="What the owner does, e.g. rotating or confirming.")
+    held_by = models.TextField(
+        default="",
+        blank=True,
+        help_text="The names of what holds it, one in each line; empty where nothing does.",
+    )
+    workers = models.IntegerField(help_text="The workers that may write.")
+    commit_seconds = models.FloatField(null=True, help_text="The 90th percentile of a small commit's time.")
+    baseline_seconds = models.FloatField(null=True, help_text="The same without the rotation.")
+    waiting_sessions = models.IntegerField(null=True, help_text="Sessions that wait for a lock of a range.")
+    replica_lags = models.JSONField(default=dict, help_text="The seconds of lag, by Django's aliases.")
+    horizon_holders = models.JSONField(
+        default=list, help_text="What keeps VACUUM from removing dead rows, one phrase each."
+    )
+
+    class Meta:
+        """Find the measurements of a rotation by time."""
+
+        indexes: ClassVar = [models.Index(fields=["rotation", "at"], name="rotator_measurement_at")]
+
+    def __str__(self) -> str:
+        """Return its name in logs."""
+        return f"measurement of rotation {self.rotation_id} at {self.at}"

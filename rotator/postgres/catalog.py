@@ -276,6 +276,7 @@ _OWN_TABLES: Final = {
     "rotator_control": ("SELECT", "INSERT", "UPDATE"),
     "rotator_action": ("SELECT", "INSERT"),
     "rotator_ledger": ("SELECT",),
+    "rotator_measurement": ("SELECT", "INSERT"),
 }
 _PROOF_TABLES: Final = {
     "rotator_ledger": ("SELECT", "INSERT", "UPDATE"),

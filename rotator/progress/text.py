@@ -141,7 +141,7 @@ GUARD_ACTIONS: Final = {
 OLD_STATISTICS: Final = "the statistics in pg_stats may still hold old values"
 REJECTED_ROWS_NAMED: Final = 20
 HOLDERS_NAMED: Final = 5
-_ACTIVITIES: Final[dict[State, str]] = {
+ACTIVITIES: Final[dict[State, str]] = {
     "draining": "draining ranges in flight",
     "confirming": "confirming rows",
     "vacuuming": "vacuuming",
@@ -350,8 +350,8 @@ def activity(stats: Stats) -> str:
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
     if stats.state == "loading" and stats.rows_total:
         percent = percent_of(stats.loaded_rows, stats.rows_total, is_exact=stats.rows_total_is_exact)
-        return f"{_ACTIVITIES['loading']}: {percent}%"
-    return _ACTIVITIES.get(stats.state, "")
+        return f"{ACTIVITIES['loading']}: {percent}%"
+    return ACTIVITIES.get(stats.state, "")
 
 
 def throttled(stats: Stats) -> list[str]:

@@ -253,6 +253,11 @@ class Controller:
         return max(self._baseline * self._latency_limit, self._baseline + TOLERATED_SECONDS)
 
     @property
+    def baseline(self) -> float | None:
+        """The time of a commit without the rotation, in seconds; None while it is unknown."""
+        return self._baseline
+
+    @property
     def p90(self) -> float | None:
         """The 90th percentile of the commits at the present level; None while there are too few."""
         if len(self._samples) < MIN_SAMPLES:

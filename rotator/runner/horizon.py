@@ -27,6 +27,12 @@ class HorizonWatch:
         self._clock = clock
         self._since = dict[tuple[str, str], float]()
         self._reported = frozenset[str]()
+        self._held: tuple[str, ...] = ()
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """One phrase for each holder that has not advanced for long."""
+        return self._held
 
     async def watch(self, control: AsyncConnection) -> None:
         """Look for holders until cancelled, on a connection that may be shared."""
@@ -46,7 +52,8 @@ class HorizonWatch:
         seen = self._since
         self._since = {(each.name, each.xmin): seen.get((each.name, each.xmin), now) for each in holders}
         held = [each for each in holders if now - self._since[each.name, each.xmin] >= HELD_SECONDS]
+        self._held = tuple(each.phrase for each in held)
         names = frozenset(each.name for each in held)
         if names - self._reported:
-            self._notify(HorizonHeld(holders=tuple(each.phrase for each in held)))
+            self._notify(HorizonHeld(holders=self._held))
         self._reported = names

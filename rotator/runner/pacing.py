@@ -22,6 +22,8 @@ from rotator.runner.gate import Gate
 PROBE_SECONDS: Final = 0.04
 LOOK_SECONDS: Final = 0.25
 REPORT_SECONDS: Final = 1.0
+RECENT_SECONDS: Final = 5.0
+MOST_COMMITS: Final = 250
 REPORTED_FAILURE: Final = 2
 RETRY_SECONDS: Final = 2.0
 STEADY_SECONDS: Final = 10.0
@@ -157,11 +159,31 @@ class Pacing:
         self._baseline_at = 0.0
         self._look_at = self._report_at = 0.0
         self._busy = list[int]()
+        self._waiting_sessions: int | None = None
+        # Of all levels: the controller forgets those of the level before.
+        self._commits = deque[tuple[float, float]](maxlen=MOST_COMMITS)
 
     @property
     def pace(self) -> str:
         """The name of the pace."""
         return self._pace.name
+
+    @property
+    def commit_seconds(self) -> float | None:
+        """The 90th percentile of the commits of the last seconds; None where none were measured."""
+        since = self._clock() - RECENT_SECONDS
+        recent = [seconds for at, seconds in self._commits if at >= since]
+        return percentile(recent, 0.9) if recent else None
+
+    @property
+    def baseline_seconds(self) -> float | None:
+        """The same without the rotation; None where it is not measured."""
+        return self._controller.baseline if self._controller else None
+
+    @property
+    def waiting_sessions(self) -> int | None:
+        """The number of sessions that wait for a range; None where that is not measured."""
+        return self._waiting_sessions
 
     def set_pace(self, name: str) -> None:
         """Change the pace.
@@ -210,6 +232,7 @@ class Pacing:
                     self._announce(f"no measurements: {str(error).rstrip('.')}")
                 await asyncio.sleep(RETRY_SECONDS)
             finally:
+                self._waiting_sessions = None
                 self._gate.release(LOCK_WAIT, slowly=False)
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -233,6 +256,7 @@ class Pacing:
     async def _look(self, connection: AsyncConnection) -> None:
         """Hold while a session waits for a range, and see whether other sessions are at work."""
         waiting = await sessions_that_wait(connection, seconds=WAIT_SECONDS)
+        self._waiting_sessions = waiting.sessions
         if waiting.sessions:
             longest, limit = waiting.seconds * 1000, WAIT_SECONDS * 1000
             self._gate.hold(LOCK_WAIT, f"{LOCK_WAIT} of other sessions {longest:.0f} ms > {limit:.0f} ms")
@@ -269,6 +293,7 @@ class Pacing:
         self._busy.append(gate.busy)
         controller.set_max_workers(gate.concurrency)
         controller.add_commit(measured.commit_seconds, now)
+        self._commits.append((now, measured.commit_seconds))
         progress = Progress(
             rows=gate.rows_completed,
             ranges=gate.ranges_completed,

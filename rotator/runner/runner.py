@@ -52,6 +52,7 @@ from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.gate import Gate
 from rotator.runner.horizon import HorizonWatch
+from rotator.runner.measuring import Measuring
 from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine, read_target
 from rotator.runner.reindex import Reindexing
@@ -181,6 +182,7 @@ class Run:
         self._table: TargetTable | None = None
         self._throttles = Throttles(options, target.throttles)
         self._horizon = HorizonWatch(self._notify)
+        self._measuring = Measuring(self._context, self._throttles, self._horizon)
         self._vacuuming = Vacuuming(self._context)
         self._reindexing = Reindexing(self._context)
         self._lock_watch = LockWatch(self._notify)
@@ -418,6 +420,7 @@ class Run:
             ),
         )
         self._throttles.note_beat(beat_at)
+        await self._measuring.record_if_due(control, acquired.lease.rotation)
 
     def _notify_started(self, session_work: Session, owned: RotationState) -> None:
         self._notify_outage_ended(owned)

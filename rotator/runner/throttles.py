@@ -177,6 +177,7 @@ class Throttles:
         self._options = options
         self._replicas = [Replica(alias, server, clock=clock) for alias, server in sources.replicas.items()]
         self._calls = {path: CalledSignal(call) for path, call in sources.calls.items()}
+        self._lags = dict[str, float]()
         self._signals = list[tuple[Budget, Read]]()
         for replica in self._replicas:
             budget = Budget(f"replica lag of {replica.alias}", options.max_lag_seconds, show_seconds)
@@ -190,9 +191,20 @@ class Throttles:
         for path, called in self._calls.items():
             self._signals.append((Budget(path), self._result_of(called)))
 
-    @staticmethod
-    def _lag_of(replica: Replica) -> Read:
-        return lambda _, rotation: replica.read_lag(rotation)
+    @property
+    def lags(self) -> dict[str, float]:
+        """The latest lag of each replica that could be read, in seconds, by Django's aliases."""
+        return dict(self._lags)
+
+    def _lag_of(self, replica: Replica) -> Read:
+        async def read(_control: AsyncConnection, rotation: int) -> Reading:
+            found = await replica.read_lag(rotation)
+            self._lags.pop(replica.alias, None)
+            if not found.problem:
+                self._lags[replica.alias] = found.value
+            return found
+
+        return read
 
     @staticmethod
     def _result_of(called: CalledSignal) -> Read:

@@ -188,7 +188,7 @@ def _assert_agreement(accounts: Accounts, commands: Commands) -> RotationStopped
     assert f"  rows       {of_total} (100%)" in details
     assert f"  time       {duration(stopped.seconds)} over all runs" in details
     assert f"  deferrals  {count(stopped.deferrals)}\n  retries    {count(stopped.retries)}\n" in details
-    assert RotationAdmin(Rotation, site).progress(rotation) == of_total
+    assert RotationAdmin(Rotation, site).rows(rotation) == of_total
     return stopped
 
 

@@ -1,13 +1,21 @@
-"""Rotations in the admin: users with the permission can view them, and no user can change them."""
+"""The pages of rotations in Django's admin."""
+
+import json
+from datetime import timedelta
 
 import pytest
-from django.contrib.auth.models import User
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import Permission, User
 from django.test import Client
 from django.urls import reverse
+from django.utils import timezone
 
-from rotator.models import Rotation
+from rotator.events import ActionKind
+from rotator.models import Action, CompletedRange, Control, Measurement, Rotation
 
 pytestmark = pytest.mark.django_db
+
+KEY = 48_151_623
 
 
 @pytest.fixture
@@ -18,11 +26,13 @@ def rotation() -> Rotation:
         database="default",
         started_xid=1,
         version="0",
+        bound=[90_000],
         rows_done=12_000,
         rows_total=34_000,
         owner_user="app",
         owner_host="db1",
         owner_pid=42,
+        options={"concurrency": 4, "batch": 500},
     )
 
 
@@ -32,18 +42,244 @@ def admin(client: Client) -> Client:
     return client
 
 
+def viewer(*permissions: str) -> Client:
+    user = User.objects.create_user("viewer", is_staff=True)
+    user.user_permissions.set(Permission.objects.filter(codename__in=permissions))
+    client = Client()
+    client.force_login(user)
+    return client
+
+
+def page_of(client: Client, rotation: Rotation) -> str:
+    response = client.get(reverse("admin:rotator_rotation_change", args=[rotation.pk]))
+    assert response.status_code == 200
+    return response.content.decode()
+
+
+def state_of(client: Client, rotation: Rotation) -> dict[str, object]:
+    response = client.get(reverse("admin:rotator_rotation_state", args=[rotation.pk]))
+    assert response.status_code == 200
+    found = response.json()
+    assert isinstance(found, dict)
+    return found
+
+
+def headline_of(client: Client, rotation: Rotation) -> str:
+    text = state_of(client, rotation)["text"]
+    assert isinstance(text, dict)
+    return f"{text['headline']} | {text['ends']} | {text['command']}"
+
+
+def press(client: Client, rotation: Rotation, request: str, **values: object) -> str:
+    """Press a button, and return the page that follows, which shows what became of it."""
+    url = reverse("admin:rotator_rotation_control", args=[rotation.pk])
+    shown = {"revision": 0, "request": request, **values}
+    response = client.post(url, shown, follow=True)
+    assert response.status_code == 200
+    return response.content.decode()
+
+
+def change(rotation: Rotation, **values: object) -> None:
+    Rotation.objects.filter(pk=rotation.pk).update(**values)
+
+
 def test_the_list_shows_how_far_each_is(admin: Client, rotation: Rotation) -> None:
     page = admin.get(reverse("admin:rotator_rotation_changelist"), {"q": "api_key"}).content.decode()
-    for fact in (str(rotation.pk), "shop.Order.api_key", "12,000 of 34,000", "app on db1 (pid 42)"):
+    for fact in (str(rotation.pk), "shop.Order.api_key", "12,000 of 34,000", "app on db1 (pid 42)", "UTC"):
         assert fact in page
 
 
 def test_one_is_shown_and_not_changed(admin: Client, rotation: Rotation) -> None:
-    url = reverse("admin:rotator_rotation_change", args=[rotation.pk])
-    page = admin.get(url).content.decode()
+    page = page_of(admin, rotation)
     assert "shop.Order.api_key" in page
+    assert "12,000 of 34,000 rows" in page
     assert 'name="_save"' not in page
+    url = reverse("admin:rotator_rotation_change", args=[rotation.pk])
     assert admin.post(url, {"target": "other"}).status_code == 403
     assert admin.get(reverse("admin:rotator_rotation_add")).status_code == 403
     assert admin.post(reverse("admin:rotator_rotation_delete", args=[rotation.pk])).status_code == 403
-    assert Rotation.objects.get() == rotation
+    assert admin.get(reverse("admin:rotator_rotation_change", args=[rotation.pk + 1])).status_code == 404
+
+
+def test_nothing_is_inline(admin: Client, rotation: Rotation) -> None:
+    page = page_of(admin, rotation)
+    assert " style=" not in page
+    assert "<style" not in page
+    assert " on" not in page.replace("aria-", "").split("<body")[0]
+    assert "<script>" not in page
+
+
+def test_a_rotation_without_heartbeat_is_not_moving(admin: Client, rotation: Rotation) -> None:
+    change(rotation, updated_at=timezone.now() - timedelta(seconds=22))
+    shown = headline_of(admin, rotation)
+    assert "Not moving: no heartbeat for 22 s" in shown
+    assert "async_rotate shop.Order.api_key --database default --batch 500" in shown
+    page = press(admin, rotation, "pause")
+    assert "No process works on this rotation" in page
+    assert not Control.objects.exists()
+
+
+def test_the_reason_of_a_throttle_is_shown(admin: Client, rotation: Rotation) -> None:
+    reason = "replica lag of r1 14 s > 10 s; ends below 8.0 s"
+    change(rotation, throttle_reason=reason, throttled_since=timezone.now() - timedelta(seconds=65))
+    text = state_of(admin, rotation)["text"]
+    assert isinstance(text, dict)
+    assert reason in text["headline"]
+    assert "(1 min 05 s)" in text["since"]
+    assert (text["rate"], text["eta"]) == ("0 rows/s", "unknown")
+
+
+def test_the_rate_is_that_of_the_checkpoints(admin: Client, rotation: Rotation) -> None:
+    now = timezone.now()
+    change(rotation, updated_at=now)
+    for number in range(40):
+        CompletedRange.objects.create(
+            rotation=rotation,
+            after=[number] if number else None,
+            through=[number + 1],
+            rows=500,
+            seconds=0.1,
+            committed_at=now - timedelta(seconds=(39 - number) / 4),
+        )
+    found = state_of(admin, rotation)
+    facts, text = found["facts"], found["text"]
+    assert isinstance(facts, dict)
+    assert isinstance(text, dict)
+    assert facts["rows_per_second"] == pytest.approx(2000, rel=0.1)
+    assert facts["eta_seconds"] == pytest.approx(11, rel=0.2)
+    assert text["headline"].startswith("Moving: ")
+
+
+def test_it_never_shows_more_than_all(admin: Client, rotation: Rotation) -> None:
+    change(rotation, rows_done=70_000)
+    found = state_of(admin, rotation)
+    assert found["percent"] == 100
+    assert "34,000 of 34,000" in str(found["text"])
+
+
+def test_a_chart_is_drawn_of_what_was_measured(admin: Client, rotation: Rotation) -> None:
+    began = timezone.now() - timedelta(seconds=300)
+    for number in range(60):
+        is_held = 20 <= number < 30
+        Measurement.objects.create(
+            rotation=rotation,
+            at=began + timedelta(seconds=5 * number),
+            rows_done=1000 * (number - max(0, min(number, 30) - 20)),
+            state="throttled" if is_held else "rotating",
+            held_by="replica lag of r1" if is_held else "",
+            workers=4,
+            commit_seconds=0.004,
+            baseline_seconds=0.002,
+        )
+    chart = state_of(admin, rotation)["chart"]
+    assert isinstance(chart, dict)
+    assert chart["rows_top"] == "200 rows/s"
+    assert chart["latency_top"] == "5 ms"
+    assert chart["rows"].count("M") == 1
+    ((band),) = chart["bands"]
+    assert "for 50 s: replica lag of r1" in band["text"]
+    assert float(band["x"].rstrip("%")) == pytest.approx(33.9, abs=0.5)
+
+
+def test_pause_is_requested_logged_and_shown(admin: Client, rotation: Rotation) -> None:
+    page = press(admin, rotation, "pause")
+    assert "Requested: pause (revision 1)" in page
+    assert "requested, not applied yet" in page
+    assert "Not moving: paused by admin" in page
+    assert Control.objects.get().paused
+    assert Action.objects.get().by == "admin"
+    assert "pause" in LogEntry.objects.get().get_change_message()
+    change(rotation, applied_revision=1, applied_at=timezone.now())
+    assert "revision 1 by admin, applied" in page_of(admin, rotation)
+    assert "Requested: resume (revision 2)" in press(admin, rotation, "resume", revision=1)
+    assert not Control.objects.get().paused
+
+
+def test_limits_are_set(admin: Client, rotation: Rotation) -> None:
+    assert "set pace gentle, concurrency 2" in press(
+        admin, rotation, "set", pace="gentle", concurrency="2", batch=""
+    )
+    found = Control.objects.get()
+    assert (found.pace, found.concurrency, found.batch) == ("gentle", 2, None)
+    assert "Not requested." in press(admin, rotation, "set", revision=1, concurrency="9")
+    assert "Not requested." in press(admin, rotation, "set", revision=1)
+    assert Control.objects.get().revision == 1
+
+
+def test_the_older_of_two_tabs_is_refused(admin: Client, rotation: Rotation) -> None:
+    Control.change(rotation, ActionKind.PAUSED, {"paused": True}, by="bob")
+    page = press(admin, rotation, "set", concurrency="2", revision=0)
+    assert "bob has changed this rotation since you have seen it" in page
+    assert Control.objects.get().concurrency is None
+
+
+def test_cancel_needs_the_name_of_the_target(admin: Client, rotation: Rotation) -> None:
+    assert "Not requested." in press(admin, rotation, "cancel", target="shop.Order")
+    assert not Control.objects.exists()
+    press(admin, rotation, "cancel", target="shop.Order.api_key")
+    assert Control.objects.get().cancel_revision == 1
+
+
+def test_permissions_are_separate(rotation: Rotation) -> None:
+    client = viewer("view_rotation")
+    page = page_of(client, rotation)
+    assert "You have no permission to control rotations." in page
+    assert 'value="pause"' not in page
+    for name, numbers in (("rotator_rotation_control", [rotation.pk]), ("rotator_rotation_control_all", [])):
+        assert client.post(reverse(f"admin:{name}", args=numbers), {"request": "pause"}).status_code == 403
+    assert not Control.objects.exists()
+
+
+def test_nobody_else_sees_anything(client: Client, rotation: Rotation) -> None:
+    for name in ("change", "state"):
+        response = client.get(reverse(f"admin:rotator_rotation_{name}", args=[rotation.pk]))
+        assert response.status_code == 302
+    stranger = viewer("view_user")
+    for name in ("change", "state"):
+        response = stranger.get(reverse(f"admin:rotator_rotation_{name}", args=[rotation.pk]))
+        assert response.status_code == 403
+
+
+def test_a_form_of_another_site_is_refused(rotation: Rotation) -> None:
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(User.objects.create_superuser("admin"))
+    url = reverse("admin:rotator_rotation_control", args=[rotation.pk])
+    assert client.post(url, {"request": "pause", "revision": 0}).status_code == 403
+    assert not Control.objects.exists()
+
+
+@pytest.mark.usefixtures("rotation")
+def test_all_are_paused_and_resumed(admin: Client) -> None:
+    Rotation.objects.create(
+        target="shop.Order.other", started_xid=1, version="0", database="default", status="interrupted"
+    )
+    url = reverse("admin:rotator_rotation_control_all")
+    assert (
+        "Requested of 1 rotation: pause."
+        in admin.post(url, {"request": "pause"}, follow=True).content.decode()
+    )
+    assert Control.objects.get().paused
+    admin.post(url, {"request": "resume"})
+    assert not Control.objects.get().paused
+
+
+def test_keys_can_be_hidden(admin: Client, rotation: Rotation, settings: object) -> None:
+    change(
+        rotation,
+        status="failed",
+        error=f"The range ({KEY}, {KEY}] was not changed.",
+        bound=[KEY],
+        selection={"filters": [f"id__lt={KEY}"]},
+    )
+    Action.objects.create(rotation=rotation, kind="stopped", by="app", detail=f"row {KEY} is rejected")
+    CompletedRange.objects.create(rotation=rotation, after=None, through=[KEY], rows=1, seconds=0)
+    assert str(KEY) in page_of(admin, rotation)
+    settings.ROTATOR = {"HIDE_KEYS": True}  # type: ignore[attr-defined]
+    assert str(KEY) not in page_of(admin, rotation)
+    assert str(KEY) not in json.dumps(state_of(admin, rotation))
+
+
+def test_the_page_works_without_a_script(admin: Client, rotation: Rotation) -> None:
+    url = reverse("admin:rotator_rotation_change", args=[rotation.pk])
+    assert 'http-equiv="refresh"' in admin.get(url).content.decode()
+    assert 'http-equiv="refresh"' not in admin.get(f"{url}?still").content.decode()

@@ -12,12 +12,22 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections
 from django.db.models import QuerySet
 
 from rotator import __version__
-from rotator.events import StopReason
 from rotator.exceptions import OptionError, RotatorError
-from rotator.management.control import SETTINGS, VERBS, Request, await_answer, read_request, send
+from rotator.management.control import VERBS, Request, await_answer, read_request, send
 from rotator.management.evidence import evidence
-from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of, silent_seconds
+from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of
 from rotator.management.rotation import find_ledger, first_line, unreadable
+from rotator.management.standing import (
+    age_of,
+    awaits_workers,
+    control_text,
+    facts_of,
+    held_by,
+    percent_of_rotation,
+    reason_of,
+    rows_of,
+    status_of,
+)
 from rotator.management.terminal import open_closed_streams, writable
 from rotator.models import Action, Ledger, Rotation
 from rotator.options import Selection
@@ -27,15 +37,12 @@ from rotator.progress.following import FollowedProgress, Standing
 from rotator.progress.text import (
     GUARD_ACTIONS,
     count,
-    done_of_total,
     duration,
     moment,
     one_line,
     plural,
-    stopped_by,
     unconfirmed,
 )
-from rotator.stats import percent_of
 
 _FOLLOW_SECONDS: Final = 1.0
 _SIGNAL_BASE: Final = 128
@@ -159,7 +166,7 @@ class Command(BaseCommand):
 
     def _show(self, rotations: list[Rotation], number: int | None, options: Options) -> None:
         if options["json"]:
-            facts = [_facts(rotation) for rotation in rotations]
+            facts = [facts_of(rotation) for rotation in rotations]
             self.stdout.write(json.dumps(facts if number is None else facts[0], indent=2))
         elif number is not None:
             self.stdout.write(_details(rotations[0]))
@@ -243,7 +250,7 @@ class Command(BaseCommand):
             while True:
                 rotation = found.get(pk=number)
                 progress.show(_standing(rotation))
-                if rotation.status != Rotation.Status.RUNNING and not _awaits_workers(rotation):
+                if rotation.status != Rotation.Status.RUNNING and not awaits_workers(rotation):
                     break
                 if is_dead(rotation):
                     raise CommandError(
@@ -260,7 +267,7 @@ class Command(BaseCommand):
         finally:
             progress.close()
         if rotation.status != Rotation.Status.COMPLETED:
-            left = _reason(rotation) or rotation.error or f"it is {rotation.status}"
+            left = reason_of(rotation) or rotation.error or f"it is {rotation.status}"
             raise CommandError(f"Rotation {rotation.pk} is unfinished: {left}")
 
 
@@ -283,104 +290,20 @@ def _read_words(options: Options) -> tuple[int | None, Request | None]:
 def _standing(rotation: Rotation) -> Standing:
     """Return the progress of a rotation at this moment."""
     is_running = rotation.status == Rotation.Status.RUNNING
-    held = _held(rotation)
+    held = held_by(rotation)
     return Standing(
-        status=_status(rotation),
+        status=status_of(rotation),
         is_working=is_running and not is_silent(rotation) and not held,
         rows_done=rotation.rows_done,
         rows_total=rotation.rows_total,
-        rows=_rows(rotation),
-        percent=_percent(rotation),
-        note="waiting for a worker" if _awaits_workers(rotation) else held,
+        rows=rows_of(rotation),
+        percent=percent_of_rotation(rotation),
+        note="waiting for a worker" if awaits_workers(rotation) else held,
     )
-
-
-def _status(rotation: Rotation) -> str:
-    """Return the status, or that a running rotation sends no heartbeat or is held."""
-    if is_silent(rotation):
-        return f"no heartbeat for {duration(silent_seconds(rotation))}"
-    if _held(rotation):
-        return "paused" if control_of(rotation).paused else "throttled"
-    return str(rotation.status)
-
-
-def _held(rotation: Rotation) -> str:
-    """Return what holds a running rotation; empty where nothing does."""
-    if rotation.status != Rotation.Status.RUNNING:
-        return ""
-    control = control_of(rotation)
-    paused = [f"paused by {control.paused_by}"] if control.paused else []
-    return "; ".join([*paused, *([rotation.throttle_reason] if rotation.throttle_reason else [])])
-
-
-def _awaits_workers(rotation: Rotation) -> bool:
-    return rotation.status == Rotation.Status.QUEUED
-
-
-def _reason(rotation: Rotation) -> str:
-    """Return the reason of a stop as a phrase; empty without one."""
-    reason = StopReason(rotation.stop_reason) if rotation.stop_reason else None
-    return stopped_by(reason, control_of(rotation).cancelled_by)
 
 
 def _chosen(found: QuerySet[Rotation], number: int | None) -> QuerySet[Rotation]:
     return found if number is None else found.filter(pk=number)
-
-
-def _facts(rotation: Rotation) -> dict[str, object]:
-    """Return a rotation as JSON types; these keys are an interface and only ever added to."""
-    return {
-        "rotation": rotation.pk,
-        "target": rotation.target,
-        "table": rotation.table_name,
-        "database": rotation.database,
-        "status": rotation.status,
-        "rows": rotation.rows_done,
-        "rows_total": rotation.rows_total,
-        "rows_total_is_exact": rotation.rows_total_is_exact,
-        "late_rows": rotation.late_rows,
-        "unconfirmed_rows": rotation.unconfirmed_rows,
-        "percent": _percent(rotation),
-        "seconds_total": round(rotation.active_seconds, 3),
-        "started_at": rotation.started_at.isoformat(),
-        "updated_at": rotation.updated_at.isoformat(),
-        "finished_at": rotation.finished_at and rotation.finished_at.isoformat(),
-        "host": rotation.owner_host,
-        "pid": rotation.owner_pid,
-        "user": rotation.owner_user,
-        "owned_since": rotation.owned_since.isoformat(),
-        "generation": rotation.generation,
-        "version": rotation.version,
-        "options": rotation.options,
-        "selection": rotation.selection,
-        "error": rotation.error,
-        "reason": _reason(rotation),
-        "is_filtered": Selection.from_json(rotation.selection).is_filtered,
-        "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
-        "ledger": ledger.state if (ledger := find_ledger(rotation)) else "",
-        "guard": ledger.guard if ledger else "",
-        "deferrals": rotation.deferrals,
-        "retries": rotation.retries,
-        "throttled_seconds": round(rotation.throttled_seconds, 3),
-        "throttle_reason": _held(rotation),
-        "throttled_since": rotation.throttled_since and rotation.throttled_since.isoformat(),
-        "control": _control_facts(rotation),
-    }
-
-
-def _control_facts(rotation: Rotation) -> dict[str, object]:
-    control = control_of(rotation)
-    return {
-        "revision": control.revision,
-        "paused": control.paused,
-        "pace": control.pace,
-        "concurrency": control.concurrency,
-        "batch": control.batch,
-        "changed_by": control.changed_by,
-        "changed_at": control.changed_at.isoformat() if control.revision else None,
-        "applied_revision": rotation.applied_revision,
-        "applied_at": rotation.applied_at and rotation.applied_at.isoformat(),
-    }
 
 
 def _table(rotations: list[Rotation]) -> str:
@@ -389,12 +312,12 @@ def _table(rotations: list[Rotation]) -> str:
         (
             str(rotation.pk),
             rotation.target,
-            _status(rotation),
-            _rows(rotation),
-            str(_percent(rotation)),
+            status_of(rotation),
+            rows_of(rotation),
+            str(percent_of_rotation(rotation)),
             duration(rotation.active_seconds),
             str(owner_of(rotation)),
-            _age(rotation),
+            age_of(rotation),
         )
         for rotation in rotations
     ]
@@ -409,15 +332,15 @@ def _details(rotation: Rotation) -> str:
         ("target", f"{rotation.target} in database '{rotation.database}'"),
         ("table", rotation.table_name),
         ("chosen by", str(Selection.from_json(rotation.selection))),
-        ("status", _status(rotation)),
-        ("rows", f"{_rows(rotation)} ({_percent(rotation)}%)"),
+        ("status", status_of(rotation)),
+        ("rows", f"{rows_of(rotation)} ({percent_of_rotation(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
         ("deferrals", count(rotation.deferrals)),
         ("retries", count(rotation.retries)),
         ("time", f"{duration(rotation.active_seconds)} over all runs"),
         ("owner", f"{owner_of(rotation)} since {moment(rotation.owned_since)}"),
         ("started", moment(rotation.started_at)),
-        ("heartbeat", f"{moment(rotation.updated_at)}, {_age(rotation)}"),
+        ("heartbeat", f"{moment(rotation.updated_at)}, {age_of(rotation)}"),
         ("finished", moment(rotation.finished_at) if rotation.finished_at else "not yet"),
         ("generation", str(rotation.generation)),
         ("version", rotation.version),
@@ -427,51 +350,20 @@ def _details(rotation: Rotation) -> str:
     if ledger := find_ledger(rotation):
         facts.append(("ledger", _ledger(ledger)))
     if rotation.stop_reason:
-        facts.append(("reason", _reason(rotation)))
+        facts.append(("reason", reason_of(rotation)))
     if rotation.error:
         facts.append(("error", rotation.error))
     if rotation.throttled_seconds:
         facts.append(("throttled", f"{duration(rotation.throttled_seconds)} over all runs"))
-    if held := _held(rotation):
+    if held := held_by(rotation):
         since = f", since {moment(rotation.throttled_since)}" if rotation.throttled_since else ""
         facts.append(("held", f"{held}{since}"))
     if control_of(rotation).revision:
-        facts.append(("control", _control(rotation)))
+        facts.append(("control", control_text(rotation)))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
-
-
-def _control(rotation: Rotation) -> str:
-    """Return the requests of users, and whether the owner has applied them."""
-    control = control_of(rotation)
-    settings = [f"{name}={value}" for name in SETTINGS if (value := getattr(control, name))]
-    requests = ", ".join([*(["paused"] if control.paused else []), *settings]) or "no limits"
-    applied = "applied" if rotation.applied_revision >= control.revision else "not applied yet"
-    return (
-        f"{requests}; revision {control.revision} by {control.changed_by} at {moment(control.changed_at)}, "
-        f"{applied}"
-    )
 
 
 def _ledger(ledger: Ledger) -> str:
     entries = plural(ledger.entries, "entry") if ledger.state != Ledger.State.FORGOTTEN else ""
     guard = f"guard: {GUARD_ACTIONS[ledger.guard]}" if ledger.guard else "no guard"
     return ", ".join(filter(None, (str(ledger.state), entries, guard)))
-
-
-def _rows(rotation: Rotation) -> str:
-    rows = done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
-    rows += " that match the filter" if Selection.from_json(rotation.selection).is_filtered else ""
-    return f"{rows} (last known)" if is_silent(rotation) else rows
-
-
-def _percent(rotation: Rotation) -> int:
-    if rotation.status == Rotation.Status.COMPLETED:
-        return 100
-    if rotation.bound is None:
-        # The rows are not counted yet.
-        return 0
-    return percent_of(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
-
-
-def _age(rotation: Rotation) -> str:
-    return f"{duration(silent_seconds(rotation))} ago"

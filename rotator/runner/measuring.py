@@ -1,0 +1,58 @@
+"""Stores what the owner measures, for the page and the metrics, which only read the database."""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.postgres.measurements import Measured, record
+from rotator.runner.context import RunContext
+from rotator.runner.horizon import HorizonWatch
+from rotator.runner.throttles import Throttles
+
+EVERY_SECONDS: Final = 5.0
+
+
+class Measuring:
+    """Stores a measurement every few seconds, and when the state or what holds the run changes."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        throttles: Throttles,
+        horizon: HorizonWatch,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._context = context
+        self._throttles = throttles
+        self._horizon = horizon
+        self._clock = clock
+        self._recorded_at: float | None = None
+        self._before: tuple[str, tuple[str, ...]] | None = None
+
+    async def record_if_due(self, control: AsyncConnection, rotation: int) -> None:
+        """Store a measurement, if one is due, on a connection in autocommit mode."""
+        stats, gate, pacing = self._context.stats, self._context.gate, self._context.pacing
+        now, shown = self._clock(), (stats.state, tuple(gate.holds))
+        is_due = self._recorded_at is None or now - self._recorded_at >= EVERY_SECONDS
+        if not is_due and shown == self._before:
+            return
+        self._recorded_at, self._before = now, shown
+        state, held_by = shown
+        await record(
+            control,
+            rotation,
+            Measured(
+                rows_done=stats.rows_done,
+                state=state,
+                held_by=held_by,
+                workers=gate.workers,
+                commit_seconds=pacing.commit_seconds,
+                baseline_seconds=pacing.baseline_seconds,
+                waiting_sessions=pacing.waiting_sessions,
+                replica_lags=self._throttles.lags,
+                horizon_holders=self._horizon.held,
+            ),
+        )

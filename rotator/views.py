@@ -1,0 +1,178 @@
+"""The pages of a rotation in Django's admin, their buttons, and the metrics."""
+
+from typing import TYPE_CHECKING, Any, Final
+
+from django.contrib import messages
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
+from django.db import router
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
+from django.shortcuts import render
+from django.urls import reverse
+
+from rotator.apps import hides_keys
+from rotator.events import ActionKind
+from rotator.exceptions import RevisionError, RotatorError
+from rotator.management.control import SETTINGS, Request, read_request, send
+from rotator.management.owners import control_of, find_rotations, is_dead, is_silent
+from rotator.management.page import page_state
+from rotator.models import Rotation
+from rotator.options import PACES, RunOptions
+
+if TYPE_CHECKING:
+    from django.contrib.admin import ModelAdmin
+
+    _Admin = ModelAdmin[Rotation]
+
+CONTROL: Final = "rotator.control_rotation"
+
+
+def find(number: str) -> Rotation:
+    """Return a rotation of the database that the project's routers choose.
+
+    Raises:
+        Http404: There is none with this id.
+    """
+    rotations = find_rotations(router.db_for_read(Rotation))
+    found = rotations.filter(pk=number).first() if number.isdecimal() else None
+    if found is None:
+        raise Http404(f"There is no rotation {number}.")
+    return found
+
+
+def show(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
+    """Show the page of one rotation."""
+    if not admin.has_view_permission(request):
+        raise PermissionDenied
+    rotation = find(number)
+    control, options = control_of(rotation), RunOptions.from_json(rotation.options)
+    state = page_state(rotation, hide_keys=hides_keys())
+    context: dict[str, Any] = {
+        **admin.admin_site.each_context(request),
+        "title": f"Rotation {rotation.pk} of {rotation.target}",
+        "opts": Rotation._meta,
+        "rotation": rotation,
+        "state": state,
+        "state_url": reverse("admin:rotator_rotation_state", args=[rotation.pk]),
+        "may_control": _may_control(request),
+        "paces": tuple(PACES),
+        "limits": {
+            "pace": control.pace or options.pace,
+            "concurrency": control.concurrency or options.concurrency,
+            "batch": control.batch or options.batch,
+            "most_workers": options.concurrency,
+        },
+        "reloads": "still" not in request.GET,
+    }
+    return render(request, "rotator/rotation.html", context)
+
+
+def state(admin: "_Admin", request: HttpRequest, number: str) -> JsonResponse:
+    """Return what the page shows of one rotation as JSON, which its script reads again and again."""
+    if not admin.has_view_permission(request):
+        raise PermissionDenied
+    return JsonResponse(page_state(find(number), hide_keys=hides_keys()))
+
+
+def control(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
+    """Store the request of a button for the owner of a rotation, and return to its page."""
+    _check_control(request)
+    rotation = find(number)
+    try:
+        text = _request(admin, request, rotation)
+    except RotatorError as error:
+        messages.error(request, f"Not requested. {error}")
+    else:
+        messages.success(request, text)
+    return HttpResponseRedirect(reverse("admin:rotator_rotation_change", args=[rotation.pk]))
+
+
+def control_all(admin: "_Admin", request: HttpRequest) -> HttpResponse:
+    """Pause or resume each rotation that a process works on, and return to the list."""
+    _check_control(request)
+    verb = request.POST.get("request", "")
+    if verb not in ("pause", "resume"):
+        raise PermissionDenied
+    asked = read_request([verb])
+    number = 0
+    for rotation in find_rotations(router.db_for_write(Rotation)).filter(status__in=Rotation.UNFINISHED):
+        if not _answers(rotation) or control_of(rotation).paused == (verb == "pause"):
+            continue
+        send(rotation, asked, by=request.user.get_username(), revision=None)
+        admin.log_change(request, rotation, f"Requested: {verb}.")
+        number += 1
+    messages.success(request, f"Requested of {number} rotation{'s' * (number != 1)}: {verb}.")
+    return HttpResponseRedirect(reverse("admin:rotator_rotation_changelist"))
+
+
+def metrics(request: HttpRequest) -> HttpResponse:
+    """Return the metrics of rotations in Prometheus's text format.
+
+    Raises:
+        PermissionDenied: The method is not GET.
+        ImproperlyConfigured: The extra ``metrics`` is not installed.
+    """
+    if request.method != "GET":
+        raise PermissionDenied
+    try:
+        from rotator.management import metrics as found  # noqa: PLC0415 - needs an extra
+    except ImportError as error:
+        raise ImproperlyConfigured(
+            "The metrics need prometheus-client. Install django-async-rotator[metrics]."
+        ) from error
+    text = found.metrics(router.db_for_read(Rotation))
+    return HttpResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _request(admin: "_Admin", request: HttpRequest, rotation: Rotation) -> str:
+    """Store the request, and return the sentence for the user.
+
+    Raises:
+        RotatorError: It is not valid, or based on an older revision.
+    """
+    asked = read_request(_words(request))
+    if asked.kind is ActionKind.CANCELLED and request.POST.get("target", "").strip() != rotation.target:
+        raise RotatorError(f"To cancel it, type the name of its target: {rotation.target}.")
+    if not _answers(rotation):
+        raise RotatorError("No process works on this rotation, so nothing would answer.")
+    revision = request.POST.get("revision", "")
+    if not revision.isdecimal():
+        raise RotatorError("The form has no revision. Reload the page.")
+    by = request.user.get_username()
+    try:
+        changed = send(rotation, asked, by=by, revision=int(revision))
+    except RevisionError as error:
+        present = control_of(find(str(rotation.pk)))
+        raise RotatorError(
+            f"{present.changed_by} has changed this rotation since you have seen it: revision {revision} was "
+            f"shown, and {present.revision} is present. Look at it, then repeat your request."
+        ) from error
+    described = _described(asked)
+    admin.log_change(request, rotation, f"Requested: {described} (revision {changed.revision}).")
+    return f"Requested: {described} (revision {changed.revision}). This page shows when it is applied."
+
+
+def _words(request: HttpRequest) -> list[str]:
+    """Return the request of a form as words of the command ``rotations``."""
+    verb = request.POST.get("request", "")
+    settings = {name: request.POST.get(name, "").strip() for name in SETTINGS} if verb == "set" else {}
+    return [verb, *(f"{name}={value}" for name, value in settings.items() if value)]
+
+
+def _described(asked: Request) -> str:
+    settings = ", ".join(f"{name} {value or 'default'}" for name, value in asked.values.items())
+    return f"set {settings}" if asked.verb == "set" else asked.verb
+
+
+def _answers(rotation: Rotation) -> bool:
+    """Return whether a process works on the rotation, or Celery workers will."""
+    is_owned = rotation.status in (Rotation.Status.RUNNING, Rotation.Status.QUEUED)
+    return is_owned and not is_silent(rotation) and not is_dead(rotation)
+
+
+def _may_control(request: HttpRequest) -> bool:
+    return request.user.has_perm(CONTROL)
+
+
+def _check_control(request: HttpRequest) -> None:
+    if request.method != "POST" or not _may_control(request):
+        raise PermissionDenied
