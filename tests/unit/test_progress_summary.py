@@ -14,7 +14,7 @@ KEYS = (
     "vacuum_seconds resumed rejected_keys error reason spans table_rows table_rows_is_exact "
     "indexes analyze_statement reindex_statements "
     "unchanged_rows started_at ended_at user host server table filters excludes generator include_null "
-    "verification"
+    "verification leaked"
 )
 
 
