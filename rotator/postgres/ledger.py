@@ -4,6 +4,7 @@ An entry is the first 8 bytes of ``sha256(salt || value)``, as a bigint. The ser
 and the salt stays in the database. Every function takes a connection in autocommit mode.
 """
 
+import asyncio
 import hashlib
 import secrets
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from rotator.options import WaitLimits
 from rotator.postgres.connection import set_local
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
-from rotator.postgres.table import ROW, Column, TargetTable, identifier
+from rotator.postgres.table import ROW, Column, TargetTable, identifier, number
 from rotator.ranges import Key, KeyInterval
 
 SALT_BYTES: Final = 32
@@ -176,9 +177,22 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
 
 
 async def load_range(
-    connection: AsyncConnection, lease: Lease, table: TargetTable, ledger: Ledger, key_range: KeyInterval
+    connection: AsyncConnection,
+    lease: Lease,
+    table: TargetTable,
+    ledger: Ledger,
+    key_range: KeyInterval,
+    before: asyncio.Event | None,
 ) -> None:
     """Enter the values of a range of rows, and the progress in the same transaction.
+
+    Args:
+        connection: The connection.
+        lease: The permission to write.
+        table: The target's table.
+        ledger: The ledger.
+        key_range: The range.
+        before: Is set once the range before it is committed, for which the commit waits; None for the first.
 
     Raises:
         RowsLockedError: Another session has locked the table.
@@ -187,16 +201,23 @@ async def load_range(
     """
     within = table.within(after_is_known=key_range.after is not None, alias=ROW)
     rows = sql.SQL("{} WHERE {}{}").format(table.row, within, table.and_matches)
-    async with rolled_back_on_error(connection), connection.pipeline():
-        await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
-        await connection.execute(
-            enter_values(ledger, table, rows), {"after": key_range.after, "through": key_range.through}
-        )
-        await connection.execute(
-            "UPDATE rotator_ledger SET loaded_through = %s::jsonb WHERE rotation_id = %s",
-            (key_range.through, ledger.rotation),
-        )
-        await connection.execute("COMMIT")
+    async with rolled_back_on_error(connection, seconds=None):
+        async with connection.pipeline():
+            await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
+            cursor = await connection.execute(
+                _entering(ledger, table, rows, sql.SQL("SELECT count(*) FROM entered")),
+                {"after": key_range.after, "through": key_range.through},
+            )
+        entries = await number(cursor)
+        if before is not None:
+            await before.wait()
+        async with connection.pipeline():
+            await connection.execute(
+                "UPDATE rotator_ledger SET loaded_through = %s::jsonb, entries = entries + %s"
+                " WHERE rotation_id = %s",
+                (key_range.through, entries, ledger.rotation),
+            )
+            await connection.execute("COMMIT")
 
 
 def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
@@ -207,19 +228,19 @@ def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sq
         table: The target's table.
         rows: A FROM clause and its conditions, with the table under the alias :data:`ROW`.
     """
+    count = sql.SQL(
+        "UPDATE {} SET entries = entries + (SELECT count(*) FROM entered) WHERE rotation_id = {}"
+    ).format(identifier(ledger.schema, "rotator_ledger"), sql.Literal(ledger.rotation))
+    return _entering(ledger, table, rows, count)
+
+
+def _entering(
+    ledger: Ledger, table: TargetTable, rows: sql.Composable, count: sql.Composable
+) -> sql.Composed:
     return sql.SQL(
-        "WITH entered AS (INSERT INTO {name} SELECT digest"
-        " FROM (SELECT {row}.* FROM {rows}) AS {row}, LATERAL {digests} WHERE digest IS NOT NULL RETURNING 1)"
-        " UPDATE {ledgers} SET entries = entries + (SELECT count(*) FROM entered)"
-        " WHERE rotation_id = {rotation}"
-    ).format(
-        name=ledger.name,
-        row=identifier(ROW),
-        rows=rows,
-        digests=ledger.digests(table),
-        ledgers=identifier(ledger.schema, "rotator_ledger"),
-        rotation=sql.Literal(ledger.rotation),
-    )
+        "WITH entered AS (INSERT INTO {name} SELECT digest FROM (SELECT {row}.* FROM {rows}) AS {row},"
+        " LATERAL {digests} WHERE digest IS NOT NULL RETURNING 1) {count}"
+    ).format(name=ledger.name, row=identifier(ROW), rows=rows, digests=ledger.digests(table), count=count)
 
 
 async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger) -> None:

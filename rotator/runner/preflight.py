@@ -155,7 +155,9 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Fin
     """
     async with connected(server) as connection:
         table = await check(connection, target, options)
-        if grants := await missing_grants(connection, table):
+        if grants := await missing_grants(
+            connection, table, proves=options.prove, guards=bool(options.guard)
+        ):
             raise MissingPrivilegesError(grants)
         if options.sample and target.selection.generator:
             await check_values(connection, RangeUpdate(table, target.source, options.limits))

@@ -2,15 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
 from psycopg import AsyncConnection
+from psycopg_pool import AsyncConnectionPool
 
+from rotator.aio import unwrap_group
 from rotator.events import GuardAdded, LedgerProgressed, LedgerReady, LedgerStarted
 from rotator.exceptions import OptionError, RangeTooSlowError, RotatorError, RowsLockedError
 from rotator.postgres import rotations
+from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import Lease
 from rotator.postgres.guard import add_guard, remove_guard
 from rotator.postgres.ledger import (
@@ -26,7 +29,7 @@ from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.survivors import control_ledger
 from rotator.postgres.table import TargetTable
-from rotator.ranges import Key, KeyInterval
+from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.context import RunContext
 from rotator.runner.late_rows import wait_for_older_writers
 from rotator.runner.retry import RetryPolicy
@@ -44,10 +47,24 @@ class Proof:
         ledger: The ledger, once it is complete and indexed; None where the rotation has none.
     """
 
-    def __init__(self, connection: AsyncConnection, table: TargetTable, context: RunContext) -> None:
-        """Take a connection in autocommit mode, for this object's use alone."""
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        pool: AsyncConnectionPool,
+        table: TargetTable,
+        context: RunContext,
+    ) -> None:
+        """Take connections in autocommit mode.
+
+        Args:
+            connection: A connection that no other task uses.
+            pool: The connections of the workers, which are idle until the ledger is complete.
+            table: The target's table.
+            context: The run.
+        """
         self.ledger: Ledger | None = None
         self._connection = connection
+        self._pool = pool
         self._table = table
         self._context = context
         self._planner = IndexPlanner(connection, table)
@@ -116,22 +133,46 @@ class Proof:
         return ledger
 
     async def _load(self, lease: Lease, ledger: Ledger, bound: Key) -> None:
+        """Load the ranges up to the bound, several at a time; commit them in the order of their keys."""
         rest, drain = KeyInterval(after=ledger.through, through=bound), self._context.stop_signal.drain
-        rows = LOAD_ROWS
+        rows, attempts = LOAD_ROWS, 0
         while rest.after != bound and not drain.is_set():
             try:
-                planned = await self._planner.next_range(rest, rows)
-                await load_range(self._connection, lease, self._table, ledger, planned)
+                planned = await self._plan(rest, rows)
+                await self._load_ranges(lease, ledger, planned)
+                attempts = 0
             except RowsLockedError:
-                await self._context.stop_signal.wait(_RETRY.delay_seconds(1))
-                continue
+                attempts += 1
+                await self._context.stop_signal.wait(_RETRY.delay_seconds(attempts))
             except RangeTooSlowError:
                 if rows == 1:
                     raise
                 rows //= 2
-                continue
-            self._context.notify(LedgerProgressed(rows=planned.rows))
-            rest = replace(rest, after=planned.through)
+            # Where one range failed, those before it are committed.
+            found = await find_ledger(self._connection, lease.rotation)
+            rest = replace(rest, after=None if found is None else found.through)
+
+    async def _plan(self, rest: KeyInterval, rows: int) -> list[KeyRange]:
+        planned = list[KeyRange]()
+        while len(planned) < self._pool.max_size and rest.after != rest.through:
+            planned.append(await self._planner.next_range(rest, rows))
+            rest = replace(rest, after=planned[-1].through)
+        return planned
+
+    async def _load_ranges(self, lease: Lease, ledger: Ledger, planned: Sequence[KeyRange]) -> None:
+        committed = [asyncio.Event() for _ in planned]
+
+        async def load(at: int) -> None:
+            before = committed[at - 1] if at else None
+            async with translate_errors(seconds=None), self._pool.connection() as connection:
+                await load_range(connection, lease, self._table, ledger, planned[at], before)
+            committed[at].set()
+            self._context.notify(LedgerProgressed(rows=planned[at].rows))
+
+        with unwrap_group():
+            async with asyncio.TaskGroup() as tasks:
+                for at in range(len(planned)):
+                    tasks.create_task(load(at), name=f"rotator ledger {at + 1}")
 
     async def _add_guard(self, ledger: Ledger, action: str) -> None:
         await until_unlocked(

@@ -57,7 +57,7 @@ class Session:
         self._acquired = acquired
         self._context = context
         self._limits = context.options.limits
-        self._proof = Proof(connection, table, context)
+        self._proof = Proof(connection, pool, table, context)
         leaked = context.target.leaked
         self._leaked_rows = None if leaked is None else LeakedRows(connection, table, context, leaked)
 

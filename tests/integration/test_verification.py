@@ -285,6 +285,24 @@ def test_the_command_ends_with_1_while_anything_is_left(database: Database, tmp_
         call_command("verify_rotation", 99)
 
 
+def test_an_old_value_in_a_row_that_the_filters_leave_out_is_found_and_repaired(database: Database) -> None:
+    database.make_tickets(1, ROWS)
+    database.execute(f"CREATE TABLE {OLD} AS SELECT * FROM tickets_ticket")
+    try:
+        assert rotate_tickets(prove=True, selection=Selection(excludes=("id__gt=50",))).exit_status == 0
+        database.execute(
+            f"UPDATE tickets_ticket SET token = (SELECT token FROM {OLD} WHERE id = 5) WHERE id = 55"
+        )
+        found = _verify()
+        assert found.survivor_keys == ("[55]",)
+        assert found.coverage is not None
+        assert found.coverage.excluded_rows == 10
+        repaired = _verify(repairs=True)
+        assert (repaired.repaired, repaired.exit_status) == (1, 0)
+    finally:
+        database.execute(f"DROP TABLE {OLD}")
+
+
 def test_the_evidence_says_first_what_is_not_proved(database: Database, tmp_path: Path) -> None:
     database.make_tickets(1, ROWS)
     database.execute(f"CREATE TABLE {OLD} AS SELECT * FROM tickets_ticket")
