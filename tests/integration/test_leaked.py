@@ -10,14 +10,14 @@ import pytest
 from django.core.management import CommandError, call_command
 
 from rotator.api import Target, prepare, rotate_sync
-from rotator.events import Event, LateRowsRotated, LeakedValuesFound, RotationStopped
+from rotator.events import Event, LateRowsRotated, LeakedValuesFound, OutageStarted, RotationStopped
 from rotator.exceptions import OptionError
 from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres import leaked
 from rotator.postgres.connection import OwnConnection, connected
 from rotator.postgres.leaked import LeakedValues
-from tests.integration.rotation_tables import Database
+from tests.integration.rotation_tables import END_THE_ROTATOR, Database
 from tests.integration.test_partitions import days
 from tests.shop import models
 
@@ -132,6 +132,22 @@ def test_leaked_values_that_move_during_the_rotation_are_found(orders: Database,
     stopped = run(path, observer=write)
     assert stopped.status == "completed"
     assert kept() == NOT_LEAKED - {1}
+
+
+def test_the_list_is_sent_again_after_an_outage(orders: Database, path: Path) -> None:
+    outages = list[str]()
+
+    def end(event: Event) -> None:
+        if isinstance(event, LateRowsRotated) and not outages:
+            orders.execute(END_THE_ROTATOR)
+        if isinstance(event, OutageStarted):
+            outages.append(event.reason)
+
+    stopped = run(path, observer=end)
+    assert (stopped.status, stopped.rows, len(outages)) == ("completed", ROWS // 3, 1)
+    assert kept() == NOT_LEAKED
+    assert stopped.leaked is not None
+    assert stopped.leaked.found_lines == ("1-20",)
 
 
 def test_filters_and_blanks_apply_too(orders: Database, path: Path) -> None:

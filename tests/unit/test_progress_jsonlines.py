@@ -159,7 +159,8 @@ def test_the_names_of_all_other_events_are_an_interface() -> None:
         "confirmation_started rows_confirmed vacuum_started vacuumed vacuum_skipped analyzed "
         "analyze_skipped reindex_started index_rebuilt reindex_skipped receiver_failed "
         "limit_raised lock_held pace_changed throttled throttle_ended limits_changed horizon_held "
-        "drain_started ledger_started ledger_ready guard_added verification_started verified"
+        "drain_started ledger_started ledger_ready guard_added leaked_values_found "
+        "verification_started verified"
     )
     assert [event_name(kind) for kind in get_args(Event) if kind not in special] == names.split()
 
