@@ -47,7 +47,7 @@ def main() -> None:
             f"--{name}", type=float, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
         )
     options = parser.parse_args()
-    run_script(lambda server: _compare(server, options), settings=options.settings)
+    run_script(lambda server: _compare(server, options), server=options.server)
 
 
 def _compare(server: Server, options: argparse.Namespace) -> bool:

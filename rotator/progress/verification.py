@@ -21,7 +21,7 @@ def verification_summary(event: Verified) -> str:
     else:
         facts.append(("searched", plural(event.rows, "row")))
         facts.append(("survivors", _survivors(event)))
-        facts.append(("chance", f"{event.false_matches:.1g} survivors are expected to be none"))
+        facts.append(("false hits", f"{event.false_matches:.1g} expected among them, by chance"))
     if event.repaired:
         facts.append(("repaired", plural(event.repaired, "row")))
     if event.controls is not None:

@@ -242,6 +242,15 @@ def _verify_until_killed(database: str, rotation: int, ranges: int) -> None:
 
 
 @pytest.mark.usefixtures("old")
+def test_a_verification_that_was_killed_at_its_end_has_controls_too(database: Database) -> None:
+    database.execute("UPDATE rotator_verification SET finished_at = NULL")
+    found = _verify()
+    assert found.number == Verification.objects.get().pk
+    assert found.controls is not None
+    assert (found.controls.planted, found.is_verified) == (3, True)
+
+
+@pytest.mark.usefixtures("old")
 def test_two_processes_do_not_continue_the_same_verification(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
