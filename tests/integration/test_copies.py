@@ -24,7 +24,7 @@ async def rotation(database: Database, control: AsyncConnection, lease: Lease) -
     """A rotation with a ledger of its tickets' tokens."""
     database.make_tickets(1, ROWS)
     ledger = await create_ledger(control, lease)
-    await load_range(control, lease, TICKETS, ledger, KeyInterval(after=None, through=Key(f"[{ROWS}]")))
+    await load_range(control, lease, TICKETS, ledger, KeyInterval(after=None, through=Key(f"[{ROWS}]")), None)
     await index_ledger(control, lease, ledger)
     await finish_ledger(control, ledger, 0)
     return lease.rotation
