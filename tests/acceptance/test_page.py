@@ -127,7 +127,7 @@ def test_it_is_watched_and_steered(browsers: Any, running: Running) -> None:  # 
     browser.wait_for("Not moving: interrupted, cancelled by alice", "#rotator-headline")
     browser.wait_for(f"async_rotate {TARGET}", ".rotator-command")
     assert "No process works on this rotation" in browser.text()
-    assert running.wait().status == 1
+    assert running.wait().status == 130
 
 
 def test_it_is_watched_to_its_end(browsers: Any, running: Running) -> None:  # noqa: ANN401
