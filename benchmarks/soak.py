@@ -93,6 +93,11 @@ class Soak:
             "cut at a COMMIT": self._cut_at_commit,
             "server crashed": self._crash,
             "rows locked by others": self._lock,
+            "paused and resumed": self._pause,
+            "paused and killed": self._pause_and_kill,
+            "paused by a signal": self._pause_by_signal,
+            "limits changed": self._set_limits,
+            "cancelled": self._cancel,
         }
 
     def kill(self, kills: int) -> None:
@@ -178,6 +183,10 @@ class Soak:
             return
         self._running = self._start("--take-over")
         self._wait_for_a_moment(self._running)
+        until = time.monotonic() + _ENDS_SECONDS
+        # On a busy machine the other one takes longer to start.
+        while self._database.number(owned) and self._running.is_alive and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
         running.send(signal.SIGCONT)
         self._ended(running)
         finished = running.wait()
@@ -200,6 +209,52 @@ class Soak:
                 [self._chance.randint(0, 999)],
             )
             time.sleep(self._chance.uniform(0.1, 1.5))
+
+    def _request(self, **values: object) -> None:
+        """Write the control row of the rotation, as a user does."""
+        names = ", ".join(values)
+        self._database.query(
+            "INSERT INTO rotator_control (rotation_id, revision, paused, paused_by, pace, cancelled_by,"
+            " changed_by) SELECT id, 0, false, 'soak', '', 'soak', 'soak' FROM rotator_rotation"
+            " WHERE status NOT IN ('completed', 'abandoned') ON CONFLICT DO NOTHING"
+        )
+        self._database.query(
+            f"UPDATE rotator_control SET revision = revision + 1, ({names}) ="
+            f" ROW ({', '.join(map(str, values.values()))})"
+        )
+
+    def _pause(self, _running: Running) -> None:
+        self._request(paused="true")
+        time.sleep(self._chance.uniform(0, 3))
+        self._request(paused="false")
+
+    def _pause_and_kill(self, running: Running) -> None:
+        self._request(paused="true")
+        time.sleep(self._chance.uniform(0, 3))
+        self._signal(running, signal.SIGKILL)
+        self._reap()
+        done = self._database.checkpoints()
+        running = self._run()
+        time.sleep(self._chance.uniform(0, 3))
+        if self._database.checkpoints() > done:
+            self.findings.violations.append("a run that resumed a paused rotation did not wait")
+        self._request(paused="false")
+
+    def _pause_by_signal(self, running: Running) -> None:
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            # They end a process that does not handle them yet.
+            self._sent.add(number)
+            running.send(number)
+            time.sleep(self._chance.uniform(0, 2))
+
+    def _set_limits(self, _running: Running) -> None:
+        self._request(concurrency=self._chance.randint(1, 8), batch=self._chance.choice((10, 700, 5000)))
+
+    def _cancel(self, running: Running) -> None:
+        # It ends like Ctrl-C.
+        self._sent.add(signal.SIGINT)
+        self._request(cancel_revision="revision + 1")
+        self._ended(running)
 
     def _ended(self, running: Running) -> None:
         try:

@@ -66,12 +66,12 @@ _NOW: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activity:
-    """Counts of the server's statistics, which each session adds to about once a second.
+    """Counts of the database's statistics, which each session adds to about once a second.
 
     Attributes:
         at: The server's time, in seconds.
-        commits: The commits of all sessions on the server.
-        ranges: The ranges of all rotations in this database.
+        commits: The commits of all sessions of this database.
+        ranges: The ranges of all rotations in it.
         writes: The other writes to the rotator's tables.
     """
 
@@ -83,7 +83,7 @@ class Activity:
 
 _ACTIVITY: Final = (
     "SELECT extract(epoch FROM clock_timestamp())::float8,"
-    " (SELECT sum(pg_stat_get_db_xact_commit(d.oid)) FROM pg_database d)::bigint,"
+    " pg_stat_get_db_xact_commit((SELECT oid FROM pg_database WHERE datname = current_database())),"
     " pg_stat_get_tuples_inserted('rotator_completedrange'::regclass),"
     " pg_stat_get_tuples_updated('rotator_rotation'::regclass)"
     " + pg_stat_get_tuples_inserted('rotator_span'::regclass)"

@@ -5,8 +5,9 @@ Nothing here waits, reads a clock of its own or asks the server, so that simulat
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import linear_regression
 from typing import Final
 
 from rotator.options import Pace
@@ -17,10 +18,13 @@ MIN_ROWS: Final = 16
 START_ROWS: Final = 500
 RECENT_RANGES: Final = 16
 MAX_GROWTH: Final = 1.5
-# What a range costs on the server whatever its size; an estimate, which only makes the size settle sooner.
+# What a range costs on the server whatever its size, until ranges of several sizes have shown it.
 FIXED_SECONDS: Final = 0.003
-# With less, most of a range's time is that cost.
+# Smaller ranges would spend most of their time on that cost.
+MAX_FIXED_SHARE: Final = 0.5
 MIN_RANGE_SECONDS: Final = 0.005
+# With ranges of more alike sizes, the line through them means nothing.
+MIN_SPREAD: Final = 0.1
 
 # Workers.
 WINDOW_SECONDS: Final = 2.0
@@ -54,13 +58,15 @@ class RangeSizer:
 
     A range that is too slow halves them, and many that are not double them. A target of server time limits
     them further: the slowest tenth of the recent ranges must still reach it. So they shrink at once, and grow
-    at most ``MAX_GROWTH`` times.
+    at most ``MAX_GROWTH`` times. They do not shrink where that would hardly make a range shorter, e.g.
+    because a trigger takes most of its time.
     """
 
     def __init__(self, max_rows: int) -> None:
         self._rows = self._max_rows = max_rows
         self._completed = 0
         self._recent = deque[tuple[int, float]](maxlen=RECENT_RANGES)
+        self._line = _Line()
 
     def shrink(self, rows: int) -> None:
         """Plan smaller ranges, since one of this many rows was too slow."""
@@ -75,6 +81,7 @@ class RangeSizer:
             self._rows = min(self._max_rows, self._rows * 2)
         if rows:
             self._recent.append((rows, server_seconds))
+            self._line.fit(self._recent)
 
     def limit(self, max_rows: int) -> None:
         """Change the upper limit."""
@@ -87,16 +94,43 @@ class RangeSizer:
             return self._rows
         if not self._recent:
             return min(self._rows, START_ROWS)
+        fixed = min(self._line.fixed_seconds, MAX_FIXED_SHARE * range_seconds)
+        fitting = percentile((_rows_within(range_seconds, fixed, *recent) for recent in self._recent), 0.1)
         largest = max(rows for rows, _ in self._recent) * MAX_GROWTH
-        fitting = percentile((_rows_within(range_seconds, *recent) for recent in self._recent), 0.1)
-        return max(min(MIN_ROWS, self._rows), min(self._rows, int(min(fitting, largest))))
+        wanted = min(max(fitting, self._line.worthwhile_rows), largest)
+        return max(min(MIN_ROWS, self._rows), min(self._rows, int(wanted)))
 
 
-def _rows_within(range_seconds: float, rows: int, seconds: float) -> float:
+def _rows_within(range_seconds: float, fixed_seconds: float, rows: int, seconds: float) -> float:
     """Return the rows that a range can have in a time, where one of ``rows`` took ``seconds``."""
-    fixed = min(FIXED_SECONDS, range_seconds / 2)
-    seconds_per_row = (seconds - fixed) / rows
-    return (range_seconds - fixed) / seconds_per_row if seconds_per_row > 0 else math.inf
+    seconds_per_row = (seconds - fixed_seconds) / rows
+    return (range_seconds - fixed_seconds) / seconds_per_row if seconds_per_row > 0 else math.inf
+
+
+class _Line:
+    """The line through the recent ranges: their seconds by their rows.
+
+    Attributes:
+        fixed_seconds: The time of a range whatever its size.
+        worthwhile_rows: The rows below which most of a range's time is fixed.
+    """
+
+    def __init__(self) -> None:
+        self.fixed_seconds = FIXED_SECONDS
+        self.worthwhile_rows = 0.0
+
+    def fit(self, ranges: Sequence[tuple[int, float]]) -> None:
+        """Fit the line; ranges of one size leave it as it is."""
+        smallest, largest = min(ranges)[0], max(ranges)[0]
+        if largest - smallest <= MIN_SPREAD * largest:
+            return
+        slope, self.fixed_seconds = linear_regression(*zip(*ranges, strict=True))
+        if slope <= 0 or self.fixed_seconds < 0:
+            # The server has become slower or faster meanwhile.
+            self.fixed_seconds, self.worthwhile_rows = FIXED_SECONDS, 0.0
+            return
+        share = MAX_FIXED_SHARE / (1 - MAX_FIXED_SHARE)
+        self.worthwhile_rows = self.fixed_seconds / slope / share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

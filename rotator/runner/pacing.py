@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
@@ -39,16 +40,19 @@ BASELINE_EVERY_SECONDS: Final = 60.0
 BASELINE_AT_LOWEST_SECONDS: Final = 10.0
 BASELINES: Final = 3
 
-# Sessions add to the statistics once a second, so a shorter time can miss them, or count ours for theirs.
+# Sessions add to the statistics once a second. So the commits of a short time can contain those of the second
+# before, and it takes more of them to be sure that they are not our own.
 MIN_ACTIVITY_SECONDS: Final = 0.3
-ACTIVE_SECONDS: Final = 1.0
+ACTIVE_WINDOWS: Final = ((1.0, 0.5), (3.0, 0.2))
 QUIET_SECONDS: Final = 5.0
-OTHERS_PER_SECOND: Final = 5.0
-SHARE_WHEN_QUIET: Final = 0.25
 SHARE_WHEN_ACTIVE: Final = 0.1
+OTHERS_PER_SECOND: Final = 5.0
+# The queries of a start: Django's, and those before the first range.
+OWN_AT_START: Final = 50
 # Planning and writing.
 COMMITS_OF_RANGE: Final = 2
-COMMITS_OF_PROBE: Final = 3
+COMMITS_OF_PROBE: Final = 2
+COMMITS_OF_LOOK: Final = 2
 # Heartbeat, VACUUM, and what watches locks.
 OWN_PER_SECOND: Final = 5.0
 # A coordinator also reads spans, progress and helpers ten times a second.
@@ -58,8 +62,15 @@ QUIET: Final = "no other sessions at work"
 ACTIVE: Final = "other sessions at work"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counts:
+    activity: Activity
+    ranges: int
+    own_commits: int
+
+
 class Neighbours:
-    """Whether other sessions are at work: the server commits more than the rotations do.
+    """Whether other sessions are at work: the database commits more than its rotations do.
 
     Attributes:
         are_active: Whether they are.
@@ -73,30 +84,43 @@ class Neighbours:
         """
         self.are_active = False
         self._own_per_second = own_per_second
-        self._counts = deque[tuple[float, float, float]]()
+        self._counts = deque[_Counts]()
 
-    def add(self, activity: Activity, *, own_commits: int) -> None:
-        """Take the counts, and the commits of the probes so far."""
-        own = activity.ranges * COMMITS_OF_RANGE + activity.writes + own_commits
-        self._counts.append((activity.at, activity.commits - own, own))
-        while len(self._counts) > 1 and self._counts[1][0] <= activity.at - QUIET_SECONDS:
+    def add(self, activity: Activity, *, ranges: int, own_commits: int) -> None:
+        """Take the counts.
+
+        Args:
+            activity: The statistics.
+            ranges: The ranges that this process has completed; the statistics may not have them yet.
+            own_commits: The commits of the probes so far.
+        """
+        own_commits += activity.writes
+        self._counts.append(_Counts(activity=activity, ranges=ranges, own_commits=own_commits))
+        while len(self._counts) > 1 and self._counts[1].activity.at <= activity.at - QUIET_SECONDS:
             self._counts.popleft()
         if self.are_active:
-            self.are_active = self._are_active(QUIET_SECONDS, SHARE_WHEN_ACTIVE) is not False
+            is_known = activity.at - self._counts[0].activity.at >= QUIET_SECONDS
+            self.are_active = not is_known or self._exceeds(QUIET_SECONDS, SHARE_WHEN_ACTIVE, 0)
         else:
-            self.are_active = self._are_active(ACTIVE_SECONDS, SHARE_WHEN_QUIET) is True
+            self.are_active = any(self._exceeds(*window, OWN_AT_START) for window in ACTIVE_WINDOWS)
 
-    def _are_active(self, seconds: float, share: float) -> bool | None:
-        """Return whether they were at work for the last ``seconds``; None if that is unknown."""
-        at, others, own = self._counts[-1]
-        since = [counts for counts in self._counts if counts[0] <= at - seconds]
-        # At the start of a run less time has passed.
-        before_at, before_others, before_own = since[-1] if since else self._counts[0]
-        elapsed = at - before_at
-        if elapsed < (seconds if self.are_active else MIN_ACTIVITY_SECONDS):
-            return None
-        limit = OTHERS_PER_SECOND + self._own_per_second + share * (own - before_own) / elapsed
-        return (others - before_others) / elapsed > limit
+    def _exceeds(self, seconds: float, share: float, allowed: int) -> bool:
+        """Return whether others have committed more, in the last ``seconds``, than we may have ourselves.
+
+        Args:
+            seconds: The time; less where less is known.
+            share: The share of our own commits that may be counted for theirs.
+            allowed: The number of commits that may be ours.
+        """
+        now = self._counts[-1]
+        since = [counts for counts in self._counts if counts.activity.at <= now.activity.at - seconds]
+        before = since[-1] if since else self._counts[0]
+        elapsed = now.activity.at - before.activity.at
+        ranges = max(now.activity.ranges - before.activity.ranges, now.ranges - before.ranges)
+        own = COMMITS_OF_RANGE * ranges + now.own_commits - before.own_commits
+        others = now.activity.commits - before.activity.commits - own
+        limit = allowed + (OTHERS_PER_SECOND + self._own_per_second) * elapsed + share * own
+        return elapsed >= MIN_ACTIVITY_SECONDS and others > limit
 
 
 class Pacing:
@@ -180,7 +204,7 @@ class Pacing:
         """Count commits before the preflight, so that other sessions are known after it."""
         if self._pace.latency_limit is not None:
             with suppress(RotatorError):
-                self._neighbours.add(await read_activity(connection), own_commits=0)
+                self._add_activity(await read_activity(connection))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -238,8 +262,12 @@ class Pacing:
             self._gate.hold(LOCK_WAIT, f"{LOCK_WAIT} of other sessions {longest:.0f} ms > {limit:.0f} ms")
         else:
             self._gate.release(LOCK_WAIT, slowly=False)
-        self._own_commits += 2
-        self._neighbours.add(await read_activity(connection), own_commits=self._own_commits)
+        self._own_commits += COMMITS_OF_LOOK
+        self._add_activity(await read_activity(connection))
+
+    def _add_activity(self, activity: Activity) -> None:
+        ranges = self._gate.ranges_completed
+        self._neighbours.add(activity, ranges=ranges, own_commits=self._own_commits)
 
     async def _follow_neighbours(self, connection: AsyncConnection) -> None:
         """Limit the rotation while other sessions are at work."""

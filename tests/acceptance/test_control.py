@@ -1,5 +1,6 @@
 """Pause, resume, cancel and set from another process, while a rotation runs."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from django.core.management import CommandError, call_command
 
 from rotator.events import ActionKind
 from rotator.models import Action, Control, Rotation
@@ -29,8 +31,16 @@ TAKES_EFFECT_SECONDS = 4.0
 USER = re.escape(os.environ.get("USER") or "root")
 
 
-def ask(commands: Commands, *words: str) -> Finished:
-    return commands.start(*words, program=(*MANAGE, "rotations")).wait()
+def ask(*words: str) -> Finished:
+    """Run ``rotations``; in this process, since a new one takes a second to start."""
+    out, err, status = io.StringIO(), "", 0
+    try:
+        call_command("rotations", *words, stdout=out)
+    except CommandError as error:
+        err, status = f"CommandError: {error}\n", error.returncode
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    return Finished(status=status, out=out.getvalue(), err=err)
 
 
 def change(action: ActionKind, **values: object) -> Control:
@@ -81,7 +91,7 @@ def test_pause_and_resume_take_effect_within_two_seconds(commands: Commands) -> 
     running = started(commands)
     number = str(Rotation.objects.get().pk)
 
-    paused = ask(commands, number, "pause")
+    paused = commands.start(number, "pause", program=(*MANAGE, "rotations")).wait()
     assert (paused.status, paused.err) == (0, "")
     assert re.fullmatch(
         rf"Rotation {number} is paused \(revision 1\): applied by its owner, .+ \(pid {running.pid}\)\.\n",
@@ -91,15 +101,15 @@ def test_pause_and_resume_take_effect_within_two_seconds(commands: Commands) -> 
     assert "throttled: paused by " in running.err
     heartbeat = Rotation.objects.get().updated_at
     wait_until(lambda: Rotation.objects.get().updated_at > heartbeat, "the heartbeat goes on")
-    facts = json.loads(ask(commands, number, "--json").out)
+    facts = json.loads(ask(number, "--json").out)
     assert facts["throttle_reason"].startswith("paused by ")
     assert (facts["control"]["paused"], facts["control"]["applied_revision"]) == (True, 1)
-    assert re.search(r"\n  status +paused\n", ask(commands, number).out)
+    assert re.search(r"\n  status +paused\n", ask(number).out)
 
     resume()
     assert_moving()
     assert_pauses()
-    resumed = ask(commands, "resume", "--all")
+    resumed = ask("resume", "--all")
     assert resumed.out.startswith(f"Rotation {number} is not paused (revision 4): applied by its owner, ")
     speed_up()
     finished = running.wait()
@@ -107,7 +117,7 @@ def test_pause_and_resume_take_effect_within_two_seconds(commands: Commands) -> 
     assert re.search(r"\n  throttled +\d+ s by pause\n", finished.out)
     audit.assert_rotated()
     assert Rotation.objects.get().throttled_seconds > 2
-    log = ask(commands, number, "--log").out
+    log = ask(number, "--log").out
     kinds = re.findall(rf"^[-0-9]+ [:0-9]+ UTC  (.+?) by (?:alice|{USER})", log, re.MULTILINE)
     assert kinds == ["started", "paused", "pause ended", "paused", "pause ended", "completed"]
 
@@ -117,7 +127,7 @@ def test_a_pause_survives_a_kill_and_a_resumed_run(commands: Commands) -> None:
     running = started(commands)
     number = str(Rotation.objects.get().pk)
     running.kill()
-    stored = ask(commands, number, "pause")
+    stored = ask(number, "pause")
     assert stored.status == 1
     assert f"Rotation {number}: the request is stored as revision 1. The owner, " in stored.out
     assert "does not answer: the last heartbeat was" in stored.out
@@ -130,7 +140,7 @@ def test_a_pause_survives_a_kill_and_a_resumed_run(commands: Commands) -> None:
     wait_until(lambda: "throttled: paused by " in following.err, "it says that it is still paused")
     assert checkpoints() == done
     speed_up()
-    assert ask(commands, number, "resume").status == 0
+    assert ask(number, "resume").status == 0
     assert following.wait().status == 0
     audit.assert_rotated()
     assert [action.kind for action in Action.objects.order_by("pk")] == [
@@ -142,14 +152,14 @@ def test_cancel_ends_like_ctrl_c_and_can_be_resumed(commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     running = started(commands)
     number = str(Rotation.objects.get().pk)
-    cancelled = ask(commands, number, "cancel")
+    cancelled = ask(number, "cancel")
     assert cancelled.out == f"Rotation {number} is cancelled. The same command resumes it.\n"
     finished = running.wait(10)
     assert finished.status == 128 + signal.SIGINT
     assert re.match(r"Interrupted: .*\nCancelled by \S+\.\n", finished.out)
     assert re.search(r" cancelled by \S+: draining; ranges in flight are committed", finished.err)
-    assert re.search(r"^  reason +cancelled by ", ask(commands, number).out, re.MULTILINE)
-    again = ask(commands, number, "cancel")
+    assert re.search(r"^  reason +cancelled by ", ask(number).out, re.MULTILINE)
+    again = ask(number, "cancel")
     assert again.status == 1
     assert again.complaint == (
         f"Rotation {number} of tickets.Ticket.token is interrupted: no process works on it, so nothing is "
@@ -159,7 +169,7 @@ def test_cancel_ends_like_ctrl_c_and_can_be_resumed(commands: Commands) -> None:
     # The request was for the process that has stopped.
     assert commands.run().status == 0
     audit.assert_rotated()
-    refused = ask(commands, number, "pause")
+    refused = ask(number, "pause")
     assert refused.complaint == (
         f"Rotation {number} of tickets.Ticket.token is completed, so it cannot be changed."
     )
@@ -169,9 +179,9 @@ def test_limits_are_set_and_an_older_revision_is_refused(commands: Commands) -> 
     audit = audited_tickets(ROWS)
     running = started(commands)
     number = str(Rotation.objects.get().pk)
-    assert ask(commands, number, "set", "concurrency=1", "batch=7", "--revision=0").status == 0
+    assert ask(number, "set", "concurrency=1", "batch=7", "--revision=0").status == 0
     assert re.search(r" limits changed by \S+: 1 worker, 7 rows a range\n", running.err)
-    refused = ask(commands, number, "pause", "--revision", "0")
+    refused = ask(number, "pause", "--revision", "0")
     assert re.fullmatch(
         rf"Rotation {number} was changed since revision 0: its revision is 1, by \S+\. Look at it with "
         rf"rotations {number}, then repeat the change with --revision 1\.",
@@ -179,7 +189,7 @@ def test_limits_are_set_and_an_older_revision_is_refused(commands: Commands) -> 
     )
     assert refused.status == 1
     assert not Control.objects.get().paused
-    more = ask(commands, number, "set", "concurrency=3").complaint
+    more = ask(number, "set", "concurrency=3").complaint
     assert "runs with --concurrency 2, and no more workers can be added" in more
     speed_up()
     assert running.wait().status == 0

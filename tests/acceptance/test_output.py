@@ -104,6 +104,7 @@ EVENT_KEYS = {
         "stopped_at",
         "concurrency",
         "batch",
+        "pace",
         "deferrals_before",
         "retries_before",
         "throttled_seconds_before",
@@ -122,6 +123,9 @@ EVENT_KEYS = {
         "retries",
         "rejected_rows",
         "outage_left_seconds",
+        "pace",
+        "throttles",
+        "throttled_seconds",
     },
     "drain_started": {"reason", "by"},
     "stopped": REPORT_KEYS,
@@ -370,8 +374,8 @@ def test_while_a_range_waits_for_a_lock_the_eta_is_unknown(commands: Commands) -
         other.execute("SELECT FROM tickets_ticket WHERE id = (SELECT max(id) FROM tickets_ticket) FOR UPDATE")
         running = commands.start("--batch", "100", "--progress", "json")
         wait_for_checkpoints(79)
-        said = len(running.out.splitlines())
-        wait_until(lambda: len(running.out.splitlines()) > said + 5, "progress while it waits")
+        said = running.out.count('"progress"')
+        wait_until(lambda: running.out.count('"progress"') > said + 5, "progress while it waits")
         other.rollback()
     assert running.wait().status == 0
 

@@ -333,6 +333,7 @@ async def test_a_callable_that_raises_before_the_start_is_refused(database: Data
 # --- The xmin horizon -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_what_holds_the_xmin_horizon_is_named_within_ten_seconds(
     database: Database, replica: OwnReplica
 ) -> None:

@@ -236,6 +236,15 @@ def test_ranges_shrink_at_once_where_the_target_or_the_server_changes() -> None:
     assert sizer.rows(0.025) < 150
 
 
+def test_ranges_do_not_shrink_where_that_makes_them_hardly_shorter() -> None:
+    sizer = RangeSizer(2000)
+    for _ in range(60):
+        rows = sizer.rows(0.025)
+        # E.g. a trigger that sleeps.
+        sizer.count_completed(rows, 0.150 + rows * 14e-6)
+    assert sizer.rows(0.025) == 2000
+
+
 def test_one_slow_range_among_many_does_not_shrink_them() -> None:
     sizer = _sizer(14e-6, ranges=60, target=0.025)
     before = sizer.rows(0.025)
