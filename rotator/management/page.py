@@ -217,7 +217,7 @@ def page_state(rotation: Rotation, *, hide_keys: bool) -> dict[str, object]:
         "server": _server_facts(rotation, latest),
         "run": _run_facts(rotation, hide_keys=hide_keys),
         "log": [_line(each, hide_keys=hide_keys) for each in actions],
-        "refused": [] if hide_keys else _refused(rotation),
+        "rejected": [] if hide_keys else _rejected(rotation),
         "chart": chart_of(rotation),
     }
 
@@ -350,7 +350,7 @@ def _line(action: Action, *, hide_keys: bool) -> tuple[str, str, str, str]:
     return (moment(action.at), action.kind, action.by, one_line(action.detail) if is_shown else _HIDDEN)
 
 
-def _refused(rotation: Rotation) -> list[tuple[str, str]]:
+def _rejected(rotation: Rotation) -> list[tuple[str, str]]:
     """Return the keys that Celery workers could not rotate, each with the reason."""
     database = _database(rotation)
     spans = Span.objects.using(database).filter(rotation=rotation).exclude(failed_keys=[])

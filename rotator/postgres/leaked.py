@@ -18,7 +18,7 @@ from psycopg import AsyncConnection, sql
 from rotator.exceptions import OptionError
 from rotator.postgres.connection import OwnConnection, set_local
 from rotator.postgres.errors import translate_errors
-from rotator.postgres.ledger import DIGEST_BYTES, SALT_BYTES, digest_of, stored_bytes
+from rotator.postgres.ledger import DIGEST_BYTES, digest_of, stored_bytes
 from rotator.postgres.table import PARTITIONS, ROW, Column, TargetTable, identifier
 from rotator.postgres.values import Place
 from rotator.postgres.writer import OlderRow
@@ -27,6 +27,7 @@ from rotator.ranges import Key
 # 64 MB: less than a second, and no snapshot that blocks VACUUM for long.
 CHUNK_BLOCKS: Final = 8192
 _COPIED_ROWS: Final = 20_000
+_SALT_BYTES: Final = 32
 _SALT: Final = sql.SQL("(SELECT salt FROM pg_temp.rotator_leaked_salt)")
 _TABLES: Final = (
     "DROP TABLE IF EXISTS pg_temp.rotator_leaked_salt, pg_temp.rotator_leaked, pg_temp.rotator_leaked_rows",
@@ -59,7 +60,7 @@ class LeakedValues:
             first: The number of the first line.
             forms: The number of digests of each value.
         """
-        self.salt = secrets.token_bytes(SALT_BYTES)
+        self.salt = secrets.token_bytes(_SALT_BYTES)
         self.forms = forms
         self.digests = array("q")
         self._first = first

@@ -17,12 +17,9 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="There is no Chromium with its driver: install chromium-driver."
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="There is no Chromium with its driver: install chromium-driver."
+)
 
 ROWS = 4_000
 TARGET = "tickets.Ticket.token"
@@ -104,6 +101,7 @@ def running(commands: Commands) -> Running:
     return started
 
 
+@pytest.mark.slow
 def test_it_is_watched_and_steered(browsers: Any, running: Running) -> None:  # noqa: ANN401
     browser: Browser = browsers()
     browser.open(Rotation.objects.get())
@@ -127,7 +125,7 @@ def test_it_is_watched_and_steered(browsers: Any, running: Running) -> None:  # 
     browser.wait_for("Not moving: interrupted, cancelled by alice", "#rotator-headline")
     browser.wait_for(f"async_rotate {TARGET}", ".rotator-command")
     assert "No process works on this rotation" in browser.text()
-    assert running.wait().status == 1
+    assert running.wait().status == 130
 
 
 def test_it_is_watched_to_its_end(browsers: Any, running: Running) -> None:  # noqa: ANN401
@@ -142,6 +140,7 @@ def test_it_is_watched_to_its_end(browsers: Any, running: Running) -> None:  # n
     assert "completed" in browser.text("[data-log]")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("running")
 def test_the_older_of_two_tabs_is_refused(browsers: Any) -> None:  # noqa: ANN401
     one, other = browsers(), browsers()
@@ -158,6 +157,7 @@ def test_the_older_of_two_tabs_is_refused(browsers: Any) -> None:  # noqa: ANN40
     assert Control.objects.get().concurrency is None
 
 
+@pytest.mark.slow
 def test_the_death_of_the_owner_is_shown(browsers: Any, running: Running) -> None:  # noqa: ANN401
     browser: Browser = browsers()
     browser.open(Rotation.objects.get())
@@ -168,6 +168,7 @@ def test_the_death_of_the_owner_is_shown(browsers: Any, running: Running) -> Non
     assert not browser.find("button[value=pause]").is_displayed()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("running")
 def test_it_works_without_scripts_and_on_a_small_screen(browsers: Any) -> None:  # noqa: ANN401
     browser: Browser = browsers(has_scripts=False)

@@ -101,7 +101,7 @@
       const children = () => facts.flatMap(([label, value]) => [make("dt", label), make("dd", value)]);
       fill(list, children, JSON.stringify(facts));
     }
-    one("[data-refused]").hidden = !state.refused.length;
+    one("[data-rejected]").hidden = !state.rejected.length;
     const row = (line) => {
       const element = document.createElement("tr");
       element.append(...line.map((cell) => make("td", cell)));
