@@ -59,8 +59,8 @@ def test_a_very_large_batch_needs_the_full_pace() -> None:
 def test_a_large_batch_says_what_it_costs() -> None:
     assert "warning" not in notice(started(batch=10_000), Stats())
     assert notice(started(batch=20_000), Stats()).endswith(
-        " 20,000 rows a range; warning: with ranges of this size, writers of the same rows may wait for 1 s or "
-        "more"
+        " 20,000 rows a range; warning: with ranges of this size, writers of the same rows may wait for "
+        "1 s or more"
     )
 
 
