@@ -467,7 +467,7 @@ def _check_paces(found: Sequence[Measurement]) -> dict[str, bool]:
 
 def _change_load(server: Server, original: Database, options: argparse.Namespace) -> dict[str, Any]:
     """Rotate while the application's load goes from 0 to the rate, to four times as much, and to 0."""
-    quiet_seconds, high = 3.0, options.rate * 4
+    quiet_seconds, high = 5.0, options.rate * 4
     with server.copied(original) as database:
         application = Application(database, options.rows)
         try:
