@@ -108,7 +108,7 @@ async def rotating(
     options: RunOptions = OPTIONS,
     throttles: ThrottleSources | None = None,
     *,
-    statement_seconds: float = 0.05,
+    statement_seconds: float = 0.2,
 ) -> AsyncIterator[Watched]:
     """Rotate slowly while the block runs, then fast, and check that each row was written once."""
     watched = Watched(database, make_tickets(database, ROWS))
