@@ -15,7 +15,7 @@ from rotator.options import WaitLimits
 from rotator.postgres.connection import set_local
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
-from rotator.postgres.table import ROW, Column, TargetTable, identifier, number
+from rotator.postgres.table import ROW, Column, TargetTable, identifier
 from rotator.ranges import Key, KeyInterval
 
 DIGEST_BYTES: Final = 8
@@ -201,21 +201,19 @@ async def load_range(
     """
     within = table.within(after_is_known=key_range.after is not None, alias=ROW)
     rows = sql.SQL("{} WHERE {}{}").format(table.row, within, table.and_matches)
-    async with rolled_back_on_error(connection, seconds=None):
+    async with rolled_back_on_error(connection, seconds=LOAD_LIMITS.transaction_seconds):
         async with connection.pipeline():
             await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
             cursor = await connection.execute(
-                _entering(ledger, table, rows, sql.SQL("SELECT count(*) FROM entered")),
-                {"after": key_range.after, "through": key_range.through},
+                _insert(ledger, table, rows), {"after": key_range.after, "through": key_range.through}
             )
-        entries = await number(cursor)
         if before is not None:
             await before.wait()
         async with connection.pipeline():
             await connection.execute(
                 "UPDATE rotator_ledger SET loaded_through = %s::jsonb, entries = entries + %s"
                 " WHERE rotation_id = %s",
-                (key_range.through, entries, ledger.rotation),
+                (key_range.through, cursor.rowcount, ledger.rotation),
             )
             await connection.execute("COMMIT")
 
@@ -228,19 +226,21 @@ def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sq
         table: The target's table.
         rows: A FROM clause and its conditions, with the table under the alias :data:`ROW`.
     """
-    count = sql.SQL(
-        "UPDATE {} SET entries = entries + (SELECT count(*) FROM entered) WHERE rotation_id = {}"
-    ).format(identifier(ledger.schema, "rotator_ledger"), sql.Literal(ledger.rotation))
-    return _entering(ledger, table, rows, count)
-
-
-def _entering(
-    ledger: Ledger, table: TargetTable, rows: sql.Composable, count: sql.Composable
-) -> sql.Composed:
     return sql.SQL(
-        "WITH entered AS (INSERT INTO {name} SELECT digest FROM (SELECT {row}.* FROM {rows}) AS {row},"
-        " LATERAL {digests} WHERE digest IS NOT NULL RETURNING 1) {count}"
-    ).format(name=ledger.name, row=identifier(ROW), rows=rows, digests=ledger.digests(table), count=count)
+        "WITH entered AS ({} RETURNING 1)"
+        " UPDATE {} SET entries = entries + (SELECT count(*) FROM entered) WHERE rotation_id = {}"
+    ).format(
+        _insert(ledger, table, rows),
+        identifier(ledger.schema, "rotator_ledger"),
+        sql.Literal(ledger.rotation),
+    )
+
+
+def _insert(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
+    return sql.SQL(
+        "INSERT INTO {} SELECT digest FROM (SELECT {row}.* FROM {}) AS {row}, LATERAL {}"
+        " WHERE digest IS NOT NULL"
+    ).format(ledger.name, rows, ledger.digests(table), row=identifier(ROW))
 
 
 async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger) -> None:

@@ -30,6 +30,8 @@ KEYS_KEPT: Final = 10_000
 _ROWS_READ: Final = 20_000
 # A killed verification is resumed for so long; after that, the first part of the search is too old.
 RESUMED_HOURS: Final = 24
+# Longer than the server's own limit, below.
+FIND_SECONDS: Final = 150.0
 _SETTINGS: Final = {
     **KEY_SETTINGS,
     "statement_timeout": "60s",
@@ -63,7 +65,7 @@ async def find_survivors(
         RowsLockedError: Another session has locked the table.
         RangeTooSlowError: The interval is too large.
     """
-    async with translate_errors(connection, seconds=None), connection.transaction():
+    async with translate_errors(connection, seconds=FIND_SECONDS), connection.transaction():
         return await _find(connection, table, ledger, interval)
 
 
@@ -113,7 +115,10 @@ async def control_search(
         limit=sql.Literal(PLANTED_ROWS),
         name=ledger.name,
     )
-    async with rolled_back_on_error(connection, seconds=None), connection.transaction(force_rollback=True):
+    async with (
+        rolled_back_on_error(connection, seconds=FIND_SECONDS),
+        connection.transaction(force_rollback=True),
+    ):
         await set_local(connection, _SETTINGS)
         cursor = await connection.execute(plant, {"after": interval.after, "through": interval.through})
         planted = {Key(key) async for (key,) in cursor}

@@ -1,11 +1,15 @@
 """Verifies a rotation: what it has written, and whether a row has a value that is in the ledger."""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
 from psycopg import AsyncConnection
+from psycopg_pool import AsyncConnectionPool
 
+from rotator.aio import unwrap_group
 from rotator.events import (
     Controls,
     Coverage,
@@ -17,6 +21,7 @@ from rotator.events import (
 )
 from rotator.exceptions import OptionError, RangeTooSlowError, RowsLockedError
 from rotator.postgres import survivors
+from rotator.postgres.errors import translate_errors
 from rotator.postgres.guard import count_hits
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
 from rotator.postgres.last_writers import count_last_writers
@@ -27,7 +32,7 @@ from rotator.postgres.rotations import RotationFacts, read_facts
 from rotator.postgres.survivors import Search, Survivors
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
-from rotator.ranges import Key, KeyInterval
+from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
 from rotator.runner.late_rows import LateRows
@@ -47,6 +52,7 @@ class Verifier:
     def __init__(
         self,
         connection: AsyncConnection,
+        pool: AsyncConnectionPool,
         table: TargetTable,
         rotation: int,
         context: RunContext,
@@ -55,11 +61,13 @@ class Verifier:
 
         Args:
             connection: A connection in autocommit mode, for this object's use alone.
+            pool: Connections that search ranges at the same time.
             table: The target's table.
             rotation: The rotation's id.
             context: The run.
         """
         self._connection = connection
+        self._pool = pool
         self._table = table
         self._rotation = rotation
         self._owner = context.owner
@@ -174,10 +182,8 @@ class Verifier:
             if self._stop_signal.drain.is_set():
                 return search
             try:
-                planned = await self._planner.next_range(
-                    KeyInterval(after=search.through, through=search.bound), rows
-                )
-                found = await survivors.find_survivors(self._connection, self._table, ledger, planned)
+                planned = await self._plan(KeyInterval(after=search.through, through=search.bound), rows)
+                found = await self._find(ledger, planned)
             except RowsLockedError:
                 await self._stop_signal.wait(_RETRY.delay_seconds(1))
                 continue
@@ -186,18 +192,38 @@ class Verifier:
                     raise
                 rows //= 2
                 continue
-            if placed is not None:
-                for of_leaf in _by_leaf(found):
-                    await placed.rotate(of_leaf)
-            search = await survivors.advance_search(
-                self._connection,
-                search,
-                planned.through,
-                rows=planned.rows,
-                survivors=[row.key for row in found],
-            )
-            self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
+            for key_range, survivors_of_range in zip(planned, found, strict=True):
+                if placed is not None:
+                    for of_leaf in _by_leaf(survivors_of_range):
+                        await placed.rotate(of_leaf)
+                search = await survivors.advance_search(
+                    self._connection,
+                    search,
+                    key_range.through,
+                    rows=key_range.rows,
+                    survivors=[row.key for row in survivors_of_range],
+                )
+                self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
         return search
+
+    async def _plan(self, rest: KeyInterval, rows: int) -> list[KeyRange]:
+        planned = list[KeyRange]()
+        while len(planned) < self._pool.max_size and rest.after != rest.through:
+            planned.append(await self._planner.next_range(rest, rows))
+            rest = replace(rest, after=planned[-1].through)
+        return planned
+
+    async def _find(self, ledger: Ledger, planned: Sequence[KeyRange]) -> list[list[OlderRow]]:
+        """Return the survivors of each range, which are searched at the same time."""
+
+        async def find(key_range: KeyRange) -> list[OlderRow]:
+            async with translate_errors(seconds=None), self._pool.connection() as connection:
+                return await survivors.find_survivors(connection, self._table, ledger, key_range)
+
+        with unwrap_group():
+            async with asyncio.TaskGroup() as tasks:
+                searches = [tasks.create_task(find(key_range)) for key_range in planned]
+        return [each.result() for each in searches]
 
     async def _placed_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""
