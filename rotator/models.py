@@ -442,9 +442,14 @@ class Measurement(models.Model):
     )
 
     class Meta:
-        """Find the measurements of a rotation by time."""
+        """Find the measurements of a rotation by time, and those in which it was held."""
 
-        indexes: ClassVar = [models.Index(fields=["rotation", "at"], name="rotator_measurement_at")]
+        indexes: ClassVar = [
+            models.Index(fields=["rotation", "at"], name="rotator_measurement_at"),
+            models.Index(
+                fields=["rotation", "at"], condition=~Q(held_by=""), name="rotator_measurement_held"
+            ),
+        ]
 
     def __str__(self) -> str:
         """Return its name in logs."""

@@ -26,13 +26,13 @@ from rotator.management.standing import (
 )
 from rotator.models import Action, Helper, Measurement, Rotation, Span
 from rotator.options import RunOptions, Selection
-from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD, RECENT_RANGES
+from rotator.postgres.measurements import APART_SECONDS, CHART, GAP_SECONDS, HELD, RECENT_RANGES
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.text import ACTIVITIES, count, duration, moment, one_line, plural, rate, unconfirmed
 from rotator.stats import RecentRate, State
 
-# More than the checkpoints of the window of a rate.
-_RECENT_RANGES: Final = 4000
+# About the checkpoints of the window of a rate.
+_RECENT_RANGES: Final = 1000
 _LONGEST_LOG: Final = 50
 _BANDS_SHOWN: Final = 60
 _STALL_SECONDS: Final = 10.0
@@ -394,8 +394,18 @@ def chart_of(rotation: Rotation) -> dict[str, object]:
     first, last = ordered.first(), ordered.last()
     if first is None or last is None:
         return draw([], [], began_at=rotation.started_at, ended_at=rotation.updated_at)
+    span = max((last[0] - first[0]).total_seconds(), 1.0)
     with _cursor(rotation) as cursor:
-        cursor.execute(CHART, {"rotation": rotation.pk, "points": POINTS, "gap": GAP_SECONDS})
+        cursor.execute(
+            CHART,
+            {
+                "rotation": rotation.pk,
+                "began_at": first[0],
+                "span": span,
+                "points": POINTS,
+                "gap": GAP_SECONDS,
+            },
+        )
         points = [
             Point(
                 at=at,
@@ -405,12 +415,20 @@ def chart_of(rotation: Rotation) -> dict[str, object]:
             )
             for at, speed, commit, baseline in cursor.fetchall()
         ]
-        cursor.execute(HELD, {"rotation": rotation.pk, "gap": GAP_SECONDS})
+        cursor.execute(
+            HELD,
+            {
+                "rotation": rotation.pk,
+                "apart": APART_SECONDS,
+                "gap": GAP_SECONDS,
+                "limit": _BANDS_SHOWN,
+            },
+        )
         held = [
             Held(names=_names(names), began_at=began_at, ended_at=ended_at)
             for names, began_at, ended_at in cursor.fetchall()
         ]
-    return draw(points, held[-_BANDS_SHOWN:], began_at=first[0], ended_at=last[0])
+    return draw(points, held[::-1], began_at=first[0], ended_at=last[0])
 
 
 def _names(stored: str) -> str:

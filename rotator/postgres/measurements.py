@@ -14,49 +14,55 @@ from rotator.postgres.errors import translate_errors
 
 # A longer time between two measurements is a time without an owner.
 GAP_SECONDS: Final = 30
+# While something holds a rotation, measurements are closer than this.
+APART_SECONDS: Final = 8
 
-# Rows are counted by the differences of neighbours, so that a run that is resumed begins at 0.
+# Only the last measurements of two parts of the time are compared, so that no window has many rows. A time
+# without an owner has no rate.
 CHART: Final = (
-    "WITH found AS (SELECT at, held_by, commit_seconds, baseline_seconds,"
-    " rows_done - lag(rows_done) OVER earlier AS rows,"
-    " EXTRACT(epoch FROM at - lag(at) OVER earlier)::float8 AS seconds,"
-    " EXTRACT(epoch FROM at - min(at) OVER ())::float8 AS since,"
-    " EXTRACT(epoch FROM max(at) OVER () - min(at) OVER ())::float8 AS span"
-    " FROM rotator_measurement WHERE rotation_id = %(rotation)s WINDOW earlier AS (ORDER BY at, id))"
-    " SELECT LEAST(floor(since * %(points)s / NULLIF(span, 0)), %(points)s - 1)::int AS point,"
-    " sum(GREATEST(rows, 0)) FILTER (WHERE seconds <= %(gap)s)"
-    " / NULLIF(sum(seconds) FILTER (WHERE seconds <= %(gap)s), 0) AS rows_per_second,"
+    "WITH found AS (SELECT LEAST(floor(date_part('epoch', at - %(began_at)s) * %(points)s / %(span)s),"
+    " %(points)s - 1)::int AS point, max(at) AS at, max(rows_done) AS rows_done,"
     " avg(commit_seconds) AS commit_seconds, avg(baseline_seconds) AS baseline_seconds"
-    " FROM found WHERE span > 0 GROUP BY 1 ORDER BY 1"
+    " FROM rotator_measurement WHERE rotation_id = %(rotation)s GROUP BY 1),"
+    " paired AS (SELECT *, rows_done - lag(rows_done) OVER earlier AS rows,"
+    " date_part('epoch', at - lag(at) OVER earlier) AS seconds"
+    " FROM found WINDOW earlier AS (ORDER BY point))"
+    " SELECT point, CASE WHEN seconds <= %(gap)s + 2 * %(span)s / %(points)s"
+    " THEN GREATEST(rows, 0) / NULLIF(seconds, 0) END AS rows_per_second, commit_seconds, baseline_seconds"
+    " FROM paired ORDER BY point"
 )
 
-# One row for each time in which the same sources held the rotation.
+# One row for each time in which the same sources held the rotation, the latest first. A partial index has the
+# measurements of these times.
 HELD: Final = (
-    "WITH found AS (SELECT at, held_by, lead(at) OVER later AS until,"
-    " held_by <> lag(held_by, 1, '') OVER later"
-    " OR EXTRACT(epoch FROM at - lag(at) OVER later) > %(gap)s AS begins"
-    " FROM rotator_measurement WHERE rotation_id = %(rotation)s WINDOW later AS (ORDER BY at, id)),"
-    " numbered AS (SELECT *, count(*) FILTER (WHERE begins) OVER (ORDER BY at) AS number FROM found)"
-    " SELECT held_by, min(at) AS began_at,"
-    " max(LEAST(COALESCE(until, at), at + make_interval(secs => %(gap)s))) AS ended_at"
-    " FROM numbered WHERE held_by <> '' GROUP BY number, held_by ORDER BY 2"
+    "WITH found AS (SELECT at, held_by, held_by <> lag(held_by, 1, '') OVER earlier"
+    " OR at - lag(at) OVER earlier > make_interval(secs => %(apart)s) AS begins"
+    " FROM rotator_measurement WHERE rotation_id = %(rotation)s AND held_by <> ''"
+    " WINDOW earlier AS (ORDER BY at)),"
+    " numbered AS (SELECT *, count(*) FILTER (WHERE begins) OVER (ORDER BY at) AS number FROM found),"
+    " bands AS (SELECT held_by, min(at) AS began_at, max(at) AS last_at FROM numbered"
+    " GROUP BY number, held_by ORDER BY 2 DESC LIMIT %(limit)s)"
+    " SELECT held_by, began_at, COALESCE((SELECT min(at) FROM rotator_measurement"
+    " WHERE rotation_id = %(rotation)s AND at > last_at AND at < last_at + make_interval(secs => %(gap)s)),"
+    " last_at) AS ended_at FROM bands ORDER BY began_at DESC"
 )
 
 # Each measurement counts until the next one.
 HELD_SECONDS: Final = (
-    "SELECT name, sum(LEAST(seconds, %(gap)s)) FROM (SELECT held_by,"
-    " EXTRACT(epoch FROM lead(at) OVER (ORDER BY at, id) - at)::float8 AS seconds"
-    " FROM rotator_measurement WHERE rotation_id = %(rotation)s) AS measured"
-    " CROSS JOIN LATERAL string_to_table(NULLIF(held_by, ''), chr(10)) AS name"
-    " WHERE seconds IS NOT NULL GROUP BY name ORDER BY name"
+    "SELECT name, sum(LEAST(date_part('epoch', following.at - held.at), %(gap)s))"
+    " FROM rotator_measurement AS held CROSS JOIN LATERAL (SELECT min(at) AS at FROM rotator_measurement"
+    " WHERE rotation_id = held.rotation_id AND at > held.at) AS following"
+    " CROSS JOIN LATERAL string_to_table(held.held_by, chr(10)) AS name"
+    " WHERE held.rotation_id = %(rotation)s AND held.held_by <> '' AND following.at IS NOT NULL"
+    " GROUP BY name ORDER BY name"
 )
 
 # The same checkpoints that the progress of the run counts, in steps of a quarter of a second.
 RECENT_RANGES: Final = (
-    "SELECT EXTRACT(epoch FROM max(committed_at))::float8 AS at, sum(rows)::bigint AS rows,"
+    "SELECT date_part('epoch', max(committed_at)) AS at, sum(rows)::bigint AS rows,"
     " max(seconds) AS seconds FROM (SELECT committed_at, rows, seconds FROM rotator_completedrange"
     " WHERE rotation_id = %(rotation)s ORDER BY id DESC LIMIT %(limit)s) AS recent"
-    " GROUP BY floor(EXTRACT(epoch FROM committed_at) * 4) ORDER BY 1"
+    " GROUP BY floor(date_part('epoch', committed_at) * 4) ORDER BY 1"
 )
 
 
