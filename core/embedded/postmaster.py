@@ -116,7 +116,10 @@ class Postmaster:
     def _last_words(self) -> str:
         """Return what the server complained of since it was last launched."""
         try:
-            printed = self._log.read_bytes()[self._log_start_bytes :]
+            # The log of months can be large.
+            with self._log.open("rb") as log:
+                log.seek(self._log_start_bytes)
+                printed = log.read()
         except FileNotFoundError:
             return ""
         return complaint(printed.decode(errors="replace"))
