@@ -65,7 +65,7 @@ class Postmaster:
                 time.sleep(_POLL_SECONDS)
                 continue
             # A killed server's children hold on to its shared memory for a moment longer.
-            passing = launches < _LAUNCHES and "shared memory" in self._last_words()
+            passing = 0 < launches < _LAUNCHES and "shared memory" in self._last_words()
             if launches and not passing:
                 raise self._failure("does not start")
             time.sleep(_RELAUNCH_PAUSE_SECONDS * launches)
