@@ -73,6 +73,8 @@ REPORT_KEYS = {
     "excludes",
     "generator",
     "include_null",
+    "verification",
+    "leaked",
 }
 HEAD_KEYS = {"event", "at", "rotation"}
 EVENT_KEYS = {
@@ -93,6 +95,8 @@ EVENT_KEYS = {
         "wal_bytes",
         "forced_checkpoints",
         "estimated_seconds",
+        "proves",
+        "guard",
     },
     "started": {
         "target",
