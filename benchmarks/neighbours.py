@@ -276,9 +276,8 @@ def main() -> None:
         "(default: all)",
     )
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the changing load, as SVG or PNG")
-    parser.set_defaults(settings="default")
     options = parser.parse_args()
-    run_script(lambda server: _measure(server, options), settings=options.settings)
+    run_script(lambda server: _measure(server, options), server=options.server)
 
 
 def _measure(server: Server, options: argparse.Namespace) -> bool:
@@ -468,7 +467,7 @@ def _check_paces(found: Sequence[Measurement]) -> dict[str, bool]:
 
 def _change_load(server: Server, original: Database, options: argparse.Namespace) -> dict[str, Any]:
     """Rotate while the application's load goes from 0 to the rate, to four times as much, and to 0."""
-    quiet_seconds, high = 3.0, options.rate * 4
+    quiet_seconds, high = 5.0, options.rate * 4
     with server.copied(original) as database:
         application = Application(database, options.rows)
         try:

@@ -1,13 +1,31 @@
-"""Pictures of what the benchmarks found; matplotlib comes with the extra ``benchmark``."""
+"""Draws the figures of the benchmarks, for light and dark pages; needs the extra ``benchmark``."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _WIDTH_INCHES: Final = 9.0
+# On no background, this grey can be read on a white and on a dark page.
+_GREY: Final = "#7d8590"
+_OURS: Final = "#d1495b"
+_LOOK: Final[dict[Any, object]] = {
+    "svg.fonttype": "none",
+    "savefig.transparent": True,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _GREY,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "legend.frameon": False,
+}
 _BAR_INCHES: Final = 0.32
+# Below it, a fraction tells more than a decimal.
+_SMALL_RATIO: Final = 0.1
 
 
 def picture(text: str) -> Path:
@@ -25,18 +43,25 @@ def picture(text: str) -> Path:
 
 
 def bars(file: Path, rates: Mapping[str, float], *, title: str, ours: str) -> None:
-    """Draw rows a second as bars on a logarithmic scale, the fastest on top."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, which only pictures need
+    """Draw rows/s as bars, the fastest on top, each with its ratio to ours."""
+    from matplotlib import rc_context  # noqa: PLC0415 - an extra, which only pictures need
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     ordered = sorted(rates.items(), key=lambda found: found[1])
-    figure = Figure(figsize=(_WIDTH_INCHES, 1.2 + _BAR_INCHES * len(ordered)), layout="constrained")
-    axes = figure.subplots()
-    colours = ["tab:red" if name == ours else "tab:blue" for name, _ in ordered]
-    drawn = axes.barh([name for name, _ in ordered], [rate for _, rate in ordered], color=colours)
-    axes.bar_label(drawn, labels=[f"{rate:,.0f}" for _, rate in ordered], padding=3)
-    axes.set(xscale="log", xlabel="rows a second", title=title)
-    axes.margins(x=0.2)
-    figure.savefig(file)
+    with rc_context(_LOOK):
+        figure = Figure(figsize=(_WIDTH_INCHES, 1.2 + _BAR_INCHES * len(ordered)), layout="constrained")
+        axes = figure.subplots()
+        colours = [_OURS if name == ours else _GREY for name, _ in ordered]
+        drawn = axes.barh([name for name, _ in ordered], [rate for _, rate in ordered], color=colours)
+        labels = [f"{rate:,.0f} ({_ratio(rate / rates[ours])})" for _, rate in ordered]
+        axes.bar_label(drawn, labels=labels, padding=3)
+        axes.set(xlabel="rows/s", title=title)
+        axes.margins(x=0.2)
+        figure.savefig(file)
+
+
+def _ratio(ratio: float) -> str:
+    return f"x{ratio:.2f}" if ratio >= _SMALL_RATIO else f"1/{1 / ratio:.0f}"
 
 
 def lines_and_heat(
@@ -46,37 +71,39 @@ def lines_and_heat(
     concurrencies: Sequence[int],
     title: str,
 ) -> None:
-    """Draw rows a second by concurrency, a line for each batch, and beside it the same as a heat map.
+    """Draw rows/s by concurrency: a line for each batch, and a heat map.
 
     Args:
-        file: Where to.
+        file: The picture's file.
         rates: For each batch, the rates in the order of the concurrencies.
-        concurrencies: What was tried.
-        title: Above both.
+        concurrencies: The numbers of workers.
+        title: The title above both.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, which only pictures need
+    from matplotlib import rc_context  # noqa: PLC0415 - an extra, which only pictures need
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(1.5 * _WIDTH_INCHES, 0.6 * _WIDTH_INCHES), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for batch, found in rates.items():
-        left.plot(concurrencies, found, marker="o", label=f"--batch {batch:,}")
-    left.set(xlabel="--concurrency", ylabel="rows a second", ylim=(0, None), xticks=list(concurrencies))
-    left.legend()
-    image = right.imshow(list(rates.values()), aspect="auto", cmap="viridis")
-    right.set(
-        xlabel="--concurrency",
-        ylabel="--batch",
-        xticks=range(len(concurrencies)),
-        xticklabels=[str(concurrency) for concurrency in concurrencies],
-        yticks=range(len(rates)),
-        yticklabels=[f"{batch:,}" for batch in rates],
-    )
-    for row, found in enumerate(rates.values()):
-        for column, rate in enumerate(found):
-            right.text(column, row, f"{rate / 1000:,.0f}k", ha="center", va="center", color="white")
-    figure.colorbar(image, ax=right, label="rows a second")
-    figure.suptitle(title)
-    figure.savefig(file)
+    with rc_context(_LOOK):
+        figure = Figure(figsize=(1.5 * _WIDTH_INCHES, 0.6 * _WIDTH_INCHES), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for batch, found in rates.items():
+            left.plot(concurrencies, found, marker="o", label=f"--batch {batch:,}")
+        left.set(xlabel="--concurrency", ylabel="rows/s", ylim=(0, None), xticks=list(concurrencies))
+        left.legend()
+        image = right.imshow(list(rates.values()), aspect="auto", cmap="viridis")
+        right.set(
+            xlabel="--concurrency",
+            ylabel="--batch",
+            xticks=range(len(concurrencies)),
+            xticklabels=[str(concurrency) for concurrency in concurrencies],
+            yticks=range(len(rates)),
+            yticklabels=[f"{batch:,}" for batch in rates],
+        )
+        for row, found in enumerate(rates.values()):
+            for column, rate in enumerate(found):
+                right.text(column, row, f"{rate / 1000:,.0f}k", ha="center", va="center", color="white")
+        figure.colorbar(image, ax=right, label="rows/s")
+        figure.suptitle(title)
+        figure.savefig(file)
 
 
 def timeline(
@@ -85,19 +112,23 @@ def timeline(
     """Draw the application's latencies over time, with each change of the pace.
 
     Args:
-        file: Where to.
+        file: The picture's file.
         latencies: When each transaction ended, and its latency in ms.
         workers: When the number of workers changed, and to which.
-        title: Above it.
+        title: The title.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, which only pictures need
+    from matplotlib import rc_context  # noqa: PLC0415 - an extra, which only pictures need
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     start = min(at for at, _ in [*latencies, *workers])
-    figure = Figure(figsize=(_WIDTH_INCHES, 0.5 * _WIDTH_INCHES), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([at - start for at, _ in latencies], [latency for _, latency in latencies], ".", markersize=2)
-    for at, number in workers:
-        axes.axvline(at - start, color="tab:red", linewidth=0.5)
-        axes.annotate(str(number), (at - start, 1.0), xycoords=("data", "axes fraction"), color="tab:red")
-    axes.set(xlabel="seconds", ylabel="latency in ms", yscale="log", title=title)
-    figure.savefig(file)
+    with rc_context(_LOOK):
+        figure = Figure(figsize=(_WIDTH_INCHES, 0.5 * _WIDTH_INCHES), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(
+            [at - start for at, _ in latencies], [latency for _, latency in latencies], ".", markersize=2
+        )
+        for at, number in workers:
+            axes.axvline(at - start, color=_OURS, linewidth=0.5)
+            axes.annotate(str(number), (at - start, 1.0), xycoords=("data", "axes fraction"), color=_OURS)
+        axes.set(xlabel="seconds", ylabel="latency in ms", yscale="log", title=title)
+        figure.savefig(file)

@@ -20,7 +20,7 @@ from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.apps import default_target, throttle_paths
-from rotator.events import Event, Findings, Observer, OnCommit, RotationStopped
+from rotator.events import Event, Findings, LeakedValuesFound, Observer, OnCommit, RotationStopped, Verified
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
     borrowed,
@@ -31,18 +31,22 @@ from rotator.fields.connections import (
     is_in_transaction,
     run,
 )
+from rotator.fields.leaked import read_leaked
 from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
-from rotator.fields.target import find_fields, resolve
+from rotator.fields.target import check_stored_form, find_fields, resolve
 from rotator.fields.throttles import find_sources
 from rotator.options import RotateOptions, RunOptions, Selection
-from rotator.postgres.connection import Server
+from rotator.postgres.connection import Server, connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
+from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.values import FromRows
 from rotator.progress.text import stopped_by
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
+from rotator.runner.leaked_rows import count_leaked
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
+from rotator.runner.proof import forget, unguard
 from rotator.runner.runner import Run
 
 __all__ = ["RotateOptions", "RotationUnfinishedError", "Target", "rotate", "rotate_sync"]
@@ -68,6 +72,9 @@ class Target:
         include_null: Whether rows whose value is NULL are rotated too.
         include_blank: Whether rows whose value is the empty text are rotated too.
         ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
+        leaked: The path of a file with leaked values; only rows whose present value is in it are rotated. It
+            is written as on the command line. Empty for all rows.
+        leaked_column: The name of the column with the values, if that file is a CSV file.
     """
 
     fields: str | Sequence[str]
@@ -79,6 +86,8 @@ class Target:
     include_null: bool = False
     include_blank: bool = False
     ignore_derived: Sequence[str] = ()
+    leaked: str = ""
+    leaked_column: str = ""
 
 
 class RotationUnfinishedError(RotatorError):
@@ -140,11 +149,13 @@ def _prepare_call(target: Target, options: RotateOptions) -> "Prepared":
         include_null=target.include_null,
         include_blank=target.include_blank,
         ignore_derived=tuple(target.ignore_derived),
+        leaked=target.leaked,
+        leaked_column=target.leaked_column,
     )
     labels = [target.fields] if isinstance(target.fields, str) else target.fields
     check_no_running_loop()
     with borrowed():
-        return prepare(labels, target.database, checked, selection)
+        return prepare(labels, target.database, checked, selection).with_leaked_values()
 
 
 def _completed(stopped: RotationStopped) -> RotationStopped:
@@ -185,6 +196,8 @@ def prepare(
     target = resolve(labels, connection.alias, selection or Selection())
     if not is_begun:
         check_migrations(connection)
+    if options.prove:
+        check_stored_form(find_fields(labels), connection.alias)
     session = read_session(connection, target.path)
     source, path = target.source, target.path
     if isinstance(source, FromRows):
@@ -217,6 +230,22 @@ def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrap
     return connection
 
 
+def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
+    """Drop the ledger of a rotation with its guard, or only the guard; return whether there was one.
+
+    Raises:
+        RotatorError: The server is unreachable, or other sessions held locks at each attempt.
+    """
+    connection = connections[database]
+    server = server_of(connection, read_session(connection, ("rotator_rotation",)))
+
+    async def drop() -> bool:
+        async with connected(server) as own:
+            return await (unguard if only_guard else forget)(own, rotation)
+
+    return run(drop)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """A rotation that Django's side has checked; each method raises RotatorError if it cannot go ahead."""
@@ -224,6 +253,32 @@ class Prepared:
     target: RunTarget
     options: RunOptions
     server: Server
+
+    def with_leaked_values(self) -> "Prepared":
+        """Read the leaked values that the selection names, and return the rotation of only their rows."""
+        selection = self.target.selection
+        if not selection.leaked:
+            if selection.leaked_column:
+                raise OptionError("--leaked-column names a column of the file of --leaked. Use both.")
+            return self
+        if self.options.prove:
+            raise OptionError(
+                "--leaked rotates some rows, and --prove is about all of them. Rotate with --leaked first, "
+                "then all rows with --prove."
+            )
+        values = self._read_leaked(selection.leaked, selection.leaked_column)
+        # The digests are in temporary tables, which one connection uses.
+        options = replace(self.options, concurrency=1, sample=False)
+        return replace(self, target=replace(self.target, leaked=values), options=options)
+
+    def _read_leaked(self, path: str, column: str) -> LeakedValues:
+        return read_leaked(path, column, find_fields(self.target.label.split()), self.target.database)
+
+    def count_leaked(self, path: str, column: str) -> LeakedValuesFound:
+        """Search the table for the leaked values of a file, and return which of them rows have now."""
+        values = self._read_leaked(path, column)
+        close_idle()
+        return run(lambda: count_leaked(self.server, self.target, values))
 
     def earlier(self) -> Earlier:
         """Return the earlier rotations of this target that matter to a new run."""
@@ -243,6 +298,17 @@ class Prepared:
         """Rebuild the indexes after a completed rotation, and return the statements for the rest."""
         close_idle()
         return run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
+
+    def verify(self, observer: Observer, rotation: int, *, repairs: bool) -> Verified:
+        """Verify a rotation of this target, and give survivors new values if ``repairs``."""
+
+        async def work() -> Verified:
+            verifying = Run(self.server, self.target, self.options, observer, self._on_commit(observer))
+            async with borrowed_in_loop():
+                return await verifying.verify(rotation, repairs=repairs)
+
+        close_idle()
+        return run(work)
 
     def rotate(
         self,

@@ -1,11 +1,11 @@
 """The events of a rotation that observers get. No event contains a value of the rotated column."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from signal import Signals
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rotator.ranges import Key, KeyInterval
 
@@ -143,6 +143,8 @@ class Findings:
         bypassed: The effects of ``save()`` that the rotation does not have, one phrase each.
         selection: The options that choose rows and values; empty where there are none.
         warnings: Warnings that follow from the names of the fields, one sentence each.
+        proves: Whether the old values enter a ledger first.
+        guard: The action of the guard that will be added: ``refuse`` or ``keep``; empty for no guard.
     """
 
     target: str
@@ -158,6 +160,8 @@ class Findings:
     bypassed: tuple[str, ...]
     selection: str = ""
     warnings: tuple[str, ...] = ()
+    proves: bool = False
+    guard: str = ""
 
     @property
     def estimated_seconds(self) -> float | None:
@@ -692,6 +696,7 @@ class RunFacts:
         filters: The Django lookups that all rotated rows match.
         excludes: The Django lookups that no rotated row matches.
         generator: The dotted path of the values' generator; empty for the fields' own defaults.
+        leaked: The file with the leaked values of the rotated rows; empty where all rows are rotated.
     """
 
     started_at: datetime
@@ -704,11 +709,234 @@ class RunFacts:
     excludes: tuple[str, ...]
     generator: str
     include_null: bool
+    leaked: str = ""
 
     @property
     def is_filtered(self) -> bool:
         """Whether options exclude some rows of the table."""
-        return bool(self.filters or self.excludes)
+        return bool(self.filters or self.excludes or self.leaked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeakedValuesFound:
+    """A search has found the leaked values that rows have.
+
+    Attributes:
+        values: The number of values in the list of leaked values.
+        found: The number of them that rows had in a search of this run.
+        found_lines: The lines of these values, e.g. ``("5", "17-19")``; at most 10,000 ranges.
+        other_lines: The lines of the others, in the same form.
+    """
+
+    values: int
+    found: int
+    found_lines: tuple[str, ...]
+    other_lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerStarted:
+    """The old values are being entered into the ledger, before the first row is rotated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerProgressed:
+    """The values of a range are in the ledger."""
+
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerReady:
+    """Every old value is in the ledger.
+
+    Attributes:
+        seconds: The time of this run for it.
+        control_rows: The rows of a sample, all of which a search in the ledger found.
+    """
+
+    seconds: float
+    control_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardAdded:
+    """A trigger keeps old values from coming back.
+
+    Attributes:
+        action: ``refuse`` or ``keep``.
+    """
+
+    action: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationStarted:
+    """The table is being searched for values that are in the ledger.
+
+    Attributes:
+        rows_total: The server's estimate of the rows of the table.
+        rows: The rows that an interrupted verification has searched before.
+        repairs: Whether the survivors get new values.
+    """
+
+    rows_total: int
+    rows: int
+    repairs: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationProgressed:
+    """A range was searched.
+
+    Attributes:
+        rows: The rows that this verification has searched.
+        survivors: The survivors that it has found.
+    """
+
+    rows: int
+    survivors: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """The rows that a rotation has written, and those that it has not.
+
+    Attributes:
+        status: The status of the rotation.
+        gaps: The first intervals of keys that no checkpoint covers.
+        gap_rows: The rows to rotate in all of these intervals.
+        confirmed_rows: The rows that this rotation wrote last; None where unknown.
+        unconfirmed_rows: The rows that other sessions or triggers wrote last; None where unknown.
+        older_rows: The rows that no session has written since the rotation began; None where unknown.
+        unknown: Why the last writers of the rows are unknown; empty where they are known.
+        rejected_keys: The keys of rows that the server rejected, with the reason.
+        table_rows: The rows of the table.
+        excluded_rows: The rows that a filter leaves out.
+        null_rows: The rows of which a value is NULL and stays NULL.
+        blank_rows: The rows of which a value is the empty string and stays so.
+    """
+
+    status: str
+    gaps: tuple[KeyInterval, ...]
+    gap_rows: int
+    confirmed_rows: int | None
+    unconfirmed_rows: int | None
+    older_rows: int | None
+    unknown: str
+    rejected_keys: tuple[tuple[Key, str], ...]
+    table_rows: int
+    excluded_rows: int
+    null_rows: int
+    blank_rows: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row is left that the rotation has to write."""
+        is_written = not (self.gaps or self.gap_rows or self.rejected_keys or self.older_rows)
+        return is_written and self.status == "completed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Controls:
+    """The tests of the search itself: it must find what is certainly in the ledger.
+
+    Attributes:
+        sampled: The rows of a sample that were searched for before the rotation, and all of them found.
+        entries: The entries that were recorded.
+        entries_found: The entries that the ledger has.
+        is_salt_right: Whether the first entry, whose text is known, was made with this salt.
+        planted: The rows whose present values were entered for a moment.
+        planted_found: The number of these rows that the search found.
+    """
+
+    sampled: int
+    entries: int
+    entries_found: int
+    is_salt_right: bool
+    planted: int
+    planted_found: int
+
+    @property
+    def have_passed(self) -> bool:
+        """Whether the search can be trusted."""
+        return (
+            self.is_salt_right and self.entries == self.entries_found and self.planted == self.planted_found
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """The end of a verification.
+
+    Attributes:
+        number: The id of the verification; None where it did not begin.
+        rows: The rows that were searched.
+        survivors: The rows whose value is in the ledger; None where this is unknown.
+        survivor_keys: The keys of the first survivors.
+        repaired: The survivors that have new values, in a verification that repairs.
+        controls: The tests of the search; None where there is no ledger.
+        guard_hits: How often a guard met an old value.
+        false_matches: The expected number of survivors that are none, because only their digests are equal.
+        vacuumed_at: The last VACUUM of the table, in ISO 8601; empty where unknown.
+        dead_rows: The server's estimate of dead rows, which hold old values until VACUUM removes them.
+        server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
+        server_version: The version of the server.
+        user: The user of the process that verified.
+        host: The host of that process.
+        error: One sentence where it did not finish.
+    """
+
+    rotation: int
+    target: str
+    number: int | None
+    started_at: datetime
+    ended_at: datetime
+    rows: int = 0
+    survivors: int | None = None
+    survivor_keys: tuple[Key, ...] = ()
+    repaired: int = 0
+    coverage: Coverage | None = None
+    controls: Controls | None = None
+    guard_hits: int = 0
+    false_matches: float = 0.0
+    vacuumed_at: str = ""
+    dead_rows: int = 0
+    server_name: str = ""
+    server_version: str = ""
+    user: str = ""
+    host: str = ""
+    error: str = ""
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the search can be trusted, no survivor was found, and no row is left to write."""
+        return (
+            not self.error
+            and self.survivors == 0
+            and self.controls is not None
+            and self.controls.have_passed
+            and self.coverage is not None
+            and self.coverage.is_whole
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verification as JSON types."""
+        facts = asdict(self)
+        for name in ("started_at", "ended_at"):
+            facts[name] = facts[name].astimezone(UTC).isoformat(timespec="milliseconds")
+        if self.coverage is not None:
+            facts["coverage"]["rejected_keys"] = [
+                {"key": key, "reason": reason} for key, reason in self.coverage.rejected_keys
+            ]
+        if self.controls is not None:
+            facts["controls"]["have_passed"] = self.controls.have_passed
+        return {"is_verified": self.is_verified, **facts}
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of a command: 0 only where everything is verified."""
+        return 0 if self.is_verified else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -750,6 +978,8 @@ class RotationStopped:
         analyze_statement: The statement that removes old values from the statistics; empty where ANALYZE has
             removed them, or the rotation is unfinished.
         reindex_statements: The statements that make the indexes as small as before, each to be run alone.
+        verification: The verification after a completed rotation; None without a ledger.
+        leaked: The leaked values that rows had; None without a list of leaked values.
     """
 
     rotation: int
@@ -781,6 +1011,7 @@ class RotationStopped:
     error: str = ""
     superseded: bool = False
     run: RunFacts | None = None
+    leaked: LeakedValuesFound | None = None
     spans: tuple[KeyInterval, ...] = ()
     table_rows: int | None = None
     table_rows_is_exact: bool = True
@@ -790,12 +1021,16 @@ class RotationStopped:
     cancelled_by: str = ""
     pace: str = "balanced"
     limited_seconds: float = 0.0
+    verification: Verified | None = None
 
     @property
     def exit_status(self) -> int:
-        """The exit status of a command: 0 completed or stopped by --stop-after, 128 + the signal, or 1."""
+        """The exit status of a command: 0 completed or stopped by --stop-after, 128 + the signal, or 1.
+
+        A completed rotation that is not verified, although it has a ledger, has the status 1.
+        """
         if self.status == "completed":
-            return 0
+            return 0 if self.verification is None else self.verification.exit_status
         if self.status != "interrupted" or self.stop_reason is None:
             return 1
         if self.stop_reason is StopReason.STOP_AFTER:
@@ -842,6 +1077,14 @@ Event: TypeAlias = (
     | LimitsChanged
     | HorizonHeld
     | DrainStarted
+    | LedgerStarted
+    | LedgerProgressed
+    | LedgerReady
+    | GuardAdded
+    | LeakedValuesFound
+    | VerificationStarted
+    | VerificationProgressed
+    | Verified
     | Tick
     | RotationStopped
 )

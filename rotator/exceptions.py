@@ -21,6 +21,19 @@ class TargetError(RotatorError):
     """The target cannot be rotated; nothing was changed."""
 
 
+class NoDefaultError(TargetError):
+    """A field has no default that makes values, and no generator was given; nothing was changed.
+
+    Attributes:
+        generator: The path of a callable whose values fit; empty where the user has to write one; None where
+            plain new values would be of no use, as in a column of hashes.
+    """
+
+    def __init__(self, message: str, *, generator: str | None) -> None:
+        super().__init__(message)
+        self.generator = generator
+
+
 class MissingPrivilegesError(TargetError):
     """The role lacks privileges that the rotation needs; nothing was changed."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Final
 
 from django.db import models, transaction
-from django.db.models import F, Q
+from django.db.models import F, Q, Value
 from django.db.models.functions import Now
 
 from rotator.events import ActionKind
@@ -113,6 +113,10 @@ class Rotation(models.Model):
         help_text="The reason of a stop that was requested.",
     )
     error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
+    rejected_keys = models.JSONField(
+        db_default=Value([], output_field=models.JSONField()),
+        help_text="The keys of rows that the server rejected in the latest run, with the reason.",
+    )
 
     class Meta:
         """Allow one unfinished rotation of a target, and only consistent rows."""
@@ -337,6 +341,78 @@ class Action(models.Model):
     def __str__(self) -> str:
         """Return the action and the user."""
         return f"{self.kind} by {self.by}"
+
+
+class Ledger(models.Model):
+    """The salted digests of a rotation's old values, which are in a table of their own.
+
+    Transitions::
+
+        loading -> ready | forgotten
+        ready   -> forgotten
+    """
+
+    class State(models.TextChoices):
+        """The state of a ledger; a forgotten one has neither a table nor a salt."""
+
+        LOADING = "loading"
+        READY = "ready"
+        FORGOTTEN = "forgotten"
+
+    class Guard(models.TextChoices):
+        """The action of the guard's trigger on an old value."""
+
+        NONE = ""
+        REFUSE = "refuse"
+        KEEP = "keep"
+
+    rotation = models.OneToOneField(Rotation, on_delete=models.CASCADE, related_name="ledger")
+    salt = models.BinaryField(help_text="A secret: with it, a value that can be guessed can be found.")
+    state = models.CharField(max_length=16, choices=State, default=State.LOADING)
+    loaded_through = models.JSONField(
+        null=True, help_text="The key up to which it is loaded; null before the first range."
+    )
+    started_xid = models.BigIntegerField(
+        help_text="The oldest transaction that was open when loading began (xid8)."
+    )
+    entries = models.BigIntegerField(default=0, help_text="Digests in the table.")
+    control_rows = models.BigIntegerField(
+        default=0, help_text="Rows of a sample that were all found in it before the rotation."
+    )
+    guard = models.CharField(max_length=16, choices=Guard, default=Guard.NONE, blank=True)
+    guard_hits = models.BigIntegerField(
+        default=0, help_text="Old values that earlier guards met; the present guard has a sequence."
+    )
+    created_at = models.DateTimeField(db_default=Now())
+    ready_at = models.DateTimeField(null=True)
+    forgotten_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        """Return its name in messages."""
+        return f"ledger of rotation {self.rotation_id}"
+
+
+class Verification(models.Model):
+    """A search for old values of a rotation in its table, and what it found.
+
+    It reads the table in ranges of keys, so it can be resumed while ``finished_at`` is null.
+    """
+
+    rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="verifications")
+    bound = models.JSONField(null=True, help_text="The highest key at its start; null without rows.")
+    through = models.JSONField(null=True, help_text="The key up to which it has searched; null at its start.")
+    rows = models.BigIntegerField(default=0, help_text="Rows that it has searched.")
+    survivors = models.BigIntegerField(default=0, help_text="Rows whose present value is in the ledger.")
+    survivor_keys = models.JSONField(default=list, help_text="The keys of the first survivors.")
+    repairs = models.BooleanField(default=False, help_text="Whether it gives survivors new values.")
+    repaired = models.BigIntegerField(default=0, help_text="Survivors that it has given new values.")
+    result = models.JSONField(default=dict, help_text="Coverage, controls and result; empty until its end.")
+    started_at = models.DateTimeField(db_default=Now())
+    finished_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        """Return its name in messages."""
+        return f"verification {self.pk} of rotation {self.rotation_id}"
 
 
 class Measurement(models.Model):

@@ -13,6 +13,8 @@ from rotator.exceptions import OptionError
 Duration: TypeAlias = str | float | timedelta
 """A text such as ``100ms``, ``30s``, ``5m`` or ``2h``, a number of seconds, or a timedelta."""
 
+GUARD_ACTIONS: Final = ("refuse", "keep")
+
 _LOCK_SECONDS: Final = 0.1
 _OUTAGE_SECONDS: Final = 300.0
 # The server counts timeouts in milliseconds, and 0 means no timeout.
@@ -160,6 +162,9 @@ class Selection:
         include_blank: Whether rows whose value is the empty text are rotated too.
         ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
             They change neither rows nor values, so a run can resume with others.
+        leaked: The path of a file with leaked values, or ``-`` for the standard input; only rows whose
+            present value is in it are rotated. Empty for all rows.
+        leaked_column: The name of the column of a CSV file; empty for a file of another kind.
     """
 
     filters: tuple[str, ...] = ()
@@ -168,11 +173,13 @@ class Selection:
     include_null: bool = False
     include_blank: bool = False
     ignore_derived: tuple[str, ...] = field(default=(), compare=False)
+    leaked: str = ""
+    leaked_column: str = ""
 
     @property
     def is_filtered(self) -> bool:
         """Whether the rotation leaves out some rows of the table."""
-        return bool(self.filters or self.excludes)
+        return bool(self.filters or self.excludes or self.leaked)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Selection":
@@ -194,6 +201,8 @@ class Selection:
         words += ["--include-null"] if self.include_null else []
         words += ["--include-blank"] if self.include_blank else []
         words += [word for name in self.ignore_derived for word in ("--ignore-derived", name)]
+        words += ["--leaked", self.leaked] if self.leaked else []
+        words += ["--leaked-column", self.leaked_column] if self.leaked_column else []
         return shlex.join(words) or "the default options"
 
 
@@ -232,6 +241,8 @@ class RunOptions:
         rotation: The id of the only rotation to resume; None for the target's unfinished one, or a new one.
         after: The id of the completed rotation that a new one may repeat; None for no rotation.
         preflight: Whether to report on table and server before a new rotation begins.
+        prove: Whether to enter the old values into a ledger first, and to verify at the end.
+        guard: The action of the guard: ``refuse`` or ``keep``; empty for no guard.
         sample: Whether to measure the speed for that report, by ranges that are rolled back.
         limits: The limits of a range's transaction.
         max_lag_seconds: The lag of a replica above which no range begins; None for no limit.
@@ -253,6 +264,8 @@ class RunOptions:
     outage_budget_seconds: float = _OUTAGE_SECONDS
     vacuum: bool = True
     reindex: bool = False
+    prove: bool = False
+    guard: str = ""
     preflight: bool = False
     sample: bool = False
     limits: WaitLimits = field(default_factory=WaitLimits)
@@ -294,6 +307,10 @@ class RunOptions:
         _in_range("concurrency", checked.concurrency)
         _in_range("batch", checked.batch)
         check_batch(checked.batch, checked.pace)
+        if checked.guard not in ("", *GUARD_ACTIONS):
+            raise OptionError(f"--guard must be {' or '.join(GUARD_ACTIONS)}, not '{checked.guard}'.")
+        if checked.guard and not checked.prove:
+            raise OptionError("--guard compares new values with the ledger. Use it with --prove.")
         return checked
 
     @property
@@ -337,6 +354,10 @@ class RotateOptions(TypedDict, total=False):
         vacuum: Vacuum the table after each eighth of its rows and at the end (default: True).
         reindex: Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes,
             and needs free disk space for a copy of the largest index.
+        prove: Store a salted digest of each old value before the first row is rotated, and verify at the end
+            that no row has an old value. See docs/proof.md.
+        guard: With --prove: stop old values from coming back, by a trigger. A write of an old value fails
+            (refuse, the default), or an update keeps the newer value (keep).
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
@@ -354,6 +375,8 @@ class RotateOptions(TypedDict, total=False):
     take_over: bool
     vacuum: bool
     reindex: bool
+    prove: bool
+    guard: str
     lock_timeout: timedelta
     outage_budget: timedelta
     max_lag: timedelta
@@ -422,6 +445,16 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "Rotate although this field seems to derive its value from the target when a row is saved. The "
         "field keeps its values.",
     ),
+    "leaked": _value(
+        "FILE|-",
+        "Rotate only the rows whose present value is in this file, or on the standard input (-): one value "
+        "in each line, a CSV file with --leaked-column, or the JSON of GitHub's secret scanning. The values "
+        "are not sent to the server.",
+        default="",
+    ),
+    "leaked_column": _value(
+        "NAME", "The name of the column with the values, if the file of --leaked is a CSV file.", default=""
+    ),
     "celery": _switch(
         "Rotate with the project's Celery workers, each with --concurrency connections. This process plans "
         "and watches."
@@ -486,6 +519,18 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes, and "
         "needs free disk space for a copy of the largest index."
     ),
+    "prove": _switch(
+        "Store a salted digest of each old value before the first row is rotated, and verify at the end that "
+        "no row has an old value. See docs/proof.md."
+    ),
+    "guard": {
+        "nargs": "?",
+        "const": GUARD_ACTIONS[0],
+        "default": "",
+        "choices": GUARD_ACTIONS,
+        "help": "With --prove: stop old values from coming back, by a trigger. A write of an old value fails "
+        "(refuse, the default), or an update keeps the newer value (keep).",
+    },
     "progress": {
         "default": "auto",
         "help": "How to show progress: a bar on a terminal and lines elsewhere (auto), or JSON lines on "

@@ -19,11 +19,16 @@ from rotator.events import (
     DrainStarted,
     EndStatus,
     Event,
+    GuardAdded,
     HorizonHeld,
     IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LeakedValuesFound,
+    LedgerProgressed,
+    LedgerReady,
+    LedgerStarted,
     LimitRaised,
     LimitsChanged,
     LockHeld,
@@ -52,6 +57,9 @@ from rotator.events import (
     Vacuumed,
     VacuumSkipped,
     VacuumStarted,
+    VerificationProgressed,
+    VerificationStarted,
+    Verified,
     WorkersProgressed,
     WorkersSilent,
 )
@@ -162,6 +170,8 @@ State: TypeAlias = Literal[
     "confirming",
     "vacuuming",
     "reindexing",
+    "loading",
+    "verifying",
 ]
 
 
@@ -194,6 +204,11 @@ class Stats:
         spans: The key intervals that are written; set at the end of an unfinished run.
         analyze_statement: The statement that removes old values from the statistics, if needed.
         reindex_statements: The statements that make the indexes as small as before.
+        loading: Whether old values are being entered into the ledger.
+        loaded_rows: The rows whose values this run has entered.
+        verifying: Whether the table is being searched for old values.
+        verification: The result of that search; None without a ledger.
+        leaked: The leaked values that rows had; None without a list of leaked values.
         table_rows: The rows of the whole table and whether they are counted; None where unknown.
     """
 
@@ -220,6 +235,11 @@ class Stats:
     confirming: bool = False
     vacuuming: bool = False
     reindexing: bool = False
+    loading: bool = False
+    loaded_rows: int = 0
+    verifying: bool = False
+    verification: Verified | None = None
+    leaked: LeakedValuesFound | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     storage_before: Storage | None = None
     storage: Storage | None = None
@@ -274,7 +294,7 @@ class Stats:
             case OutageEnded():
                 self.rows_done, self.late_rows = event.rows_done, event.late_rows
                 self.outage_since, self.outage_seconds = None, self.outage_seconds + event.seconds
-                self.confirming = False
+                self.confirming = self.loading = False
                 # These rows are in gaps, so they are retried.
                 self.rejected_keys.clear()
                 self._rate.restart()
@@ -312,6 +332,18 @@ class Stats:
                 self.analyze_statement = event.statement
             case ReindexStarted():
                 self.reindexing = True
+            case LedgerStarted():
+                self.loading, self.loaded_rows = True, 0
+            case LedgerProgressed():
+                self.loaded_rows += event.rows
+            case LedgerReady():
+                self.loading = False
+            case VerificationStarted():
+                self.verifying = True
+            case Verified():
+                self.verification = event
+            case LeakedValuesFound():
+                self.leaked = event
             case DrainStarted():
                 self.draining = True
             case RotationStopped():
@@ -332,6 +364,8 @@ class Stats:
                 | LockHeld()
                 | LimitsChanged()
                 | HorizonHeld()
+                | GuardAdded()
+                | VerificationProgressed()
                 | Tick()
             ):
                 pass
@@ -374,21 +408,21 @@ class Stats:
         return percent_of(self.rows_done, self.rows_total, is_exact=self.rows_total_is_exact)
 
     @property
-    def state(self) -> State:  # noqa: PLR0911 - one result for each state
+    def state(self) -> State:
         """The current activity of the run."""
-        if self.outage_since is not None:
-            return "outage"
-        if self.reindexing or self.vacuuming:
-            return "reindexing" if self.reindexing else "vacuuming"
-        if self.holders:
-            return "late_commits"
-        if self.draining or self.confirming:
-            return "draining" if self.draining else "confirming"
-        if self.throttles:
-            return "throttled"
-        if self.rows_total_is_exact and self.rows_done >= self.rows_total:
-            return "finishing"
-        return "rotating"
+        activities: tuple[tuple[State, bool], ...] = (
+            ("outage", self.outage_since is not None),
+            ("verifying", self.verifying),
+            ("reindexing", self.reindexing),
+            ("vacuuming", self.vacuuming),
+            ("late_commits", bool(self.holders)),
+            ("draining", self.draining),
+            ("loading", self.loading),
+            ("confirming", self.confirming),
+            ("throttled", bool(self.throttles)),
+            ("finishing", self.rows_total_is_exact and self.rows_done >= self.rows_total),
+        )
+        return next((state for state, is_current in activities if is_current), "rotating")
 
     @property
     def outage_left_seconds(self) -> float | None:
@@ -521,6 +555,8 @@ class Stats:
             cancelled_by=cancelled_by,
             pace=started.pace if self.pace is None else self.pace.pace,
             limited_seconds=self.limited_seconds,
+            verification=self.verification,
+            leaked=self.leaked,
         )
 
 

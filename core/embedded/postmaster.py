@@ -65,7 +65,7 @@ class Postmaster:
                 time.sleep(_POLL_SECONDS)
                 continue
             # A killed server's children hold on to its shared memory for a moment longer.
-            passing = launches < _LAUNCHES and "shared memory" in self._last_words()
+            passing = 0 < launches < _LAUNCHES and "shared memory" in self._last_words()
             if launches and not passing:
                 raise self._failure("does not start")
             time.sleep(_RELAUNCH_PAUSE_SECONDS * launches)
@@ -116,7 +116,10 @@ class Postmaster:
     def _last_words(self) -> str:
         """Return what the server complained of since it was last launched."""
         try:
-            printed = self._log.read_bytes()[self._log_start_bytes :]
+            # The log of months can be large.
+            with self._log.open("rb") as log:
+                log.seek(self._log_start_bytes)
+                printed = log.read()
         except FileNotFoundError:
             return ""
         return complaint(printed.decode(errors="replace"))

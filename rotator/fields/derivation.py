@@ -86,6 +86,18 @@ def transforms(field: AnyField) -> bool:
         return True
 
 
+def stores_randomly(field: AnyField, model: type[Model], database: str) -> bool:
+    """Return whether this field stores the same value in another form each time, as encryption can do.
+
+    Tries the field with an example. Returns False for a field that fails, because it says nothing.
+    """
+    with suppress(Exception):
+        instance = _with_examples(model(), [field], 0)
+        once, again = (_outcome(field, copy(instance), database)[0] for _ in range(2))
+        return once != again
+    return False
+
+
 def _changes(field: AnyField, example: int, *, add: bool) -> bool:
     instance = _with_examples(field.model(), [field], example)
     given = comparable(getattr(instance, field.attname))

@@ -24,7 +24,13 @@ from django.db.models.fields import NOT_PROVIDED
 from django.db.models.sql import Query
 from django.utils.module_loading import import_string
 
-from rotator.exceptions import RangeTooSlowError, ServerLostError, TargetError, ValuesError
+from rotator.exceptions import (
+    NoDefaultError,
+    RangeTooSlowError,
+    ServerLostError,
+    TargetError,
+    ValuesError,
+)
 from rotator.fields.connections import lost_is_an_outage, unlogged
 from rotator.fields.derivation import comparable, is_expression, overrides, sql_hook, transforms
 from rotator.fields.model import AnyField, fetch_instances, fetch_instances_at, field_label
@@ -53,9 +59,9 @@ ROWS_SECONDS: Final = 0.5
 _SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
 _SET_VARIANT: Final = bytes(byte & 0x3F | 0x80 for byte in range(256))
 
-_HASH: Final = re.compile(r"(^|_)(hash|hashed|digest|checksum|fingerprint|hmac|md5|sha\d+)(_|$)")
+HASH_NAME: Final = re.compile(r"(^|_)(hash|hashed|digest|checksum|fingerprint|hmac|md5|sha\d+)(_|$)")
 # Claims of signed tokens that identify the token or the key of its signature.
-_TOKEN_CLAIM: Final = re.compile(r"(^|_)(jti|kid|sid)(_|$)")
+TOKEN_CLAIM_NAME: Final = re.compile(r"(^|_)(jti|kid|sid)(_|$)")
 _MAKING: Final = re.compile(r"^_?(generate|make|create|new|random|get_new|get_random)_(?P<made>\w+)$")
 _HEX_OF_32_BYTES: Final = 64
 _BYTES: Final = 32
@@ -325,8 +331,9 @@ def _default(field: AnyField, database: str) -> Callable[[], object]:
         evaluate = _evaluate_on_server(field, server_default, database)
         if _makes_new_values(evaluate):
             return evaluate
-    raise TargetError(
-        f"{field_label(field)} has no default that makes a new value for each row. {_advice(field)}"
+    raise NoDefaultError(
+        f"{field_label(field)} has no default that makes a new value for each row. {_advice(field)}",
+        generator=suitable_generator(field),
     )
 
 
@@ -364,10 +371,10 @@ def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
     warnings = [
         f"signed tokens refer to {field.name}: tokens that are revoked by it become valid again"
         for field in fields
-        if _TOKEN_CLAIM.search(field.name)
+        if TOKEN_CLAIM_NAME.search(field.name)
     ]
     # Several fields may be a secret and its hash, which are made together.
-    if len(fields) == 1 and _HASH.search(fields[0].name):
+    if len(fields) == 1 and HASH_NAME.search(fields[0].name):
         warnings.append(
             f"the name {fields[0].name} suggests that it holds a hash: values are stored as they are made"
         )
@@ -375,12 +382,12 @@ def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
 
 
 def _advice(field: AnyField) -> str:
-    if _TOKEN_CLAIM.search(field.name):
+    if TOKEN_CLAIM_NAME.search(field.name):
         return (
             "Signed tokens refer to it. With new values, tokens that are revoked by it would become valid "
             "again. Rotate the key of the signature instead."
         )
-    if _HASH.search(field.name):
+    if HASH_NAME.search(field.name):
         return (
             "Its name suggests that it holds a hash, and a plain value in it matches no secret. Name the "
             "field of the secret as a target too, if there is one, and a --generator that returns a mapping "
@@ -389,6 +396,29 @@ def _advice(field: AnyField) -> str:
     for path in _application_functions(field):
         return f"The application's {path.rpartition('.')[2]} may make such values: --generator {path}."
     return f"Name a callable that makes values with --generator{_example(field)}"
+
+
+def suitable_generator(field: AnyField) -> str | None:
+    """Return the path of a callable whose values fit a field.
+
+    It is empty where the user has to write one, and None where plain new values would be of no use.
+    """
+    if TOKEN_CLAIM_NAME.search(field.name) or HASH_NAME.search(field.name):
+        return None
+    return next(_application_functions(field), None) or _standard_generator(field)
+
+
+def _standard_generator(field: AnyField) -> str:
+    length = field.max_length
+    match field:
+        case UUIDField():
+            return "uuid.uuid4"
+        case BinaryField() if length is None or length >= _BYTES:
+            return "secrets.token_bytes"
+        case CharField() | TextField() if length is None or length >= _HEX_OF_32_BYTES:
+            return "secrets.token_hex" if _accepts(field, _HEX_OF_32_BYTES) else ""
+        case _:
+            return ""
 
 
 def _application_functions(field: AnyField) -> Iterator[str]:
@@ -420,11 +450,9 @@ def _makes(function: Callable[..., object], name: str, field: AnyField) -> bool:
 def _example(field: AnyField) -> str:
     """Return the end of the advice: a callable whose values fit the field."""
     length = field.max_length
+    if path := _standard_generator(field):
+        return f", e.g. --generator {path}."
     match field:
-        case UUIDField():
-            return ", e.g. --generator uuid.uuid4."
-        case BinaryField() if length is None or length >= _BYTES:
-            return ", e.g. --generator secrets.token_bytes."
         case BinaryField():
             return f", e.g. one that returns secrets.token_bytes({length})."
         case IntegerField():
@@ -436,18 +464,22 @@ def _example(field: AnyField) -> str:
 
 
 def _text_example(field: AnyField, length: int | None) -> str:
-    # An application that looks values up in lower case still finds hexadecimal digits.
-    is_long = length is None or length >= _HEX_OF_32_BYTES
-    digits = _HEX_OF_32_BYTES if length is None or is_long else length - length % 2
-    try:
-        field.run_validators(secrets.token_hex(digits // 2))
-    except ValidationError:
+    digits = _HEX_OF_32_BYTES if length is None else min(_HEX_OF_32_BYTES, length - length % 2)
+    if not _accepts(field, digits):
         limit = "" if length is None else f" and at most {length} characters"
         return f", one whose values have the form that the field's validators accept{limit}."
-    except Exception:  # noqa: BLE001, S110 - a validator of the project that needs more than a value
-        pass
-    if is_long:
-        return ", e.g. --generator secrets.token_hex."
     if digits == 0:
         return f", one that returns texts of at most {length} characters."
     return f", one that returns at most {length} characters, e.g. secrets.token_hex({digits // 2})."
+
+
+def _accepts(field: AnyField, digits: int) -> bool:
+    """Return whether a field's validators accept this number of hexadecimal digits."""
+    # An application that looks values up in lower case still finds hexadecimal digits.
+    try:
+        field.run_validators(secrets.token_hex(digits // 2))
+    except ValidationError:
+        return False
+    except Exception:  # noqa: BLE001, S110 - a validator of the project that needs more than a value
+        pass
+    return True

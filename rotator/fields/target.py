@@ -9,7 +9,7 @@ from django.db.models import DateField, Field, Model, TimeField
 from django.db.models.signals import post_save, pre_save
 
 from rotator.exceptions import OptionError, TargetError
-from rotator.fields.derivation import Derivation, derivation, overrides, transforms
+from rotator.fields.derivation import Derivation, derivation, overrides, stores_randomly, transforms
 from rotator.fields.filters import row_condition
 from rotator.fields.generators import check_plain_values, name_warnings, value_source
 from rotator.fields.model import AnyField, field_label, key_fields
@@ -116,6 +116,21 @@ def _check_references(field: AnyField) -> None:
             raise TargetError(
                 f"{field_label(relation.field)} refers to {field_label(field)}: new values would break these "
                 "references. Add another column for the secret, and rotate that."
+            )
+
+
+def check_stored_form(fields: Sequence[AnyField], database: str) -> None:
+    """Refuse fields of which a value has another stored form at each save: its digest would never be found.
+
+    Raises:
+        TargetError: A field stores its values in random forms.
+    """
+    for field in fields:
+        if stores_randomly(field, field.model, database):
+            raise TargetError(
+                f"Cannot prove a rotation of {field_label(field)}: a {type(field).__name__} stores the same "
+                "value in another form each time, as randomised encryption does. A stale save() would store "
+                "an old value in a form that is not in the ledger. Rotate it without --prove."
             )
 
 

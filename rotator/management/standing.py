@@ -3,6 +3,7 @@
 from rotator.events import StopReason
 from rotator.management.control import SETTINGS
 from rotator.management.owners import control_of, is_silent, silent_seconds
+from rotator.management.rotation import find_ledger
 from rotator.models import Rotation
 from rotator.options import Selection
 from rotator.progress.text import done_of_total, duration, moment, stopped_by
@@ -68,6 +69,8 @@ def facts_of(rotation: Rotation) -> dict[str, object]:
         "reason": reason_of(rotation),
         "is_filtered": Selection.from_json(rotation.selection).is_filtered,
         "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
+        "ledger": ledger.state if (ledger := find_ledger(rotation)) else "",
+        "guard": ledger.guard if ledger else "",
         "deferrals": rotation.deferrals,
         "retries": rotation.retries,
         "throttled_seconds": round(rotation.throttled_seconds, 3),

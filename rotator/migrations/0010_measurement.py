@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('rotator', '0008_control'),
+        ('rotator', '0009_ledger'),
     ]
 
     operations = [

@@ -275,8 +275,18 @@ _OWN_TABLES: Final = {
     "rotator_latetransaction": ("SELECT", "INSERT"),
     "rotator_control": ("SELECT", "INSERT", "UPDATE"),
     "rotator_action": ("SELECT", "INSERT"),
+    "rotator_ledger": ("SELECT",),
     "rotator_measurement": ("SELECT", "INSERT"),
 }
+_PROOF_TABLES: Final = {
+    "rotator_ledger": ("SELECT", "INSERT", "UPDATE"),
+    "rotator_verification": ("SELECT", "INSERT", "UPDATE"),
+}
+# The tables of ledgers are made next to it.
+_SCHEMA: Final = (
+    "SELECT quote_ident(n.nspname), has_schema_privilege(n.oid, 'CREATE') FROM pg_class c"
+    " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('rotator_ledger')"
+)
 _HAS: Final = (
     "SELECT COALESCE(has_table_privilege(to_regclass(%(table)s)::oid, %(privilege)s), true)"
     " OR %(column)s::text IS NOT NULL"
@@ -284,15 +294,26 @@ _HAS: Final = (
 )
 
 
-async def missing_grants(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
-    """Return the GRANT statements that the role still needs; empty where it has all privileges."""
+async def missing_grants(
+    connection: AsyncConnection, table: TargetTable, *, proves: bool = False, guards: bool = False
+) -> tuple[str, ...]:
+    """Return the GRANT statements that the role still needs; empty where it has all privileges.
+
+    Args:
+        connection: The connection.
+        table: The target's table.
+        proves: Whether the rotation has a ledger.
+        guards: Whether a guard is added to the table.
+    """
     async with translate_errors(connection):
         cursor = await connection.execute("SELECT quote_ident(current_user)")
         ((role,),) = await cursor.fetchall()
     needed: dict[str, list[tuple[str, str | None]]] = {
         table.regclass: [("SELECT", None), *(("UPDATE", column.name) for column in table.columns)]
     }
-    for name, privileges in _OWN_TABLES.items():
+    if guards:
+        needed[table.regclass].append(("TRIGGER", None))
+    for name, privileges in (_OWN_TABLES | (_PROOF_TABLES if proves else {})).items():
         needed[name] = [(privilege, None) for privilege in privileges]
     grants = []
     for name, wanted in needed.items():
@@ -308,4 +329,12 @@ async def missing_grants(connection: AsyncConnection, table: TargetTable) -> tup
                 missing.append(f"{privilege}{quoted}")
         if missing:
             grants.append(f"GRANT {', '.join(missing)} ON {name} TO {role};")
+    if proves:
+        async with translate_errors(connection):
+            cursor = await connection.execute(_SCHEMA)
+            grants += [
+                f"GRANT CREATE ON SCHEMA {schema} TO {role};"
+                async for schema, can_create in cursor
+                if not can_create
+            ]
     return tuple(grants)

@@ -1,13 +1,16 @@
 """The start of every transaction that writes for a rotation: settings, lock and fence."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Final
 
+import psycopg
 from psycopg import AsyncConnection, sql
 
 from rotator.options import WaitLimits
 from rotator.postgres.connection import begin
-from rotator.postgres.errors import SUPERSEDED
+from rotator.postgres.errors import ANSWER_SECONDS, SUPERSEDED, translate_errors
 
 # "rota" in ASCII: the first half of the advisory locks' key; the second is the rotation's id.
 LOCK_CLASS: Final = 0x726F7461
@@ -30,8 +33,10 @@ SYNCHRONOUS_COMMIT: Final = "off"
 _FENCE: Final = (
     sql.SQL(
         "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation r WHERE r.id = %(rotation)s"
-        " AND r.generation = %(generation)s AND r.status = 'running' AND (%(span)s::bigint IS NULL"
-        " OR EXISTS (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
+        " AND r.generation = %(generation)s"
+        " AND r.status = CASE WHEN %(repairs)s THEN 'completed' ELSE 'running' END"
+        " AND (%(span)s::bigint IS NULL OR EXISTS"
+        " (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
         " AND s.generation = %(span_generation)s))), {}) AS integer)"
     )
     .format(sql.Literal(SUPERSEDED))
@@ -48,12 +53,14 @@ class Lease:
         generation: The rotation's generation when this process acquired it.
         span: The id of the only span that it can write to; None for all rows.
         span_generation: The span's generation when this process claimed it.
+        repairs: Whether it is for survivors of a completed rotation, not for an unfinished one.
     """
 
     rotation: int
     generation: int
     span: int | None = None
     span_generation: int = 0
+    repairs: bool = False
 
 
 async def begin_fenced(
@@ -87,6 +94,20 @@ async def fence(connection: AsyncConnection, lease: Lease) -> None:
     if lease.span is not None:
         await share_lock(connection, lease.span, lock_class=SPAN_LOCK_CLASS)
     await connection.execute(_FENCE, asdict(lease))
+
+
+@asynccontextmanager
+async def rolled_back_on_error(
+    connection: AsyncConnection, *, seconds: float | None = ANSWER_SECONDS
+) -> AsyncIterator[None]:
+    """Translate errors, and roll the open transaction back; see :func:`translate_errors`."""
+    async with translate_errors(connection, seconds=seconds):
+        try:
+            yield
+        except BaseException:
+            with suppress(psycopg.Error):
+                await connection.rollback()
+            raise
 
 
 async def set_timeouts(

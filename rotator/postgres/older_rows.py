@@ -12,11 +12,12 @@ from psycopg import AsyncConnection, sql
 
 from rotator.options import WaitLimits
 from rotator.postgres.errors import translate_errors
-from rotator.postgres.fence import Lease
+from rotator.postgres.fence import Lease, rolled_back_on_error
 from rotator.postgres.last_writers import ATTACHED, RECORDED, is_older
+from rotator.postgres.ledger import Ledger
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.postgres.values import Place, ValueSource
-from rotator.postgres.writer import OlderRow, RangeUpdate, rolled_back_on_error
+from rotator.postgres.writer import OlderRow, RangeUpdate
 from rotator.ranges import Key
 
 # 16 MB: little to read again for each batch of rows, and no snapshot that blocks VACUUM for long.
@@ -35,13 +36,14 @@ class OlderRows:
         started_xid: int,
         source: ValueSource,
         limits: WaitLimits,
+        ledger: Ledger | None = None,
     ) -> None:
         """Take a connection in autocommit mode, for this object's use alone."""
         self._connection = connection
         self._table = table
         self._lease = lease
         self._started_xid = started_xid
-        self._update = RangeUpdate(table, source, limits)
+        self._update = RangeUpdate(table, source, limits, ledger)
 
     @property
     def rotation(self) -> int:

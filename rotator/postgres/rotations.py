@@ -4,7 +4,7 @@ Every function takes a connection in autocommit mode. ``read_state``, ``freeze_b
 ``stop`` and ``complete`` raise SupersededError where another process owns the rotation.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -191,6 +191,9 @@ async def find_last_completed(
     connection: AsyncConnection, target: str, table_name: str, selection: Selection
 ) -> Completed | None:
     """Return the latest completed rotation of the same fields, rows and values."""
+    if selection.leaked:
+        # The file may have other values, and rows that were rotated since have none of them.
+        return None
     async with translate_errors(connection):
         cursor = await connection.execute(
             "SELECT id, selection, finished_at,"
@@ -437,6 +440,46 @@ async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState
     return RotationState(lease=lease, before=before, **row)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotationFacts:
+    """A rotation in any state, for a verification.
+
+    Attributes:
+        started_xid: The transaction that began the rotation, epoch included.
+        bound: The upper key bound; None where it is not frozen.
+        identity: The target at the start.
+        rejected_keys: The keys that the server rejected in the latest run, with the reason.
+        guard_hits: How often earlier guards met an old value.
+    """
+
+    status: str
+    started_xid: int
+    bound: Key | None
+    identity: Mapping[str, Any]
+    rejected_keys: tuple[tuple[Key, str], ...]
+    guard_hits: int
+
+
+async def read_facts(connection: AsyncConnection, rotation: int) -> RotationFacts:
+    """Return the facts about a rotation that exists."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "SELECT r.status, r.started_xid, r.bound::text, r.identity, r.rejected_keys,"
+            " COALESCE(l.guard_hits, 0) FROM rotator_rotation r"
+            " LEFT JOIN rotator_ledger l ON l.rotation_id = r.id WHERE r.id = %s",
+            (rotation,),
+        )
+        ((status, started_xid, bound, identity, rejected, hits),) = await cursor.fetchall()
+    return RotationFacts(
+        status=status,
+        started_xid=started_xid,
+        bound=None if bound is None else Key(bound),
+        identity=identity,
+        rejected_keys=tuple((Key(key), reason) for key, reason in rejected),
+        guard_hits=hits,
+    )
+
+
 async def freeze_bound(
     connection: AsyncConnection, lease: Lease, *, bound: Key | None, rows_total: int, is_exact: bool
 ) -> None:
@@ -489,6 +532,7 @@ async def stop(
     error: str,
     figures: Figures,
     stop_reason: StopReason | None = None,
+    rejected_keys: Sequence[tuple[Key, str]] = (),
 ) -> int:
     """End the run and leave the rotation unfinished; return the rows that the checkpoints confirm."""
     async with translate_errors(connection), connection.transaction():
@@ -497,10 +541,16 @@ async def stop(
             connection,
             lease,
             sql.SQL(
-                "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s, {}, {},"
-                " rows_done = {}"
+                "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s,"
+                " rejected_keys = %(rejected_keys)s, {}, {}, rows_done = {}"
             ).format(_FIGURES, _NOT_HELD, _CONFIRMED_ROWS),
-            {"status": status, "stop_reason": stop_reason or "", "error": error, **asdict(figures)},
+            {
+                "status": status,
+                "stop_reason": stop_reason or "",
+                "error": error,
+                "rejected_keys": Jsonb([[str(key), reason] for key, reason in rejected_keys]),
+                **asdict(figures),
+            },
         )
         detail = stop_reason or error or status
         by = str(this_process())
@@ -532,8 +582,8 @@ async def complete(
             connection,
             lease,
             sql.SQL(
-                "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '', {},"
-                " {}, rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
+                "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '',"
+                " rejected_keys = '[]', {}, {}, rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
             ).format(_FIGURES, _NOT_HELD, _CONFIRMED_ROWS),
             {"unconfirmed_rows": unconfirmed_rows, **asdict(figures)},
         )

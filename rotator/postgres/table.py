@@ -310,6 +310,11 @@ def placed_update(table: TargetTable) -> sql.Composed:
     return _update(table, old_rows, sql.SQL("{}{}").format(_is_at_place(_OLD), table.and_matches))
 
 
+def placed_rows(table: TargetTable) -> sql.Composable:
+    """Return the FROM clause and the conditions for rows to rotate at some places."""
+    return sql.SQL("{} WHERE true{}").format(rows_at_places(table), table.and_matches)
+
+
 def rows_with_keys(table: TargetTable) -> sql.Composable:
     """Return the FROM clause for the rows with the keys of the parameter ``keys``."""
     return sql.SQL(

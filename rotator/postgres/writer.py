@@ -4,13 +4,11 @@ Every function takes connections in autocommit mode.
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeAlias
 
-import psycopg
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
@@ -19,7 +17,8 @@ from rotator.exceptions import OldValuesKeptError, RangeRejectedError, RangeTooS
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeGrewError, translate_errors
-from rotator.postgres.fence import Lease, begin_fenced
+from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
+from rotator.postgres.ledger import Ledger, enter_values
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
     ROW,
@@ -27,6 +26,7 @@ from rotator.postgres.table import (
     count_writes,
     keyed_update,
     number,
+    placed_rows,
     placed_update,
     range_update,
     rows_at_places,
@@ -82,7 +82,17 @@ class RewriteError(Exception):
 class RangeUpdate:
     """Updates rows of one table; the caller commits."""
 
-    def __init__(self, table: TargetTable, source: ValueSource, limits: WaitLimits) -> None:
+    def __init__(
+        self, table: TargetTable, source: ValueSource, limits: WaitLimits, ledger: Ledger | None = None
+    ) -> None:
+        """Prepare the statements.
+
+        Args:
+            table: The target's table.
+            source: The source of the new values.
+            limits: The limits of each transaction.
+            ledger: The ledger that old values of rows at places enter first; None where they are in it.
+        """
         self.table = table
         self._source = source
         self.limits = limits
@@ -95,6 +105,7 @@ class RangeUpdate:
         }
         self._keyed_update = keyed_update(table).as_bytes()
         self._placed_update = placed_update(table).as_bytes()
+        self._enter_values = ledger and enter_values(ledger, table, placed_rows(table)).as_bytes()
         self._count_writes = count_writes(table).as_bytes()
         self._digests = sql.SQL("{}, {}").format(table.key_json_of(ROW), table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
@@ -163,6 +174,9 @@ class RangeUpdate:
                     digests = (
                         await self._select(connection, rows, self._digests) if self._reads_digests else None
                     )
+                    if self._enter_values and not isinstance(rows, KeyRange):
+                        places = [(row.place, row.xid) for row in rows]
+                        await connection.execute(self._enter_values, _at(places))
                     writes_before = await self._select_writes(connection)
                     expected, cursors, making_seconds = await update(connection)
                     # Deferred triggers would run in the COMMIT, after the checks.
@@ -390,18 +404,6 @@ class PostgresWriter:
                 )
             )
         return written
-
-
-@asynccontextmanager
-async def rolled_back_on_error(connection: AsyncConnection) -> AsyncIterator[None]:
-    """Translate errors, and roll the open transaction back."""
-    async with translate_errors(connection):
-        try:
-            yield
-        except BaseException:
-            with suppress(psycopg.Error):
-                await connection.rollback()
-            raise
 
 
 def _at(places: Sequence[tuple[Place, str]]) -> dict[str, object]:

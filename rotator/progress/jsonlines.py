@@ -11,10 +11,12 @@ rotator.events has its own name and fields; keys are only ever added. The others
                  rejected_rows, outage_left_seconds (null while the server is reachable), pace (the fields of
                  PaceChanged; null before the first), throttles (the throttles that hold the run, with their
                  reasons) and throttled_seconds (by throttle)
+    verified     the same keys as ``verification`` of the report
+    leaked_values_found   the fields of LeakedValuesFound, as in the report
     stopped      the same keys as the report
 
 ``state`` is ``rotating``, ``outage``, ``throttled``, ``draining``, ``late_commits``, ``finishing``,
-``confirming``, ``vacuuming`` or ``reindexing``.
+``confirming``, ``vacuuming``, ``reindexing``, ``loading`` (the ledger) or ``verifying``.
 """
 
 import json
@@ -27,6 +29,7 @@ from typing import TextIO
 from rotator.events import (
     Event,
     Findings,
+    LedgerProgressed,
     PaceChanged,
     Preflighted,
     RangeCompleted,
@@ -35,11 +38,14 @@ from rotator.events import (
     RotationStarted,
     RotationStopped,
     Tick,
+    VerificationProgressed,
+    Verified,
     WorkersProgressed,
 )
 from rotator.progress.lines import Sink, Throttle
 from rotator.progress.preflight import estimate_wal
 from rotator.progress.summary import report
+from rotator.progress.verification import verification_report
 from rotator.stats import Stats
 
 
@@ -79,9 +85,17 @@ class JsonObserver:
             case RangeCompleted() | WorkersProgressed() | Tick():
                 if self._stats.started and self._throttle.due(self._clock()):
                     self._write("progress", figures(self._stats))
-            case RangeDeferred() | RangeRetried() | PaceChanged(is_new=False):
+            case (
+                RangeDeferred()
+                | RangeRetried()
+                | PaceChanged(is_new=False)
+                | LedgerProgressed()
+                | VerificationProgressed()
+            ):
                 # These are frequent, and the figures contain them.
                 pass
+            case Verified():
+                self._write("verified", verification_report(event))
             case RotationStopped():
                 self._write("stopped", report(event))
             case _:

@@ -21,6 +21,7 @@ from rotator.events import (
     RowRejected,
     ServerLogShowsValues,
     Tick,
+    VerificationProgressed,
     WorkersProgressed,
     WorkersSilent,
 )
@@ -118,6 +119,11 @@ class LinesObserver:
             case RangeCompleted() | WorkersProgressed() | Tick():
                 if self._stats.started and self._throttle.due(self._clock()):
                     self._write(figures(self._stats))
+            case VerificationProgressed():
+                if self._throttle.due(self._clock()):
+                    self._write(
+                        f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
+                    )
             case RotationStopped():
                 unchanged = unchanged_rows(event) if event.status == "completed" else ""
                 self._write(

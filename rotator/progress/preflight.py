@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rotator.events import Copies, CopyKind, Findings, ServerFindings, TableFindings
-from rotator.progress.text import count, duration, plural, rate, size
+from rotator.progress.text import GUARD_ACTIONS, count, duration, plural, rate, size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,8 @@ class WalEstimate:
 _ROW_OVERHEAD_BYTES = 130
 _ENTRY_BYTES = 90
 _PAGE_BYTES = 8192
+# With its index; measured with benchmarks/proof.py.
+_LEDGER_ROW_BYTES = 59
 # CalculateCheckpointSegments() in the server's src/backend/access/transam/xlog.c, with the default of
 # checkpoint_completion_target.
 _CHECKPOINT_SHARE = 1 / 1.9
@@ -115,6 +117,11 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
     if table.copies:
         lines.append(("copies", [phrase for copies in table.copies for phrase in _copies(copies)]))
     lines += [("warning", [warning]) for warning in findings.warnings]
+    if findings.proves:
+        ledger_bytes = _LEDGER_ROW_BYTES * findings.rows_left
+        lines.append(("ledger", [f"about {size(ledger_bytes)}, which is loaded before the first row"]))
+    if findings.guard:
+        lines.append(("guard", [f"a trigger is added: {GUARD_ACTIONS[findings.guard]}"]))
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
     if table.writing_triggers:

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from rotator.events import RotationStopped, RunFacts
+from rotator.events import LeakedValuesFound, RotationStopped, RunFacts
 from rotator.progress.text import (
     OLD_STATISTICS,
     REJECTED_ROWS_NAMED,
@@ -10,6 +10,7 @@ from rotator.progress.text import (
     count,
     done_of_total,
     duration,
+    leaked_values,
     one_line,
     plural,
     rate,
@@ -17,6 +18,7 @@ from rotator.progress.text import (
     stopped_by,
     unconfirmed,
 )
+from rotator.progress.verification import verification_report, verification_summary
 
 SPANS_NAMED: Final = 5
 STATEMENTS_SHOWN: Final = 10
@@ -72,6 +74,18 @@ def report(event: RotationStopped) -> dict[str, object]:
         "reindex_statements": list(event.reindex_statements),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
         **_run(event.run),
+        "verification": event.verification and verification_report(event.verification),
+        "leaked": event.leaked and leaked_report(event.leaked),
+    }
+
+
+def leaked_report(event: LeakedValuesFound) -> dict[str, object]:
+    """Return the leaked values that rows had as JSON types: numbers of lines, never values."""
+    return {
+        "values": event.values,
+        "found": event.found,
+        "found_lines": list(event.found_lines),
+        "other_lines": list(event.other_lines),
     }
 
 
@@ -123,6 +137,8 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
         lines.append(f"{OLD_STATISTICS[0].upper()}{OLD_STATISTICS[1:]}. Run: {event.analyze_statement}")
     if event.reindex_statements:
         lines += _reindex(event)
+    if event.verification is not None:
+        lines.append(verification_summary(event.verification))
     if resume_command and event.status != "completed" and not event.superseded:
         lines.append(f"Resume with: {resume_command}")
     return "\n".join(lines)
@@ -155,6 +171,8 @@ def unchanged_rows(event: RotationStopped) -> str:
     """Return a clause on the rows that a filter left unchanged; empty without a filter."""
     if event.run is None or not event.run.is_filtered:
         return ""
+    if event.run.leaked:
+        return f"{plural(event.rows, 'row')} had a leaked value; all others were left unchanged"
     if event.table_rows is None:
         return f"{plural(event.rows, 'row')} match the filter; all others were left unchanged"
     is_exact, table_rows = event.table_rows_is_exact, max(event.rows, event.table_rows)
@@ -178,16 +196,21 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     if event.resumed:
         rows = f"{rows} in this run, {count(event.rows)} in total"
         seconds = f"{seconds} in this run, {duration(event.seconds_total)} in total"
-    if event.late_rows:
+    if event.late_rows and event.leaked is None:
         rows = f"{rows}; {plural(event.late_rows, 'late row')} among them"
     facts = [
         ("rows", rows),
+        *([("leaked", leaked_values(event.leaked))] if event.leaked else []),
         *([("keys", one_line(_keys(event)))] if event.spans else []),
-        ("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"),
+        *(
+            []
+            if event.leaked
+            else [("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}")]
+        ),
         ("workers", count(event.concurrency)),
         ("pace", _pace(event)),
         ("time", seconds),
-        ("rate", f"{rate(event.rows_per_second)} rows/s while writing"),
+        *([] if event.leaked else [("rate", f"{rate(event.rows_per_second)} rows/s while writing")]),
         ("deferrals", count(event.deferrals)),
         ("retries", count(event.retries)),
     ]

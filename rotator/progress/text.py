@@ -10,11 +10,16 @@ from rotator.events import (
     ConfirmationStarted,
     DrainStarted,
     Event,
+    GuardAdded,
     HorizonHeld,
     IndexRebuilt,
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LeakedValuesFound,
+    LedgerProgressed,
+    LedgerReady,
+    LedgerStarted,
     LimitRaised,
     LimitsChanged,
     LockHeld,
@@ -41,14 +46,18 @@ from rotator.events import (
     Vacuumed,
     VacuumSkipped,
     VacuumStarted,
+    VerificationProgressed,
+    VerificationStarted,
+    Verified,
     WorkersProgressed,
     WorkersSilent,
 )
 from rotator.options import LARGE_BATCH
-from rotator.stats import State, Stats
+from rotator.stats import State, Stats, percent_of
 
 # Measured with 4 workers and a range of 20,000 rows.
 SECONDS_PER_ROW: Final = 50e-6
+LINES_NAMED: Final = 10
 _KEPT_DIGITS: Final = 1000
 _MOST_BYTES: Final = 10 * 1024
 _MOST_HALVES: Final = 20 * 1024 - 1
@@ -125,6 +134,10 @@ def one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
+GUARD_ACTIONS: Final = {
+    "refuse": "a write of an old value fails",
+    "keep": "an update with an old value keeps the newer one, and an insert of an old value fails",
+}
 OLD_STATISTICS: Final = "the statistics in pg_stats may still hold old values"
 REJECTED_ROWS_NAMED: Final = 20
 HOLDERS_NAMED: Final = 5
@@ -134,6 +147,8 @@ ACTIVITIES: Final[dict[State, str]] = {
     "vacuuming": "vacuuming",
     "reindexing": "rebuilding indexes",
     "finishing": "finishing",
+    "loading": "loading the ledger",
+    "verifying": "searching for old values",
 }
 
 
@@ -187,7 +202,10 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
         case LateCommitsAwaited():
             return "" if event.holders == stats.holders else _awaited(event.holders)
         case LateRowsRotated():
-            return f"rotated {plural(event.rows, 'late row')}"
+            noun = "row" if stats.leaked else "late row"
+            return f"rotated {plural(event.rows, noun)}"
+        case LeakedValuesFound():
+            return leaked_values(event)
         case RowsConfirmed():
             return unconfirmed(event.unconfirmed)
         case VacuumStarted():
@@ -235,6 +253,18 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
                 "VACUUM cannot remove dead rows until these end or advance: "
                 f"{'; '.join(event.holders[:HOLDERS_NAMED])}"
             )
+        case LedgerStarted():
+            return "loading the ledger: no row is rotated before each old value has its digest in it"
+        case LedgerReady():
+            return (
+                f"the ledger is complete after {duration(event.seconds)}; "
+                f"{plural(event.control_rows, 'sampled row')} searched for, and all of them found"
+            )
+        case GuardAdded():
+            return f"added the guard: {GUARD_ACTIONS[event.action]}"
+        case VerificationStarted():
+            before = f", after {plural(event.rows, 'row')} of an interrupted search" if event.rows else ""
+            return f"searching the table for old values{before}"
         case DrainStarted():
             cause = stopped_by(event.reason, event.by) if event.by else event.reason
             return f"{cause}: draining; ranges in flight are committed, and no new ones start"
@@ -247,6 +277,9 @@ def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 
             | ConfirmationStarted()
             | Vacuumed()
             | Analyzed()
+            | LedgerProgressed()
+            | VerificationProgressed()
+            | Verified()
             | Tick()
             | RotationStopped()
         ):
@@ -315,6 +348,9 @@ def activity(stats: Stats) -> str:
         return throttled(stats)[0]
     if stats.state == "late_commits":
         return f"waiting for {plural(len(stats.holders), 'transaction')}"
+    if stats.state == "loading" and stats.rows_total:
+        percent = percent_of(stats.loaded_rows, stats.rows_total, is_exact=stats.rows_total_is_exact)
+        return f"{ACTIVITIES['loading']}: {percent}%"
     return ACTIVITIES.get(stats.state, "")
 
 
@@ -332,6 +368,14 @@ def unconfirmed(rows: int | None) -> str:
     if not rows:
         return ""
     return f"{plural(rows, 'row')} not confirmed: written by other sessions or triggers since the start"
+
+
+def leaked_values(event: LeakedValuesFound) -> str:
+    """Return the sentence on the leaked values that rows have, with the first of their lines."""
+    named = event.found_lines[:LINES_NAMED]
+    more = ", and more" if len(event.found_lines) > len(named) else ""
+    lines = f" (line {', '.join(named)}{more})" if named else ""
+    return f"{count(event.found)} of {plural(event.values, 'leaked value')} found in rows{lines}"
 
 
 def done_of_total(rows: int, total: int, *, is_exact: bool) -> str:

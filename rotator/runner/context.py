@@ -8,6 +8,7 @@ from rotator.events import Observer, OnCommit
 from rotator.options import RunOptions, Selection
 from rotator.postgres.connection import Server
 from rotator.postgres.identity import SessionIdentity
+from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.owner import Owner
 from rotator.postgres.table import Condition
 from rotator.postgres.values import ValueSource
@@ -46,6 +47,7 @@ class RunTarget:
         selection: The user's choice of rows and values.
         bypassed: The effects of ``save()`` that the update does not have, one phrase each.
         warnings: The warnings about the names of the fields, one sentence each.
+        leaked: The leaked values; only rows that have one of them are rotated. None for all rows.
         session: The identity of Django's own session; None while it is unknown.
         throttles: The replicas and callables of the project that can hold the rotation.
     """
@@ -63,6 +65,7 @@ class RunTarget:
     selection: Selection = field(default_factory=Selection)
     bypassed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    leaked: LeakedValues | None = None
     session: SessionIdentity | None = None
     throttles: ThrottleSources = field(default_factory=ThrottleSources)
 

@@ -140,7 +140,16 @@ class Engine:
         while (attempt := await queue.take()) is not None:
             async with self._gate.passage(queue.drain) as may_begin:
                 if may_begin:
-                    await self._write(attempt, queue)
+                    await self._write(await self._cut(attempt, queue), queue)
+
+    async def _cut(self, attempt: Attempt, queue: WorkQueue) -> Attempt:
+        """Return the first part of a range that has become too large, and put the rest back."""
+        if not self._gate.is_too_large(attempt.key_range.rows):
+            return attempt
+        first, *rest = await self._split(attempt.key_range, self._gate.rows, queue)
+        for part in rest:
+            queue.requeue(attempt._replace(key_range=part), delay_seconds=0)
+        return attempt._replace(key_range=first)
 
     async def _write(self, attempt: Attempt, queue: WorkQueue) -> None:
         clock = asyncio.get_running_loop().time

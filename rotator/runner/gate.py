@@ -13,6 +13,7 @@ from rotator.runner.controller import Allowance, RangeSizer
 
 SLOW_SECONDS: Final = 5.0
 EMPTY_POLL_SECONDS: Final = 0.002
+MAX_OVERSIZE: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +90,10 @@ class Gate:
     def rows(self) -> int:
         """The number of rows in the next range."""
         return self._sizer.rows(self._allowance.range_seconds)
+
+    def is_too_large(self, rows: int) -> bool:
+        """Return whether a range of so many rows was planned before the pace allowed much fewer."""
+        return self._allowance.range_seconds is not None and rows > MAX_OVERSIZE * self.rows
 
     @property
     def busy(self) -> int:

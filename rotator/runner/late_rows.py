@@ -1,7 +1,7 @@
 """Waits for old transactions, and rotates the rows that no range has written."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Sequence
+from typing import Final, Protocol
 
 from psycopg import AsyncConnection
 
@@ -18,7 +18,6 @@ from rotator.events import (
 )
 from rotator.exceptions import RangeRejectedError, RowsLockedError
 from rotator.postgres.activity import holders
-from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
 from rotator.runner.gate import Gate
@@ -66,8 +65,26 @@ async def wait_for_older_writers(
     return True
 
 
+class PlacedRows(Protocol):
+    """Rows that are known by their places."""
+
+    @property
+    def rotation(self) -> int:
+        """The rotation's id."""
+        ...
+
+    async def rotate(self, rows: Sequence[OlderRow]) -> int:
+        """Give rows of one leaf new values, and return their number.
+
+        Raises:
+            RowsLockedError: Another session holds some of the rows; nothing was written.
+            RangeRejectedError: The server rejected the rows; nothing was written.
+        """
+        ...
+
+
 class LateRows:
-    """Rotates the rows that no session has written since the rotation began.
+    """Rotates rows by their places: rows that no session has written since the start, or survivors.
 
     Attributes:
         rows: The number of rows that have new values.
@@ -75,29 +92,30 @@ class LateRows:
 
     def __init__(
         self,
-        older_rows: OlderRows,
+        placed_rows: PlacedRows,
         gate: Gate,
         stop_signal: StopSignal,
         notify: Observer,
         on_commit: OnCommit | None,
     ) -> None:
-        self._older_rows = older_rows
+        self._placed_rows = placed_rows
         self._gate = gate
         self._stop_signal = stop_signal
         self._notify = notify
         self._on_commit = on_commit
         self.rows = 0
 
-    async def rotate_all(self) -> int:
+    async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
         """Rotate all of them until a stop is requested, and return the number of rows with new values."""
-        async for rows in self._older_rows.find(self._gate.rows):
+        async for rows in found:
             async with self._gate.passage(self._stop_signal.drain) as may_begin:
                 if not may_begin:
                     break
-                await self._rotate(rows)
+                await self.rotate(rows)
         return self.rows
 
-    async def _rotate(self, rows: Sequence[OlderRow]) -> None:
+    async def rotate(self, rows: Sequence[OlderRow]) -> None:
+        """Rotate rows of one leaf; rows that the server rejects are reported."""
         deferrals = rejections = 0
         while not self._stop_signal.drain.is_set():
             try:
@@ -114,15 +132,15 @@ class LateRows:
                 self._notify(RangeRetried(rows=len(rows), reason=error.condition, split=splits))
                 if splits:
                     middle = len(rows) // 2
-                    await self._rotate(rows[:middle])
-                    return await self._rotate(rows[middle:])
+                    await self.rotate(rows[:middle])
+                    return await self.rotate(rows[middle:])
             await self._stop_signal.wait(_RETRY.delay_seconds(deferrals + rejections))
         return None
 
     async def _rotate_once(self, rows: Sequence[OlderRow]) -> None:
-        written = await self._older_rows.rotate(rows)
+        written = await self._placed_rows.rotate(rows)
         self.rows += written
         self._notify(LateRowsRotated(rows=written))
         if self._on_commit is not None:
             keys = tuple(row.key for row in rows)
-            await self._on_commit(RowsRotated(rotation=self._older_rows.rotation, keys=keys, rows=written))
+            await self._on_commit(RowsRotated(rotation=self._placed_rows.rotation, keys=keys, rows=written))

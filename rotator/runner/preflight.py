@@ -11,6 +11,7 @@ from rotator.options import RunOptions, Selection, WaitLimits
 from rotator.postgres import rotations
 from rotator.postgres.catalog import check_server, missing_grants, read_table
 from rotator.postgres.connection import Server, connected
+from rotator.postgres.entropy import check_not_guessable
 from rotator.postgres.identity import check_session
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
 from rotator.postgres.rotations import Completed, Unfinished
@@ -74,6 +75,8 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
     await check_server(connection, connections=connections, concurrency=options.concurrency)
     table = await read_target(connection, target)
     await Throttles(options, target.throttles).check(connection)
+    if options.prove:
+        await check_not_guessable(connection, table)
     return table
 
 
@@ -141,6 +144,8 @@ async def examine(
         sample=measured,
         bypassed=target.bypassed,
         warnings=target.warnings,
+        proves=options.prove,
+        guard=options.guard,
         selection="" if target.selection == Selection() else str(target.selection),
     )
 
@@ -154,7 +159,9 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Fin
     """
     async with connected(server) as connection:
         table = await check(connection, target, options)
-        if grants := await missing_grants(connection, table):
+        if grants := await missing_grants(
+            connection, table, proves=options.prove, guards=bool(options.guard)
+        ):
             raise MissingPrivilegesError(grants)
         if options.sample and target.selection.generator:
             await check_values(connection, RangeUpdate(table, target.source, options.limits))

@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
+from psycopg_pool import AsyncConnectionPool
 
 from rotator.aio import unwrap_group, watch
 from rotator.events import (
@@ -28,6 +29,7 @@ from rotator.events import (
     ServerLogShowsValues,
     StopReason,
     Tick,
+    Verified,
     WorkersProgressed,
 )
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
@@ -37,6 +39,7 @@ from rotator.postgres.activity import lock_holders
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.control import read_requested
 from rotator.postgres.errors import settings_that_show_values
+from rotator.postgres.ledger import find_ledger
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import count_table, gaps
 from rotator.postgres.preflight import COUNT_SECONDS, check_values, name_server
@@ -52,13 +55,14 @@ from rotator.runner.gate import Gate
 from rotator.runner.horizon import HorizonWatch
 from rotator.runner.measuring import Measuring
 from rotator.runner.pacing import Pacing
-from rotator.runner.preflight import check, examine
+from rotator.runner.preflight import check, examine, read_target
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session, figures_of
 from rotator.runner.stop import StopSignal
 from rotator.runner.throttles import Throttles
 from rotator.runner.vacuum import Vacuuming
+from rotator.runner.verification import Verifier
 from rotator.stats import Stats
 
 NAMED_AFTER_SECONDS: Final = 5.0
@@ -294,6 +298,7 @@ class Run:
                     await self._vacuuming.run_final(self._table)
                     if self._context.options.reindex:
                         await self._reindexing.run(self._table, self._acquired.lease.rotation)
+                    await self._verify(self._table, self._acquired.lease.rotation)
                     return await self._leave_completed()
                 return await self._leave(status)
 
@@ -447,6 +452,42 @@ class Run:
                         )
         return self._stopped("completed")
 
+    async def _verify(self, table: TargetTable, rotation: int) -> None:
+        """Verify a completed rotation that has a ledger; an error is part of the result."""
+        context, started_at = self._context, datetime.now(UTC)
+        try:
+            async with connected(context.server) as connection:
+                if await find_ledger(connection, rotation) is None:
+                    return
+                async with self._search_pool() as pool:
+                    await Verifier(connection, pool, table, rotation, context).verify()
+        except RotatorError as error:
+            self._notify(
+                Verified(
+                    rotation=rotation,
+                    target=context.target.label,
+                    number=None,
+                    started_at=started_at,
+                    ended_at=datetime.now(UTC),
+                    error=str(error),
+                )
+            )
+
+    def _search_pool(self) -> AbstractAsyncContextManager[AsyncConnectionPool]:
+        context = self._context
+        return pooled(context.server, 1 if context.ask_for_help else context.options.concurrency)
+
+    async def verify(self, rotation: int, *, repairs: bool) -> Verified:
+        """Verify a rotation, and give survivors new values if ``repairs``.
+
+        Raises:
+            RotatorError: The server is unreachable, or the rotation cannot be verified or repaired.
+        """
+        context = self._context
+        async with connected(context.server) as connection, self._search_pool() as pool:
+            table = await read_target(connection, context.target)
+            return await Verifier(connection, pool, table, rotation, context).verify(repairs=repairs)
+
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False if the budget is used up or a stop was requested."""
         is_new = not self._outage.is_unreachable
@@ -498,6 +539,7 @@ class Run:
                     stop_reason=stop_reason,
                     error=error,
                     figures=figures_of(self._stats),
+                    rejected_keys=self._stats.rejected_keys,
                 )
                 if self._table is not None:
                     self._stats.storage = await read_storage(connection, self._table)
@@ -527,6 +569,7 @@ class Run:
                 excludes=chosen.excludes,
                 generator=chosen.generator,
                 include_null=chosen.include_null,
+                leaked=chosen.leaked,
             ),
         )
 

@@ -21,7 +21,9 @@ from rotator.runner.acquire import Acquired
 from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
+from rotator.runner.leaked_rows import LeakedRows
 from rotator.runner.preflight import measured_update
+from rotator.runner.proof import Proof
 from rotator.runner.worker import build_engine
 from rotator.stats import Stats
 
@@ -67,10 +69,15 @@ class Session:
         self._acquired = acquired
         self._context = context
         self._limits = context.options.limits
+        self._proof = Proof(connection, pool, table, context)
+        leaked = context.target.leaked
+        self._leaked_rows = None if leaked is None else LeakedRows(connection, table, context, leaked)
 
     async def read_state(self) -> RotationState:
         """Read the rotation's state; freeze its bound if there are rows and it is not frozen."""
         owned = await rotations.read_state(self._connection, self._acquired.lease)
+        if self._leaked_rows is not None:
+            return await self._leaked_rows.find(owned)
         return owned if owned.bound is not None else await self._freeze(owned)
 
     def started(self, owned: RotationState) -> RotationStarted:
@@ -93,8 +100,17 @@ class Session:
         )
 
     async def work(self, owned: RotationState) -> EndStatus:
+        """Rotate the rows; return ``completed`` if none is left."""
+        if self._leaked_rows is not None:
+            return await self._leaked_rows.rotate(owned)
+        return await self._rotate_all(owned)
+
+    async def _rotate_all(self, owned: RotationState) -> EndStatus:
         """Rotate the gaps and confirm every row; return ``completed`` if both succeeded."""
         options, stop_signal = self._context.options, self._context.stop_signal
+        await self._proof.prepare(owned)
+        if stop_signal.drain.is_set():
+            return "interrupted"
         await self._rotate_gaps(owned)
         if stop_signal.drain.is_set():
             return "interrupted"
@@ -204,6 +220,7 @@ class Session:
             started_xid=owned.started_xid,
             source=self._context.target.source,
             limits=self._limits,
+            ledger=self._proof.ledger,
         )
         notify(ConfirmationStarted())
         attempts = 0
@@ -215,7 +232,7 @@ class Session:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
             late_rows = LateRows(older_rows, self._context.gate, stop_signal, notify, self._context.on_commit)
-            rotated = await late_rows.rotate_all()
+            rotated = await late_rows.rotate_all(older_rows.find(self._context.gate.rows))
             if stop_signal.drain.is_set() or self._context.stats.rejected_keys:
                 return False
             attempts = 0 if rotated else attempts + 1

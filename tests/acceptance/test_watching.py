@@ -51,8 +51,8 @@ def test_a_run_is_measured_and_shown_without_values(commands: Commands, client: 
     assert "Not moving: paused by alice" in page
     assert f'rotator_throttled{{reason="pause",rotation="{rotation.pk}"}} 1.0' in page
     Control.change(rotation, ActionKind.PAUSE_ENDED, {"paused": False}, by="alice")
-    held_by = measured.order_by("-pk").values_list("held_by", flat=True)
-    wait_until(lambda: held_by[0] == "", "the end of the pause is measured")
+    latest = measured.order_by("-pk")
+    wait_until(lambda: latest[0].held_by == "", "the end of the pause is measured")
     speed_up()
     assert running.wait().status == 0
     audit.assert_rotated()

@@ -173,6 +173,23 @@ def test_anybody_else_is_warned(talkative: OwnServer, database: Database, rotati
     assert _found(database.tokens(), talkative.log()[before:]) == set()
 
 
+def test_leaked_values_are_not_sent_to_the_server(
+    talkative: OwnServer, database: Database, rotations: Rotations, tmp_path: Path
+) -> None:
+    make_tickets(database, 1000)
+    tokens = database.tokens()
+    (tmp_path / "leaked").write_text("\n".join(tokens[:600]))
+    before = len(talkative.log())
+    with _activity(database) as seen:
+        finished = rotations.rotated(database.url(), f"--leaked={tmp_path / 'leaked'}")
+    log = talkative.log()[before:]
+
+    assert_completed(finished)
+    assert "600 of 600 leaked values found in rows (line 1-600)" in finished.out
+    assert "COPY pg_temp.rotator_leaked FROM STDIN" in log
+    assert _found(tokens + database.tokens(), log + "\n".join(seen) + finished.out + finished.err) == set()
+
+
 def test_the_password_of_the_server_is_not_shown_either(database: Database, rotations: Rotations) -> None:
     password = database.server.password
     finished = rotations.rotated(database.url().replace(password, "s3cret-and-wrong"), "--traceback")

@@ -47,9 +47,18 @@ def server_of(url: str) -> Server:
 
 
 @pytest.fixture(scope="module")
-def replica(server: OwnServer) -> Iterator[OwnReplica]:
+def streaming(server: OwnServer) -> Iterator[OwnReplica]:
     with OwnReplica(server) as own:
         yield own
+
+
+@pytest.fixture
+def replica(streaming: OwnReplica, database: Database) -> Iterator[OwnReplica]:
+    """A replica that has the test's own database, and replays whatever the test before has done to it."""
+    wait_for_replay(database, streaming)
+    yield streaming
+    with streaming.connect() as standby:
+        standby.execute("SELECT pg_wal_replay_resume()")
 
 
 def on_replica(replica: OwnReplica, database: Database) -> Server:
@@ -108,7 +117,7 @@ async def rotating(
     options: RunOptions = OPTIONS,
     throttles: ThrottleSources | None = None,
     *,
-    statement_seconds: float = 0.05,
+    statement_seconds: float = 0.2,
 ) -> AsyncIterator[Watched]:
     """Rotate slowly while the block runs, then fast, and check that each row was written once."""
     watched = Watched(database, make_tickets(database, ROWS))
@@ -127,6 +136,8 @@ async def rotating(
     rotation = asyncio.create_task(run.rotate())
     try:
         await until(lambda: rotation.done() or database.checkpoints() > 5, "some checkpoints")
+        if rotation.done():
+            rotation.result()
         yield watched
         speed_up(database)
         watched.stopped = await asyncio.wait_for(rotation, PATIENCE_SECONDS)
@@ -177,7 +188,6 @@ async def test_a_rotation_that_is_not_on_the_replica_is_unknown(
 ) -> None:
     now = [0.0]
     standby = Replica("standby", on_replica(replica, database), clock=lambda: now[0])
-    await asyncio.to_thread(wait_for_replay, database, replica)
     standby.note_beat(datetime.now(UTC))
     now[0] = 2.0
     assert (await standby.read_lag(99)).value == 2.0
@@ -337,7 +347,6 @@ async def test_a_callable_that_raises_before_the_start_is_refused(database: Data
 async def test_what_holds_the_xmin_horizon_is_named_within_ten_seconds(
     database: Database, replica: OwnReplica
 ) -> None:
-    await asyncio.to_thread(wait_for_replay, database, replica)
     with replica.connect() as standby:
         standby.execute("ALTER SYSTEM SET hot_standby_feedback = on")
         standby.execute("SELECT pg_reload_conf()")

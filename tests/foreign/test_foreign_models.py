@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.installed import Environment, Site, copy_of_this_repository
+from tests.foreign.secret_columns import COPIES, KNOWN, UNKNOWN
 
 pytestmark = [pytest.mark.foreign, pytest.mark.django_db(transaction=True)]
 
@@ -82,3 +84,38 @@ def test_foreign_models(site: Site) -> None:
     assert not failed, "\n".join(failed)
     assert len(results) >= LEAST_MODELS
     assert "leaked" not in said
+
+
+INTEGRATIONS = """
+import hashlib, secrets
+from shop.models import Integration
+Integration.objects.bulk_create(
+    Integration(
+        name=f'Integration {i}', reference=secrets.token_urlsafe(), remarks='The customer has called. ' * 9,
+        parameters={'url': 'https://example.org', 'credentials': {'api_key': secrets.token_hex()}},
+        invoice_number=f'INV-2026-{i:08}', checksum=hashlib.sha256(str(i).encode()).hexdigest(),
+    )
+    for i in range(50)
+)
+"""
+
+
+def test_find_secrets(site: Site) -> None:
+    site.run(f"python manage.py shell -c {shlex.quote(INTEGRATIONS)}")
+    found = json.loads(site.run("python manage.py find_secrets --json 2> /dev/null"))
+    kinds = {column["column"]: column["kind"] for column in found["columns"]}
+    secret = {label: kind for label, kind in kinds.items() if kind != "copy"}
+    for expected in (KNOWN, UNKNOWN):
+        missed = expected.keys() - secret.keys()
+        assert len(missed) <= 0.05 * len(expected), f"missed {sorted(missed)}"
+        wrong = {label for label in expected.keys() & secret.keys() if expected[label] != secret[label]}
+        assert not wrong
+    false = secret.keys() - KNOWN.keys() - UNKNOWN.keys()
+    assert len(false) <= 0.2 * len(secret), f"false {sorted(false)}"
+    assert {label for label, kind in kinds.items() if kind == "copy"} == COPIES
+    assert not found["problems"]
+    # Each column has a command, a reason why not, or an advice.
+    assert all(column["command"] or column["refusal"] or column["advice"] for column in found["columns"])
+    values = site.rows("SELECT reference FROM shop_integration")
+    printed = site.run("python manage.py find_secrets") + json.dumps(found)
+    assert not any(str(value) in printed for (value,) in values)

@@ -55,6 +55,15 @@ END_THE_ROTATOR: Final = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
     " WHERE application_name = 'rotator' AND datname = current_database()"
 )
+DROP_LEDGERS: Final = (
+    "DO $$ DECLARE name text; BEGIN"
+    " FOR name IN SELECT oid::regprocedure FROM pg_proc WHERE proname ~ '^rotator_guard_' LOOP"
+    " EXECUTE 'DROP FUNCTION ' || name || ' CASCADE'; END LOOP;"
+    " FOR name IN SELECT oid::regclass FROM pg_class WHERE relname ~ '^rotator_guard_' LOOP"
+    " EXECUTE 'DROP SEQUENCE ' || name; END LOOP;"
+    " FOR name IN SELECT oid::regclass FROM pg_class WHERE relname ~ '^rotator_ledger_[0-9]+$' LOOP"
+    " EXECUTE 'DROP TABLE ' || name; END LOOP; END $$"
+)
 UPDATE: Final = "UPDATE tickets_ticket SET title = 'else' WHERE id = 3"
 INSERT: Final = (
     "INSERT INTO tickets_ticket (id, title, created_at, token) VALUES (99, '', now(), gen_random_uuid())"
@@ -107,6 +116,7 @@ class Database:
             # Functions go with the schema, and triggers on other tables with their functions.
             last.execute("SET client_min_messages = warning")
             last.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(SCHEMA)))
+            last.execute(DROP_LEDGERS)
 
     def connect(self, **parameters: Any) -> psycopg.Connection:  # noqa: ANN401 - libpq's own
         """Open one more connection, as an application that is not the rotator."""

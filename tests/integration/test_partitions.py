@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from psycopg import errors
 
+from rotator.api import prepare
 from rotator.exceptions import TargetError
-from rotator.options import Selection
+from rotator.options import RunOptions, Selection
 from rotator.postgres.table import Column, TargetTable
 from tests.integration.outcomes import SHOP, EventRecorder, after_range, assert_unconfirmed, at_start, rotate
 from tests.integration.rotation_tables import Database
@@ -315,3 +317,27 @@ def test_one_partition_that_is_rewritten_is_noticed(days: Database, *, is_betwee
         assert "--restart" in outcome.error
     assert_unconfirmed(rotate(LABEL, restart=True), 0)
     assert leaked(days) == 0
+
+
+def test_a_partitioned_table_is_proved_guarded_and_repaired(days: Database) -> None:
+    days.execute("UPDATE shop_partitioned SET secret = md5(secret)")
+    days.execute("CREATE TABLE shop_old AS SELECT * FROM shop_partitioned")
+    stale = (
+        "UPDATE shop_partitioned p SET secret = o.secret FROM shop_old o WHERE o.day = p.day"
+        " AND o.number = p.number AND o.number = 7"
+    )
+    try:
+        outcome = rotate(LABEL, prove=True, guard="refuse")
+        assert outcome.verification is not None
+        assert outcome.verification.is_verified
+        with pytest.raises(errors.CheckViolation):
+            days.execute(stale)
+        replica = days.connect()
+        replica.execute("SET session_replication_role = replica")
+        replica.execute(stale.encode())
+        verified = prepare([LABEL], "default", RunOptions()).verify(
+            EventRecorder(), outcome.rotation, repairs=True
+        )
+        assert (verified.repaired, verified.is_verified) == (2, True)
+    finally:
+        days.execute("DROP TABLE shop_old")

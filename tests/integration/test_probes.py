@@ -43,7 +43,9 @@ async def test_a_session_that_waits_for_a_range_is_found_and_no_other(
     database: Database, control: psycopg.AsyncConnection
 ) -> None:
     database.make_tickets(1, 2)
-    ours, other, waiter = database.connect(), database.connect(), database.connect()
+    ours, other = database.connect(), database.connect()
+    # A test that fails must not wait for ever.
+    waiter = database.connect(options="-c lock_timeout=10s")
     other.execute("BEGIN")
     other.execute("UPDATE tickets_ticket SET title = 'else' WHERE id = 1")
     ours.execute("BEGIN")
@@ -74,7 +76,7 @@ async def test_a_session_that_waits_for_a_range_is_found_and_no_other(
 async def test_a_takeover_that_waits_for_the_ranges_is_not_a_session_that_they_block(
     database: Database, control: psycopg.AsyncConnection
 ) -> None:
-    ours, taker = database.connect(), database.connect()
+    ours, taker = database.connect(), database.connect(options="-c lock_timeout=10s")
     ours.execute("BEGIN")
     ours.execute("SELECT pg_advisory_xact_lock_shared(%s::integer, 1)", (LOCK_CLASS,))
     taking = asyncio.create_task(

@@ -39,7 +39,7 @@ def section(command: str) -> str:
     return found
 
 
-@pytest.mark.parametrize("command", ["async_rotate", "rotations"])
+@pytest.mark.parametrize("command", ["async_rotate", "find_secrets", "rotations", "verify_rotation"])
 def test_the_reference_has_every_option_and_no_other(command: str) -> None:
     first_cells = re.findall(r"^\| (`--.*?) \|", section(command), re.MULTILINE)
     documented = set(re.findall(r"--[a-z-]+", " ".join(first_cells)))

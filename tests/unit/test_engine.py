@@ -11,6 +11,7 @@ import pytest
 from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.ranges import Key, KeyInterval, KeyRange, Written
+from rotator.runner.controller import Allowance
 from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.gate import Gate
 from rotator.runner.retry import RetryPolicy
@@ -328,3 +329,23 @@ async def test_rows_that_stay_locked_hold_up_only_themselves() -> None:
     deferred = [event.rows for event in events if isinstance(event, RangeDeferred)]
     assert deferred[:4] == [8, 8, 4, 2]
     assert set(deferred[4:]) == {1}
+
+
+async def test_ranges_that_were_planned_larger_than_the_pace_allows_are_cut() -> None:
+    rows, events = _Rows(), list[Event]()
+    rows.gate.clear()
+    gate = Gate(concurrency=2, rows=100, notify=events.append)
+    engine = Engine(_Numbers(), rows, gate, notify=events.append, options=EngineOptions())
+    running = asyncio.create_task(engine.run([_span(0, 2000)], asyncio.Event()))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    for _ in range(16):
+        gate.count_completed(100, 0.1)
+    gate.allow(Allowance(workers=1, range_seconds=0.025))
+    rows.gate.set()
+    await running
+    assert rows.written == Counter(range(1, 2001))
+    sizes = [event.rows for event in events if isinstance(event, RangeCompleted)]
+    assert sizes[:2] == [100, 100]
+    # These take no time, so later ones grow again.
+    assert max(sizes[2:10]) <= 2 * 22

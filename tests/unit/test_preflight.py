@@ -145,3 +145,10 @@ def test_wal_never_exceeds_a_page_for_each_new_value() -> None:
     assert wal.wal_bytes < 1_000_000 * (8192 + 1000)
     assert estimate_wal(TABLE, replace(SERVER, full_page_writes=False), 1000).wal_bytes < 1000 * 500
     assert estimate_wal(replace(TABLE, rows=0), SERVER, 0).wal_bytes == 0
+
+
+def test_a_proof_and_its_guard_are_announced() -> None:
+    text = preflight(replace(FINDINGS, proves=True, guard="keep"))
+    assert "  ledger       about 56 MB, which is loaded before the first row" in text.splitlines()
+    assert "  guard        a trigger is added: an update with an old value keeps the newer one" in text
+    assert "ledger" not in preflight(FINDINGS)

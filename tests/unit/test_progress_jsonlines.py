@@ -9,6 +9,7 @@ from rotator.events import (
     LateCommitsAwaited,
     LateCommitsOver,
     LateRowsRotated,
+    LedgerProgressed,
     OutageEnded,
     OutageStarted,
     OwnerWatched,
@@ -21,6 +22,7 @@ from rotator.events import (
     RowRejected,
     StopReason,
     Tick,
+    VerificationProgressed,
     WorkersProgressed,
 )
 from rotator.progress.jsonlines import JsonObserver, event_name
@@ -146,6 +148,8 @@ def test_the_names_of_all_other_events_are_an_interface() -> None:
         WorkersProgressed,
         RangeDeferred,
         RangeRetried,
+        LedgerProgressed,
+        VerificationProgressed,
         Tick,
         RotationStopped,
     }
@@ -155,7 +159,8 @@ def test_the_names_of_all_other_events_are_an_interface() -> None:
         "confirmation_started rows_confirmed vacuum_started vacuumed vacuum_skipped analyzed "
         "analyze_skipped reindex_started index_rebuilt reindex_skipped receiver_failed "
         "limit_raised lock_held pace_changed throttled throttle_ended limits_changed horizon_held "
-        "drain_started"
+        "drain_started ledger_started ledger_ready guard_added leaked_values_found "
+        "verification_started verified"
     )
     assert [event_name(kind) for kind in get_args(Event) if kind not in special] == names.split()
 

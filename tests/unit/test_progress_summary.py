@@ -13,7 +13,8 @@ KEYS = (
     "throttled_seconds peak_memory_bytes concurrency batch heap_bytes_before heap_bytes "
     "index_bytes_before index_bytes dead_rows vacuums vacuum_seconds resumed rejected_keys error reason "
     "spans table_rows table_rows_is_exact indexes analyze_statement reindex_statements unchanged_rows "
-    "started_at ended_at user host server table filters excludes generator include_null"
+    "started_at ended_at user host server table filters excludes generator include_null "
+    "verification leaked"
 )
 
 

@@ -75,7 +75,8 @@ class Command(BaseCommand):
         for name, arguments in COMMAND_OPTIONS.items():
             flags = ["--noinput", "--no-input"] if name == "noinput" else [f"--{name.replace('_', '-')}"]
             argument = parser.add_argument(*flags, **arguments)
-            argument.choices = choices.get(name)
+            if name in choices:
+                argument.choices = choices[name]
 
     def handle(self, *_args: object, **options: Any) -> None:  # noqa: ANN401 - the values of COMMAND_OPTIONS
         """Rotate, and exit with the status of the run."""
@@ -100,8 +101,11 @@ class Command(BaseCommand):
         """Do what the options ask for; return the end of a run, where this process made one."""
         from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
 
+        if options["leaked"] and options["celery"]:
+            raise OptionError("--leaked rotates in this process. Use it without --celery.")
         prepared = prepare(options["target"], options["database"], _run_options(options), _selection(options))
         report_file = writable(options["report"])
+        prepared = prepared.with_leaked_values()
         if options["dry_run"]:
             Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
             return None
@@ -238,6 +242,8 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
         **{name: options[name] for name in names},
         vacuum=not options["no_vacuum"],
         reindex=options["reindex"],
+        prove=options["prove"],
+        guard=options["guard"],
         preflight=not options["no_preflight"],
         # Only a reader needs the estimate.
         sample=not options["no_sample"] and (options["dry_run"] or is_terminal(sys.stderr)),
@@ -252,6 +258,8 @@ def _selection(options: dict[str, Any]) -> Selection:
         include_null=options["include_null"],
         include_blank=options["include_blank"],
         ignore_derived=tuple(options["ignore_derived"]),
+        leaked=options["leaked"],
+        leaked_column=options["leaked_column"],
     )
 
 
@@ -285,8 +293,10 @@ def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, 
         observer(Preflighted(findings=findings))
     about = "" if findings.table.rows_is_exact else "about "
     rows = f"{about}{plural(findings.rows_left, 'row')}"
+    leaked = prepared.target.leaked
+    chosen = rows if leaked is None else f"the rows with one of {plural(len(leaked), 'leaked value')}"
     sys.stderr.write(f"{one_line(f'{findings.server_name}, table {findings.table_name}, {rows}')}\n")
-    if not agrees(f"Rotate {rows} of {prepared.target.label} now?"):
+    if not agrees(f"Rotate {chosen} of {prepared.target.label} now?"):
         raise OptionError("Nothing was changed.")
     return replace(prepared, options=replace(options, preflight=False))
 

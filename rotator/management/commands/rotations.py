@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
@@ -13,7 +14,9 @@ from django.db.models import QuerySet
 from rotator import __version__
 from rotator.exceptions import OptionError, RotatorError
 from rotator.management.control import VERBS, Request, await_answer, read_request, send
+from rotator.management.evidence import evidence
 from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of
+from rotator.management.rotation import find_ledger, first_line, unreadable
 from rotator.management.standing import (
     age_of,
     awaits_workers,
@@ -25,17 +28,19 @@ from rotator.management.standing import (
     rows_of,
     status_of,
 )
-from rotator.management.terminal import open_closed_streams
-from rotator.models import Action, Rotation
+from rotator.management.terminal import open_closed_streams, writable
+from rotator.models import Action, Ledger, Rotation
 from rotator.options import Selection
 from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
 from rotator.progress.text import (
+    GUARD_ACTIONS,
     count,
     duration,
     moment,
     one_line,
+    plural,
     unconfirmed,
 )
 
@@ -54,6 +59,9 @@ class Options(TypedDict):
     log: bool
     all: bool
     revision: int | None
+    unguard: bool
+    forget: bool
+    evidence: Path | None
 
 
 class Command(BaseCommand):
@@ -111,6 +119,22 @@ class Command(BaseCommand):
             help="With a request: refuse it if another user has changed the rotation since this revision.",
         )
 
+        parser.add_argument(
+            "--unguard", action="store_true", help="With an ID: remove the guard that --guard has added."
+        )
+        parser.add_argument(
+            "--forget",
+            action="store_true",
+            help="With an ID: drop the ledger that --prove has made, and the guard. Afterwards it is unknown "
+            "whether old values survive.",
+        )
+        parser.add_argument(
+            "--evidence",
+            type=Path,
+            metavar="FILE",
+            help="With an ID: write what is proved, and what is not, to this file as JSON.",
+        )
+
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print the rotations."""
         open_closed_streams(self)
@@ -122,13 +146,14 @@ class Command(BaseCommand):
         try:
             rotations = list(_chosen(found, number))
         except Error as error:
-            raise CommandError(
-                f"Cannot read the rotations of the database '{options['database']}': {_first_line(error)} "
-                "Check that the server runs and that the database is migrated."
-            ) from error
+            raise unreadable(options["database"], error) from error
         if number is not None and not rotations:
             raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
-        if request is not None:
+        if options["unguard"] or options["forget"] or options["evidence"]:
+            if number is None:
+                raise CommandError("--unguard, --forget and --evidence need the ID of a rotation.")
+            self._change_proof(rotations[0], options)
+        elif request is not None:
             if options["all"]:
                 rotations = [each for each in rotations if each.status in Rotation.UNFINISHED]
             self._send(rotations, request, options)
@@ -162,7 +187,7 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         except Error as error:
             raise CommandError(
-                f"Cannot store the request in the database '{options['database']}': {_first_line(error)} If "
+                f"Cannot store the request in the database '{options['database']}': {first_line(error)} If "
                 "the database is the problem, send SIGUSR1 to the process of the rotation to pause it."
             ) from error
         except KeyboardInterrupt:
@@ -187,6 +212,35 @@ class Command(BaseCommand):
             detail = f": {one_line(each.detail)}" if each.detail else ""
             self.stdout.write(f"{moment(each.at)}  {each.kind} by {each.by}{detail}")
 
+    def _change_proof(self, rotation: Rotation, options: Options) -> None:
+        """Remove the guard or the ledger, and write the evidence."""
+        from rotator.api import drop_ledger  # noqa: PLC0415 - imports the engine, which a list does not need
+
+        name = f"rotation {rotation.pk}"
+        if options["forget"] and rotation.status in Rotation.UNFINISHED:
+            raise CommandError(
+                f"Cannot drop the ledger: {name} is unfinished and needs it. Finish it, or abandon it by "
+                "async_rotate --restart."
+            )
+        try:
+            if options["unguard"]:
+                had_guard = drop_ledger(options["database"], rotation.pk, only_guard=True)
+                self.stdout.write(
+                    f"The guard of {name} is removed." if had_guard else f"{name} has no guard."
+                )
+            if options["forget"]:
+                had_ledger = drop_ledger(options["database"], rotation.pk, only_guard=False)
+                self.stdout.write(
+                    f"The ledger of {name} is dropped." if had_ledger else f"{name} has no ledger."
+                )
+            if path := writable(options["evidence"]):
+                path.write_text(evidence(rotation), encoding="utf-8")
+                self.stdout.write(f"The evidence of {name} is in {path}.")
+        except RotatorError as error:
+            raise CommandError(str(error), returncode=error.exit_status) from error
+        except OSError as error:
+            raise CommandError(f"The evidence could not be written: {error}") from error
+
     def _follow(self, found: QuerySet[Rotation], number: int | None) -> None:
         if number is None:
             raise CommandError("--follow needs the ID of a rotation: rotations ID --follow.")
@@ -208,7 +262,7 @@ class Command(BaseCommand):
             sys.exit(_SIGNAL_BASE + signal.SIGINT)
         except Error as error:
             raise CommandError(
-                f"Lost the connection to the database: {_first_line(error)} The rotation may still run."
+                f"Lost the connection to the database: {first_line(error)} The rotation may still run."
             ) from error
         finally:
             progress.close()
@@ -246,10 +300,6 @@ def _standing(rotation: Rotation) -> Standing:
         percent=percent_of_rotation(rotation),
         note="waiting for a worker" if awaits_workers(rotation) else held,
     )
-
-
-def _first_line(error: Error) -> str:
-    return " ".join(str(error).split("\n", 1)[0].split())
 
 
 def _chosen(found: QuerySet[Rotation], number: int | None) -> QuerySet[Rotation]:
@@ -297,6 +347,8 @@ def _details(rotation: Rotation) -> str:
     ]
     if rotation.unconfirmed_rows is not None:
         facts.append(("confirmed", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
+    if ledger := find_ledger(rotation):
+        facts.append(("ledger", _ledger(ledger)))
     if rotation.stop_reason:
         facts.append(("reason", reason_of(rotation)))
     if rotation.error:
@@ -309,3 +361,9 @@ def _details(rotation: Rotation) -> str:
     if control_of(rotation).revision:
         facts.append(("control", control_text(rotation)))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
+
+
+def _ledger(ledger: Ledger) -> str:
+    entries = plural(ledger.entries, "entry") if ledger.state != Ledger.State.FORGOTTEN else ""
+    guard = f"guard: {GUARD_ACTIONS[ledger.guard]}" if ledger.guard else "no guard"
+    return ", ".join(filter(None, (str(ledger.state), entries, guard)))

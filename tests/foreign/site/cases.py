@@ -206,8 +206,8 @@ REFUSED = [
 ]
 # Name, label, what the preflight says
 WARNED = [
-    ("simple-history", "shop.WithHistory.secret", "shop_historicalwithhistory.* a history: old values stay there"),
-    ("pghistory", "shop.WithEvents.secret", "shop_witheventsevent.* a trigger of the table writes the new values there"),
+    ("simple-history", "shop.WithHistory.secret", "shop_historicalwithhistory.* a history: old values remain there"),
+    ("pghistory", "shop.WithEvents.secret", "shop_witheventsevent.* a trigger of the table writes new values there too"),
     ("auditlog", "shop.WithHistory.secret", "auditlog_logentry"),
     ("oauth-toolkit id token", "oauth2_provider.IDToken.jti", "signed tokens refer to jti"),
 ]

@@ -57,3 +57,12 @@ class WithHistory(models.Model):
 @pghistory.track()
 class WithEvents(models.Model):
     secret = models.CharField(max_length=80, default=secrets.token_hex)
+
+
+class Integration(models.Model):
+    name = models.CharField(max_length=80)
+    reference = models.CharField(max_length=80)
+    remarks = models.TextField()
+    parameters = models.JSONField(default=dict)
+    invoice_number = models.CharField(max_length=40)
+    checksum = models.CharField(max_length=64)

@@ -1,0 +1,172 @@
+"""Reads a list of leaked values, and makes the digests of the forms in which the columns store them."""
+
+import csv
+import io
+import json
+import re
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final, TypeAlias
+
+from django.db import connections
+from django.db.models import BinaryField, CharField, TextField, UUIDField
+
+from rotator.exceptions import OptionError, TargetError
+from rotator.fields.derivation import stores_randomly
+from rotator.fields.model import AnyField, field_label
+from rotator.postgres.leaked import LeakedValues
+
+STANDARD_INPUT: Final = "-"
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+# The names that GitHub's secret scanning uses, to partners and in its API.
+_JSON_KEYS: Final = ("token", "secret")
+_HEX_PREFIX: Final = "\\x"
+_UUID: Final = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+_ToBytes: TypeAlias = Callable[[bytes], bytes | None]
+"""Returns the stored form of a value in UTF-8; None where the column cannot store it."""
+
+
+def read_leaked(path: str, column: str, fields: Sequence[AnyField], database: str) -> LeakedValues:
+    """Read a list of leaked values.
+
+    Args:
+        path: The path of the file, or ``-`` for the standard input.
+        column: The name of the column of a CSV file; empty for a file with one value in each line, or with
+            the JSON of GitHub's secret scanning.
+        fields: The fields that the values are compared with.
+        database: Django's alias of their database.
+
+    Raises:
+        OptionError: The file cannot be read, or has no values. No message contains a part of it.
+        TargetError: A field stores the same value differently each time.
+    """
+    forms = list({type(each): _to_bytes(each, database) for each in fields}.values())
+    with _opened(path) as stream:
+        if column:
+            values = LeakedValues(first=2, forms=len(forms))
+            _read_csv(values, forms, stream, path, column)
+        elif stream.peek(1).lstrip()[:1] in (b"[", b"{"):  # type: ignore[attr-defined] # buffered
+            values = LeakedValues(forms=len(forms))
+            _read_json(values, forms, stream, path)
+        elif path.lower().endswith(".csv"):
+            raise OptionError(f"{path} is a CSV file. Name the column with the values with --leaked-column.")
+        else:
+            values = LeakedValues(forms=len(forms))
+            _read_lines(values, forms, stream)
+    if not len(values):
+        raise OptionError(f"{_named(path)} has no values.")
+    return values
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    if path == STANDARD_INPUT:
+        yield sys.stdin.buffer
+        return
+    try:
+        with Path(path).open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise OptionError(f"Cannot read the leaked values from {path}: {error.strerror}.") from error
+
+
+def _named(path: str) -> str:
+    return "The standard input" if path == STANDARD_INPUT else f"The file {path}"
+
+
+def _add(values: LeakedValues, forms: Sequence[_ToBytes], value: bytes) -> None:
+    if value:
+        values.add([form(value) for form in forms])
+    else:
+        values.skip()
+
+
+def _read_lines(values: LeakedValues, forms: Sequence[_ToBytes], stream: BinaryIO) -> None:
+    is_first = True
+    for line in stream:
+        _add(values, forms, (line.removeprefix(_BYTE_ORDER_MARK) if is_first else line).strip())
+        is_first = False
+
+
+def _read_csv(
+    values: LeakedValues, forms: Sequence[_ToBytes], stream: BinaryIO, path: str, column: str
+) -> None:
+    # Not closed with the wrapper, because the standard input stays open.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    rows = csv.reader(text)
+    try:
+        header = next(rows, [])
+        # The first line is not repeated: without a header, it has values.
+        if column not in header:
+            raise OptionError(f"{_named(path)} has no column '{column}' in its first line.")
+        at = header.index(column)
+        for row in rows:
+            _add(values, forms, row[at].strip().encode() if at < len(row) else b"")
+    except csv.Error:
+        raise OptionError(f"{_named(path)} is not a CSV file from line {rows.line_num}.") from None
+    finally:
+        text.detach()
+
+
+def _read_json(values: LeakedValues, forms: Sequence[_ToBytes], stream: BinaryIO, path: str) -> None:
+    try:
+        found = json.load(stream)
+    except ValueError:
+        raise OptionError(f"{_named(path)} begins like JSON, but is not valid JSON.") from None
+    for entry in found if isinstance(found, list) else [found]:
+        value = entry
+        if isinstance(entry, dict):
+            value = next((entry[key] for key in _JSON_KEYS if key in entry), None)
+        if not isinstance(value, str):
+            raise OptionError(
+                f"{_named(path)} is not a list of texts, or of objects with a key {' or '.join(_JSON_KEYS)}."
+            )
+        _add(values, forms, value.strip().encode())
+
+
+def _to_bytes(field: AnyField, database: str) -> _ToBytes:
+    if type(field) in (CharField, TextField):
+        return _as_it_is
+    connection = connections[database]
+
+    is_uuid = type(field) is UUIDField
+
+    def stored(value: bytes) -> bytes | None:
+        # As most files have them: the field would take five times as long.
+        if is_uuid and _UUID.fullmatch(value):
+            return value
+        text = value.decode(errors="replace")
+        try:
+            made = (
+                bytes.fromhex(text.removeprefix(_HEX_PREFIX))
+                if isinstance(field, BinaryField) and text.startswith(_HEX_PREFIX)
+                else field.to_python(text)
+            )
+            prepared = field.get_db_prep_save(made, connection)
+        except Exception:  # noqa: BLE001 - any error of a custom field
+            return None
+        return _bytes_of(prepared)
+
+    if stores_randomly(field, field.model, database):
+        raise TargetError(
+            f"{field_label(field)} is a {type(field).__name__}, which stores the same value differently each "
+            "time, so --leaked cannot find its rows. Rotate all of them."
+        )
+    return stored
+
+
+def _as_it_is(value: bytes) -> bytes:
+    return value
+
+
+def _bytes_of(prepared: object) -> bytes | None:
+    """Return the bytes that the server's digest is made from."""
+    # The driver's wrapper of binary values.
+    prepared = getattr(prepared, "obj", prepared)
+    if isinstance(prepared, bytes | bytearray | memoryview):
+        return bytes(prepared)
+    return str(prepared).encode() if isinstance(prepared, str | int | uuid.UUID) else None

@@ -1,0 +1,330 @@
+"""Finds the columns of a project that look like secrets, and asks whether they can be rotated."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Final
+
+from django.apps import apps
+from django.conf import settings
+from django.db import Error, connections, router, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from rotator.exceptions import NoDefaultError, OptionError, RotatorError, TargetError
+from rotator.fields.connections import is_in_transaction, run, unlogged
+from rotator.fields.model import AnyField, field_label, key_fields
+from rotator.fields.secret_rules import (
+    HASH_FORMAT,
+    JSON_KEY,
+    TOKEN_FORMATS,
+    Finding,
+    Kind,
+    can_hold_secrets,
+    judge,
+)
+from rotator.fields.server import read_session, server_of
+from rotator.fields.target import find_fields, resolve, table_path
+from rotator.models import Rotation
+from rotator.options import Selection
+from rotator.postgres.catalog import read_table
+from rotator.postgres.column_samples import (
+    BEGIN_READING,
+    LOCK_SECONDS,
+    STATEMENT_SECONDS,
+    ColumnSample,
+    Pace,
+    Patterns,
+    StoredTable,
+    connected_for_reading,
+    read_stored_table,
+    reading,
+    sample_column,
+)
+from rotator.postgres.connection import Server
+from rotator.postgres.copies import CopySearch, find_copies
+from rotator.postgres.errors import translate_errors
+
+_PATTERNS: Final = Patterns(formats=TOKEN_FORMATS, hash_format=HASH_FORMAT, json_key=JSON_KEY)
+_DATABASE_CACHE: Final = "django.core.cache.backends.db.DatabaseCache"
+
+
+@dataclass(frozen=True, slots=True)
+class LastRotation:
+    """The latest completed rotation of a column.
+
+    Attributes:
+        id: The id of the rotation.
+        is_filtered: Whether it left rows out.
+    """
+
+    id: int
+    finished_at: datetime
+    is_filtered: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecretColumn:
+    """A column that looks like a secret.
+
+    Attributes:
+        label: The column as ``app.Model.field``; the name of the table where there is no model.
+        table: The table's name and schema, quoted.
+        rows: The number of rows, which may be an estimate.
+        finding: The kind of the column, the reasons and the advice.
+        options: The options of ``async_rotate`` that rotate it; None where it cannot be rotated.
+        refusal: The reason why it cannot be rotated; empty otherwise.
+        last_rotation: The latest completed rotation; None where there is none.
+    """
+
+    label: str
+    table: str
+    rows: int
+    rows_is_exact: bool
+    finding: Finding
+    options: tuple[str, ...] | None = None
+    refusal: str = ""
+    last_rotation: LastRotation | None = None
+
+
+@dataclass(slots=True)
+class Inventory:
+    """The columns with secrets of one database.
+
+    Attributes:
+        columns: The columns that look like secrets, in the order of their names.
+        examined: The number of columns that the rules examined.
+        problems: The tables and columns that could not be read, one phrase each.
+    """
+
+    columns: list[SecretColumn] = field(default_factory=list)
+    examined: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def take_inventory(database: str) -> Inventory:
+    """Find the columns with secrets of a database, by read-only transactions.
+
+    Raises:
+        OptionError: The database is not PostgreSQL, or the program has a transaction open.
+        ServerLostError: The server cannot be reached.
+    """
+    connection = connections[database]
+    _check(connection)
+    fields = list(_stored_fields(database))
+    with _reading(database):
+        session = read_session(connection, ("pg_class",))
+    server = server_of(connection, session)
+    inventory = Inventory(examined=len(fields))
+    caches = _cache_tables()
+    tables, samples = run(lambda: _read(server, fields, tuple(caches.values()), inventory))
+    found = dict[AnyField, SecretColumn]()
+    for each in fields:
+        table = tables.get(table_path(each.model))
+        finding = judge(each, samples.get(each)) if table else None
+        if table and finding:
+            found[each] = _column(field_label(each), table, finding)
+    resolved = {
+        each: _resolved(column, each, database)
+        if column.finding.kind is Kind.SECRET and not column.finding.advice
+        else column
+        for each, column in found.items()
+    }
+    refusals = run(
+        lambda: _refusals(server, [each for each, column in resolved.items() if column.options is not None])
+    )
+    rotations = _last_rotations(database)
+    for each, column in sorted(resolved.items(), key=lambda item: item[1].label):
+        changes: dict[str, object] = {"last_rotation": rotations.get((column.label, column.table))}
+        if each in refusals:
+            changes |= {"options": None, "refusal": refusals[each]}
+        inventory.columns.append(replace(column, **changes))  # type: ignore[arg-type] # names of its fields
+    inventory.columns += [
+        _column(f"cache '{alias}'", tables[path], _cache_finding(alias))
+        for alias, path in caches.items()
+        if path in tables
+    ]
+    return inventory
+
+
+def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearch:
+    """Search all tables of a database for old values of a rotation, by read-only transactions.
+
+    Args:
+        database: Django's alias of the database.
+        rotation: The id of the rotation, which needs a ledger.
+        every_row: Whether to search all rows of every column, and not a sample first.
+
+    Raises:
+        OptionError: There is no such rotation, or it has no ledger.
+        ServerLostError: The server cannot be reached.
+    """
+    connection = connections[database]
+    _check(connection)
+    with _reading(database):
+        server = server_of(connection, read_session(connection, ("pg_class",)))
+        found = Rotation.objects.using(database).filter(pk=rotation).first()
+    if found is None:
+        raise OptionError(f"There is no rotation {rotation} in the database '{database}'.")
+    columns = [str(each.column) for each in find_fields(found.target.split())]
+
+    async def search() -> CopySearch:
+        async with connected_for_reading(server) as own:
+            return await find_copies(
+                own,
+                server,
+                rotation=rotation,
+                table=found.table_name,
+                columns=columns,
+                every_row=every_row,
+            )
+
+    return run(search)
+
+
+def _column(label: str, table: StoredTable, finding: Finding) -> SecretColumn:
+    return SecretColumn(
+        label=label, table=table.name, rows=table.rows, rows_is_exact=table.rows_is_exact, finding=finding
+    )
+
+
+def _check(connection: BaseDatabaseWrapper) -> None:
+    if connection.vendor != "postgresql":
+        raise OptionError(
+            f"The database '{connection.alias}' is {connection.display_name}; only PostgreSQL is supported."
+        )
+    if is_in_transaction(connection):
+        raise OptionError(
+            "Secrets cannot be searched inside a transaction, which would become read-only. Call the command "
+            "outside atomic()."
+        )
+
+
+def _stored_fields(database: str) -> Iterator[AnyField]:
+    """Yield the fields of the project's models that can hold secrets, without the rotator's own."""
+    for model in apps.get_models():
+        meta = model._meta
+        is_own = model.__module__ == Rotation.__module__
+        if meta.proxy or meta.swapped or is_own or not router.allow_migrate_model(database, model):
+            continue
+        for each in meta.local_concrete_fields:
+            if can_hold_secrets(each) or judge(each):
+                yield each
+
+
+@contextmanager
+def _reading(database: str) -> Iterator[None]:
+    """Open a read-only transaction on Django's own connection, for the project's code too."""
+    with unlogged(database), transaction.atomic(using=database):
+        with connections[database].cursor() as cursor:
+            limits = [f"{seconds * 1000:.0f}ms" for seconds in (STATEMENT_SECONDS, LOCK_SECONDS)]
+            cursor.execute(BEGIN_READING, limits)
+        yield
+
+
+async def _read(
+    server: Server, fields: Sequence[AnyField], others: Sequence[tuple[str, ...]], inventory: Inventory
+) -> tuple[Mapping[tuple[str, ...], StoredTable], Mapping[AnyField, ColumnSample]]:
+    """Read the tables, and take samples of their columns."""
+    tables = dict[tuple[str, ...], StoredTable]()
+    samples = dict[AnyField, ColumnSample]()
+    pace = Pace()
+    # Packages have models without a table, and another database can have the table of a cache.
+    expected = {table_path(each.model) for each in fields if each.model._meta.managed}
+    async with connected_for_reading(server) as connection:
+        for path in dict.fromkeys([*(table_path(each.model) for each in fields), *others]):
+            table = await read_stored_table(connection, server, path)
+            if table is None and path in expected:
+                inventory.problems.append(f"The database has no table {'.'.join(path)}")
+            elif table is not None:
+                tables[path] = table
+            await pace.pause()
+        for each in fields:
+            stored = tables.get(table_path(each.model))
+            if stored is None or (stored.rows_is_exact and not stored.rows):
+                continue
+            sample = await sample_column(connection, server, stored, str(each.column), _PATTERNS)
+            if isinstance(sample, ColumnSample):
+                samples[each] = sample
+            elif sample is not None:
+                inventory.problems.append(f"{field_label(each)} could not be sampled: {sample}")
+            await pace.pause()
+    return tables, samples
+
+
+def _resolved(column: SecretColumn, each: AnyField, database: str) -> SecretColumn:
+    """Return the column with the options of its rotation, or the reason why it cannot be rotated."""
+    options: tuple[str, ...] = ()
+    if router.db_for_write(each.model) != database:
+        options = ("--database", database)
+    try:
+        with _reading(database):
+            resolve([column.label], database, Selection())
+    except NoDefaultError as error:
+        if error.generator is None:
+            return replace(column, refusal=str(error))
+        generator = ("--generator", error.generator or "DOTTED.PATH")
+        return replace(column, options=(*generator, *options))
+    except RotatorError as error:
+        return replace(column, refusal=str(error))
+    except Error as error:
+        # The project's code may write in its defaults.
+        return replace(column, refusal=f"Its default cannot be tried: {type(error).__name__}.")
+    return replace(column, options=options)
+
+
+async def _refusals(server: Server, fields: Sequence[AnyField]) -> Mapping[AnyField, str]:
+    """Return the reasons why the tables of some of these fields cannot be rotated."""
+    refusals = dict[AnyField, str]()
+    pace = Pace()
+    async with connected_for_reading(server) as connection:
+        for each in fields:
+            try:
+                async with translate_errors(connection), reading(connection, server):
+                    await read_table(
+                        connection,
+                        path=table_path(each.model),
+                        key=tuple(str(key.column) for key in key_fields(each.model)),
+                        columns=(str(each.column),),
+                    )
+            except TargetError as error:
+                refusals[each] = str(error)
+            await pace.pause()
+    return refusals
+
+
+def _last_rotations(database: str) -> Mapping[tuple[str, str], LastRotation]:
+    """Return the latest completed rotations by column and table; none where the app is not migrated."""
+    found = dict[tuple[str, str], LastRotation]()
+    completed = Rotation.objects.using(database).filter(status=Rotation.Status.COMPLETED).order_by("pk")
+    try:
+        with _reading(database):
+            rotations = list(completed)
+    except Error:
+        return {}
+    for rotation in rotations:
+        if rotation.finished_at is None:
+            continue
+        last = LastRotation(
+            rotation.pk, rotation.finished_at, Selection.from_json(rotation.selection).is_filtered
+        )
+        for label in rotation.target.split():
+            found[label, rotation.table_name] = last
+    return found
+
+
+def _cache_tables() -> Mapping[str, tuple[str, ...]]:
+    """Return the names of the tables of the project's caches."""
+    return {
+        alias: (str(options.get("LOCATION", "")),)
+        for alias, options in settings.CACHES.items()
+        if options.get("BACKEND") == _DATABASE_CACHE
+    }
+
+
+def _cache_finding(alias: str) -> Finding:
+    return Finding(
+        Kind.COPY,
+        ("it is a cache, which can hold copies of rows",),
+        f"Clear it: django.core.cache.caches[{alias!r}].clear().",
+    )

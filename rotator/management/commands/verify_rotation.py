@@ -1,0 +1,176 @@
+"""``manage.py verify_rotation``: search a rotated table for old values, and repair it."""
+
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TextIO, TypedDict, Unpack
+
+from django.core.management import BaseCommand, CommandError, CommandParser
+from django.db import DEFAULT_DB_ALIAS, connections
+
+from rotator import __version__
+from rotator.events import Event
+from rotator.exceptions import OptionError, RotatorError
+from rotator.management.rotation import find_rotation
+from rotator.management.terminal import open_closed_streams, writable
+from rotator.models import Rotation
+from rotator.options import RunOptions, Selection
+from rotator.progress.lines import LinesObserver, Sink
+from rotator.progress.summary import leaked_report
+from rotator.progress.text import leaked_values
+from rotator.progress.verification import verification_report, verification_summary
+
+_INTERRUPTED: Final = 128 + signal.SIGINT
+
+
+class Options(TypedDict):
+    """The options, as the command line or ``call_command`` gives them."""
+
+    rotation: int
+    database: str
+    repair: bool
+    leaked: str
+    leaked_column: str
+    json: bool
+    report: Path | None
+    verbosity: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The result of a verification: as JSON types, as text, and the exit status."""
+
+    facts: dict[str, object]
+    text: str
+    exit_status: int
+
+
+class Command(BaseCommand):
+    """Verifies a rotation."""
+
+    help = (
+        "Verify a rotation: count the rows that it has written and those that it has not, and search the "
+        "table for values that are in its ledger (see --prove of async_rotate). The exit status is 0 only if "
+        "nothing is left and no control has failed. The same command resumes an interrupted verification, "
+        "and can be run again for as long as the ledger exists, for example by cron."
+    )
+    # The checks of the whole project would delay it.
+    requires_system_checks = ()
+
+    def get_version(self) -> str:
+        """Return the version of this app, not Django's, for ``--version``."""
+        return __version__
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the options."""
+        parser.add_argument("rotation", type=int, metavar="ID", help="The id of the rotation.")
+        parser.add_argument(
+            "--database",
+            default=DEFAULT_DB_ALIAS,
+            choices=tuple(connections),
+            help="The alias of the database that holds the target (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--repair",
+            action="store_true",
+            help="Give the rows with an old value new values, and no other rows, and verify again.",
+        )
+        parser.add_argument(
+            "--leaked",
+            default="",
+            metavar="FILE|-",
+            help="Only count which of the leaked values of this file, or of the standard input (-), the rows "
+            "have now. Needs no ledger. See --leaked of async_rotate.",
+        )
+        parser.add_argument(
+            "--leaked-column",
+            default="",
+            metavar="NAME",
+            help="The name of the column with the values, if the file of --leaked is a CSV file.",
+        )
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
+        parser.add_argument(
+            "--report", type=Path, metavar="FILE", help="Also write the result to this file, as JSON."
+        )
+
+    def handle(self, *_args: object, **options: Unpack[Options]) -> None:
+        """Verify, and exit with 1 while anything is left."""
+        open_closed_streams(self)
+        out: TextIO = vars(self.stdout)["_out"]
+        try:
+            report_file = writable(options["report"])
+            rotation = find_rotation(options["rotation"], options["database"])
+            result = (
+                self._count_leaked(rotation, options)
+                if options["leaked"]
+                else self._verify(rotation, options)
+            )
+        except KeyboardInterrupt:
+            # Ends the line of ^C.
+            self.stderr.write("")
+            raise CommandError(
+                "Stopped. The same command resumes the verification.", returncode=_INTERRUPTED
+            ) from None
+        except RotatorError as error:
+            raise CommandError(str(error), returncode=error.exit_status) from error
+        facts = json.dumps(result.facts, indent=2)
+        if options["verbosity"] or result.exit_status:
+            Sink(out).write_line(facts if options["json"] else result.text)
+        if report_file is not None:
+            try:
+                report_file.write_text(f"{facts}\n")
+            except OSError as error:
+                raise CommandError(f"The report could not be written: {error}") from error
+        if result.exit_status:
+            sys.exit(result.exit_status)
+
+    def _count_leaked(self, rotation: Rotation, options: Options) -> _Result:
+        from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
+
+        if options["repair"]:
+            raise OptionError(
+                "--repair needs the ledger. To rotate the rows with leaked values, use async_rotate --leaked."
+            )
+        # A leaked value may be in a row that the filters leave out.
+        selection = replace(
+            Selection.from_json(rotation.selection), filters=(), excludes=(), leaked="", leaked_column=""
+        )
+        prepared = prepare(rotation.target.split(), options["database"], RunOptions(), selection)
+        found = prepared.count_leaked(options["leaked"], options["leaked_column"])
+        return _Result(
+            facts={"rotation": rotation.pk, "target": rotation.target} | leaked_report(found),
+            text=f"{leaked_values(found)}.",
+            exit_status=int(found.found > 0),
+        )
+
+    def _verify(self, rotation: Rotation, options: Options) -> _Result:
+        from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
+
+        err: TextIO = vars(self.stderr)["_out"]
+        observer = (
+            LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
+            if options["verbosity"]
+            else _ignore
+        )
+        selection = Selection.from_json(rotation.selection)
+        if selection.leaked:
+            raise OptionError(
+                f"Rotation {rotation.pk} rotated only the rows with leaked values. Verify it with --leaked."
+            )
+        prepared = prepare(
+            rotation.target.split(), options["database"], RunOptions.from_json(rotation.options), selection
+        )
+        verified = prepared.verify(observer, rotation.pk, repairs=options["repair"])
+        return _Result(
+            facts=verification_report(verified),
+            text=verification_summary(verified),
+            exit_status=verified.exit_status,
+        )
+
+
+def _ignore(_event: Event) -> None:
+    pass

@@ -1,0 +1,172 @@
+"""The evidence of a rotation: what is proved, and first of all what is not.
+
+It is one JSON object in the canonical form of RFC 8785, so that the same facts are the same bytes. Its fields
+follow the sample form of NIST SP 800-88 Rev. 1, Appendix G, where they fit. It contains no value, no digest
+and no salt.
+"""
+
+import json
+from typing import Any, Final
+
+from rotator.management.rotation import find_ledger
+from rotator.models import Rotation, Verification
+
+FORMAT: Final = "django-async-rotator evidence 1"
+NOT_CLAIMED: Final = (
+    "Backups, WAL archives, replicas with a delay, exports and file system snapshots can hold old values.",
+    "Logs of the server, of poolers and of the application can hold old values.",
+    "Caches and queues outside the database can hold old values.",
+    "Other columns and other tables were not searched for old values.",
+    "Values that were replaced before the ledger was loaded are not in the ledger.",
+    "After VACUUM, the bytes of dead rows stay in free space of the files until they are overwritten.",
+    "Whether another system still accepts an old value is unknown.",
+    "No compliance with a standard is claimed. The form of a certificate is used, not its authority.",
+)
+_METHOD: Final = (
+    "Each row was updated with a new value by a transaction that also recorded the range of rows. VACUUM "
+    "removes the old row versions."
+)
+_VERIFICATION: Final = (
+    "Full: the salted SHA-256 digest, cut to 64 bits, of each present value was looked up in the ledger of "
+    "the digests of the old values. Controls: planted values, a sample before the rotation, and the "
+    "number of entries."
+)
+_CONTROLS: Final = ("planted", "planted_found", "sampled", "entries", "entries_found", "have_passed")
+
+
+def evidence(rotation: Rotation) -> str:
+    """Return the evidence of a rotation as canonical JSON, with a final line end."""
+    verifications = list(rotation.verifications.filter(finished_at__isnull=False).order_by("pk"))
+    searches = [verification.result for verification in verifications if not verification.repairs]
+    facts = {
+        # Capital letters come first in the canonical order.
+        "NOT_PROVED": _not_proved(rotation, searches[-1] if searches else {}),
+        "claims_not_made": list(NOT_CLAIMED),
+        "form": {"format": FORMAT, "structure": "NIST SP 800-88 Rev. 1, Appendix G, where it fits"},
+        "ledger": _ledger(rotation),
+        "media": {
+            "media_type": "column of a PostgreSQL table",
+            "server": (searches[-1] if searches else {}).get("server_name", ""),
+            "server_version": (searches[-1] if searches else {}).get("server_version", ""),
+            "system_identifier": rotation.identity.get("system", ""),
+            "table": rotation.table_name,
+            "target": rotation.target,
+            "vacuumed_at": (searches[-1] if searches else {}).get("vacuumed_at", ""),
+        },
+        "sanitization": {
+            "finished_at": rotation.finished_at and rotation.finished_at.isoformat(timespec="seconds"),
+            "host": rotation.owner_host,
+            "late_rows": rotation.late_rows,
+            "method_used": _METHOD,
+            "options": _texts(rotation.options),
+            "person": rotation.owner_user,
+            "rotation": rotation.pk,
+            "rows": rotation.rows_done,
+            "rows_total": rotation.rows_total,
+            "selection": rotation.selection,
+            "started_at": rotation.started_at.isoformat(timespec="seconds"),
+            "status": rotation.status,
+            "tool_used": f"django-async-rotator {rotation.version}",
+        },
+        "verification": {
+            "method": _VERIFICATION,
+            "over_time": [_verification(verification) for verification in verifications],
+        },
+    }
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"{text}\n"
+
+
+def _not_proved(rotation: Rotation, latest: dict[str, Any]) -> dict[str, Any]:
+    """Return what is left, as counts and sentences, from the latest verification."""
+    coverage = latest.get("coverage") or {}
+    rejected = coverage.get("rejected_keys") or [
+        {"key": key, "reason": reason} for key, reason in rotation.rejected_keys
+    ]
+    counts = {
+        "excluded_rows": coverage.get("excluded_rows"),
+        "kept_blank_rows": coverage.get("blank_rows"),
+        "kept_null_rows": coverage.get("null_rows"),
+        "not_confirmed_rows": coverage.get("unconfirmed_rows", rotation.unconfirmed_rows),
+        "not_written_rows": coverage.get("older_rows"),
+        "rows_in_gaps": coverage.get("gap_rows"),
+        "survivors": latest.get("survivors"),
+    }
+    return {
+        "is_verified": bool(latest.get("is_verified")),
+        "reasons": _reasons(rotation, latest, counts, rejected=len(rejected)),
+        "rejected_keys": rejected,
+        "rejected_rows": len(rejected),
+        **counts,
+    }
+
+
+def _reasons(
+    rotation: Rotation, latest: dict[str, Any], counts: dict[str, int | None], *, rejected: int
+) -> list[str]:
+    """Return one sentence for each thing that is not proved."""
+    controls, ledger = latest.get("controls") or {}, find_ledger(rotation)
+    found = {
+        "The rotation is not completed.": rotation.status != Rotation.Status.COMPLETED,
+        "The rotation has no ledger, so survivors are unknown.": ledger is None,
+        "The ledger was dropped, so survivors are unknown since then.": ledger is not None
+        and ledger.forgotten_at is not None,
+        "No verification has finished.": not latest,
+        "A control of the verification failed.": not controls.get("have_passed", True),
+        f"{counts['survivors']} rows have an old value.": bool(counts["survivors"]),
+        f"The server rejected the new values of {rejected} rows, which keep old values.": bool(rejected),
+        f"{counts['rows_in_gaps']} rows are in gaps that the rotation has not written.": bool(
+            counts["rows_in_gaps"]
+        ),
+        f"{counts['not_written_rows']} rows have not been written since the rotation began.": bool(
+            counts["not_written_rows"]
+        ),
+        f"Filters excluded {counts['excluded_rows']} rows, which keep their values.": bool(
+            counts["excluded_rows"]
+        ),
+        f"The last writers of the rows are unknown: {(latest.get('coverage') or {}).get('unknown')}.": bool(
+            (latest.get("coverage") or {}).get("unknown")
+        ),
+    }
+    return [sentence for sentence, is_true in found.items() if is_true]
+
+
+def _ledger(rotation: Rotation) -> dict[str, Any] | None:
+    ledger = find_ledger(rotation)
+    if ledger is None:
+        return None
+    return {
+        "entries": ledger.entries,
+        "forgotten_at": ledger.forgotten_at and ledger.forgotten_at.isoformat(timespec="seconds"),
+        "guard": ledger.guard,
+        "ready_at": ledger.ready_at and ledger.ready_at.isoformat(timespec="seconds"),
+        "rows_of_the_control": ledger.control_rows,
+        "started_at": ledger.created_at.isoformat(timespec="seconds"),
+        "state": ledger.state,
+    }
+
+
+def _verification(verification: Verification) -> dict[str, Any]:
+    result = verification.result
+    controls = result.get("controls") or {}
+    return {
+        "controls": {name: controls.get(name) for name in _CONTROLS} if controls else None,
+        "finished_at": verification.finished_at and verification.finished_at.isoformat(timespec="seconds"),
+        "guard_hits": result.get("guard_hits"),
+        "host": result.get("host"),
+        "is_verified": result.get("is_verified"),
+        "number": verification.pk,
+        "person": result.get("user"),
+        "repaired_rows": verification.repaired,
+        "rows": verification.rows,
+        "started_at": verification.started_at.isoformat(timespec="seconds"),
+        "survivors": result.get("survivors"),
+    }
+
+
+def _texts(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with texts for fractions, which have several forms in JSON."""
+    return {
+        name: _texts(value) if isinstance(value, dict) else str(value) if isinstance(value, float) else value
+        for name, value in options.items()
+    }

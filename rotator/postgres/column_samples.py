@@ -1,0 +1,288 @@
+"""Columns and small samples of their values, which the server judges: no value leaves it.
+
+Every function takes a connection in autocommit mode, and reads in read-only transactions.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.rows import dict_row
+
+from rotator.postgres.connection import Server, set_local
+from rotator.postgres.errors import condition, connection_lost, translate_errors
+from rotator.postgres.table import identifier
+
+STATEMENT_SECONDS: Final = 5.0
+LOCK_SECONDS: Final = 0.5
+MOST_VALUES: Final = 300
+"""The number of values in a sample."""
+_PAGES: Final = 64
+_POSITIONS: Final = 64
+_JSON_CHARACTERS: Final = 4000
+_COUNTED_ROWS: Final = 10_000
+_MOST_PAUSE_SECONDS: Final = 1.0
+
+BEGIN_READING: Final = (
+    "SELECT set_config('transaction_read_only', 'on', true),"
+    " set_config('statement_timeout', %s, true), set_config('lock_timeout', %s, true)"
+)
+"""Makes the open transaction read-only; takes the time limits of statements and locks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTable:
+    """A table as the server has it.
+
+    Attributes:
+        path: The table's schema and name, unquoted.
+        name: The same, quoted by the server.
+        rows: The number of rows; an estimate of the server where there are many.
+        pages: The number of pages, according to the server's statistics.
+        categories: The category of the type of each column: ``text``, ``bytea``, ``json``, or another one.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    rows: int
+    rows_is_exact: bool
+    pages: int
+    categories: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnSample:
+    """The properties of a sample of a column's values, without NULL and blanks.
+
+    Attributes:
+        values: The number of values.
+        distinct: The number of different values.
+        mean_length: The mean length: characters, or bytes of binary values.
+        bits: The Shannon entropy at each position, summed over the first 64.
+        digit_changes: The mean number of changes between digits and other characters, for each character.
+        spaced: The number of values with a space, ``@`` or ``://``.
+        hashes: The number of values with the format of a hash.
+        json_keys: The number of JSON documents with a key that suggests a secret.
+        formats: The number of values with each known format.
+    """
+
+    values: int
+    distinct: int = 0
+    mean_length: float = 0.0
+    bits: float = 0.0
+    digit_changes: float = 0.0
+    spaced: int = 0
+    hashes: int = 0
+    json_keys: int = 0
+    formats: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patterns:
+    """The regular expressions that sampled values are compared with, in PostgreSQL's syntax.
+
+    Attributes:
+        formats: The known formats of tokens at the start of a value, by a name for messages.
+        hash_format: The format of a hash at the start of a value.
+        json_key: A key of a JSON document.
+    """
+
+    formats: Mapping[str, str]
+    hash_format: str
+    json_key: str
+
+
+# --- Connections for reading ---------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def connected_for_reading(server: Server) -> AsyncIterator[AsyncConnection]:
+    """Open a connection in autocommit mode whose transactions are read-only; replicas accept it too.
+
+    Raises:
+        ServerLostError: The server cannot be reached.
+    """
+    async with translate_errors():
+        connection = await AsyncConnection.connect(**await server.read_arguments())
+    async with connection:
+        await connection.set_read_only(True)
+        yield connection
+
+
+@asynccontextmanager
+async def reading(connection: AsyncConnection, server: Server) -> AsyncIterator[None]:
+    """Open a read-only transaction with time limits."""
+    settings = {
+        "statement_timeout": f"{STATEMENT_SECONDS * 1000:.0f}ms",
+        "lock_timeout": f"{LOCK_SECONDS * 1000:.0f}ms",
+        "role": server.role,
+        "search_path": server.search_path,
+    }
+    async with connection.transaction():
+        await set_local(connection, {name: value for name, value in settings.items() if value is not None})
+        yield
+
+
+class Pace:
+    """Makes a series of statements use at most half of the time."""
+
+    def __init__(self) -> None:
+        self._worked_until = time.monotonic()
+
+    async def pause(self) -> None:
+        """Wait for as long as the work since the last pause took."""
+        seconds = min(time.monotonic() - self._worked_until, _MOST_PAUSE_SECONDS)
+        await asyncio.sleep(seconds)
+        self._worked_until = time.monotonic()
+
+
+# --- Tables --------------------------------------------------------------------------------------------
+
+_TABLE: Final = (
+    "SELECT n.nspname AS schema, c.relname AS table, format('%%I.%%I', n.nspname, c.relname) AS name,"
+    " (SELECT COALESCE(sum(GREATEST(l.reltuples, 0)), 0)::bigint FROM pg_partition_tree(c.oid) t"
+    " JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf) AS tree_rows, c.relkind AS kind,"
+    " c.reltuples::bigint AS rows, GREATEST(c.relpages, (SELECT COALESCE(sum(l.relpages), 0)"
+    " FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf))::bigint AS pages,"
+    " (SELECT jsonb_object_agg(a.attname, CASE WHEN b.typname = 'bytea' THEN 'bytea'"
+    " WHEN b.typname IN ('json', 'jsonb') THEN 'json' WHEN b.typcategory = 'S' THEN 'text'"
+    " ELSE 'other' END) FROM pg_attribute a JOIN pg_type d ON d.oid = a.atttypid"
+    " JOIN pg_type b ON b.oid = COALESCE(NULLIF(d.typbasetype, 0), d.oid)"
+    " WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS categories"
+    " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)"
+)
+
+
+async def read_stored_table(
+    connection: AsyncConnection, server: Server, path: Sequence[str]
+) -> StoredTable | None:
+    """Return a table or a view; None where the database has none of that name.
+
+    Raises:
+        ServerLostError: The connection was lost.
+    """
+    async with translate_errors(connection), reading(connection, server):
+        cursor = connection.cursor(row_factory=dict_row)
+        await cursor.execute(_TABLE, (sql.Identifier(*path).as_string(),))
+        row = await cursor.fetchone()
+    if row is None:
+        return None
+    rows = row["tree_rows"] if row["kind"] == "p" else row["rows"]
+    path = (row["schema"], row["table"])
+    is_exact = False
+    # The server has no estimate for views and for tables that were never analyzed.
+    if rows <= _COUNTED_ROWS and (counted := await _count(connection, server, path)) is not None:
+        rows, is_exact = counted, counted <= _COUNTED_ROWS
+    return StoredTable(
+        path=path,
+        name=row["name"],
+        rows=max(0, rows),
+        rows_is_exact=is_exact,
+        pages=row["pages"],
+        categories=row["categories"] or {},
+    )
+
+
+async def _count(connection: AsyncConnection, server: Server, path: Sequence[str]) -> int | None:
+    """Count up to one row more than are worth counting; return None where that is not possible."""
+    query = sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS counted").format(
+        identifier(*path), sql.Literal(_COUNTED_ROWS + 1)
+    )
+    rows = await fetch_or_reason(connection, server, query, {})
+    return None if isinstance(rows, str) else int(rows[0][0])
+
+
+async def fetch_or_reason(
+    connection: AsyncConnection, server: Server, query: sql.Composed, parameters: Mapping[str, object]
+) -> list[tuple[Any, ...]] | str:
+    """Return the rows of a query in a read-only transaction, or the server's name for its error.
+
+    Raises:
+        ServerLostError: The connection was lost.
+    """
+    async with translate_errors(connection):
+        try:
+            async with reading(connection, server):
+                return await (await connection.execute(query, parameters)).fetchall()
+        except psycopg.Error as error:
+            if connection_lost(error) or connection.closed:
+                raise
+            return condition(error)
+
+
+# --- Samples -------------------------------------------------------------------------------------------
+
+
+async def sample_column(
+    connection: AsyncConnection, server: Server, table: StoredTable, column: str, patterns: Patterns
+) -> ColumnSample | str | None:
+    """Return a sample of a column, the server's name for an error, or None for other types.
+
+    Raises:
+        ServerLostError: The connection was lost.
+    """
+    category = table.categories.get(column)
+    if category not in ("text", "bytea", "json"):
+        return None
+    opening = '"' if category == "json" else "^"
+    names = list(patterns.formats)
+    parameters = {
+        "formats": [opening + patterns.formats[name] for name in names],
+        "hash_format": opening + patterns.hash_format,
+        "json_key": patterns.json_key if category == "json" else "^$",
+    }
+    rows = await fetch_or_reason(connection, server, _sample(table, column, category), parameters)
+    if isinstance(rows, str):
+        return rows
+    values, distinct, length, changes, spaced, hashes, json_keys, bits, formats = rows[0]
+    return ColumnSample(
+        values=values,
+        distinct=distinct,
+        mean_length=float(length),
+        digit_changes=float(changes),
+        spaced=spaced,
+        hashes=hashes,
+        json_keys=json_keys,
+        bits=float(bits),
+        formats=dict(zip(names, formats, strict=True)),
+    )
+
+
+def _sample(table: StoredTable, column: str, category: str) -> sql.Composed:
+    name = identifier(column)
+    stored = {
+        "text": sql.SQL("left({}::text, {})").format(name, sql.Literal(_POSITIONS)),
+        "bytea": sql.SQL("encode(substring({}, 1, {}), 'hex')").format(name, sql.Literal(_POSITIONS // 2)),
+        "json": sql.SQL("left({}::text, {})").format(name, sql.Literal(_JSON_CHARACTERS)),
+    }[category]
+    length = {"bytea": sql.SQL("octet_length({})")}.get(category, sql.SQL("length({}::text)")).format(name)
+    part = ""
+    if table.pages > _PAGES:
+        part = f" TABLESAMPLE SYSTEM ({100 * _PAGES / table.pages:.6f})"
+    return sql.SQL(
+        "WITH sampled AS MATERIALIZED (SELECT v, size FROM (SELECT {stored} AS v, {length} AS size"
+        " FROM {table}{part} WHERE {name} IS NOT NULL) AS stored WHERE v <> '' LIMIT {most}),"
+        " counts AS (SELECT at, count(*) AS n FROM sampled, generate_series(1, length(v)) AS at"
+        " WHERE {has_positions} GROUP BY at, substr(v, at, 1)),"
+        " positions AS (SELECT log(2, sum(n)) - sum(n * log(2, n::numeric)) / sum(n) AS bits FROM counts"
+        " GROUP BY at)"
+        " SELECT count(*), count(DISTINCT v), COALESCE(avg(size), 0),"
+        " COALESCE(avg(2.0 * regexp_count(v, '[0-9]+') / length(v)), 0),"
+        " count(*) FILTER (WHERE v ~ '[\\s@]|://'), count(*) FILTER (WHERE v ~ %(hash_format)s),"
+        " count(*) FILTER (WHERE v ~ %(json_key)s), (SELECT COALESCE(sum(bits), 0) FROM positions),"
+        " (SELECT array_agg((SELECT count(*) FROM sampled WHERE v ~ f.pattern) ORDER BY f.place)"
+        " FROM unnest(%(formats)s::text[]) WITH ORDINALITY AS f (pattern, place)) FROM sampled"
+    ).format(
+        stored=stored,
+        length=length,
+        table=identifier(*table.path),
+        part=sql.SQL(part),
+        name=name,
+        most=sql.Literal(MOST_VALUES),
+        has_positions=sql.SQL("false" if category == "json" else "true"),
+    )

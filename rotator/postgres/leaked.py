@@ -1,0 +1,265 @@
+"""Finds the rows whose present value is in a list of leaked values, by salted digests in temporary tables.
+
+No value is sent to the server: only the salt and the digests, by COPY, which the server does not log. Every
+function takes the same connection in autocommit mode, because a temporary table belongs to its session.
+"""
+
+import secrets
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
+
+from psycopg import AsyncConnection, sql
+
+from rotator.exceptions import OptionError
+from rotator.postgres.connection import OwnConnection, set_local
+from rotator.postgres.errors import translate_errors
+from rotator.postgres.ledger import DIGEST_BYTES, digest_of, stored_bytes
+from rotator.postgres.table import PARTITIONS, ROW, Column, TargetTable, identifier
+from rotator.postgres.values import Place
+from rotator.postgres.writer import OlderRow
+from rotator.ranges import Key
+
+# 64 MB: less than a second, and no snapshot that blocks VACUUM for long.
+CHUNK_BLOCKS: Final = 8192
+_COPIED_ROWS: Final = 20_000
+_SALT_BYTES: Final = 32
+_SALT: Final = sql.SQL("(SELECT salt FROM pg_temp.rotator_leaked_salt)")
+_TABLES: Final = (
+    "DROP TABLE IF EXISTS pg_temp.rotator_leaked_salt, pg_temp.rotator_leaked, pg_temp.rotator_leaked_rows",
+    "CREATE TEMPORARY TABLE rotator_leaked_salt (salt bytea)",
+    "CREATE TEMPORARY TABLE rotator_leaked (digest bytea, position integer)",
+    (
+        "CREATE TEMPORARY TABLE rotator_leaked_rows (number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,"
+        " leaf bigint, ctid_text text, xid text, key text, digests bytea[])"
+    ),
+)
+# The format of COPY: the number of columns, then the length and the bytes of each.
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_TRAILER: Final = b"\xff\xff"
+_ROW: Final = struct.Struct("!hiqii")
+
+
+class LeakedValues:
+    """The digests of a list of leaked values, in the order of the list, and which of them were found.
+
+    Attributes:
+        salt: The salt of the digests, new for each list.
+        forms: The number of digests of each value: one for each form in which a column may store it.
+        digests: The digests: 8 bytes for each.
+    """
+
+    def __init__(self, *, first: int = 1, forms: int = 1) -> None:
+        """Create an empty list.
+
+        Args:
+            first: The number of the first line.
+            forms: The number of digests of each value.
+        """
+        self.salt = secrets.token_bytes(_SALT_BYTES)
+        self.forms = forms
+        self.digests = array("q")
+        self._first = first
+        # For each blank line, the number of values before it.
+        self._blanks = array("I")
+        self._found = bytearray()
+
+    def __len__(self) -> int:
+        """Return the number of values."""
+        return len(self.digests) // self.forms
+
+    def add(self, forms: Sequence[bytes | None]) -> None:
+        """Add the stored forms of a value; None for a form that no column can store."""
+        for form in forms:
+            # A random digest is equal to no other.
+            self.digests.append(
+                digest_of(form, self.salt)
+                if form is not None
+                else int.from_bytes(secrets.token_bytes(8), signed=True)
+            )
+
+    def skip(self) -> None:
+        """Add a blank line."""
+        self._blanks.append(len(self))
+
+    def mark(self, position: int) -> None:
+        """Note that a row has the value at a position, counted from 0."""
+        if not self._found:
+            self._found = bytearray(len(self))
+        self._found[position] = 1
+
+    @property
+    def found(self) -> int:
+        """The number of values that rows have, or had when they were found."""
+        return self._found.count(1)
+
+    def lines(self, *, found: bool, most: int) -> list[str]:
+        """Return the first lines whose values were found, or were not, e.g. ``["5", "17-19"]``."""
+        ranges = list[str]()
+        wanted = self._found or bytearray(len(self))
+        start = wanted.find(int(found))
+        while start >= 0 and len(ranges) < most:
+            end = wanted.find(int(not found), start)
+            end = len(wanted) if end < 0 else end
+            first, last = self._line(start), self._line(end - 1)
+            ranges.append(str(first) if first == last else f"{first}-{last}")
+            start = wanted.find(int(found), end)
+        return ranges
+
+    def _line(self, position: int) -> int:
+        return self._first + position + bisect_right(self._blanks, position)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the digests and positions in the format of a binary COPY."""
+        yield _HEADER
+        pack, forms, digests = _ROW.pack, self.forms, self.digests
+        for start in range(0, len(digests), _COPIED_ROWS):
+            part = enumerate(digests[start : start + _COPIED_ROWS], start)
+            yield b"".join([pack(2, 8, each, 4, at // forms) for at, each in part])
+        yield _TRAILER
+
+
+async def load(connection: AsyncConnection, values: LeakedValues) -> None:
+    """Send the digests to temporary tables of this session.
+
+    Raises:
+        OptionError: Each transaction may get another session of the server.
+        RotatorError: The role must not create temporary tables, or the server cannot be reached.
+    """
+    if isinstance(connection, OwnConnection) and connection.local_settings:
+        raise OptionError(
+            "--leaked needs the same session of the server for all of its transactions. Connect to the "
+            "server directly, not through a pooler."
+        )
+    async with translate_errors(connection, seconds=None):
+        for statement in _TABLES:
+            await connection.execute(statement)
+        cursor = connection.cursor()
+        async with cursor.copy("COPY pg_temp.rotator_leaked_salt FROM STDIN (FORMAT BINARY)") as copy:
+            await copy.write(_HEADER + struct.pack("!hi", 1, len(values.salt)) + values.salt + _TRAILER)
+        async with cursor.copy("COPY pg_temp.rotator_leaked FROM STDIN (FORMAT BINARY)") as copy:
+            for chunk in values.chunks():
+                await copy.write(chunk)
+        await connection.execute("CREATE INDEX ON pg_temp.rotator_leaked (digest)")
+        await connection.execute("ANALYZE pg_temp.rotator_leaked")
+
+
+@dataclass(slots=True)
+class Searched:
+    """The rows that a search has read: those of some leaves that were written before a transaction.
+
+    Attributes:
+        xid: The oldest transaction that was open when the search began, epoch included; None before a search.
+        leaves: The oids of the partitions, or of the table.
+    """
+
+    xid: int | None = None
+    leaves: frozenset[int] = frozenset()
+
+
+async def search(
+    connection: AsyncConnection, table: TargetTable, values: LeakedValues, searched: Searched
+) -> AsyncIterator[int]:
+    """Read the table, note the rows whose value is in the list, and yield their number after each part.
+
+    Afterwards ``values`` knows which of its values were found, and ``searched`` what was read. Rows that an
+    earlier search has read, and that no session has written since, are left out.
+    """
+    async with translate_errors(connection):
+        await connection.execute("TRUNCATE pg_temp.rotator_leaked_rows RESTART IDENTITY")
+        ((xid,),) = await (
+            await connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
+        ).fetchall()
+        leaves = await connection.execute(
+            sql.SQL(
+                "SELECT n.nspname, c.relname, c.oid::bigint,"
+                " pg_relation_size(c.oid) / current_setting('block_size')::integer FROM pg_class c"
+                " JOIN pg_namespace n ON n.oid = c.relnamespace"
+                " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
+            ).format(PARTITIONS),
+            {"table": table.regclass},
+        )
+    found, read = 0, set[int]()
+    async for schema, name, leaf, blocks in leaves:
+        query = _search(table, identifier(schema, name), is_read=leaf in searched.leaves)
+        read.add(leaf)
+        # The rows of other transactions that commit in the meantime are in the next search.
+        for block in range(0, blocks, CHUNK_BLOCKS):
+            part = {"begin": f"({block},0)", "end": f"({block + CHUNK_BLOCKS},0)", "xid": searched.xid}
+            async with translate_errors(connection, seconds=None), connection.transaction():
+                await set_local(connection, {"jit": "off"})
+                found += (await connection.execute(query, part)).rowcount
+            yield found
+    async with translate_errors(connection, seconds=None):
+        cursor = connection.cursor()
+        async with cursor.copy(
+            "COPY (SELECT DISTINCT position FROM pg_temp.rotator_leaked WHERE digest IN"
+            " (SELECT unnest(digests) FROM pg_temp.rotator_leaked_rows)) TO STDOUT"
+        ) as copy:
+            async for row in copy.rows():
+                values.mark(int(row[0]))
+    searched.xid, searched.leaves = xid, frozenset(read)
+
+
+def _search(table: TargetTable, leaf: sql.Composable, *, is_read: bool) -> sql.Composed:
+    digests = [_digest(column) for column in table.columns]
+    is_leaked = sql.SQL(" OR ").join(
+        sql.SQL("EXISTS (SELECT FROM pg_temp.rotator_leaked AS leaked WHERE leaked.digest = {})").format(each)
+        for each in digests
+    )
+    return sql.SQL(
+        "INSERT INTO pg_temp.rotator_leaked_rows (leaf, ctid_text, xid, key, digests)"
+        " SELECT {leaf_oid}::bigint, {ctid}::text, {xmin}::text, {key}, ARRAY[{digests}]"
+        " FROM ONLY {leaf} AS {row} WHERE {ctid} >= %(begin)s::tid AND {ctid} < %(end)s::tid"
+        " AND {is_new} AND ({is_leaked}){and_matches}"
+    ).format(
+        leaf_oid=identifier(ROW, "tableoid"),
+        ctid=identifier(ROW, "ctid"),
+        xmin=identifier(ROW, "xmin"),
+        key=table.key_json_of(ROW),
+        digests=sql.SQL(", ").join(digests),
+        leaf=leaf,
+        row=identifier(ROW),
+        # A row that is newer than this transaction has a negative age.
+        is_new=sql.SQL("age({}) <= age(%(xid)s::text::xid8::xid)").format(identifier(ROW, "xmin"))
+        if is_read
+        else sql.SQL("true"),
+        is_leaked=is_leaked,
+        and_matches=table.and_matches,
+    )
+
+
+def _digest(column: Column) -> sql.Composable:
+    value = identifier(ROW, column.name)
+    # As bytes, because the server takes a third longer to make a number of them.
+    found = sql.SQL("substr(sha256({} || {}), 1, {})").format(
+        _SALT, stored_bytes(value, column.type_name), sql.Literal(DIGEST_BYTES)
+    )
+    if (is_rotated := column.is_rotated(value)) is not None:
+        return sql.SQL("CASE WHEN {} THEN {} END").format(is_rotated, found)
+    return found
+
+
+async def found_rows(connection: AsyncConnection, batch: int) -> AsyncIterator[list[OlderRow]]:
+    """Yield the rows of the last search, at most ``batch`` of one leaf at a time."""
+    after = 0
+    while True:
+        async with translate_errors(connection):
+            cursor = await connection.execute(
+                "SELECT number, leaf, ctid_text, xid, key FROM pg_temp.rotator_leaked_rows"
+                " WHERE number > %s ORDER BY number LIMIT %s",
+                (after, batch),
+            )
+            rows = await cursor.fetchall()
+        if not rows:
+            return
+        after = rows[-1][0]
+        for leaf, part in groupby(rows, key=lambda row: int(row[1])):
+            yield [
+                OlderRow(place=Place(leaf=leaf, ctid=ctid), xid=xid, key=Key(key))
+                for _, _, ctid, xid, key in part
+            ]

@@ -1,0 +1,308 @@
+"""The ledger of a rotation: salted digests of the old values, in a table for each rotation.
+
+An entry is the first 8 bytes of ``sha256(salt || value)``, as a bigint. The server computes it from the row,
+and the salt stays in the database. Every function takes a connection in autocommit mode.
+"""
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Final
+
+from psycopg import AsyncConnection, sql
+
+from rotator.options import WaitLimits
+from rotator.postgres.connection import set_local
+from rotator.postgres.errors import superseded, translate_errors
+from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
+from rotator.postgres.table import ROW, Column, TargetTable, identifier
+from rotator.ranges import Key, KeyInterval
+
+DIGEST_BYTES: Final = 8
+DIGEST_BITS: Final = 8 * DIGEST_BYTES
+# Reading locks no rows, so a range of the ledger may be larger and slower than one that writes.
+LOAD_LIMITS: Final = WaitLimits(lock_seconds=0.1, statement_seconds=30.0, transaction_seconds=60.0)
+# Building an index of a billion entries takes long. No other session waits for it.
+INDEX_SECONDS: Final = 86_400.0
+FORGET_LOCK_TIMEOUT: Final = "5s"
+
+# The first entry of each ledger is the digest of this text: it shows that salt and table belong together.
+_KNOWN_TEXT: Final = "The first entry of a ledger."
+
+
+def stored_bytes(value: sql.Composable, type_name: str) -> sql.Composable:
+    """Return the bytes of a stored value: those of a bytea, and the text in UTF-8 of every other type.
+
+    The text of a uuid is in lower case with hyphens. The text of a ``char(n)`` has no blanks at its end.
+    """
+    return value if type_name == "bytea" else sql.SQL("convert_to({}::text, 'UTF8')").format(value)
+
+
+def digest(value: sql.Composable, type_name: str, salt: sql.Composable) -> sql.Composable:
+    """Return the digest of a value as SQL of type bigint; NULL for NULL.
+
+    Args:
+        value: The value, as SQL.
+        type_name: The name of its type, e.g. ``uuid``; for a domain, the name of the base type.
+        salt: The salt, as SQL of type bytea.
+    """
+    return sql.SQL("('x' || encode(substr(sha256({} || {}), 1, {}), 'hex'))::bit(64)::bigint").format(
+        salt, stored_bytes(value, type_name), sql.Literal(DIGEST_BYTES)
+    )
+
+
+def digest_of(value: str | bytes, salt: bytes) -> int:
+    """Return the same digest of a value that this process has, e.g. of a line of a file."""
+    encoded = value.encode() if isinstance(value, str) else value
+    return int.from_bytes(hashlib.sha256(salt + encoded).digest()[:DIGEST_BYTES], "big", signed=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledger:
+    """A ledger that exists.
+
+    Attributes:
+        rotation: The rotation's id.
+        schema: The schema of the rotator's tables, unquoted.
+        is_ready: Whether it is complete and indexed.
+        through: The key up to which it is loaded; None before the first range.
+        started_xid: The oldest transaction that was open when loading began, epoch included.
+        entries: The number of its entries.
+        control_rows: The number of rows of a sample that were found in it before the rotation.
+        guard: The action of the guard: ``refuse`` or ``keep``; empty where there is none.
+    """
+
+    rotation: int
+    schema: str
+    is_ready: bool = False
+    through: Key | None = None
+    started_xid: int = 0
+    entries: int = 0
+    control_rows: int = 0
+    guard: str = ""
+
+    @property
+    def name(self) -> sql.Composable:
+        """The quoted name of the table of entries."""
+        return identifier(self.schema, f"rotator_ledger_{self.rotation}")
+
+    @property
+    def salt(self) -> sql.Composable:
+        """The salt as SQL, which the server reads once for each statement."""
+        return sql.SQL("(SELECT salt FROM {} WHERE rotation_id = {})").format(
+            identifier(self.schema, "rotator_ledger"), sql.Literal(self.rotation)
+        )
+
+    def digest(self, column: Column, alias: str = ROW) -> sql.Composable:
+        """Return the digest of a column's value in a row; NULL where the rotation keeps the value."""
+        value = identifier(alias, column.name)
+        found = digest(value, column.type_name, self.salt)
+        if (is_rotated := column.is_rotated(value)) is not None:
+            return sql.SQL("CASE WHEN {} THEN {} END").format(is_rotated, found)
+        return found
+
+    @property
+    def known(self) -> sql.Composable:
+        """The digest of the first entry."""
+        return digest(sql.Literal(_KNOWN_TEXT), "text", self.salt)
+
+    def digests(self, table: TargetTable) -> sql.Composable:
+        """Return a subquery with the digests of a row, to be joined laterally, as ``values (digest)``."""
+        rows = sql.SQL(", ").join(sql.SQL("({})").format(self.digest(column)) for column in table.columns)
+        return sql.SQL("(VALUES {}) AS rotator_values (digest)").format(rows)
+
+
+async def find_ledger(connection: AsyncConnection, rotation: int) -> Ledger | None:
+    """Return the ledger of a rotation; None where it has none, or it was forgotten."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "SELECT (SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
+            " WHERE c.oid = 'rotator_ledger'::regclass), state, loaded_through::text, started_xid,"
+            " entries, control_rows, guard"
+            " FROM rotator_ledger WHERE rotation_id = %s AND state <> 'forgotten'",
+            (rotation,),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        return None
+    schema, state, through, started_xid, entries, control_rows, guard = row
+    return Ledger(
+        rotation=rotation,
+        schema=schema,
+        is_ready=state == "ready",
+        through=None if through is None else Key(through),
+        started_xid=started_xid,
+        entries=entries,
+        control_rows=control_rows,
+        guard=guard,
+    )
+
+
+async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
+    """Create an empty ledger with a new salt.
+
+    Raises:
+        SupersededError: Another process owns the rotation.
+        RotatorError: The server rejected it, e.g. because the role must not create tables.
+    """
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
+            " WHERE c.oid = 'rotator_ledger'::regclass"
+        )
+        ((schema,),) = await cursor.fetchall()
+    ledger = Ledger(rotation=lease.rotation, schema=schema)
+    async with rolled_back_on_error(connection):
+        await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
+        await connection.execute(
+            # The salt never leaves the server: 366 random bits, of which it keeps 256.
+            "INSERT INTO rotator_ledger (rotation_id, salt, state, started_xid, entries, control_rows, guard,"
+            " guard_hits) VALUES (%s, sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())"
+            " || uuid_send(gen_random_uuid())), 'loading',"
+            " pg_snapshot_xmin(pg_current_snapshot())::text::bigint, 1, 0, '', 0)",
+            (lease.rotation,),
+        )
+        for statement in (
+            # A table of the same name can only come from a database that was copied in part.
+            "DROP TABLE IF EXISTS {name}",
+            "CREATE TABLE {name} (digest bigint NOT NULL)",
+            "INSERT INTO {name} SELECT {known}",
+        ):
+            await connection.execute(sql.SQL(statement).format(name=ledger.name, known=ledger.known), {})
+        await connection.execute("COMMIT")
+    created = await find_ledger(connection, lease.rotation)
+    if created is None:
+        raise superseded()
+    return created
+
+
+async def load_range(
+    connection: AsyncConnection,
+    lease: Lease,
+    table: TargetTable,
+    ledger: Ledger,
+    key_range: KeyInterval,
+    before: asyncio.Event | None,
+) -> None:
+    """Enter the values of a range of rows, and the progress in the same transaction.
+
+    Args:
+        connection: The connection.
+        lease: The permission to write.
+        table: The target's table.
+        ledger: The ledger.
+        key_range: The range.
+        before: Is set once the range before it is committed, for which the commit waits; None for the first.
+
+    Raises:
+        RowsLockedError: Another session has locked the table.
+        RangeTooSlowError: The range is too large.
+        RotatorError: Every other error of :func:`translate_errors`; nothing was entered.
+    """
+    within = table.within(after_is_known=key_range.after is not None, alias=ROW)
+    rows = sql.SQL("{} WHERE {}{}").format(table.row, within, table.and_matches)
+    async with rolled_back_on_error(connection, seconds=LOAD_LIMITS.transaction_seconds):
+        async with connection.pipeline():
+            await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
+            cursor = await connection.execute(
+                _insert(ledger, table, rows), {"after": key_range.after, "through": key_range.through}
+            )
+        if before is not None:
+            await before.wait()
+        async with connection.pipeline():
+            await connection.execute(
+                "UPDATE rotator_ledger SET loaded_through = %s::jsonb, entries = entries + %s"
+                " WHERE rotation_id = %s",
+                (key_range.through, cursor.rowcount, ledger.rotation),
+            )
+            await connection.execute("COMMIT")
+
+
+def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
+    """Return the statement that enters the values of some rows, and counts the entries.
+
+    Args:
+        ledger: The ledger.
+        table: The target's table.
+        rows: A FROM clause and its conditions, with the table under the alias :data:`ROW`.
+    """
+    return sql.SQL(
+        "WITH entered AS ({} RETURNING 1)"
+        " UPDATE {} SET entries = entries + (SELECT count(*) FROM entered) WHERE rotation_id = {}"
+    ).format(
+        _insert(ledger, table, rows),
+        identifier(ledger.schema, "rotator_ledger"),
+        sql.Literal(ledger.rotation),
+    )
+
+
+def _insert(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
+    return sql.SQL(
+        "INSERT INTO {} SELECT digest FROM (SELECT {row}.* FROM {}) AS {row}, LATERAL {}"
+        " WHERE digest IS NOT NULL"
+    ).format(ledger.name, rows, ledger.digests(table), row=identifier(ROW))
+
+
+async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger) -> None:
+    """Index a ledger that is loaded.
+
+    The index is built now because a new index is smaller than one that has grown.
+    """
+    index = identifier(f"rotator_ledger_{ledger.rotation}_digest")
+    async with rolled_back_on_error(connection, seconds=None):
+        await begin_fenced(
+            connection, lease, replace(LOAD_LIMITS, statement_seconds=INDEX_SECONDS), disabled_joins=()
+        )
+        await connection.execute(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (digest)").format(index, ledger.name), {}
+        )
+        await connection.execute("COMMIT")
+
+
+async def finish_ledger(connection: AsyncConnection, ledger: Ledger, control_rows: int) -> Ledger:
+    """Mark a ledger as ready, and return it.
+
+    Args:
+        connection: The connection.
+        ledger: The ledger, which is loaded and indexed.
+        control_rows: The number of rows of a sample that were found in it.
+    """
+    async with translate_errors(connection):
+        await connection.execute(
+            "UPDATE rotator_ledger SET control_rows = %s, state = 'ready', ready_at = clock_timestamp()"
+            " WHERE rotation_id = %s AND state = 'loading'",
+            (control_rows, ledger.rotation),
+        )
+    return replace(ledger, is_ready=True, control_rows=control_rows)
+
+
+async def forget_ledger(connection: AsyncConnection, ledger: Ledger) -> None:
+    """Drop the table of a ledger and its salt; only the counts are left."""
+    async with translate_errors(connection), connection.transaction():
+        await set_local(connection, {"lock_timeout": FORGET_LOCK_TIMEOUT})
+        await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(ledger.name), {})
+        await connection.execute(
+            "UPDATE rotator_ledger SET state = 'forgotten', salt = ''::bytea,"
+            " forgotten_at = clock_timestamp() WHERE rotation_id = %s",
+            (ledger.rotation,),
+        )
+
+
+async def count_known(connection: AsyncConnection, ledger: Ledger) -> tuple[int, int, bool]:
+    """Return the entries that were recorded, those in the table, and whether the first one is right.
+
+    It is wrong where the salt is not the one that the entries were made with.
+    """
+    query = sql.SQL(
+        "SELECT (SELECT entries FROM {ledgers} WHERE rotation_id = {rotation}),"
+        " (SELECT count(*) FROM {name}),"
+        " EXISTS (SELECT FROM {name} WHERE digest = {known})"
+    ).format(
+        ledgers=identifier(ledger.schema, "rotator_ledger"),
+        rotation=sql.Literal(ledger.rotation),
+        name=ledger.name,
+        known=ledger.known,
+    )
+    async with translate_errors(connection, seconds=None):
+        ((recorded, found, is_known),) = await (await connection.execute(query, {})).fetchall()
+    return int(recorded), int(found), bool(is_known)

@@ -1,0 +1,435 @@
+"""Survivors: rows whose present value is in the ledger; the controls of the search; and their repair.
+
+Every function takes a connection in autocommit mode.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from psycopg import AsyncConnection, sql
+from psycopg.types.json import Jsonb
+
+from rotator.exceptions import RotatorError
+from rotator.options import WaitLimits
+from rotator.postgres.connection import set_local
+from rotator.postgres.errors import superseded, translate_errors
+from rotator.postgres.fence import KEY_SETTINGS, Lease, rolled_back_on_error
+from rotator.postgres.last_writers import is_older
+from rotator.postgres.ledger import Ledger
+from rotator.postgres.rotations import exclusive_lock
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
+from rotator.postgres.values import Place, ValueSource
+from rotator.postgres.writer import OlderRow, RangeUpdate
+from rotator.ranges import Key, KeyInterval
+
+PLANTED_ROWS: Final = 3
+CONTROL_ROWS: Final = 1000
+KEYS_KEPT: Final = 10_000
+# Rows that are read to choose those of the control.
+_ROWS_READ: Final = 20_000
+# A killed verification is resumed for so long; after that, the first part of the search is too old.
+RESUMED_HOURS: Final = 24
+# Longer than the server's own limit, below.
+FIND_SECONDS: Final = 150.0
+_SETTINGS: Final = {
+    **KEY_SETTINGS,
+    "statement_timeout": "60s",
+    # The plan reads a range by the key, and looks each value up in the ledger.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
+
+
+def is_in_ledger(ledger: Ledger, table: TargetTable) -> sql.Composable:
+    """Return a condition about :data:`ROW`: one of its rotated values is in the ledger."""
+    return sql.SQL("({})").format(
+        sql.SQL(" OR ").join(
+            sql.SQL("EXISTS (SELECT FROM {} AS rotator_entry WHERE rotator_entry.digest = {})").format(
+                ledger.name, ledger.digest(column)
+            )
+            for column in table.columns
+        )
+    )
+
+
+async def find_survivors(
+    connection: AsyncConnection, table: TargetTable, ledger: Ledger, interval: KeyInterval
+) -> list[OlderRow]:
+    """Return the rows of an interval whose value is in the ledger, whatever row had it before.
+
+    Raises:
+        RowsLockedError: Another session has locked the table.
+        RangeTooSlowError: The interval is too large.
+    """
+    async with translate_errors(connection, seconds=FIND_SECONDS), connection.transaction():
+        return await _find(connection, table, ledger, interval)
+
+
+async def _find(
+    connection: AsyncConnection, table: TargetTable, ledger: Ledger, interval: KeyInterval
+) -> list[OlderRow]:
+    await set_local(connection, _SETTINGS)
+    cursor = await connection.execute(
+        sql.SQL("SELECT {}::bigint, {}::text, {}::text, {} FROM {} WHERE {} AND {} ORDER BY {}").format(
+            identifier(ROW, "tableoid"),
+            identifier(ROW, "ctid"),
+            identifier(ROW, "xmin"),
+            table.key_json_of(ROW),
+            table.row,
+            table.within(after_is_known=interval.after is not None, alias=ROW),
+            is_in_ledger(ledger, table),
+            table.key_columns_of(ROW),
+        ),
+        {"after": interval.after, "through": interval.through},
+    )
+    return [
+        OlderRow(place=Place(leaf=leaf, ctid=ctid), xid=xid, key=Key(key))
+        async for leaf, ctid, xid, key in cursor
+    ]
+
+
+async def control_search(
+    connection: AsyncConnection, table: TargetTable, ledger: Ledger, interval: KeyInterval
+) -> tuple[int, int]:
+    """Enter present values of an interval, search for them, and roll back.
+
+    Returns:
+        The number of rows whose values were entered, and the number of these rows that the search found.
+    """
+    within = table.within(after_is_known=interval.after is not None, alias=ROW)
+    plant = sql.SQL(
+        "WITH chosen AS (SELECT {key} AS key, ARRAY(SELECT digest FROM {digests} WHERE digest IS NOT NULL)"
+        " AS digests FROM {row} WHERE {within}),"
+        " planted AS (SELECT key, digests FROM chosen WHERE cardinality(digests) > 0 LIMIT {limit}),"
+        " entered AS (INSERT INTO {name} SELECT unnest(digests) FROM planted)"
+        " SELECT key FROM planted"
+    ).format(
+        key=table.key_json_of(ROW),
+        digests=ledger.digests(table),
+        row=table.row,
+        within=within,
+        limit=sql.Literal(PLANTED_ROWS),
+        name=ledger.name,
+    )
+    async with (
+        rolled_back_on_error(connection, seconds=FIND_SECONDS),
+        connection.transaction(force_rollback=True),
+    ):
+        await set_local(connection, _SETTINGS)
+        cursor = await connection.execute(plant, {"after": interval.after, "through": interval.through})
+        planted = {Key(key) async for (key,) in cursor}
+        found = {row.key for row in await _find(connection, table, ledger, interval)} if planted else set()
+    return len(planted), len(planted & found)
+
+
+async def control_ledger(
+    connection: AsyncConnection,
+    table: TargetTable,
+    ledger: Ledger,
+    *,
+    bound: Key,
+    rows: int,
+) -> tuple[int, int]:
+    """Search for a sample of rows that no session has written since loading began, before the rotation.
+
+    Returns:
+        The number of rows in the sample, and the number of them that the search found.
+    """
+    xmin = identifier(ROW, "xmin")
+    query = sql.SQL(
+        "SELECT count(*), count(*) FILTER (WHERE is_found) FROM (SELECT {is_found} AS is_found"
+        " FROM {row} TABLESAMPLE SYSTEM (%(percent)s) WHERE {within} AND {is_older}{and_matches}"
+        " LIMIT {limit}) AS sample"
+    ).format(
+        is_found=is_in_ledger(ledger, table),
+        row=table.row,
+        within=table.within(after_is_known=False, alias=ROW),
+        is_older=is_older(xmin, sql.SQL("NULL::xid")),
+        and_matches=table.and_matches,
+        limit=sql.Literal(CONTROL_ROWS),
+    )
+    parameters = {
+        "percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)),
+        "through": bound,
+        "started_xid": ledger.started_xid,
+    }
+    async with translate_errors(connection, seconds=None):
+        ((sampled, found),) = await (await connection.execute(query, parameters)).fetchall()
+    return int(sampled), int(found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """A verification in the database.
+
+    Attributes:
+        bound: The highest key when it began; None where the table was empty.
+        through: The key up to which it has searched; None before the first range.
+        rows: The number of rows that it has searched.
+        survivors: The number of survivors that it has found.
+        repaired: The number of survivors that have new values.
+        is_resumed: Whether an earlier process began it.
+    """
+
+    id: int
+    bound: Key | None
+    through: Key | None = None
+    rows: int = 0
+    survivors: int = 0
+    repaired: int = 0
+    is_resumed: bool = False
+
+
+async def resume_search(connection: AsyncConnection, rotation: int, *, repairs: bool) -> Search | None:
+    """Return the search of an interrupted verification; None where there is none to resume."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "SELECT id, bound::text, through::text, rows, survivors, repaired FROM rotator_verification"
+            " WHERE rotation_id = %s AND repairs = %s AND finished_at IS NULL"
+            " AND started_at > clock_timestamp() - make_interval(hours => %s) ORDER BY id DESC LIMIT 1",
+            (rotation, repairs, RESUMED_HOURS),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        return None
+    number_, bound, through, rows, survivors, repaired = row
+    return Search(
+        id=number_,
+        bound=None if bound is None else Key(bound),
+        through=None if through is None else Key(through),
+        rows=rows,
+        survivors=survivors,
+        repaired=repaired,
+        is_resumed=True,
+    )
+
+
+async def begin_search(
+    connection: AsyncConnection, rotation: int, bound: Key | None, *, repairs: bool
+) -> Search:
+    """Record the start of a verification."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "INSERT INTO rotator_verification (rotation_id, bound, repairs, rows, survivors, survivor_keys,"
+            " repaired, result) VALUES (%s, %s::jsonb, %s, 0, 0, '[]', 0, '{}') RETURNING id",
+            (rotation, bound, repairs),
+        )
+        return Search(id=await number(cursor), bound=bound)
+
+
+async def advance_search(
+    connection: AsyncConnection, search: Search, through: Key, *, rows: int, survivors: Sequence[Key]
+) -> Search:
+    """Record a range that was searched, and return the search after it.
+
+    Raises:
+        RotatorError: Another process has continued the same verification.
+    """
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "UPDATE rotator_verification SET through = %(through)s::jsonb, rows = rows + %(rows)s,"
+            " survivors = survivors + %(count)s, survivor_keys = CASE WHEN"
+            " jsonb_array_length(survivor_keys) < %(kept)s THEN survivor_keys || %(keys)s ELSE survivor_keys"
+            " END WHERE id = %(id)s AND through IS NOT DISTINCT FROM %(before)s::jsonb"
+            " AND finished_at IS NULL RETURNING repaired",
+            {
+                "through": through,
+                "rows": rows,
+                "count": len(survivors),
+                "keys": Jsonb([str(key) for key in survivors[:KEYS_KEPT]]),
+                "kept": KEYS_KEPT,
+                "id": search.id,
+                "before": search.through,
+            },
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise RotatorError(
+            "Another process has continued this verification. Wait for it, then run the same command again."
+        )
+    return replace(
+        search,
+        through=through,
+        rows=search.rows + rows,
+        survivors=search.survivors + len(survivors),
+        repaired=int(row[0]),
+    )
+
+
+async def finish_search(
+    connection: AsyncConnection, search: Search, result: dict[str, Any]
+) -> tuple[Key, ...]:
+    """Record the result of a verification, and return the keys of the survivors that were kept."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            "UPDATE rotator_verification SET result = %s, finished_at = clock_timestamp() WHERE id = %s"
+            " RETURNING survivor_keys",
+            (Jsonb(result), search.id),
+        )
+        row = await cursor.fetchone()
+    return tuple(Key(key) for key in row[0]) if row else ()
+
+
+async def count_rows_of(
+    connection: AsyncConnection, table: TargetTable, intervals: Sequence[KeyInterval]
+) -> int:
+    """Return the number of rows to rotate in some intervals."""
+    rows = 0
+    for interval in intervals:
+        query = sql.SQL("SELECT count(*) FROM {} WHERE {}{}").format(
+            table.row,
+            table.within(after_is_known=interval.after is not None, alias=ROW),
+            table.and_matches,
+        )
+        async with translate_errors(connection, seconds=None):
+            cursor = await connection.execute(query, {"after": interval.after, "through": interval.through})
+            rows += await number(cursor)
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """The rows that the rotation leaves out on purpose.
+
+    Attributes:
+        table_rows: The number of rows in the table.
+        excluded: The rows that the filters leave out.
+        null: The rows of which a value is NULL and stays NULL.
+        blank: The rows of which a value is the empty string and stays so.
+    """
+
+    table_rows: int
+    excluded: int
+    null: int
+    blank: int
+
+
+async def count_left_out(connection: AsyncConnection, table: TargetTable) -> LeftOut:
+    """Count the rows that the rotation leaves out; read the table once."""
+    condition = sql.SQL("true") if table.condition is None else table.condition
+    nulls = [
+        sql.SQL("{} IS NULL").format(identifier(ROW, column.name))
+        for column in table.columns
+        if column.keeps_null
+    ]
+    blanks = [
+        sql.SQL("{} = ''").format(identifier(ROW, column.name))
+        for column in table.columns
+        if column.keeps_blank
+    ]
+    either = [
+        sql.SQL(" OR ").join(conditions) if conditions else sql.SQL("false") for conditions in (nulls, blanks)
+    ]
+    query = sql.SQL(
+        "SELECT count(*), count(*) FILTER (WHERE ({condition}) IS NOT TRUE),"
+        " count(*) FILTER (WHERE ({condition}) AND ({null})),"
+        " count(*) FILTER (WHERE ({condition}) AND ({blank})) FROM {row}"
+    ).format(condition=condition, null=either[0], blank=either[1], row=table.row)
+    async with translate_errors(connection, seconds=None):
+        ((table_rows, excluded, null, blank),) = await (await connection.execute(query, {})).fetchall()
+    return LeftOut(table_rows=table_rows, excluded=excluded, null=null, blank=blank)
+
+
+_VACUUMED: Final = sql.SQL(
+    "SELECT min(GREATEST(last_vacuum, last_autovacuum)), COALESCE(sum(n_dead_tup), 0)::bigint,"
+    " bool_or(GREATEST(last_vacuum, last_autovacuum) IS NULL), current_setting('server_version')"
+    " FROM pg_stat_all_tables WHERE relid IN {}"
+).format(PARTITIONS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vacuumed:
+    """The latest VACUUM of the table.
+
+    Attributes:
+        at: Its end in ISO 8601, of the partition that waits for the longest; empty where there was none.
+        dead_rows: The server's estimate of the dead rows that are left.
+        server_version: The version of the server.
+    """
+
+    at: str
+    dead_rows: int
+    server_version: str
+
+
+async def read_vacuumed(connection: AsyncConnection, table: TargetTable) -> Vacuumed:
+    """Return when VACUUM has last removed dead rows, which hold old values until then."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(_VACUUMED, {"table": table.regclass})
+        ((at, dead_rows, is_missing, version),) = await cursor.fetchall()
+    is_known = at is not None and not is_missing
+    return Vacuumed(
+        at=at.isoformat(timespec="seconds") if is_known else "", dead_rows=dead_rows, server_version=version
+    )
+
+
+async def own_repair(connection: AsyncConnection, rotation: int) -> Lease:
+    """Take the right to repair a completed rotation from every earlier process, and return the lease.
+
+    Raises:
+        RotatorError: The rotation is not completed.
+    """
+    async with exclusive_lock(connection, rotation):
+        cursor = await connection.execute(
+            "UPDATE rotator_rotation SET generation = generation + 1 WHERE id = %s AND status = 'completed'"
+            " RETURNING generation",
+            (rotation,),
+        )
+        row = await cursor.fetchone()
+    if row is None:
+        raise superseded()
+    return Lease(rotation=rotation, generation=row[0], repairs=True)
+
+
+class Survivors:
+    """The survivors of a completed rotation, which are rotated by their places."""
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        table: TargetTable,
+        lease: Lease,
+        *,
+        verification: int,
+        source: ValueSource,
+        limits: WaitLimits,
+    ) -> None:
+        """Take a connection in autocommit mode, for this object's use alone."""
+        self._connection = connection
+        self._lease = lease
+        self._verification = verification
+        # A leaked value may have moved to a row that the filters leave out.
+        self._update = RangeUpdate(replace(table, condition=None), source, limits)
+
+    @property
+    def rotation(self) -> int:
+        """The rotation's id."""
+        return self._lease.rotation
+
+    async def rotate(self, rows: Sequence[OlderRow]) -> int:
+        """Give rows of one leaf new values, and record them in the same transaction; return their number.
+
+        Rows that were deleted, or written by another session since they were found, are left out.
+
+        Raises:
+            RotatorError: An error of :meth:`RangeUpdate.write`; nothing was written.
+        """
+        connection = self._connection
+        written = await self._update.write(connection, self._lease, rows)
+        async with rolled_back_on_error(connection), connection.pipeline():
+            if not written.has_other_writes:
+                await connection.execute(
+                    "INSERT INTO rotator_latetransaction (rotation_id, xid, rows)"
+                    " VALUES (%s, pg_current_xact_id()::text::bigint, %s)",
+                    (self.rotation, written.rows),
+                )
+            await connection.execute(
+                "UPDATE rotator_verification SET repaired = repaired + %s WHERE id = %s",
+                (written.rows, self._verification),
+            )
+            await connection.execute("COMMIT")
+        return written.rows

@@ -1,0 +1,139 @@
+"""Rotates the rows whose values are in a list of leaked values, or counts them."""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.events import EndStatus, LeakedValuesFound, StopReason
+from rotator.exceptions import RotatorError
+from rotator.postgres import leaked, rotations
+from rotator.postgres.connection import Server, connected
+from rotator.postgres.leaked import LeakedValues, Searched
+from rotator.postgres.older_rows import OlderRows
+from rotator.postgres.rotations import RotationState
+from rotator.postgres.table import TargetTable
+from rotator.postgres.writer import OlderRow
+from rotator.runner.context import RunContext, RunTarget
+from rotator.runner.late_rows import LateRows, wait_for_older_writers
+from rotator.runner.preflight import read_target
+
+MOST_LINES: Final = 10_000
+"""The largest number of lines, or ranges of lines, that are named."""
+ATTEMPTS: Final = 5
+
+
+class LeakedRows:
+    """The rows with leaked values of one generation of a rotation."""
+
+    def __init__(
+        self, connection: AsyncConnection, table: TargetTable, context: RunContext, values: LeakedValues
+    ) -> None:
+        """Take a connection in autocommit mode, for this object's use alone."""
+        self._connection = connection
+        self._table = table
+        self._context = context
+        self._values = values
+        self._searched = Searched()
+
+    async def find(self, owned: RotationState) -> RotationState:
+        """Send the list, search the table, and return the state with the number of rows."""
+        await leaked.load(self._connection, self._values)
+        rows_total = owned.rows_done + await self._search()
+        await rotations.freeze_bound(
+            self._connection, owned.lease, bound=None, rows_total=rows_total, is_exact=True
+        )
+        return replace(owned, rows_total=rows_total, rows_total_is_exact=True)
+
+    async def _search(self) -> int:
+        """Search the table until a stop is requested, and return the number of rows found."""
+        found = 0
+        async for number in leaked.search(self._connection, self._table, self._values, self._searched):
+            found = number
+            if self._context.stop_signal.drain.is_set():
+                break
+        return found
+
+    async def rotate(self, owned: RotationState) -> EndStatus:
+        """Rotate the rows that were found, and search again until no row has a leaked value.
+
+        Raises:
+            RotatorError: Rows are left that the rotation cannot change.
+        """
+        context = self._context
+        drain, notify = context.stop_signal.drain, context.notify
+        placed = OlderRows(
+            self._connection,
+            self._table,
+            owned.lease,
+            started_xid=owned.started_xid,
+            source=context.target.source,
+            limits=context.options.limits,
+        )
+        attempts = 0
+        while not drain.is_set():
+            notify(found_event(self._values))
+            late_rows = LateRows(placed, context.gate, context.stop_signal, notify, context.on_commit)
+            rotated = await late_rows.rotate_all(self._batches())
+            if drain.is_set():
+                break
+            if context.stats.rejected_keys:
+                return "failed"
+            # A transaction that is still open can commit an old value.
+            await wait_for_older_writers(
+                self._connection,
+                self._table,
+                owned.started_xid,
+                seconds=None,
+                stop_signal=context.stop_signal,
+                notify=notify,
+            )
+            found = await self._search()
+            if drain.is_set():
+                break
+            if not found:
+                return "completed"
+            attempts = 0 if rotated else attempts + 1
+            if attempts >= ATTEMPTS:
+                raise RotatorError(
+                    f"{found:,} rows of {context.target.label} still have a leaked value after {attempts} "
+                    "attempts. Look for a trigger or a session that writes it back, then run the same "
+                    "command again."
+                )
+        return "interrupted"
+
+    async def _batches(self) -> AsyncIterator[list[OlderRow]]:
+        """Yield the rows that were found, until the limit of this run."""
+        options, stats = self._context.options, self._context.stats
+        async for rows in leaked.found_rows(self._connection, self._context.gate.rows):
+            limit = options.stop_after_rows
+            left = len(rows) if limit is None else limit - stats.rows_this_run
+            if left <= 0:
+                self._context.stop_signal.request(StopReason.STOP_AFTER)
+                return
+            yield rows[:left]
+
+
+def found_event(values: LeakedValues) -> LeakedValuesFound:
+    """Return the account of the values that were found up to now, by line."""
+    return LeakedValuesFound(
+        values=len(values),
+        found=values.found,
+        found_lines=tuple(values.lines(found=True, most=MOST_LINES)),
+        other_lines=tuple(values.lines(found=False, most=MOST_LINES)),
+    )
+
+
+async def count_leaked(server: Server, target: RunTarget, values: LeakedValues) -> LeakedValuesFound:
+    """Return the account of the leaked values that rows have now; change nothing.
+
+    Raises:
+        RotatorError: The server cannot be reached, or the table cannot be rotated.
+    """
+    async with connected(server) as connection:
+        table = await read_target(connection, target)
+        await leaked.load(connection, values)
+        async for _ in leaked.search(connection, table, values, Searched()):
+            pass
+    return found_event(values)

@@ -1,0 +1,242 @@
+"""Enters the old values into the ledger before the first row is rotated, and adds the guard."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from psycopg import AsyncConnection
+from psycopg_pool import AsyncConnectionPool
+
+from rotator.aio import unwrap_group
+from rotator.events import GuardAdded, LedgerProgressed, LedgerReady, LedgerStarted
+from rotator.exceptions import OptionError, RangeTooSlowError, RotatorError, RowsLockedError
+from rotator.postgres import rotations
+from rotator.postgres.errors import translate_errors
+from rotator.postgres.fence import Lease
+from rotator.postgres.guard import add_guard, remove_guard
+from rotator.postgres.ledger import (
+    Ledger,
+    create_ledger,
+    find_ledger,
+    finish_ledger,
+    forget_ledger,
+    index_ledger,
+    load_range,
+)
+from rotator.postgres.planner import IndexPlanner
+from rotator.postgres.rotations import RotationState
+from rotator.postgres.survivors import control_ledger
+from rotator.postgres.table import TargetTable
+from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.runner.context import RunContext
+from rotator.runner.late_rows import wait_for_older_writers
+from rotator.runner.retry import RetryPolicy
+from rotator.runner.stop import StopSignal
+
+LOAD_ROWS: Final = 20_000
+GUARD_ATTEMPTS: Final = 100
+_RETRY: Final = RetryPolicy()
+
+
+class Proof:
+    """Prepares the ledger and the guard of a rotation; a killed run is resumed where it stopped.
+
+    Attributes:
+        ledger: The ledger, once it is complete and indexed; None where the rotation has none.
+    """
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        pool: AsyncConnectionPool,
+        table: TargetTable,
+        context: RunContext,
+    ) -> None:
+        """Take connections in autocommit mode.
+
+        Args:
+            connection: A connection that no other task uses.
+            pool: The connections of the workers, which are idle until the ledger is complete.
+            table: The target's table.
+            context: The run.
+        """
+        self.ledger: Ledger | None = None
+        self._connection = connection
+        self._pool = pool
+        self._table = table
+        self._context = context
+        self._planner = IndexPlanner(connection, table)
+
+    async def prepare(self, owned: RotationState) -> None:
+        """Complete the ledger, unless a stop is requested or the rotation has none, and add the guard.
+
+        Raises:
+            OptionError: The rotation has begun without a ledger.
+            RotatorError: The control of the ledger failed, or the guard could not be added.
+        """
+        options, drain = self._context.options, self._context.stop_signal.drain
+        rotation = owned.lease.rotation
+        ledger = await find_ledger(self._connection, rotation)
+        if ledger is None:
+            if not options.prove:
+                return
+            if await rotations.has_rows_done(self._connection, rotation):
+                raise OptionError(
+                    f"Rotation {rotation} has rotated rows without a ledger, so their old values are "
+                    "unknown. Resume it without --prove, or begin again with --restart."
+                )
+        if ledger is None or not ledger.is_ready:
+            ledger = await self._complete(owned, ledger)
+        if ledger is not None and options.guard not in ("", ledger.guard) and not drain.is_set():
+            await self._add_guard(ledger, options.guard)
+        self.ledger = ledger
+
+    async def _complete(self, owned: RotationState, ledger: Ledger | None) -> Ledger | None:
+        """Load the rest of the ledger, index it and test it; return None where a stop was requested."""
+        context, lease = self._context, owned.lease
+        started = time.monotonic()
+        # Otherwise a row that is committed late could be rotated before its value enters the ledger.
+        if not await wait_for_older_writers(
+            self._connection,
+            self._table,
+            owned.started_xid,
+            seconds=None,
+            stop_signal=context.stop_signal,
+            notify=context.notify,
+        ):
+            return None
+        context.notify(LedgerStarted())
+        if ledger is None:
+            ledger = await create_ledger(self._connection, lease)
+        bound, rows = owned.bound, 0
+        if bound is not None:
+            await self._load(owned.lease, ledger, bound)
+        if context.stop_signal.drain.is_set():
+            return None
+        await context.stop_signal.run_until_stop(index_ledger(self._connection, lease, ledger))
+        if context.stop_signal.drain.is_set():
+            return None
+        if bound is not None:
+            rows, found = await control_ledger(
+                self._connection, self._table, ledger, bound=bound, rows=owned.rows_total
+            )
+            if found < rows:
+                raise RotatorError(
+                    f"The control of the ledger failed: {rows:,} rows that were not written since were "
+                    f"searched for, and only {found:,} of them found. No row was rotated. Begin again with "
+                    "--restart."
+                )
+        ledger = await finish_ledger(self._connection, ledger, rows)
+        context.notify(LedgerReady(seconds=time.monotonic() - started, control_rows=rows))
+        return ledger
+
+    async def _load(self, lease: Lease, ledger: Ledger, bound: Key) -> None:
+        """Load the ranges up to the bound, several at a time; commit them in the order of their keys."""
+        rest, drain = KeyInterval(after=ledger.through, through=bound), self._context.stop_signal.drain
+        rows, attempts = LOAD_ROWS, 0
+        while rest.after != bound and not drain.is_set():
+            try:
+                async with self._context.gate.passage(drain) as may_begin:
+                    if not may_begin:
+                        return
+                    planned = await self._plan(rest, rows)
+                    await self._load_ranges(lease, ledger, planned)
+                attempts = 0
+            except RowsLockedError:
+                attempts += 1
+                await self._context.stop_signal.wait(_RETRY.delay_seconds(attempts))
+            except RangeTooSlowError:
+                if rows == 1:
+                    raise
+                rows //= 2
+            # Where one range failed, those before it are committed.
+            found = await find_ledger(self._connection, lease.rotation)
+            rest = replace(rest, after=None if found is None else found.through)
+
+    async def _plan(self, rest: KeyInterval, rows: int) -> list[KeyRange]:
+        planned = list[KeyRange]()
+        while len(planned) < self._pool.max_size and rest.after != rest.through:
+            planned.append(await self._planner.next_range(rest, rows))
+            rest = replace(rest, after=planned[-1].through)
+        return planned
+
+    async def _load_ranges(self, lease: Lease, ledger: Ledger, planned: Sequence[KeyRange]) -> None:
+        committed = [asyncio.Event() for _ in planned]
+
+        async def load(at: int) -> None:
+            before = committed[at - 1] if at else None
+            async with translate_errors(seconds=None), self._pool.connection() as connection:
+                await load_range(connection, lease, self._table, ledger, planned[at], before)
+            committed[at].set()
+            self._context.notify(LedgerProgressed(rows=planned[at].rows))
+
+        with unwrap_group():
+            async with asyncio.TaskGroup() as tasks:
+                for at in range(len(planned)):
+                    tasks.create_task(load(at), name=f"rotator ledger {at + 1}")
+
+    async def _add_guard(self, ledger: Ledger, action: str) -> None:
+        await until_unlocked(
+            lambda: add_guard(self._connection, ledger, self._table, action),
+            self._context.stop_signal,
+            what=f"add the guard to {self._table.found_name}",
+        )
+        if not self._context.stop_signal.drain.is_set():
+            self._context.notify(GuardAdded(action=action))
+
+
+async def unguard(connection: AsyncConnection, rotation: int) -> bool:
+    """Remove the guard of a rotation, and return whether it had one.
+
+    Raises:
+        RotatorError: Other sessions held locks on the table at each attempt.
+    """
+    ledger = await find_ledger(connection, rotation)
+    if ledger is None or not ledger.guard:
+        return False
+    await until_unlocked(lambda: remove_guard(connection, ledger), None, what="remove the guard")
+    return True
+
+
+async def forget(connection: AsyncConnection, rotation: int) -> bool:
+    """Drop the ledger of a rotation, and its guard; return whether it had a ledger.
+
+    Raises:
+        RotatorError: Other sessions held locks on the table at each attempt.
+    """
+    ledger = await find_ledger(connection, rotation)
+    if ledger is None:
+        return False
+    await unguard(connection, rotation)
+    await until_unlocked(lambda: forget_ledger(connection, ledger), None, what="drop the ledger")
+    return True
+
+
+async def until_unlocked(
+    change: Callable[[], Awaitable[None]], stop_signal: StopSignal | None, *, what: str
+) -> None:
+    """Retry a change of the table that other sessions' locks prevent, until a stop is requested.
+
+    Args:
+        change: The change, which waits for locks only for a short time.
+        stop_signal: The requests to stop; None where there are none.
+        what: The change as a phrase, for the error.
+
+    Raises:
+        RotatorError: The table was locked at each attempt.
+    """
+    for attempt in range(1, GUARD_ATTEMPTS + 1):
+        try:
+            return await change()
+        except RowsLockedError:
+            delay_seconds = _RETRY.delay_seconds(attempt)
+        if stop_signal is None:
+            await asyncio.sleep(delay_seconds)
+        elif await stop_signal.wait(delay_seconds):
+            return None
+    raise RotatorError(
+        f"Cannot {what}: in {GUARD_ATTEMPTS} attempts, other sessions held locks on the table. "
+        "End the long ones, then run the same command again."
+    )

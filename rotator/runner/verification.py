@@ -1,0 +1,293 @@
+"""Verifies a rotation: what it has written, and whether a row has a value that is in the ledger."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+from psycopg import AsyncConnection
+from psycopg_pool import AsyncConnectionPool
+
+from rotator.aio import unwrap_group
+from rotator.events import (
+    Controls,
+    Coverage,
+    Event,
+    LateRowsRotated,
+    VerificationProgressed,
+    VerificationStarted,
+    Verified,
+)
+from rotator.exceptions import OptionError, RangeTooSlowError, RowsLockedError
+from rotator.postgres import survivors
+from rotator.postgres.errors import translate_errors
+from rotator.postgres.guard import count_hits
+from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
+from rotator.postgres.last_writers import count_last_writers
+from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledger
+from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
+from rotator.postgres.preflight import name_server
+from rotator.postgres.rotations import RotationFacts, read_facts
+from rotator.postgres.survivors import Search, Survivors
+from rotator.postgres.table import TargetTable
+from rotator.postgres.writer import OlderRow
+from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.runner.context import RunContext
+from rotator.runner.gate import Gate
+from rotator.runner.late_rows import LateRows
+from rotator.runner.preflight import measured_update
+from rotator.runner.retry import RetryPolicy
+
+SEARCH_ROWS: Final = 20_000
+CONTROL_ROWS: Final = 1000
+COUNT_SECONDS: Final = 1.0
+GAPS_NAMED: Final = 100
+_RETRY: Final = RetryPolicy()
+
+
+class Verifier:
+    """One verification of a rotation, which may repair."""
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        pool: AsyncConnectionPool,
+        table: TargetTable,
+        rotation: int,
+        context: RunContext,
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            connection: A connection in autocommit mode, for this object's use alone.
+            pool: Connections that search ranges at the same time.
+            table: The target's table.
+            rotation: The rotation's id.
+            context: The run.
+        """
+        self._connection = connection
+        self._pool = pool
+        self._table = table
+        self._rotation = rotation
+        self._owner = context.owner
+        self._target = context.target
+        self._options = context.options
+        self._stop_signal = context.stop_signal
+        self._notify = context.notify
+        self._on_commit = context.on_commit
+        self._planner = IndexPlanner(connection, table)
+
+    async def verify(self, *, repairs: bool = False) -> Verified:
+        """Search the table for old values and count what the rotation has written.
+
+        Args:
+            repairs: Whether to give the survivors new values; the result is that of a search after it.
+
+        Raises:
+            OptionError: The rotation cannot be repaired.
+            RotatorError: The server cannot be asked, or another process continues the same verification.
+        """
+        facts = await read_facts(self._connection, self._rotation)
+        ledger = await find_ledger(self._connection, self._rotation)
+        if repairs and (ledger is None or not ledger.is_ready or facts.status != "completed"):
+            raise OptionError(
+                f"Rotation {self._rotation} cannot be repaired: it is {facts.status}"
+                f"{'' if ledger and ledger.is_ready else ' and has no ledger'}. "
+                "Only survivors of a completed rotation with a ledger can be."
+            )
+        repaired = 0
+        if repairs and ledger is not None:
+            repaired = (await self._verify(facts, ledger, repairs=True)).repaired
+        verified = await self._verify(facts, ledger, repairs=False)
+        verified = replace(verified, repaired=repaired)
+        self._notify(verified)
+        return verified
+
+    async def _verify(self, facts: RotationFacts, ledger: Ledger | None, *, repairs: bool) -> Verified:
+        started_at, controls, count = datetime.now(UTC), None, None
+        if ledger is None or not ledger.is_ready:
+            search = await survivors.begin_search(self._connection, self._rotation, None, repairs=repairs)
+        else:
+            entries, entries_found, is_salt_right = await count_known(self._connection, ledger)
+            search = await self._begin(repairs=repairs)
+            planted, planted_found = await self._control(ledger, search.bound)
+            search = await self._search(ledger, search, repairs=repairs)
+            controls = Controls(
+                sampled=ledger.control_rows,
+                entries=entries,
+                entries_found=entries_found,
+                is_salt_right=is_salt_right,
+                planted=planted,
+                planted_found=planted_found,
+            )
+            count = search.survivors
+        vacuumed = await survivors.read_vacuumed(self._connection, self._table)
+        verified = Verified(
+            rotation=self._rotation,
+            target=self._target.label,
+            number=search.id,
+            started_at=started_at,
+            ended_at=datetime.now(UTC),
+            rows=search.rows,
+            survivors=count,
+            repaired=search.repaired,
+            coverage=await self._cover(facts),
+            controls=controls,
+            guard_hits=await self._guard_hits(facts, ledger),
+            false_matches=0.0 if ledger is None else float(ledger.entries * search.rows) / 2.0**DIGEST_BITS,
+            vacuumed_at=vacuumed.at,
+            dead_rows=vacuumed.dead_rows,
+            server_name=await name_server(self._connection),
+            server_version=vacuumed.server_version,
+            user=self._owner.user,
+            host=self._owner.host,
+            error="A stop was requested." if self._stop_signal.drain.is_set() else "",
+        )
+        if verified.error:
+            return verified
+        keys = await survivors.finish_search(self._connection, search, verified.to_json())
+        return replace(verified, survivor_keys=keys)
+
+    async def _guard_hits(self, facts: RotationFacts, ledger: Ledger | None) -> int:
+        return facts.guard_hits + (await count_hits(self._connection, ledger) if ledger else 0)
+
+    async def _begin(self, *, repairs: bool) -> Search:
+        """Resume an interrupted search, or begin one."""
+        search = await survivors.resume_search(self._connection, self._rotation, repairs=repairs)
+        if search is None:
+            bound = await last_key(self._connection, self._table)
+            search = await survivors.begin_search(self._connection, self._rotation, bound, repairs=repairs)
+        rows_total, _ = await count_table(self._connection, self._table, seconds=COUNT_SECONDS)
+        self._notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
+        return search
+
+    async def _control(self, ledger: Ledger, bound: Key | None) -> tuple[int, int]:
+        """Search for planted values, in the first range that has any; return their rows, and those found."""
+        after: Key | None = None
+        while bound is not None and after != bound:
+            planned = await self._planner.next_range(KeyInterval(after=after, through=bound), CONTROL_ROWS)
+            planted, found = await survivors.control_search(self._connection, self._table, ledger, planned)
+            if planted:
+                return planted, found
+            after = planned.through
+        return 0, 0
+
+    async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> Search:
+        placed = None
+        if repairs and search.bound is not None:
+            placed = await self._placed_rows(search, search.bound)
+        rows = SEARCH_ROWS
+        while search.bound is not None and search.through != search.bound:
+            if self._stop_signal.drain.is_set():
+                return search
+            try:
+                planned = await self._plan(KeyInterval(after=search.through, through=search.bound), rows)
+                found = await self._find(ledger, planned)
+            except RowsLockedError:
+                await self._stop_signal.wait(_RETRY.delay_seconds(1))
+                continue
+            except RangeTooSlowError:
+                if rows == 1:
+                    raise
+                rows //= 2
+                continue
+            for key_range, survivors_of_range in zip(planned, found, strict=True):
+                if placed is not None:
+                    for of_leaf in _by_leaf(survivors_of_range):
+                        await placed.rotate(of_leaf)
+                search = await survivors.advance_search(
+                    self._connection,
+                    search,
+                    key_range.through,
+                    rows=key_range.rows,
+                    survivors=[row.key for row in survivors_of_range],
+                )
+                self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
+        return search
+
+    async def _plan(self, rest: KeyInterval, rows: int) -> list[KeyRange]:
+        planned = list[KeyRange]()
+        while len(planned) < self._pool.max_size and rest.after != rest.through:
+            planned.append(await self._planner.next_range(rest, rows))
+            rest = replace(rest, after=planned[-1].through)
+        return planned
+
+    async def _find(self, ledger: Ledger, planned: Sequence[KeyRange]) -> list[list[OlderRow]]:
+        """Return the survivors of each range, which are searched at the same time."""
+
+        async def find(key_range: KeyRange) -> list[OlderRow]:
+            async with translate_errors(seconds=None), self._pool.connection() as connection:
+                return await survivors.find_survivors(connection, self._table, ledger, key_range)
+
+        with unwrap_group():
+            async with asyncio.TaskGroup() as tasks:
+                searches = [tasks.create_task(find(key_range)) for key_range in planned]
+        return [each.result() for each in searches]
+
+    async def _placed_rows(self, search: Search, key: Key) -> LateRows:
+        """Return what rotates the survivors, as the only process that may."""
+        lease = await survivors.own_repair(self._connection, self._rotation)
+        update = await measured_update(
+            self._connection, self._table, self._target, self._options.limits, key, self._notify
+        )
+        placed = Survivors(
+            self._connection,
+            self._table,
+            lease,
+            verification=search.id,
+            source=self._target.source,
+            limits=update.limits,
+        )
+        gate = Gate(concurrency=1, rows=self._options.batch, notify=self._notify_repair)
+        return LateRows(placed, gate, self._stop_signal, self._notify_repair, self._on_commit)
+
+    def _notify_repair(self, event: Event) -> None:
+        # The verification counts these rows itself.
+        if not isinstance(event, LateRowsRotated):
+            self._notify(event)
+
+    async def _cover(self, facts: RotationFacts) -> Coverage:
+        connection, table = self._connection, self._table
+        left: list[KeyInterval] = []
+        if facts.bound is not None:
+            left = await gaps(connection, table, self._rotation, facts.bound)
+        confirmed = others = older = None
+        unknown, rewritten = "", tuple[int, ...]()
+        saved, now = TargetIdentity.from_json(facts.identity), await read_identity(connection, table)
+        if saved is not None:
+            unknown, rewritten = saved.difference(now), saved.rewritten(now)
+        if not unknown:
+            writers = await count_last_writers(
+                connection,
+                table,
+                rotation=self._rotation,
+                started_xid=facts.started_xid,
+                rewritten=rewritten,
+            )
+            if writers.renewed:
+                unknown = REWRITTEN
+            else:
+                confirmed, others, older = writers.confirmed, writers.others, writers.older
+        left_out = await survivors.count_left_out(connection, table)
+        return Coverage(
+            status=facts.status,
+            gaps=tuple(left[:GAPS_NAMED]),
+            gap_rows=await survivors.count_rows_of(connection, table, left),
+            confirmed_rows=confirmed,
+            unconfirmed_rows=others,
+            older_rows=older,
+            unknown=unknown,
+            rejected_keys=facts.rejected_keys,
+            table_rows=left_out.table_rows,
+            excluded_rows=left_out.excluded,
+            null_rows=left_out.null,
+            blank_rows=left_out.blank,
+        )
+
+
+def _by_leaf(rows: list[OlderRow]) -> list[list[OlderRow]]:
+    leaves: dict[int, list[OlderRow]] = {}
+    for row in rows:
+        leaves.setdefault(row.place.leaf, []).append(row)
+    return list(leaves.values())
