@@ -351,11 +351,12 @@ def _line(action: Action, *, hide_keys: bool) -> tuple[str, str, str, str]:
 
 
 def _rejected(rotation: Rotation) -> list[tuple[str, str]]:
-    """Return the keys that Celery workers could not rotate, each with the reason."""
+    """Return the keys of rejected rows, each with the reason: those of the latest run, and of open spans."""
     database = _database(rotation)
     spans = Span.objects.using(database).filter(rotation=rotation).exclude(failed_keys=[])
     found = spans.values_list("failed_keys", flat=True)[:_LONGEST_LOG]
-    return [(str(key), one_line(str(reason))) for failed in found for key, reason in failed][:_LONGEST_LOG]
+    keys = [each for failed in (rotation.rejected_keys, *found) for each in failed]
+    return [(str(key), one_line(str(reason))) for key, reason in keys[:_LONGEST_LOG]]
 
 
 def _public_facts(rotation: Rotation, speed: Speed, *, hide_keys: bool) -> dict[str, object]:

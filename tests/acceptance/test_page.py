@@ -173,8 +173,13 @@ def test_the_death_of_the_owner_is_shown(browsers: Any, running: Running) -> Non
 def test_it_works_without_scripts_and_on_a_small_screen(browsers: Any) -> None:  # noqa: ANN401
     browser: Browser = browsers(has_scripts=False)
     rotation = Rotation.objects.get()
-    browser.open(rotation, "?still")
-    assert "Moving: " in browser.text("#rotator-headline")
+
+    def is_moving() -> bool:
+        # Without scripts, only another request shows that the rate is known now.
+        browser.open(rotation, "?still")
+        return "Moving: " in browser.text("#rotator-headline")
+
+    wait_until(is_moving, "the page shows that it moves")
     assert "This page does not reload." in browser.text()
     browser.press("pause")
     wait_until(lambda: Control.objects.get().paused, "it is paused")

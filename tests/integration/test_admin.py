@@ -270,10 +270,12 @@ def test_keys_can_be_hidden(admin: Client, rotation: Rotation, settings: object)
         error=f"The range ({KEY}, {KEY}] was not changed.",
         bound=[KEY],
         selection={"filters": [f"id__lt={KEY}"]},
+        rejected_keys=[[f"[{KEY}]", "check_violation"]],
     )
     Action.objects.create(rotation=rotation, kind="stopped", by="app", detail=f"row {KEY} is rejected")
     CompletedRange.objects.create(rotation=rotation, after=None, through=[KEY], rows=1, seconds=0)
     assert str(KEY) in page_of(admin, rotation)
+    assert state_of(admin, rotation)["rejected"] == [[f"[{KEY}]", "check_violation"]]
     settings.ROTATOR = {"HIDE_KEYS": True}  # type: ignore[attr-defined]
     assert str(KEY) not in page_of(admin, rotation)
     assert str(KEY) not in json.dumps(state_of(admin, rotation))
