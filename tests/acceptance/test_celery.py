@@ -127,6 +127,7 @@ def test_connections_that_are_lost_everywhere(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_every_message_twice(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     from rotator.tasks import ask_for_help  # noqa: PLC0415 - of an extra
 
@@ -163,6 +164,7 @@ def test_a_lost_chain_of_messages_is_started_again(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "begins_here",
     [pytest.param(True, marks=pytest.mark.slow), False],
@@ -261,6 +263,7 @@ def follow(commands: Commands, number: int) -> Running:
     return commands.start(str(number), "--follow", program=(*MANAGE, "rotations"))
 
 
+@pytest.mark.slow
 def test_a_detached_rotation_continues_without_a_terminal(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     following = follow(commands, detached(hosts, "--batch=50"))
@@ -336,6 +339,7 @@ def test_the_command_reports_what_a_worker_cannot_do(hosts: Hosts, tmp_path: Pat
     audit.assert_untouched()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "is_left"), [("y\n", True), pytest.param("\n", False, marks=pytest.mark.slow)]
 )
@@ -376,6 +380,7 @@ def test_ctrl_c_without_a_broker_ends_it(hosts: Hosts) -> None:
     assert "Interrupted: " in finished.out
 
 
+@pytest.mark.slow
 def test_messages_stay_small_with_large_batches(hosts: Hosts) -> None:
     import redis  # noqa: PLC0415 - of an extra
 
@@ -454,6 +459,7 @@ def test_the_same_command_after_completion_is_refused(hosts: Hosts, detach: tupl
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_a_rotation_stopped_on_purpose_is_not_resumed_by_workers(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     worker = hosts.worker()

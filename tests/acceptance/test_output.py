@@ -371,6 +371,7 @@ def test_the_version_is_that_of_the_app(commands: Commands, command: str) -> Non
     assert (finished.status, finished.out) == (0, f"{__version__}\n")
 
 
+@pytest.mark.slow
 def test_while_a_range_waits_for_a_lock_the_eta_is_unknown(commands: Commands) -> None:
     audit = audited_tickets(8000)
     slow_down(0.15)

@@ -6,6 +6,8 @@ import socket
 import time
 from datetime import UTC, datetime
 
+import pytest
+
 from rotator.models import Rotation
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
 from tests.acceptance.harness import Commands, Finished, Running, wait_for_checkpoints, wait_until
@@ -104,6 +106,7 @@ def test_an_owner_that_is_taken_over_ends_by_itself(commands: Commands) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_a_frozen_owner_is_taken_over_and_writes_no_more(commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     first = _started_slowly(commands)

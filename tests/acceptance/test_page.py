@@ -128,6 +128,7 @@ def test_it_is_watched_and_steered(browsers: Any, running: Running) -> None:  # 
     assert running.wait().status == 130
 
 
+@pytest.mark.slow
 def test_it_is_watched_to_its_end(browsers: Any, running: Running) -> None:  # noqa: ANN401
     browser: Browser = browsers()
     browser.open(Rotation.objects.get())

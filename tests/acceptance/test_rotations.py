@@ -69,7 +69,9 @@ def test_a_stop_is_a_reason_and_no_error(commands: Commands) -> None:
     )
 
 
-@pytest.mark.parametrize("columns", [100, 40, 1])
+@pytest.mark.parametrize(
+    "columns", [40, *(pytest.param(columns, marks=pytest.mark.slow) for columns in (100, 1))]
+)
 def test_following_shows_rate_and_eta(commands: Commands, columns: int) -> None:
     audited_tickets(ROWS)
     slow_down(0.15)

@@ -40,7 +40,7 @@ def _wait_in_commits(database: Database) -> None:
 # behind it the constraints on checkpoints, since that range begins where the next owner has begun.
 @pytest.mark.parametrize(
     ("let_it_wait", "concurrency"),
-    [(_wait_in_statements, 4), (_wait_in_commits, 1)],
+    [(_wait_in_statements, 4), pytest.param(_wait_in_commits, 1, marks=pytest.mark.slow)],
     ids=["update", "commit"],
 )
 def test_a_frozen_owner_writes_nothing_once_it_is_overtaken(

@@ -145,7 +145,7 @@ class World:
     def _make(self) -> None:
         scenario, run = self._scenario, self._own.execute
         run("DROP SCHEMA IF EXISTS property CASCADE")
-        for table in ("latetransaction", "completedrange", "span", "rotation"):
+        for table in ("action", "measurement", "latetransaction", "completedrange", "span", "rotation"):
             run(_query("DELETE FROM {}".replace("{}", f"rotator_{table}")))
         run("CREATE SCHEMA property")
         run("CREATE SEQUENCE property.uids")

@@ -563,7 +563,7 @@ def test_a_limit_counts_the_rows_before_an_outage_too(database: Database) -> Non
 
 
 def test_a_row_at_fault_is_named_once_whatever_outages_there_were(database: Database) -> None:
-    database.make_tickets(1, 500)
+    database.make_tickets(1, 2000)
     database.before_update("IF OLD.id = 257 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;")
 
     def end(event: Event) -> None:

@@ -123,7 +123,16 @@ def test_a_schema_that_is_not_there_is_refused(tenant: Database) -> None:
 
 def test_a_tenant_with_rotations_of_its_own_is_rotated_or_refused(tenant: Database) -> None:
     """Whichever it is, no other tenant's row may change."""
-    for name in ("rotation", "completedrange", "latetransaction", "span"):
+    for name in (
+        "rotation",
+        "completedrange",
+        "latetransaction",
+        "span",
+        "control",
+        "action",
+        "measurement",
+        "ledger",
+    ):
         tenant.execute(
             SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(
                 Identifier(TENANT, f"rotator_{name}"), Identifier("public", f"rotator_{name}")

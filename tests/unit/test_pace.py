@@ -131,7 +131,7 @@ def test_a_throttle_is_a_state_with_its_reason_and_its_time() -> None:
     clock = Clock()
     stats = _stats(clock, Throttled(source="lag", reason=LAG))
     assert (stats.state, stats.eta_seconds) == ("throttled", None)
-    assert f"throttled: {LAG}" in figures(stats)
+    assert f"throttled 0 s so far ({LAG})" in figures(stats)
     clock.now += 5
     stats.take(Throttled(source="lag", reason="replica lag 20 s > 10 s", is_new=False))
     clock.now += 5
