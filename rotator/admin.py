@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.contrib import admin
 from django.core.exceptions import PermissionDenied
+from django.db import router
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, path
@@ -33,9 +34,10 @@ class RotationAdmin(_ModelAdmin):
     ordering: ClassVar = ["-id"]
     actions = ()
 
-    def get_queryset(self, request: HttpRequest) -> QuerySet[Rotation]:
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Rotation]:  # noqa: ARG002 - Django's interface
         """Return the rotations with the age of their heartbeats."""
-        return find_rotations(super().get_queryset(request).db)
+        # Not of a replica, whose heartbeats are older.
+        return find_rotations(router.db_for_write(Rotation))
 
     @admin.display(description="rotation", ordering="id")
     def rotation(self, rotation: Rotation) -> str:

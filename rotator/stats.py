@@ -417,9 +417,9 @@ class Stats:
             ("vacuuming", self.vacuuming),
             ("late_commits", bool(self.holders)),
             ("draining", self.draining),
-            ("loading", self.loading),
             ("confirming", self.confirming),
             ("throttled", bool(self.throttles)),
+            ("loading", self.loading),
             ("finishing", self.rows_total_is_exact and self.rows_done >= self.rows_total),
         )
         return next((state for state, is_current in activities if is_current), "rotating")

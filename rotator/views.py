@@ -32,7 +32,7 @@ def find(number: str) -> Rotation:
     Raises:
         Http404: There is none with this id.
     """
-    rotations = find_rotations(router.db_for_read(Rotation))
+    rotations = find_rotations(router.db_for_write(Rotation))
     found = rotations.filter(pk=number).first() if number.isdecimal() else None
     if found is None:
         raise Http404(f"There is no rotation {number}.")
@@ -119,7 +119,7 @@ def metrics(request: HttpRequest) -> HttpResponse:
         raise ImproperlyConfigured(
             "The metrics need prometheus-client. Install django-async-rotator[metrics]."
         ) from error
-    text = found.metrics(router.db_for_read(Rotation))
+    text = found.metrics(router.db_for_write(Rotation))
     return HttpResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 

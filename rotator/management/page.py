@@ -382,6 +382,20 @@ def _command(rotation: Rotation, *, hide_keys: bool) -> str:
     if options.max_lag_seconds is not None:
         words += ["--max-lag", f"{options.max_lag_seconds:g}s"]
         words += [word for alias in options.lag_of for word in ("--lag-of", alias)]
+    sizes = {
+        "max-unarchived-wal": options.max_unarchived_wal_bytes,
+        "max-slot-wal": options.max_slot_wal_bytes,
+    }
+    words += [
+        word
+        for name, size in sizes.items()
+        if size is not None
+        for word in (f"--{name}", f"{size // 1024}kB")
+    ]
+    words += ["--prove"] if options.prove else []
+    words += ["--guard", options.guard] if options.guard else []
+    words += [] if options.vacuum else ["--no-vacuum"]
+    words += ["--reindex"] if options.reindex else []
     database = _database(rotation)
     if Helper.objects.using(database).filter(rotation=rotation).exists():
         words.append("--celery")

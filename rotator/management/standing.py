@@ -118,7 +118,7 @@ def percent_of_rotation(rotation: Rotation) -> int:
     """Return the percentage of rows done, rounded down."""
     if rotation.status == Rotation.Status.COMPLETED:
         return 100
-    if rotation.bound is None:
+    if rotation.bound is None and not rotation.rows_total:
         # The rows are not counted yet.
         return 0
     return percent_of(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)

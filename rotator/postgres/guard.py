@@ -46,7 +46,7 @@ def _body(ledger: Ledger, table: TargetTable, action: str) -> str:
     """Return the function's body, with each percent sign doubled."""
     parts = []
     for column in table.columns:
-        name = sql.Identifier(column.name)
+        name = identifier(column.name)
         refuse = sql.SQL(_REFUSE).format(
             sqlstate=sql.Literal(SQLSTATE),
             trigger=sql.Literal(trigger_name(ledger.rotation)),

@@ -154,11 +154,11 @@ class Searched:
 
     Attributes:
         xid: The oldest transaction that was open when the search began, epoch included; None before a search.
-        leaves: The oids of the partitions, or of the table.
+        leaves: The oids of the partitions, or of the table, each with the number of its file.
     """
 
     xid: int | None = None
-    leaves: frozenset[int] = frozenset()
+    leaves: frozenset[tuple[int, int]] = frozenset()
 
 
 async def search(
@@ -171,29 +171,24 @@ async def search(
     """
     async with translate_errors(connection):
         await connection.execute("TRUNCATE pg_temp.rotator_leaked_rows RESTART IDENTITY")
-        ((xid,),) = await (
-            await connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
-        ).fetchall()
-        leaves = await connection.execute(
-            sql.SQL(
-                "SELECT n.nspname, c.relname, c.oid::bigint,"
-                " pg_relation_size(c.oid) / current_setting('block_size')::integer FROM pg_class c"
-                " JOIN pg_namespace n ON n.oid = c.relnamespace"
-                " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
-            ).format(PARTITIONS),
-            {"table": table.regclass},
-        )
-    found, read = 0, set[int]()
-    async for schema, name, leaf, blocks in leaves:
-        query = _search(table, identifier(schema, name), is_read=leaf in searched.leaves)
-        read.add(leaf)
-        # The rows of other transactions that commit in the meantime are in the next search.
-        for block in range(0, blocks, CHUNK_BLOCKS):
-            part = {"begin": f"({block},0)", "end": f"({block + CHUNK_BLOCKS},0)", "xid": searched.xid}
-            async with translate_errors(connection, seconds=None), connection.transaction():
-                await set_local(connection, {"jit": "off"})
-                found += (await connection.execute(query, part)).rowcount
-            yield found
+    found = 0
+    if searched.xid is None:
+        async with translate_errors(connection), connection.transaction():
+            xid, leaves = await _read_leaves(connection, table)
+        # What is missed because a row moves in the meantime is newer, and in the next search.
+        for leaf in leaves:
+            for block in range(0, leaf.blocks, CHUNK_BLOCKS):
+                async with translate_errors(connection, seconds=None), connection.transaction():
+                    found += await _search(connection, table, leaf, searched, block, block + CHUNK_BLOCKS)
+                yield found
+    else:
+        # In one snapshot, a row that moves is met once, at its old place.
+        async with translate_errors(connection, seconds=None), connection.transaction():
+            await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            xid, leaves = await _read_leaves(connection, table)
+            for leaf in leaves:
+                found += await _search(connection, table, leaf, searched, 0, leaf.blocks)
+        yield found
     async with translate_errors(connection, seconds=None):
         cursor = connection.cursor()
         async with cursor.copy(
@@ -202,10 +197,59 @@ async def search(
         ) as copy:
             async for row in copy.rows():
                 values.mark(int(row[0]))
-    searched.xid, searched.leaves = xid, frozenset(read)
+    searched.xid, searched.leaves = xid, frozenset(leaf.identity for leaf in leaves)
 
 
-def _search(table: TargetTable, leaf: sql.Composable, *, is_read: bool) -> sql.Composed:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Leaf:
+    """A table or a partition that holds rows.
+
+    Attributes:
+        name: The quoted name.
+        identity: The oid, and the number of the file, which a rewrite changes.
+        blocks: The number of blocks.
+    """
+
+    name: sql.Composable
+    identity: tuple[int, int]
+    blocks: int
+
+
+async def _read_leaves(connection: AsyncConnection, table: TargetTable) -> tuple[int, list[_Leaf]]:
+    """Return the oldest open transaction, and the leaves; none is rewritten until the commit."""
+    # Takes a lock on each of them.
+    await connection.execute(sql.SQL("SELECT FROM {} LIMIT 0").format(table.name), {})
+    cursor = await connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
+    ((xid,),) = await cursor.fetchall()
+    cursor = await connection.execute(
+        sql.SQL(
+            "SELECT n.nspname, c.relname, c.oid::bigint, pg_relation_filenode(c.oid)::bigint,"
+            " pg_relation_size(c.oid) / current_setting('block_size')::integer FROM pg_class c"
+            " JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
+        ).format(PARTITIONS),
+        {"table": table.regclass},
+    )
+    leaves = [
+        _Leaf(name=identifier(schema, name), identity=(oid, file), blocks=blocks)
+        async for schema, name, oid, file, blocks in cursor
+    ]
+    return xid, leaves
+
+
+async def _search(
+    connection: AsyncConnection, table: TargetTable, leaf: _Leaf, searched: Searched, begin: int, end: int
+) -> int:
+    """Note the rows in some blocks of a leaf whose value is in the list, and return their number."""
+    await set_local(connection, {"jit": "off"})
+    cursor = await connection.execute(
+        _note_rows(table, leaf.name, is_read=leaf.identity in searched.leaves),
+        {"begin": f"({begin},0)", "end": f"({end},0)", "xid": searched.xid},
+    )
+    return cursor.rowcount
+
+
+def _note_rows(table: TargetTable, leaf: sql.Composable, *, is_read: bool) -> sql.Composed:
     digests = [_digest(column) for column in table.columns]
     is_leaked = sql.SQL(" OR ").join(
         sql.SQL("EXISTS (SELECT FROM pg_temp.rotator_leaked AS leaked WHERE leaked.digest = {})").format(each)

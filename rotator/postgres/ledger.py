@@ -204,6 +204,10 @@ async def load_range(
     async with rolled_back_on_error(connection, seconds=LOAD_LIMITS.transaction_seconds):
         async with connection.pipeline():
             await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
+            # It waits for the range before it, which may take as long as a transaction may.
+            await set_local(
+                connection, {"idle_in_transaction_session_timeout": f"{LOAD_LIMITS.transaction_seconds:.0f}s"}
+            )
             cursor = await connection.execute(
                 _insert(ledger, table, rows), {"after": key_range.after, "through": key_range.through}
             )

@@ -109,10 +109,12 @@ class LeakedRows:
         async for rows in leaked.found_rows(self._connection, self._context.gate.rows):
             limit = options.stop_after_rows
             left = len(rows) if limit is None else limit - stats.rows_this_run
-            if left <= 0:
+            if left > 0:
+                yield rows[:left]
+            # The next search leaves out rows that were read before, so it would not find the rest.
+            if left < len(rows):
                 self._context.stop_signal.request(StopReason.STOP_AFTER)
                 return
-            yield rows[:left]
 
 
 def found_event(values: LeakedValues) -> LeakedValuesFound:

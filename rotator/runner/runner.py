@@ -390,7 +390,13 @@ class Run:
                         heart.cancel()
                 # The heartbeat has ended: it would report a completed rotation as lost.
                 if status != "completed" or await session_work.complete(owned):
+                    self._release_throttles()
                     return status
+
+    def _release_throttles(self) -> None:
+        """End what holds the gate: no range follows, and time is no longer throttled."""
+        for source in self._context.gate.holds:
+            self._context.gate.release(source, slowly=False)
 
     @asynccontextmanager
     async def _paced(self) -> AsyncIterator[None]:
@@ -455,13 +461,17 @@ class Run:
     async def _verify(self, table: TargetTable, rotation: int) -> None:
         """Verify a completed rotation that has a ledger; an error is part of the result."""
         context, started_at = self._context, datetime.now(UTC)
+        has_ledger = context.options.prove
         try:
             async with connected(context.server) as connection:
-                if await find_ledger(connection, rotation) is None:
+                has_ledger = await find_ledger(connection, rotation) is not None
+                if not has_ledger:
                     return
                 async with self._search_pool() as pool:
                     await Verifier(connection, pool, table, rotation, context).verify()
         except RotatorError as error:
+            if not has_ledger:
+                return
             self._notify(
                 Verified(
                     rotation=rotation,

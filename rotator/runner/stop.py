@@ -45,6 +45,9 @@ class StopSignal:
             self.reason, self.by = reason, by
             self.drain.set()
             self._notify(DrainStarted(reason=reason, by=by))
+        elif reason is StopReason.CANCEL and self.reason is StopReason.WORKER_SHUTDOWN:
+            # Otherwise another worker would resume the rotation.
+            self.reason, self.by = reason, by
 
     def request_by_signal(self, received: signal.Signals) -> None:
         """Begin to drain on the first signal, and cancel the work on the second.

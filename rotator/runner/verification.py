@@ -193,9 +193,8 @@ class Verifier:
                 rows //= 2
                 continue
             for key_range, survivors_of_range in zip(planned, found, strict=True):
-                if placed is not None:
-                    for of_leaf in _by_leaf(survivors_of_range):
-                        await placed.rotate(of_leaf)
+                if placed is not None and not await self._repair(placed, survivors_of_range):
+                    return search
                 search = await survivors.advance_search(
                     self._connection,
                     search,
@@ -212,6 +211,12 @@ class Verifier:
             planned.append(await self._planner.next_range(rest, rows))
             rest = replace(rest, after=planned[-1].through)
         return planned
+
+    async def _repair(self, placed: LateRows, rows: list[OlderRow]) -> bool:
+        """Give survivors new values; return False where a stop has left some of them for the next search."""
+        for of_leaf in _by_leaf(rows):
+            await placed.rotate(of_leaf)
+        return not self._stop_signal.drain.is_set()
 
     async def _find(self, ledger: Ledger, planned: Sequence[KeyRange]) -> list[list[OlderRow]]:
         """Return the survivors of each range, which are searched at the same time."""

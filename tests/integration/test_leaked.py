@@ -99,8 +99,9 @@ def test_the_same_list_and_all_rows_can_be_rotated_next(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("orders")
-def test_a_stopped_rotation_is_resumed_with_the_same_list(path: Path) -> None:
-    first = run(path, options=RunOptions(batch=4, stop_after_rows=10))
+@pytest.mark.parametrize("batch", [4, 500])
+def test_a_stopped_rotation_is_resumed_with_the_same_list(path: Path, batch: int) -> None:
+    first = run(path, options=RunOptions(batch=batch, stop_after_rows=10))
     assert (first.status, first.rows_this_run) == ("interrupted", 10)
     with pytest.raises(OptionError, match=r"was begun with .* --leaked"):
         rotate_sync(Target(API_KEY, generator=GENERATOR))
