@@ -304,10 +304,11 @@ def keyed_update(table: TargetTable) -> sql.Composed:
 def placed_update(table: TargetTable) -> sql.Composed:
     """Update the rows at some places, through the table itself.
 
-    Parameters: those of :func:`_update`, ``leaves``, ``ctids`` and ``xids`` (one of each for each row).
+    Parameters: those of :func:`_update`, ``leaves``, ``ctids``, ``xids`` and ``keys`` (one of each for each
+    row).
     """
     old_rows = sql.SQL("SELECT places.*, {} FROM {}").format(_old_values(table), rows_at_places(table))
-    return _update(table, old_rows, sql.SQL("{}{}").format(_is_at_place(_OLD), table.and_matches))
+    return _update(table, old_rows, sql.SQL("{}{}").format(_is_at_place(table, _OLD), table.and_matches))
 
 
 def placed_rows(table: TargetTable) -> sql.Composable:
@@ -330,17 +331,27 @@ def rows_with_keys(table: TargetTable) -> sql.Composable:
 
 
 def rows_at_places(table: TargetTable) -> sql.Composable:
-    """Return the FROM clause for the row versions at ``leaves``, ``ctids`` and ``xids``."""
+    """Return the FROM clause for the row versions at ``leaves``, ``ctids``, ``xids`` and ``keys``."""
     return sql.SQL(
-        "unnest(%(leaves)s::bigint[]::oid[], %(ctids)s::text[]::tid[], %(xids)s::text[]::xid[])"
-        " WITH ORDINALITY AS places (leaf, place, xid, {}) JOIN {} ON {}"
-    ).format(identifier(_POSITION), table.row, _is_at_place("places"))
+        "unnest(%(leaves)s::bigint[]::oid[], %(ctids)s::text[]::tid[], %(xids)s::text[]::xid[],"
+        " %(keys)s::text[]) WITH ORDINALITY AS places (leaf, place, xid, rotator_key, {}) JOIN {} ON {}"
+    ).format(identifier(_POSITION), table.row, _is_at_place(table, "places"))
 
 
-def _is_at_place(alias: str) -> sql.Composable:
-    """Return a condition about :data:`ROW`; with ``xmin``, so that a row's next version does not match."""
-    return sql.SQL("{} = {alias}.place AND {} = {alias}.leaf AND {} = {alias}.xid").format(
-        identifier(ROW, "ctid"), identifier(ROW, "tableoid"), identifier(ROW, "xmin"), alias=identifier(alias)
+def _is_at_place(table: TargetTable, alias: str) -> sql.Composable:
+    """Return a condition about :data:`ROW`.
+
+    With ``xmin``, so that a row's next version does not match, and with the key, so that no other row matches
+    that a rewrite of the table has moved there.
+    """
+    return sql.SQL(
+        "{} = {alias}.place AND {} = {alias}.leaf AND {} = {alias}.xid AND {} = {alias}.rotator_key"
+    ).format(
+        identifier(ROW, "ctid"),
+        identifier(ROW, "tableoid"),
+        identifier(ROW, "xmin"),
+        table.key_json_of(ROW),
+        alias=identifier(alias),
     )
 
 

@@ -175,8 +175,7 @@ class RangeUpdate:
                         await self._select(connection, rows, self._digests) if self._reads_digests else None
                     )
                     if self._enter_values and not isinstance(rows, KeyRange):
-                        places = [(row.place, row.xid) for row in rows]
-                        await connection.execute(self._enter_values, _at(places))
+                        await connection.execute(self._enter_values, _at(rows))
                     writes_before = await self._select_writes(connection)
                     expected, cursors, making_seconds = await update(connection)
                     # Deferred triggers would run in the COMMIT, after the checks.
@@ -205,13 +204,13 @@ class RangeUpdate:
         """Make new values before the transaction, where this does not need locked rows."""
         source = self._source
         if not isinstance(rows, KeyRange):
-            xids = {row.place: row.xid for row in rows}
+            at = {row.place: row for row in rows}
             places, at_places = (
-                (list(xids), await source.make(count))
+                (list(at), await source.make(count))
                 if isinstance(source, InBulk)
-                else await source.make_at(list(xids))
+                else await source.make_at(list(at))
             )
-            parameters = _at([(place, xids[place]) for place in places]) | named(at_places)
+            parameters = _at([at[place] for place in places]) | named(at_places)
             return partial(self._update_places, parameters, count)
         if isinstance(source, FromRows):
             return partial(self._update_from_rows, rows, source)
@@ -324,7 +323,7 @@ class RangeUpdate:
             found: sql.Composable = sql.SQL("{} WHERE {}").format(table.row, is_within)
             parameters: dict[str, object] = {"after": rows.after, "through": rows.through}
         elif keys is None:
-            found, parameters = rows_at_places(table), _at([(row.place, row.xid) for row in rows])
+            found, parameters = rows_at_places(table), _at(rows)
         else:
             found, parameters = rows_with_keys(table), {"keys": keys}
         return await connection.execute(
@@ -406,10 +405,11 @@ class PostgresWriter:
         return written
 
 
-def _at(places: Sequence[tuple[Place, str]]) -> dict[str, object]:
-    """Return the parameters that name row versions by their places and ``xmin``."""
+def _at(rows: Sequence[OlderRow]) -> dict[str, object]:
+    """Return the parameters that name row versions by their places, ``xmin`` and keys."""
     return {
-        "leaves": [place.leaf for place, _ in places],
-        "ctids": [place.ctid for place, _ in places],
-        "xids": [xid for _, xid in places],
+        "leaves": [row.place.leaf for row in rows],
+        "ctids": [row.place.ctid for row in rows],
+        "xids": [row.xid for row in rows],
+        "keys": [str(row.key) for row in rows],
     }

@@ -135,6 +135,20 @@ def test_leaked_values_that_move_during_the_rotation_are_found(orders: Database,
     assert kept() == NOT_LEAKED - {1}
 
 
+def test_leaked_values_are_found_after_the_table_was_rewritten(orders: Database, path: Path) -> None:
+    statements = ["DELETE FROM shop_order WHERE api_key = 'key 1'", "VACUUM FULL shop_order"]
+
+    def rewrite(event: Event) -> None:
+        if isinstance(event, LeakedValuesFound) and statements:
+            for statement in statements:
+                orders.execute(statement)
+            statements.clear()
+
+    stopped = run(path, observer=rewrite)
+    assert stopped.status == "completed"
+    assert kept() == NOT_LEAKED - {1}
+
+
 def test_the_list_is_sent_again_after_an_outage(orders: Database, path: Path) -> None:
     outages = list[str]()
 
