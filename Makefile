@@ -63,7 +63,7 @@ demo-page: .venv/embedded ## Show the page of a rotation that takes some minutes
 test: .venv/test ## Run the test suite, except for what is slow
 	$(PYTEST) -m "not slow and not foreign"
 
-test-slow: .venv/test ## Run the slow tests: fresh environments, full disks, a million rows, many kills
+test-slow: .venv/test ## Run the slow tests: long faults, browsers, fresh environments, and further variants
 	$(PYTEST) -m slow
 
 test-foreign: .venv/test ## Rotate the models of foreign packages, which are installed for that

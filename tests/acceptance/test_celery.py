@@ -186,6 +186,7 @@ def test_each_mode_resumes_a_rotation_of_the_other(
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_a_row_that_is_refused_is_named_and_the_rest_gets_done(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     query("ALTER TABLE tickets_ticket ADD CONSTRAINT frozen_row CHECK (id <> 8) NOT VALID")
@@ -229,6 +230,7 @@ def test_ctrl_c_drains_and_the_workers_write_no_more(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_asked_to_stop_leaves_its_span_to_another(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.1)
@@ -310,6 +312,7 @@ def test_another_worker_coordinates_when_the_first_is_asked_to_stop(hosts: Hosts
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_a_redelivered_message_of_a_coordinator_begins_nothing(hosts: Hosts, commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     slow_down(0.3)
@@ -396,6 +399,7 @@ def test_messages_stay_small_with_large_batches(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_without_a_broker_it_waits_and_says_so(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     hosts.end()
@@ -442,6 +446,7 @@ def test_nothing_of_celery_is_imported_without_it(commands: Commands) -> None:
 @pytest.mark.parametrize(
     "detach", [pytest.param((), marks=pytest.mark.slow), ("--detach",)], ids=["celery", "detached"]
 )
+@pytest.mark.slow
 def test_the_same_command_after_completion_is_refused(hosts: Hosts, detach: tuple[str, ...]) -> None:
     audit = audited_tickets(ROWS)
     worker = hosts.worker(processes=2)

@@ -9,6 +9,7 @@ from rotator.models import Rotation
 from tests.acceptance.audit import audited_tickets
 from tests.acceptance.harness import COMMAND, MANAGE, Commands, wait_for_checkpoints
 from tests.acceptance.terminal import CTRL_C, rotating_in_a_terminal, seen
+from tests.pairs import all_pairs
 
 ROWS = 5000
 
@@ -57,11 +58,10 @@ REDIRECTIONS = {
 }
 
 
-@pytest.mark.parametrize("progress", ["lines", "json", "bar"])
-@pytest.mark.parametrize("redirection", REDIRECTIONS.values(), ids=REDIRECTIONS.keys())
-def test_streams_that_are_closed_or_full(commands: Commands, redirection: str, progress: str) -> None:
+@pytest.mark.parametrize(("streams", "progress"), all_pairs(REDIRECTIONS, ["lines", "json", "bar"]))
+def test_streams_that_are_closed_or_full(commands: Commands, streams: str, progress: str) -> None:
     audit = audited_tickets(1000)
-    shell = f'exec "$@" {redirection}'
+    shell = f'exec "$@" {REDIRECTIONS[streams]}'
     program = ("/bin/sh", "-c", shell, "sh", *MANAGE, COMMAND, f"--progress={progress}", "--batch=50")
     finished = commands.start(program=program).wait()
 

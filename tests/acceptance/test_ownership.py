@@ -92,6 +92,7 @@ def test_a_rotation_that_is_finished_while_it_is_watched_is_not_begun_anew(comma
     audit.assert_untouched()
 
 
+@pytest.mark.slow
 def test_an_owner_that_is_taken_over_ends_by_itself(commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     first = _started_slowly(commands)
@@ -132,6 +133,7 @@ def test_a_frozen_owner_is_taken_over_and_writes_no_more(commands: Commands) -> 
     audit.assert_rotated()
 
 
+@pytest.mark.slow
 def test_a_frozen_owner_that_wakes_up_after_completion_has_nothing_to_say(commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     first = _started_slowly(commands, "--concurrency", "4")

@@ -64,6 +64,7 @@ def test_a_signal_drains_and_the_advised_command_resumes(
     assert Rotation.objects.count() == 1
 
 
+@pytest.mark.slow
 def test_a_second_signal_rolls_back_what_is_in_flight(commands: Commands) -> None:
     audit = audited_tickets(ROWS)
     assert commands.run("--stop-after", "5000").status == 0

@@ -25,7 +25,7 @@ def _assert_restored(said: str) -> None:
     assert said.rfind(HIDE_CURSOR) <= said.rfind(SHOW_CURSOR)
 
 
-@pytest.mark.parametrize("columns", [120, 40])
+@pytest.mark.parametrize("columns", [pytest.param(120, marks=pytest.mark.slow), 40])
 def test_the_bar_fits_and_ends_with_all_of_it(columns: int) -> None:
     audit = audited_tickets(ROWS)
     with rotating_in_a_terminal("--noinput", "--batch", "50", columns=columns) as terminal:
