@@ -18,7 +18,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
 # Small ranges on one connection: the rotation of a million rows takes some minutes.
 _ROTATE: Final = ("async_rotate", "--noinput", "--restart", "--concurrency=2", "--batch=40", "--pace=gentle")
 _ROTATION_WAIT_SECONDS: Final = 30.0
-# What an application would do meanwhile, so that the pace has something to protect.
+# What an application would do during the rotation, so that the pace has something to protect.
 _COMMITS_PER_SECOND: Final = 60
 
 

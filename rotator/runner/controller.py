@@ -126,7 +126,7 @@ class _Line:
             return
         slope, self.fixed_seconds = linear_regression(*zip(*ranges, strict=True))
         if slope <= 0 or self.fixed_seconds < 0:
-            # The server has become slower or faster meanwhile.
+            # The server has become slower or faster since then.
             self.fixed_seconds, self.worthwhile_rows = FIXED_SECONDS, 0.0
             return
         share = MAX_FIXED_SHARE / (1 - MAX_FIXED_SHARE)
@@ -163,7 +163,7 @@ class Progress:
 
 @dataclass(slots=True, kw_only=True)
 class _Block:
-    """A level that failed, and the time until it is tried again."""
+    """A level that failed, and the time of its next trial."""
 
     until: float
     seconds: float
@@ -280,7 +280,7 @@ class Controller:
         self._samples.append((now, seconds))
 
     def interrupt(self, now: float) -> None:
-        """Forget the measurements of this level, since ranges were held back meanwhile."""
+        """Forget the measurements of this level, since ranges were held back."""
         self._samples.clear()
         self._changed_at, self._mark = now, None
 

@@ -1,4 +1,4 @@
-"""Throttles on a real server: a replica that lags, an archiver that is stuck, a slot that nobody uses.
+"""Throttles on a real server: a replica that lags, an archiver that is stuck, a slot without a consumer.
 
 The runs work in the test's own event loop. The table of faults: each signal is too high, stale or NULL, or
 the role may not read it. Each of them holds the rotation with its reason, and loses nothing.

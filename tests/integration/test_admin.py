@@ -230,7 +230,7 @@ def test_permissions_are_separate(rotation: Rotation) -> None:
     assert not Control.objects.exists()
 
 
-def test_nobody_else_sees_anything(client: Client, rotation: Rotation) -> None:
+def test_users_without_permission_see_nothing(client: Client, rotation: Rotation) -> None:
     for name in ("change", "state"):
         response = client.get(reverse(f"admin:rotator_rotation_{name}", args=[rotation.pk]))
         assert response.status_code == 302

@@ -1,4 +1,4 @@
-"""Requests of users in the database: who may change them, and what is answered where no process works."""
+"""Requests of users in the database: who may change them, and the answer where no process works on the rotation."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor

@@ -110,7 +110,7 @@ def test_it_finds_the_knee_within_30_seconds_and_stays_there(knee: int, seed: in
     found = run.last_workers
     assert 0.6 * knee <= found <= knee
     run.run(300)
-    # More workers are tried again after 60, 120 and 240 s.
+    # More workers are retried after 60, 120 and 240 s.
     assert len([change for change in run.changes_after(30) if change[1] > found]) <= 3
     assert run.seconds_at(found, after=30) >= 0.95 * 300
 

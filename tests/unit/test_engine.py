@@ -347,5 +347,5 @@ async def test_ranges_that_were_planned_larger_than_the_pace_allows_are_cut() ->
     assert rows.written == Counter(range(1, 2001))
     sizes = [event.rows for event in events if isinstance(event, RangeCompleted)]
     assert sizes[:2] == [100, 100]
-    # These take no time, so later ones grow again.
+    # These take no time, so later ranges grow.
     assert max(sizes[2:10]) <= 2 * 22
