@@ -1,4 +1,4 @@
-"""Requests of users in the database: who may change them, and the answer where no process works on the rotation."""
+"""Requests of users in the database: who may change them, and the answer without a working process."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
