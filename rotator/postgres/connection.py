@@ -18,6 +18,8 @@ from rotator.postgres.errors import read_only, translate_errors
 APPLICATION_NAME: Final = "rotator"
 CONNECT_SECONDS: Final = 10
 OPEN_SECONDS: Final = 20.0
+# The times that a statement is sent before the server keeps it, where no pooler is in the way.
+PREPARED_AFTER: Final = 2
 
 # A peer that vanished is noticed within half a minute, where the system can tell at all.
 _KEEPALIVE: Final = {
@@ -56,8 +58,7 @@ class Server:
             "application_name": APPLICATION_NAME,
             **self.parameters,
             "autocommit": True,
-            # A range takes milliseconds and its parsing microseconds; some poolers do not support prepared
-            # statements.
+            # Some poolers do not support prepared statements.
             "prepare_threshold": None,
         }
 
@@ -222,6 +223,8 @@ class OwnConnection(AsyncConnection):
         is_direct, is_read_only, names = await cursor.fetchone() or (True, False, None)
         if is_read_only:
             raise read_only()
+        if is_direct:
+            self.prepare_threshold = PREPARED_AFTER
         if is_direct or not names:
             return
         self.local_settings = {name: settings[name] for name in names if name != _READ_ONLY}

@@ -1,6 +1,6 @@
 """The start of every transaction that writes for a rotation: settings, lock and fence."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Final
@@ -30,17 +30,20 @@ CHECK_CONNECTION_SECONDS: Final = 1
 # A crash loses a range and its checkpoint together.
 SYNCHRONOUS_COMMIT: Final = "off"
 
-_FENCE: Final = (
-    sql.SQL(
-        "SELECT CAST(COALESCE((SELECT '1' FROM rotator_rotation r WHERE r.id = %(rotation)s"
-        " AND r.generation = %(generation)s"
-        " AND r.status = CASE WHEN %(repairs)s THEN 'completed' ELSE 'running' END"
-        " AND (%(span)s::bigint IS NULL OR EXISTS"
-        " (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
-        " AND s.generation = %(span_generation)s))), {}) AS integer)"
-    )
-    .format(sql.Literal(SUPERSEDED))
+_OF_ROTATION: Final = sql.SQL(
+    "FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
+    " AND r.status = CASE WHEN %(repairs)s THEN 'completed' ELSE 'running' END"
+)
+# A statement of its own: without Celery, the role needs no privilege on the table of spans.
+_OF_SPAN: Final = sql.SQL(
+    "{} AND EXISTS (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
+    " AND s.generation = %(span_generation)s)"
+).format(_OF_ROTATION)
+_FENCE, _SPAN_FENCE = (
+    sql.SQL("SELECT CAST(COALESCE((SELECT '1' {}), {}) AS integer)")
+    .format(condition, sql.Literal(SUPERSEDED))
     .as_bytes()
+    for condition in (_OF_ROTATION, _OF_SPAN)
 )
 
 
@@ -64,7 +67,7 @@ class Lease:
 
 
 async def begin_fenced(
-    connection: AsyncConnection, lease: Lease | None, limits: WaitLimits, *, disabled_joins: tuple[str, ...]
+    connection: AsyncConnection, lease: Lease | None, limits: WaitLimits, plan_settings: Mapping[str, str]
 ) -> None:
     """Begin a transaction that only this generation's owner can commit.
 
@@ -76,10 +79,10 @@ async def begin_fenced(
         connection: In autocommit mode.
         lease: The permission to write; None where the transaction will be rolled back.
         limits: The longest times to wait.
-        disabled_joins: The server's names of joins that the update must not be planned with.
+        plan_settings: The settings that select the plan of the update.
     """
     await begin(connection)
-    await set_timeouts(connection, limits, disabled_joins=disabled_joins)
+    await set_timeouts(connection, limits, plan_settings)
     if lease is not None:
         await fence(connection, lease)
 
@@ -93,7 +96,7 @@ async def fence(connection: AsyncConnection, lease: Lease) -> None:
     await share_lock(connection, lease.rotation)
     if lease.span is not None:
         await share_lock(connection, lease.span, lock_class=SPAN_LOCK_CLASS)
-    await connection.execute(_FENCE, asdict(lease))
+    await connection.execute(_FENCE if lease.span is None else _SPAN_FENCE, asdict(lease))
 
 
 @asynccontextmanager
@@ -111,7 +114,7 @@ async def rolled_back_on_error(
 
 
 async def set_timeouts(
-    connection: AsyncConnection, limits: WaitLimits, *, disabled_joins: tuple[str, ...]
+    connection: AsyncConnection, limits: WaitLimits, plan_settings: Mapping[str, str]
 ) -> None:
     """Keep a new transaction from blocking other sessions, and from logging new values."""
     await connection.execute(
@@ -134,7 +137,7 @@ async def set_timeouts(
                 "enable_seqscan": "off",
                 "enable_bitmapscan": "off",
                 "enable_hashjoin": "off",
-                **{f"enable_{join}": "off" for join in disabled_joins},
+                **plan_settings,
                 # Compiling takes longer than the update of a range.
                 "jit": "off",
                 **KEY_SETTINGS,

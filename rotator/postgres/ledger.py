@@ -153,7 +153,7 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
         ((schema,),) = await cursor.fetchall()
     ledger = Ledger(rotation=lease.rotation, schema=schema)
     async with rolled_back_on_error(connection):
-        await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
+        await begin_fenced(connection, lease, LOAD_LIMITS, {})
         await connection.execute(
             # The salt never leaves the server: 366 random bits, of which it keeps 256.
             "INSERT INTO rotator_ledger (rotation_id, salt, state, started_xid, entries, control_rows, guard,"
@@ -203,7 +203,7 @@ async def load_range(
     rows = sql.SQL("{} WHERE {}{}").format(table.row, within, table.and_matches)
     async with rolled_back_on_error(connection, seconds=LOAD_LIMITS.transaction_seconds):
         async with connection.pipeline():
-            await begin_fenced(connection, lease, LOAD_LIMITS, disabled_joins=())
+            await begin_fenced(connection, lease, LOAD_LIMITS, {})
             # It waits for the range before it, which may take as long as a transaction may.
             await set_local(
                 connection, {"idle_in_transaction_session_timeout": f"{LOAD_LIMITS.transaction_seconds:.0f}s"}
@@ -254,9 +254,7 @@ async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger
     """
     index = identifier(f"rotator_ledger_{ledger.rotation}_digest")
     async with rolled_back_on_error(connection, seconds=None):
-        await begin_fenced(
-            connection, lease, replace(LOAD_LIMITS, statement_seconds=INDEX_SECONDS), disabled_joins=()
-        )
+        await begin_fenced(connection, lease, replace(LOAD_LIMITS, statement_seconds=INDEX_SECONDS), {})
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (digest)").format(index, ledger.name), {}
         )

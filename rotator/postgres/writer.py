@@ -43,6 +43,14 @@ _REPEATED: Final = "new values are equal to the old ones"
 _UNCOMPARED: Final = "triggers wrote to the table, and the old values were not read before"
 _WRITTEN_BY_TRIGGER: Final = "a trigger wrote other rows of the range"
 
+# Merging two scans of the key's index is the cheapest join of a range, and keeps the key's order. Rows with
+# some keys, or at some places, are looked up one by one.
+_MERGE: Final = {"enable_nestloop": "off"}
+_LOOK_UP: Final = {"enable_mergejoin": "off"}
+# The plan is the same for every range, and making it takes as long as updating a hundred rows. Only for
+# partitions is it made each time: it then locks no more of them than the range needs.
+_MERGE_BY_KEPT_PLAN: Final = {**_MERGE, "plan_cache_mode": "force_generic_plan"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OlderRow:
@@ -110,6 +118,10 @@ class RangeUpdate:
         self._digests = sql.SQL("{}, {}").format(table.key_json_of(ROW), table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
         self._reads_digests = False
+        if isinstance(source, InBulk):
+            self._plan_of_range = _MERGE if table.is_partitioned else _MERGE_BY_KEPT_PLAN
+        else:
+            self._plan_of_range = _LOOK_UP
 
     async def write(self, connection: AsyncConnection, lease: Lease, rows: Rows) -> Written:
         """Attempt to give rows new values until the result may be committed.
@@ -164,13 +176,10 @@ class RangeUpdate:
         """
         try:
             update = await self._prepare(connection, rows, count)
-            # Merging two scans of the key's index is the cheapest join of a range, and keeps the key's order.
-            # Rows with some keys, or at some places, are looked up one by one.
-            is_merged = isinstance(rows, KeyRange) and isinstance(self._source, InBulk)
-            disabled_joins = ("nestloop" if is_merged else "mergejoin",)
+            plan_settings = self._plan_of_range if isinstance(rows, KeyRange) else _LOOK_UP
             async with rolled_back_on_error(connection):
                 async with connection.pipeline():
-                    await begin_fenced(connection, lease, self.limits, disabled_joins=disabled_joins)
+                    await begin_fenced(connection, lease, self.limits, plan_settings)
                     digests = (
                         await self._select(connection, rows, self._digests) if self._reads_digests else None
                     )
@@ -340,9 +349,8 @@ class RangeUpdate:
         no_values = named(tuple([] for _ in self.table.columns))
         parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
         limits = replace(self.limits, statement_seconds=ANSWER_SECONDS)
-        joins = ("nestloop" if is_bulk else "mergejoin",)
         async with rolled_back_on_error(connection):
-            await begin_fenced(connection, None, limits, disabled_joins=joins)
+            await begin_fenced(connection, None, limits, self._plan_of_range)
             cursor = await connection.execute(b"EXPLAIN (SUMMARY) " + statement, parameters)
             lines = [str(line) for (line,) in await cursor.fetchall()]
             await connection.rollback()

@@ -143,6 +143,12 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
             assert "Merge Join" in update
             assert not update & (UNWANTED | {"Nested Loop"})
             rest = KeyInterval(after=key_range.through, through=bound)
+        async with pool.connection() as connection:
+            kept = await connection.execute(
+                "SELECT sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements"
+                " WHERE statement LIKE 'WITH written AS (UPDATE%'"
+            )
+            assert await kept.fetchone() == (4, 0)
 
 
 @tables(30_000)
