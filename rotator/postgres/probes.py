@@ -125,6 +125,8 @@ _WAITING: Final = (
     " AND NOT (w.locktype = 'advisory' AND w.classid::bigint = ANY (%(classes)s::bigint[]))),"
     " ours AS MATERIALIZED (SELECT l.pid FROM pg_locks l WHERE EXISTS (SELECT FROM waiting)"
     " AND l.granted AND l.locktype = 'advisory' AND l.objsubid = 2"
+    # pg_locks shows all databases of the server.
+    " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     " AND l.classid::bigint = ANY (%(classes)s::bigint[]))"
     " SELECT count(*), COALESCE(extract(epoch FROM max(waited)), 0)::float8 FROM waiting"
     " WHERE pid NOT IN (SELECT pid FROM ours)"

@@ -7,7 +7,8 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import linear_regression
+from itertools import combinations
+from statistics import median
 from typing import Final
 
 from rotator.options import Pace
@@ -19,11 +20,11 @@ START_ROWS: Final = 500
 RECENT_RANGES: Final = 16
 MAX_GROWTH: Final = 1.5
 # What a range costs on the server whatever its size, until ranges of several sizes have shown it.
-FIXED_SECONDS: Final = 0.003
-# Smaller ranges would spend most of their time on that cost.
-MAX_FIXED_SHARE: Final = 0.5
+FIXED_SECONDS: Final = 0.002
+# Smaller ranges would spend too much of their time on that cost.
+MAX_FIXED_SHARE: Final = 0.2
 MIN_RANGE_SECONDS: Final = 0.005
-# With ranges of more alike sizes, the line through them means nothing.
+# Ranges of more alike sizes show no cost that does not depend on the size.
 MIN_SPREAD: Final = 0.1
 
 # Workers.
@@ -59,14 +60,15 @@ class RangeSizer:
     A range that is too slow halves them, and many that are not double them. A target of server time limits
     them further: the slowest tenth of the recent ranges must still reach it. So they shrink at once, and grow
     at most ``MAX_GROWTH`` times. They do not shrink where that would hardly make a range shorter, e.g.
-    because a trigger takes most of its time.
+    because a trigger takes most of its time. What a row costs in itself is that of the fastest tenth: ranges
+    that are slow since other sessions take the CPU do not become shorter by having few rows.
     """
 
     def __init__(self, max_rows: int) -> None:
         self._rows = self._max_rows = max_rows
         self._completed = 0
         self._recent = deque[tuple[int, float]](maxlen=RECENT_RANGES)
-        self._line = _Line()
+        self._fixed_seconds = FIXED_SECONDS
 
     def shrink(self, rows: int) -> None:
         """Plan smaller ranges, since one of this many rows was too slow."""
@@ -81,7 +83,7 @@ class RangeSizer:
             self._rows = min(self._max_rows, self._rows * 2)
         if rows:
             self._recent.append((rows, server_seconds))
-            self._line.fit(self._recent)
+            self._fixed_seconds = fixed_seconds(self._recent) or self._fixed_seconds
 
     def limit(self, max_rows: int) -> None:
         """Change the upper limit."""
@@ -94,43 +96,39 @@ class RangeSizer:
             return self._rows
         if not self._recent:
             return min(self._rows, START_ROWS)
-        fixed = min(self._line.fixed_seconds, MAX_FIXED_SHARE * range_seconds)
-        fitting = percentile((_rows_within(range_seconds, fixed, *recent) for recent in self._recent), 0.1)
+        fixed = self._fixed_seconds
+        row_seconds = [max(0.0, seconds - fixed) / rows for rows, seconds in self._recent]
+        fitting = _quotient(max(0.0, range_seconds - fixed), percentile(row_seconds, 0.9))
+        worthwhile = _quotient(fixed * (1 / MAX_FIXED_SHARE - 1), percentile(row_seconds, 0.1))
         largest = max(rows for rows, _ in self._recent) * MAX_GROWTH
-        wanted = min(max(fitting, self._line.worthwhile_rows), largest)
+        wanted = min(max(fitting, worthwhile), largest)
         return max(min(MIN_ROWS, self._rows), min(self._rows, int(wanted)))
 
 
-def _rows_within(range_seconds: float, fixed_seconds: float, rows: int, seconds: float) -> float:
-    """Return the rows that a range can have in a time, where one of ``rows`` took ``seconds``."""
-    seconds_per_row = (seconds - fixed_seconds) / rows
-    return (range_seconds - fixed_seconds) / seconds_per_row if seconds_per_row > 0 else math.inf
+def _quotient(seconds: float, row_seconds: float) -> float:
+    return seconds / row_seconds if row_seconds > 0 else math.inf
 
 
-class _Line:
-    """The line through the recent ranges: their seconds by their rows.
+def fixed_seconds(ranges: Sequence[tuple[int, float]]) -> float | None:
+    """Return the time that ranges take whatever their rows are; None where these do not show it.
 
-    Attributes:
-        fixed_seconds: The time of a range whatever its size.
-        worthwhile_rows: The rows below which most of a range's time is fixed.
+    It is that of the Theil-Sen line, which a few slow ranges do not move.
+
+    Args:
+        ranges: The rows and the seconds of each range.
     """
-
-    def __init__(self) -> None:
-        self.fixed_seconds = FIXED_SECONDS
-        self.worthwhile_rows = 0.0
-
-    def fit(self, ranges: Sequence[tuple[int, float]]) -> None:
-        """Fit the line; ranges of one size leave it as it is."""
-        smallest, largest = min(ranges)[0], max(ranges)[0]
-        if largest - smallest <= MIN_SPREAD * largest:
-            return
-        slope, self.fixed_seconds = linear_regression(*zip(*ranges, strict=True))
-        if slope <= 0 or self.fixed_seconds < 0:
-            # The server has become slower or faster since then.
-            self.fixed_seconds, self.worthwhile_rows = FIXED_SECONDS, 0.0
-            return
-        share = MAX_FIXED_SHARE / (1 - MAX_FIXED_SHARE)
-        self.worthwhile_rows = self.fixed_seconds / slope / share
+    pairs = combinations(sorted(ranges), 2)
+    slopes = [
+        (slower - faster) / (more - fewer)
+        for (fewer, faster), (more, slower) in pairs
+        if more - fewer > MIN_SPREAD * more
+    ]
+    if not slopes:
+        return None
+    slope = median(slopes)
+    fixed = median(seconds - slope * rows for rows, seconds in ranges)
+    # Otherwise the server has become slower or faster since then.
+    return fixed if slope > 0 and fixed > 0 else FIXED_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -86,6 +86,12 @@ class Neighbours:
         self._own_per_second = own_per_second
         self._counts = deque[_Counts]()
 
+    @property
+    def are_known(self) -> bool:
+        """Whether the counts cover enough time to say whether they are active."""
+        counts = self._counts
+        return bool(counts) and counts[-1].activity.at - counts[0].activity.at >= MIN_ACTIVITY_SECONDS
+
     def add(self, activity: Activity, *, ranges: int, own_commits: int) -> None:
         """Take the counts.
 
@@ -155,6 +161,8 @@ class Pacing:
         self._own_commits = 0
         self._controller: Controller | None = None
         self._is_limited = False
+        # One worker, until it is known whether other sessions are at work.
+        self._is_cautious = False
         self._baselines = deque[float](maxlen=BASELINES)
         self._baseline_at = 0.0
         self._look_at = self._report_at = 0.0
@@ -195,9 +203,8 @@ class Pacing:
         if pace == self._pace:
             return
         self._pace, self._controller = pace, None
-        if self._is_limited:
-            self._is_limited = False
-            self._gate.allow(Allowance())
+        self._is_limited = self._is_cautious = False
+        self._gate.allow(Allowance())
         self._announce("the pace was changed")
 
     async def prepare(self, connection: AsyncConnection) -> None:
@@ -209,6 +216,9 @@ class Pacing:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep the pace until the block ends."""
+        if self._pace.latency_limit is not None and not self._neighbours.are_known:
+            self._is_cautious = True
+            self._gate.allow(Allowance(workers=1, range_seconds=self._pace.range_seconds))
         keeping = asyncio.create_task(self.run(), name="rotator pace")
         try:
             yield
@@ -226,6 +236,7 @@ class Pacing:
                     async with connected(self._server) as connection:
                         await self._watch(connection)
             except RotatorError as error:
+                self._end_caution()
                 failures = 1 if self._clock() - began > STEADY_SECONDS else failures + 1
                 # Not for a connection that the next attempt opens again.
                 if failures == REPORTED_FAILURE:
@@ -283,6 +294,13 @@ class Pacing:
             self._is_limited = False
             self._gate.allow(Allowance())
             self._announce(QUIET)
+        elif self._neighbours.are_known:
+            self._end_caution()
+
+    def _end_caution(self) -> None:
+        if self._is_cautious and not self._is_limited:
+            self._gate.allow(Allowance())
+        self._is_cautious = False
 
     async def _measure(self, connection: AsyncConnection, controller: Controller) -> None:
         """Probe once, and let the controller decide."""

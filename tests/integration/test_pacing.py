@@ -15,6 +15,7 @@ from rotator.events import Event, PaceChanged, RangeCompleted, Throttled, Thrott
 from rotator.exceptions import ServerRefusedError
 from rotator.postgres.fence import LOCK_CLASS
 from rotator.runner import pacing
+from rotator.runner.controller import START_ROWS
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
 from tests.integration.outcomes import EventRecorder, assert_completed, at_start, rotate_tickets
@@ -106,6 +107,16 @@ def test_a_quiet_server_is_not_limited(database: Database) -> None:
     assert_completed(outcome, rows=ROWS)
     assert recorder.of(PaceChanged) == 0
     assert database.updates() == once_each((1, ROWS))
+
+
+async def test_a_run_begins_with_one_worker_until_the_server_is_known_to_be_quiet(database: Database) -> None:
+    gate = Gate(concurrency=4, rows=2000, notify=lambda _event: None)
+    async with Pacing(database.server, gate, "balanced", lambda _event: None).running():
+        assert (gate.workers, gate.rows) == (1, START_ROWS)
+        async with asyncio.timeout(20):
+            while gate.workers < 4:  # noqa: ASYNC110 - another task changes it
+                await asyncio.sleep(0.01)
+        assert gate.rows == 2000
 
 
 @pytest.mark.usefixtures("slow_rows")
@@ -216,7 +227,7 @@ async def test_a_lost_connection_of_the_probes_is_opened_again(
     gate = Gate(concurrency=4, rows=2000, notify=events.append)
     with _busy_application(database):
         async with Pacing(database.server, gate, "gentle", events.append).running():
-            await _until_limited(gate)
+            await _until_limited(events, "gentle")
             database.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE application_name = 'rotator' AND datname = current_database()"
@@ -238,11 +249,11 @@ async def test_a_change_of_the_pace_applies_at_once(
     with _busy_application(database):
         keeping = Pacing(database.server, gate, "balanced", events.append)
         async with keeping.running():
-            await _until_limited(gate)
+            await _until_limited(events, "balanced")
             keeping.set_pace("full")
             assert (gate.workers, keeping.pace) == (4, "full")
             keeping.set_pace("gentle")
-            await _until_limited(gate)
+            await _until_limited(events, "gentle")
     changes = [event for event in events if isinstance(event, PaceChanged) and event.is_new]
     assert [(change.pace, change.workers) for change in changes][:3] == [
         ("balanced", 1),
@@ -255,7 +266,9 @@ def _is_measuring(events: list[Event]) -> bool:
     return any("commit p90" in event.reason for event in events if isinstance(event, PaceChanged))
 
 
-async def _until_limited(gate: Gate) -> None:
+async def _until_limited(events: list[Event], pace: str) -> None:
     async with asyncio.timeout(20):
-        while gate.workers > 1:  # noqa: ASYNC110 - another task changes it
+        while not any(  # noqa: ASYNC110 - another task changes it
+            event.is_limited and event.pace == pace for event in events if isinstance(event, PaceChanged)
+        ):
             await asyncio.sleep(0.01)

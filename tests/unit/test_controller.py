@@ -11,6 +11,7 @@ from rotator.runner.controller import (
     BLOCKED_SECONDS,
     MIN_RANGE_SECONDS,
     MIN_ROWS,
+    RECENT_RANGES,
     START_ROWS,
     Controller,
     Progress,
@@ -211,11 +212,13 @@ def test_a_lower_limit_of_workers_applies_at_once() -> None:
     assert max(workers for _, workers in run.workers[-600:]) == 3
 
 
-def _sizer(seconds_per_row: float, *, ranges: int, target: float, max_rows: int = 2000) -> RangeSizer:
+def _sizer(
+    seconds_per_row: float, *, ranges: int, target: float, max_rows: int = 2000, fixed: float = 0.0032
+) -> RangeSizer:
     sizer = RangeSizer(max_rows)
     for _ in range(ranges):
         rows = sizer.rows(target)
-        sizer.count_completed(rows, 0.0032 + rows * seconds_per_row)
+        sizer.count_completed(rows, fixed + rows * seconds_per_row)
     return sizer
 
 
@@ -228,12 +231,34 @@ def test_ranges_grow_at_most_by_half_until_they_take_the_target() -> None:
     assert 0.0032 + rows * 14e-6 == pytest.approx(0.025, rel=0.05)
 
 
-def test_ranges_shrink_at_once_where_the_target_or_the_server_changes() -> None:
+def test_ranges_shrink_at_once_where_the_target_changes() -> None:
     sizer = _sizer(14e-6, ranges=60, target=0.025)
-    assert 0.0032 + sizer.rows(0.010) * 14e-6 == pytest.approx(0.010, rel=0.05)
-    for _ in range(2):
-        sizer.count_completed(1000, 0.200)
+    assert 0.0032 + sizer.rows(0.020) * 14e-6 == pytest.approx(0.020, rel=0.05)
+
+
+def test_ranges_shrink_where_the_server_has_become_slower() -> None:
+    sizer = _sizer(14e-6, ranges=60, target=0.025)
+    for _ in range(16):
+        rows = sizer.rows(0.025)
+        sizer.count_completed(rows, 0.0032 + rows * 200e-6)
     assert sizer.rows(0.025) < 150
+
+
+@pytest.mark.parametrize("target", [0.005, 0.010, 0.025])
+def test_at_most_a_fifth_of_the_time_of_a_range_is_its_fixed_cost(target: float) -> None:
+    rows = _sizer(14e-6, ranges=60, target=target, fixed=0.002).rows(target)
+    assert 0.002 / (0.002 + rows * 14e-6) <= 0.201
+
+
+def test_ranges_do_not_shrink_to_nothing_next_to_sessions_that_take_the_cpu() -> None:
+    sizer, chance = RangeSizer(2000), _noise(1)
+    sizes = []
+    for _ in range(200):
+        rows = sizer.rows(0.010)
+        sizes.append(rows)
+        # Most ranges wait for the CPU, for a time that does not depend on their rows.
+        sizer.count_completed(rows, 0.002 + rows * 14e-6 + max(0.0, chance.gauss(0.015, 0.015)))
+    assert min(sizes[RECENT_RANGES:]) >= 300
 
 
 def test_ranges_do_not_shrink_where_that_makes_them_hardly_shorter() -> None:
