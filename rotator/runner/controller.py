@@ -24,8 +24,8 @@ FIXED_SECONDS: Final = 0.002
 # Smaller ranges would spend too much of their time on that cost.
 MAX_FIXED_SHARE: Final = 0.2
 MIN_RANGE_SECONDS: Final = 0.005
-# Ranges of more alike sizes show no cost that does not depend on the size.
-MIN_SPREAD: Final = 0.1
+# Where no range has twice the rows of another, noise would pass for a fixed cost.
+MIN_SPREAD: Final = 0.5
 
 # Workers.
 WINDOW_SECONDS: Final = 2.0
@@ -123,7 +123,8 @@ def fixed_seconds(ranges: Sequence[tuple[int, float]]) -> float | None:
         for (fewer, faster), (more, slower) in pairs
         if more - fewer > MIN_SPREAD * more
     ]
-    if not slopes:
+    # A single range of another size, such as the last one before a gap, shows nothing.
+    if len(slopes) < len(ranges):
         return None
     slope = median(slopes)
     fixed = median(seconds - slope * rows for rows, seconds in ranges)
