@@ -7,8 +7,6 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from statistics import median
 from typing import Final
 
 from rotator.options import Pace
@@ -19,13 +17,13 @@ MIN_ROWS: Final = 16
 START_ROWS: Final = 500
 RECENT_RANGES: Final = 16
 MAX_GROWTH: Final = 1.5
-# What a range costs on the server whatever its size, until ranges of several sizes have shown it.
+# What a range costs on the server whatever its size, without triggers; benchmarks/speed.py prints it.
 FIXED_SECONDS: Final = 0.002
 # Smaller ranges would spend too much of their time on that cost.
 MAX_FIXED_SHARE: Final = 0.2
 MIN_RANGE_SECONDS: Final = 0.005
-# Where no range has twice the rows of another, noise would pass for a fixed cost.
-MIN_SPREAD: Final = 0.5
+# The ratio of two sizes below which noise would pass for a fixed cost.
+MIN_SPREAD: Final = 2
 
 # Workers.
 WINDOW_SECONDS: Final = 2.0
@@ -68,7 +66,7 @@ class RangeSizer:
         self._rows = self._max_rows = max_rows
         self._completed = 0
         self._recent = deque[tuple[int, float]](maxlen=RECENT_RANGES)
-        self._fixed_seconds = FIXED_SECONDS
+        self._rows_half_fixed = 0.0
 
     def shrink(self, rows: int) -> None:
         """Plan smaller ranges, since one of this many rows was too slow."""
@@ -83,7 +81,8 @@ class RangeSizer:
             self._rows = min(self._max_rows, self._rows * 2)
         if rows:
             self._recent.append((rows, server_seconds))
-            self._fixed_seconds = fixed_seconds(self._recent) or self._fixed_seconds
+            known = rows_half_fixed(self._recent)
+            self._rows_half_fixed = self._rows_half_fixed if known is None else known
 
     def limit(self, max_rows: int) -> None:
         """Change the upper limit."""
@@ -96,10 +95,10 @@ class RangeSizer:
             return self._rows
         if not self._recent:
             return min(self._rows, START_ROWS)
-        fixed = self._fixed_seconds
-        row_seconds = [max(0.0, seconds - fixed) / rows for rows, seconds in self._recent]
-        fitting = _quotient(max(0.0, range_seconds - fixed), percentile(row_seconds, 0.9))
-        worthwhile = _quotient(fixed * (1 / MAX_FIXED_SHARE - 1), percentile(row_seconds, 0.1))
+        row_seconds = [max(0.0, seconds - FIXED_SECONDS) / rows for rows, seconds in self._recent]
+        fitting = _quotient(max(0.0, range_seconds - FIXED_SECONDS), percentile(row_seconds, 0.9))
+        cheapest = _quotient(FIXED_SECONDS * (1 / MAX_FIXED_SHARE - 1), percentile(row_seconds, 0.1))
+        worthwhile = max(cheapest, self._rows_half_fixed)
         largest = max(rows for rows, _ in self._recent) * MAX_GROWTH
         wanted = min(max(fitting, worthwhile), largest)
         return max(min(MIN_ROWS, self._rows), min(self._rows, int(wanted)))
@@ -109,27 +108,29 @@ def _quotient(seconds: float, row_seconds: float) -> float:
     return seconds / row_seconds if row_seconds > 0 else math.inf
 
 
-def fixed_seconds(ranges: Sequence[tuple[int, float]]) -> float | None:
-    """Return the time that ranges take whatever their rows are; None where these do not show it.
+def rows_half_fixed(ranges: Sequence[tuple[int, float]]) -> float | None:
+    """Return the rows below which a range spends most of its time on what does not depend on its rows.
 
-    It is that of the Theil-Sen line, which a few slow ranges do not move.
+    The line through the fastest of the smaller ranges and the fastest of the larger ones shows it. The others
+    may have waited for the CPU, which is no cost of a range.
 
     Args:
         ranges: The rows and the seconds of each range.
+
+    Returns:
+        0 where no time is fixed; None where the sizes are too much alike to tell.
     """
-    pairs = combinations(sorted(ranges), 2)
-    slopes = [
-        (slower - faster) / (more - fewer)
-        for (fewer, faster), (more, slower) in pairs
-        if more - fewer > MIN_SPREAD * more
-    ]
-    # A single range of another size, such as the last one before a gap, shows nothing.
-    if len(slopes) < len(ranges):
+    ordered, half = sorted(ranges), len(ranges) // 2
+    if not half:
         return None
-    slope = median(slopes)
-    fixed = median(seconds - slope * rows for rows, seconds in ranges)
-    # Otherwise the server has become slower or faster since then.
-    return fixed if slope > 0 and fixed > 0 else FIXED_SECONDS
+    (fewer, faster), (more, slower) = (
+        min(part, key=lambda measured: measured[1] / measured[0]) for part in (ordered[:half], ordered[half:])
+    )
+    if more < MIN_SPREAD * fewer:
+        return None
+    slope = (slower - faster) / (more - fewer)
+    # Not positive where the server has become slower or faster since then.
+    return max(0.0, faster / slope - fewer) if slope > 0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
