@@ -11,8 +11,14 @@ from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, path
 
-from rotator.management.owners import find_rotations, owner_of
-from rotator.management.standing import age_of, percent_of_rotation, rows_of, status_of
+from rotator.management.rotation import (
+    age_of,
+    find_rotations,
+    owner_of,
+    percent_of_rotation,
+    rows_of,
+    status_of,
+)
 from rotator.models import Rotation
 from rotator.progress.text import moment
 

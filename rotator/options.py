@@ -112,11 +112,15 @@ def check_batch(batch: int, pace: str) -> None:
         )
 
 
+SETTINGS: Final = ("pace", "concurrency", "batch")
+"""What a user can change while a rotation runs."""
+
+
 def read_setting(name: str, text: str) -> object:
     """Check the value of a setting that a user changes while a rotation runs.
 
     Args:
-        name: ``pace``, ``concurrency`` or ``batch``.
+        name: One of ``SETTINGS``.
         text: The value; ``default`` for that of the run.
 
     Returns:

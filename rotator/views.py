@@ -12,11 +12,11 @@ from django.urls import reverse
 from rotator.apps import hides_keys
 from rotator.events import ActionKind
 from rotator.exceptions import RevisionError, RotatorError
-from rotator.management.control import SETTINGS, Request, read_request, send
-from rotator.management.owners import control_of, find_rotations, is_dead, is_silent
+from rotator.management.control import Request, read_request, send
 from rotator.management.page import page_state
+from rotator.management.rotation import control_of, find_rotations, is_dead, is_silent
 from rotator.models import Rotation
-from rotator.options import PACES, RunOptions
+from rotator.options import PACES, SETTINGS, RunOptions
 
 if TYPE_CHECKING:
     from django.contrib.admin import ModelAdmin

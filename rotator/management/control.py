@@ -9,13 +9,19 @@ from django.db.models.functions import Now
 
 from rotator.events import ActionKind, StopReason
 from rotator.exceptions import OptionError, RequestError
-from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of, silent_seconds
+from rotator.management.rotation import (
+    control_of,
+    find_rotations,
+    is_dead,
+    is_silent,
+    owner_of,
+    silent_seconds,
+)
 from rotator.models import Control, Rotation
-from rotator.options import RunOptions, check_batch, read_setting
+from rotator.options import SETTINGS, RunOptions, check_batch, read_setting
 from rotator.progress.text import duration
 
 VERBS: Final = ("pause", "resume", "cancel", "set")
-SETTINGS: Final = ("pace", "concurrency", "batch")
 # The owner reads the control row once a second.
 ANSWER_SECONDS: Final = 5.0
 # The ranges in flight are committed first.

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rotator.management.owners import find_rotations, is_dead, is_silent
+from rotator.management.rotation import find_rotations, is_dead, is_silent
 from rotator.models import CompletedRange, Helper, Measurement, Rotation
 from rotator.postgres.measurements import GAP_SECONDS, HELD_SECONDS
 

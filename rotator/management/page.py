@@ -13,19 +13,22 @@ from django.db.backends.utils import CursorWrapper
 from django.db.models import Field
 
 from rotator.events import ActionKind, StopReason
-from rotator.management.control import SETTINGS
-from rotator.management.owners import control_of, is_dead, is_silent, owner_of, silent_seconds
-from rotator.management.standing import (
+from rotator.management.rotation import (
     age_of,
+    control_of,
     facts_of,
     held_by,
+    is_dead,
+    is_silent,
+    owner_of,
     percent_of_rotation,
     reason_of,
     rows_of,
+    silent_seconds,
     status_of,
 )
 from rotator.models import Action, Helper, Measurement, Rotation, Span
-from rotator.options import RunOptions, Selection
+from rotator.options import SETTINGS, RunOptions, Selection
 from rotator.postgres.measurements import APART_SECONDS, CHART, GAP_SECONDS, HELD, RECENT_RANGES
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.text import ACTIVITIES, count, duration, moment, one_line, plural, rate, unconfirmed

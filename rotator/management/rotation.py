@@ -1,24 +1,51 @@
-"""The rotation that a command's ID names."""
+"""A rotation as users see it: the same words and figures in the commands, in their JSON and on the page."""
+
+from typing import Final
 
 from django.core.management import CommandError
 from django.db import Error
+from django.db.models import DurationField, ExpressionWrapper, F, QuerySet
+from django.db.models.functions import Now
 
-from rotator.models import Ledger, Rotation
+from rotator.events import StopReason
+from rotator.models import Control, Ledger, Rotation
+from rotator.options import SETTINGS, RunOptions, Selection
+from rotator.postgres.owner import SILENT_SECONDS, Owner
+from rotator.progress.text import done_of_total, duration, moment, stopped_by
+from rotator.stats import percent_of
+
+_JUST_ENDED_SECONDS: Final = 3.0
 
 
-def find_rotation(number: int, database: str) -> Rotation:
-    """Return a rotation of a database.
+def find_rotations(database: str) -> QuerySet[Rotation]:
+    """Return the rotations of a database, the latest first, for the functions of this module."""
+    silence = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
+    rotations = Rotation.objects.using(database).select_related("control")
+    return rotations.annotate(silence=silence).order_by("-pk")
+
+
+def read_rotations(database: str, number: int | None = None) -> list[Rotation]:
+    """Read the rotation with an id, or all rotations of a database, the latest first.
 
     Raises:
         CommandError: There is none with this id, or the database cannot be read.
     """
+    found = find_rotations(database)
     try:
-        rotation = Rotation.objects.using(database).filter(pk=number).first()
+        rotations = list(found if number is None else found.filter(pk=number))
     except Error as error:
-        raise unreadable(database, error) from error
-    if rotation is None:
+        raise CommandError(
+            f"Cannot read the rotations of the database '{database}': {first_line(error)} "
+            "Check that the server runs and that the database is migrated."
+        ) from error
+    if number is not None and not rotations:
         raise CommandError(f"There is no rotation {number} in the database '{database}'.")
-    return rotation
+    return rotations
+
+
+def first_line(error: Error) -> str:
+    """Return the first line of a database's error."""
+    return " ".join(str(error).split("\n", 1)[0].split())
 
 
 def find_ledger(rotation: Rotation) -> Ledger | None:
@@ -26,14 +53,150 @@ def find_ledger(rotation: Rotation) -> Ledger | None:
     return getattr(rotation, "ledger", None)
 
 
-def unreadable(database: str, error: Error) -> CommandError:
-    """Return the error for a database whose rotations cannot be read."""
-    return CommandError(
-        f"Cannot read the rotations of the database '{database}': {first_line(error)} "
-        "Check that the server runs and that the database is migrated."
+def control_of(rotation: Rotation) -> Control:
+    """Return the control row of a rotation; an empty one where no user has changed it."""
+    return getattr(rotation, "control", None) or Control(rotation=rotation)
+
+
+def owner_of(rotation: Rotation) -> Owner:
+    """Return the process that owns a rotation, or the last one that did."""
+    return Owner(
+        host=rotation.owner_host,
+        pid=rotation.owner_pid or 0,
+        process=rotation.owner_process,
+        user=rotation.owner_user,
+        version=rotation.version,
     )
 
 
-def first_line(error: Error) -> str:
-    """Return the first line of a database's error."""
-    return " ".join(str(error).split("\n", 1)[0].split())
+def silent_seconds(rotation: Rotation) -> float:
+    """Return the time since the last heartbeat, on the database's clock."""
+    return max(0.0, float(vars(rotation)["silence"].total_seconds()))
+
+
+def is_silent(rotation: Rotation) -> bool:
+    """Return whether the owner of a running rotation sends no heartbeat."""
+    return rotation.status == Rotation.Status.RUNNING and silent_seconds(rotation) > SILENT_SECONDS
+
+
+def is_dead(rotation: Rotation) -> bool:
+    """Return whether the owner of a running rotation has ended, or is silent for too long."""
+    # A process that has just ended may have completed the rotation after it was read.
+    if rotation.status != Rotation.Status.RUNNING or silent_seconds(rotation) < _JUST_ENDED_SECONDS:
+        return False
+    budget_seconds = RunOptions.from_json(rotation.options).outage_budget_seconds
+    return owner_of(rotation).is_gone() or silent_seconds(rotation) > budget_seconds + SILENT_SECONDS
+
+
+def status_of(rotation: Rotation) -> str:
+    """Return the status, or that a running rotation sends no heartbeat or is held."""
+    if is_silent(rotation):
+        return f"no heartbeat for {duration(silent_seconds(rotation))}"
+    if held_by(rotation):
+        return "paused" if control_of(rotation).paused else "throttled"
+    return str(rotation.status)
+
+
+def held_by(rotation: Rotation) -> str:
+    """Return what holds a running rotation; empty where nothing does."""
+    if rotation.status != Rotation.Status.RUNNING:
+        return ""
+    control = control_of(rotation)
+    paused = [f"paused by {control.paused_by}"] if control.paused else []
+    return "; ".join([*paused, *([rotation.throttle_reason] if rotation.throttle_reason else [])])
+
+
+def reason_of(rotation: Rotation) -> str:
+    """Return the reason of a stop as a phrase; empty without one."""
+    reason = StopReason(rotation.stop_reason) if rotation.stop_reason else None
+    return stopped_by(reason, control_of(rotation).cancelled_by)
+
+
+def facts_of(rotation: Rotation) -> dict[str, object]:
+    """Return a rotation as JSON types; these keys are an interface and only ever added to."""
+    return {
+        "rotation": rotation.pk,
+        "target": rotation.target,
+        "table": rotation.table_name,
+        "database": rotation.database,
+        "status": rotation.status,
+        "rows": rotation.rows_done,
+        "rows_total": rotation.rows_total,
+        "rows_total_is_exact": rotation.rows_total_is_exact,
+        "late_rows": rotation.late_rows,
+        "unconfirmed_rows": rotation.unconfirmed_rows,
+        "percent": percent_of_rotation(rotation),
+        "seconds_total": round(rotation.active_seconds, 3),
+        "started_at": rotation.started_at.isoformat(),
+        "updated_at": rotation.updated_at.isoformat(),
+        "finished_at": rotation.finished_at and rotation.finished_at.isoformat(),
+        "host": rotation.owner_host,
+        "pid": rotation.owner_pid,
+        "user": rotation.owner_user,
+        "owned_since": rotation.owned_since.isoformat(),
+        "generation": rotation.generation,
+        "version": rotation.version,
+        "options": rotation.options,
+        "selection": rotation.selection,
+        "error": rotation.error,
+        "reason": reason_of(rotation),
+        "is_filtered": Selection.from_json(rotation.selection).is_filtered,
+        "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
+        "ledger": ledger.state if (ledger := find_ledger(rotation)) else "",
+        "guard": ledger.guard if ledger else "",
+        "deferrals": rotation.deferrals,
+        "retries": rotation.retries,
+        "throttled_seconds": round(rotation.throttled_seconds, 3),
+        "throttle_reason": held_by(rotation),
+        "throttled_since": rotation.throttled_since and rotation.throttled_since.isoformat(),
+        "control": _control_facts(rotation),
+    }
+
+
+def _control_facts(rotation: Rotation) -> dict[str, object]:
+    control = control_of(rotation)
+    return {
+        "revision": control.revision,
+        "paused": control.paused,
+        "pace": control.pace,
+        "concurrency": control.concurrency,
+        "batch": control.batch,
+        "changed_by": control.changed_by,
+        "changed_at": control.changed_at.isoformat() if control.revision else None,
+        "applied_revision": rotation.applied_revision,
+        "applied_at": rotation.applied_at and rotation.applied_at.isoformat(),
+    }
+
+
+def control_text(rotation: Rotation) -> str:
+    """Return the requests of users, and whether the owner has applied them."""
+    control = control_of(rotation)
+    settings = [f"{name}={value}" for name in SETTINGS if (value := getattr(control, name))]
+    requests = ", ".join([*(["paused"] if control.paused else []), *settings]) or "no limits"
+    applied = "applied" if rotation.applied_revision >= control.revision else "not applied yet"
+    return (
+        f"{requests}; revision {control.revision} by {control.changed_by} at {moment(control.changed_at)}, "
+        f"{applied}"
+    )
+
+
+def rows_of(rotation: Rotation) -> str:
+    """Return the rows done and the total as text."""
+    rows = done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
+    rows += " that match the filter" if Selection.from_json(rotation.selection).is_filtered else ""
+    return f"{rows} (last known)" if is_silent(rotation) else rows
+
+
+def percent_of_rotation(rotation: Rotation) -> int:
+    """Return the percentage of rows done, rounded down."""
+    if rotation.status == Rotation.Status.COMPLETED:
+        return 100
+    if rotation.bound is None and not rotation.rows_total:
+        # The rows are not counted yet.
+        return 0
+    return percent_of(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
+
+
+def age_of(rotation: Rotation) -> str:
+    """Return the age of the last heartbeat."""
+    return f"{duration(silent_seconds(rotation))} ago"

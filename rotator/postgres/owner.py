@@ -9,6 +9,12 @@ from typing import Final
 
 from rotator import __version__
 
+# The owner of a running rotation sends a heartbeat each second. After this time without one, helpers do not
+# rely on the throttles that it reads ...
+UNKNOWN_THROTTLES_SECONDS: Final = 5.0
+# ... and after this time other processes call it silent, or take the rotation over.
+SILENT_SECONDS: Final = 10.0
+
 _PROC: Final = Path("/proc")
 # proc_pid_stat(5): the process's start in clock ticks since boot, counted from after the command's name.
 _START_TIME_FIELD: Final = 19

@@ -20,11 +20,11 @@ from rotator.postgres.errors import superseded
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import count_last_writers
+from rotator.postgres.owner import SILENT_SECONDS
 from rotator.postgres.rotations import NewRotation, NewSelection, Unfinished
 from rotator.postgres.table import TargetTable
 from rotator.runner.context import RunContext
 
-WATCH_SECONDS: Final = 10.0
 WATCH_EVERY_SECONDS: Final = 0.25
 
 
@@ -114,12 +114,12 @@ async def acquire(connection: AsyncConnection, table: TargetTable, context: RunC
 async def _is_alive(
     connection: AsyncConnection, table: TargetTable, context: RunContext, seen: Unfinished
 ) -> bool:
-    """Watch the heartbeat of the owner for up to ``WATCH_SECONDS``, and return whether it moves."""
+    """Watch the heartbeat of the owner for up to ``SILENT_SECONDS``, and return whether it moves."""
     if seen.status != "running" or context.options.take_over or seen.owner.is_gone():
         return False
-    context.notify(OwnerWatched(owner=str(seen.owner), seconds=WATCH_SECONDS))
+    context.notify(OwnerWatched(owner=str(seen.owner), seconds=SILENT_SECONDS))
     clock = asyncio.get_running_loop().time
-    until = clock() + WATCH_SECONDS
+    until = clock() + SILENT_SECONDS
     while clock() < until:
         if await context.stop_signal.wait(WATCH_EVERY_SECONDS):
             raise StoppedBeforeStartError(context.stop_signal.signal)

@@ -10,13 +10,12 @@ from rotator.events import LimitsChanged, Observer
 from rotator.exceptions import OptionError
 from rotator.options import RunOptions
 from rotator.postgres.control import Requested
+from rotator.postgres.owner import UNKNOWN_THROTTLES_SECONDS
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
 
 PAUSE: Final = "pause"
 OWNER: Final = "owner"
-# A heartbeat comes each second.
-SILENT_SECONDS: Final = 5.0
 SIGNAL: Final = "SIGUSR1"
 
 
@@ -79,8 +78,9 @@ class LiveControl:
         """
         self.apply(requested)
         reason, silent_seconds = requested.throttle_reason, requested.silent_seconds
-        if not reason and has_throttles and silent_seconds > SILENT_SECONDS:
-            reason = f"no heartbeat of the owner for {silent_seconds:.0f} s > {SILENT_SECONDS:.0f} s"
+        limit = UNKNOWN_THROTTLES_SECONDS
+        if not reason and has_throttles and silent_seconds > limit:
+            reason = f"no heartbeat of the owner for {silent_seconds:.0f} s > {limit:.0f} s"
         if reason:
             self._gate.hold(OWNER, reason)
         else:

@@ -34,8 +34,8 @@ MAX_RANGES_PER_SPAN: Final = 100
 # More helpers find nothing to claim.
 MAX_HELPERS: Final = SPANS_AHEAD
 FIRST_HELPERS: Final = 2
-SILENT_SECONDS: Final = 30.0
-MAX_SILENT_SECONDS: Final = 300.0
+PATIENCE_SECONDS: Final = 30.0
+MAX_PATIENCE_SECONDS: Final = 300.0
 RETRY_BROKER_SECONDS: Final = 1.0
 
 
@@ -64,7 +64,7 @@ class Distribution:
         self._reported = (0, 0)
         self._read_at = self._alive_at = self._clock()
         self._failed_rows = 0
-        self._patience_seconds = SILENT_SECONDS
+        self._patience_seconds = PATIENCE_SECONDS
         self._sending: asyncio.Task[list[int]] | None = None
         self._is_broker_lost = False
 
@@ -164,8 +164,8 @@ class Distribution:
         """
         now, alive = self._clock(), sum(helper.is_alive for helper in helpers)
         if alive:
-            self._alive_at, self._patience_seconds = now, SILENT_SECONDS
-        patience_seconds = MAX_SILENT_SECONDS if alive else self._patience_seconds
+            self._alive_at, self._patience_seconds = now, PATIENCE_SECONDS
+        patience_seconds = MAX_PATIENCE_SECONDS if alive else self._patience_seconds
         lost = [
             helper.id
             for helper in helpers
@@ -175,9 +175,9 @@ class Distribution:
         more = min(MAX_HELPERS, alive + max(FIRST_HELPERS, alive + 1)) - len(helpers)
         if not lost and more <= 0:
             return
-        if lost and now - self._alive_at >= SILENT_SECONDS and not self._is_broker_lost:
+        if lost and now - self._alive_at >= PATIENCE_SECONDS and not self._is_broker_lost:
             self._notify(WorkersSilent(seconds=now - self._alive_at))
-            self._patience_seconds = min(2 * self._patience_seconds, MAX_SILENT_SECONDS)
+            self._patience_seconds = min(2 * self._patience_seconds, MAX_PATIENCE_SECONDS)
         messages = [
             await spans.add_helper(self._connection, self._lease, instead_of=helper)
             for helper in [*lost, *[None] * more]

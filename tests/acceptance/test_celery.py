@@ -15,7 +15,7 @@ import pytest
 from rotator.api import prepare
 from rotator.models import Helper, Rotation, Span
 from rotator.options import RunOptions
-from rotator.runner.distribution import SILENT_SECONDS
+from rotator.runner.distribution import PATIENCE_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
 from tests.acceptance.celery_hosts import Hosts, running_hosts
 from tests.acceptance.harness import (
@@ -74,7 +74,7 @@ def test_another_worker_replaces_a_killed_one(hosts: Hosts) -> None:
     wait_for_checkpoints(50)
     kill_all(worker)
     speed_up()
-    finished = coordinator.wait(SILENT_SECONDS + 60)
+    finished = coordinator.wait(PATIENCE_SECONDS + 60)
     assert finished.status == 0, finished.err
     assert other.is_alive
     audit.assert_rotated()
@@ -103,7 +103,7 @@ def test_a_broker_that_forgets_everything(hosts: Hosts) -> None:
     wait_for_checkpoints(50)
     hosts.restart_broker()
     speed_up()
-    finished = coordinator.wait(2 * SILENT_SECONDS + 60)
+    finished = coordinator.wait(2 * PATIENCE_SECONDS + 60)
     assert finished.status == 0, finished.err
     audit.assert_rotated()
 
@@ -158,7 +158,7 @@ def test_a_lost_chain_of_messages_is_started_again(hosts: Hosts) -> None:
     hosts.restart_broker()
     worker = hosts.worker()
     speed_up()
-    assert coordinator.wait(SILENT_SECONDS + 60).status == 0
+    assert coordinator.wait(PATIENCE_SECONDS + 60).status == 0
     assert "Another message is sent" in coordinator.err
     assert worker.is_alive
     audit.assert_rotated()
@@ -243,7 +243,7 @@ def test_a_worker_that_is_asked_to_stop_leaves_its_span_to_another(hosts: Hosts)
     assert worker.wait(10).status == 0
     speed_up()
     # The span is released: another worker need not wait until its lease expires.
-    assert coordinator.wait(SILENT_SECONDS).status == 0
+    assert coordinator.wait(PATIENCE_SECONDS).status == 0
     assert other.is_alive
     audit.assert_rotated()
 
@@ -424,7 +424,7 @@ def test_without_workers_it_waits_and_says_so(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
     coordinator = hosts.coordinator("--batch=50")
     silent = "check that they run and that they reach the broker and the database"
-    wait_until(lambda: silent in coordinator.err, "it says so", seconds=SILENT_SECONDS + 20)
+    wait_until(lambda: silent in coordinator.err, "it says so", seconds=PATIENCE_SECONDS + 20)
     hosts.worker()
     assert coordinator.wait().status == 0
     audit.assert_rotated()

@@ -236,7 +236,7 @@ def test_a_living_owner_is_left_alone(database: Database) -> None:
 
 
 def test_an_owner_that_is_silent_is_taken_over(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acquire, "WATCH_SECONDS", 0.3)
+    monkeypatch.setattr(acquire, "SILENT_SECONDS", 0.3)
     database.make_tickets(1, 30)
     rotation, recorder = make_rotation(), EventRecorder()
     outcome = rotate_tickets(recorder)

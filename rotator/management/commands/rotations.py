@@ -9,21 +9,25 @@ from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import BaseCommand, CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
-from django.db.models import QuerySet
 
 from rotator import __version__
 from rotator.exceptions import OptionError, RotatorError
 from rotator.management.control import VERBS, Request, await_answer, read_request, send
 from rotator.management.evidence import evidence
-from rotator.management.owners import control_of, find_rotations, is_dead, is_silent, owner_of
-from rotator.management.rotation import find_ledger, first_line, unreadable
-from rotator.management.standing import (
+from rotator.management.rotation import (
     age_of,
-    awaits_workers,
+    control_of,
     control_text,
     facts_of,
+    find_ledger,
+    find_rotations,
+    first_line,
     held_by,
+    is_dead,
+    is_silent,
+    owner_of,
     percent_of_rotation,
+    read_rotations,
     reason_of,
     rows_of,
     status_of,
@@ -142,13 +146,7 @@ class Command(BaseCommand):
             number, request = _read_words(options)
         except RotatorError as error:
             raise CommandError(str(error)) from error
-        found = find_rotations(options["database"])
-        try:
-            rotations = list(_chosen(found, number))
-        except Error as error:
-            raise unreadable(options["database"], error) from error
-        if number is not None and not rotations:
-            raise CommandError(f"There is no rotation {number} in the database '{options['database']}'.")
+        rotations = read_rotations(options["database"], number)
         if options["unguard"] or options["forget"] or options["evidence"]:
             if number is None:
                 raise CommandError("--unguard, --forget and --evidence need the ID of a rotation.")
@@ -158,7 +156,7 @@ class Command(BaseCommand):
                 rotations = [each for each in rotations if each.status in Rotation.UNFINISHED]
             self._send(rotations, request, options)
         elif options["follow"]:
-            self._follow(found, number)
+            self._follow(number, options["database"])
         elif options["log"]:
             self._log(number, options)
         else:
@@ -241,16 +239,16 @@ class Command(BaseCommand):
         except OSError as error:
             raise CommandError(f"The evidence could not be written: {error}") from error
 
-    def _follow(self, found: QuerySet[Rotation], number: int | None) -> None:
+    def _follow(self, number: int | None, database: str) -> None:
         if number is None:
             raise CommandError("--follow needs the ID of a rotation: rotations ID --follow.")
         stream: TextIO = vars(self.stdout)["_out"]
         progress = FollowedProgress(stream, clock=time.monotonic, is_live=can_draw(stream))
         try:
             while True:
-                rotation = found.get(pk=number)
+                rotation = find_rotations(database).get(pk=number)
                 progress.show(_standing(rotation))
-                if rotation.status != Rotation.Status.RUNNING and not awaits_workers(rotation):
+                if rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
                     break
                 if is_dead(rotation):
                     raise CommandError(
@@ -298,12 +296,8 @@ def _standing(rotation: Rotation) -> Standing:
         rows_total=rotation.rows_total,
         rows=rows_of(rotation),
         percent=percent_of_rotation(rotation),
-        note="waiting for a worker" if awaits_workers(rotation) else held,
+        note="waiting for a worker" if rotation.status == Rotation.Status.QUEUED else held,
     )
-
-
-def _chosen(found: QuerySet[Rotation], number: int | None) -> QuerySet[Rotation]:
-    return found if number is None else found.filter(pk=number)
 
 
 def _table(rotations: list[Rotation]) -> str:

@@ -15,7 +15,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from rotator import __version__
 from rotator.events import Event
 from rotator.exceptions import OptionError, RotatorError
-from rotator.management.rotation import find_rotation
+from rotator.management.rotation import read_rotations
 from rotator.management.terminal import open_closed_streams, writable
 from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
@@ -103,7 +103,7 @@ class Command(BaseCommand):
         out: TextIO = vars(self.stdout)["_out"]
         try:
             report_file = writable(options["report"])
-            rotation = find_rotation(options["rotation"], options["database"])
+            (rotation,) = read_rotations(options["database"], options["rotation"])
             result = (
                 self._count_leaked(rotation, options)
                 if options["leaked"]
