@@ -1,8 +1,9 @@
-"""Helpers for asyncio: the first error of a task group, polling, and daemon threads."""
+"""Helpers for asyncio: the first error of a task group, signals, polling, and daemon threads."""
 
 import asyncio
+import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Final, TypeVar
 
@@ -18,6 +19,33 @@ def unwrap_group() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from group
+
+
+@contextmanager
+def handled_signals(
+    handlers: Mapping[signal.Signals, Callable[[], object]], *, default: signal.Handlers = signal.SIG_DFL
+) -> Iterator[None]:
+    """Handle signals in the running loop, where this is the main thread of a Unix system.
+
+    Args:
+        handlers: The handlers by their signals.
+        default: The handler afterwards for a signal that had the default one before.
+    """
+    loop = asyncio.get_running_loop()
+    before = {}
+    # Outside the main thread no handler can be set; the run works without.
+    with suppress(ValueError, RuntimeError, NotImplementedError):
+        for number, handle in handlers.items():
+            previous = signal.getsignal(number)
+            loop.add_signal_handler(number, handle)
+            before[number] = previous
+    try:
+        yield
+    finally:
+        # The loop's own handlers would point to a closed loop, and lose a Ctrl-C during the summary.
+        for number, previous in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, default if previous is signal.SIG_DFL else previous)
 
 
 async def watch(is_due: Callable[[], bool], act: Callable[[], None]) -> None:

@@ -20,7 +20,15 @@ from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.apps import default_target, throttle_paths
-from rotator.events import Event, Findings, LeakedValuesFound, Observer, OnCommit, RotationStopped, Verified
+from rotator.events import (
+    Findings,
+    LeakedValuesFound,
+    Observer,
+    OnCommit,
+    RotationStopped,
+    Verified,
+    ignore,
+)
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
     borrowed,
@@ -123,7 +131,7 @@ async def rotate(
     """
     # Django's connections must not be used in the loop's thread.
     prepared = await sync_to_async(_prepare_call)(target, options)
-    return _completed(await prepared.rotate_in_this_loop(observer or _ignore))
+    return _completed(await prepared.rotate_in_this_loop(observer or ignore))
 
 
 def rotate_sync(
@@ -136,7 +144,7 @@ def rotate_sync(
     """
     prepared = _prepare_call(target, options)
     with borrowed():
-        return _completed(prepared.rotate(observer or _ignore, keeps_connections=True))
+        return _completed(prepared.rotate(observer or ignore, keeps_connections=True))
 
 
 def _prepare_call(target: Target, options: RotateOptions) -> "Prepared":
@@ -162,10 +170,6 @@ def _completed(stopped: RotationStopped) -> RotationStopped:
     if stopped.status != "completed":
         raise RotationUnfinishedError(stopped)
     return stopped
-
-
-def _ignore(_event: Event) -> None:
-    pass
 
 
 def prepare(

@@ -203,12 +203,7 @@ class ActionKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexSize:
-    """The size of one index.
-
-    Attributes:
-        name: The index's name with its schema, quoted.
-        size_bytes: The size.
-    """
+    """The size of one index, whose name has its schema and is quoted."""
 
     name: str
     size_bytes: int
@@ -490,23 +485,14 @@ class VacuumSkipped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Analyzed:
-    """ANALYZE has replaced the table's statistics, which held old values.
-
-    Attributes:
-        seconds: Its duration.
-    """
+    """ANALYZE has replaced the table's statistics, which held old values."""
 
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnalyzeSkipped:
-    """The table's statistics still hold old values; the rotation is completed.
-
-    Attributes:
-        reason: The reason.
-        statement: The statement to run.
-    """
+    """The table's statistics still hold old values, until the user runs the statement."""
 
     reason: str
     statement: str
@@ -514,25 +500,14 @@ class AnalyzeSkipped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReindexStarted:
-    """The rotation is completed, and its indexes are being rebuilt.
-
-    Attributes:
-        indexes: The number of indexes to rebuild.
-    """
+    """The rotation is completed, and this number of indexes is being rebuilt."""
 
     indexes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexRebuilt:
-    """An index was rebuilt.
-
-    Attributes:
-        name: The index's name with its schema, quoted.
-        seconds: The duration.
-        bytes_before: The size before.
-        bytes_now: The size now.
-    """
+    """An index was rebuilt; its name has its schema and is quoted."""
 
     name: str
     seconds: float
@@ -546,7 +521,6 @@ class ReindexSkipped:
 
     Attributes:
         name: The index's name with its schema, quoted; empty for all indexes.
-        reason: The reason.
     """
 
     name: str
@@ -568,11 +542,7 @@ class ReceiverFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitRaised:
-    """The time limit of a range was raised, because planning the update takes a large part of it.
-
-    Attributes:
-        statement_seconds: The new time limit.
-    """
+    """The time limit of a range was raised, because planning the update takes a large part of it."""
 
     planning_seconds: float
     partitions: int
@@ -595,7 +565,6 @@ class PaceChanged:
     """The pace allows another number of workers, or the rows in a range or the reason have changed.
 
     Attributes:
-        pace: The name of the pace.
         workers: The number of workers that may write now.
         concurrency: Its upper limit.
         rows: The number of rows in the next range.
@@ -635,7 +604,6 @@ class ThrottleEnded:
     Attributes:
         source: The name of the throttle.
         reason: Its last reason.
-        seconds: The time that it held the rotation.
     """
 
     source: str
@@ -645,13 +613,7 @@ class ThrottleEnded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsChanged:
-    """A user has changed the limits of the running rotation.
-
-    Attributes:
-        concurrency: The most workers.
-        batch: The most rows in a range.
-        by: The user.
-    """
+    """A user has changed the limits of the running rotation."""
 
     concurrency: int
     batch: int
@@ -674,7 +636,6 @@ class DrainStarted:
     """The run stops: ranges in flight are committed, and no new ones start.
 
     Attributes:
-        reason: The reason.
         by: The user who cancelled the rotation; empty for any other reason.
     """
 
@@ -1090,6 +1051,11 @@ Event: TypeAlias = (
 )
 
 Observer: TypeAlias = Callable[[Event], None]
+
+
+def ignore(_event: Event) -> None:
+    """Do nothing: the observer of a run that no one watches."""
+
 
 OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
 """The worker awaits it after each commit of rows, before its next range."""

@@ -11,58 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, assert_never
 
-from rotator.events import (
-    Analyzed,
-    AnalyzeSkipped,
-    BrokerUnreachable,
-    ConfirmationStarted,
-    DrainStarted,
-    EndStatus,
-    Event,
-    GuardAdded,
-    HorizonHeld,
-    IndexRebuilt,
-    LateCommitsAwaited,
-    LateCommitsOver,
-    LateRowsRotated,
-    LeakedValuesFound,
-    LedgerProgressed,
-    LedgerReady,
-    LedgerStarted,
-    LimitRaised,
-    LimitsChanged,
-    LockHeld,
-    OutageEnded,
-    OutageStarted,
-    OwnerWatched,
-    PaceChanged,
-    Preflighted,
-    RangeCompleted,
-    RangeDeferred,
-    RangeRetried,
-    ReceiverFailed,
-    ReindexSkipped,
-    ReindexStarted,
-    RotationStarted,
-    RotationStopped,
-    RowRejected,
-    RowsConfirmed,
-    RunFacts,
-    ServerLogShowsValues,
-    StopReason,
-    Storage,
-    Throttled,
-    ThrottleEnded,
-    Tick,
-    Vacuumed,
-    VacuumSkipped,
-    VacuumStarted,
-    VerificationProgressed,
-    VerificationStarted,
-    Verified,
-    WorkersProgressed,
-    WorkersSilent,
-)
+from rotator import events
 from rotator.ranges import Key, KeyInterval
 
 WINDOW_SECONDS: Final = 20.0
@@ -179,19 +128,14 @@ State: TypeAlias = Literal[
 class Stats:
     """The figures of one run.
 
-    The run and each of its observers have one. All of them take the same events, so they agree.
+    The run and each of its observers have one. All of them take the same events, so they agree. The figures
+    that :class:`rotator.events.RotationStopped` has too have the same meaning here, until now.
 
     Attributes:
         clock: Returns monotonic seconds.
         started: The start of the rotation in this run; None before it.
         rows_done: Rows done in all runs; can exceed the total.
-        late_rows: Late rows among them.
-        ranges: Ranges that this run has committed.
-        deferrals: How often a range was put back because another session had locked rows.
-        retries: How often a range was retried after the server rejected it.
-        retry_reasons: The reasons of these retries, each once.
-        rejected_keys: Keys of rejected rows, each with the reason.
-        unconfirmed_rows: Rows that other sessions or triggers wrote last; None until they are counted.
+        retry_reasons: The reasons of the retries, each once.
         outage_since: The start of the current outage; None while the server is reachable.
         outage_budget_seconds: The longest time that the run waits in that outage.
         outage_seconds: The time of all outages before.
@@ -199,21 +143,14 @@ class Stats:
         throttles: The reasons of the throttles that hold the run now, by their names.
         throttled_seconds: The time of all throttles that have ended, by their names.
         holders: The transactions that the run waits for.
-        storage_before: The table's disk space when the run began; None where unknown.
-        storage: Its disk space at the end; None where unknown.
-        spans: The key intervals that are written; set at the end of an unfinished run.
-        analyze_statement: The statement that removes old values from the statistics, if needed.
-        reindex_statements: The statements that make the indexes as small as before.
         loading: Whether old values are being entered into the ledger.
         loaded_rows: The rows whose values this run has entered.
         verifying: Whether the table is being searched for old values.
-        verification: The result of that search; None without a ledger.
-        leaked: The leaked values that rows had; None without a list of leaked values.
         table_rows: The rows of the whole table and whether they are counted; None where unknown.
     """
 
     clock: Callable[[], float] = time.monotonic
-    started: RotationStarted | None = None
+    started: events.RotationStarted | None = None
     rows_done: int = 0
     late_rows: int = 0
     ranges: int = 0
@@ -227,7 +164,7 @@ class Stats:
     outage_seconds: float = 0.0
     vacuums: int = 0
     vacuum_seconds: float = 0.0
-    pace: PaceChanged | None = None
+    pace: events.PaceChanged | None = None
     throttles: dict[str, str] = field(default_factory=dict)
     throttled_seconds: dict[str, float] = field(default_factory=dict)
     holders: tuple[str, ...] = ()
@@ -238,11 +175,11 @@ class Stats:
     loading: bool = False
     loaded_rows: int = 0
     verifying: bool = False
-    verification: Verified | None = None
-    leaked: LeakedValuesFound | None = None
+    verification: events.Verified | None = None
+    leaked: events.LeakedValuesFound | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    storage_before: Storage | None = None
-    storage: Storage | None = None
+    storage_before: events.Storage | None = None
+    storage: events.Storage | None = None
     spans: tuple[KeyInterval, ...] = ()
     analyze_statement: str = ""
     reindex_statements: tuple[str, ...] = ()
@@ -263,51 +200,51 @@ class Stats:
         """Start the run's time."""
         self._began_at = self.clock()
 
-    def take(self, event: Event) -> None:  # noqa: C901, PLR0912, PLR0915 - one case for each event
+    def take(self, event: events.Event) -> None:  # noqa: C901, PLR0912, PLR0915 - one case for each event
         """Count an event."""
         match event:
-            case RotationStarted():
+            case events.RotationStarted():
                 self.started = event
                 self.rows_done, self.late_rows = event.rows_done, event.late_rows
                 self.holders = ()
-            case RangeCompleted():
+            case events.RangeCompleted():
                 self._add_ranges(1, event.rows, event.seconds)
-            case WorkersProgressed():
+            case events.WorkersProgressed():
                 self.deferrals += event.deferrals
                 self.retries += event.retries
                 if event.ranges:
                     self._add_ranges(event.ranges, event.rows, event.seconds)
-            case LateRowsRotated():
+            case events.LateRowsRotated():
                 self.rows_done += event.rows
                 self.late_rows += event.rows
                 self.holders = ()
-            case RangeDeferred():
+            case events.RangeDeferred():
                 self.deferrals += 1
                 self._deferred_at = self.clock()
-            case RangeRetried():
+            case events.RangeRetried():
                 self.retries += 1
                 self.retry_reasons.add(event.reason)
-            case RowRejected():
+            case events.RowRejected():
                 self.rejected_keys.append((event.key, event.reason))
-            case OutageStarted():
+            case events.OutageStarted():
                 self.outage_since, self.outage_budget_seconds = self.clock(), event.budget_seconds
-            case OutageEnded():
+            case events.OutageEnded():
                 self.rows_done, self.late_rows = event.rows_done, event.late_rows
                 self.outage_since, self.outage_seconds = None, self.outage_seconds + event.seconds
                 self.confirming = self.loading = False
                 # These rows are in gaps, so they are retried.
                 self.rejected_keys.clear()
                 self._rate.restart()
-            case PaceChanged():
+            case events.PaceChanged():
                 self._limited_seconds = self.limited_seconds
                 self.pace, self._pace_at = event, self.clock()
-            case Throttled():
+            case events.Throttled():
                 if self._held_since is None:
                     self._held_since = self.clock()
                 self.throttles[event.source] = event.reason
                 if event.is_new:
                     self._throttled_since[event.source] = self.clock()
-            case ThrottleEnded():
+            case events.ThrottleEnded():
                 self.throttles.pop(event.source, None)
                 self._throttled_since.pop(event.source, None)
                 before = self.throttled_seconds.get(event.source, 0.0)
@@ -315,58 +252,58 @@ class Stats:
                 if not self.throttles and self._held_since is not None:
                     self._held_seconds += self.clock() - self._held_since
                     self._held_since = None
-            case LateCommitsAwaited():
+            case events.LateCommitsAwaited():
                 self.holders = event.holders
-            case LateCommitsOver():
+            case events.LateCommitsOver():
                 self.holders = ()
-            case ConfirmationStarted():
+            case events.ConfirmationStarted():
                 self.confirming = True
-            case RowsConfirmed():
+            case events.RowsConfirmed():
                 self.unconfirmed_rows = event.unconfirmed
-            case VacuumStarted():
+            case events.VacuumStarted():
                 self.vacuuming = True
-            case Vacuumed():
+            case events.Vacuumed():
                 self.vacuums += 1
                 self.vacuum_seconds += event.seconds
-            case AnalyzeSkipped():
+            case events.AnalyzeSkipped():
                 self.analyze_statement = event.statement
-            case ReindexStarted():
+            case events.ReindexStarted():
                 self.reindexing = True
-            case LedgerStarted():
+            case events.LedgerStarted():
                 self.loading, self.loaded_rows = True, 0
-            case LedgerProgressed():
+            case events.LedgerProgressed():
                 self.loaded_rows += event.rows
-            case LedgerReady():
+            case events.LedgerReady():
                 self.loading = False
-            case VerificationStarted():
+            case events.VerificationStarted():
                 self.verifying = True
-            case Verified():
+            case events.Verified():
                 self.verification = event
-            case LeakedValuesFound():
+            case events.LeakedValuesFound():
                 self.leaked = event
-            case DrainStarted():
+            case events.DrainStarted():
                 self.draining = True
-            case RotationStopped():
+            case events.RotationStopped():
                 # The database's count, which is that of the checkpoints.
                 self.rows_done, self.late_rows = event.rows, event.late_rows
             case (
-                Preflighted()
-                | BrokerUnreachable()
-                | WorkersSilent()
-                | OwnerWatched()
-                | ServerLogShowsValues()
-                | VacuumSkipped()
-                | Analyzed()
-                | IndexRebuilt()
-                | ReindexSkipped()
-                | ReceiverFailed()
-                | LimitRaised()
-                | LockHeld()
-                | LimitsChanged()
-                | HorizonHeld()
-                | GuardAdded()
-                | VerificationProgressed()
-                | Tick()
+                events.Preflighted()
+                | events.BrokerUnreachable()
+                | events.WorkersSilent()
+                | events.OwnerWatched()
+                | events.ServerLogShowsValues()
+                | events.VacuumSkipped()
+                | events.Analyzed()
+                | events.IndexRebuilt()
+                | events.ReindexSkipped()
+                | events.ReceiverFailed()
+                | events.LimitRaised()
+                | events.LockHeld()
+                | events.LimitsChanged()
+                | events.HorizonHeld()
+                | events.GuardAdded()
+                | events.VerificationProgressed()
+                | events.Tick()
             ):
                 pass
             case _:
@@ -504,19 +441,19 @@ class Stats:
 
     def stopped(
         self,
-        status: EndStatus,
+        status: events.EndStatus,
         *,
-        stop_reason: StopReason | None,
+        stop_reason: events.StopReason | None,
         error: str,
         superseded: bool,
-        run: RunFacts,
+        run: events.RunFacts,
         cancelled_by: str = "",
-    ) -> RotationStopped:
+    ) -> events.RotationStopped:
         """Return the event that ends a run, which must have started."""
         started = self.started
         if started is None:
             raise AssertionError("The run has not started.")
-        return RotationStopped(
+        return events.RotationStopped(
             rotation=started.rotation,
             target=started.target,
             status=status,

@@ -38,7 +38,7 @@ from rotator.models import Helper, Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.fence import Lease
 from rotator.postgres.spans import LEASE_SECONDS
-from rotator.progress import log_observer
+from rotator.progress.lines import LogObserver
 from rotator.runner.context import AskForHelp, ShouldStop
 from rotator.runner.runner import program_error
 
@@ -206,7 +206,8 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
     are harmless: while another task coordinates the rotation, or the server is unreachable, a copy is retried
     every minute, so that one of them can take over.
     """
-    observer, ask = log_observer(logging.getLogger(__name__)), partial(ask_for_help, database)
+    observer = LogObserver(logging.getLogger(__name__), clock=time.monotonic)
+    ask = partial(ask_for_help, database)
     try:
         is_left = coordinate_rotation(database, rotation, observer, ask, _should_hand_on(HAND_ON_SECONDS))
     except (OwnedElsewhereError, ServerLostError):

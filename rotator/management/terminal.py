@@ -15,9 +15,21 @@ import psycopg
 from django.core.management import BaseCommand
 from django.core.management.base import OutputWrapper
 
+from rotator import __version__
 from rotator.events import DrainStarted, Event, Observer, RotationStarted, RotationStopped
 from rotator.exceptions import OptionError
 from rotator.options import OPTIONS_OF_ONE_RUN
+
+
+class OwnCommand(BaseCommand):
+    """A command of this app."""
+
+    # The checks of the whole project would delay, or prevent, an urgent rotation.
+    requires_system_checks = ()
+
+    def get_version(self) -> str:
+        """Return the version of this app, not Django's, for ``--version``."""
+        return __version__
 
 
 def is_terminal(stream: TextIO | None) -> bool:

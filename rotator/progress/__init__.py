@@ -4,7 +4,6 @@ Bar and lines go to ``err``, and the summary to ``out``. JSON lines go to ``out`
 to ``err``.
 """
 
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final, Literal, TextIO, TypeAlias, get_args
 
-from rotator.events import Event, Observer
+from rotator.events import Observer, ignore
 from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
 from rotator.progress.jsonlines import JsonObserver
-from rotator.progress.lines import LinesObserver, LogObserver
+from rotator.progress.lines import LinesObserver
 from rotator.progress.preflight import preflight
 from rotator.progress.summary import report, summary
 
@@ -23,7 +22,6 @@ __all__ = [
     "PROGRESS_KINDS",
     "ProgressKind",
     "can_draw",
-    "log_observer",
     "open_progress",
     "preflight",
     "report",
@@ -49,7 +47,7 @@ def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[O
     """
     match kind:
         case "none":
-            yield _ignore
+            yield ignore
         case "json":
             yield JsonObserver(out, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
         case "auto" | "bar" if kind == "bar" or can_draw(err):
@@ -57,11 +55,6 @@ def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[O
                 yield observer
         case _:
             yield LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
-
-
-def log_observer(logger: logging.Logger) -> Observer:
-    """Return an observer for a process without a terminal, e.g. a Celery worker."""
-    return LogObserver(logger, clock=time.monotonic)
 
 
 def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:
@@ -86,7 +79,3 @@ def _can_encode(stream: TextIO, characters: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _ignore(_event: Event) -> None:
-    pass

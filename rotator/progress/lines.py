@@ -166,7 +166,6 @@ _WARNINGS: Final = (
     ReindexSkipped,
     RowRejected,
     ServerLogShowsValues,
-    WorkersProgressed,
     WorkersSilent,
 )
 

@@ -3,55 +3,7 @@
 from datetime import UTC, datetime
 from typing import Final, assert_never
 
-from rotator.events import (
-    Analyzed,
-    AnalyzeSkipped,
-    BrokerUnreachable,
-    ConfirmationStarted,
-    DrainStarted,
-    Event,
-    GuardAdded,
-    HorizonHeld,
-    IndexRebuilt,
-    LateCommitsAwaited,
-    LateCommitsOver,
-    LateRowsRotated,
-    LeakedValuesFound,
-    LedgerProgressed,
-    LedgerReady,
-    LedgerStarted,
-    LimitRaised,
-    LimitsChanged,
-    LockHeld,
-    OutageEnded,
-    OutageStarted,
-    OwnerWatched,
-    PaceChanged,
-    Preflighted,
-    RangeCompleted,
-    RangeDeferred,
-    RangeRetried,
-    ReceiverFailed,
-    ReindexSkipped,
-    ReindexStarted,
-    RotationStarted,
-    RotationStopped,
-    RowRejected,
-    RowsConfirmed,
-    ServerLogShowsValues,
-    StopReason,
-    Throttled,
-    ThrottleEnded,
-    Tick,
-    Vacuumed,
-    VacuumSkipped,
-    VacuumStarted,
-    VerificationProgressed,
-    VerificationStarted,
-    Verified,
-    WorkersProgressed,
-    WorkersSilent,
-)
+from rotator import events
 from rotator.options import LARGE_BATCH
 from rotator.stats import State, Stats, percent_of
 
@@ -152,7 +104,7 @@ ACTIVITIES: Final[dict[State, str]] = {
 }
 
 
-def notice(event: Event, stats: Stats) -> str:
+def notice(event: events.Event, stats: Stats) -> str:
     """Return the line for a notable event, or an empty text.
 
     Args:
@@ -162,133 +114,133 @@ def notice(event: Event, stats: Stats) -> str:
     return one_line(_notice(event, stats))
 
 
-def _notice(event: Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 - one case for each event
+def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 - one case for each event
     match event:
-        case RotationStarted():
+        case events.RotationStarted():
             return _resumed(event) if event.resumed else _started(event)
-        case RangeRetried():
+        case events.RangeRetried():
             parts = " in two halves" if event.split else ""
             line = f"a range of {plural(event.rows, 'row')} is retried{parts}: {event.reason}"
             return "" if event.reason in stats.retry_reasons else line
-        case RowRejected():
+        case events.RowRejected():
             return _rejected(event, len(stats.rejected_keys))
-        case OutageStarted():
+        case events.OutageStarted():
             return (
                 f"the server is unreachable: {event.reason.rstrip('.')}; "
                 f"waiting for up to {duration(event.budget_seconds)}"
             )
-        case OutageEnded():
+        case events.OutageEnded():
             return (
                 f"the server is reachable again after {duration(event.seconds)}: "
                 f"{plural(event.rows_done, 'row')} confirmed by checkpoints"
             )
-        case BrokerUnreachable():
+        case events.BrokerUnreachable():
             return f"{event.reason.rstrip('.')}; workers that run continue, and no others are started"
-        case WorkersSilent():
+        case events.WorkersSilent():
             return (
                 f"no progress by Celery workers for {duration(event.seconds)}: "
                 "check that they run and that they reach the broker and the database. Another message is sent"
             )
-        case OwnerWatched():
+        case events.OwnerWatched():
             return (
                 f"another process owns this rotation: {event.owner}; "
                 f"watching its heartbeat for up to {duration(event.seconds)}"
             )
-        case ServerLogShowsValues():
+        case events.ServerLogShowsValues():
             return (
                 f"warning: the server will log the new values, because of {', '.join(event.settings)}: "
                 "set log_parameter_max_length = 0 for this role"
             )
-        case LateCommitsAwaited():
+        case events.LateCommitsAwaited():
             return "" if event.holders == stats.holders else _awaited(event.holders)
-        case LateRowsRotated():
+        case events.LateRowsRotated():
             noun = "row" if stats.leaked else "late row"
             return f"rotated {plural(event.rows, noun)}"
-        case LeakedValuesFound():
+        case events.LeakedValuesFound():
             return leaked_values(event)
-        case RowsConfirmed():
+        case events.RowsConfirmed():
             return unconfirmed(event.unconfirmed)
-        case VacuumStarted():
+        case events.VacuumStarted():
             return "all rows are rotated; running the final VACUUM (Ctrl-C skips it)"
-        case VacuumSkipped():
+        case events.VacuumSkipped():
             what = "skipped one VACUUM" if event.is_once else "the table is not vacuumed"
             return f"{what}: {event.reason.rstrip('.')}"
-        case AnalyzeSkipped():
+        case events.AnalyzeSkipped():
             return f"{OLD_STATISTICS}: {event.reason.rstrip('.')}. Run: {event.statement}"
-        case ReindexStarted():
+        case events.ReindexStarted():
             return f"rebuilding {indexes(event.indexes)} (Ctrl-C stops this; the rotation stays completed)"
-        case IndexRebuilt():
+        case events.IndexRebuilt():
             return (
                 f"rebuilt {event.name} in {duration(event.seconds)}: "
                 f"{size(event.bytes_before)} before, {size(event.bytes_now)} now"
             )
-        case ReindexSkipped():
+        case events.ReindexSkipped():
             return f"{event.name or 'the indexes'} not rebuilt: {event.reason.rstrip('.')}"
-        case ReceiverFailed():
+        case events.ReceiverFailed():
             return (
                 f"warning: the receiver {event.receiver} raised {event.error}; the rotation continues, and "
                 "the receiver is called for the next ranges"
             )
-        case LimitRaised():
+        case events.LimitRaised():
             return (
                 f"planning the update takes {duration(event.planning_seconds)} because of "
                 f"{plural(event.partitions, 'partition')}; "
                 f"the time limit of a range is {duration(event.statement_seconds)}"
             )
-        case LockHeld():
+        case events.LockHeld():
             return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
-        case PaceChanged():
+        case events.PaceChanged():
             return pace(event) if event.is_new else ""
-        case Throttled():
+        case events.Throttled():
             return f"throttled: {event.reason}; no new ranges start" if event.is_new else ""
-        case ThrottleEnded():
+        case events.ThrottleEnded():
             return f"throttle ended after {duration(event.seconds)}: {event.reason}"
-        case LimitsChanged():
+        case events.LimitsChanged():
             return (
                 f"limits changed by {event.by}: {plural(event.concurrency, 'worker')}, "
                 f"{plural(event.batch, 'row')} a range"
             )
-        case HorizonHeld():
+        case events.HorizonHeld():
             return (
                 "VACUUM cannot remove dead rows until these end or advance: "
                 f"{'; '.join(event.holders[:HOLDERS_NAMED])}"
             )
-        case LedgerStarted():
+        case events.LedgerStarted():
             return "loading the ledger: no row is rotated before each old value has its digest in it"
-        case LedgerReady():
+        case events.LedgerReady():
             return (
                 f"the ledger is complete after {duration(event.seconds)}; "
                 f"{plural(event.control_rows, 'sampled row')} searched for, and all of them found"
             )
-        case GuardAdded():
+        case events.GuardAdded():
             return f"added the guard: {GUARD_ACTIONS[event.action]}"
-        case VerificationStarted():
+        case events.VerificationStarted():
             before = f", after {plural(event.rows, 'row')} of an interrupted search" if event.rows else ""
             return f"searching the table for old values{before}"
-        case DrainStarted():
+        case events.DrainStarted():
             cause = stopped_by(event.reason, event.by) if event.by else event.reason
             return f"{cause}: draining; ranges in flight are committed, and no new ones start"
         case (
-            Preflighted()
-            | RangeCompleted()
-            | WorkersProgressed()
-            | RangeDeferred()
-            | LateCommitsOver()
-            | ConfirmationStarted()
-            | Vacuumed()
-            | Analyzed()
-            | LedgerProgressed()
-            | VerificationProgressed()
-            | Verified()
-            | Tick()
-            | RotationStopped()
+            events.Preflighted()
+            | events.RangeCompleted()
+            | events.WorkersProgressed()
+            | events.RangeDeferred()
+            | events.LateCommitsOver()
+            | events.ConfirmationStarted()
+            | events.Vacuumed()
+            | events.Analyzed()
+            | events.LedgerProgressed()
+            | events.VerificationProgressed()
+            | events.Verified()
+            | events.Tick()
+            | events.RotationStopped()
         ):
             return ""
         case _:
             assert_never(event)
 
 
-def _started(event: RotationStarted) -> str:
+def _started(event: events.RotationStarted) -> str:
     rows = plural(event.rows_total, "row", is_exact=event.rows_total_is_exact)
     return (
         f"rotation {event.rotation} of {event.target} starts: {rows}, "
@@ -305,7 +257,7 @@ def _cost(batch: int) -> str:
     return f"; warning: with ranges of this size, writers of the same rows may wait for {seconds} or more"
 
 
-def _resumed(event: RotationStarted) -> str:
+def _resumed(event: events.RotationStarted) -> str:
     rows = plural(event.rows_total, "row", is_exact=event.rows_total_is_exact)
     stopped = moment(event.stopped_at) if event.stopped_at else "an unknown time"
     return (
@@ -314,7 +266,7 @@ def _resumed(event: RotationStarted) -> str:
     )
 
 
-def _rejected(event: RowRejected, rejected_before: int) -> str:
+def _rejected(event: events.RowRejected, rejected_before: int) -> str:
     if rejected_before < REJECTED_ROWS_NAMED:
         return f"row {event.key} is rejected: {event.reason}"
     if rejected_before == REJECTED_ROWS_NAMED:
@@ -331,7 +283,7 @@ def _awaited(holders: tuple[str, ...]) -> str:
     )
 
 
-def pace(event: PaceChanged) -> str:
+def pace(event: events.PaceChanged) -> str:
     """Return the pace, what it allows now and why."""
     return (
         f"pace {event.pace}: {event.workers} of {plural(event.concurrency, 'worker')} × "  # noqa: RUF001 - a sign
@@ -370,7 +322,7 @@ def unconfirmed(rows: int | None) -> str:
     return f"{plural(rows, 'row')} not confirmed: written by other sessions or triggers since the start"
 
 
-def leaked_values(event: LeakedValuesFound) -> str:
+def leaked_values(event: events.LeakedValuesFound) -> str:
     """Return the sentence on the leaked values that rows have, with the first of their lines."""
     named = event.found_lines[:LINES_NAMED]
     more = ", and more" if len(event.found_lines) > len(named) else ""
@@ -391,13 +343,13 @@ def progress_rows(stats: Stats) -> str:
     return done_of_total(stats.rows_done, stats.rows_total, is_exact=stats.rows_total_is_exact)
 
 
-def stopped_by(reason: StopReason | None, by: str = "") -> str:
+def stopped_by(reason: events.StopReason | None, by: str = "") -> str:
     """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after``; empty without one.
 
     Args:
         reason: The reason.
         by: The user who cancelled the rotation, for ``cancelled by USER``.
     """
-    if reason is StopReason.CANCEL and by:
+    if reason is events.StopReason.CANCEL and by:
         return f"cancelled by {by}"
     return f"stopped by {reason}" if reason else ""

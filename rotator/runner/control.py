@@ -1,11 +1,11 @@
 """Applies what users request of a running rotation: pause, limits, cancel."""
 
-import asyncio
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Final
 
+from rotator.aio import handled_signals
 from rotator.events import LimitsChanged, Observer
 from rotator.exceptions import OptionError
 from rotator.options import RunOptions
@@ -98,29 +98,18 @@ class LiveControl:
             self._notify(LimitsChanged(concurrency=concurrency, batch=rows, by=requested.changed_by))
 
 
-@contextmanager
-def pause_signals(gate: Gate) -> Iterator[None]:
+def pause_signals(gate: Gate) -> AbstractContextManager[None]:
     """Pause on SIGUSR1 and resume on SIGUSR2, where this is the main thread of a Unix system.
 
     They work while the database is unreachable, and end with the process.
     """
-    loop = asyncio.get_running_loop()
-    handlers = {
-        "SIGUSR1": lambda: gate.hold(SIGNAL, "paused by SIGUSR1"),
-        "SIGUSR2": lambda: gate.release(SIGNAL, slowly=False),
-    }
-    before = {}
-    # Outside the main thread no handler can be set; the run works without.
-    with suppress(ValueError, RuntimeError, NotImplementedError, AttributeError):
-        for name, handle in handlers.items():
-            number = getattr(signal, name)
-            previous = signal.getsignal(number)
-            loop.add_signal_handler(number, handle)
-            before[number] = previous
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            loop.remove_signal_handler(number)
-            # A signal that comes just after the end of the run must not end the process before its summary.
-            signal.signal(number, signal.SIG_IGN if previous is signal.SIG_DFL else previous)
+    if not hasattr(signal, SIGNAL):
+        return nullcontext()
+    return handled_signals(
+        {
+            signal.SIGUSR1: lambda: gate.hold(SIGNAL, "paused by SIGUSR1"),
+            signal.SIGUSR2: lambda: gate.release(SIGNAL, slowly=False),
+        },
+        # A signal that comes just after the end of the run must not end the process before its summary.
+        default=signal.SIG_IGN,
+    )

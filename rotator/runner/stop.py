@@ -4,9 +4,11 @@ import asyncio
 import signal
 import time
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Final, TypeVar
 
+from rotator.aio import handled_signals
 from rotator.events import DrainStarted, Observer, StopReason
 
 T = TypeVar("T")
@@ -96,24 +98,13 @@ class StopSignal:
         finally:
             self._work = None
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
+    def signals(self) -> AbstractContextManager[None]:
         """Handle the signals that request a stop, where this is the main thread."""
-        loop = asyncio.get_running_loop()
-        before = {}
-        # Outside the main thread no handler can be set; the run works without.
-        with suppress(ValueError, RuntimeError, NotImplementedError):
-            for number in _SIGNALS:
-                previous = signal.getsignal(number)
+        return handled_signals(
+            {
+                number: partial(self.request_by_signal, number)
+                for number in _SIGNALS
                 # nohup ignores SIGHUP on purpose.
-                if number.name == "SIGHUP" and previous is signal.SIG_IGN:
-                    continue
-                loop.add_signal_handler(number, self.request_by_signal, number)
-                before[number] = previous
-        try:
-            yield
-        finally:
-            # The loop's own handlers would point to a closed loop, and lose a Ctrl-C during the summary.
-            for number, previous in before.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, previous)
+                if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
+            }
+        )

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from typing import NoReturn
 
 import pytest
@@ -13,7 +14,7 @@ from rotator.models import CompletedRange, Rotation, Span
 from rotator.models import Helper as HelperRow
 from rotator.options import RunOptions
 from rotator.postgres import rotations
-from rotator.progress import log_observer
+from rotator.progress.lines import LogObserver
 from rotator.runner.worker import Helper
 from rotator.tasks import coordinate_rotation, help_with_rotation
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database
@@ -39,7 +40,7 @@ def _running(database: Database) -> tuple[int, int]:
 
 
 def _coordinate(number: int, *, stops: bool) -> bool:
-    observer = log_observer(logging.getLogger(__name__))
+    observer = LogObserver(logging.getLogger(__name__), clock=time.monotonic)
     return coordinate_rotation("default", number, observer, _lose_message, lambda: stops)
 
 

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from django.core.management import BaseCommand, CommandError, CommandParser
+from django.core.management import CommandError, CommandParser
 from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from rotator import __version__
 from rotator.apps import default_target
 from rotator.events import Observer, Preflighted, RotationStopped, StopReason
 from rotator.exceptions import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.management.terminal import (
+    OwnCommand,
     agrees,
     can_ask,
     hide_errors_of_lost_connections,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rotator.runner.context import AskForHelp
 
 
-class Command(BaseCommand):
+class Command(OwnCommand):
     """Rotates a column, or resumes an interrupted rotation."""
 
     help = (
@@ -48,13 +48,6 @@ class Command(BaseCommand):
         "interrupted rotation, whatever ended it. The first Ctrl-C lets the ranges in flight commit, the "
         "second rolls them back."
     )
-
-    # The checks of the whole project would delay, or prevent, an urgent rotation.
-    requires_system_checks = ()
-
-    def get_version(self) -> str:
-        """Return the version of this app, not Django's, for ``--version``."""
-        return __version__
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""

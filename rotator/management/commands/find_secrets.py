@@ -4,14 +4,13 @@ import json
 import shlex
 from typing import Final, TypedDict, Unpack
 
-from django.core.management import BaseCommand, CommandError, CommandParser
+from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from rotator import __version__
 from rotator.exceptions import OptionError, RotatorError
 from rotator.fields.secret_columns import Inventory, SecretColumn, search_copies, take_inventory
 from rotator.fields.secret_rules import Kind
-from rotator.management.terminal import open_closed_streams
+from rotator.management.terminal import OwnCommand, open_closed_streams
 from rotator.postgres.copies import CopySearch
 from rotator.progress.text import count, moment, plural
 
@@ -31,18 +30,13 @@ class Options(TypedDict):
     all: bool
 
 
-class Command(BaseCommand):
+class Command(OwnCommand):
     """Lists the columns with secrets."""
 
     help = (
         "List the columns of the project that look like secrets: by their names, types and defaults, by the "
         "packages that they belong to, and by a sample of their values. It only reads, and prints no value."
     )
-    requires_system_checks = ()
-
-    def get_version(self) -> str:
-        """Return the version of this app, not Django's, for ``--version``."""
-        return __version__
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
 
-from django.core.management import BaseCommand, CommandError, CommandParser
+from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 
-from rotator import __version__
 from rotator.exceptions import OptionError, RotatorError
 from rotator.management.control import VERBS, Request, await_answer, read_request, send
 from rotator.management.evidence import evidence
@@ -32,7 +31,7 @@ from rotator.management.rotation import (
     rows_of,
     status_of,
 )
-from rotator.management.terminal import open_closed_streams, writable
+from rotator.management.terminal import OwnCommand, open_closed_streams, writable
 from rotator.models import Action, Ledger, Rotation
 from rotator.options import Selection
 from rotator.postgres.owner import this_process
@@ -68,7 +67,7 @@ class Options(TypedDict):
     evidence: Path | None
 
 
-class Command(BaseCommand):
+class Command(OwnCommand):
     """Lists rotations, and controls those that run."""
 
     help = (
@@ -76,11 +75,6 @@ class Command(BaseCommand):
         "control it while it runs: rotations 5 pause, resume, cancel, or set concurrency=2 pace=gentle "
         "batch=500. Write options after the request."
     )
-    requires_system_checks = ()
-
-    def get_version(self) -> str:
-        """Return the version of this app, not Django's, for ``--version``."""
-        return __version__
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""

@@ -9,14 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
 
-from django.core.management import BaseCommand, CommandError, CommandParser
+from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from rotator import __version__
-from rotator.events import Event
+from rotator.events import ignore
 from rotator.exceptions import OptionError, RotatorError
 from rotator.management.rotation import read_rotations
-from rotator.management.terminal import open_closed_streams, writable
+from rotator.management.terminal import OwnCommand, open_closed_streams, writable
 from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
 from rotator.progress.lines import LinesObserver, Sink
@@ -49,7 +48,7 @@ class _Result:
     exit_status: int
 
 
-class Command(BaseCommand):
+class Command(OwnCommand):
     """Verifies a rotation."""
 
     help = (
@@ -58,12 +57,6 @@ class Command(BaseCommand):
         "nothing is left and no control has failed. The same command resumes an interrupted verification, "
         "and can be run again for as long as the ledger exists, for example by cron."
     )
-    # The checks of the whole project would delay it.
-    requires_system_checks = ()
-
-    def get_version(self) -> str:
-        """Return the version of this app, not Django's, for ``--version``."""
-        return __version__
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
@@ -154,7 +147,7 @@ class Command(BaseCommand):
         observer = (
             LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
             if options["verbosity"]
-            else _ignore
+            else ignore
         )
         selection = Selection.from_json(rotation.selection)
         if selection.leaked:
@@ -170,7 +163,3 @@ class Command(BaseCommand):
             text=verification_summary(verified),
             exit_status=verified.exit_status,
         )
-
-
-def _ignore(_event: Event) -> None:
-    pass
