@@ -26,7 +26,7 @@ from harness import (
 from presenting import Machine, Spread, table, write_json
 
 from core.broker import broker_url, running_broker
-from tests.faults.proxy import Proxy
+from core.proxy import Proxy
 
 _LOCAL: Final = "local, 4 connections"
 _CELERY: Final = "2 Celery workers, 2 connections each"

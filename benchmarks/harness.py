@@ -34,7 +34,7 @@ from core.embedded.account import Account  # noqa: E402
 from core.embedded.binaries import find_installed_programs  # noqa: E402
 from core.embedded.errors import EmbeddedServerError  # noqa: E402
 from core.embedded.server import database_url  # noqa: E402
-from tests.faults.own_server import OwnServer, OwnServerError  # noqa: E402
+from core.own_server import OwnServer, OwnServerError  # noqa: E402
 
 T = TypeVar("T")
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from core.own_server import OwnServer
+from core.proxy import Proxy
 from tests.acceptance.harness import MANAGE, Commands
 from tests.faults.database import Database, new_database
 from tests.faults.harness import Rotations
-from tests.faults.own_server import OwnServer
-from tests.faults.proxy import Proxy
 
 TEMPLATE = "migrated"
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import sql
 
-from tests.faults.own_server import OwnServer
+from core.own_server import OwnServer
 
 TABLE: Final = "tickets_ticket"
 _OLD: Final = "audit_old"

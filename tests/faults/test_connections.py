@@ -5,10 +5,10 @@ import time
 
 import pytest
 
+from core.proxy import At, Proxy
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
-from tests.faults.proxy import At, Proxy
 
 ROWS = 20_000
 CUTS = 4

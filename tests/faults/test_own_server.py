@@ -7,8 +7,8 @@ import pytest
 
 from core.embedded.account import Account
 from core.embedded.binaries import Programs
+from core.own_server import OwnServer
 from tests.faults.database import Database
-from tests.faults.own_server import OwnServer
 
 _DEBIAN = Path("/usr/lib/postgresql")
 

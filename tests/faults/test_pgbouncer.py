@@ -9,11 +9,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from core.own_server import OwnServer
+from core.ports import unused_port
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down
 from tests.faults.harness import Rotations, assert_completed
-from tests.faults.own_server import OwnServer
-from tests.faults.ports import unused_port
 from tests.faults.roles import ROLE_SETTINGS, documented_grants
 
 ROWS = int(os.environ.get("ROTATOR_TEST_ROWS", "100000"))

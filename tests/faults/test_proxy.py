@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from core.proxy import At, FrontendMessages, Proxy
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database
-from tests.faults.proxy import At, FrontendMessages, Proxy
 
 
 class _Echo(socketserver.BaseRequestHandler):

@@ -10,11 +10,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from core.own_server import OwnServer
+from core.proxy import At, Proxy
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
-from tests.faults.own_server import OwnServer
-from tests.faults.proxy import At, Proxy
 
 ROWS = 6000
 REFUSED = 4000

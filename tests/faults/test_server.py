@@ -14,10 +14,10 @@ import psycopg
 import pytest
 
 from core.embedded.account import Account
+from core.own_server import OwnServer
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
-from tests.faults.own_server import OwnServer
 
 ROWS = 20_000
 CRASHES = 3

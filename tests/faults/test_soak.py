@@ -13,7 +13,7 @@ KILLS = 10
 @pytest.mark.slow
 def test_killed_at_random_moments() -> None:
     finished = subprocess.run(
-        [sys.executable, "benchmarks/soak.py", f"--kills={KILLS}", "--rows=20000", "--seed=1"],
+        [sys.executable, "-m", "tests.faults.soak", f"--kills={KILLS}", "--rows=20000", "--seed=1"],
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -22,5 +22,5 @@ def test_killed_at_random_moments() -> None:
     )
 
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert f"kill -9     {KILLS}\n" in finished.stdout
+    assert f"{'kill -9':<24}{KILLS:>6}\n" in finished.stdout
     assert finished.stdout.endswith("Every row got a new value in every rotation, once.\n")

@@ -16,6 +16,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
+from core.own_server import OwnReplica, OwnServer
 from rotator.events import Event, HorizonHeld, RotationStopped, Throttled, ThrottleEnded
 from rotator.exceptions import OptionError
 from rotator.options import RunOptions
@@ -32,7 +33,6 @@ from rotator.runner.context import RunTarget
 from rotator.runner.runner import Run
 from rotator.runner.throttles import ThrottleSources
 from tests.faults.database import Audit, Database, make_tickets, new_role, slow_down, speed_up
-from tests.faults.own_server import OwnReplica, OwnServer
 from tests.integration.rotation_tables import UUIDS
 
 ROWS = 3000

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.installed import Environment, Site, copy_of_this_repository
+from tests.foreign import READY_MADE
 from tests.foreign.secret_columns import COPIES, KNOWN, UNKNOWN
 
 pytestmark = [pytest.mark.foreign, pytest.mark.django_db(transaction=True)]
@@ -42,8 +43,6 @@ PACKAGES = (
 
 FILES = Path(__file__).parent / "site"
 LEAST_MODELS = 20
-READY_MADE = "ROTATOR_FOREIGN_ENVIRONMENT"
-"""The name of a variable with an environment that has the packages, so that they need not be installed."""
 
 
 @pytest.fixture(scope="module")

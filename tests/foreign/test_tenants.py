@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.installed import Environment, Site, copy_of_this_repository
-from tests.foreign.test_foreign_models import READY_MADE
+from tests.foreign import READY_MADE
 
 pytestmark = [pytest.mark.foreign, pytest.mark.django_db(transaction=True)]
 

@@ -10,7 +10,7 @@ from rotator.postgres.connection import connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.table import TargetTable
 from tests.integration.outcomes import CODED
-from tests.integration.rotation_tables import Database, begin
+from tests.integration.rotation_tables import MONTH, Database, begin, fill
 
 # Django's own: its cursors and adapters.
 _DJANGOS_OWN = ("cursor_factory", "context", "prepare_threshold")
@@ -49,3 +49,27 @@ def coded(database: Database) -> Iterator[Callable[[str], TargetTable]]:
 
     yield make
     database.execute("DROP TABLE IF EXISTS shop_coded CASCADE")
+
+
+@pytest.fixture
+def days(database: Database) -> Iterator[Database]:
+    """Twenty rows in January, one partition; twenty in March, two by hash; nothing in February."""
+    database.execute(
+        "CREATE TABLE shop_partitioned (day date, number integer, secret varchar(40) NOT NULL,"
+        " PRIMARY KEY (day, number)) PARTITION BY RANGE (day)"
+    )
+    database.execute(f"CREATE TABLE shop_january PARTITION OF shop_partitioned {MONTH.format(1, 2)}")
+    database.execute(
+        f"CREATE TABLE shop_march PARTITION OF shop_partitioned {MONTH.format(3, 4)}"
+        " PARTITION BY HASH (number)"
+    )
+    for part in range(2):
+        database.execute(
+            f"CREATE TABLE shop_march_{part} PARTITION OF shop_march"
+            f" FOR VALUES WITH (MODULUS 2, REMAINDER {part})"
+        )
+    fill(database, "shop_partitioned", "2026-01-01")
+    fill(database, "shop_partitioned", "2026-03-01")
+    yield database
+    for table in ("partitioned", "january", "february", "march"):
+        database.execute(f"DROP TABLE IF EXISTS shop_{table}")

@@ -15,7 +15,7 @@ from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.table import Column, TargetTable
 from rotator.progress.summary import report, summary
-from tests.integration.rotation_tables import TARGET
+from tests.integration.rotation_tables import TABLE_NAME, TARGET
 
 # Real transactions, with the shop's tables.
 SHOP: Final = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
@@ -78,6 +78,22 @@ def rotate(
     chosen = replace(RunOptions(batch=10, concurrency=1, vacuum=False), **options)  # type: ignore[arg-type] # checked by the class
     names = [labels] if isinstance(labels, str) else labels
     return prepare(names, "default", chosen, selection).rotate(observer or EventRecorder())
+
+
+def make_rotation(**fields: object) -> Rotation:
+    """Make a rotation that a process on another host owns."""
+    values = {
+        "target": TARGET,
+        "table_name": TABLE_NAME,
+        "database": "default",
+        "version": "0",
+        "started_xid": 3,
+        "owner_host": "elsewhere.example",
+        "owner_pid": 4711,
+        "owner_user": "ann",
+        **fields,
+    }
+    return Rotation.objects.create(**values)
 
 
 def rotate_tickets(observer: React | None = None, **options: object) -> RotationStopped:

@@ -34,6 +34,7 @@ TOKEN: Final = Column(name="token", type_name="uuid")
 TICKETS: Final = TargetTable(
     path=("tickets_ticket",), key=(Column(name="id", type_name="int8"),), columns=(TOKEN,)
 )
+MONTH: Final = "FOR VALUES FROM ('2026-{0:02}-01') TO ('2026-{1:02}-01')"
 _UPDATES: Final = identifier(SCHEMA, "updates")
 # Long enough for a slow machine, short enough to notice.
 PATIENCE_SECONDS: Final = 30.0
@@ -354,3 +355,10 @@ def assert_new_uuid4s(before: Mapping[str, UUID], after: Mapping[str, UUID]) -> 
     """All values are distinct random UUIDs, none of which was there before."""
     assert len({*before.values(), *after.values()}) == len(before) + len(after)
     assert {value.version for value in after.values()} <= {4}
+
+
+def fill(database: Database, table: str, first: str, prefix: str = "leaked", rows: int = 20) -> None:
+    database.execute(
+        f"INSERT INTO {table} SELECT '{first}'::date + i, i, '{prefix} ' || '{first} ' || i"
+        f" FROM generate_series(0, {rows - 1}) AS i"
+    )

@@ -1,14 +1,11 @@
 """Every kind of key with every kind of secret: rotated, killed, resumed, and audited."""
 
 import threading
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
-from typing import Any
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -19,33 +16,24 @@ from psycopg.sql import SQL, Identifier
 from rotator.api import prepare
 from rotator.events import Event, LimitRaised, RangeDeferred
 from rotator.exceptions import TargetError
-from rotator.fields.model import key_fields
-from rotator.fields.target import table_path
 from rotator.options import RunOptions, Selection, WaitLimits
-from rotator.postgres.table import Column, TargetTable, identifier
+from rotator.postgres.table import TargetTable, identifier
+from tests.integration.any_model import (
+    BATCH,
+    KEYS,
+    ROWS,
+    START,
+    make_rows,
+    rotate_killed_and_resumed,
+    table_of,
+)
 from tests.integration.killed import rotate_until_killed
-from tests.integration.outcomes import assert_completed
 from tests.integration.rotation_tables import SCHEMA, Database
 from tests.pairs import all_pairs
 from tests.shop import models
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
 
-ROWS = 60
-LETTERS = 'äZa-_ %"'
-BATCH = 7
-START = datetime(2026, 11, 1, 12, tzinfo=UTC)
-
-KEYS: dict[type[Model], Callable[[int], dict[str, Any]]] = {
-    models.ByInteger: lambda i: {"id": i * 1000 - 5000},
-    models.BySmallInteger: lambda i: {"id": i - 30},
-    models.ByBigInteger: lambda i: {"id": (i - 5) * 10**17},
-    models.ByUuid: lambda _: {"id": uuid.uuid4()},
-    models.ByChar: lambda i: {"id": LETTERS[i % 8] + str(i)},
-    models.ByMoment: lambda i: {"id": START + timedelta(microseconds=i * 7919)},
-    models.ByDecimal: lambda i: {"id": Decimal(i) / 7 + Decimal(10) ** 17},
-    models.ByPair: lambda i: {"shop": f"shop {i % 3}", "number": i},
-}
 FIELDS = (
     "as_uuid",
     "as_char",
@@ -57,41 +45,6 @@ FIELDS = (
     "as_hex",
     "nullable",
 )
-
-
-def table_of(model: type[Model], *fields: str) -> TargetTable:
-    """The table of a model, for the account that is kept of it."""
-    return TargetTable(
-        path=table_path(model),
-        key=tuple(Column(name=str(field.column), type_name="text") for field in key_fields(model)),
-        columns=tuple(
-            Column(name=str(field.column), type_name="text")
-            for field in model._meta.concrete_fields
-            if field.name in fields
-        ),
-    )
-
-
-def make_rows(model: type[Model], key_of: Callable[[int], dict[str, Any]]) -> None:
-    model._default_manager.bulk_create(
-        model(**key_of(i), nullable="x" if i % 4 else None) for i in range(ROWS)
-    )
-
-
-def rotate_killed_and_resumed(
-    database: Database, *labels: str, rows: int = ROWS, selection: Selection | None = None
-) -> None:
-    """Rotate, die in the middle, and go on."""
-    chosen = selection or Selection()
-    options = RunOptions(batch=BATCH, concurrency=2)
-    name = str(django_connection.settings_dict["NAME"])
-    rotate_until_killed(name, list(labels), chosen, options=options, ranges=3)
-    done = sum(rows for *_, rows in database.checkpoints())
-    assert 0 < done < rows
-    prepared = prepare(labels, "default", options, chosen)
-    outcome = prepared.rotate(lambda _event: None)
-    assert outcome.resumed
-    assert_completed(outcome, rows=rows)
 
 
 @pytest.mark.parametrize(("model", "field"), all_pairs(KEYS, FIELDS))

@@ -19,11 +19,15 @@ from rotator.postgres.owner import this_process
 from rotator.runner.control import LiveControl
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
-from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
+from tests.integration.outcomes import (
+    EventRecorder,
+    after_range,
+    assert_completed,
+    make_rotation,
+    rotate_tickets,
+)
 from tests.integration.rotation_tables import (
     COMMITTING,
-    TABLE_NAME,
-    TARGET,
     TICKETS,
     Database,
     once_each,
@@ -32,21 +36,6 @@ from tests.integration.rotation_tables import (
 pytestmark = COMMITTING
 
 USER = this_process().user
-
-
-def make_rotation(**fields: object) -> Rotation:
-    values = {
-        "target": TARGET,
-        "table_name": TABLE_NAME,
-        "database": "default",
-        "version": "0",
-        "started_xid": 3,
-        "owner_host": "elsewhere.example",
-        "owner_pid": 4711,
-        "owner_user": "ann",
-        **fields,
-    }
-    return Rotation.objects.create(**values)
 
 
 def ask(*words: str) -> str:

@@ -9,9 +9,9 @@ from rotator.api import RotationUnfinishedError, Target, prepare, rotate_sync
 from rotator.exceptions import OptionError, TargetError, ValuesError
 from rotator.options import RunOptions, Selection
 from rotator.progress import preflight
+from tests.integration.any_model import table_of
 from tests.integration.outcomes import assert_completed, each_connection, rotate
 from tests.integration.rotation_tables import Database
-from tests.integration.test_any_model import table_of
 from tests.shop import models
 from tests.shop.models import Client
 

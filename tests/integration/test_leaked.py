@@ -18,10 +18,7 @@ from rotator.postgres import leaked
 from rotator.postgres.connection import OwnConnection, connected
 from rotator.postgres.leaked import LeakedValues
 from tests.integration.rotation_tables import END_THE_ROTATOR, Database
-from tests.integration.test_partitions import days
 from tests.shop import models
-
-__all__ = ["days"]
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
 

@@ -6,20 +6,10 @@ import pytest
 from django.core.management import call_command
 from django.db import IntegrityError, transaction
 
-from rotator.models import CompletedRange, Rotation
+from rotator.models import CompletedRange
+from tests.integration.outcomes import make_rotation
 
 pytestmark = pytest.mark.django_db
-
-
-def _rotation(**fields: object) -> Rotation:
-    values = {
-        "target": "tickets.Ticket.token",
-        "database": "default",
-        "version": "0",
-        "started_xid": 1,
-        **fields,
-    }
-    return Rotation.objects.create(**values)
 
 
 def test_migrations_match_the_models() -> None:
@@ -28,15 +18,15 @@ def test_migrations_match_the_models() -> None:
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 def test_a_target_has_one_unfinished_rotation(status: str) -> None:
-    _rotation(status=status)
+    make_rotation(status=status)
     with pytest.raises(IntegrityError, match="rotator_one_unfinished_rotation"):
-        _rotation()
+        make_rotation()
 
 
 def test_finished_rotations_do_not_stand_in_the_way() -> None:
-    _rotation(status="completed", finished_at=datetime.now(UTC))
-    _rotation(status="abandoned", finished_at=datetime.now(UTC))
-    _rotation()
+    make_rotation(status="completed", finished_at=datetime.now(UTC))
+    make_rotation(status="abandoned", finished_at=datetime.now(UTC))
+    make_rotation()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +41,7 @@ def test_finished_rotations_do_not_stand_in_the_way() -> None:
 )
 def test_impossible_rotations_are_refused(fields: dict[str, object], constraint: str) -> None:
     with pytest.raises(IntegrityError, match=constraint):
-        _rotation(**fields)
+        make_rotation(**fields)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +56,7 @@ def test_impossible_rotations_are_refused(fields: dict[str, object], constraint:
 def test_impossible_checkpoints_are_refused(
     after: list[int] | None, through: list[int], rows: int, constraint: str
 ) -> None:
-    rotation = _rotation()
+    rotation = make_rotation()
     CompletedRange.objects.create(rotation=rotation, after=None, through=[10], rows=10, seconds=0.1)
     CompletedRange.objects.create(rotation=rotation, after=[10], through=[20], rows=10, seconds=0.1)
     with pytest.raises(IntegrityError, match=constraint), transaction.atomic():

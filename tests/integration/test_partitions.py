@@ -1,7 +1,5 @@
 """Partitions that come, go and come back while a rotation is under way."""
 
-from collections.abc import Iterator
-
 import pytest
 from psycopg import errors
 
@@ -10,7 +8,7 @@ from rotator.exceptions import TargetError
 from rotator.options import RunOptions, Selection
 from rotator.postgres.table import Column, TargetTable
 from tests.integration.outcomes import SHOP, EventRecorder, after_range, assert_unconfirmed, at_start, rotate
-from tests.integration.rotation_tables import Database
+from tests.integration.rotation_tables import MONTH, Database, fill
 
 pytestmark = SHOP
 
@@ -29,38 +27,6 @@ RELOADED = (
     "CREATE TABLE shop_copy AS SELECT day, number, 'leaked ' || number FROM shop_january;"
     "TRUNCATE shop_january;INSERT INTO shop_january SELECT * FROM shop_copy;DROP TABLE shop_copy"
 )
-MONTH = "FOR VALUES FROM ('2026-{0:02}-01') TO ('2026-{1:02}-01')"
-
-
-@pytest.fixture
-def days(database: Database) -> Iterator[Database]:
-    """Twenty rows in January, one partition; twenty in March, two by hash; nothing in February."""
-    database.execute(
-        "CREATE TABLE shop_partitioned (day date, number integer, secret varchar(40) NOT NULL,"
-        " PRIMARY KEY (day, number)) PARTITION BY RANGE (day)"
-    )
-    database.execute(f"CREATE TABLE shop_january PARTITION OF shop_partitioned {MONTH.format(1, 2)}")
-    database.execute(
-        f"CREATE TABLE shop_march PARTITION OF shop_partitioned {MONTH.format(3, 4)}"
-        " PARTITION BY HASH (number)"
-    )
-    for part in range(2):
-        database.execute(
-            f"CREATE TABLE shop_march_{part} PARTITION OF shop_march"
-            f" FOR VALUES WITH (MODULUS 2, REMAINDER {part})"
-        )
-    fill(database, "shop_partitioned", "2026-01-01")
-    fill(database, "shop_partitioned", "2026-03-01")
-    yield database
-    for table in ("partitioned", "january", "february", "march"):
-        database.execute(f"DROP TABLE IF EXISTS shop_{table}")
-
-
-def fill(database: Database, table: str, first: str, prefix: str = "leaked", rows: int = ROWS // 2) -> None:
-    database.execute(
-        f"INSERT INTO {table} SELECT '{first}'::date + i, i, '{prefix} ' || '{first} ' || i"
-        f" FROM generate_series(0, {rows - 1}) AS i"
-    )
 
 
 def leaked(database: Database) -> int:

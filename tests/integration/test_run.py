@@ -35,7 +35,13 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.owner import this_process
 from rotator.runner import acquire, retry, runner, session
 from rotator.signals import range_rotated
-from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
+from tests.integration.outcomes import (
+    EventRecorder,
+    after_range,
+    assert_completed,
+    make_rotation,
+    rotate_tickets,
+)
 from tests.integration.rotation_tables import (
     COMMITTING,
     END_THE_ROTATOR,
@@ -47,22 +53,6 @@ from tests.integration.rotation_tables import (
 )
 
 pytestmark = COMMITTING
-
-
-def make_rotation(**fields: object) -> Rotation:
-    """A rotation that some process is said to be at."""
-    values = {
-        "target": TARGET,
-        "table_name": TABLE_NAME,
-        "database": "default",
-        "version": "0",
-        "started_xid": 3,
-        "owner_host": "elsewhere.example",
-        "owner_pid": 4711,
-        "owner_user": "ann",
-        **fields,
-    }
-    return Rotation.objects.create(**values)
 
 
 # --- From the start to the end ---------------------------------------------------------------------

@@ -19,10 +19,18 @@ from rotator.exceptions import OptionError, OwnedElsewhereError, RotatorError, T
 from rotator.fields import generators
 from rotator.options import RunOptions, Selection
 from rotator.signals import range_rotated
+from tests.integration.any_model import (
+    BATCH,
+    KEYS,
+    ROWS,
+    START,
+    make_rows,
+    rotate_killed_and_resumed,
+    table_of,
+)
 from tests.integration.killed import rotate_until_killed
 from tests.integration.outcomes import assert_completed
 from tests.integration.rotation_tables import Database
-from tests.integration.test_any_model import BATCH, ROWS, START, rotate_killed_and_resumed, table_of
 from tests.shop import models
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
@@ -242,8 +250,6 @@ def test_columns_that_belong_together(database: Database) -> None:
     "model", [models.ByInteger, models.ByPair, models.ByMoment, models.ByDecimal, models.ByUuid]
 )
 def test_a_generator_that_wants_the_row(database: Database, model: Any) -> None:  # noqa: ANN401 - any of them
-    from tests.integration.test_any_model import KEYS, make_rows  # noqa: PLC0415 - the same rows as there
-
     make_rows(model, KEYS[model])
     rotate_killed_and_resumed(
         database,

@@ -16,17 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from harness import at_least_one, say
-from presenting import table
-
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
 
+from core.own_server import OwnServer
+from core.proxy import At, Proxy
 from tests.acceptance.harness import MANAGE, Running
 from tests.faults.database import TABLE, Audit, Database, make_tickets, slow_down, speed_up
 from tests.faults.harness import Rotations
 from tests.faults.neighbour import Neighbour
-from tests.faults.own_server import OwnServer
-from tests.faults.proxy import At, Proxy
 
 _DATABASE: Final = "soak"
 _RANGE_SECONDS: Final = 0.01
@@ -126,7 +123,7 @@ class Soak:
 
     def _tell(self, rest: str) -> None:
         if sum(self.findings.faults.values()) % 10 == 0:
-            say(f"{self.findings.runs} runs, {self.findings.rotations} rotations completed; {rest}")
+            _say(f"{self.findings.runs} runs, {self.findings.rotations} rotations completed; {rest}")
 
     def _run(self) -> Running:
         """The process that rotates; a new one where there is none."""
@@ -323,12 +320,12 @@ def main() -> NoReturn:
         "--minutes", type=float, default=5.0, metavar="N", help="for how long (default: %(default)s)"
     )
     how_long.add_argument(
-        "--kills", type=at_least_one, metavar="N", help="only kill, this often, however long that takes"
+        "--kills", type=int, metavar="N", help="only kill, this often, however long that takes"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="draws the faults (default: one of its own)")
     parser.add_argument(
         "--rows",
-        type=at_least_one,
+        type=int,
         default=50_000,
         metavar="N",
         help="how many tickets there are (default: %(default)s)",
@@ -340,7 +337,7 @@ def main() -> NoReturn:
     try:
         sys.exit(0 if _soak(options, seed) else 1)
     except KeyboardInterrupt:
-        say("interrupted; nothing is left behind")
+        _say("interrupted; nothing is left behind")
         sys.exit(128 + signal.SIGINT)
 
 
@@ -371,7 +368,7 @@ def _soak(options: argparse.Namespace, seed: int) -> bool:
 def _prepared(rows: int) -> Iterator[tuple[OwnServer, Database, Proxy, Path]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        say("starting a server")
+        _say("starting a server")
         # A crash loses what was committed asynchronously within the last second or so.
         server = stack.enter_context(OwnServer({"wal_writer_delay": "10s", "max_wal_size": "8GB"}))
         with server.connect() as admin:
@@ -381,7 +378,7 @@ def _prepared(rows: int) -> Iterator[tuple[OwnServer, Database, Proxy, Path]]:
         migrated = Rotations(folder).start_on(database.url(), *MANAGE, "migrate", "--verbosity=0").wait()
         if migrated.status:
             raise SystemExit(migrated.err)
-        say(f"creating {rows:,} tickets")
+        _say(f"creating {rows:,} tickets")
         yield server, database, stack.enter_context(Proxy(port=server.port)), folder
 
 
@@ -392,7 +389,8 @@ def _print(
         f"{options.rows:,} rows, seed {seed}: {findings.runs:,} runs and {findings.rotations:,} rotations "
         f"completed in {seconds / 60:.1f} minutes"
     )
-    print(table([["fault", "times"], *([name, f"{times:,}"] for name, times in findings.faults.items())]))
+    for name, times in findings.faults.items():
+        print(f"{name:<24}{times:>6,}")
     if neighbour.transactions:
         print(
             f"A neighbour made {neighbour.transactions:,} transactions; its longest statement took "
@@ -406,6 +404,10 @@ def _print(
         if not findings.violations
         else f"{len(findings.violations)} violations."
     )
+
+
+def _say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, to be crashed, stopped and set up as they like."""
+"""A temporary PostgreSQL server, which tests and benchmarks crash, stop and configure."""
 
 import secrets
 import shutil
@@ -16,7 +16,7 @@ from core.embedded.account import Account
 from core.embedded.binaries import Programs, find_programs
 from core.embedded.configuration import SUPERUSER, initdb_arguments
 from core.embedded.postmaster import complaint
-from tests.faults.ports import unused_port
+from core.ports import unused_port
 
 _OWN_SETTINGS: Final = {
     # A crash of the server alone, which is what happens here, loses what was not written to the system.
@@ -233,7 +233,7 @@ class OwnServer:
 
 
 class OwnReplica(OwnServer):
-    """A hot standby of a server of the tests' own, which streams from it.
+    """A hot standby of a temporary server, which streams from it.
 
     Args:
         primary: The server that it is a replica of.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Self, TypeVar
 
-from tests.faults.ports import unused_port
+from core.ports import unused_port
 
 T = TypeVar("T")
 
@@ -229,11 +229,6 @@ class Proxy:
         """
         self._loop.call_soon_threadsafe(self._traps.append, _Trap(at=at, containing=containing))
 
-    @property
-    def traps_left(self) -> int:
-        """How many of the COMMITs that were to be cut have not come yet."""
-        return len(self._traps)
-
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
@@ -269,7 +264,8 @@ class Proxy:
 
     async def _serve(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        assert task is not None
+        if task is None:
+            raise AssertionError("A connection is served by a task.")
         self._tasks.add(task)
         try:
             server_reader, server = await self._connect()
