@@ -44,7 +44,7 @@ from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
 from rotator.fields.target import check_stored_form, find_fields, resolve
 from rotator.fields.throttles import find_sources
-from rotator.options import RotateOptions, RunOptions, Selection
+from rotator.options import RotateOptions, RunOptions, Selection, check_kind, check_kinds, read_strings
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
@@ -129,9 +129,10 @@ async def rotate(
         OptionError: A completed rotation had the same fields, rows and values, and ``restart`` is false.
         RotatorError: The rotation cannot begin; the text says why. Nothing was changed.
     """
+    observer = _checked_observer(observer)
     # Django's connections must not be used in the loop's thread.
     prepared = await sync_to_async(_prepare_call)(target, options)
-    return _completed(await prepared.rotate_in_this_loop(observer or ignore))
+    return _completed(await prepared.rotate_in_this_loop(observer))
 
 
 def rotate_sync(
@@ -142,25 +143,40 @@ def rotate_sync(
     Leaves Django's connections of this thread as they are. Generators and receivers use them, in their own
     thread. In a thread with a running event loop it raises an error: use :func:`rotate` there.
     """
+    observer = _checked_observer(observer)
     prepared = _prepare_call(target, options)
     with borrowed():
-        return _completed(prepared.rotate(observer or ignore, keeps_connections=True))
+        return _completed(prepared.rotate(observer, keeps_connections=True))
+
+
+def _checked_observer(observer: Observer | None) -> Observer:
+    if observer is not None and not callable(observer):
+        raise OptionError(f"observer must be callable, not {type(observer).__name__}.")
+    return observer or ignore
 
 
 def _prepare_call(target: Target, options: RotateOptions) -> "Prepared":
     """Prepare with the caller's connections, and leave them as they were."""
+    if not isinstance(target, Target):
+        kind = type(target).__name__
+        raise TargetError(f'The target must be a Target, not {kind}: use Target("app.Model.field").')
+    if unknown := sorted(options.keys() - RotateOptions.__annotations__.keys()):
+        raise OptionError(f"There is no option {', '.join(unknown)}. See RotateOptions for all of them.")
     checked = RunOptions.checked(**options, listens_to_signals=False)
     selection = Selection(
-        filters=tuple(target.filters),
-        excludes=tuple(target.excludes),
+        filters=read_strings("filters", target.filters),
+        excludes=read_strings("excludes", target.excludes),
         generator=target.generator,
         include_null=target.include_null,
         include_blank=target.include_blank,
-        ignore_derived=tuple(target.ignore_derived),
+        ignore_derived=read_strings("ignore_derived", target.ignore_derived),
         leaked=target.leaked,
         leaked_column=target.leaked_column,
     )
-    labels = [target.fields] if isinstance(target.fields, str) else target.fields
+    check_kinds(selection)
+    if target.database is not None:
+        check_kind("database", target.database, str)
+    labels = read_strings("fields", [target.fields] if isinstance(target.fields, str) else target.fields)
     check_no_running_loop()
     with borrowed():
         return prepare(labels, target.database, checked, selection).with_leaked_values()

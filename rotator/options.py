@@ -2,8 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypedDict
@@ -62,6 +62,33 @@ PACES: Final = {
 }
 
 
+_KINDS: Final[Mapping[object, str]] = {int: "an integer", bool: "True or False", str: "a string"}
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse a value of another type, which callers in Python can give."""
+    # True and False are integers, too.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise OptionError(f"{name} must be {_KINDS[kind]}, not {type(value).__name__}.")
+
+
+def check_kinds(options: "RunOptions | Selection") -> None:
+    """Refuse options of another type than theirs."""
+    for each in fields(options):
+        if isinstance(each.type, type) and each.type in _KINDS:
+            check_kind(each.name, getattr(options, each.name), each.type)
+
+
+def read_strings(name: str, values: Iterable[str]) -> tuple[str, ...]:
+    """Return strings that a caller in Python gives; a single string is not a list of its characters."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise OptionError(f"{name} must be a list of strings, not {type(values).__name__}.")
+    found = tuple(values)
+    for value in found:
+        check_kind(f"Each item of {name}", value, str)
+    return found
+
+
 def read_pace(name: str) -> Pace:
     """Check the value of ``--pace``, and return the pace."""
     if name not in PACES:
@@ -83,6 +110,7 @@ def read_size(name: str, value: str | None) -> int | None:
     """Check the value of an option that is an amount of WAL, and return its bytes."""
     if value is None:
         return None
+    check_kind(name, value, str)
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(kB|MB|GB|TB)", value)
     number = int(float(found[1]) * _BYTES[found[2]]) if found else 0
     if not _MIN_BYTES <= number <= _MAX_BYTES:
@@ -138,8 +166,10 @@ def read_setting(name: str, text: str) -> object:
 def _seconds(value: Duration) -> float | None:
     if isinstance(value, timedelta):
         return value.total_seconds()
-    if not isinstance(value, str):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return value
+    if not isinstance(value, str):
+        return None
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", value)
     return float(found[1]) * _SECONDS[found[2]] if found else None
 
@@ -299,7 +329,7 @@ class RunOptions:
             raise OptionError("--max-lag and --lag-of belong together: --max-lag 10s --lag-of replica.")
         checked = cls(
             max_lag_seconds=None if max_lag is None else read_duration("max_lag", max_lag),
-            lag_of=tuple(lag_of),
+            lag_of=read_strings("lag_of", lag_of),
             max_unarchived_wal_bytes=read_size("max_unarchived_wal", max_unarchived_wal),
             max_slot_wal_bytes=read_size("max_slot_wal", max_slot_wal),
             limits=WaitLimits.of_lock_seconds(lock_seconds),
@@ -308,6 +338,7 @@ class RunOptions:
             stop_after_seconds=seconds,
             **options,
         )
+        check_kinds(checked)
         _in_range("concurrency", checked.concurrency)
         _in_range("batch", checked.batch)
         check_batch(checked.batch, checked.pace)
