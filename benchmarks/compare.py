@@ -1,4 +1,4 @@
-"""async_rotate beside everything else that people do to a column of a million rows."""
+"""async_rotate compared with the other ways to rewrite a column of a million rows."""
 
 import argparse
 import re
@@ -101,7 +101,7 @@ class Way:
 def main() -> None:
     """Read the options and run."""
     parser = parser_for(
-        "How does async_rotate do beside everything else that people do? Every way begins with the same "
+        "How does async_rotate compare with the other ways? Every way begins with the same "
         "files, in turns, and what it has done is checked: every token is new, and no two are the same.",
         repetitions=3,
     )

@@ -21,7 +21,7 @@ class Measurement:
         seconds: From the process's start to its exit.
         retries: The number of retries.
         ranges: How many were planned.
-        odd_ranges: How many of them, but for the last, held more or fewer rows than asked for.
+        odd_ranges: The number of ranges, except the last one, with more or fewer rows than --batch.
     """
 
     rows_per_second: float

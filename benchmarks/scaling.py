@@ -1,4 +1,4 @@
-"""How async_rotate keeps up with larger tables, beside one UPDATE statement on the same data."""
+"""async_rotate on larger tables, compared with one UPDATE statement on the same data."""
 
 import argparse
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Measurement:
 def main() -> None:
     """Read the options and run."""
     parser = parser_for(
-        "How do rows a second, memory and WAL change with the number of rows, beside one UPDATE statement? "
+        "How do rows a second, memory and WAL change with the number of rows, and for one UPDATE? "
         "Exits with 1 if the largest table takes over --difference more memory than the smallest.",
         repetitions=1,
     )

@@ -130,7 +130,7 @@ class OwnServer:
         """Stop it and wait until it is gone.
 
         Args:
-            mode: ``fast`` disconnects everybody; ``immediate`` is a crash.
+            mode: ``fast`` disconnects every client; ``immediate`` is a crash.
         """
         self._control("stop", "--wait", "--timeout=60", f"--mode={mode}")
 

@@ -283,7 +283,7 @@ class Proxy:
             asyncio.ensure_future(self._pump_to_client(link, to_client)),
         }
         self._pumps |= pumps
-        # Whoever hangs up first, hangs up for both.
+        # When one side hangs up, so does the other.
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         for pump in pumps | intakes:
             pump.cancel()

@@ -9,7 +9,7 @@ from core.database import database_from
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
-# Without one, sessions end with the process: safer than a key that everybody can read here.
+# Without one, sessions end with the process: safer than a key that is public here.
 SECRET_KEY = os.environ.get("SECRET_KEY") or get_random_secret_key()
 DEBUG = os.environ.get("DEBUG", "") == "1"
 ALLOWED_HOSTS = os.environ.get("ALLOWED_HOSTS", "localhost 127.0.0.1").split()

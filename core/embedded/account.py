@@ -64,7 +64,7 @@ class Account:
 
         Args:
             command: The program and its arguments.
-            log: Where its standard error goes; beside its standard output, unless told.
+            log: Where its standard error goes; the file of its standard output if None.
 
         Raises:
             EmbeddedServerError: We may not act as the account.

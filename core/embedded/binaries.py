@@ -84,7 +84,7 @@ def _wheel_folder() -> Path | None:
 def _installed_folders() -> Iterator[Path]:
     on_path = shutil.which("postgres")
     if on_path is not None:
-        # Distributions link single programs into PATH; the others are beside the real one.
+        # Distributions link single programs into PATH; the others are next to the real one.
         yield Path(on_path).resolve().parent
     for pattern in _DISTRIBUTION_FOLDERS:
         yield from sorted(Path("/").glob(pattern), key=_number, reverse=True)
@@ -118,7 +118,7 @@ def _copied(wheel: Path, state: Path) -> Path:
         for outdated in state.glob("server-*"):
             shutil.rmtree(outdated)
         unfinished = Path(tempfile.mkdtemp(prefix="server-", dir=state))
-        # The wheel's programs find their libraries beside their own package.
+        # The wheel's programs find their libraries next to their own package.
         for part in (package, package.with_name(f"{package.name}.libs")):
             if part.exists():
                 shutil.copytree(part, unfinished / part.name)

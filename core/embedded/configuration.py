@@ -37,7 +37,7 @@ def initdb_arguments(data: Path, major: int) -> list[str]:
     return [
         f"--pgdata={data}",
         f"--username={SUPERUSER}",
-        # Whoever can reach the socket in its private folder could read the data anyway.
+        # A user who can reach the socket in its private folder could read the data anyway.
         "--auth=trust",
         "--encoding=UTF8",
         *locale,

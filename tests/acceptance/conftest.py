@@ -16,6 +16,6 @@ def commands(transactional_db: None, tmp_path: Path) -> Iterator[Commands]:  # n
         yield started
     finally:
         started.end()
-        # Whoever still held a lock would hold up what clears the tables.
+        # A session with a lock would block the clearing of the tables.
         wait_for_the_backends_to_go()
         Audit.clear()

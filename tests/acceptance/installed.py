@@ -72,7 +72,7 @@ def copy_of_this_repository(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Site:
-    """Somebody's project.
+    """A user's project.
 
     Attributes:
         environment: Where its packages are.

@@ -33,7 +33,7 @@ def test_killed_again_and_again_every_row_is_written_once(commands: Commands) ->
     finished = commands.run()
 
     assert finished.status == 0, finished.err
-    # Nobody watches for the heartbeat of a process that is gone from this very host.
+    # No process watches the heartbeat of one that has ended on the same host.
     assert "watching" not in finished.err
     assert f"resumes: {killed_with_rows:,} of {ROWS:,} rows were done" in finished.err
     audit.assert_rotated()

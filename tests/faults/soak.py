@@ -174,7 +174,7 @@ class Soak:
         )
         if not self._database.number(owned):
             # It has completed, and another run would begin another rotation before this one was audited; or
-            # it has yet to begin, and would go on beside the other.
+            # it has yet to begin, and would continue next to the other.
             running.send(signal.SIGCONT)
             self._ended(running)
             return

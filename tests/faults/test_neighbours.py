@@ -1,4 +1,4 @@
-"""Whoever else writes to the table: in the opposite order, and in transactions older than the rotation."""
+"""Other sessions that write to the table: in the opposite order, and in older transactions."""
 
 import os
 

@@ -9,11 +9,18 @@ from django.db import connection
 from rotator.postgres.connection import connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.table import TargetTable
+from rotator.runner import session
 from tests.integration.outcomes import CODED
 from tests.integration.rotation_tables import MONTH, Database, begin, fill
 
 # Django's own: its cursors and adapters.
 _DJANGOS_OWN = ("cursor_factory", "context", "prepare_threshold")
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run waits only for a moment for transactions that are older than the rotation."""
+    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
 
 
 @pytest.fixture

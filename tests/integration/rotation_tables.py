@@ -154,7 +154,7 @@ class Database:
         )
 
     def make_table(self, table: TargetTable, *, collation: str = "C") -> None:
-        """Make a table of this shape, with a title beside key and value."""
+        """Make a table of this shape, with a title, a key and a value."""
         columns = [
             sql.SQL("{} {} {}").format(
                 sql.Identifier(column.name),

@@ -10,7 +10,6 @@ from rotator.models import Rotation
 from rotator.options import Selection
 from rotator.postgres import writer
 from rotator.postgres.table import TargetTable
-from rotator.runner import session
 from tests.integration.outcomes import (
     CODES,
     ORDERS,
@@ -187,9 +186,8 @@ def test_a_column_that_stays_null_is_not_one_that_a_trigger_keeps(database: Data
 
 @pytest.mark.parametrize(("keeping", "source"), all_pairs(KEEPING, SOURCES))
 def test_a_trigger_that_keeps_old_values_of_late_rows_fails_the_run(
-    database: Database, monkeypatch: pytest.MonkeyPatch, keeping: str, source: str
+    database: Database, keeping: str, source: str
 ) -> None:
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     database.make_tickets(1, ROWS)
     older, triggers = _older(database), list[str]()
 
@@ -298,11 +296,8 @@ def test_old_values_that_a_trigger_files_in_the_same_table_are_not_confirmed(
     assert all(after[key] != value for key, value in before.items())
 
 
-def test_late_rows_that_a_trigger_touches_are_not_confirmed(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_late_rows_that_a_trigger_touches_are_not_confirmed(database: Database) -> None:
     """Nothing tells them from the rows that the trigger wrote in the same transaction."""
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     database.make_tickets(1, ROWS)
     older = _older(database)
 
@@ -435,9 +430,8 @@ def test_each_value_differs_from_the_old_one_even_where_there_are_few(
 
 
 def test_late_values_differ_from_the_old_ones_too(
-    database: Database, coded: Callable[[str], TargetTable], monkeypatch: pytest.MonkeyPatch
+    database: Database, coded: Callable[[str], TargetTable]
 ) -> None:
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     table = coded("char(5)")
     older = database.connect()
     older.execute("BEGIN")

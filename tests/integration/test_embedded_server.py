@@ -192,7 +192,7 @@ def test_an_installed_server_replaces_the_missing_wheel(state: Path, monkeypatch
     try:
         programs = find_programs(Account.for_server(), state)
     except EmbeddedServerError:
-        pytest.skip("no PostgreSQL is installed beside the wheel")
+        pytest.skip("no PostgreSQL is installed besides the wheel")
     server = EmbeddedServer(state)
     socket = server.attach()
     with psycopg.connect(host=str(socket), user="postgres", dbname="rotator") as connection:

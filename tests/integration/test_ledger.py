@@ -18,7 +18,7 @@ from rotator.models import Ledger, Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.ledger import digest_of
 from rotator.postgres.table import TargetTable
-from rotator.runner import proof, session
+from rotator.runner import proof
 from tests.integration.killed import kill_itself, until_killed
 from tests.integration.outcomes import CODES, SHOP, EventRecorder, after_range, rotate, rotate_tickets
 from tests.integration.rotation_tables import TARGET, Database, execute_all
@@ -206,9 +206,7 @@ def test_a_late_row_enters_it_before_the_row_is_rotated(database: Database) -> N
     assert Ledger.objects.get().entries == ROWS + 1 + len(late)
 
 
-def test_it_is_loaded_after_older_transactions_have_ended(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_loaded_after_older_transactions_have_ended(database: Database) -> None:
     database.make_tickets(1, ROWS)
     older = database.connect()
     execute_all(
@@ -218,7 +216,6 @@ def test_it_is_loaded_after_older_transactions_have_ended(
         " VALUES (0, '', now(), '00000000-0000-4000-8000-00000000ffff')",
     )
 
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
     awaited = 0
 
     def react(event: Event) -> None:

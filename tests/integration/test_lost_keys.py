@@ -7,6 +7,7 @@ import pytest
 
 from rotator.options import Selection
 from rotator.postgres.table import TargetTable
+from rotator.runner import retry
 from tests.integration.outcomes import CODES, SHOP, EventRecorder, assert_unconfirmed, rotate
 from tests.integration.rotation_tables import TARGET, Database
 
@@ -58,8 +59,11 @@ def test_rows_that_the_index_lacks_are_rotated(database: Database, batch: int, s
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_second_row_with_a_key_is_refused_by_its_key(database: Database, source: str) -> None:
+def test_a_second_row_with_a_key_is_refused_by_its_key(
+    database: Database, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
     """Any update of it would be, until one of them is deleted."""
+    monkeypatch.setattr(retry, "backoff_seconds", lambda *_attempt, **_limits: 0.0)
     database.make_tickets(1, ROWS)
     with index_misses_rows(database, "tickets_ticket_pkey"):
         database.make_tickets(7, 7)

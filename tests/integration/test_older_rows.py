@@ -60,7 +60,7 @@ def _keys(rows: Iterable[OlderRow]) -> list[Key]:
 
 
 def _rotate_all_but(database: Database, *left: int) -> None:
-    """Write every row, as the ranges do, but for those whose transactions are not over."""
+    """Write every row, as the ranges do, except those whose transactions are not over."""
     database.execute(
         "UPDATE tickets_ticket SET token = gen_random_uuid() WHERE id <> ALL (%s)", (list(left),)
     )

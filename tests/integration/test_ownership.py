@@ -227,7 +227,7 @@ async def test_taking_over_waits_for_the_range_in_flight(
         assert (await rewriting).rows == 20
         taken = await taking
     assert taken is not None
-    # Whoever has taken over sees all that its predecessor has done.
+    # The new owner sees all that its predecessor has done.
     assert (await read_state(control, taken)).rows_done == 20
 
 

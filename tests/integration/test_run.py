@@ -438,10 +438,8 @@ def test_who_wrote_before_the_start_is_waited_for_before_the_bound_is_frozen(
 
 
 def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
-    database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    database: Database, older: psycopg.Connection
 ) -> None:
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
-
     def commit(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and recorder.rows == 49:
             older.execute("COMMIT")
@@ -455,10 +453,7 @@ def test_what_is_committed_after_the_last_range_is_rotated_before_completion(
     assert database.updates() == once_each((1, 50), (99, 99))
 
 
-def test_more_late_rows_than_a_batch_are_all_rotated(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
+def test_more_late_rows_than_a_batch_are_all_rotated(database: Database) -> None:
     database.count_updates()
     older = database.connect()
     older.execute("BEGIN")
@@ -476,11 +471,7 @@ def test_more_late_rows_than_a_batch_are_all_rotated(
     assert database.updates() == once_each((1, 300))
 
 
-def test_a_late_row_at_fault_completes_nothing(
-    database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
-
+def test_a_late_row_at_fault_completes_nothing(database: Database, older: psycopg.Connection) -> None:
     def commit(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and recorder.rows == 49:
             older.execute("COMMIT")
@@ -496,10 +487,8 @@ def test_a_late_row_at_fault_completes_nothing(
 
 
 def test_a_run_stopped_while_it_waits_for_transactions_can_be_resumed(
-    database: Database, older: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    database: Database, older: psycopg.Connection
 ) -> None:
-    monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.2)
-
     def stop(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and recorder.rows == 49:
             signal.raise_signal(signal.SIGINT)
@@ -600,7 +589,7 @@ def test_a_server_that_stays_away_ends_the_run_once_its_budget_is_used_up(databa
         maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
     assert (outcome.status, outcome.exit_status) == ("interrupted", 1)
     assert "cannot be reached" in outcome.error
-    # Nobody could tell the database.
+    # The database could not be told.
     assert Rotation.objects.get().status == "running"
     second = rotate_tickets(take_over=True)
     assert_completed(second, rows=100)
@@ -625,7 +614,7 @@ def test_a_server_that_comes_back_read_only_ends_the_run_with_an_account(databas
     assert "read-only" in outcome.error
 
 
-# --- The heartbeat beside the work -----------------------------------------------------------------
+# --- The heartbeat during the work -----------------------------------------------------------------
 
 
 def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(

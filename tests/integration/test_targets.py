@@ -1,4 +1,4 @@
-"""What the user chooses beside the field: which rows, whose values, several fields at once."""
+"""What the user chooses in addition to the field: which rows, whose values, several fields at once."""
 
 import asyncio
 import hashlib

@@ -104,7 +104,7 @@ def wrong_mapping(_row: Model) -> dict[str, str]:
 
 
 def slow() -> str:
-    """As slow as a hash for passwords is meant to be, but for the scale of a test."""
+    """As slow as a hash for passwords, on the scale of a test."""
     time.sleep(0.004)
     return token()
 

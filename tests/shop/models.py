@@ -83,7 +83,7 @@ class ByPair(Secrets):
 
 
 class Order(models.Model):
-    """What projects rotate most: a key without a default, and fields beside it."""
+    """What projects rotate most: a key without a default, and other fields."""
 
     created_at = models.DateTimeField(default=timezone.now)
     status = models.CharField(max_length=10, default="active")
