@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from django.core.management import CommandError, call_command
 from django.db import connection
 from psycopg import sql
 
@@ -79,15 +80,21 @@ BAD_INPUT = {
 }
 
 
-def test_bad_input_is_one_sentence(commands: Commands, audit: Audit) -> None:
-    # All at once: each of them does little more than start.
-    started = {options: commands.start(*options.split()) for options in BAD_INPUT}
-    finished = {options: running.wait() for options, running in started.items()}
+@pytest.mark.parametrize("options", BAD_INPUT)
+def test_bad_input_is_refused(audit: Audit, options: str) -> None:
+    with pytest.raises(CommandError) as caught:
+        call_command(COMMAND, *options.split())
+    assert (str(caught.value), caught.value.returncode) == (BAD_INPUT[options], 1)
+    assert Rotation.objects.count() == 0
+    audit.assert_untouched()
 
-    assert {options: one.complaint for options, one in finished.items()} == BAD_INPUT
-    assert {one.status for one in finished.values()} == {1}
-    for one in finished.values():
-        _assert_nothing_happened(audit, one)
+
+@pytest.mark.parametrize("options", ["nope.Ticket.token", "--celery --detach --stop-after 5"])
+def test_a_refusal_is_one_sentence(commands: Commands, audit: Audit, options: str) -> None:
+    finished = commands.run(*options.split())
+
+    assert (finished.complaint, finished.status) == (BAD_INPUT[options], 1)
+    _assert_nothing_happened(audit, finished)
 
 
 def test_more_workers_than_the_server_has_connections_for(commands: Commands, audit: Audit) -> None:

@@ -22,8 +22,12 @@ def url(database: Database) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "settings",
-    [(ROLE_SETTINGS[0],), (ROLE_SETTINGS[2],), ("statement_timeout = '60ms'",), ROLE_SETTINGS],
-    ids=["transaction_timeout", "idle_session_timeout", "statement_timeout", "all"],
+    [
+        pytest.param((ROLE_SETTINGS[0],), id="transaction_timeout", marks=pytest.mark.slow),
+        pytest.param((ROLE_SETTINGS[2],), id="idle_session_timeout", marks=pytest.mark.slow),
+        pytest.param(("statement_timeout = '60ms'",), id="statement_timeout", marks=pytest.mark.slow),
+        pytest.param(ROLE_SETTINGS, id="all"),
+    ],
 )
 def test_settings_of_the_role_do_not_reach_a_rotation(
     database: Database, rotations: Rotations, url: str, settings: tuple[str, ...]

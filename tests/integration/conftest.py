@@ -6,6 +6,7 @@ import psycopg
 import pytest
 from django.db import connection
 
+from rotator.postgres import column_samples
 from rotator.postgres.connection import connected
 from rotator.postgres.fence import Lease
 from rotator.postgres.table import TargetTable
@@ -21,6 +22,12 @@ _DJANGOS_OWN = ("cursor_factory", "context", "prepare_threshold")
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run waits only for a moment for transactions that are older than the rotation."""
     monkeypatch.setattr(session, "OLDER_WRITERS_SECONDS", 0.1)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for secrets and copies does not pause between its statements."""
+    monkeypatch.setattr(column_samples, "_MOST_PAUSE_SECONDS", 0)
 
 
 @pytest.fixture

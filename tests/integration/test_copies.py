@@ -14,7 +14,10 @@ from rotator.postgres.ledger import create_ledger, finish_ledger, index_ledger, 
 from rotator.ranges import Key, KeyInterval
 from tests.integration.rotation_tables import SCHEMA, TABLE_NAME, TICKETS, Database
 
-pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
+pytestmark = [
+    pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"]),
+    pytest.mark.usefixtures("no_pauses"),
+]
 
 ROWS = 50
 

@@ -105,6 +105,7 @@ def test_a_killed_server_recovers_at_the_next_start(state: Path) -> None:
     following.go()
 
 
+@pytest.mark.slow
 def test_a_stale_pid_file_that_names_a_stranger_is_neither_obeyed_nor_killed(state: Path) -> None:
     user = _User(state)
     pid_file = state / "data" / "postmaster.pid"
@@ -119,6 +120,7 @@ def test_a_stale_pid_file_that_names_a_stranger_is_neither_obeyed_nor_killed(sta
         stranger.kill()
 
 
+@pytest.mark.slow
 def test_a_stale_pid_file_that_names_another_clone_s_server_is_not_believed(state: Path) -> None:
     other = state / "other"
     neighbour = _User(other)
@@ -140,6 +142,7 @@ def test_the_user_s_own_environment_does_not_lead_elsewhere(state: Path) -> None
     user.go()
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_keep_the_server_from_its_parent(state: Path) -> None:
     script = """
 import os, sys
@@ -160,6 +163,7 @@ assert not (socket / ".s.PGSQL.5432").exists()
     subprocess.run([sys.executable, "-c", script, str(state)], check=True)
 
 
+@pytest.mark.slow
 def test_data_of_another_major_version_is_left_alone(state: Path) -> None:
     _User(state).go()
     version = state / "data" / "PG_VERSION"
@@ -170,6 +174,7 @@ def test_data_of_another_major_version_is_left_alone(state: Path) -> None:
     version.write_text(kept)
 
 
+@pytest.mark.slow
 def test_what_the_server_says_reaches_the_user(state: Path) -> None:
     _User(state).go()
     (state / "data" / "pg_hba.conf").write_text("nonsense\n")
@@ -178,6 +183,7 @@ def test_what_the_server_says_reaches_the_user(state: Path) -> None:
     (state / "data" / "pg_hba.conf").write_text("local all all trust\n")
 
 
+@pytest.mark.slow
 def test_a_folder_with_special_characters_in_its_name_works(state: Path) -> None:
     unhandy = state / 'it\'s $HOME, "quoted" `by` a friend \\ é'
     user = _User(unhandy)

@@ -13,7 +13,10 @@ from django.test import override_settings
 from tests.integration.rotation_tables import Database
 from tests.shop import models
 
-pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
+pytestmark = [
+    pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"]),
+    pytest.mark.usefixtures("no_pauses"),
+]
 
 ROWS = 40
 
