@@ -10,6 +10,7 @@ from rotator.models import CompletedRange, Rotation
 from tests.acceptance.audit import Audit, audited_tickets
 from tests.acceptance.harness import COMMAND, MANAGE, Commands
 from tests.acceptance.terminal import CTRL_C, CTRL_D, Terminal, rotating_in_a_terminal
+from tests.pairs import all_pairs
 
 ROWS = 1000
 QUESTION = "Rotate 1,000 rows of tickets.Ticket.token now? [y/N] "
@@ -118,20 +119,18 @@ def test_noinput_does_not_answer_the_question_of_a_repetition(commands: Commands
     assert audit.changed() == ROWS
 
 
-@pytest.mark.parametrize(
-    ("keys", "status", "sentence"),
-    [
-        ("\n", 1, "Nothing was changed."),
-        ("no\n", 1, "Nothing was changed."),
-        (CTRL_D, 1, "Nothing was changed."),
-        (CTRL_C, 130, "Stopped before anything was changed."),
-    ],
-)
-@pytest.mark.parametrize("options", [("--no-color",), ("--no-color", "--no-preflight")])
-def test_the_first_write_asks(
-    audit: Audit, options: tuple[str, ...], keys: str, status: int, sentence: str
-) -> None:
-    with rotating_in_a_terminal(*options) as terminal:
+ANSWERS = {
+    "nothing": ("\n", 1, "Nothing was changed."),
+    "no": ("no\n", 1, "Nothing was changed."),
+    "Ctrl-D": (CTRL_D, 1, "Nothing was changed."),
+    "Ctrl-C": (CTRL_C, 130, "Stopped before anything was changed."),
+}
+
+
+@pytest.mark.parametrize(("answer", "options"), all_pairs(ANSWERS, ["--no-color", "--no-preflight"]))
+def test_the_first_write_asks(audit: Audit, answer: str, options: str) -> None:
+    keys, status, sentence = ANSWERS[answer]
+    with rotating_in_a_terminal("--no-color", options) as terminal:
         terminal.wait_for(QUESTION)
         assert terminal.answer(keys) == status
     lines = terminal.said.splitlines()

@@ -26,7 +26,7 @@ def _assert_completed_in(columns: int, **variables: str) -> str:
 
 
 @pytest.mark.usefixtures("commands")
-@pytest.mark.parametrize("columns", [0, 1, 20, 1001])
+@pytest.mark.parametrize("columns", [0, 1001, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 20))])
 def test_any_width(columns: int) -> None:
     _assert_completed_in(columns)
 
@@ -70,7 +70,7 @@ def test_streams_that_are_closed_or_full(commands: Commands, streams: str, progr
     audit.assert_rotated()
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize("pause", [0.0, 0.2, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_ctrl_c_twice_ends_with_the_summary(commands: Commands, pause: float) -> None:
     audit = audited_tickets(20_000)
     running = commands.start("--batch", "50")

@@ -344,7 +344,7 @@ def test_a_canary_says_which_keys_to_look_at(commands: Commands, tmp_path: Path)
     assert "  keys " not in commands.run().out
 
 
-@pytest.mark.parametrize("options", [(), ("--progress=lines",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--progress=lines",), marks=pytest.mark.slow)])
 def test_verbosity_0_is_silent(commands: Commands, options: tuple[str, ...]) -> None:
     audit = audited_tickets(1000)
     finished = commands.run("-v0", *options)
