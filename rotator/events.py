@@ -163,11 +163,40 @@ class Findings:
     proves: bool = False
     guard: str = ""
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Findings":
+        """Return the findings that this version, or another one, has saved as JSON types."""
+        table = _known(TableFindings, saved["table"])
+        parts = {"indexes": Index, "kept": KeptValues, "copies": Copies}
+        table |= {
+            name: tuple(kind(**_known(kind, each)) for each in table[name])
+            for name, kind in parts.items()
+            if table.get(name) is not None
+        }
+        return cls(
+            **_known(cls, saved)
+            | {
+                "table": TableFindings(**table),
+                "server": ServerFindings(**_known(ServerFindings, saved["server"])),
+                "sample": Sample(**_known(Sample, saved["sample"])),
+            }
+        )
+
     @property
     def estimated_seconds(self) -> float | None:
         """The time from the first range to the last; None where nothing was measured."""
         rate = self.sample.rows_per_second
         return self.rows_left / rate if rate else None
+
+
+def _known(kind: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what only a newer version has."""
+    # JSON has lists.
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in saved.items()
+        if name in kind.__dataclass_fields__
+    }
 
 
 EndStatus: TypeAlias = Literal["completed", "queued", "interrupted", "failed"]
@@ -199,6 +228,8 @@ class ActionKind(StrEnum):
     STOPPED = "stopped"
     COMPLETED = "completed"
     ABANDONED = "abandoned"
+    VACUUMED = "vacuumed"
+    VACUUM_SKIPPED = "VACUUM skipped"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

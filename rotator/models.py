@@ -113,6 +113,9 @@ class Rotation(models.Model):
         help_text="The reason of a stop that was requested.",
     )
     error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
+    findings = models.JSONField(
+        null=True, help_text="The findings of the preflight; null where there was none."
+    )
     rejected_keys = models.JSONField(
         db_default=Value([], output_field=models.JSONField()),
         help_text="The keys of rows that the server rejected in the latest run, with the reason.",
@@ -330,7 +333,7 @@ class Control(models.Model):
 
 
 class Action(models.Model):
-    """What a user or a process did with a rotation, for ``rotations ID --log``."""
+    """What a user or a process did with a rotation, for its page and ``rotations ID --log``."""
 
     rotation = models.ForeignKey(Rotation, on_delete=models.CASCADE, related_name="actions")
     kind = models.CharField(max_length=16, choices=[(kind.value, kind.value) for kind in ActionKind])

@@ -184,6 +184,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+DEFAULT_OPTIONS: Final = "the default options"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
     """The choice of rows and values.
@@ -237,7 +240,7 @@ class Selection:
         words += [word for name in self.ignore_derived for word in ("--ignore-derived", name)]
         words += ["--leaked", self.leaked] if self.leaked else []
         words += ["--leaked-column", self.leaked_column] if self.leaked_column else []
-        return shlex.join(words) or "the default options"
+        return shlex.join(words) or DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -365,6 +368,24 @@ class RunOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON types, for the rotation's row."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        """Return the options of the command that a resumed rotation needs again; a phrase without any."""
+        words = list[str]()
+        for name in ("concurrency", "batch", "pace"):
+            value = getattr(self, name)
+            words += [_flag(name), str(value)] if value != getattr(_DEFAULTS, name) else []
+        if self.max_lag_seconds is not None:
+            words += ["--max-lag", f"{self.max_lag_seconds:g}s"]
+            words += [word for alias in self.lag_of for word in ("--lag-of", alias)]
+        for name in ("max_unarchived_wal", "max_slot_wal"):
+            size = getattr(self, f"{name}_bytes")
+            words += [] if size is None else [_flag(name), f"{size // 1024}kB"]
+        words += ["--prove"] if self.prove else []
+        words += ["--guard", self.guard] if self.guard else []
+        words += [] if self.vacuum else ["--no-vacuum"]
+        words += ["--reindex"] if self.reindex else []
+        return shlex.join(words) or DEFAULT_OPTIONS
 
 
 def _known(options: type[RunOptions | Selection | WaitLimits], saved: Mapping[str, Any]) -> dict[str, Any]:
