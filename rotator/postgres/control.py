@@ -63,11 +63,18 @@ async def read_requested(connection: AsyncConnection, rotation: int) -> Requeste
 
 
 async def log_action(
-    connection: AsyncConnection, rotation: int, kind: ActionKind, *, by: str, detail: str = ""
+    connection: AsyncConnection,
+    rotation: int,
+    kind: ActionKind,
+    *,
+    by: str,
+    detail: str = "",
+    seconds_ago: float = 0.0,
 ) -> None:
     """Add a line to the log of a rotation, as a part of the open transaction if there is one."""
     async with translate_errors(connection):
         await connection.execute(
-            "INSERT INTO rotator_action (rotation_id, kind, by, detail) VALUES (%s, %s, %s, %s)",
-            (rotation, kind, by, detail),
+            "INSERT INTO rotator_action (rotation_id, kind, by, detail, at)"
+            " VALUES (%s, %s, %s, %s, now() - make_interval(secs => %s))",
+            (rotation, kind, by, detail, seconds_ago),
         )

@@ -14,9 +14,9 @@ from psycopg import AsyncConnection, Rollback, errors, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from rotator.events import ActionKind, EndStatus, StopReason
+from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
-from rotator.options import Selection
+from rotator.options import RunOptions, Selection
 from rotator.postgres.connection import set_local
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
@@ -177,6 +177,7 @@ class NewRotation:
         target: The target as the user writes it.
         table_name: The table's name, as the server quotes it.
         database: Django's alias of the database.
+        findings: The findings of the preflight; None without one.
     """
 
     target: str
@@ -185,6 +186,7 @@ class NewRotation:
     options: Mapping[str, Any]
     selection: Mapping[str, Any]
     identity: Mapping[str, Any]
+    findings: Findings | None = None
 
 
 async def find_last_completed(
@@ -252,11 +254,11 @@ async def begin_rotation(
             await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
         cursor = await connection.execute(
             "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
-            " status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done, late_rows,"
-            " stop_reason, error, started_xid, owner_host, owner_pid, owner_process, owner_user, version)"
-            " VALUES (%(target)s, %(table_name)s, %(database)s, %(options)s, %(selection)s,"
-            " %(identity)s, 'running', 1, 0, 0, true, 0, 0, '', '', pg_current_xact_id()::text::bigint,"
-            " %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
+            " findings, status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done,"
+            " late_rows, stop_reason, error, started_xid, owner_host, owner_pid, owner_process, owner_user,"
+            " version) VALUES (%(target)s, %(table_name)s, %(database)s, %(options)s, %(selection)s,"
+            " %(identity)s, %(findings)s, 'running', 1, 0, 0, true, 0, 0, '', '',"
+            " pg_current_xact_id()::text::bigint, %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
             " ON CONFLICT (target, table_name) WHERE status IN ('running', 'queued', 'interrupted', 'failed')"
             " DO NOTHING RETURNING id",
             {
@@ -266,12 +268,14 @@ async def begin_rotation(
                 "options": Jsonb(dict(terms.options)),
                 "selection": Jsonb(dict(terms.selection)),
                 "identity": Jsonb(dict(terms.identity)),
+                "findings": terms.findings and Jsonb(asdict(terms.findings)),
                 **asdict(owner),
             },
         )
         row = await cursor.fetchone()
         if row:
-            await log_action(connection, row[0], ActionKind.STARTED, by=str(this_process()))
+            detail = str(RunOptions.from_json(terms.options))
+            await log_action(connection, row[0], ActionKind.STARTED, by=str(this_process()), detail=detail)
         if row and not repeats:
             # A rotation that was unfinished at the first check may have been completed since. Now that this
             # row is inserted, no other one is unfinished.
@@ -349,6 +353,7 @@ async def take_over(
             **asdict(owner),
         },
         action,
+        str(RunOptions.from_json(options)),
     )
 
 
@@ -404,6 +409,7 @@ async def _raise_generation(
     condition: LiteralString,
     parameters: Mapping[str, Any],
     action: ActionKind | None = None,
+    detail: str = "",
 ) -> Lease | None:
     """Change an unfinished rotation under its exclusive lock; return None where the condition is false."""
     async with exclusive_lock(connection, rotation):
@@ -416,7 +422,7 @@ async def _raise_generation(
         )
         row = await cursor.fetchone()
         if row and action is not None:
-            await log_action(connection, rotation, action, by=str(this_process()))
+            await log_action(connection, rotation, action, by=str(this_process()), detail=detail)
     return Lease(rotation=rotation, generation=row[0]) if row else None
 
 

@@ -1,6 +1,6 @@
 """The preflight report as text, and its estimate of the WAL."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from rotator.events import Copies, CopyKind, Findings, ServerFindings, TableFindings
@@ -79,12 +79,22 @@ _CONSEQUENCES: Final = (
 def preflight(findings: Findings) -> str:
     """Return the findings as text of several lines, without a final line end."""
     lines = [f"Before the first write to {findings.target} in the database '{findings.database}':"]
-    for label, values in (*_table(findings), *_disk(findings), *_others(findings), *_run(findings)):
+    for label, values in _facts(findings):
         # Only the first line of several has the label.
         lines += [f"  {label if not at else '':<12} {value}" for at, value in enumerate(values)]
     lines.append("Consequences:")
     lines += [f"  - {sentence}" for sentence in _CONSEQUENCES]
     return "\n".join(lines)
+
+
+def preflight_facts(findings: Findings) -> list[tuple[str, str]]:
+    """Return the report as pairs of a label and a text, without the selection, which can contain keys."""
+    facts = _facts(replace(findings, selection=""))
+    return [(label, " ".join(map(str.strip, values))) for label, values in facts]
+
+
+def _facts(findings: Findings) -> list[tuple[str, list[str]]]:
+    return [*_table(findings), *_disk(findings), *_others(findings), *_run(findings)]
 
 
 def _table(findings: Findings) -> list[tuple[str, list[str]]]:

@@ -7,7 +7,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import ActionKind, OwnerWatched
+from rotator.events import ActionKind, Findings, OwnerWatched
 from rotator.exceptions import (
     OptionError,
     OwnedElsewhereError,
@@ -43,13 +43,19 @@ class Acquired:
     is_completed: bool = False
 
 
-async def acquire(connection: AsyncConnection, table: TargetTable, context: RunContext) -> Acquired:
+async def acquire(
+    connection: AsyncConnection,
+    table: TargetTable,
+    context: RunContext,
+    findings: Findings | None = None,
+) -> Acquired:
     """Acquire the unfinished rotation of the target, or start a new one where there is none.
 
     Args:
         connection: A connection in autocommit mode.
         table: The target's table.
         context: The run.
+        findings: The findings about a new rotation; None without a preflight.
 
     Raises:
         OwnedElsewhereError: Its owner is alive, or has just completed it; or another unfinished rotation has
@@ -78,6 +84,7 @@ async def acquire(connection: AsyncConnection, table: TargetTable, context: RunC
                     options=options.to_json(),
                     selection=target.selection.to_json(),
                     identity=identity.to_json(),
+                    findings=findings,
                 ),
                 context.owner,
                 repeats=options.restart,

@@ -6,6 +6,8 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
+from rotator.events import ActionKind, Event, Vacuumed, VacuumSkipped
+from rotator.postgres.control import log_action
 from rotator.postgres.measurements import Measured, record
 from rotator.runner.context import RunContext
 from rotator.runner.horizon import HorizonWatch
@@ -15,7 +17,10 @@ EVERY_SECONDS: Final = 5.0
 
 
 class Measuring:
-    """Stores a measurement every few seconds, and when the state or what holds the run changes."""
+    """Stores a measurement every few seconds, and when the state or what holds the run changes.
+
+    It also adds each VACUUM to the log of the rotation.
+    """
 
     def __init__(
         self,
@@ -31,9 +36,30 @@ class Measuring:
         self._clock = clock
         self._recorded_at: float | None = None
         self._before: tuple[str, tuple[str, ...]] | None = None
+        self._vacuums: list[tuple[ActionKind, str, float]] = []
+
+    def take(self, event: Event) -> None:
+        """Keep a VACUUM until ``log_vacuums()``; the last one ends after the last heartbeat."""
+        match event:
+            case Vacuumed():
+                self._vacuums.append((ActionKind.VACUUMED, f"{event.seconds:.1f} s", self._clock()))
+            case VacuumSkipped():
+                self._vacuums.append((ActionKind.VACUUM_SKIPPED, event.reason, self._clock()))
+            case _:
+                pass
+
+    async def log_vacuums(self, connection: AsyncConnection, rotation: int) -> None:
+        """Add the VACUUMs since the last call to the log of the rotation."""
+        by = str(self._context.owner)
+        while self._vacuums:
+            kind, detail, at = self._vacuums[0]
+            seconds_ago = self._clock() - at
+            await log_action(connection, rotation, kind, by=by, detail=detail, seconds_ago=seconds_ago)
+            del self._vacuums[0]
 
     async def record_if_due(self, control: AsyncConnection, rotation: int) -> None:
         """Store a measurement, if one is due, on a connection in autocommit mode."""
+        await self.log_vacuums(control, rotation)
         stats, gate, pacing = self._context.stats, self._context.gate, self._context.pacing
         now, shown = self._clock(), (stats.state, tuple(gate.holds))
         is_due = self._recorded_at is None or now - self._recorded_at >= EVERY_SECONDS

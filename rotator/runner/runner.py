@@ -15,6 +15,7 @@ from rotator.aio import unwrap_group, watch
 from rotator.events import (
     EndStatus,
     Event,
+    Findings,
     LateRowsRotated,
     LockHeld,
     Observer,
@@ -187,6 +188,7 @@ class Run:
         self._vacuuming = Vacuuming(self._context)
         self._reindexing = Reindexing(self._context)
         self._lock_watch = LockWatch(self._notify)
+        self._findings: Findings | None = None
         self._is_completed = False
         self._server_name = ""
 
@@ -235,7 +237,7 @@ class Run:
         """
         async with connected(self._context.server) as control:
             table = await self._check(control)
-            self._acquired = await acquire(control, table, self._context)
+            self._acquired = await acquire(control, table, self._context, self._findings)
         await self._record("queued")
         return self._acquired.lease.rotation
 
@@ -337,15 +339,15 @@ class Run:
                 control, target.label, table.found_name, target.selection, after=options.after
             )
         if unfinished is None or options.restart:
-            findings = await examine(control, table, self._context.server, target, options)
-            self._notify(Preflighted(findings=findings))
+            self._findings = await examine(control, table, self._context.server, target, options)
+            self._notify(Preflighted(findings=self._findings))
         if self._stop_signal.drain.is_set():
             raise StoppedBeforeStartError(self._stop_signal.signal)
 
     async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
         """Acquire the rotation, the first time or again after an outage."""
         if self._acquired is None:
-            return await acquire(control, table, self._context)
+            return await acquire(control, table, self._context, self._findings)
         return await reacquire(control, self._acquired, table, self._context)
 
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
@@ -448,6 +450,7 @@ class Run:
                     await rotations.record_figures(
                         connection, self._acquired.lease, figures=figures_of(self._stats)
                     )
+                    await self._measuring.log_vacuums(connection, self._acquired.lease.rotation)
                     self._stats.storage = await read_storage(connection, self._table)
                     self._stats.reindex_statements = await self._reindexing.read_statements(
                         connection, self._table, self._acquired.lease.rotation
@@ -586,6 +589,7 @@ class Run:
     def _notify(self, event: Event) -> None:
         self._stats.take(event)
         self._lock_watch.take(event)
+        self._measuring.take(event)
         if isinstance(event, RangeCompleted | WorkersProgressed | LateRowsRotated):
             self._outage.refill()
         self._observer(event)

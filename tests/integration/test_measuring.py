@@ -1,0 +1,97 @@
+"""What the owner stores while it runs, for the page and the metrics."""
+
+from itertools import pairwise
+
+import pytest
+
+from rotator.events import Event, Findings, Preflighted, RangeCompleted, Throttled, VacuumSkipped
+from rotator.models import Action, Measurement, Rotation
+from rotator.runner import measuring, runner
+from tests.integration.outcomes import EventRecorder, assert_completed, rotate_tickets
+from tests.integration.rotation_tables import COMMITTING, Database
+
+pytestmark = COMMITTING
+
+
+@pytest.fixture(autouse=True)
+def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0.02)
+
+
+def test_each_change_is_measured_at_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "EVERY_SECONDS", 3600)
+    database.make_tickets(1, 200)
+    database.before_update("PERFORM pg_sleep(0.002); RETURN NEW;")
+
+    def pause_once(event: Event) -> None:
+        if isinstance(event, RangeCompleted):
+            database.execute(
+                "INSERT INTO rotator_control (rotation_id, revision, paused, paused_by, pace, cancelled_by,"
+                " changed_by) SELECT max(id), 1, true, 'bob', '', '', 'bob' FROM rotator_rotation"
+                " ON CONFLICT DO NOTHING"
+            )
+        elif isinstance(event, Throttled):
+            database.execute("UPDATE rotator_control SET paused = false, revision = 2")
+
+    assert_completed(rotate_tickets(pause_once, batch=5, concurrency=1), rows=200)
+
+    found = list(Measurement.objects.order_by("pk").values_list("state", "held_by"))
+    assert {("rotating", ""), ("throttled", "pause")} <= set(found)
+    # The next one is only due in an hour, so each of them is a change.
+    assert all(one != other for one, other in pairwise(found))
+    assert found[-1][1] == ""
+
+
+def test_measurements_come_regularly_without_a_change(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "EVERY_SECONDS", 0.1)
+    database.make_tickets(1, 200)
+    database.before_update("PERFORM pg_sleep(0.003); RETURN NEW;")
+    rotate_tickets(batch=5, concurrency=1)
+    measured = Measurement.objects.filter(state="rotating").order_by("pk")
+    rows = list(measured.values_list("rows_done", flat=True))
+    assert 4 <= len(rows) <= 20
+    assert rows == sorted(rows)
+
+
+def test_the_log_has_options_and_vacuums(database: Database) -> None:
+    database.make_tickets(1, 200)
+    rotate_tickets(batch=50, stop_after_rows=100)
+    rotate_tickets(batch=50, pace="full")
+    assert list(Action.objects.order_by("pk").values_list("kind", "detail"))[:4] == [
+        ("started", "--concurrency 3 --batch 50"),
+        ("stopped", "--stop-after"),
+        ("resumed", "--concurrency 3 --batch 50 --pace full"),
+        ("completed", ""),
+    ]
+    vacuumed = Action.objects.get(kind="vacuumed")
+    assert vacuumed.detail.endswith(" s")
+    assert vacuumed.by == Action.objects.earliest("pk").by
+
+
+def test_a_skipped_vacuum_is_logged_with_its_reason(database: Database) -> None:
+    database.make_tickets(1, 200)
+    neighbour = database.connect()
+    neighbour.execute("BEGIN; LOCK TABLE tickets_ticket IN SHARE UPDATE EXCLUSIVE MODE")
+
+    def unlock(event: Event) -> None:
+        # ANALYZE would wait for the lock, too.
+        if isinstance(event, VacuumSkipped):
+            neighbour.execute("ROLLBACK")
+
+    rotate_tickets(unlock, batch=50)
+    assert Action.objects.get(kind="VACUUM skipped").detail == "the table is busy"
+
+
+def test_the_findings_of_the_preflight_are_stored(database: Database) -> None:
+    database.make_tickets(1, 200)
+    recorder = EventRecorder()
+    rotate_tickets(recorder, preflight=True, stop_after_rows=100)
+    (reported,) = (event.findings for event in recorder.events if isinstance(event, Preflighted))
+    assert reported.table.indexes
+    saved = Rotation.objects.get().findings
+    assert saved is not None
+    assert Findings.from_json(saved) == reported
+    rotate_tickets(restart=True)
+    assert Rotation.objects.latest("pk").findings is None
