@@ -23,7 +23,7 @@ def main() -> int:
     """Print the figures, and return 1 where a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoints", type=int, default=500_000)
-    parser.add_argument("--hours", type=int, default=24, help="the time of the rotation, measured every 5 s")
+    parser.add_argument("--hours", type=int, default=168, help="the time of the rotation, measured every 5 s")
     parser.add_argument("--repetitions", type=int, default=20)
     options = parser.parse_args()
     django.setup()
@@ -87,10 +87,11 @@ def fill(rotation: int, checkpoints: int, seconds: int) -> None:
             (rotation, seconds, checkpoints, checkpoints),
         )
         cursor.execute(
-            "INSERT INTO rotator_measurement (rotation_id, at, rows_done, state, held_by, workers,"
+            "INSERT INTO rotator_measurement (rotation_id, at, rows_done, state, held_by, is_change, workers,"
             " commit_seconds, baseline_seconds, replica_lags, horizon_holders)"
             " SELECT %s, clock_timestamp() - make_interval(secs => %s - 5 * n), n * 1000, 'rotating',"
-            " CASE WHEN n %% 200 < 10 THEN 'replica lag of r1' ELSE '' END, 4, 0.004, 0.002, '{}', '[]'"
+            " CASE WHEN n %% 200 < 10 THEN 'replica lag of r1' ELSE '' END, n %% 200 IN (0, 10), 4,"
+            " 0.004, 0.002, '{}', '[]'"
             " FROM generate_series(0, %s / 5) AS n",
             (rotation, seconds, seconds),
         )

@@ -435,6 +435,9 @@ class Measurement(models.Model):
         blank=True,
         help_text="The names of what holds it, one in each line; empty where nothing does.",
     )
+    is_change = models.BooleanField(
+        db_default=False, help_text="Whether state or held_by differ from its measurement before."
+    )
     workers = models.IntegerField(help_text="The workers that may write.")
     commit_seconds = models.FloatField(null=True, help_text="The 90th percentile of a small commit's time.")
     baseline_seconds = models.FloatField(null=True, help_text="The same without the rotation.")
@@ -445,12 +448,12 @@ class Measurement(models.Model):
     )
 
     class Meta:
-        """Find the measurements of a rotation by time, and those in which it was held."""
+        """Find the measurements of a rotation by time, and the changes among them."""
 
         indexes: ClassVar = [
             models.Index(fields=["rotation", "at"], name="rotator_measurement_at"),
             models.Index(
-                fields=["rotation", "at"], condition=~Q(held_by=""), name="rotator_measurement_held"
+                fields=["rotation", "at"], condition=Q(is_change=True), name="rotator_measurement_change"
             ),
         ]
 

@@ -77,7 +77,7 @@ class RotationCollector(Collector):
         ):
             families.ranges.add_metric([number, outcome], value)
         with connections[self._database].cursor() as cursor:
-            cursor.execute(HELD_SECONDS, {"rotation": rotation.pk, "gap": GAP_SECONDS})
+            cursor.execute(HELD_SECONDS, {"rotation": rotation.pk, "gap": GAP_SECONDS, "limit": None})
             for reason, seconds in cursor.fetchall():
                 families.throttled_seconds.add_metric([number, reason], seconds)
         self._add_present(families, rotation)

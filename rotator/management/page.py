@@ -29,7 +29,7 @@ from rotator.management.rotation import (
 )
 from rotator.models import Action, Helper, Measurement, Rotation, Span
 from rotator.options import SETTINGS, RunOptions, Selection
-from rotator.postgres.measurements import APART_SECONDS, CHART, GAP_SECONDS, HELD, RECENT_RANGES
+from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD, RECENT_RANGES
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.text import ACTIVITIES, count, duration, moment, one_line, plural, rate, unconfirmed
 from rotator.stats import RecentRate, State
@@ -437,7 +437,6 @@ def chart_of(rotation: Rotation) -> dict[str, object]:
             HELD,
             {
                 "rotation": rotation.pk,
-                "apart": APART_SECONDS,
                 "gap": GAP_SECONDS,
                 "limit": _BANDS_SHOWN,
             },

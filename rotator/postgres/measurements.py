@@ -14,16 +14,17 @@ from rotator.postgres.errors import translate_errors
 
 # A longer time between two measurements is a time without an owner.
 GAP_SECONDS: Final = 30
-# While something holds a rotation, measurements are closer than this.
-APART_SECONDS: Final = 8
 
-# Only the last measurements of two parts of the time are compared, so that no window has many rows. A time
-# without an owner has no rate.
+# The last measurement of each part of the time: as many look-ups in the index, however long the time is.
+# A time without an owner has no rate.
 CHART: Final = (
-    "WITH found AS (SELECT LEAST(floor(date_part('epoch', at - %(began_at)s) * %(points)s / %(span)s),"
-    " %(points)s - 1)::int AS point, max(at) AS at, max(rows_done) AS rows_done,"
-    " avg(commit_seconds) AS commit_seconds, avg(baseline_seconds) AS baseline_seconds"
-    " FROM rotator_measurement WHERE rotation_id = %(rotation)s GROUP BY 1),"
+    "WITH found AS (SELECT point, last.* FROM generate_series(0, %(points)s - 1) AS point,"
+    " make_interval(secs => %(span)s / %(points)s) AS part CROSS JOIN LATERAL"
+    " (SELECT at, rows_done, commit_seconds, baseline_seconds FROM rotator_measurement"
+    " WHERE rotation_id = %(rotation)s AND at >= %(began_at)s + point * part AND at < %(began_at)s"
+    # The last part includes its end.
+    " + (point + 1) * part + (point = %(points)s - 1)::int * interval '1s'"
+    " ORDER BY at DESC LIMIT 1) AS last),"
     " paired AS (SELECT *, rows_done - lag(rows_done) OVER earlier AS rows,"
     " date_part('epoch', at - lag(at) OVER earlier) AS seconds"
     " FROM found WINDOW earlier AS (ORDER BY point))"
@@ -32,28 +33,23 @@ CHART: Final = (
     " FROM paired ORDER BY point"
 )
 
-# One row for each time in which the same sources held the rotation, the latest first. A partial index has the
-# measurements of these times.
+# One row for each time in which the same sources held the rotation, the latest first; NULL is no limit.
+# It ends with the next change, or where the owner ended before that.
 HELD: Final = (
-    "WITH found AS (SELECT at, held_by, held_by <> lag(held_by, 1, '') OVER earlier"
-    " OR at - lag(at) OVER earlier > make_interval(secs => %(apart)s) AS begins"
-    " FROM rotator_measurement WHERE rotation_id = %(rotation)s AND held_by <> ''"
-    " WINDOW earlier AS (ORDER BY at)),"
-    " numbered AS (SELECT *, count(*) FILTER (WHERE begins) OVER (ORDER BY at) AS number FROM found),"
-    " bands AS (SELECT held_by, min(at) AS began_at, max(at) AS last_at FROM numbered"
-    " GROUP BY number, held_by ORDER BY 2 DESC LIMIT %(limit)s)"
-    " SELECT held_by, began_at, COALESCE((SELECT min(at) FROM rotator_measurement"
-    " WHERE rotation_id = %(rotation)s AND at > last_at AND at < last_at + make_interval(secs => %(gap)s)),"
-    " last_at) AS ended_at FROM bands ORDER BY began_at DESC"
+    "SELECT held_by, held.at AS began_at, CASE WHEN following.at < last.at + make_interval(secs => %(gap)s)"
+    " THEN following.at ELSE last.at END AS ended_at FROM (SELECT held_by, at FROM rotator_measurement"
+    " WHERE rotation_id = %(rotation)s AND is_change AND held_by <> ''"
+    " ORDER BY at DESC LIMIT %(limit)s) AS held"
+    " LEFT JOIN LATERAL (SELECT at FROM rotator_measurement WHERE rotation_id = %(rotation)s AND is_change"
+    " AND at > held.at ORDER BY at LIMIT 1) AS following ON true"
+    " CROSS JOIN LATERAL (SELECT at FROM rotator_measurement WHERE rotation_id = %(rotation)s"
+    " AND at >= held.at AND at < COALESCE(following.at, 'infinity') ORDER BY at DESC LIMIT 1) AS last"
+    " ORDER BY began_at DESC"
 )
 
-# Each measurement counts until the next one.
 HELD_SECONDS: Final = (
-    "SELECT name, sum(LEAST(date_part('epoch', following.at - held.at), %(gap)s))"
-    " FROM rotator_measurement AS held CROSS JOIN LATERAL (SELECT min(at) AS at FROM rotator_measurement"
-    " WHERE rotation_id = held.rotation_id AND at > held.at) AS following"
-    " CROSS JOIN LATERAL string_to_table(held.held_by, chr(10)) AS name"
-    " WHERE held.rotation_id = %(rotation)s AND held.held_by <> '' AND following.at IS NOT NULL"
+    "SELECT name, sum(date_part('epoch', ended_at - began_at))"  # noqa: S608 - our own text
+    f" FROM ({HELD}) AS held CROSS JOIN LATERAL string_to_table(held_by, chr(10)) AS name"
     " GROUP BY name ORDER BY name"
 )
 
@@ -74,6 +70,7 @@ class Measured:
         rows_done: The completed rows.
         state: What the owner does.
         held_by: The names of what holds it, the oldest first.
+        is_change: Whether either of them differs from this owner's measurement before.
         workers: The workers that may write.
         commit_seconds: The 90th percentile of the time of a small commit; None where it is not measured.
         baseline_seconds: The same without the rotation.
@@ -85,6 +82,7 @@ class Measured:
     rows_done: int
     state: str
     held_by: tuple[str, ...]
+    is_change: bool
     workers: int
     commit_seconds: float | None
     baseline_seconds: float | None
@@ -97,14 +95,15 @@ async def record(connection: AsyncConnection, rotation: int, measured: Measured)
     """Store what was measured now."""
     async with translate_errors(connection):
         await connection.execute(
-            "INSERT INTO rotator_measurement (rotation_id, at, rows_done, state, held_by, workers,"
+            "INSERT INTO rotator_measurement (rotation_id, at, rows_done, state, held_by, is_change, workers,"
             " commit_seconds, baseline_seconds, waiting_sessions, replica_lags, horizon_holders)"
-            " VALUES (%s, clock_timestamp(), %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            " VALUES (%s, clock_timestamp(), %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
             (
                 rotation,
                 measured.rows_done,
                 measured.state,
                 "\n".join(measured.held_by),
+                measured.is_change,
                 measured.workers,
                 measured.commit_seconds,
                 measured.baseline_seconds,

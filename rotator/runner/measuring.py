@@ -63,7 +63,8 @@ class Measuring:
         stats, gate, pacing = self._context.stats, self._context.gate, self._context.pacing
         now, shown = self._clock(), (stats.state, tuple(gate.holds))
         is_due = self._recorded_at is None or now - self._recorded_at >= EVERY_SECONDS
-        if not is_due and shown == self._before:
+        is_change = shown != self._before
+        if not is_due and not is_change:
             return
         self._recorded_at, self._before = now, shown
         state, held_by = shown
@@ -74,6 +75,7 @@ class Measuring:
                 rows_done=stats.rows_done,
                 state=state,
                 held_by=held_by,
+                is_change=is_change,
                 workers=gate.workers,
                 commit_seconds=pacing.commit_seconds,
                 baseline_seconds=pacing.baseline_seconds,

@@ -167,6 +167,7 @@ def test_a_chart_is_drawn_of_what_was_measured(admin: Client, rotation: Rotation
             rows_done=1000 * (number - max(0, min(number, 30) - 20)),
             state="throttled" if is_held else "rotating",
             held_by="replica lag of r1" if is_held else "",
+            is_change=number in (0, 20, 30),
             workers=4,
             commit_seconds=0.004,
             baseline_seconds=0.002,

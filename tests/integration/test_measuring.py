@@ -1,11 +1,14 @@
 """What the owner stores while it runs, for the page and the metrics."""
 
+from datetime import timedelta
 from itertools import pairwise
 
 import pytest
+from django.utils import timezone
 
 from rotator.events import Event, Findings, Preflighted, RangeCompleted, Throttled, VacuumSkipped
 from rotator.models import Action, Measurement, Rotation
+from rotator.postgres.measurements import GAP_SECONDS, HELD, HELD_SECONDS
 from rotator.runner import measuring, runner
 from tests.integration.outcomes import EventRecorder, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, Database
@@ -35,7 +38,9 @@ def test_each_change_is_measured_at_once(database: Database, monkeypatch: pytest
 
     assert_completed(rotate_tickets(pause_once, batch=5, concurrency=1), rows=200)
 
-    found = list(Measurement.objects.order_by("pk").values_list("state", "held_by"))
+    measured = Measurement.objects.order_by("pk")
+    assert all(measured.values_list("is_change", flat=True))
+    found = list(measured.values_list("state", "held_by"))
     assert {("rotating", ""), ("throttled", "pause")} <= set(found)
     # The next one is only due in an hour, so each of them is a change.
     assert all(one != other for one, other in pairwise(found))
@@ -52,6 +57,7 @@ def test_measurements_come_regularly_without_a_change(
     measured = Measurement.objects.filter(state="rotating").order_by("pk")
     rows = list(measured.values_list("rows_done", flat=True))
     assert 4 <= len(rows) <= 20
+    assert measured.filter(is_change=True).count() == 1
     assert rows == sorted(rows)
 
 
@@ -95,3 +101,38 @@ def test_the_findings_of_the_preflight_are_stored(database: Database) -> None:
     assert Findings.from_json(saved) == reported
     rotate_tickets(restart=True)
     assert Rotation.objects.latest("pk").findings is None
+
+
+def test_a_hold_ends_with_the_next_change_or_with_its_owner(database: Database) -> None:
+    rotation = Rotation.objects.create(target="t", database="default", started_xid=1, version="0")
+    began = timezone.now() - timedelta(hours=1)
+    for seconds, held, is_change in (
+        (0, "", True),
+        (7, "pause", True),
+        (12, "pause", False),
+        (14, "", True),
+        # Another owner resumes while the pause lasts.
+        (600, "pause", True),
+        (605, "pause", False),
+        (900, "pause", True),
+        (904, "pause\nreplica lag of r1", True),
+        (909, "pause\nreplica lag of r1", False),
+    ):
+        Measurement.objects.create(
+            rotation=rotation,
+            at=began + timedelta(seconds=seconds),
+            rows_done=0,
+            state="rotating",
+            held_by=held,
+            is_change=is_change,
+            workers=1,
+        )
+    parameters = {"rotation": rotation.pk, "gap": GAP_SECONDS, "limit": 3}
+    found = database.execute(HELD, parameters)
+    assert [(names, (until - since).total_seconds()) for names, since, until in found] == [
+        ("pause\nreplica lag of r1", 5),
+        ("pause", 4),
+        ("pause", 5),
+    ]
+    sums = database.execute(HELD_SECONDS, {**parameters, "limit": None})
+    assert sums == [("pause", 7 + 5 + 4 + 5), ("replica lag of r1", 5)]

@@ -43,6 +43,7 @@ def rotation() -> Rotation:
             rows_done=0,
             state="rotating",
             held_by=held,
+            is_change=True,
             workers=3,
             commit_seconds=0.004,
             baseline_seconds=0.002,
