@@ -32,16 +32,11 @@ _ROWS_READ: Final = 20_000
 RESUMED_HOURS: Final = 24
 # Longer than the server's own limit, below.
 FIND_SECONDS: Final = 150.0
-_SETTINGS: Final = {
-    **KEY_SETTINGS,
-    "statement_timeout": "60s",
-    # The plan reads a range by the key, and looks each value up in the ledger.
-    "enable_seqscan": "off",
-    "enable_bitmapscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    "jit": "off",
-}
+_SETTINGS: Final = {**KEY_SETTINGS, "statement_timeout": "60s", "enable_mergejoin": "off", "jit": "off"}
+# The plan reads a range by the key, and looks each value up in the ledger.
+_PART: Final = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_hashjoin": "off"}
+# The plan reads the table and the ledger once, which is faster where that is little.
+_WHOLE: Final = {"enable_nestloop": "off"}
 
 
 def is_in_ledger(ledger: Ledger, table: TargetTable) -> sql.Composable:
@@ -57,22 +52,43 @@ def is_in_ledger(ledger: Ledger, table: TargetTable) -> sql.Composable:
 
 
 async def find_survivors(
-    connection: AsyncConnection, table: TargetTable, ledger: Ledger, interval: KeyInterval
+    connection: AsyncConnection,
+    table: TargetTable,
+    ledger: Ledger,
+    interval: KeyInterval,
+    *,
+    is_whole: bool,
+    processes: int,
 ) -> list[OlderRow]:
     """Return the rows of an interval whose value is in the ledger, whatever row had it before.
+
+    Args:
+        connection: The connection.
+        table: The target's table.
+        ledger: The ledger.
+        interval: The interval.
+        is_whole: Whether it has all rows of the table.
+        processes: The number of the server's processes that search at the same time.
 
     Raises:
         RowsLockedError: Another session has locked the table.
         RangeTooSlowError: The interval is too large.
     """
     async with translate_errors(connection, seconds=FIND_SECONDS), connection.transaction():
+        await set_local(
+            connection,
+            {
+                **_SETTINGS,
+                **(_WHOLE if is_whole else _PART),
+                "max_parallel_workers_per_gather": str(processes - 1),
+            },
+        )
         return await _find(connection, table, ledger, interval)
 
 
 async def _find(
     connection: AsyncConnection, table: TargetTable, ledger: Ledger, interval: KeyInterval
 ) -> list[OlderRow]:
-    await set_local(connection, _SETTINGS)
     cursor = await connection.execute(
         sql.SQL("SELECT {}::bigint, {}::text, {}::text, {} FROM {} WHERE {} AND {} ORDER BY {}").format(
             identifier(ROW, "tableoid"),
@@ -119,7 +135,7 @@ async def control_search(
         rolled_back_on_error(connection, seconds=FIND_SECONDS),
         connection.transaction(force_rollback=True),
     ):
-        await set_local(connection, _SETTINGS)
+        await set_local(connection, {**_SETTINGS, **_PART})
         cursor = await connection.execute(plant, {"after": interval.after, "through": interval.through})
         planted = {Key(key) async for (key,) in cursor}
         found = {row.key for row in await _find(connection, table, ledger, interval)} if planted else set()

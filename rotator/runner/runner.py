@@ -3,13 +3,12 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
-from psycopg_pool import AsyncConnectionPool
 
 from rotator.aio import unwrap_group, watch
 from rotator.events import (
@@ -470,8 +469,7 @@ class Run:
                 has_ledger = await find_ledger(connection, rotation) is not None
                 if not has_ledger:
                     return
-                async with self._search_pool() as pool:
-                    await Verifier(connection, pool, table, rotation, context).verify()
+                await Verifier(connection, table, rotation, context).verify()
         except RotatorError as error:
             if not has_ledger:
                 return
@@ -486,10 +484,6 @@ class Run:
                 )
             )
 
-    def _search_pool(self) -> AbstractAsyncContextManager[AsyncConnectionPool]:
-        context = self._context
-        return pooled(context.server, 1 if context.ask_for_help else context.options.concurrency)
-
     async def verify(self, rotation: int, *, repairs: bool) -> Verified:
         """Verify a rotation, and give survivors new values if ``repairs``.
 
@@ -497,9 +491,9 @@ class Run:
             RotatorError: The server is unreachable, or the rotation cannot be verified or repaired.
         """
         context = self._context
-        async with connected(context.server) as connection, self._search_pool() as pool:
+        async with connected(context.server) as connection:
             table = await read_target(connection, context.target)
-            return await Verifier(connection, pool, table, rotation, context).verify(repairs=repairs)
+            return await Verifier(connection, table, rotation, context).verify(repairs=repairs)
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False if the budget is used up or a stop was requested."""

@@ -1,15 +1,11 @@
 """Verifies a rotation: what it has written, and whether a row has a value that is in the ledger."""
 
-import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
 from psycopg import AsyncConnection
-from psycopg_pool import AsyncConnectionPool
 
-from rotator.aio import unwrap_group
 from rotator.events import (
     Controls,
     Coverage,
@@ -21,7 +17,6 @@ from rotator.events import (
 )
 from rotator.exceptions import OptionError, RangeTooSlowError, RowsLockedError
 from rotator.postgres import survivors
-from rotator.postgres.errors import translate_errors
 from rotator.postgres.guard import count_hits
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
 from rotator.postgres.last_writers import count_last_writers
@@ -32,14 +27,16 @@ from rotator.postgres.rotations import RotationFacts, read_facts
 from rotator.postgres.survivors import Search, Survivors
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
-from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.ranges import Key, KeyInterval
 from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
 from rotator.runner.late_rows import LateRows
 from rotator.runner.preflight import measured_update
 from rotator.runner.retry import RetryPolicy
+from rotator.runner.stop import StopSignal
 
-SEARCH_ROWS: Final = 20_000
+# A few seconds of several processes of the server; a table of fewer rows is read in one piece.
+SEARCH_ROWS: Final = 1_000_000
 CONTROL_ROWS: Final = 1000
 COUNT_SECONDS: Final = 1.0
 GAPS_NAMED: Final = 100
@@ -52,7 +49,6 @@ class Verifier:
     def __init__(
         self,
         connection: AsyncConnection,
-        pool: AsyncConnectionPool,
         table: TargetTable,
         rotation: int,
         context: RunContext,
@@ -61,13 +57,11 @@ class Verifier:
 
         Args:
             connection: A connection in autocommit mode, for this object's use alone.
-            pool: Connections that search ranges at the same time.
             table: The target's table.
             rotation: The rotation's id.
             context: The run.
         """
         self._connection = connection
-        self._pool = pool
         self._table = table
         self._rotation = rotation
         self._owner = context.owner
@@ -79,7 +73,7 @@ class Verifier:
         self._planner = IndexPlanner(connection, table)
 
     async def verify(self, *, repairs: bool = False) -> Verified:
-        """Search the table for old values and count what the rotation has written.
+        """Search the table for old values and count what the rotation has written, until a stop is requested.
 
         Args:
             repairs: Whether to give the survivors new values; the result is that of a search after it.
@@ -88,6 +82,21 @@ class Verifier:
             OptionError: The rotation cannot be repaired.
             RotatorError: The server cannot be asked, or another process continues the same verification.
         """
+        started_at = datetime.now(UTC)
+        verified = await self._stop_signal.run_until_stop(self._repair_and_verify(repairs=repairs))
+        if verified is None:
+            verified = Verified(
+                rotation=self._rotation,
+                target=self._target.label,
+                number=None,
+                started_at=started_at,
+                ended_at=datetime.now(UTC),
+                error="A stop was requested.",
+            )
+        self._notify(verified)
+        return verified
+
+    async def _repair_and_verify(self, *, repairs: bool) -> Verified:
         facts = await read_facts(self._connection, self._rotation)
         ledger = await find_ledger(self._connection, self._rotation)
         if repairs and (ledger is None or not ledger.is_ready or facts.status != "completed"):
@@ -99,10 +108,7 @@ class Verifier:
         repaired = 0
         if repairs and ledger is not None:
             repaired = (await self._verify(facts, ledger, repairs=True)).repaired
-        verified = await self._verify(facts, ledger, repairs=False)
-        verified = replace(verified, repaired=repaired)
-        self._notify(verified)
-        return verified
+        return replace(await self._verify(facts, ledger, repairs=False), repaired=repaired)
 
     async def _verify(self, facts: RotationFacts, ledger: Ledger | None, *, repairs: bool) -> Verified:
         started_at, controls, count = datetime.now(UTC), None, None
@@ -142,10 +148,7 @@ class Verifier:
             server_version=vacuumed.server_version,
             user=self._owner.user,
             host=self._owner.host,
-            error="A stop was requested." if self._stop_signal.drain.is_set() else "",
         )
-        if verified.error:
-            return verified
         keys = await survivors.finish_search(self._connection, search, verified.to_json())
         return replace(verified, survivor_keys=keys)
 
@@ -179,11 +182,18 @@ class Verifier:
             placed = await self._placed_rows(search, search.bound)
         rows = SEARCH_ROWS
         while search.bound is not None and search.through != search.bound:
-            if self._stop_signal.drain.is_set():
-                return search
             try:
-                planned = await self._plan(KeyInterval(after=search.through, through=search.bound), rows)
-                found = await self._find(ledger, planned)
+                planned = await self._planner.next_range(
+                    KeyInterval(after=search.through, through=search.bound), rows
+                )
+                found = await survivors.find_survivors(
+                    self._connection,
+                    self._table,
+                    ledger,
+                    planned,
+                    is_whole=planned.after is None and planned.through == search.bound,
+                    processes=self._options.concurrency,
+                )
             except RowsLockedError:
                 await self._stop_signal.wait(_RETRY.delay_seconds(1))
                 continue
@@ -192,43 +202,18 @@ class Verifier:
                     raise
                 rows //= 2
                 continue
-            for key_range, survivors_of_range in zip(planned, found, strict=True):
-                if placed is not None and not await self._repair(placed, survivors_of_range):
-                    return search
-                search = await survivors.advance_search(
-                    self._connection,
-                    search,
-                    key_range.through,
-                    rows=key_range.rows,
-                    survivors=[row.key for row in survivors_of_range],
-                )
-                self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
+            if placed is not None:
+                for of_leaf in _by_leaf(found):
+                    await placed.rotate(of_leaf)
+            search = await survivors.advance_search(
+                self._connection,
+                search,
+                planned.through,
+                rows=planned.rows,
+                survivors=[row.key for row in found],
+            )
+            self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
         return search
-
-    async def _plan(self, rest: KeyInterval, rows: int) -> list[KeyRange]:
-        planned = list[KeyRange]()
-        while len(planned) < self._pool.max_size and rest.after != rest.through:
-            planned.append(await self._planner.next_range(rest, rows))
-            rest = replace(rest, after=planned[-1].through)
-        return planned
-
-    async def _repair(self, placed: LateRows, rows: list[OlderRow]) -> bool:
-        """Give survivors new values; return False where a stop has left some of them for the next search."""
-        for of_leaf in _by_leaf(rows):
-            await placed.rotate(of_leaf)
-        return not self._stop_signal.drain.is_set()
-
-    async def _find(self, ledger: Ledger, planned: Sequence[KeyRange]) -> list[list[OlderRow]]:
-        """Return the survivors of each range, which are searched at the same time."""
-
-        async def find(key_range: KeyRange) -> list[OlderRow]:
-            async with translate_errors(seconds=None), self._pool.connection() as connection:
-                return await survivors.find_survivors(connection, self._table, ledger, key_range)
-
-        with unwrap_group():
-            async with asyncio.TaskGroup() as tasks:
-                searches = [tasks.create_task(find(key_range)) for key_range in planned]
-        return [each.result() for each in searches]
 
     async def _placed_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""
@@ -245,7 +230,9 @@ class Verifier:
             limits=update.limits,
         )
         gate = Gate(concurrency=1, rows=self._options.batch, notify=self._notify_repair)
-        return LateRows(placed, gate, self._stop_signal, self._notify_repair, self._on_commit)
+        # A stop cancels the search as a whole: a row that was left out would count as searched.
+        never = StopSignal(self._notify_repair)
+        return LateRows(placed, gate, never, self._notify_repair, self._on_commit)
 
     def _notify_repair(self, event: Event) -> None:
         # The verification counts these rows itself.
