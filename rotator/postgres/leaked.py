@@ -24,8 +24,10 @@ from rotator.postgres.values import Place
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key
 
-# 64 MB: less than a second, and no snapshot that blocks VACUUM for long.
-CHUNK_BLOCKS: Final = 8192
+# 256 MB: a few seconds, and no snapshot that blocks VACUUM for long.
+CHUNK_BLOCKS: Final = 32_768
+# Each process of the server makes a hash table of a list that is passed as an array.
+ARRAY_VALUES: Final = 100_000
 _COPIED_ROWS: Final = 20_000
 _SALT_BYTES: Final = 32
 _SALT: Final = sql.SQL("(SELECT salt FROM pg_temp.rotator_leaked_salt)")
@@ -38,6 +40,7 @@ _TABLES: Final = (
         " leaf bigint, ctid_text text, xid text, key text, digests bytea[])"
     ),
 )
+_COLUMNS: Final = sql.SQL("leaf, ctid_text, xid, key, digests")
 # The format of COPY: the number of columns, then the length and the bytes of each.
 _HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER: Final = b"\xff\xff"
@@ -163,8 +166,8 @@ class Searched:
 
 async def search(
     connection: AsyncConnection, table: TargetTable, values: LeakedValues, searched: Searched
-) -> AsyncIterator[int]:
-    """Read the table, note the rows whose value is in the list, and yield their number after each part.
+) -> int:
+    """Read the table, note the rows whose value is in the list, and return their number.
 
     Afterwards ``values`` knows which of its values were found, and ``searched`` what was read. Rows that an
     earlier search has read, and that no session has written since, are left out.
@@ -177,18 +180,17 @@ async def search(
             xid, leaves = await _read_leaves(connection, table)
         # What is missed because a row moves in the meantime is newer, and in the next search.
         for leaf in leaves:
-            for block in range(0, leaf.blocks, CHUNK_BLOCKS):
+            for begin in range(0, leaf.blocks, CHUNK_BLOCKS):
+                blocks = (begin, begin + CHUNK_BLOCKS) if leaf.blocks > CHUNK_BLOCKS else None
                 async with translate_errors(connection, seconds=None), connection.transaction():
-                    found += await _search(connection, table, leaf, searched, block, block + CHUNK_BLOCKS)
-                yield found
+                    found += await _search(connection, table, leaf, values, searched, blocks)
     else:
         # In one snapshot, a row that moves is met once, at its old place.
         async with translate_errors(connection, seconds=None), connection.transaction():
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             xid, leaves = await _read_leaves(connection, table)
             for leaf in leaves:
-                found += await _search(connection, table, leaf, searched, 0, leaf.blocks)
-        yield found
+                found += await _search(connection, table, leaf, values, searched, None)
     async with translate_errors(connection, seconds=None):
         cursor = connection.cursor()
         async with cursor.copy(
@@ -198,6 +200,7 @@ async def search(
             async for row in copy.rows():
                 values.mark(int(row[0]))
     searched.xid, searched.leaves = xid, frozenset(leaf.identity for leaf in leaves)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,41 +241,78 @@ async def _read_leaves(connection: AsyncConnection, table: TargetTable) -> tuple
 
 
 async def _search(
-    connection: AsyncConnection, table: TargetTable, leaf: _Leaf, searched: Searched, begin: int, end: int
+    connection: AsyncConnection,
+    table: TargetTable,
+    leaf: _Leaf,
+    values: LeakedValues,
+    searched: Searched,
+    blocks: tuple[int, int] | None,
 ) -> int:
-    """Note the rows in some blocks of a leaf whose value is in the list, and return their number."""
+    """Note the rows of a leaf, or of some of its blocks, whose value is in the list; return their number."""
     await set_local(connection, {"jit": "off"})
-    cursor = await connection.execute(
-        _note_rows(table, leaf.name, is_read=leaf.identity in searched.leaves),
+    begin, end = blocks or (None, None)
+    # Unlike INSERT, CREATE TABLE AS can read in parallel.
+    await connection.execute(
+        sql.SQL("CREATE TEMPORARY TABLE rotator_leaked_part ON COMMIT DROP AS {}").format(
+            _select_rows(
+                table,
+                leaf.name,
+                is_part=blocks is not None,
+                is_read=leaf.identity in searched.leaves,
+                is_short=len(values.digests) <= ARRAY_VALUES,
+            )
+        ),
         {"begin": f"({begin},0)", "end": f"({end},0)", "xid": searched.xid},
     )
+    cursor = await connection.execute(
+        sql.SQL(
+            "INSERT INTO pg_temp.rotator_leaked_rows ({columns}) SELECT {columns}"
+            " FROM pg_temp.rotator_leaked_part"
+        ).format(columns=_COLUMNS)
+    )
+    await connection.execute("DROP TABLE pg_temp.rotator_leaked_part")
     return cursor.rowcount
 
 
-def _note_rows(table: TargetTable, leaf: sql.Composable, *, is_read: bool) -> sql.Composed:
-    digests = [_digest(column) for column in table.columns]
-    is_leaked = sql.SQL(" OR ").join(
-        sql.SQL("EXISTS (SELECT FROM pg_temp.rotator_leaked AS leaked WHERE leaked.digest = {})").format(each)
-        for each in digests
+def _select_rows(
+    table: TargetTable, leaf: sql.Composable, *, is_part: bool, is_read: bool, is_short: bool
+) -> sql.Composed:
+    """Select the rows of a leaf whose value is in the list.
+
+    Args:
+        table: The target's table.
+        leaf: The quoted name of the leaf.
+        is_part: Whether only the blocks between the parameters ``begin`` and ``end`` are read.
+        is_read: Whether an earlier search has read it, before the transaction ``xid``.
+        is_short: Whether the list is short enough for an array.
+    """
+    # A plan that reads a temporary table is not parallel, unless it does so before the scan.
+    digests_of_list = sql.SQL(
+        "SELECT unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked))"
+        if is_short
+        else "SELECT digest FROM pg_temp.rotator_leaked"
     )
+    digests = [_digest(column) for column in table.columns]
+    is_leaked = sql.SQL(" OR ").join(sql.SQL("{} IN ({})").format(each, digests_of_list) for each in digests)
+    ctid, xmin = identifier(ROW, "ctid"), identifier(ROW, "xmin")
+    conditions = [sql.SQL("({})").format(is_leaked)]
+    if is_part:
+        conditions.insert(0, sql.SQL("{} >= %(begin)s::tid AND {} < %(end)s::tid").format(ctid, ctid))
+    if is_read:
+        # A row that is newer than this transaction has a negative age.
+        conditions.insert(0, sql.SQL("age({}) <= age(%(xid)s::text::xid8::xid)").format(xmin))
     return sql.SQL(
-        "INSERT INTO pg_temp.rotator_leaked_rows (leaf, ctid_text, xid, key, digests)"
-        " SELECT {leaf_oid}::bigint, {ctid}::text, {xmin}::text, {key}, ARRAY[{digests}]"
-        " FROM ONLY {leaf} AS {row} WHERE {ctid} >= %(begin)s::tid AND {ctid} < %(end)s::tid"
-        " AND {is_new} AND ({is_leaked}){and_matches}"
+        "SELECT {leaf_oid}::bigint AS leaf, {ctid}::text AS ctid_text, {xmin}::text AS xid, {key} AS key,"
+        " ARRAY[{digests}] AS digests FROM ONLY {leaf} AS {row} WHERE {conditions}{and_matches}"
     ).format(
         leaf_oid=identifier(ROW, "tableoid"),
-        ctid=identifier(ROW, "ctid"),
-        xmin=identifier(ROW, "xmin"),
+        ctid=ctid,
+        xmin=xmin,
         key=table.key_json_of(ROW),
         digests=sql.SQL(", ").join(digests),
         leaf=leaf,
         row=identifier(ROW),
-        # A row that is newer than this transaction has a negative age.
-        is_new=sql.SQL("age({}) <= age(%(xid)s::text::xid8::xid)").format(identifier(ROW, "xmin"))
-        if is_read
-        else sql.SQL("true"),
-        is_leaked=is_leaked,
+        conditions=sql.SQL(" AND ").join(conditions),
         and_matches=table.and_matches,
     )
 

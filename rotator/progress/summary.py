@@ -137,6 +137,10 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
         lines.append(f"{OLD_STATISTICS[0].upper()}{OLD_STATISTICS[1:]}. Run: {event.analyze_statement}")
     if event.reindex_statements:
         lines += _reindex(event)
+    if event.leaked is not None and event.status == "completed" and event.rows:
+        lines.append(
+            "A rotation of all rows gives these rows another new value, unless a filter excludes them."
+        )
     if event.verification is not None:
         lines.append(verification_summary(event.verification))
     if resume_command and event.status != "completed" and not event.superseded:

@@ -48,12 +48,12 @@ class LeakedRows:
 
     async def _search(self) -> int:
         """Search the table until a stop is requested, and return the number of rows found."""
-        found = 0
-        async for number in leaked.search(self._connection, self._table, self._values, self._searched):
-            found = number
-            if self._context.stop_signal.drain.is_set():
-                break
-        return found
+        return (
+            await self._context.stop_signal.run_until_stop(
+                leaked.search(self._connection, self._table, self._values, self._searched)
+            )
+            or 0
+        )
 
     async def rotate(self, owned: RotationState) -> EndStatus:
         """Rotate the rows that were found, and search again until no row has a leaked value.
@@ -136,6 +136,5 @@ async def count_leaked(server: Server, target: RunTarget, values: LeakedValues) 
     async with connected(server) as connection:
         table = await read_target(connection, target)
         await leaked.load(connection, values)
-        async for _ in leaked.search(connection, table, values, Searched()):
-            pass
+        await leaked.search(connection, table, values, Searched())
     return found_event(values)

@@ -83,6 +83,23 @@ def test_only_rows_with_leaked_values_are_rotated(orders: Database, path: Path) 
     assert not orders.execute("SELECT FROM pg_class WHERE relname LIKE 'rotator_leaked%'")
 
 
+@pytest.mark.parametrize("array_values", [leaked.ARRAY_VALUES, 0])
+@pytest.mark.usefixtures("orders")
+def test_a_large_table_is_read_in_parts(
+    path: Path, monkeypatch: pytest.MonkeyPatch, array_values: int
+) -> None:
+    models.Order.objects.bulk_create(models.Order(api_key=f"key {i}") for i in range(ROWS, 10 * ROWS))
+    with path.open("a") as file:
+        file.write(f"key {10 * ROWS - 1}\n")
+    monkeypatch.setattr(leaked, "CHUNK_BLOCKS", 1)
+    monkeypatch.setattr(leaked, "ARRAY_VALUES", array_values)
+
+    stopped = run(path)
+
+    assert (stopped.status, stopped.rows) == ("completed", ROWS // 3 + 1)
+    assert kept() == NOT_LEAKED | set(range(ROWS, 10 * ROWS - 1))
+
+
 @pytest.mark.usefixtures("orders")
 def test_the_same_list_and_all_rows_can_be_rotated_next(path: Path) -> None:
     run(path)

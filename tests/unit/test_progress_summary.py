@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from rotator.events import LeakedValuesFound
 from rotator.progress.summary import report, summary
 from rotator.ranges import Key, KeyInterval, intervals_between
 from tests.unit.progress_fakes import stopped
@@ -31,6 +32,14 @@ def test_a_completed_run() -> None:
         "  retries      0",
         "  peak memory  50 MB",
     ]
+
+
+def test_leaked_rows_get_another_value_by_a_rotation_of_all_rows() -> None:
+    leaked = LeakedValuesFound(values=2, found=1, found_lines=("1",), other_lines=("2",))
+    sentence = "A rotation of all rows gives these rows another new value, unless a filter excludes them."
+    assert sentence in summary(stopped(rows=1, leaked=leaked)).splitlines()
+    assert sentence not in summary(stopped(rows=0, leaked=leaked)).splitlines()
+    assert sentence not in summary(stopped()).splitlines()
 
 
 def test_an_interrupted_run_says_how_to_resume() -> None:
