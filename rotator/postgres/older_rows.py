@@ -18,7 +18,7 @@ from rotator.postgres.ledger import Ledger
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.postgres.values import Place, ValueSource
 from rotator.postgres.writer import OlderRow, RangeUpdate
-from rotator.ranges import Key
+from rotator.ranges import Key, Written
 
 # 16 MB: little to read again for each batch of rows, and no snapshot that blocks VACUUM for long.
 CHUNK_BLOCKS: Final = 2048
@@ -113,8 +113,8 @@ class OlderRows:
             " WHERE ctid > %(after)s::tid AND ctid < %(end)s::tid AND {}{} ORDER BY ctid LIMIT %(batch)s"
         ).format(xmin, self._table.key_json, leaf, identifier(ROW), older, self._table.and_matches)
 
-    async def rotate(self, rows: Sequence[OlderRow]) -> int:
-        """Give rows of one leaf new values, and record the transaction in itself; return their number.
+    async def rotate(self, rows: Sequence[OlderRow]) -> Written:
+        """Give rows of one leaf new values, and record the transaction in itself.
 
         Rows that were deleted, or written by another session since they were found, are left out.
 
@@ -136,4 +136,4 @@ class OlderRows:
                     (rotation, written.rows),
                 )
             await connection.execute("COMMIT")
-        return written.rows
+        return written

@@ -21,7 +21,7 @@ from rotator.postgres.rotations import exclusive_lock
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
 from rotator.postgres.values import Place, ValueSource
 from rotator.postgres.writer import OlderRow, RangeUpdate
-from rotator.ranges import Key, KeyInterval
+from rotator.ranges import Key, KeyInterval, Written
 
 PLANTED_ROWS: Final = 3
 CONTROL_ROWS: Final = 1000
@@ -426,8 +426,8 @@ class Survivors:
         """The rotation's id."""
         return self._lease.rotation
 
-    async def rotate(self, rows: Sequence[OlderRow]) -> int:
-        """Give rows of one leaf new values, and record them in the same transaction; return their number.
+    async def rotate(self, rows: Sequence[OlderRow]) -> Written:
+        """Give rows of one leaf new values, and record them in the same transaction.
 
         Rows that were deleted, or written by another session since they were found, are left out.
 
@@ -448,4 +448,4 @@ class Survivors:
                 (written.rows, self._verification),
             )
             await connection.execute("COMMIT")
-        return written.rows
+        return written

@@ -16,10 +16,11 @@ from rotator.events import (
     RowRejected,
     RowsRotated,
 )
-from rotator.exceptions import RangeRejectedError, RowsLockedError
+from rotator.exceptions import RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.postgres.activity import holders
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
+from rotator.ranges import Written
 from rotator.runner.gate import Gate
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.stop import StopSignal
@@ -73,8 +74,8 @@ class PlacedRows(Protocol):
         """The rotation's id."""
         ...
 
-    async def rotate(self, rows: Sequence[OlderRow]) -> int:
-        """Give rows of one leaf new values, and return their number.
+    async def rotate(self, rows: Sequence[OlderRow]) -> Written:
+        """Give rows of one leaf new values.
 
         Raises:
             RowsLockedError: Another session holds some of the rows; nothing was written.
@@ -108,10 +109,15 @@ class LateRows:
     async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
         """Rotate all of them until a stop is requested, and return the number of rows with new values."""
         async for rows in found:
-            async with self._gate.passage(self._stop_signal.drain) as may_begin:
-                if not may_begin:
-                    break
-                await self.rotate(rows)
+            rest = rows
+            while rest:
+                async with self._gate.passage(self._stop_signal.drain) as may_begin:
+                    if not may_begin:
+                        return self.rows
+                    # The pace may have changed since they were found.
+                    batch = self._gate.rows
+                    await self.rotate(rest[:batch])
+                    rest = rest[batch:]
         return self.rows
 
     async def rotate(self, rows: Sequence[OlderRow]) -> None:
@@ -125,6 +131,8 @@ class LateRows:
                 self._notify(RangeDeferred(rows=len(rows)))
             except RangeRejectedError as error:
                 rejections += 1
+                if isinstance(error, RangeTooSlowError):
+                    self._gate.shrink(len(rows))
                 step = _RETRY.after_rejection(error, rows=len(rows), rejections=rejections)
                 if step is NextStep.GIVE_UP:
                     return self._notify(RowRejected(key=rows[0].key, reason=error.condition))
@@ -139,8 +147,11 @@ class LateRows:
 
     async def _rotate_once(self, rows: Sequence[OlderRow]) -> None:
         written = await self._placed_rows.rotate(rows)
-        self.rows += written
-        self._notify(LateRowsRotated(rows=written))
+        self._gate.count_completed(written.rows, written.server_seconds)
+        self.rows += written.rows
+        self._notify(LateRowsRotated(rows=written.rows))
         if self._on_commit is not None:
             keys = tuple(row.key for row in rows)
-            await self._on_commit(RowsRotated(rotation=self._placed_rows.rotation, keys=keys, rows=written))
+            await self._on_commit(
+                RowsRotated(rotation=self._placed_rows.rotation, keys=keys, rows=written.rows)
+            )

@@ -81,7 +81,7 @@ async def test_what_is_committed_late_is_rotated_and_nothing_else(
     async with _older_rows(database, lease) as older_rows:
         found = [rows async for rows in older_rows.find(2000)]
         assert [_keys(rows) for rows in found] == [["[3]", "[7]", "[99]"]]
-        assert await older_rows.rotate(found[0]) == 3
+        assert (await older_rows.rotate(found[0])).rows == 3
         assert [rows async for rows in older_rows.find(2000)] == []
     assert database.updates() == once_each((3, 3), (7, 7), (99, 99))
     assert database.changed(before) == {"[3]", "[7]", "[99]"}
@@ -124,7 +124,7 @@ async def test_the_whole_table_is_walked_whatever_the_chunks_and_batches(
         assert len(keys) == len(late)
         assert {int(key[1:-1]) for key in keys} == set(late)
         before = database.values()
-        assert [await older_rows.rotate(some) for some in found] == [len(some) for some in found]
+        assert [(await older_rows.rotate(some)).rows for some in found] == [len(some) for some in found]
     assert database.changed(before) == set(keys)
     assert database.rotation("late_rows") == len(late)
 
@@ -137,7 +137,7 @@ async def test_rows_are_rotated_while_they_are_looked_for(
     lease = await begin(control)
     database.count_updates()
     async with _older_rows(database, lease) as older_rows:
-        rotated = [await older_rows.rotate(rows) async for rows in older_rows.find(7)]
+        rotated = [(await older_rows.rotate(rows)).rows async for rows in older_rows.find(7)]
     assert sum(rotated) == 300
     assert database.updates() == once_each((1, 300))
 
@@ -152,7 +152,7 @@ async def test_rows_that_were_written_since_they_were_found_are_left_alone(
         (rows,) = [rows async for rows in older_rows.find(10)]
         database.execute(f"{own_change} WHERE id = 2")
         before = database.values()
-        assert await older_rows.rotate(rows) == 4
+        assert (await older_rows.rotate(rows)).rows == 4
     assert database.changed(before) == set(once_each((1, 1), (3, 5)))
     assert database.rotation("late_rows") == 4
 
@@ -176,7 +176,7 @@ async def test_what_others_write_after_the_attachment_stays_theirs(
         async for rows in older_rows.find(1):
             found += rows
             # Each transaction makes all rows older, and the attachment too.
-            assert await older_rows.rotate(rows) == 1
+            assert (await older_rows.rotate(rows)).rows == 1
     assert _keys(found) == [f"[{number}]" for number in range(1, 6)]
 
 
@@ -231,7 +231,7 @@ async def test_late_rows_of_tables_of_any_name_and_shape(
     lease = await begin(control)
     before = database.values(table)
     async with _older_rows(database, lease, table) as older_rows:
-        assert sum([await older_rows.rotate(some) async for some in older_rows.find(3)]) == 10
+        assert sum([(await older_rows.rotate(some)).rows async for some in older_rows.find(3)]) == 10
     assert database.changed(before, table) == set(before)
 
 
