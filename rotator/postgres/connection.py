@@ -199,10 +199,12 @@ class OwnConnection(AsyncConnection):
     a transaction.
 
     Attributes:
+        is_direct: Whether no pooler is in the way; False until the connection is configured.
         local_settings: The settings with which each transaction begins; empty where the session has them.
         one_statement: A lock for single statements; only where each of them is a transaction.
     """
 
+    is_direct = False
     local_settings: Mapping[str, str] = {}
     one_statement: asyncio.Lock
 
@@ -220,12 +222,12 @@ class OwnConnection(AsyncConnection):
                 "settings": list(settings.values()),
             },
         )
-        is_direct, is_read_only, names = await cursor.fetchone() or (True, False, None)
+        self.is_direct, is_read_only, names = await cursor.fetchone() or (True, False, None)
         if is_read_only:
             raise read_only()
-        if is_direct:
+        if self.is_direct:
             self.prepare_threshold = PREPARED_AFTER
-        if is_direct or not names:
+        if self.is_direct or not names:
             return
         self.local_settings = {name: settings[name] for name in names if name != _READ_ONLY}
         if _READ_ONLY in names:

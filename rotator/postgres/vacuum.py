@@ -20,6 +20,8 @@ WATCH_SECONDS: Final = 0.25
 BUSY: Final = "the table is busy"
 """The reason for a skipped VACUUM where another session holds, or waits for, a conflicting lock."""
 SCATTERED_CORRELATION: Final = 0.1
+# That of autovacuum by default.
+SLOW_DELAY_MILLISECONDS: Final = 2
 _MAINTAIN_SINCE: Final = 170_000
 # vacuum_is_permitted_for_relation() in the server's src/backend/commands/vacuum.c.
 _OWNS: Final = (
@@ -87,7 +89,12 @@ async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
 
 
 async def vacuum(
-    connection: AsyncConnection, control: AsyncConnection, table: TargetTable, *, indexes: bool
+    connection: AsyncConnection,
+    control: AsyncConnection,
+    table: TargetTable,
+    *,
+    indexes: bool,
+    is_slow: bool = False,
 ) -> str:
     """Vacuum the table, unless another session holds or waits for a conflicting lock.
 
@@ -99,6 +106,8 @@ async def vacuum(
         table: The table.
         indexes: Whether to remove the index entries of old row versions, which reads all indexes; else only
             the space of the row versions is freed.
+        is_slow: Whether to pause as autovacuum does, for the sake of other sessions. A larger
+            ``vacuum_cost_delay`` of the role remains. Behind a pooler, that of the session applies.
 
     Returns:
         The reason why it was skipped or cancelled; empty where it finished.
@@ -106,6 +115,13 @@ async def vacuum(
     statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0, INDEX_CLEANUP {}) {}").format(
         sql.SQL("on" if indexes else "off"), sql.Identifier(*table.path)
     )
+    if is_slow and isinstance(connection, OwnConnection) and connection.is_direct:
+        async with translate_errors(connection):
+            await connection.execute(
+                "SELECT set_config(name, %(delay)s::text, false) FROM pg_settings"
+                " WHERE name = 'vacuum_cost_delay' AND setting::float8 < %(delay)s",
+                {"delay": SLOW_DELAY_MILLISECONDS},
+            )
     reason, _warnings = await _maintain(connection, control, table, statement, "VACUUM")
     return reason
 

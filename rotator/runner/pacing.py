@@ -177,6 +177,11 @@ class Pacing:
         return self._pace.name
 
     @property
+    def is_limited(self) -> bool:
+        """Whether other sessions are at work, and the pace applies."""
+        return self._is_limited
+
+    @property
     def commit_seconds(self) -> float | None:
         """The 90th percentile of the commits of the last seconds; None where none were measured."""
         since = self._clock() - RECENT_SECONDS

@@ -110,7 +110,8 @@ class Vacuuming:
         started = time.monotonic()
         try:
             async with connected(self._context.server) as connection:
-                reason = await vacuum(connection, control, table, indexes=indexes)
+                is_slow = self._context.pacing.is_limited
+                reason = await vacuum(connection, control, table, indexes=indexes, is_slow=is_slow)
         except RotatorError as error:
             reason = str(error)
         if not reason:

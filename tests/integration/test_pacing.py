@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psycopg
 import pytest
@@ -15,7 +15,9 @@ import pytest
 from rotator.events import Event, PaceChanged, RangeCompleted, Throttled, ThrottleEnded
 from rotator.exceptions import ServerRefusedError
 from rotator.postgres.fence import LOCK_CLASS
+from rotator.postgres.vacuum import vacuum
 from rotator.runner import pacing
+from rotator.runner import vacuum as runner_vacuum
 from rotator.runner.controller import START_ROWS
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
@@ -78,12 +80,22 @@ def slow_rows(database: Database) -> None:
 
 
 @pytest.mark.usefixtures("slow_rows")
-def test_other_sessions_at_work_get_fewer_workers_and_shorter_ranges(database: Database) -> None:
+def test_other_sessions_at_work_get_fewer_workers_and_shorter_ranges(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly = list[bool]()
+
+    async def noted(*arguments: Any, is_slow: bool, **options: Any) -> str:  # noqa: ANN401 - handed on
+        slowly.append(is_slow)
+        return await vacuum(*arguments, is_slow=is_slow, **options)
+
+    monkeypatch.setattr(runner_vacuum, "vacuum", noted)
     recorder = EventRecorder()
     with _busy_application(database):
-        outcome = rotate_tickets(recorder, concurrency=4, batch=100, vacuum=False)
+        outcome = rotate_tickets(recorder, concurrency=4, batch=100)
 
     assert_completed(outcome, rows=ROWS)
+    assert slowly[-1]
     assert database.updates() == once_each((1, ROWS))
     changes = [event for event in recorder.events if isinstance(event, PaceChanged) and event.is_new]
     first = changes[0]

@@ -95,6 +95,28 @@ def test_a_locked_table_is_not_vacuumed(database: Database) -> None:
     assert recorder.of(Vacuumed) == 0
 
 
+async def test_it_pauses_as_autovacuum_does_where_other_sessions_are_at_work(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    database.make_tickets(1, 100)
+
+    async def delay_during_vacuum(*, is_slow: bool) -> str:
+        async with connected(database.server) as connection:
+            assert not await vacuum(connection, control, TICKETS, indexes=True, is_slow=is_slow)
+            row = await (await connection.execute("SHOW vacuum_cost_delay")).fetchone()
+            assert row is not None
+            return str(row[0])
+
+    assert await delay_during_vacuum(is_slow=False) == "0"
+    assert await delay_during_vacuum(is_slow=True) == "2ms"
+    name = sql.Identifier(control.info.dbname)
+    database.execute(sql.SQL("ALTER DATABASE {} SET vacuum_cost_delay = '5ms'").format(name))
+    try:
+        assert await delay_during_vacuum(is_slow=True) == "5ms"
+    finally:
+        database.execute(sql.SQL("ALTER DATABASE {} RESET vacuum_cost_delay").format(name))
+
+
 @pytest.mark.usefixtures("slow_vacuum")
 async def test_it_is_cancelled_when_another_session_waits(
     database: Database, control: psycopg.AsyncConnection
