@@ -9,7 +9,6 @@ from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import render
 from django.urls import reverse
 
-from rotator.apps import hides_keys
 from rotator.events import ActionKind
 from rotator.exceptions import RevisionError, RotatorError
 from rotator.management.control import Request, read_request, send
@@ -45,7 +44,7 @@ def show(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
         raise PermissionDenied
     rotation = find(number)
     control, options = control_of(rotation), RunOptions.from_json(rotation.options)
-    state = page_state(rotation, hide_keys=hides_keys())
+    state = page_state(rotation)
     context: dict[str, Any] = {
         **admin.admin_site.each_context(request),
         "title": f"Rotation {rotation.pk} of {rotation.target}",
@@ -70,7 +69,7 @@ def state(admin: "_Admin", request: HttpRequest, number: str) -> JsonResponse:
     """Return what the page shows of one rotation as JSON, which its script reads again and again."""
     if not admin.has_view_permission(request):
         raise PermissionDenied
-    return JsonResponse(page_state(find(number), hide_keys=hides_keys()))
+    return JsonResponse(page_state(find(number)))
 
 
 def control(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:

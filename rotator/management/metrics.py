@@ -7,15 +7,20 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Final
 
-from django.db import connections
-from django.db.models import Count
 from django.db.models.functions import Now
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rotator.management.rotation import find_rotations, is_dead, is_silent
-from rotator.models import CompletedRange, Helper, Measurement, Rotation
+from rotator.management.rotation import (
+    cursor_of,
+    find_ledger,
+    find_rotations,
+    is_dead,
+    is_silent,
+    stored,
+)
+from rotator.models import CompletedRange, Helper, Measurement, Rotation, Verification
 from rotator.postgres.measurements import GAP_SECONDS, HELD_SECONDS
 
 # A finished rotation is exported for so long: Prometheus never forgets what is exported for ever.
@@ -68,30 +73,31 @@ class RotationCollector(Collector):
         families.rows.add_metric([number], rotation.rows_done)
         families.planned.add_metric([number], rotation.rows_total)
         families.heartbeat.add_metric([number], rotation.updated_at.timestamp())
-        completed = CompletedRange.objects.using(self._database).filter(rotation=rotation)
-        ((ranges),) = completed.aggregate(Count("pk")).values()
+        ranges = stored(CompletedRange, rotation).count()
         for outcome, value in (
             ("completed", ranges),
             ("deferred", rotation.deferrals),
             ("retried", rotation.retries),
         ):
             families.ranges.add_metric([number, outcome], value)
-        with connections[self._database].cursor() as cursor:
+        with cursor_of(rotation) as cursor:
             cursor.execute(HELD_SECONDS, {"rotation": rotation.pk, "gap": GAP_SECONDS, "limit": None})
             for reason, seconds in cursor.fetchall():
                 families.throttled_seconds.add_metric([number, reason], seconds)
+        searches = stored(Verification, rotation).filter(finished_at__isnull=False, repairs=False)
+        if find_ledger(rotation) and (latest := searches.order_by("-pk").first()):
+            families.survivors.add_metric([number], latest.survivors)
         self._add_present(families, rotation)
 
     def _add_present(self, families: "_Families", rotation: Rotation) -> None:
         """Add what only holds while a process works on the rotation."""
         number = str(rotation.pk)
         is_running = rotation.status == Rotation.Status.RUNNING
-        measured = Measurement.objects.using(self._database).filter(rotation=rotation)
-        latest = measured.order_by("-at", "-pk").first()
+        latest = stored(Measurement, rotation).order_by("-at", "-pk").first()
         if not is_running or is_silent(rotation) or is_dead(rotation) or latest is None:
             families.workers.add_metric([number], 0)
             return
-        helpers = Helper.objects.using(self._database).filter(rotation=rotation)
+        helpers = stored(Helper, rotation)
         is_distributed = helpers.exists()
         alive = helpers.filter(expires_at__gt=Now()).count()
         families.workers.add_metric([number], alive if is_distributed else latest.workers)
@@ -131,6 +137,9 @@ class _Families:
         )
         self.lags = GaugeMetricFamily(
             "rotator_replica_lag_seconds", "The lag of a replica.", labels=[*of, "replica"]
+        )
+        self.survivors = GaugeMetricFamily(
+            "rotator_survivors", "Rows with an old value, in the latest verification.", labels=of
         )
         self.heartbeat = GaugeMetricFamily(
             "rotator_heartbeat_timestamp_seconds", "The time of the owner's latest heartbeat.", labels=of

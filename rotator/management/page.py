@@ -1,203 +1,66 @@
 """What the page shows of one rotation, as text and JSON types: the template and the script show the same."""
 
 import shlex
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 from django.apps import apps
 from django.core.exceptions import FieldDoesNotExist
-from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.backends.utils import CursorWrapper
-from django.db.models import Field
+from django.db.models import Count, Field, Max
 
-from rotator.events import ActionKind, StopReason
+from rotator.apps import hides_keys
+from rotator.events import ActionKind, Findings
+from rotator.management.motion import Motion, Speed, motion_of, speed_of
 from rotator.management.rotation import (
     age_of,
     control_of,
+    cursor_of,
+    detail_of,
     facts_of,
-    held_by,
-    is_dead,
-    is_silent,
+    find_ledger,
     owner_of,
     percent_of_rotation,
-    reason_of,
     rows_of,
+    shown,
     silent_seconds,
     status_of,
+    stored,
 )
-from rotator.models import Action, Helper, Measurement, Rotation, Span
-from rotator.options import SETTINGS, RunOptions, Selection
-from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD, RECENT_RANGES
+from rotator.models import Action, Helper, Measurement, Rotation, Span, Verification
+from rotator.options import DEFAULT_OPTIONS, SETTINGS, RunOptions, Selection
+from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD
 from rotator.progress.chart import POINTS, Held, Point, draw
-from rotator.progress.text import ACTIVITIES, count, duration, moment, one_line, plural, rate, unconfirmed
-from rotator.stats import RecentRate, State
+from rotator.progress.preflight import preflight_facts
+from rotator.progress.text import (
+    GUARD_ACTIONS,
+    count,
+    duration,
+    moment,
+    one_line,
+    plural,
+    rate,
+    unconfirmed,
+)
 
-# About the checkpoints of the window of a rate.
-_RECENT_RANGES: Final = 1000
 _LONGEST_LOG: Final = 50
 _BANDS_SHOWN: Final = 60
-_STALL_SECONDS: Final = 10.0
-_HIDDEN: Final = "(hidden: it can contain keys)"
 _PAUSE: Final = "pause"
 
 Facts = list[tuple[str, str]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Motion:
-    """Whether a rotation moves, and if not, why and what ends that.
-
-    Attributes:
-        tone: ``moving``, ``held``, ``stopped``, ``done`` or ``problem``.
-        headline: One sentence.
-        since: The time since which this is so; None where it moves.
-        ends: What ends it; empty where it moves.
-        is_ownerless: Whether no process works on an unfinished rotation.
-    """
-
-    tone: str
-    headline: str
-    since: datetime | None = None
-    ends: str = ""
-    is_ownerless: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Speed:
-    """The recent speed of a rotation.
-
-    Attributes:
-        rows_per_second: The rate; None while it is unknown.
-        eta_seconds: The time until every row is done; None while it is unknown.
-        silent_seconds: The time since the last range; None without any.
-    """
-
-    rows_per_second: float | None
-    eta_seconds: float | None
-    silent_seconds: float | None
-
-
-def speed_of(rotation: Rotation) -> Speed:
-    """Return the recent speed, computed from the checkpoints as the run does from its ranges."""
-    now = (rotation.updated_at + timedelta(seconds=silent_seconds(rotation))).timestamp()
-    recent, last = RecentRate(), None
-    with _cursor(rotation) as cursor:
-        cursor.execute(RECENT_RANGES, {"rotation": rotation.pk, "limit": _RECENT_RANGES})
-        for at, rows, seconds in cursor.fetchall():
-            last = min(float(at), now)
-            recent.add(int(rows), now=last, seconds=seconds)
-    if last is None:
-        return Speed(rows_per_second=None, eta_seconds=None, silent_seconds=None)
-    left = rotation.rows_total - rotation.rows_done
-    is_exceeded = left <= 0 and not rotation.rows_total_is_exact
-    return Speed(
-        rows_per_second=recent.rows_per_second(now),
-        eta_seconds=None if is_exceeded else recent.eta_seconds(left, now),
-        silent_seconds=now - last,
-    )
-
-
-def motion_of(rotation: Rotation, speed: Speed, state: str, actions: list[Action]) -> Motion:
-    """Return whether the rotation moves.
-
-    Args:
-        rotation: The rotation, from ``find_rotations()``.
-        speed: Its speed.
-        state: What its owner does, by the latest measurement; empty where none is known.
-        actions: Its log, the latest first.
-    """
-    if rotation.status == Rotation.Status.RUNNING:
-        return _motion_of_running(rotation, speed, state, actions)
-    if rotation.status == Rotation.Status.QUEUED:
-        ends = "The next free Celery worker continues it."
-        return Motion(
-            tone="held", headline="Not moving: waiting for a worker", since=rotation.updated_at, ends=ends
-        )
-    if rotation.status == Rotation.Status.COMPLETED:
-        is_filtered = Selection.from_json(rotation.selection).is_filtered
-        headline = "Completed for the rows that match the filter" if is_filtered else "Completed"
-        if rotation.unconfirmed_rows:
-            headline += f", {plural(rotation.unconfirmed_rows, 'row')} not confirmed"
-        return Motion(tone="done", headline=headline, since=rotation.finished_at)
-    if rotation.status == Rotation.Status.ABANDONED:
-        return Motion(tone="stopped", headline="Abandoned: it is never resumed", since=rotation.finished_at)
-    why = reason_of(rotation) or rotation.error.rstrip(".") or f"it is {rotation.status}"
-    return Motion(
-        tone="problem" if rotation.status == Rotation.Status.FAILED else "stopped",
-        headline=f"Not moving: {rotation.status}, {why}",
-        since=rotation.updated_at,
-        ends="No process works on it. The same command resumes it.",
-        is_ownerless=True,
-    )
-
-
-def _motion_of_running(  # noqa: PLR0911 - one result for each reason
-    rotation: Rotation, speed: Speed, state: str, actions: list[Action]
-) -> Motion:
-    if is_silent(rotation) or is_dead(rotation):
-        owner = owner_of(rotation)
-        cause = f"The process of {owner} has ended." if owner.is_gone() else f"{owner} does not answer."
-        return Motion(
-            tone="problem",
-            headline=f"Not moving: no heartbeat for {duration(silent_seconds(rotation))}",
-            since=rotation.updated_at,
-            ends=f"{cause} If no process works on it, the same command resumes it.",
-            is_ownerless=True,
-        )
-    if held := held_by(rotation):
-        since = rotation.throttled_since
-        if control_of(rotation).paused:
-            since = next((each.at for each in actions if each.kind == ActionKind.PAUSED), since)
-            return Motion(
-                tone="held", headline=f"Not moving: {held}", since=since, ends="Resume ends the pause."
-            )
-        return Motion(
-            tone="held",
-            headline=f"Not moving: throttled by {held}",
-            since=since,
-            ends="It continues by itself then.",
-        )
-    if activity := _activity(state):
-        return Motion(tone="moving", headline=f"Moving: {activity}")
-    if speed.silent_seconds is not None and speed.silent_seconds > _STALL_SECONDS:
-        return Motion(
-            tone="held",
-            headline=f"Not moving: no range was committed for {duration(speed.silent_seconds)}",
-            since=rotation.updated_at - timedelta(seconds=speed.silent_seconds),
-            ends="Its process is alive. Other sessions may hold locks: look at its output.",
-        )
-    if speed.rows_per_second is None:
-        return Motion(tone="moving", headline="Starting: the rate is not known yet")
-    return Motion(tone="moving", headline=f"Moving: {rate(speed.rows_per_second)} rows/s")
-
-
-def _activity(state: str) -> str:
-    known: dict[State, str] = {
-        **ACTIVITIES,
-        "late_commits": "waiting for older transactions",
-    }
-    return next((text for name, text in known.items() if name == state), "")
-
-
-def page_state(rotation: Rotation, *, hide_keys: bool) -> dict[str, object]:
-    """Return all that the page shows of a rotation, as JSON types without values of the column.
-
-    Args:
-        rotation: The rotation, from ``find_rotations()``.
-        hide_keys: Whether to leave out what can contain keys of rows.
-    """
-    database = _database(rotation)
-    actions = list(Action.objects.using(database).filter(rotation=rotation).order_by("-pk")[:_LONGEST_LOG])
-    latest = Measurement.objects.using(database).filter(rotation=rotation).order_by("-at", "-pk").first()
-    if hide_keys and rotation.error:
-        rotation.error = _HIDDEN
+def page_state(rotation: Rotation) -> dict[str, object]:
+    """Return all that the page shows of a rotation, from ``find_rotations()``, as JSON types."""
+    actions = list(stored(Action, rotation).order_by("-pk")[:_LONGEST_LOG])
+    latest = stored(Measurement, rotation).order_by("-at", "-pk").first()
+    rotation.error = shown(rotation.error)
     speed = speed_of(rotation)
     motion = motion_of(rotation, speed, latest.state if latest else "", actions)
     control = control_of(rotation)
     return {
-        "facts": _public_facts(rotation, speed, hide_keys=hide_keys),
+        "facts": _public_facts(rotation, speed),
         "tone": motion.tone,
         "percent": percent_of_rotation(rotation),
         "revision": control.revision,
@@ -209,18 +72,20 @@ def page_state(rotation: Rotation, *, hide_keys: bool) -> dict[str, object]:
             "status": status_of(rotation),
             "since": _since(rotation, motion),
             "ends": motion.ends,
-            "command": _command(rotation, hide_keys=hide_keys) if motion.is_ownerless else "",
+            "command": _command(rotation) if motion.is_ownerless else "",
             "requested": _requested(rotation),
             "percent": f"{percent_of_rotation(rotation)}%",
             "rows": f"{rows_of(rotation)} rows",
             "rate": _rate(rotation, motion, speed),
             "eta": _eta(rotation, motion, speed),
         },
-        "left_out": [one_line(each) for each in _left_out(rotation, hide_keys=hide_keys)],
+        "left_out": [one_line(each) for each in _left_out(rotation)],
         "server": _server_facts(rotation, latest),
-        "run": _run_facts(rotation, hide_keys=hide_keys),
-        "log": [_line(each, hide_keys=hide_keys) for each in actions],
-        "rejected": [] if hide_keys else _rejected(rotation),
+        "run": _run_facts(rotation),
+        "log": [_line(each) for each in actions],
+        "rejected": _rejected(rotation),
+        "proof": _proof_facts(rotation),
+        "preflight": _preflight_facts(rotation),
         "chart": chart_of(rotation),
     }
 
@@ -264,13 +129,12 @@ def _requested(rotation: Rotation) -> str:
     return f"{', '.join(wanted)}: revision {control.revision} by {control.changed_by}, {state}"
 
 
-def _left_out(rotation: Rotation, *, hide_keys: bool = False) -> list[str]:
+def _left_out(rotation: Rotation) -> list[str]:
     """Return a sentence for each kind of rows that "completed" does not include."""
     chosen = Selection.from_json(rotation.selection)
     left = []
     if chosen.is_filtered:
-        words = _selection(chosen, hide_keys=hide_keys)
-        left.append(f"Rows that the filter leaves out keep their values: {words}")
+        left.append(f"Rows that the filter leaves out keep their values: {_selection(rotation)}")
     fields = _fields(rotation)
     if not chosen.include_null and any(field.null for field in fields):
         left.append("NULL stays NULL (no --include-null).")
@@ -292,10 +156,13 @@ def _fields(rotation: Rotation) -> "list[Field[Any, Any]]":
     return found
 
 
-def _selection(chosen: Selection, *, hide_keys: bool) -> str:
-    words = shlex.split(str(chosen))
+def _selection(rotation: Rotation) -> str:
+    chosen = str(Selection.from_json(rotation.selection))
+    if not hides_keys() or chosen == DEFAULT_OPTIONS:
+        return chosen
     # The value of a filter may be a key.
-    return shlex.join(f"{word.partition('=')[0]}=…" if hide_keys and "=" in word else word for word in words)
+    words = shlex.split(chosen)
+    return shlex.join(f"{word.partition('=')[0]}=…" if "=" in word else word for word in words)
 
 
 def _server_facts(rotation: Rotation, latest: Measurement | None) -> Facts:
@@ -304,6 +171,7 @@ def _server_facts(rotation: Rotation, latest: Measurement | None) -> Facts:
         ("deferrals", f"{count(rotation.deferrals)} (rows locked by other sessions)"),
         ("retries", count(rotation.retries)),
         ("late rows", count(rotation.late_rows)),
+        ("VACUUM", _vacuums(rotation)),
     ]
     if latest is None or rotation.status != Rotation.Status.RUNNING:
         return facts
@@ -320,18 +188,29 @@ def _server_facts(rotation: Rotation, latest: Measurement | None) -> Facts:
     return facts
 
 
+def _vacuums(rotation: Rotation) -> str:
+    runs = rotation.actions.filter(kind=ActionKind.VACUUMED)
+    found = runs.aggregate(number=Count("pk"), latest=Max("at"))
+    return (
+        f"{plural(found['number'], 'run')}, the latest {moment(found['latest'])}"
+        if found["number"]
+        else "no run"
+    )
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms"
 
 
-def _run_facts(rotation: Rotation, *, hide_keys: bool) -> Facts:
+def _run_facts(rotation: Rotation) -> Facts:
     options = RunOptions.from_json(rotation.options)
     facts = [
         ("target", f"{rotation.target} in database '{rotation.database}'"),
         ("table", rotation.table_name),
-        ("chosen by", _selection(Selection.from_json(rotation.selection), hide_keys=hide_keys)),
+        ("chosen by", _selection(rotation)),
+        ("options", str(options)),
         (
-            "options",
+            "limits",
             f"pace {options.pace}, {plural(options.concurrency, 'worker')}, {count(options.batch)} rows",
         ),
         ("time", f"{duration(rotation.active_seconds)} over all runs"),
@@ -347,73 +226,75 @@ def _run_facts(rotation: Rotation, *, hide_keys: bool) -> Facts:
     return facts
 
 
-def _line(action: Action, *, hide_keys: bool) -> tuple[str, str, str, str]:
-    known = {*StopReason, "interrupted", "failed", "queued", ""}
-    is_shown = not hide_keys or action.kind != ActionKind.STOPPED or action.detail in known
-    return (moment(action.at), action.kind, action.by, one_line(action.detail) if is_shown else _HIDDEN)
+def _line(action: Action) -> tuple[str, str, str, str]:
+    return (moment(action.at), action.kind, action.by, one_line(detail_of(action)))
 
 
 def _rejected(rotation: Rotation) -> list[tuple[str, str]]:
     """Return the keys of rejected rows, each with the reason: those of the latest run, and of open spans."""
-    database = _database(rotation)
-    spans = Span.objects.using(database).filter(rotation=rotation).exclude(failed_keys=[])
+    spans = stored(Span, rotation).exclude(failed_keys=[])
     found = spans.values_list("failed_keys", flat=True)[:_LONGEST_LOG]
     keys = [each for failed in (rotation.rejected_keys, *found) for each in failed]
+    if hides_keys():
+        reasons = Counter(str(reason) for _, reason in keys)
+        return [(plural(number, "row"), one_line(reason)) for reason, number in reasons.most_common()]
     return [(str(key), one_line(str(reason))) for key, reason in keys[:_LONGEST_LOG]]
 
 
-def _public_facts(rotation: Rotation, speed: Speed, *, hide_keys: bool) -> dict[str, object]:
+def _proof_facts(rotation: Rotation) -> Facts:
+    """Return the ledger, the guard and the survivors; empty without a ledger."""
+    ledger = find_ledger(rotation)
+    if ledger is None:
+        return []
+    facts = [
+        ("ledger", f"{ledger.state}, {plural(ledger.entries, 'entry')}"),
+        ("guard", GUARD_ACTIONS.get(ledger.guard, "no guard")),
+    ]
+    latest = stored(Verification, rotation).order_by("-pk").first()
+    if latest is None:
+        return [*facts, ("survivors", "not searched yet")]
+    found = f"{count(latest.survivors)} in {plural(latest.rows, 'row')}"
+    if latest.finished_at is None:
+        return [*facts, ("survivors", f"{found} so far, since {moment(latest.started_at)}")]
+    facts.append(("survivors", f"{found}, {moment(latest.finished_at)}"))
+    facts.append(("verified", "yes" if latest.result.get("is_verified") else "no"))
+    if latest.survivor_keys and not hides_keys():
+        facts.append(("first survivors", ", ".join(map(str, latest.survivor_keys[:_LONGEST_LOG]))))
+    return facts
+
+
+def _preflight_facts(rotation: Rotation) -> Facts:
+    return preflight_facts(Findings.from_json(rotation.findings)) if rotation.findings else []
+
+
+def _public_facts(rotation: Rotation, speed: Speed) -> dict[str, object]:
     facts = facts_of(rotation) | {
         "rows_per_second": speed.rows_per_second and round(speed.rows_per_second, 1),
         "eta_seconds": speed.eta_seconds and round(speed.eta_seconds, 1),
     }
-    if hide_keys:
+    if hides_keys():
         del facts["selection"]
     return facts
 
 
-def _command(rotation: Rotation, *, hide_keys: bool) -> str:
+def _command(rotation: Rotation) -> str:
     """Return the command that resumes a rotation."""
-    chosen, options = Selection.from_json(rotation.selection), RunOptions.from_json(rotation.options)
-    words = ["python", "manage.py", "async_rotate", *rotation.target.split()]
-    words += ["--database", rotation.database]
-    if chosen != Selection():
-        words += shlex.split(_selection(chosen, hide_keys=hide_keys))
-    for name in ("concurrency", "batch", "pace"):
-        value = getattr(options, name)
-        words += [f"--{name}", str(value)] if value != getattr(RunOptions(), name) else []
-    if options.max_lag_seconds is not None:
-        words += ["--max-lag", f"{options.max_lag_seconds:g}s"]
-        words += [word for alias in options.lag_of for word in ("--lag-of", alias)]
-    sizes = {
-        "max-unarchived-wal": options.max_unarchived_wal_bytes,
-        "max-slot-wal": options.max_slot_wal_bytes,
-    }
-    words += [
-        word
-        for name, size in sizes.items()
-        if size is not None
-        for word in (f"--{name}", f"{size // 1024}kB")
-    ]
-    words += ["--prove"] if options.prove else []
-    words += ["--guard", options.guard] if options.guard else []
-    words += [] if options.vacuum else ["--no-vacuum"]
-    words += ["--reindex"] if options.reindex else []
-    database = _database(rotation)
-    if Helper.objects.using(database).filter(rotation=rotation).exists():
+    words = ["python", "manage.py", "async_rotate", *rotation.target.split(), "--database", rotation.database]
+    for chosen in (_selection(rotation), str(RunOptions.from_json(rotation.options))):
+        words += shlex.split(chosen) if chosen != DEFAULT_OPTIONS else []
+    if stored(Helper, rotation).exists():
         words.append("--celery")
     return shlex.join(words)
 
 
 def chart_of(rotation: Rotation) -> dict[str, object]:
     """Return the chart of a rotation over all of its runs."""
-    database = _database(rotation)
-    ordered = Measurement.objects.using(database).filter(rotation=rotation).order_by("at").values_list("at")
+    ordered = stored(Measurement, rotation).order_by("at").values_list("at")
     first, last = ordered.first(), ordered.last()
     if first is None or last is None:
         return draw([], [], began_at=rotation.started_at, ended_at=rotation.updated_at)
     span = max((last[0] - first[0]).total_seconds(), 1.0)
-    with _cursor(rotation) as cursor:
+    with cursor_of(rotation) as cursor:
         cursor.execute(
             CHART,
             {
@@ -450,12 +331,3 @@ def chart_of(rotation: Rotation) -> dict[str, object]:
 
 def _names(stored: str) -> str:
     return ", ".join("paused" if name == _PAUSE else name for name in stored.split("\n"))
-
-
-def _cursor(rotation: Rotation) -> CursorWrapper:
-    return connections[_database(rotation)].cursor()
-
-
-def _database(rotation: Rotation) -> str:
-    """Return Django's alias of the database that the rotation was read from."""
-    return rotation._state.db or DEFAULT_DB_ALIAS  # noqa: SLF001 - documented by Django

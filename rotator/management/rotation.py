@@ -1,18 +1,22 @@
 """A rotation as users see it: the same words and figures in the commands, in their JSON and on the page."""
 
-from typing import Final
+from typing import Final, TypeVar
 
 from django.core.management import CommandError
-from django.db import Error
-from django.db.models import DurationField, ExpressionWrapper, F, QuerySet
+from django.db import DEFAULT_DB_ALIAS, Error, connections
+from django.db.backends.utils import CursorWrapper
+from django.db.models import DurationField, ExpressionWrapper, F, Model, QuerySet
 from django.db.models.functions import Now
 
-from rotator.events import StopReason
-from rotator.models import Control, Ledger, Rotation
+from rotator.apps import hides_keys
+from rotator.events import ActionKind, StopReason
+from rotator.models import Action, Control, Ledger, Rotation
 from rotator.options import SETTINGS, RunOptions, Selection
 from rotator.postgres.owner import SILENT_SECONDS, Owner
 from rotator.progress.text import done_of_total, duration, moment, stopped_by
 from rotator.stats import percent_of
+
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 _JUST_ENDED_SECONDS: Final = 3.0
 
@@ -20,7 +24,7 @@ _JUST_ENDED_SECONDS: Final = 3.0
 def find_rotations(database: str) -> QuerySet[Rotation]:
     """Return the rotations of a database, the latest first, for the functions of this module."""
     silence = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
-    rotations = Rotation.objects.using(database).select_related("control")
+    rotations = Rotation.objects.using(database).select_related("control", "ledger").defer("ledger__salt")
     return rotations.annotate(silence=silence).order_by("-pk")
 
 
@@ -51,6 +55,17 @@ def first_line(error: Error) -> str:
 def find_ledger(rotation: Rotation) -> Ledger | None:
     """Return the ledger of a rotation, forgotten or not; None where it never had one."""
     return getattr(rotation, "ledger", None)
+
+
+def stored(kind: type[AnyModel], rotation: Rotation) -> QuerySet[AnyModel]:
+    """Return the rows of another table that belong to a rotation, from the database that it was read from."""
+    # Not from the database that the project's routers choose to read from.
+    return kind._default_manager.using(rotation._state.db).filter(rotation=rotation)  # noqa: SLF001 - documented
+
+
+def cursor_of(rotation: Rotation) -> CursorWrapper:
+    """Return a cursor of the database that a rotation was read from."""
+    return connections[rotation._state.db or DEFAULT_DB_ALIAS].cursor()  # noqa: SLF001 - documented by Django
 
 
 def control_of(rotation: Rotation) -> Control:
@@ -110,6 +125,18 @@ def reason_of(rotation: Rotation) -> str:
     """Return the reason of a stop as a phrase; empty without one."""
     reason = StopReason(rotation.stop_reason) if rotation.stop_reason else None
     return stopped_by(reason, control_of(rotation).cancelled_by)
+
+
+def shown(text: str) -> str:
+    """Return a text that can contain keys of rows, or a phrase instead where the project hides them."""
+    return "(hidden: it can contain keys)" if text and hides_keys() else text
+
+
+def detail_of(action: Action) -> str:
+    """Return the detail of an action, for the log of a rotation."""
+    # The other details are made of options, limits and reasons without keys.
+    has_keys = action.kind == ActionKind.STOPPED and action.detail not in {*StopReason, *Rotation.UNFINISHED}
+    return shown(action.detail) if has_keys else action.detail
 
 
 def facts_of(rotation: Rotation) -> dict[str, object]:

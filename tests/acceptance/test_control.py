@@ -119,7 +119,7 @@ def test_pause_and_resume_take_effect_within_two_seconds(commands: Commands) -> 
     assert Rotation.objects.get().throttled_seconds > 2
     log = ask(number, "--log").out
     kinds = re.findall(rf"^[-0-9]+ [:0-9]+ UTC  (.+?) by (?:alice|{USER})", log, re.MULTILINE)
-    assert kinds == ["started", "paused", "pause ended", "paused", "pause ended", "completed"]
+    assert kinds == ["started", "paused", "pause ended", "paused", "pause ended", "completed", "vacuumed"]
 
 
 def test_a_pause_survives_a_kill_and_a_resumed_run(commands: Commands) -> None:
@@ -144,7 +144,7 @@ def test_a_pause_survives_a_kill_and_a_resumed_run(commands: Commands) -> None:
     assert following.wait().status == 0
     audit.assert_rotated()
     assert [action.kind for action in Action.objects.order_by("pk")] == [
-        *("started", "paused", "taken over", "taken over", "pause ended", "completed")
+        *("started", "paused", "taken over", "taken over", "pause ended", "completed", "vacuumed")
     ]
 
 

@@ -1,17 +1,22 @@
 """The pages of rotations in Django's admin."""
 
 import json
+from dataclasses import asdict
 from datetime import timedelta
 
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
+from django.core.management import call_command
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
-from rotator.events import ActionKind
-from rotator.models import Action, CompletedRange, Control, Measurement, Rotation
+from rotator.events import ActionKind, Findings, Sample, ServerFindings, TableFindings
+from rotator.management.rotation import facts_of, find_rotations
+from rotator.models import Action, CompletedRange, Control, Ledger, Measurement, Rotation, Verification
 
 pytestmark = pytest.mark.django_db
 
@@ -264,7 +269,74 @@ def test_all_are_paused_and_resumed(admin: Client) -> None:
     assert not Control.objects.get().paused
 
 
-def test_keys_can_be_hidden(admin: Client, rotation: Rotation, settings: object) -> None:
+def test_findings_vacuums_and_survivors_are_shown(admin: Client, rotation: Rotation) -> None:
+    found = state_of(admin, rotation)
+    assert (found["preflight"], found["proof"]) == ([], [])
+    assert dict(found["server"])["VACUUM"] == "no run"  # type: ignore[call-overload] # pairs
+    findings = Findings(
+        target="shop.Order.api_key",
+        database="default",
+        server_name="app@db1:5432/shop",
+        table_name="public.shop_order",
+        concurrency=4,
+        rows_left=34_000,
+        unfinished=None,
+        table=TableFindings(
+            rows=34_000, rows_is_exact=True, heap_bytes=8192, indexes=(), triggers=("audit",), kept=None
+        ),
+        server=ServerFindings(
+            max_wal_size_bytes=2**30,
+            checkpoint_timeout_seconds=300,
+            full_page_writes=True,
+            archiving="",
+            replicas=("r1, 2 s behind",),
+            slots=(),
+            holders=(),
+            log_settings=(),
+        ),
+        sample=Sample(),
+        bypassed=(),
+        selection=f"--filter id__lt={KEY}",
+    )
+    change(rotation, findings=asdict(findings) | {"of_a_newer_version": 1})
+    for seconds in (1.0, 2.0):
+        Action.objects.create(rotation=rotation, kind="vacuumed", by="app", detail=f"{seconds} s")
+    Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1, state="ready", entries=34_000)
+    search = Verification.objects.create(
+        rotation=rotation, rows=20_000, survivors=2, survivor_keys=[f"[{KEY}]"]
+    )
+    found = state_of(admin, rotation)
+    shown = {**dict(found["preflight"]), **dict(found["server"]), **dict(found["proof"])}  # type: ignore[call-overload] # pairs
+    assert shown["triggers"] == "each update fires audit"
+    assert shown["replicas"] == "r1, 2 s behind"
+    assert str(KEY) not in str(found["preflight"])
+    assert shown["VACUUM"].startswith("2 runs, the latest ")
+    assert shown["ledger"] == "ready, 34,000 entries"
+    assert shown["guard"] == "no guard"
+    assert shown["survivors"].startswith("2 in 20,000 rows so far, since ")
+    Verification.objects.filter(pk=search.pk).update(
+        rows=34_000, finished_at=timezone.now(), result={"is_verified": False}
+    )
+    page = page_of(admin, rotation)
+    assert "2 in 34,000 rows, " in page
+    assert "<dt>verified</dt><dd>no</dd>" in page
+    assert f"<dt>first survivors</dt><dd>[{KEY}]</dd>" in page
+
+
+def test_the_ledger_costs_no_query_of_its_own(rotation: Rotation) -> None:
+    Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1)
+    rotations = list(find_rotations("default"))
+    with CaptureQueriesContext(connection) as queries:
+        facts = [facts_of(each) for each in rotations]
+    assert [each["ledger"] for each in facts] == ["loading"]
+    assert len(queries) == 0
+
+
+def test_keys_can_be_hidden(
+    admin: Client, rotation: Rotation, settings: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1)
+    Verification.objects.create(rotation=rotation, survivors=1, survivor_keys=[f"[{KEY}]"])
     change(
         rotation,
         status="failed",
@@ -277,9 +349,18 @@ def test_keys_can_be_hidden(admin: Client, rotation: Rotation, settings: object)
     CompletedRange.objects.create(rotation=rotation, after=None, through=[KEY], rows=1, seconds=0)
     assert str(KEY) in page_of(admin, rotation)
     assert state_of(admin, rotation)["rejected"] == [[f"[{KEY}]", "check_violation"]]
+    log = ("rotations", str(rotation.pk), "--log")
+    call_command(*log)
+    assert str(KEY) in capsys.readouterr().out
     settings.ROTATOR = {"HIDE_KEYS": True}  # type: ignore[attr-defined]
     assert str(KEY) not in page_of(admin, rotation)
     assert str(KEY) not in json.dumps(state_of(admin, rotation))
+    assert state_of(admin, rotation)["rejected"] == [["1 row", "check_violation"]]
+    for options in ((), ("--json",)):
+        call_command(*log, *options)
+        shown = capsys.readouterr().out
+        assert str(KEY) not in shown
+        assert "hidden: it can contain keys" in shown
 
 
 def test_the_page_works_without_a_script(admin: Client, rotation: Rotation) -> None:

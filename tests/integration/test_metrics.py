@@ -6,7 +6,7 @@ import pytest
 from django.test import Client
 from django.utils import timezone
 
-from rotator.models import CompletedRange, Helper, Measurement, Rotation
+from rotator.models import CompletedRange, Helper, Ledger, Measurement, Rotation, Verification
 
 parser = pytest.importorskip("prometheus_client.parser", reason="The extra metrics is not installed.")
 pytestmark = [pytest.mark.django_db, pytest.mark.urls("rotator.urls")]
@@ -100,6 +100,21 @@ def test_helpers_are_counted_with_celery(client: Client, rotation: Rotation) -> 
     for expires_at in (None, now - timedelta(seconds=1), now + timedelta(seconds=60)):
         Helper.objects.create(rotation=rotation, expires_at=expires_at)
     assert scrape(client)["rotator_workers",] == 1
+
+
+def test_survivors_are_those_of_the_latest_finished_search(client: Client, rotation: Rotation) -> None:
+    assert ("rotator_survivors",) not in scrape(client)
+    Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1)
+    for survivors, repairs, finished_at in (
+        (7, False, timezone.now()),
+        (3, False, timezone.now()),
+        (5, True, timezone.now()),
+        (1, False, None),
+    ):
+        Verification.objects.create(
+            rotation=rotation, survivors=survivors, repairs=repairs, finished_at=finished_at
+        )
+    assert scrape(client)["rotator_survivors",] == 3
 
 
 def test_old_rotations_are_left_out(client: Client, rotation: Rotation) -> None:

@@ -17,6 +17,7 @@ from rotator.management.rotation import (
     age_of,
     control_of,
     control_text,
+    detail_of,
     facts_of,
     find_ledger,
     find_rotations,
@@ -195,13 +196,13 @@ class Command(OwnCommand):
         actions = Action.objects.using(options["database"]).filter(rotation=number).order_by("pk")
         if options["json"]:
             facts = [
-                {"at": each.at.isoformat(), "action": each.kind, "by": each.by, "detail": each.detail}
+                {"at": each.at.isoformat(), "action": each.kind, "by": each.by, "detail": detail_of(each)}
                 for each in actions
             ]
             self.stdout.write(json.dumps(facts, indent=2))
             return
         for each in actions:
-            detail = f": {one_line(each.detail)}" if each.detail else ""
+            detail = f": {one_line(detail_of(each))}" if each.detail else ""
             self.stdout.write(f"{moment(each.at)}  {each.kind} by {each.by}{detail}")
 
     def _change_proof(self, rotation: Rotation, options: Options) -> None:

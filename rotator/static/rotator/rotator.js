@@ -101,7 +101,9 @@
       const children = () => facts.flatMap(([label, value]) => [make("dt", label), make("dd", value)]);
       fill(list, children, JSON.stringify(facts));
     }
-    one("[data-rejected]").hidden = !state.rejected.length;
+    for (const element of all("[data-section]")) {
+      element.hidden = !state[element.dataset.section].length;
+    }
     const row = (line) => {
       const element = document.createElement("tr");
       element.append(...line.map((cell) => make("td", cell)));
