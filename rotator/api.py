@@ -19,7 +19,7 @@ from django.apps import apps
 from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from rotator.apps import default_target, throttle_paths
+from rotator.apps import default_target, hides_keys, throttle_paths
 from rotator.events import (
     Findings,
     LeakedValuesFound,
@@ -27,7 +27,6 @@ from rotator.events import (
     OnCommit,
     RotationStopped,
     Verified,
-    ignore,
 )
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
@@ -50,6 +49,7 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
 from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.values import FromRows
+from rotator.progress.log import LogObserver
 from rotator.progress.text import stopped_by
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.leaked_rows import count_leaked
@@ -119,6 +119,7 @@ async def rotate(
     Args:
         target: The target.
         observer: Is called in the event loop with each event of :mod:`rotator.events`; must not block.
+            By default, events are logged by the logger ``rotator``.
         **options: See :class:`RotateOptions`.
 
     Returns:
@@ -152,7 +153,7 @@ def rotate_sync(
 def _checked_observer(observer: Observer | None) -> Observer:
     if observer is not None and not callable(observer):
         raise OptionError(f"observer must be callable, not {type(observer).__name__}.")
-    return observer or ignore
+    return observer or LogObserver(hides_keys=hides_keys())
 
 
 def _prepare_call(target: Target, options: RotateOptions) -> "Prepared":

@@ -589,8 +589,8 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "progress": {
         "default": "auto",
-        "help": "How to show progress: a bar on a terminal and lines elsewhere (auto), or JSON lines on "
-        "standard output (json) (default: %(default)s).",
+        "help": "How to show progress: a bar on a terminal and lines elsewhere (auto), JSON lines on "
+        "standard output (json), or log records (log) (default: %(default)s).",
     },
     "report": _value("FILE", "Also write the summary to this file, as JSON.", kind=Path),
 }

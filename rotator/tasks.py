@@ -4,7 +4,6 @@ Workers import this module, and so does the command with ``--celery``. No other 
 """
 
 import asyncio
-import logging
 import mmap
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from django.utils.module_loading import import_string
 
 from rotator.aio import run_in_daemon_thread
 from rotator.api import prepare
-from rotator.apps import read_setting
+from rotator.apps import hides_keys, read_setting
 from rotator.events import Observer
 from rotator.exceptions import (
     BrokerError,
@@ -38,7 +37,7 @@ from rotator.models import Helper, Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.fence import Lease
 from rotator.postgres.spans import LEASE_SECONDS
-from rotator.progress.lines import LogObserver
+from rotator.progress.log import LogObserver
 from rotator.runner.context import AskForHelp, ShouldStop
 from rotator.runner.runner import program_error
 
@@ -206,7 +205,7 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
     are harmless: while another task coordinates the rotation, or the server is unreachable, a copy is retried
     every minute, so that one of them can take over.
     """
-    observer = LogObserver(logging.getLogger(__name__), clock=time.monotonic)
+    observer = LogObserver(hides_keys=hides_keys())
     ask = partial(ask_for_help, database)
     try:
         is_left = coordinate_rotation(database, rotation, observer, ask, _should_hand_on(HAND_ON_SECONDS))

@@ -13,7 +13,7 @@ from rotator.events import ActionKind, StopReason
 from rotator.models import Action, Control, Ledger, Rotation
 from rotator.options import SETTINGS, RunOptions, Selection
 from rotator.postgres.owner import SILENT_SECONDS, Owner
-from rotator.progress.text import done_of_total, duration, moment, stopped_by
+from rotator.progress.text import HIDDEN, done_of_total, duration, moment, stopped_by
 from rotator.stats import percent_of
 
 AnyModel = TypeVar("AnyModel", bound=Model)
@@ -129,7 +129,7 @@ def reason_of(rotation: Rotation) -> str:
 
 def shown(text: str) -> str:
     """Return a text that can contain keys of rows, or a phrase instead where the project hides them."""
-    return "(hidden: it can contain keys)" if text and hides_keys() else text
+    return HIDDEN if text and hides_keys() else text
 
 
 def detail_of(action: Action) -> str:

@@ -15,6 +15,7 @@ from rotator.events import Observer, ignore
 from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.lines import LinesObserver
+from rotator.progress.log import LogObserver
 from rotator.progress.preflight import preflight
 from rotator.progress.summary import report, summary
 
@@ -29,13 +30,15 @@ __all__ = [
     "summary_stream",
 ]
 
-ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "none"]
+ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "log", "none"]
 _MIN_COLUMNS: Final = 20
 PROGRESS_KINDS: Final[tuple[ProgressKind, ...]] = get_args(ProgressKind)
 
 
 @contextmanager
-def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[Observer]:
+def open_progress(
+    kind: ProgressKind, *, out: TextIO, err: TextIO, hides_keys: bool = False
+) -> Iterator[Observer]:
     """Yield the observer of a run; at the end, restore the terminal.
 
     Args:
@@ -44,12 +47,15 @@ def open_progress(kind: ProgressKind, *, out: TextIO, err: TextIO) -> Iterator[O
         out: Raw standard output (a Django command's ``self.stdout._out``, since the wrapper ends every piece
             with a line end).
         err: Raw standard error.
+        hides_keys: Whether log records contain no keys of rows.
     """
     match kind:
         case "none":
             yield ignore
         case "json":
             yield JsonObserver(out, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
+        case "log":
+            yield LogObserver(hides_keys=hides_keys)
         case "auto" | "bar" if kind == "bar" or can_draw(err):
             with bar_observer(err, clock=time.monotonic) as observer:
                 yield observer

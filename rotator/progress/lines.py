@@ -1,34 +1,28 @@
-"""Progress as plain lines or log records."""
+"""Progress as plain lines."""
 
-import logging
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final, TextIO
 
 from rotator.events import (
-    AnalyzeSkipped,
-    BrokerUnreachable,
     Event,
-    OutageStarted,
     Preflighted,
     RangeCompleted,
-    ReceiverFailed,
-    ReindexSkipped,
     RotationStopped,
-    RowRejected,
-    ServerLogShowsValues,
     Tick,
     VerificationProgressed,
     WorkersProgressed,
-    WorkersSilent,
 )
 from rotator.progress.preflight import preflight
-from rotator.progress.summary import unchanged_rows, verdict
+from rotator.progress.summary import unchanged_rows
 from rotator.progress.text import activity, duration, notice, pace, plural, progress_rows, rate
 from rotator.stats import Stats
+
+FIGURES_SECONDS: Final = 30.0
 
 
 class Throttle:
@@ -82,8 +76,48 @@ def _discard(stream: TextIO) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
-class LinesObserver:
-    """Writes a line of figures every ``every_seconds`` and one for each notable event.
+class NotableEvents(ABC):
+    """Writes one text for each notable event, and one with the figures every ``every_seconds``.
+
+    Args:
+        clock: Returns monotonic seconds.
+        every_seconds: The time between two texts with figures.
+    """
+
+    def __init__(self, *, clock: Callable[[], float], every_seconds: float) -> None:
+        self._clock = clock
+        self._throttle = Throttle(every_seconds, clock())
+        self._stats = Stats(clock=clock)
+
+    @abstractmethod
+    def write(self, text: str, event: Event) -> None:
+        """Write a text; figures come with an event that is not notable."""
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        text = notice(event, self._stats)
+        self._stats.take(event)
+        match event:
+            case RangeCompleted() | WorkersProgressed() | Tick():
+                if self._stats.started and self._throttle.due(self._clock()):
+                    text = figures(self._stats)
+            case VerificationProgressed():
+                if self._throttle.due(self._clock()):
+                    text = f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
+            case RotationStopped():
+                text = self.ended(event)
+            case _:
+                pass
+        if text:
+            self.write(text, event)
+
+    @abstractmethod
+    def ended(self, event: RotationStopped) -> str:
+        """Return the text at the end of the run."""
+
+
+class LinesObserver(NotableEvents):
+    """Writes lines with the time.
 
     Args:
         stream: The raw stream, not one that adds line ends.
@@ -98,44 +132,31 @@ class LinesObserver:
         *,
         clock: Callable[[], float],
         wall_clock: Callable[[], datetime],
-        every_seconds: float = 5.0,
+        every_seconds: float = FIGURES_SECONDS,
     ) -> None:
+        super().__init__(clock=clock, every_seconds=every_seconds)
         self._sink = Sink(stream)
         self._wall_clock = wall_clock
-        self._clock = clock
-        self._throttle = Throttle(every_seconds, clock())
-        self._stats = Stats(clock=clock)
 
     def __call__(self, event: Event) -> None:
-        """Take one event."""
-        line = notice(event, self._stats)
-        self._stats.take(event)
-        if line:
-            self._write(line)
-        match event:
-            case Preflighted():
-                for row in preflight(event.findings).splitlines():
-                    self._write(row)
-            case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._stats.started and self._throttle.due(self._clock()):
-                    self._write(figures(self._stats))
-            case VerificationProgressed():
-                if self._throttle.due(self._clock()):
-                    self._write(
-                        f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
-                    )
-            case RotationStopped():
-                unchanged = unchanged_rows(event) if event.status == "completed" else ""
-                self._write(
-                    f"rotation {event.rotation} of {event.target} {event.status} after "
-                    f"{duration(event.seconds)}: {plural(event.rows_this_run, 'row')} in this run"
-                    f"{f'; {unchanged}' if unchanged else ''}"
-                )
-            case _:
-                pass
+        """Take one event; the preflight report is several lines."""
+        super().__call__(event)
+        if isinstance(event, Preflighted):
+            for row in preflight(event.findings).splitlines():
+                self.write(row, event)
 
-    def _write(self, line: str) -> None:
-        self._sink.write_line(f"{self._wall_clock().astimezone(UTC):%Y-%m-%dT%H:%M:%SZ} {line}")
+    def write(self, text: str, event: Event) -> None:  # noqa: ARG002 - the text is enough
+        """Write one line."""
+        self._sink.write_line(f"{self._wall_clock().astimezone(UTC):%Y-%m-%dT%H:%M:%SZ} {text}")
+
+    def ended(self, event: RotationStopped) -> str:
+        """Return the short result; the summary follows."""
+        unchanged = unchanged_rows(event) if event.status == "completed" else ""
+        return (
+            f"rotation {event.rotation} of {event.target} {event.status} after "
+            f"{duration(event.seconds)}: {plural(event.rows_this_run, 'row')} in this run"
+            f"{f'; {unchanged}' if unchanged else ''}"
+        )
 
 
 def figures(stats: Stats) -> str:
@@ -156,30 +177,3 @@ def figures(stats: Stats) -> str:
     if stats.pace is not None and stats.pace.is_limited:
         parts.append(pace(stats.pace))
     return ", ".join(parts)
-
-
-_WARNINGS: Final = (
-    AnalyzeSkipped,
-    BrokerUnreachable,
-    OutageStarted,
-    ReceiverFailed,
-    ReindexSkipped,
-    RowRejected,
-    ServerLogShowsValues,
-    WorkersSilent,
-)
-
-
-class LogObserver:
-    """Logs notable events and the result; the figures are in the database."""
-
-    def __init__(self, logger: logging.Logger, *, clock: Callable[[], float]) -> None:
-        self._logger = logger
-        self._stats = Stats(clock=clock)
-
-    def __call__(self, event: Event) -> None:
-        """Take one event."""
-        line = verdict(event) if isinstance(event, RotationStopped) else notice(event, self._stats)
-        self._stats.take(event)
-        if line:
-            self._logger.log(logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO, "%s", line)

@@ -90,6 +90,7 @@ GUARD_ACTIONS: Final = {
     "refuse": "a write of an old value fails",
     "keep": "an update with an old value keeps the newer one, and an insert of an old value fails",
 }
+HIDDEN: Final = "(hidden: it can contain keys)"
 OLD_STATISTICS: Final = "the statistics in pg_stats may still hold old values"
 REJECTED_ROWS_NAMED: Final = 20
 HOLDERS_NAMED: Final = 5

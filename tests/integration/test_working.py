@@ -1,8 +1,6 @@
 """What the tasks of Celery's workers leave behind, where no worker is needed to see it."""
 
-import logging
 import threading
-import time
 from typing import NoReturn
 
 import pytest
@@ -14,7 +12,7 @@ from rotator.models import CompletedRange, Rotation, Span
 from rotator.models import Helper as HelperRow
 from rotator.options import RunOptions
 from rotator.postgres import rotations
-from rotator.progress.lines import LogObserver
+from rotator.progress.log import LogObserver
 from rotator.runner.worker import Helper
 from rotator.tasks import coordinate_rotation, help_with_rotation
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database
@@ -40,7 +38,7 @@ def _running(database: Database) -> tuple[int, int]:
 
 
 def _coordinate(number: int, *, stops: bool) -> bool:
-    observer = LogObserver(logging.getLogger(__name__), clock=time.monotonic)
+    observer = LogObserver(hides_keys=False)
     return coordinate_rotation("default", number, observer, _lose_message, lambda: stops)
 
 

@@ -18,7 +18,7 @@ def told(kind: ProgressKind, err: io.StringIO) -> tuple[str, str]:
 
 
 def test_the_kinds_are_those_of_the_option() -> None:
-    assert PROGRESS_KINDS == ("auto", "bar", "lines", "json", "none")
+    assert PROGRESS_KINDS == ("auto", "bar", "lines", "json", "log", "none")
 
 
 def test_lines_go_to_err() -> None:
@@ -31,6 +31,12 @@ def test_json_goes_to_out_and_nothing_else_does() -> None:
     out, err = told("json", io.StringIO())
     assert out.startswith('{"event": "started"')
     assert err == ""
+
+
+def test_log_goes_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="rotator"):
+        assert told("log", io.StringIO()) == ("", "")
+    assert [record.name for record in caplog.records] == ["rotator", "rotator"]
 
 
 def test_none_says_nothing() -> None:
@@ -75,6 +81,7 @@ def test_the_summary_keeps_out_of_the_way_of_json() -> None:
         False,
         False,
         True,
+        False,
         False,
     ]
 

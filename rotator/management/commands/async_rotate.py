@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from django.core.management import CommandError, CommandParser
 from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from rotator.apps import default_target
+from rotator.apps import default_target, hides_keys
 from rotator.events import Observer, Preflighted, RotationStopped, StopReason
 from rotator.exceptions import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
 from rotator.management.terminal import (
@@ -125,11 +125,16 @@ class Command(OwnCommand):
     ) -> RotationStopped:
         ends_process = ask_for_help is None and self._is_called_from_shell
         with hold_interrupts(ends_process=ends_process) as note_start:
-            with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:
+            with self._open_progress(options) as observer:
                 prepared = _agree(prepared, observer, options)
                 stopped = prepared.rotate(note_start(observer), ask_for_help)
             self._summarize(stopped, options, report_file)
         return stopped
+
+    def _open_progress(self, options: dict[str, Any]) -> AbstractContextManager[Observer]:
+        return open_progress(
+            options["progress"], out=_raw(self.stdout), err=_raw(self.stderr), hides_keys=hides_keys()
+        )
 
     def _ask_for_help(self, options: dict[str, Any], database: str) -> "AskForHelp | None":
         if not options["celery"]:
@@ -153,7 +158,7 @@ class Command(OwnCommand):
         """Begin or resume a rotation, and leave it to Celery workers."""
         from rotator.tasks import hand_over  # noqa: PLC0415 - an optional dependency
 
-        with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:
+        with self._open_progress(options) as observer:
             rotation = _agree(prepared, observer, options).begin(observer)
         database = prepared.target.database
         try:
@@ -171,7 +176,7 @@ class Command(OwnCommand):
 
     def _reindex(self, prepared: "Prepared", rotation: int, options: dict[str, Any]) -> None:
         """Rebuild the indexes that the run of a completed rotation has left."""
-        with open_progress(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr)) as observer:
+        with self._open_progress(options) as observer:
             statements = prepared.reindex(observer, rotation)
         if statements:
             raise CommandError(
