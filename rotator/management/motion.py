@@ -103,12 +103,14 @@ def motion_of(rotation: Rotation, speed: Speed, state: str, actions: list[Action
         return Motion(tone="done", headline=headline, since=rotation.finished_at)
     if rotation.status == Rotation.Status.ABANDONED:
         return Motion(tone="stopped", headline="Abandoned: it is never resumed", since=rotation.finished_at)
-    why = reason_of(rotation) or rotation.error.rstrip(".") or f"it is {rotation.status}"
+    is_failed = rotation.status == Rotation.Status.FAILED
+    reason = reason_of(rotation)
+    why = f"{rotation.error.rstrip('.')}. " if rotation.error and not reason else ""
     return Motion(
-        tone="problem" if rotation.status == Rotation.Status.FAILED else "stopped",
-        headline=f"Not moving: {rotation.status}, {why}",
+        tone="problem" if is_failed else "stopped",
+        headline=f"Not moving: {rotation.status}{f', {reason}' if reason else ''}",
         since=rotation.updated_at,
-        ends="No process works on it. The same command resumes it.",
+        ends=f"{why}No process works on it. The same command resumes it.",
         is_ownerless=True,
     )
 

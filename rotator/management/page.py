@@ -75,7 +75,7 @@ def page_state(rotation: Rotation) -> dict[str, object]:
             "command": _command(rotation) if motion.is_ownerless else "",
             "requested": _requested(rotation),
             "percent": f"{percent_of_rotation(rotation)}%",
-            "rows": f"{rows_of(rotation)} rows",
+            "rows": rows_of(rotation),
             "rate": _rate(rotation, motion, speed),
             "eta": _eta(rotation, motion, speed),
         },
@@ -94,7 +94,7 @@ def _since(rotation: Rotation, motion: Motion) -> str:
     if motion.since is None:
         return ""
     now = rotation.updated_at + timedelta(seconds=silent_seconds(rotation))
-    return f"since {moment(motion.since)} ({duration(max(0.0, (now - motion.since).total_seconds()))})"
+    return f"Since {moment(motion.since)} ({duration(max(0.0, (now - motion.since).total_seconds()))})."
 
 
 def _rate(rotation: Rotation, motion: Motion, speed: Speed) -> str:

@@ -69,7 +69,8 @@ def draw(
     rows_top = _top(rates)
     latency_top = _top({at: _larger(commits[at], baselines[at]) for at in commits})
     seconds = max((ended_at - began_at).total_seconds(), 1.0)
-    bands = [_band(each, began_at, seconds) for each in held]
+    following = [*(_part(each.began_at, began_at, seconds) for each in held[1:]), _PERCENT]
+    bands = [_band(each, began_at, seconds, end) for each, end in zip(held, following, strict=False)]
     return {
         "rows": _path(rates, rows_top),
         "area": _area(rates, rows_top),
@@ -132,14 +133,26 @@ def _runs(values: dict[int, float | None], top: float) -> list[list[str]]:
     return runs
 
 
-def _band(held: Held, began_at: datetime, seconds: float) -> dict[str, str]:
-    start = max(0.0, (held.began_at - began_at).total_seconds() / seconds * _PERCENT)
+def _part(at: datetime, began_at: datetime, seconds: float) -> float:
+    return max(0.0, (at - began_at).total_seconds() / seconds * _PERCENT)
+
+
+def _band(held: Held, began_at: datetime, seconds: float, following: float) -> dict[str, str]:
+    """Return one band.
+
+    Args:
+        held: The time in which the rotation was held.
+        began_at: The time of the left edge.
+        seconds: The time of the whole chart.
+        following: The place at which the next band begins, in percent.
+    """
+    start = _part(held.began_at, began_at, seconds)
     width = min(_PERCENT - start, max(0.3, held.seconds / seconds * _PERCENT))
     return {
         "x": f"{start:.2f}%",
         "width": f"{width:.2f}%",
-        # A label that is wider than its band would cover the next one.
-        "label": held.names if width >= _LABEL_PART else "",
+        # A longer label would cover the next band.
+        "label": held.names if following - start >= _LABEL_PART else "",
         "text": f"{moment(held.began_at)}, for {duration(held.seconds)}: {held.names}",
     }
 

@@ -1,6 +1,7 @@
 """The preflight report as text, and its estimate of the WAL."""
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Final
 
 from rotator.events import Copies, CopyKind, Findings, ServerFindings, TableFindings
@@ -90,7 +91,11 @@ def preflight(findings: Findings) -> str:
 def preflight_facts(findings: Findings) -> list[tuple[str, str]]:
     """Return the report as pairs of a label and a text, without the selection, which can contain keys."""
     facts = _facts(replace(findings, selection=""))
-    return [(label, " ".join(map(str.strip, values))) for label, values in facts]
+    return [(label, reduce(_joined, map(str.strip, values))) for label, values in facts]
+
+
+def _joined(text: str, following: str) -> str:
+    return f"{text} {following}" if text.endswith((":", ";")) else f"{text}; {following}"
 
 
 def _facts(findings: Findings) -> list[tuple[str, list[str]]]:

@@ -97,7 +97,7 @@ def test_the_list_shows_how_far_each_is(admin: Client, rotation: Rotation) -> No
 def test_one_is_shown_and_not_changed(admin: Client, rotation: Rotation) -> None:
     page = page_of(admin, rotation)
     assert "shop.Order.api_key" in page
-    assert "12,000 of 34,000 rows" in page
+    assert ">12,000 of 34,000<" in page
     assert 'name="_save"' not in page
     url = reverse("admin:rotator_rotation_change", args=[rotation.pk])
     assert admin.post(url, {"target": "other"}).status_code == 403
@@ -185,6 +185,30 @@ def test_a_chart_is_drawn_of_what_was_measured(admin: Client, rotation: Rotation
     ((band),) = chart["bands"]
     assert "for 50 s: replica lag of r1" in band["text"]
     assert float(band["x"].rstrip("%")) == pytest.approx(33.9, abs=0.5)
+
+
+def test_a_label_does_not_cover_the_next_band(admin: Client, rotation: Rotation) -> None:
+    began = timezone.now() - timedelta(seconds=200)
+    # Two bands next to each other, and one with space after it.
+    for number, held in enumerate(["", "a", "", "b", "", "", "", "", "", "", "", ""]):
+        Measurement.objects.create(
+            rotation=rotation,
+            at=began + timedelta(seconds=6 * number),
+            rows_done=0,
+            state="rotating",
+            held_by=held,
+            is_change=number < 5,
+            workers=4,
+        )
+    chart = state_of(admin, rotation)["chart"]
+    assert isinstance(chart, dict)
+    assert [band["label"] for band in chart["bands"]] == ["a", "b"]
+    Measurement.objects.create(
+        rotation=rotation, at=began + timedelta(seconds=600), rows_done=0, state="rotating", workers=4
+    )
+    chart = state_of(admin, rotation)["chart"]
+    assert isinstance(chart, dict)
+    assert [band["label"] for band in chart["bands"]] == ["", "b"]
 
 
 def test_pause_is_requested_logged_and_shown(admin: Client, rotation: Rotation) -> None:
