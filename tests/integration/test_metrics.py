@@ -1,5 +1,7 @@
 """The metrics of rotations, as Prometheus's own parser reads them."""
 
+import shutil
+import subprocess
 from datetime import timedelta
 
 import pytest
@@ -9,6 +11,8 @@ from django.utils import timezone
 from rotator.models import CompletedRange, Helper, Ledger, Measurement, Rotation, Verification
 
 parser = pytest.importorskip("prometheus_client.parser", reason="The extra metrics is not installed.")
+PROMTOOL = shutil.which("promtool")
+
 pytestmark = [pytest.mark.django_db, pytest.mark.urls("rotator.urls")]
 
 
@@ -86,6 +90,18 @@ def test_they_equal_the_database(client: Client, rotation: Rotation) -> None:
         ("rotator_info", "default", "db1", "running", "shop.Order.api_key", "0"): 1,
     }
     assert found == expected
+
+
+@pytest.mark.skipif(not PROMTOOL, reason="There is no promtool: install Debian's package prometheus.")
+def test_promtool_has_no_complaint(client: Client, rotation: Rotation) -> None:
+    Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1)
+    Verification.objects.create(rotation=rotation, finished_at=timezone.now())
+    text = client.get("/metrics").content
+    assert b"rotator_survivors{" in text
+    checked = subprocess.run(
+        [str(PROMTOOL), "check", "metrics"], input=text, capture_output=True, check=False
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
 def test_a_dead_owner_has_no_workers(client: Client, rotation: Rotation) -> None:
