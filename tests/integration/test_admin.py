@@ -14,6 +14,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
+from rotator import views
 from rotator.events import ActionKind, Findings, Sample, ServerFindings, TableFindings
 from rotator.management.rotation import facts_of, find_rotations
 from rotator.models import Action, CompletedRange, Control, Ledger, Measurement, Rotation, Verification
@@ -39,6 +40,11 @@ def rotation() -> Rotation:
         owner_pid=42,
         options={"concurrency": 4, "batch": 500},
     )
+
+
+@pytest.fixture(autouse=True)
+def always_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "KEPT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -354,6 +360,30 @@ def test_the_ledger_costs_no_query_of_its_own(rotation: Rotation) -> None:
         facts = [facts_of(each) for each in rotations]
     assert [each["ledger"] for each in facts] == ["loading"]
     assert len(queries) == 0
+
+
+def test_viewers_share_what_is_read_in_one_transaction_without_a_commit(
+    admin: Client, rotation: Rotation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = reverse("admin:rotator_rotation_state", args=[rotation.pk])
+    with CaptureQueriesContext(connection) as first:
+        admin.get(url)
+    statements = [each["sql"] for each in first.captured_queries]
+    begin = next(place for place, each in enumerate(statements) if each.startswith("SAVEPOINT"))
+    # Before it, Django reads the session and the user.
+    assert begin == 2
+    assert statements[-2].startswith("ROLLBACK TO SAVEPOINT")
+    monkeypatch.setattr(views, "KEPT_SECONDS", 3600.0)
+    admin.get(url)
+    change(rotation, rows_done=13_000)
+    with CaptureQueriesContext(connection) as following:
+        assert state_of(admin, rotation)["facts"]["rows"] == 12_000  # type: ignore[index] # a dictionary
+    assert len(following) == 2
+    monkeypatch.setattr(views, "KEPT_SECONDS", 0.0)
+    assert state_of(admin, rotation)["facts"]["rows"] == 13_000  # type: ignore[index] # a dictionary
+    # One without permission gets nothing of what others have read.
+    monkeypatch.setattr(views, "KEPT_SECONDS", 3600.0)
+    assert viewer("view_user").get(url).status_code == 403
 
 
 def test_keys_can_be_hidden(
