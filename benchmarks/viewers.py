@@ -22,6 +22,7 @@ from harness import (
     interleaved,
     parser_for,
     run_script,
+    say,
 )
 from presenting import Machine, Spread, write_json
 
@@ -46,6 +47,7 @@ def main() -> None:
         "--rows", type=at_least_one, default=1_000_000, metavar="N", help="the number of tickets"
     )
     parser.add_argument("--viewers", type=at_least_one, default=20, metavar="N", help="the number of viewers")
+    parser.add_argument("--pace", default="balanced", help="async_rotate's --pace (default: %(default)s)")
     parser.add_argument(
         "--nice",
         type=int,
@@ -92,8 +94,14 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
 
 def _rotate(database: Database, options: argparse.Namespace) -> float:
     run = database.rotate(
-        concurrency=options.concurrency, batch=options.batch, rows=options.rows, vacuum=False
+        concurrency=options.concurrency,
+        batch=options.batch,
+        rows=options.rows,
+        vacuum=False,
+        more=(f"--pace={options.pace}",),
     )
+    limited = run.report["limited_seconds"]
+    say(f"{run.report['rows_per_second']:,.0f} rows/s, {limited:.1f} s of them limited by the pace")
     return float(run.report["rows_per_second"])
 
 

@@ -90,7 +90,12 @@ class RotationAdmin(_ModelAdmin):
 
         return [
             path("control/", wrapped(views.control_all), name="rotator_rotation_control_all"),
-            path("<path:number>/state/", wrapped(views.state), name="rotator_rotation_state"),
+            # The login is read inside, too.
+            path(
+                "<path:number>/state/",
+                views.without_commits()(wrapped(views.state)),
+                name="rotator_rotation_state",
+            ),
             path("<path:number>/control/", wrapped(views.control), name="rotator_rotation_control"),
             *super().get_urls(),
         ]

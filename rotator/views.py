@@ -32,6 +32,15 @@ KEPT_SECONDS = 1.0
 _recent: dict[tuple[str, str], tuple[float, bytes]] = {}
 
 
+@contextmanager
+def without_commits() -> Iterator[None]:
+    """Roll back what only reads again and again: the pace takes commits for an application at work."""
+    database = router.db_for_write(Rotation)
+    with transaction.atomic(using=database):
+        yield
+        transaction.set_rollback(True, using=database)
+
+
 def find(number: str) -> Rotation:
     """Return a rotation of the database that the project's routers choose.
 
@@ -49,9 +58,8 @@ def show(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
     """Show the page of one rotation."""
     if not admin.has_view_permission(request):
         raise PermissionDenied
-    with _reading():
-        rotation = find(number)
-        state = page_state(rotation)
+    rotation = find(number)
+    state = page_state(rotation)
     control, options = control_of(rotation), RunOptions.from_json(rotation.options)
     context: dict[str, Any] = {
         **admin.admin_site.each_context(request),
@@ -80,22 +88,12 @@ def state(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
     key, now = (router.db_for_write(Rotation), number), time.monotonic()
     read_at, content = _recent.get(key, (-math.inf, b""))
     if now - read_at >= KEPT_SECONDS:
-        with _reading():
-            content = JsonResponse(page_state(find(number))).content
+        content = JsonResponse(page_state(find(number))).content
         # Only of the rotations that are viewed now.
         for other in [each for each, (at, _) in list(_recent.items()) if now - at >= KEPT_SECONDS]:
             _recent.pop(other, None)
         _recent[key] = now, content
     return HttpResponse(content, content_type="application/json")
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Read in one transaction that is rolled back: the pace takes commits for an application at work."""
-    database = router.db_for_write(Rotation)
-    with transaction.atomic(using=database):
-        yield
-        transaction.set_rollback(True, using=database)
 
 
 def control(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
@@ -144,7 +142,7 @@ def metrics(request: HttpRequest) -> HttpResponse:
         raise ImproperlyConfigured(
             "The metrics need prometheus-client. Install django-async-rotator[metrics]."
         ) from error
-    with _reading():
+    with without_commits():
         text = found.metrics(router.db_for_write(Rotation))
     return HttpResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
