@@ -7,8 +7,9 @@ from urllib.request import urlopen
 import pytest
 from django.db.models.functions import Now
 
-from rotator.management.owners import SILENT_SECONDS, find_rotations, silent_seconds
+from rotator.management.rotation import find_rotations, silent_seconds
 from rotator.models import Helper, Rotation
+from rotator.postgres.owner import SILENT_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
 from tests.acceptance.celery_hosts import Hosts, running_hosts
 from tests.acceptance.harness import Commands, checkpoints, wait_for_checkpoints, wait_until
