@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="There is no Chromium with its driver: install chromium-driver."
 )
 
-ROWS = 4_000
+# A minute, if no test speeds it up: browsers start slowly on a busy machine.
+ROWS = 40_000
 TARGET = "tickets.Ticket.token"
 
 
