@@ -9,10 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Final
 
-import psycopg
 from harness import (
     PROJECT,
     BenchmarkError,
@@ -140,33 +139,37 @@ def _site(database: Database, nice: int) -> Iterator[str]:
 @contextmanager
 def _viewers(database: Database, cookie: str, number: int, answers: list[float]) -> Iterator[None]:
     """Read the page from so many threads; add the seconds of each answer."""
-    over = threading.Event()
+    over, has_begun = threading.Event(), threading.Event()
+
+    def find() -> None:
+        # One connection: each new one counts as a commit of another session.
+        with database.connection() as connection:
+            while not over.wait(0.2):
+                if connection.execute("SELECT FROM rotator_rotation").fetchall():
+                    has_begun.set()
+                    return
 
     def watch(place: int) -> None:
-        path = ""
+        has_begun.wait()
+        # Each copy of the database has one rotation, with the first id.
+        path = "/admin/rotator/rotation/1/state/"
         over.wait(EVERY_SECONDS * place / number)
         while not over.wait(EVERY_SECONDS):
-            if not path:
-                with suppress(psycopg.Error):
-                    path = f"/admin/rotator/rotation/{_rotation(database)}/state/"
             began = time.perf_counter()
             if _answers(path, cookie):
                 answers.append(time.perf_counter() - began)
 
-    threads = [threading.Thread(target=watch, args=(place,)) for place in range(number)]
+    threads = [threading.Thread(target=find)]
+    threads += [threading.Thread(target=watch, args=(place,)) for place in range(number)]
     for thread in threads:
         thread.start()
     try:
         yield
     finally:
         over.set()
+        has_begun.set()
         for thread in threads:
             thread.join()
-
-
-def _rotation(database: Database) -> int:
-    (number,) = database.fetch("SELECT COALESCE(max(id), 0) FROM rotator_rotation")
-    return int(number)
 
 
 def _answers(path: str, cookie: str) -> bool:

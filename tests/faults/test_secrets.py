@@ -60,6 +60,8 @@ def _rotators_tables(database: Database) -> str:
         text
         for (text,) in database.query(
             "SELECT r::text FROM rotator_rotation r UNION ALL SELECT c::text FROM rotator_completedrange c"
+            " UNION ALL SELECT a::text FROM rotator_action a"
+            " UNION ALL SELECT m::text FROM rotator_measurement m"
         )
     )
 
