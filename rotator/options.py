@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypedDict
@@ -229,6 +229,13 @@ class Selection:
     def to_json(self) -> dict[str, Any]:
         """Return the selection as JSON types, for the rotation's row."""
         return asdict(self)
+
+    def without_values(self) -> "Selection":
+        """Return it with the lookups alone, since their values may be secrets or name persons."""
+        filters, excludes = (
+            tuple(text.partition("=")[0] for text in texts) for texts in (self.filters, self.excludes)
+        )
+        return replace(self, filters=filters, excludes=excludes)
 
     def __str__(self) -> str:
         """Return the options of the command that choose the same; a phrase where there are none."""

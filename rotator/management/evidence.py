@@ -1,8 +1,8 @@
 """The evidence of a rotation: what is proved, and first of all what is not.
 
 It is one JSON object in the canonical form of RFC 8785, so that the same facts are the same bytes. Its fields
-follow the sample form of NIST SP 800-88 Rev. 1, Appendix G, where they fit. It contains no value, no digest
-and no salt.
+follow the sample form of NIST SP 800-88 Rev. 1, Appendix G, where they fit. It contains no value, also of no
+filter, no digest and no salt.
 """
 
 import json
@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from rotator.management.rotation import find_ledger
 from rotator.models import Rotation, Verification
+from rotator.options import Selection
 
 FORMAT: Final = "django-async-rotator evidence 1"
 NOT_CLAIMED: Final = (
@@ -63,7 +64,7 @@ def evidence(rotation: Rotation) -> str:
             "rotation": rotation.pk,
             "rows": rotation.rows_done,
             "rows_total": rotation.rows_total,
-            "selection": rotation.selection,
+            "selection": Selection.from_json(rotation.selection).without_values().to_json(),
             "started_at": rotation.started_at.isoformat(timespec="seconds"),
             "status": rotation.status,
             "tool_used": f"django-async-rotator {rotation.version}",

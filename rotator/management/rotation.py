@@ -141,6 +141,7 @@ def detail_of(action: Action) -> str:
 
 def facts_of(rotation: Rotation) -> dict[str, object]:
     """Return a rotation as JSON types; these keys are an interface and only ever added to."""
+    selection = Selection.from_json(rotation.selection)
     return {
         "rotation": rotation.pk,
         "target": rotation.target,
@@ -164,10 +165,10 @@ def facts_of(rotation: Rotation) -> dict[str, object]:
         "generation": rotation.generation,
         "version": rotation.version,
         "options": rotation.options,
-        "selection": rotation.selection,
+        "selection": selection.without_values().to_json(),
         "error": rotation.error,
         "reason": reason_of(rotation),
-        "is_filtered": Selection.from_json(rotation.selection).is_filtered,
+        "is_filtered": selection.is_filtered,
         "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
         "ledger": ledger.state if (ledger := find_ledger(rotation)) else "",
         "guard": ledger.guard if ledger else "",
