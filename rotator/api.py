@@ -320,11 +320,20 @@ class Prepared:
         close_idle()
         return run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
 
-    def verify(self, observer: Observer, rotation: int, *, repairs: bool) -> Verified:
+    def verify(
+        self, observer: Observer, rotation: int, *, repairs: bool, should_stop: ShouldStop | None = None
+    ) -> Verified:
         """Verify a rotation of this target, and give survivors new values if ``repairs``."""
 
         async def work() -> Verified:
-            verifying = Run(self.server, self.target, self.options, observer, self._on_commit(observer))
+            verifying = Run(
+                self.server,
+                self.target,
+                self.options,
+                observer,
+                self._on_commit(observer),
+                should_stop=should_stop,
+            )
             async with borrowed_in_loop():
                 return await verifying.verify(rotation, repairs=repairs)
 

@@ -33,7 +33,7 @@ from rotator.exceptions import (
     ServerLostError,
     StoppedBeforeStartError,
 )
-from rotator.models import Helper, Rotation
+from rotator.models import Helper, Ledger, Rotation
 from rotator.options import RunOptions, Selection
 from rotator.postgres.fence import Lease
 from rotator.postgres.spans import LEASE_SECONDS
@@ -88,11 +88,11 @@ def help_with_rotation(database: str, number: int, message: int, should_stop: Sh
 def coordinate_rotation(
     database: str, number: int, observer: Observer, ask_for_help: AskForHelp, should_stop: ShouldStop
 ) -> bool:
-    """Plan and watch a rotation that is queued for Celery workers.
+    """Plan and watch a rotation that is queued for Celery workers, and verify it if it has a ledger.
 
     Args:
         database: Django's alias of the database.
-        number: The rotation's id; a rotation that is finished or was stopped is left as it is.
+        number: The rotation's id; a rotation that is verified or was stopped is left as it is.
         observer: Is called with each event.
         ask_for_help: Asks workers to rewrite the ranges.
         should_stop: Returns whether the worker has to stop.
@@ -108,9 +108,11 @@ def coordinate_rotation(
     rotations = Rotation.objects.using(database).filter(pk=number, status__in=Rotation.UNFINISHED)
     try:
         rotation = rotations.first()
-    except OperationalError as error:
+        if rotation is None:
+            return _resume_verification(database, number, observer, should_stop)
+    except (OperationalError, InterfaceError) as error:
         raise ServerLostError(f"The database '{database}' cannot be reached.") from error
-    if rotation is None or rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
+    if rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
         return False
     options = replace(
         RunOptions.from_json(rotation.options),
@@ -145,7 +147,27 @@ def coordinate_rotation(
         raise
     if stopped.status == "queued" and stopped.error:
         raise ServerLostError(stopped.error)
-    return stopped.status == "queued"
+    is_unverified = stopped.verification is not None and bool(stopped.verification.error)
+    return stopped.status == "queued" or is_unverified
+
+
+def _resume_verification(database: str, number: int, observer: Observer, should_stop: ShouldStop) -> bool:
+    """Verify a completed rotation with a ledger, unless a verification has finished.
+
+    Returns:
+        Whether another worker has to resume it.
+    """
+    rotation = (
+        Rotation.objects.using(database)
+        .filter(pk=number, status=Rotation.Status.COMPLETED, ledger__state=Ledger.State.READY)
+        .exclude(verifications__finished_at__isnull=False)
+        .first()
+    )
+    if rotation is None:
+        return False
+    options = replace(RunOptions.from_json(rotation.options), listens_to_signals=False)
+    prepared = prepare(rotation.target.split(), database, options, Selection.from_json(rotation.selection))
+    return bool(prepared.verify(observer, number, repairs=False, should_stop=should_stop).error)
 
 
 # A limit of the project's app would end a task in the middle of its work.

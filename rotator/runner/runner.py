@@ -189,6 +189,7 @@ class Run:
         self._lock_watch = LockWatch(self._notify)
         self._findings: Findings | None = None
         self._is_completed = False
+        self._has_ledger = options.prove
         self._server_name = ""
 
     async def rotate(self) -> RotationStopped:
@@ -213,9 +214,12 @@ class Run:
                 if not self._stop_signal.aborted:
                     await self._record("interrupted", stop_reason=StopReason.CANCELLED)
                     raise
-                stopped = (
-                    await self._leave_completed() if self._is_completed else await self._leave("interrupted")
-                )
+                if self._is_completed:
+                    if self._has_ledger and self._stats.verification is None:
+                        self._notify_unverified("It was cancelled.")
+                    stopped = await self._leave_completed()
+                else:
+                    stopped = await self._leave("interrupted")
             except Exception as error:
                 # Errors of the rotator are recorded already; those of the program or an observer are not.
                 if not isinstance(error, RotatorError):
@@ -283,6 +287,9 @@ class Run:
                 async with connected(self._context.server) as control:
                     self._table = self._table or await self._check(control)
                     self._acquired = await self._own(control, self._table)
+                    # A run without --prove resumes a rotation with it.
+                    ledger = await find_ledger(control, self._acquired.lease.rotation)
+                    self._has_ledger = self._has_ledger or ledger is not None
                     status = await self._work(control, self._table, self._acquired)
             except ServerLostError as lost:
                 if self._acquired is None:
@@ -462,27 +469,27 @@ class Run:
 
     async def _verify(self, table: TargetTable, rotation: int) -> None:
         """Verify a completed rotation that has a ledger; an error is part of the result."""
-        context, started_at = self._context, datetime.now(UTC)
-        has_ledger = context.options.prove
         try:
-            async with connected(context.server) as connection:
-                has_ledger = await find_ledger(connection, rotation) is not None
-                if not has_ledger:
-                    return
-                await Verifier(connection, table, rotation, context).verify()
+            async with connected(self._context.server) as connection:
+                if await find_ledger(connection, rotation) is not None:
+                    await Verifier(connection, table, rotation, self._context).verify()
         except RotatorError as error:
-            if not has_ledger:
-                return
-            self._notify(
-                Verified(
-                    rotation=rotation,
-                    target=context.target.label,
-                    number=None,
-                    started_at=started_at,
-                    ended_at=datetime.now(UTC),
-                    error=str(error),
-                )
+            if self._has_ledger:
+                self._notify_unverified(str(error))
+
+    def _notify_unverified(self, error: str) -> None:
+        now = datetime.now(UTC)
+        rotation = self._acquired.lease.rotation if self._acquired else 0
+        self._notify(
+            Verified(
+                rotation=rotation,
+                target=self._context.target.label,
+                number=None,
+                started_at=now,
+                ended_at=now,
+                error=error,
             )
+        )
 
     async def verify(self, rotation: int, *, repairs: bool) -> Verified:
         """Verify a rotation, and give survivors new values if ``repairs``.
@@ -491,9 +498,13 @@ class Run:
             RotatorError: The server is unreachable, or the rotation cannot be verified or repaired.
         """
         context = self._context
-        async with connected(context.server) as connection:
-            table = await read_target(connection, context.target)
-            return await Verifier(connection, table, rotation, context).verify(repairs=repairs)
+        watching = asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop")
+        try:
+            async with connected(context.server) as connection:
+                table = await read_target(connection, context.target)
+                return await Verifier(connection, table, rotation, context).verify(repairs=repairs)
+        finally:
+            watching.cancel()
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False if the budget is used up or a stop was requested."""

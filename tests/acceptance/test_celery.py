@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from rotator.api import prepare
-from rotator.models import Helper, Rotation, Span
+from rotator.models import Helper, Rotation, Span, Verification
 from rotator.options import RunOptions
 from rotator.runner.distribution import PATIENCE_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
@@ -309,6 +309,24 @@ def test_another_worker_coordinates_when_the_first_is_asked_to_stop(hosts: Hosts
     speed_up()
     hosts.worker(processes=2)
     assert follow(commands, number).wait().status == 0
+    audit.assert_rotated()
+
+
+@pytest.mark.slow
+def test_a_rotation_is_proved_although_its_worker_stops(hosts: Hosts, commands: Commands) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.02)
+    worker = hosts.worker(processes=2)
+    number = detached(hosts, "--batch=20", "--prove")
+    wait_for_checkpoints(20)
+    worker.send(signal.SIGTERM)
+    assert worker.wait().status == 0
+    speed_up()
+    hosts.worker(processes=2)
+    follow(commands, number).wait()
+    finished = Verification.objects.filter(finished_at__isnull=False)
+    wait_until(finished.exists, "the verification")
+    assert finished.get().result["is_verified"]
     audit.assert_rotated()
 
 

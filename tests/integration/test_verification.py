@@ -1,6 +1,10 @@
 """What a verification finds, what it repairs, and when it says that it knows nothing."""
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -11,7 +15,7 @@ from django.core.management import CommandError, call_command
 from psycopg import sql
 
 from rotator.api import prepare
-from rotator.events import Event, VerificationProgressed, Verified
+from rotator.events import Event, RotationStopped, VerificationProgressed, Verified
 from rotator.exceptions import OptionError, RotatorError
 from rotator.models import Ledger, Rotation, Verification
 from rotator.options import RunOptions, Selection
@@ -250,6 +254,53 @@ def test_a_verification_that_was_killed_at_its_end_has_controls_too(database: Da
     assert (found.controls.planted, found.is_verified) == (3, True)
 
 
+def _assert_completed_but_not_verified(stopped: RotationStopped) -> None:
+    assert (stopped.status, stopped.exit_status) == ("completed", 1)
+    assert stopped.verification is not None
+    assert stopped.verification.error
+    assert not Verification.objects.filter(finished_at__isnull=False).exists()
+
+
+def test_a_stop_cancels_the_counts_of_the_final_verification(database: Database) -> None:
+    database.make_tickets(1, ROWS)
+    stopped_at, other = list[float](), database.connect()
+
+    def interrupt() -> None:
+        # A query that the server has not begun cannot be cancelled.
+        is_waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        while other.execute(is_waiting).fetchone() == (0,):
+            time.sleep(0.05)
+        stopped_at.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+
+    def lock(event: Event) -> None:
+        if isinstance(event, VerificationProgressed):
+            # The counts wait for it.
+            other.execute("BEGIN")
+            other.execute("LOCK TABLE rotator_completedrange")
+            interrupting.start()
+
+    stopped = rotate_tickets(lock, prove=True)
+    interrupting.join()
+    other.execute("ROLLBACK")
+
+    assert time.monotonic() - stopped_at[0] < 5
+    _assert_completed_but_not_verified(stopped)
+
+
+def test_a_second_stop_during_the_final_verification_does_not_verify(database: Database) -> None:
+    database.make_tickets(1, ROWS)
+
+    def interrupt_twice(event: Event) -> None:
+        if isinstance(event, VerificationProgressed):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    _assert_completed_but_not_verified(rotate_tickets(interrupt_twice, prove=True))
+
+
 @pytest.mark.usefixtures("old")
 def test_two_processes_do_not_continue_the_same_verification(
     database: Database, monkeypatch: pytest.MonkeyPatch
@@ -342,6 +393,11 @@ def test_the_evidence_says_first_what_is_not_proved(database: Database, tmp_path
         secrets = [str(token) for token in database.values().values()]
         secrets += [str(token) for (token,) in database.execute(f"SELECT token FROM {OLD}")]
         assert [secret for secret in secrets if secret in shown] == []
+        # The values of filters are left out, too.
+        assert facts["sanitization"]["selection"]["excludes"] == ["id__gt"]
+        listed = StringIO()
+        call_command("rotations", str(Rotation.objects.latest("pk").pk), json=True, stdout=listed)
+        assert json.loads(listed.getvalue())["selection"]["excludes"] == ["id__gt"]
         assert shown == json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
     finally:
         database.execute(f"DROP TABLE {OLD}")

@@ -8,13 +8,14 @@ from django.db import connections
 
 from rotator.api import prepare
 from rotator.exceptions import ServerLostError
-from rotator.models import CompletedRange, Rotation, Span
+from rotator.models import CompletedRange, Rotation, Span, Verification
 from rotator.models import Helper as HelperRow
 from rotator.options import RunOptions
 from rotator.postgres import rotations
 from rotator.progress.log import LogObserver
 from rotator.runner.worker import Helper
 from rotator.tasks import coordinate_rotation, help_with_rotation
+from tests.integration.outcomes import rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database
 
 pytestmark = COMMITTING
@@ -129,3 +130,18 @@ def test_a_message_for_a_rotation_that_does_not_run_ends_at_once(database: Datab
     assert help_with_rotation("default", number, message, lambda: False) is None
     assert not HelperRow.objects.exists()
     assert not CompletedRange.objects.exists()
+
+
+def test_the_next_task_resumes_a_verification_that_was_cut_off(database: Database) -> None:
+    database.make_tickets(1, 100)
+    assert rotate_tickets(prove=True).exit_status == 0
+    number, verifications = Rotation.objects.get().pk, Verification.objects.all()
+    verifications.update(finished_at=None)
+
+    assert _coordinate(number, stops=True)
+    assert not verifications.filter(finished_at__isnull=False).exists()
+    assert not _coordinate(number, stops=False)
+
+    assert verifications.get().result["is_verified"]
+    # A copy of the message.
+    assert not _coordinate(number, stops=True)
