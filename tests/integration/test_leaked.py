@@ -289,3 +289,30 @@ def test_the_valid_values_are_counted(path: Path) -> None:
         "found_lines": [],
         "other_lines": ["1-22"],
     }
+
+
+@pytest.mark.usefixtures("orders")
+def test_a_list_is_checked_before_any_rotation(path: Path) -> None:
+    # The field has no default.
+    found, status = verify(API_KEY, "--leaked", str(path))
+    assert (found, status) == ("20 of 22 leaked values found in rows (line 1-20).\n", 1)
+    facts, status = verify(API_KEY, "--leaked", str(path), "--json")
+    assert (json.loads(facts)["rotation"], json.loads(facts)["found"], status) == (None, 20, 1)
+    assert kept() == set(range(ROWS))
+    assert not Rotation.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((API_KEY,), "Without --leaked, a verification needs the id of a rotation"),
+        ((API_KEY, "--leaked", "-", "--repair"), "--repair needs the ledger"),
+        (("shop.Order.nothing", "--leaked", "-"), "has no field 'nothing'"),
+        (("99", "--leaked", "-"), "There is no rotation 99"),
+        (("nothing", "--leaked", "-"), "'nothing' is not a valid target"),
+    ],
+)
+@pytest.mark.usefixtures("database")
+def test_a_check_says_what_it_needs(arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(CommandError, match=said):
+        verify(*arguments)

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TextIO, TypedDict, Unpack
@@ -14,6 +14,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.events import ignore
 from rotator.exceptions import OptionError, RotatorError
+from rotator.fields.target import find_fields
 from rotator.management.rotation import read_rotations
 from rotator.management.terminal import OwnCommand, open_closed_streams, writable
 from rotator.models import Rotation
@@ -24,12 +25,14 @@ from rotator.progress.text import leaked_values
 from rotator.progress.verification import verification_report, verification_summary
 
 _INTERRUPTED: Final = 128 + signal.SIGINT
+# A field without a default needs one, although a check does not call it.
+_GENERATOR: Final = "secrets.token_hex"
 
 
 class Options(TypedDict):
     """The options, as the command line or ``call_command`` gives them."""
 
-    rotation: int
+    rotation: str
     database: str
     repair: bool
     leaked: str
@@ -60,7 +63,11 @@ class Command(OwnCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the options."""
-        parser.add_argument("rotation", type=int, metavar="ID", help="The id of the rotation.")
+        parser.add_argument(
+            "rotation",
+            metavar="ID",
+            help="The id of the rotation. With --leaked, app.Model.field can replace it.",
+        )
         parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
@@ -96,12 +103,7 @@ class Command(OwnCommand):
         out: TextIO = vars(self.stdout)["_out"]
         try:
             report_file = writable(options["report"])
-            (rotation,) = read_rotations(options["database"], options["rotation"])
-            result = (
-                self._count_leaked(rotation, options)
-                if options["leaked"]
-                else self._verify(rotation, options)
-            )
+            result = self._count_leaked(options) if options["leaked"] else self._verify(options)
         except KeyboardInterrupt:
             # Ends the line of ^C.
             self.stderr.write("")
@@ -121,28 +123,43 @@ class Command(OwnCommand):
         if result.exit_status:
             sys.exit(result.exit_status)
 
-    def _count_leaked(self, rotation: Rotation, options: Options) -> _Result:
+    def _count_leaked(self, options: Options) -> _Result:
         from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
 
         if options["repair"]:
             raise OptionError(
                 "--repair needs the ledger. To rotate the rows with leaked values, use async_rotate --leaked."
             )
-        # A leaked value may be in a row that the filters leave out.
-        selection = replace(
-            Selection.from_json(rotation.selection), filters=(), excludes=(), leaked="", leaked_column=""
+        rotation = _find(options)
+        labels = [options["rotation"]] if rotation is None else rotation.target.split()
+        fields = find_fields(labels)
+        # A check makes no values, and looks at all rows.
+        selection = Selection(
+            generator=_GENERATOR if rotation is None else rotation.selection["generator"],
+            ignore_derived=tuple(
+                each.name for each in fields[0].model._meta.concrete_fields if each not in fields
+            ),
         )
-        prepared = prepare(rotation.target.split(), options["database"], RunOptions(), selection)
+        prepared = prepare(labels, options["database"], RunOptions(), selection)
         found = prepared.count_leaked(options["leaked"], options["leaked_column"])
+        facts = {"rotation": rotation and rotation.pk, "target": " ".join(labels)}
         return _Result(
-            facts={"rotation": rotation.pk, "target": rotation.target} | leaked_report(found),
+            facts=facts | leaked_report(found),
             text=f"{leaked_values(found)}.",
             exit_status=int(found.found > 0),
         )
 
-    def _verify(self, rotation: Rotation, options: Options) -> _Result:
+    def _verify(self, options: Options) -> _Result:
         from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
 
+        rotation = _find(options)
+        if rotation is None:
+            raise OptionError(
+                "Without --leaked, a verification needs the id of a rotation. List the ids with: "
+                "manage.py rotations"
+            )
+        if options["leaked_column"]:
+            raise OptionError("--leaked-column names a column of the file of --leaked. Use both.")
         err: TextIO = vars(self.stderr)["_out"]
         observer = (
             LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
@@ -163,3 +180,12 @@ class Command(OwnCommand):
             text=verification_summary(verified),
             exit_status=verified.exit_status,
         )
+
+
+def _find(options: Options) -> Rotation | None:
+    """Return the rotation; None where a field is named instead of an id."""
+    name = options["rotation"]
+    if not name.isdecimal():
+        return None
+    (rotation,) = read_rotations(options["database"], int(name))
+    return rotation
