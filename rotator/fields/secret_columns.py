@@ -46,6 +46,8 @@ from rotator.postgres.copies import CopySearch, find_copies
 from rotator.postgres.errors import translate_errors
 
 _PATTERNS: Final = Patterns(formats=TOKEN_FORMATS, hash_format=HASH_FORMAT, json_key=JSON_KEY)
+# The code of the error for a write in a read-only transaction.
+_READ_ONLY: Final = "25006"
 _DATABASE_CACHE: Final = "django.core.cache.backends.db.DatabaseCache"
 
 
@@ -257,6 +259,9 @@ def _resolved(column: SecretColumn, each: AnyField, database: str) -> SecretColu
     options: tuple[str, ...] = ()
     if router.db_for_write(each.model) != database:
         options = ("--database", database)
+    # First: an error in a default ends the transaction, and then every later check fails, too.
+    if refusal := _default_refusal(each, database):
+        return replace(column, refusal=refusal)
     try:
         with _reading(database):
             resolve([column.label], database, Selection())
@@ -268,9 +273,24 @@ def _resolved(column: SecretColumn, each: AnyField, database: str) -> SecretColu
     except RotatorError as error:
         return replace(column, refusal=str(error))
     except Error as error:
-        # The project's code may write in its defaults.
-        return replace(column, refusal=f"Its default cannot be tried: {type(error).__name__}.")
+        # Other code of the project may write.
+        return replace(column, refusal=f"It cannot be examined: {type(error).__name__}.")
     return replace(column, options=options)
+
+
+def _default_refusal(each: AnyField, database: str) -> str:
+    """Return the reason why the default of a field cannot be called; empty where it can."""
+    try:
+        with _reading(database):
+            # The same call as a rotation's: NOT_PROVIDED is a class, and without effect.
+            default: object = each.default
+            if callable(default):
+                default()
+    except Exception as error:  # noqa: BLE001 - any error of the project's code
+        if getattr(error.__cause__, "sqlstate", "") == _READ_ONLY:
+            return "Its default writes to the database, and find_secrets only reads."
+        return f"Its default cannot be tried: {type(error).__name__}."
+    return ""
 
 
 async def _refusals(server: Server, fields: Sequence[AnyField]) -> Mapping[AnyField, str]:

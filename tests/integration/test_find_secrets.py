@@ -111,8 +111,9 @@ def test_the_project_s_defaults_cannot_write(monkeypatch: pytest.MonkeyPatch) ->
         return models.Order.objects.create(api_key=secrets.token_hex()).api_key
 
     monkeypatch.setattr(models.Client._meta.get_field("secret"), "default", write)
-    # The reason depends on which check calls the default first.
-    assert columns()["shop.Client.secret"]["refusal"]
+    assert columns()["shop.Client.secret"]["refusal"] == (
+        "Its default writes to the database, and find_secrets only reads."
+    )
     assert not models.Order.objects.exists()
 
 
