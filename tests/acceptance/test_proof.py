@@ -40,11 +40,13 @@ def _clean(transactional_db: None) -> Iterator[None]:  # noqa: ARG001
 class StaleSaves:
     """An application that saves objects which it loaded before their rotation, many a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, saves: int = 300, pause_seconds: float = 0.005) -> None:
         self.saved = 0
         self.refused = 0
         self.updated = 0
-        self._loaded = list(Ticket.objects.order_by("pk").iterator())
+        loaded = list(Ticket.objects.order_by("pk").iterator())
+        self._loaded = loaded[:: len(loaded) // saves]
+        self._pause_seconds = pause_seconds
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -59,8 +61,8 @@ class StaleSaves:
 
     def _run(self) -> None:
         try:
-            for number_, ticket in enumerate(self._loaded[:: len(self._loaded) // 300]):
-                if self._is_over.wait(0.005):
+            for number_, ticket in enumerate(self._loaded):
+                if self._is_over.wait(self._pause_seconds):
                     break
                 ticket.title = f"saved {number_}"
                 try:
@@ -77,8 +79,8 @@ class StaleSaves:
             connections.close_all()
 
 
-def _prepare() -> None:
-    make_tickets(ROWS)
+def _prepare(rows: int = ROWS) -> None:
+    make_tickets(rows)
     query(f"CREATE TABLE {OLD} AS SELECT id, token FROM tickets_ticket")
     query(f"CREATE INDEX ON {OLD} (token)")
     slow_down(0.02)
@@ -106,10 +108,17 @@ def _assert_nothing_secret(*finished: Finished) -> None:
     assert shown & secrets == set()
 
 
-def test_stale_saves_are_found_exactly_and_repaired(commands: Commands, tmp_path: Path) -> None:
-    _prepare()
-    with StaleSaves().running() as application:
-        rotated = commands.run("--prove", "--batch", "100", "--report", str(tmp_path / "report"))
+@pytest.mark.parametrize(
+    ("rows", "saves", "pause_seconds", "batch"),
+    # The second: at most 100 saves a second through the whole rotation.
+    [(ROWS, 300, 0.005, 100), pytest.param(200_000, 4000, 0.01, 500, marks=pytest.mark.slow)],
+)
+def test_stale_saves_are_found_exactly_and_repaired(
+    commands: Commands, tmp_path: Path, rows: int, saves: int, pause_seconds: float, batch: int
+) -> None:
+    _prepare(rows)
+    with StaleSaves(saves, pause_seconds).running() as application:
+        rotated = commands.run("--prove", "--batch", str(batch), "--report", str(tmp_path / "report"))
     speed_up()
 
     assert application.refused == 0
