@@ -133,24 +133,31 @@ class Proof:
         return ledger
 
     async def _load(self, lease: Lease, ledger: Ledger, bound: Key) -> None:
-        """Load the ranges up to the bound, several at a time; commit them in the order of their keys."""
+        """Load the ranges up to the bound, several at a time; commit them in the order of their keys.
+
+        The next ranges are planned in the meantime.
+        """
         rest, drain = KeyInterval(after=ledger.through, through=bound), self._context.stop_signal.drain
-        rows, attempts = LOAD_ROWS, 0
+        rows, attempts, planned = LOAD_ROWS, 0, list[KeyRange]()
         while rest.after != bound and not drain.is_set():
             try:
                 async with self._context.gate.passage(drain) as may_begin:
                     if not may_begin:
                         return
-                    planned = await self._plan(rest, rows)
-                    await self._load_ranges(lease, ledger, planned)
-                attempts = 0
+                    planned = planned or await self._plan(rest, rows)
+                    following = replace(rest, after=planned[-1].through)
+                    with unwrap_group():
+                        async with asyncio.TaskGroup() as tasks:
+                            planning = tasks.create_task(self._plan(following, rows))
+                            tasks.create_task(self._load_ranges(lease, ledger, planned))
+                planned, attempts = planning.result(), 0
             except RowsLockedError:
-                attempts += 1
+                planned, attempts = [], attempts + 1
                 await self._context.stop_signal.wait(_RETRY.delay_seconds(attempts))
             except RangeTooSlowError:
                 if rows == 1:
                     raise
-                rows //= 2
+                planned, rows = [], rows // 2
             # Where one range failed, those before it are committed.
             found = await find_ledger(self._connection, lease.rotation)
             rest = replace(rest, after=None if found is None else found.through)
