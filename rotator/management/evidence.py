@@ -8,7 +8,7 @@ filter, no digest and no salt.
 import json
 from typing import Any, Final
 
-from rotator.management.rotation import find_ledger
+from rotator.management.rotation import ledger_of
 from rotator.models import Rotation, Verification
 from rotator.options import Selection
 
@@ -106,7 +106,7 @@ def _reasons(
     rotation: Rotation, latest: dict[str, Any], counts: dict[str, int | None], *, rejected: int
 ) -> list[str]:
     """Return one sentence for each thing that is not proved."""
-    controls, ledger = latest.get("controls") or {}, find_ledger(rotation)
+    controls, ledger = latest.get("controls") or {}, ledger_of(rotation)
     found = {
         "The rotation is not completed.": rotation.status != Rotation.Status.COMPLETED,
         "The rotation has no ledger, so survivors are unknown.": ledger is None,
@@ -133,7 +133,7 @@ def _reasons(
 
 
 def _ledger(rotation: Rotation) -> dict[str, Any] | None:
-    ledger = find_ledger(rotation)
+    ledger = ledger_of(rotation)
     if ledger is None:
         return None
     return {

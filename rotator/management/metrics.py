@@ -14,10 +14,10 @@ from prometheus_client.registry import Collector
 
 from rotator.management.rotation import (
     cursor_of,
-    find_ledger,
     find_rotations,
     is_dead,
     is_silent,
+    ledger_of,
     stored,
 )
 from rotator.models import CompletedRange, Helper, Measurement, Rotation, Verification
@@ -85,7 +85,7 @@ class RotationCollector(Collector):
             for reason, seconds in cursor.fetchall():
                 families.throttled_seconds.add_metric([number, reason], seconds)
         searches = stored(Verification, rotation).filter(finished_at__isnull=False, repairs=False)
-        if find_ledger(rotation) and (latest := searches.order_by("-pk").first()):
+        if ledger_of(rotation) and (latest := searches.order_by("-pk").first()):
             families.survivors.add_metric([number], latest.survivors)
         self._add_present(families, rotation)
 

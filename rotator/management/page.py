@@ -19,7 +19,7 @@ from rotator.management.rotation import (
     cursor_of,
     detail_of,
     facts_of,
-    find_ledger,
+    ledger_of,
     owner_of,
     percent_of_rotation,
     rows_of,
@@ -243,7 +243,7 @@ def _rejected(rotation: Rotation) -> list[tuple[str, str]]:
 
 def _proof_facts(rotation: Rotation) -> Facts:
     """Return the ledger, the guard and the survivors; empty without a ledger."""
-    ledger = find_ledger(rotation)
+    ledger = ledger_of(rotation)
     if ledger is None:
         return []
     facts = [

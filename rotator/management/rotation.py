@@ -52,7 +52,7 @@ def first_line(error: Error) -> str:
     return " ".join(str(error).split("\n", 1)[0].split())
 
 
-def find_ledger(rotation: Rotation) -> Ledger | None:
+def ledger_of(rotation: Rotation) -> Ledger | None:
     """Return the ledger of a rotation, forgotten or not; None where it never had one."""
     return getattr(rotation, "ledger", None)
 
@@ -170,7 +170,7 @@ def facts_of(rotation: Rotation) -> dict[str, object]:
         "reason": reason_of(rotation),
         "is_filtered": selection.is_filtered,
         "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
-        "ledger": ledger.state if (ledger := find_ledger(rotation)) else "",
+        "ledger": ledger.state if (ledger := ledger_of(rotation)) else "",
         "guard": ledger.guard if ledger else "",
         "deferrals": rotation.deferrals,
         "retries": rotation.retries,

@@ -19,12 +19,12 @@ from rotator.management.rotation import (
     control_text,
     detail_of,
     facts_of,
-    find_ledger,
     find_rotations,
     first_line,
     held_by,
     is_dead,
     is_silent,
+    ledger_of,
     owner_of,
     percent_of_rotation,
     read_rotations,
@@ -336,7 +336,7 @@ def _details(rotation: Rotation) -> str:
     ]
     if rotation.unconfirmed_rows is not None:
         facts.append(("confirmed", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
-    if ledger := find_ledger(rotation):
+    if ledger := ledger_of(rotation):
         facts.append(("ledger", _ledger(ledger)))
     if rotation.stop_reason:
         facts.append(("reason", reason_of(rotation)))
