@@ -27,6 +27,8 @@ KEY_SETTINGS: Final = {
 
 IDLE_SECONDS: Final = 10
 CHECK_CONNECTION_SECONDS: Final = 1
+# A setting of the transactions that write for a rotation: its id.
+OWN_ROTATION: Final = "rotator.rotation"
 # A crash loses a range and its checkpoint together.
 SYNCHRONOUS_COMMIT: Final = "off"
 
@@ -82,7 +84,8 @@ async def begin_fenced(
         plan_settings: The settings that select the plan of the update.
     """
     await begin(connection)
-    await set_timeouts(connection, limits, plan_settings)
+    own = {} if lease is None else {OWN_ROTATION: str(lease.rotation)}
+    await set_timeouts(connection, limits, {**plan_settings, **own})
     if lease is not None:
         await fence(connection, lease)
 

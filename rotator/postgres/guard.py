@@ -9,6 +9,7 @@ from psycopg import AsyncConnection, sql
 
 from rotator.postgres.connection import set_local
 from rotator.postgres.errors import translate_errors
+from rotator.postgres.fence import OWN_ROTATION
 from rotator.postgres.ledger import Ledger
 from rotator.postgres.table import TargetTable, identifier, number
 
@@ -90,6 +91,8 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
         "sequence": _sequence(ledger),
         "trigger": identifier(trigger_name(ledger.rotation)),
         "table": table.name,
+        "setting": sql.Literal(OWN_ROTATION),
+        "rotation": sql.Literal(str(ledger.rotation)),
         "columns": sql.SQL(", ").join(identifier(column.name) for column in table.columns),
         "body": sql.Literal(_body(ledger, table, action)),
     }
@@ -101,7 +104,10 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
     )
     create_trigger = (
         "CREATE OR REPLACE TRIGGER {trigger} BEFORE INSERT OR UPDATE OF {columns} ON {table}"
-        " FOR EACH ROW EXECUTE FUNCTION {function}()"
+        # The verification looks for old values that the rotation itself may have written. Calling the function
+        # for each of its rows would take several times as long as the update.
+        " FOR EACH ROW WHEN (current_setting({setting}, true) IS DISTINCT FROM {rotation})"
+        " EXECUTE FUNCTION {function}()"
     )
     statements = (
         "CREATE SEQUENCE IF NOT EXISTS {sequence}",

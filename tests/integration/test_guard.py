@@ -71,6 +71,23 @@ def test_old_values_cannot_be_written_and_every_other_write_succeeds(database: D
 
 
 @pytest.mark.usefixtures("old")
+def test_only_the_transactions_of_its_rotation_are_exempt(database: Database) -> None:
+    assert _verified(_rotate())
+    rotation = Rotation.objects.get().pk
+
+    def write_back(ticket: int, *, within: int) -> None:
+        with database.connect() as connection, connection.transaction():
+            connection.execute("SELECT set_config('rotator.rotation', %s, true)", (str(within),))
+            connection.execute(STALE, (ticket,))
+
+    write_back(7, within=rotation)
+    with pytest.raises(errors.CheckViolation):
+        write_back(8, within=rotation + 1)
+    outcome = rotate_tickets(None, prove=True, guard="refuse", restart=True)
+    assert _verified(outcome)
+
+
+@pytest.mark.usefixtures("old")
 def test_saves_of_rows_that_are_not_rotated_yet_succeed(database: Database) -> None:
     def save() -> None:
         # Every column, as save() writes them: row 55 still has its old value, row 5 has a new one.
