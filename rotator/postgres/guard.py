@@ -104,8 +104,8 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
     )
     create_trigger = (
         "CREATE OR REPLACE TRIGGER {trigger} BEFORE INSERT OR UPDATE OF {columns} ON {table}"
-        # The verification looks for old values that the rotation itself may have written. Calling the function
-        # for each of its rows would take several times as long as the update.
+        # The verification looks for old values that the rotation itself wrote. Calling the function for its
+        # rows would take several times as long as the update.
         " FOR EACH ROW WHEN (current_setting({setting}, true) IS DISTINCT FROM {rotation})"
         " EXECUTE FUNCTION {function}()"
     )
