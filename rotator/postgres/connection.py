@@ -226,6 +226,8 @@ class OwnConnection(AsyncConnection):
         if is_read_only:
             raise read_only()
         if self.is_direct:
+            # Prepared statements are planned with their real values, unless a transaction keeps its plans.
+            await self.execute("SELECT set_config('plan_cache_mode', 'force_custom_plan', false)")
             self.prepare_threshold = PREPARED_AFTER
         if self.is_direct or not names:
             return

@@ -43,13 +43,11 @@ _REPEATED: Final = "new values are equal to the old ones"
 _UNCOMPARED: Final = "triggers wrote to the table, and the old values were not read before"
 _WRITTEN_BY_TRIGGER: Final = "a trigger wrote other rows of the range"
 
-# Merging two scans of the key's index is the cheapest join of a range, and keeps the key's order. Rows with
-# some keys, or at some places, are looked up one by one.
-_MERGE: Final = {"enable_nestloop": "off"}
+# Merging two scans of the key's index is the cheapest join of a range, and keeps the key's order. No other
+# index may be read, and sorted, for a condition on the rows. Rows with some keys, or at some places, are
+# looked up one by one.
+_MERGE: Final = {"enable_nestloop": "off", "enable_sort": "off", "enable_incremental_sort": "off"}
 _LOOK_UP: Final = {"enable_mergejoin": "off"}
-# The plan is the same for every range, and making it takes as long as updating a hundred rows. Only for
-# partitions is it made each time: it then locks no more of them than the range needs.
-_MERGE_BY_KEPT_PLAN: Final = {**_MERGE, "plan_cache_mode": "force_generic_plan"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +89,13 @@ class RangeUpdate:
     """Updates rows of one table; the caller commits."""
 
     def __init__(
-        self, table: TargetTable, source: ValueSource, limits: WaitLimits, ledger: Ledger | None = None
+        self,
+        table: TargetTable,
+        source: ValueSource,
+        limits: WaitLimits,
+        ledger: Ledger | None = None,
+        *,
+        keeps_plan: bool = False,
     ) -> None:
         """Prepare the statements.
 
@@ -100,6 +104,8 @@ class RangeUpdate:
             source: The source of the new values.
             limits: The limits of each transaction.
             ledger: The ledger that old values of rows at places enter first; None where they are in it.
+            keeps_plan: Whether the server keeps the plan of a range's update instead of making it for each
+                range. A kept plan locks all partitions, and the queries of triggers get kept plans too.
         """
         self.table = table
         self._source = source
@@ -118,10 +124,9 @@ class RangeUpdate:
         self._digests = sql.SQL("{}, {}").format(table.key_json_of(ROW), table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
         self._reads_digests = False
-        if isinstance(source, InBulk):
-            self._plan_of_range = _MERGE if table.is_partitioned else _MERGE_BY_KEPT_PLAN
-        else:
-            self._plan_of_range = _LOOK_UP
+        self._plan_settings = _MERGE if isinstance(source, InBulk) else _LOOK_UP
+        if keeps_plan:
+            self._plan_settings = {**self._plan_settings, "plan_cache_mode": "force_generic_plan"}
 
     async def write(self, connection: AsyncConnection, lease: Lease, rows: Rows) -> Written:
         """Attempt to give rows new values until the result may be committed.
@@ -176,7 +181,7 @@ class RangeUpdate:
         """
         try:
             update = await self._prepare(connection, rows, count)
-            plan_settings = self._plan_of_range if isinstance(rows, KeyRange) else _LOOK_UP
+            plan_settings = self._plan_settings if isinstance(rows, KeyRange) else _LOOK_UP
             async with rolled_back_on_error(connection):
                 async with connection.pipeline():
                     await begin_fenced(connection, lease, self.limits, plan_settings)
@@ -350,7 +355,7 @@ class RangeUpdate:
         parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
         limits = replace(self.limits, statement_seconds=ANSWER_SECONDS)
         async with rolled_back_on_error(connection):
-            await begin_fenced(connection, None, limits, self._plan_of_range)
+            await begin_fenced(connection, None, limits, self._plan_settings)
             cursor = await connection.execute(b"EXPLAIN (SUMMARY) " + statement, parameters)
             lines = [str(line) for (line,) in await cursor.fetchall()]
             await connection.rollback()

@@ -21,7 +21,7 @@ MAX_GROWTH: Final = 1.5
 FIXED_SECONDS: Final = 0.002
 # Smaller ranges would spend too much of their time on that cost.
 MAX_FIXED_SHARE: Final = 0.2
-MIN_RANGE_SECONDS: Final = 0.005
+MIN_RANGE_SECONDS: Final = FIXED_SECONDS / MAX_FIXED_SHARE
 # The ratio of two sizes below which noise would pass for a fixed cost.
 MIN_SPREAD: Final = 2
 
@@ -58,8 +58,8 @@ class RangeSizer:
     A range that is too slow halves them, and many that are not double them. A target of server time limits
     them further: the slowest tenth of the recent ranges must still reach it. So they shrink at once, and grow
     at most ``MAX_GROWTH`` times. They do not shrink where that would hardly make a range shorter, e.g.
-    because a trigger takes most of its time. What a row costs in itself is that of the fastest tenth: ranges
-    that are slow since other sessions take the CPU do not become shorter by having few rows.
+    because a trigger takes most of its time. What a row costs in itself is that of the fastest tenth: where
+    other sessions take the CPU, fewer rows do not make a range faster.
     """
 
     def __init__(self, max_rows: int) -> None:

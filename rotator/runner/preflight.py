@@ -7,9 +7,9 @@ from psycopg import AsyncConnection
 
 from rotator.events import Findings, LimitRaised, Observer, Sample
 from rotator.exceptions import MissingPrivilegesError
-from rotator.options import RunOptions, Selection, WaitLimits
+from rotator.options import RunOptions, Selection, WaitLimits, read_pace
 from rotator.postgres import rotations
-from rotator.postgres.catalog import check_server, missing_grants, read_table
+from rotator.postgres.catalog import check_server, missing_grants, read_table, read_update_triggers
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.entropy import check_not_guessable
 from rotator.postgres.identity import check_session
@@ -38,6 +38,8 @@ async def measured_update(
 ) -> RangeUpdate:
     """Return the update of the ranges, with a higher limit where the server takes long to plan it.
 
+    The server keeps its plan where the table has neither partitions nor triggers.
+
     Args:
         connection: In autocommit mode.
         table: The target's table.
@@ -46,9 +48,10 @@ async def measured_update(
         key: Any key of the table.
         notify: The observer of :class:`LimitRaised`.
     """
-    update = RangeUpdate(table, target.source, limits)
     if not table.is_partitioned:
-        return update
+        has_triggers = bool(await read_update_triggers(connection, table))
+        return RangeUpdate(table, target.source, limits, keeps_plan=not has_triggers)
+    update = RangeUpdate(table, target.source, limits)
     seconds = await update.planning_seconds(connection, key)
     if seconds < limits.statement_seconds * MIN_PART_OF_LIMIT:
         return update
@@ -71,7 +74,8 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
     Raises:
         RotatorError: The rotation cannot run; nothing was changed.
     """
-    connections = options.concurrency + OTHER_CONNECTIONS
+    is_paced = read_pace(options.pace).latency_limit is not None
+    connections = options.concurrency + OTHER_CONNECTIONS + is_paced
     await check_server(connection, connections=connections, concurrency=options.concurrency)
     table = await read_target(connection, target)
     await Throttles(options, target.throttles).check(connection)

@@ -10,7 +10,16 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.aio import unwrap_group, watch
-from rotator.events import Event, Observer, OnCommit, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
+from rotator.events import (
+    Event,
+    Observer,
+    OnCommit,
+    RangeCompleted,
+    RangeDeferred,
+    RangeRetried,
+    RowRejected,
+    ignore,
+)
 from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError
 from rotator.options import RunOptions
 from rotator.postgres import spans
@@ -51,10 +60,6 @@ def build_engine(
 ) -> Engine:
     """Return the engine that rewrites gaps, for the command and for helpers."""
     return Engine(planner, writer, gate, notify=notify, options=EngineOptions(max_rows=max_rows))
-
-
-def _ignore(_event: Event) -> None:
-    pass
 
 
 @dataclass
@@ -112,12 +117,12 @@ class Helper:
         self._on_commit = on_commit
         self._should_stop = should_stop
         self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
-        self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=_ignore)
+        self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=ignore)
         self._pacing = Pacing(
-            server, self._gate, options.pace, _ignore, own_per_second=OWN_PER_SECOND_WITH_CELERY
+            server, self._gate, options.pace, ignore, own_per_second=OWN_PER_SECOND_WITH_CELERY
         )
         # The owner stops the rotation, which ends this task.
-        self._live = LiveControl(self._gate, self._pacing, options, _ignore, cancel=lambda _by: None)
+        self._live = LiveControl(self._gate, self._pacing, options, ignore, cancel=lambda _by: None)
         self._drain = asyncio.Event()
         self._is_wanted = True
         self._renewed_at = self._looked_at = 0.0

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -13,7 +14,7 @@ from rotator.postgres.connection import Server, connected, pooled
 from rotator.postgres.fence import Lease
 from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.planner import IndexPlanner, last_key
-from rotator.postgres.table import TargetTable
+from rotator.postgres.table import Condition, TargetTable
 from rotator.postgres.writer import PostgresWriter, RangeUpdate
 from rotator.ranges import KeyInterval
 from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, UUIDS, Database
@@ -131,7 +132,7 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
     assert bound is not None
     rest, batch = KeyInterval(after=None, through=bound), len(database.values(table)) // 15
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, RangeUpdate(table, UUIDS, PATIENT), lease)
+        writer = PostgresWriter(pool, RangeUpdate(table, UUIDS, PATIENT, keeps_plan=True), lease)
         # The table's first range is another statement than those after it.
         for is_analyzed in (False, False, True, True):
             if is_analyzed:
@@ -149,6 +150,37 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
                 " WHERE statement LIKE 'WITH written AS (UPDATE%'"
             )
             assert await kept.fetchone() == (4, 0)
+
+
+@tables(30_000)
+async def test_an_index_for_the_condition_on_the_rows_is_not_used(
+    database: Database,
+    explained: _ExplainedServer,
+    side: psycopg.AsyncConnection,
+    table: TargetTable,
+    lease: Lease,
+) -> None:
+    # Every twentieth row, by an index that a plan for any bounds would prefer.
+    database.execute(sql.SQL("ALTER TABLE {} ADD COLUMN kind integer DEFAULT 0").format(table.name), ())
+    database.execute(
+        sql.SQL("UPDATE {} SET kind = 1 WHERE abs(hashtext(token::text)) %% 20 = 0").format(table.name), ()
+    )
+    database.execute(sql.SQL("CREATE INDEX of_kind ON {} (kind)").format(table.name), ())
+    analyze(database, table)
+    selected = replace(table, condition=Condition("kind = 1"))
+    bound = await last_key(side, table)
+    assert bound is not None
+    planner, rest = IndexPlanner(side, table), KeyInterval(after=None, through=bound)
+    async with pooled(explained, 1) as pool:
+        writer = PostgresWriter(pool, RangeUpdate(selected, UUIDS, PATIENT, keeps_plan=True), lease)
+        for _ in range(3):
+            key_range = await planner.next_range(rest, BATCH)
+            explained.plans.kinds()
+            await writer.rewrite(key_range)
+            update = explained.plans.kinds()[0]
+            assert "Merge Join" in update
+            assert not update & (UNWANTED | {"Nested Loop"})
+            rest = KeyInterval(after=key_range.through, through=bound)
 
 
 @tables(30_000)
