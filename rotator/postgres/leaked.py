@@ -286,14 +286,16 @@ def _select_rows(
         is_read: Whether an earlier search has read it, before the transaction ``xid``.
         is_short: Whether the list is short enough for an array.
     """
-    # A plan that reads a temporary table is not parallel, unless it does so before the scan.
-    digests_of_list = sql.SQL(
-        "SELECT unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked))"
-        if is_short
-        else "SELECT digest FROM pg_temp.rotator_leaked"
-    )
     digests = [_digest(column) for column in table.columns]
-    is_leaked = sql.SQL(" OR ").join(sql.SQL("{} IN ({})").format(each, digests_of_list) for each in digests)
+    if is_short:
+        # A plan that reads a temporary table is not parallel, unless it does so before the scan.
+        is_in_list = "{} IN (SELECT unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked)))"
+    elif len(digests) == 1:
+        is_in_list = "{} IN (SELECT digest FROM pg_temp.rotator_leaked)"
+    else:
+        # An IN in an OR is no join: the server reads a list that exceeds its memory for hashes for each row.
+        is_in_list = "EXISTS (SELECT FROM pg_temp.rotator_leaked AS entry WHERE entry.digest = {})"
+    is_leaked = sql.SQL(" OR ").join(sql.SQL(is_in_list).format(each) for each in digests)
     ctid, xmin = identifier(ROW, "ctid"), identifier(ROW, "xmin")
     conditions = [sql.SQL("({})").format(is_leaked)]
     if is_part:

@@ -219,8 +219,12 @@ def test_values_of_each_type(tmp_path: Path, field: str, write: Callable[[Any], 
     assert {i for i in before if before[i] != after[i]} == {2, 5}
 
 
+@pytest.mark.parametrize("array_values", [leaked.ARRAY_VALUES, 0])
 @pytest.mark.usefixtures("database")
-def test_several_fields_are_rotated_together(tmp_path: Path) -> None:
+def test_several_fields_are_rotated_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array_values: int
+) -> None:
+    monkeypatch.setattr(leaked, "ARRAY_VALUES", array_values)
     models.Checked.objects.bulk_create(models.Checked(token=f"t {i}", checksum=f"c {i}") for i in range(5))
     path = tmp_path / "leaked"
     path.write_text("t 1\nc 3\n")
