@@ -38,21 +38,24 @@ class LeakedRows:
         self._searched = Searched()
 
     async def find(self, owned: RotationState) -> RotationState:
-        """Send the list, search the table, and return the state with the number of rows."""
+        """Send the list, search the table, and return the state with the number of rows.
+
+        A stop during the search leaves the state as it is.
+        """
         await leaked.load(self._connection, self._values)
-        rows_total = owned.rows_done + await self._search()
+        found = await self._search()
+        if found is None:
+            return owned
+        rows_total = owned.rows_done + found
         await rotations.freeze_bound(
             self._connection, owned.lease, bound=None, rows_total=rows_total, is_exact=True
         )
         return replace(owned, rows_total=rows_total, rows_total_is_exact=True)
 
-    async def _search(self) -> int:
-        """Search the table until a stop is requested, and return the number of rows found."""
-        return (
-            await self._context.stop_signal.run_until_stop(
-                leaked.search(self._connection, self._table, self._values, self._searched)
-            )
-            or 0
+    async def _search(self) -> int | None:
+        """Search the table, and return the number of rows found; None where a stop cancelled it."""
+        return await self._context.stop_signal.run_until_stop(
+            leaked.search(self._connection, self._table, self._values, self._searched)
         )
 
     async def rotate(self, owned: RotationState) -> EndStatus:
@@ -90,7 +93,7 @@ class LeakedRows:
                 notify=notify,
             )
             found = await self._search()
-            if drain.is_set():
+            if found is None or drain.is_set():
                 break
             if not found:
                 return "completed"
@@ -136,5 +139,8 @@ async def count_leaked(server: Server, target: RunTarget, values: LeakedValues) 
     async with connected(server) as connection:
         table = await read_target(connection, target)
         await leaked.load(connection, values)
-        await leaked.search(connection, table, values, Searched())
+        searched = Searched()
+        await leaked.search(connection, table, values, searched)
+        # A row can move from a part that was not read yet to one that was.
+        await leaked.search(connection, table, values, searched)
     return found_event(values)

@@ -1,6 +1,8 @@
 """Rotations of only those rows whose values are in a list of leaked values."""
 
+import asyncio
 import json
+import signal
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -293,6 +295,41 @@ def test_the_valid_values_are_counted(path: Path) -> None:
         "found_lines": [],
         "other_lines": ["1-22"],
     }
+
+
+def test_a_row_that_moves_while_the_valid_values_are_counted_is_found(
+    orders: Database, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search_once, moves = leaked.search, ["UPDATE shop_order SET api_key = 'KEY 2' WHERE api_key = 'key 1'"]
+
+    async def search(*arguments: Any) -> int:  # noqa: ANN401 - those of search()
+        found = await search_once(*arguments)
+        while moves:
+            orders.execute(moves.pop())
+        return found
+
+    monkeypatch.setattr(leaked, "search", search)
+    assert verify(API_KEY, "--leaked", str(path)) == (
+        "21 of 22 leaked values found in rows (line 1-20, 22).\n",
+        1,
+    )
+
+
+@pytest.mark.usefixtures("orders")
+def test_a_stop_during_the_first_search_does_not_change_the_number_of_rows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def search(*_: object) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return await asyncio.sleep(60, 0)
+
+    run(path, options=RunOptions(batch=4, stop_after_rows=8))
+    monkeypatch.setattr(leaked, "search", search)
+
+    assert run(path).status == "interrupted"
+
+    rotation = Rotation.objects.get()
+    assert (rotation.rows_done, rotation.rows_total) == (8, ROWS // 3)
 
 
 @pytest.mark.usefixtures("orders")
