@@ -45,9 +45,19 @@ _TEXT: Final = "rotator_text"
 class IndexPlanner:
     """Plans ranges by short queries over the key's index, without a cursor or arithmetic on keys."""
 
-    def __init__(self, connection: AsyncConnection, table: TargetTable) -> None:
-        """Take a connection for this planner's use alone."""
+    def __init__(
+        self, connection: AsyncConnection, table: TargetTable, *, seconds: float = ANSWER_SECONDS
+    ) -> None:
+        """Take a connection for this planner's use alone.
+
+        Args:
+            connection: The connection.
+            table: The target's table.
+            seconds: The server's limit for each statement. By default, this process takes the server for
+                lost first.
+        """
         self._connection = connection
+        self._settings = {**_PLANNING_SETTINGS, "statement_timeout": f"{seconds * 1000:.0f}ms"}
         # Workers that split a range use the planner, too.
         self._one_at_a_time = asyncio.Lock()
         self._ahead = deque[KeyRange]()
@@ -71,6 +81,7 @@ class IndexPlanner:
 
         Raises:
             RowsLockedError: Another session has locked the whole table, as DDL does.
+            RangeTooSlowError: A statement exceeded the server's limit.
             TargetError: A key does not survive as text.
         """
         async with self._one_at_a_time:
@@ -99,7 +110,7 @@ class IndexPlanner:
             "ranges": ranges,
         }
         async with translate_errors(connection), connection.pipeline(), connection.transaction():
-            await set_local(connection, _PLANNING_SETTINGS)
+            await set_local(connection, self._settings)
             cursor = await connection.execute(self._last_keys[is_known], parameters)
             keys = [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
             if not keys:

@@ -37,6 +37,8 @@ from rotator.runner.stop import StopSignal
 
 # A few seconds of several processes of the server; a table of fewer rows is read in one piece.
 SEARCH_ROWS: Final = 1_000_000
+# Less than half of ANSWER_SECONDS: a plan is two statements, and smaller ranges are tried after this limit.
+PLANNING_SECONDS: Final = 14.0
 CONTROL_ROWS: Final = 1000
 COUNT_SECONDS: Final = 1.0
 GAPS_NAMED: Final = 100
@@ -70,7 +72,7 @@ class Verifier:
         self._stop_signal = context.stop_signal
         self._notify = context.notify
         self._on_commit = context.on_commit
-        self._planner = IndexPlanner(connection, table)
+        self._planner = IndexPlanner(connection, table, seconds=PLANNING_SECONDS)
 
     async def verify(self, *, repairs: bool = False) -> Verified:
         """Search the table for old values and count what the rotation has written, until a stop is requested.

@@ -6,9 +6,12 @@ import psycopg
 import pytest
 from django.db import connection as django_connection
 
+from rotator.exceptions import RangeTooSlowError
+from rotator.postgres.errors import ANSWER_SECONDS
 from rotator.postgres.planner import IndexPlanner, gaps, last_key
 from rotator.postgres.table import Column, TargetTable
 from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.runner.verification import PLANNING_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -99,6 +102,19 @@ async def test_what_is_planned_ahead_is_what_is_planned_one_by_one(
         interval = KeyInterval(after=key_range.through, through=bound)
         planned += 1
     assert planned > 1000 / 7
+
+
+async def test_a_range_that_takes_too_long_to_plan_is_no_loss_of_the_server(
+    connection: psycopg.AsyncConnection,
+) -> None:
+    await connection.execute("INSERT INTO pairs SELECT 'shop', n FROM generate_series(1, 200000) n")
+    bound = await last_key(connection, PAIRS)
+    assert bound is not None
+    with pytest.raises(RangeTooSlowError):
+        await IndexPlanner(connection, PAIRS, seconds=0.001).next_range(
+            KeyInterval(after=None, through=bound), 150_000
+        )
+    assert 2 * PLANNING_SECONDS < ANSWER_SECONDS
 
 
 @pytest.mark.parametrize(
