@@ -473,6 +473,8 @@ class Run:
             async with connected(self._context.server) as connection:
                 if await find_ledger(connection, rotation) is not None:
                     await Verifier(connection, table, rotation, self._context).verify()
+                elif self._has_ledger:
+                    self._notify_unverified("The ledger was dropped.")
         except RotatorError as error:
             if self._has_ledger:
                 self._notify_unverified(str(error))

@@ -15,7 +15,7 @@ from django.core.management import CommandError, call_command
 from psycopg import sql
 
 from rotator.api import prepare
-from rotator.events import Event, RotationStopped, VerificationProgressed, Verified
+from rotator.events import Event, RotationStopped, VacuumStarted, VerificationProgressed, Verified
 from rotator.exceptions import OptionError, RotatorError
 from rotator.models import Ledger, Rotation, Verification
 from rotator.options import RunOptions, Selection
@@ -299,6 +299,20 @@ def test_a_second_stop_during_the_final_verification_does_not_verify(database: D
             signal.raise_signal(signal.SIGINT)
 
     _assert_completed_but_not_verified(rotate_tickets(interrupt_twice, prove=True))
+
+
+def test_a_ledger_that_is_forgotten_before_the_final_verification_does_not_verify(database: Database) -> None:
+    database.make_tickets(1, ROWS)
+
+    def forget(event: Event) -> None:
+        if isinstance(event, VacuumStarted):
+            database.execute("UPDATE rotator_ledger SET state = 'forgotten'")
+
+    stopped = rotate_tickets(forget, prove=True)
+
+    _assert_completed_but_not_verified(stopped)
+    assert stopped.verification is not None
+    assert stopped.verification.error == "The ledger was dropped."
 
 
 @pytest.mark.usefixtures("old")
