@@ -1,8 +1,8 @@
 """The evidence of a rotation: what is proved, and first of all what is not.
 
 It is one JSON object in the canonical form of RFC 8785, so that the same facts are the same bytes. Its fields
-follow the sample form of NIST SP 800-88 Rev. 1, Appendix G, where they fit. It contains no value, also of no
-filter, no digest and no salt.
+follow the sample form of NIST SP 800-88 Rev. 1, Appendix G, where they fit.
+It contains no digest, no salt, and no value of a column or a filter.
 """
 
 import json

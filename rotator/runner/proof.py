@@ -124,9 +124,8 @@ class Proof:
             )
             if found < rows:
                 raise RotatorError(
-                    f"The control of the ledger failed: {rows:,} rows that were not written since were "
-                    f"searched for, and only {found:,} of them found. No row was rotated. Begin again with "
-                    "--restart."
+                    f"The control of the ledger failed: {found:,} of {rows:,} rows that were not written "
+                    "since loading began were found. No row was rotated. Begin again with --restart."
                 )
         ledger = await finish_ledger(self._connection, ledger, rows)
         context.notify(LedgerReady(seconds=time.monotonic() - started, control_rows=rows))

@@ -176,7 +176,7 @@ def test_a_failed_control_before_the_rotation_rotates_nothing(
     stopped = rotate_tickets(prove=True)
 
     assert stopped.exit_status == 1
-    assert "The control of the ledger failed: 60 rows" in stopped.error
+    assert "The control of the ledger failed: 0 of 60 rows" in stopped.error
     assert database.changed(before) == set()
 
 
