@@ -32,10 +32,17 @@ _ROWS_READ: Final = 20_000
 RESUMED_HOURS: Final = 24
 # Longer than the server's own limit, below.
 FIND_SECONDS: Final = 150.0
-_SETTINGS: Final = {**KEY_SETTINGS, "statement_timeout": "60s", "enable_mergejoin": "off", "jit": "off"}
+_SETTINGS: Final = {
+    **KEY_SETTINGS,
+    "statement_timeout": "60s",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    # A statement that the driver has prepared would keep the plan of other settings.
+    "plan_cache_mode": "force_custom_plan",
+}
 # The plan reads a range by the key, and looks each value up in the ledger.
 _PART: Final = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_hashjoin": "off"}
-# The plan reads the table and the ledger once, which is faster where that is little.
+# The plan reads the table and the ledger once, which is faster for a small table.
 _WHOLE: Final = {"enable_nestloop": "off"}
 
 
@@ -75,15 +82,16 @@ async def find_survivors(
         RangeTooSlowError: The interval is too large.
     """
     async with translate_errors(connection, seconds=FIND_SECONDS), connection.transaction():
-        await set_local(
-            connection,
-            {
-                **_SETTINGS,
-                **(_WHOLE if is_whole else _PART),
-                "max_parallel_workers_per_gather": str(processes - 1),
-            },
-        )
+        await set_local(connection, _settings(is_whole=is_whole, processes=processes))
         return await _find(connection, table, ledger, interval)
+
+
+def _settings(*, is_whole: bool, processes: int) -> dict[str, str]:
+    return {
+        **_SETTINGS,
+        **(_WHOLE if is_whole else _PART),
+        "max_parallel_workers_per_gather": str(processes - 1),
+    }
 
 
 async def _find(
@@ -109,9 +117,15 @@ async def _find(
 
 
 async def control_search(
-    connection: AsyncConnection, table: TargetTable, ledger: Ledger, interval: KeyInterval
+    connection: AsyncConnection,
+    table: TargetTable,
+    ledger: Ledger,
+    interval: KeyInterval,
+    *,
+    is_whole: bool,
+    processes: int,
 ) -> tuple[int, int]:
-    """Enter present values of an interval, search for them, and roll back.
+    """Enter present values of an interval, search for them as :func:`find_survivors` does, and roll back.
 
     Returns:
         The number of rows whose values were entered, and the number of these rows that the search found.
@@ -135,7 +149,7 @@ async def control_search(
         rolled_back_on_error(connection, seconds=FIND_SECONDS),
         connection.transaction(force_rollback=True),
     ):
-        await set_local(connection, {**_SETTINGS, **_PART})
+        await set_local(connection, _settings(is_whole=is_whole, processes=processes))
         cursor = await connection.execute(plant, {"after": interval.after, "through": interval.through})
         planted = {Key(key) async for (key,) in cursor}
         found = {row.key for row in await _find(connection, table, ledger, interval)} if planted else set()

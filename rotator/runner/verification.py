@@ -1,5 +1,6 @@
 """Verifies a rotation: what it has written, and whether a row has a value that is in the ledger."""
 
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
@@ -27,7 +28,7 @@ from rotator.postgres.rotations import RotationFacts, read_facts
 from rotator.postgres.survivors import Search, Survivors
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
-from rotator.ranges import Key, KeyInterval
+from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
 from rotator.runner.late_rows import LateRows
@@ -119,7 +120,7 @@ class Verifier:
         else:
             entries, entries_found, is_salt_right = await count_known(self._connection, ledger)
             search = await self._begin(repairs=repairs)
-            planted, planted_found = await self._control(ledger, search.bound)
+            planted, planted_found = await self._control(ledger, search)
             search = await self._search(ledger, search, repairs=repairs)
             controls = Controls(
                 sampled=ledger.control_rows,
@@ -167,16 +168,39 @@ class Verifier:
         self._notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
         return search
 
-    async def _control(self, ledger: Ledger, bound: Key | None) -> tuple[int, int]:
-        """Search for planted values, in the first range that has any; return their rows, and those found."""
+    async def _control(self, ledger: Ledger, search: Search) -> tuple[int, int]:
+        """Search for planted values as the search will; return their rows, and those found."""
+        if search.bound is None:
+            return 0, 0
+        # The plan for a whole table differs from that for a part.
+        if search.through is None:
+            with suppress(RangeTooSlowError):
+                whole = await self._planner.next_range(
+                    KeyInterval(after=None, through=search.bound), SEARCH_ROWS
+                )
+                if whole.through == search.bound:
+                    return await self._control_range(ledger, whole, is_whole=True)
         after: Key | None = None
-        while bound is not None and after != bound:
-            planned = await self._planner.next_range(KeyInterval(after=after, through=bound), CONTROL_ROWS)
-            planted, found = await survivors.control_search(self._connection, self._table, ledger, planned)
+        while after != search.bound:
+            planned = await self._planner.next_range(
+                KeyInterval(after=after, through=search.bound), CONTROL_ROWS
+            )
+            planted, found = await self._control_range(ledger, planned, is_whole=False)
+            # The first range that has any value is enough.
             if planted:
                 return planted, found
             after = planned.through
         return 0, 0
+
+    async def _control_range(self, ledger: Ledger, planned: KeyRange, *, is_whole: bool) -> tuple[int, int]:
+        return await survivors.control_search(
+            self._connection,
+            self._table,
+            ledger,
+            planned,
+            is_whole=is_whole,
+            processes=self._options.concurrency,
+        )
 
     async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> Search:
         placed = None
