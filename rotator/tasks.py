@@ -224,8 +224,9 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
     """Plan and watch a rotation without a terminal; occupies one process of a worker until its end.
 
     The task sends its message again after 20 minutes and when its worker has to stop. Copies of the message
-    are harmless: while another task coordinates the rotation, or the server is unreachable, a copy is retried
-    every minute, so that one of them can take over.
+    are harmless while rows are rotated: while another task coordinates the rotation, or the server is
+    unreachable, a copy is retried every minute, so that one of them can take over. Of two copies that verify
+    the rotation at the same time, one may fail; the other one has the result.
     """
     observer = LogObserver(hides_keys=hides_keys())
     ask = partial(ask_for_help, database)
