@@ -11,7 +11,6 @@ from rotator.events import (
     BrokerUnreachable,
     Event,
     OutageStarted,
-    Preflighted,
     RangeCompleted,
     ReceiverFailed,
     ReindexSkipped,
@@ -21,6 +20,7 @@ from rotator.events import (
     ServerLogShowsValues,
     Tick,
     VerificationProgressed,
+    Verified,
     WorkersProgressed,
     WorkersSilent,
 )
@@ -28,6 +28,7 @@ from rotator.progress import jsonlines
 from rotator.progress.lines import FIGURES_SECONDS, NotableEvents
 from rotator.progress.summary import verdict
 from rotator.progress.text import HIDDEN, one_line, stopped_by
+from rotator.progress.verification import verification_verdict
 from rotator.ranges import Key
 
 LOGGER: Final = "rotator"
@@ -64,21 +65,24 @@ class LogObserver(NotableEvents):
             self._target = event.target
         if self._hides_keys and isinstance(event, RowRejected):
             event = replace(event, key=Key("…"))
-        if self._hides_keys and isinstance(event, RotationStopped) and event.error:
+        if self._hides_keys and isinstance(event, RotationStopped | Verified) and event.error:
             event = replace(event, error=HIDDEN)
         super().__call__(event)
+        if isinstance(event, Verified):
+            self.write(verification_verdict(event), event)
 
     def write(self, text: str, event: Event) -> None:
         """Log one record."""
-        is_failed = isinstance(event, RotationStopped) and event.status == "failed"
+        is_failed = isinstance(event, RotationStopped | Verified) and event.exit_status != 0
         self._logger.log(
             logging.WARNING if is_failed or isinstance(event, _WARNINGS) else logging.INFO,
             "%s",
             text,
             extra={
                 "event": _name(event),
-                "rotation": self._stats.rotation,
-                "target": self._target,
+                # A verification that is resumed has no start of a rotation.
+                "rotation": self._stats.rotation or getattr(event, "rotation", None),
+                "target": self._target or getattr(event, "target", ""),
                 "reason": _reason(event),
                 **jsonlines.figures(self._stats),
             },
@@ -94,8 +98,6 @@ def _name(event: Event) -> str:
     match event:
         case RangeCompleted() | WorkersProgressed() | Tick() | VerificationProgressed():
             return "progress"
-        case Preflighted():
-            return "preflight"
         case RotationStarted():
             return "started"
         case RotationStopped():
@@ -107,4 +109,6 @@ def _name(event: Event) -> str:
 def _reason(event: Event) -> str:
     if isinstance(event, RotationStopped):
         return event.error or stopped_by(event.stop_reason, event.cancelled_by)
+    if isinstance(event, Verified):
+        return event.error
     return str(getattr(event, "reason", ""))

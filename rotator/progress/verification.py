@@ -44,10 +44,7 @@ def verification_verdict(event: Verified) -> str:
             f"Run: manage.py verify_rotation {event.rotation}"
         )
     if event.controls is not None and not event.controls.have_passed:
-        return (
-            f"Not verified: a control of {name} failed, so its search proves nothing. The line of the "
-            "controls tells which one."
-        )
+        return f"Not verified: a control of {name} failed, so its search proves nothing."
     if event.survivors:
         return (
             f"Not verified: {plural(event.survivors, 'row')} of {event.target} "
@@ -55,7 +52,7 @@ def verification_verdict(event: Verified) -> str:
             f"Run: manage.py verify_rotation {event.rotation} --repair"
         )
     if event.coverage is not None and not event.coverage.is_whole:
-        return f"Not verified: {name} has not written every row. The lines below count them."
+        return f"Not verified: {name} has not written every row."
     if event.survivors is None:
         return (
             f"Not verified: it is unknown whether old values of {name} have survived, because it has no "

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from rotator.events import (
     Throttled,
     Tick,
     VacuumSkipped,
+    VerificationStarted,
 )
 from rotator.progress.log import LogObserver
 from rotator.ranges import Key
 from tests.unit.progress_fakes import Clock, completed, started, stopped
+from tests.unit.test_progress_verification import VERIFIED
 
 KEY = 48_151_623
 KNOWN = vars(logging.makeLogRecord({}))
@@ -101,7 +104,12 @@ def test_figures_come_every_thirty_seconds(handler: JsonHandler) -> None:
         (RowRejected(key=Key("[42]"), reason="check_violation"), "WARNING"),
         (stopped(status="failed", error="The disk is full."), "WARNING"),
         (stopped(), "INFO"),
-        (stopped(status="interrupted", stop_reason=StopReason.SIGINT), "INFO"),
+        (stopped(verification=VERIFIED), "INFO"),
+        (stopped(verification=replace(VERIFIED, survivors=2)), "WARNING"),
+        (stopped(status="interrupted", stop_reason=StopReason.STOP_AFTER), "INFO"),
+        (stopped(status="interrupted", stop_reason=StopReason.SIGINT), "WARNING"),
+        (VERIFIED, "INFO"),
+        (replace(VERIFIED, survivors=2), "WARNING"),
     ],
 )
 def test_what_needs_attention_is_a_warning(handler: JsonHandler, event: Event, level: str) -> None:
@@ -118,19 +126,29 @@ def test_the_end_has_its_reason(handler: JsonHandler) -> None:
     assert finished["message"].startswith("Completed: ")
 
 
+def test_the_result_of_a_resumed_verification_has_its_rotation(handler: JsonHandler) -> None:
+    log(VerificationStarted(rows_total=1_000, rows=500, repairs=False), VERIFIED)
+    record = handler.records[-1]
+    assert record["message"] == "Verified: no row of shop.Order.api_key has an old value of rotation 7."
+    assert [record[name] for name in ("event", "rotation", "target", "reason")] == [
+        *("verified", 7, "shop.Order.api_key", "")
+    ]
+
+
 def test_keys_can_be_hidden(handler: JsonHandler) -> None:
     events = (
         started(),
         RowRejected(key=Key(f"[{KEY}]"), reason="check_violation"),
         stopped(status="failed", error=f"The range ({KEY}, {KEY}] was not changed."),
+        replace(VERIFIED, error=f"The row {KEY} is locked."),
     )
     log(*events)
-    assert "".join(handler.lines).count(str(KEY)) >= 3
+    assert "".join(handler.lines).count(str(KEY)) >= 4
     handler.lines.clear()
     log(*events, hides_keys=True)
     assert str(KEY) not in "".join(handler.lines)
     assert [record["reason"] for record in handler.records] == [
-        *("", "check_violation", "(hidden: it can contain keys)")
+        *("", "check_violation", "(hidden: it can contain keys)", "(hidden: it can contain keys)")
     ]
 
 
