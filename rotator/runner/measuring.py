@@ -52,10 +52,15 @@ class Measuring:
         """Add the VACUUMs since the last call to the log of the rotation."""
         by = str(self._context.owner)
         while self._vacuums:
-            kind, detail, at = self._vacuums[0]
+            # Taken before the await, since the heartbeat and the end of the run can both be here.
+            vacuum = self._vacuums.pop(0)
+            kind, detail, at = vacuum
             seconds_ago = self._clock() - at
-            await log_action(connection, rotation, kind, by=by, detail=detail, seconds_ago=seconds_ago)
-            del self._vacuums[0]
+            try:
+                await log_action(connection, rotation, kind, by=by, detail=detail, seconds_ago=seconds_ago)
+            except BaseException:
+                self._vacuums.insert(0, vacuum)
+                raise
 
     async def record_if_due(self, control: AsyncConnection, rotation: int) -> None:
         """Store a measurement, if one is due, on a connection in autocommit mode."""

@@ -1,14 +1,21 @@
 """What the owner stores while it runs, for the page and the metrics."""
 
+import asyncio
 from datetime import timedelta
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
+import psycopg
 import pytest
 from django.utils import timezone
 
-from rotator.events import Event, Findings, Preflighted, RangeCompleted, Throttled, VacuumSkipped
+from rotator.events import Event, Findings, Preflighted, RangeCompleted, Throttled, Vacuumed, VacuumSkipped
+from rotator.exceptions import RotatorError
 from rotator.models import Action, Measurement, Rotation
+from rotator.postgres.connection import connected
 from rotator.postgres.measurements import GAP_SECONDS, HELD, HELD_SECONDS
+from rotator.postgres.owner import this_process
 from rotator.runner import measuring, runner
 from tests.integration.outcomes import EventRecorder, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, Database
@@ -88,6 +95,26 @@ def test_a_skipped_vacuum_is_logged_with_its_reason(database: Database) -> None:
 
     rotate_tickets(unlock, batch=50)
     assert Action.objects.get(kind="VACUUM skipped").detail == "the table is busy"
+
+
+def test_two_tasks_log_each_vacuum_once_and_again_after_an_error(database: Database) -> None:
+    rotation = Rotation.objects.create(target="t", database="default", started_xid=1, version="0")
+    # The log needs nothing else of a run.
+    context: Any = SimpleNamespace(owner=this_process())
+    unused: Any = None
+    measured = measuring.Measuring(context, unused, unused)
+    measured.take(Vacuumed(seconds=1.0))
+    measured.take(VacuumSkipped(reason="the table is busy", is_once=True))
+
+    async def log() -> None:
+        async with connected(database.server) as one, connected(database.server) as other:
+            with pytest.raises((RotatorError, psycopg.Error)):
+                await measured.log_vacuums(one, rotation.pk + 1)
+            await asyncio.gather(*(measured.log_vacuums(each, rotation.pk) for each in (one, other)))
+
+    asyncio.run(log())
+    assert set(Action.objects.values_list("kind", flat=True)) == {"vacuumed", "VACUUM skipped"}
+    assert Action.objects.count() == 2
 
 
 def test_the_findings_of_the_preflight_are_stored(database: Database) -> None:
