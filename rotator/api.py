@@ -269,11 +269,16 @@ def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A rotation that Django's side has checked; each method raises RotatorError if it cannot go ahead."""
+    """A rotation that Django's side has checked; each method raises RotatorError if it cannot go ahead.
+
+    Attributes:
+        findings: The findings that the user has seen already, to be stored; None where there are none.
+    """
 
     target: RunTarget
     options: RunOptions
     server: Server
+    findings: Findings | None = None
 
     def with_leaked_values(self) -> "Prepared":
         """Read the leaked values that the selection names, and return the rotation of only their rows."""
@@ -313,7 +318,7 @@ class Prepared:
     def begin(self, observer: Observer) -> int:
         """Begin or resume the rotation, queue it for Celery workers, and return its id."""
         close_idle()
-        return run(lambda: Run(self.server, self.target, self.options, observer).begin())
+        return run(lambda: Run(self.server, self.target, self.options, observer).begin(self.findings))
 
     def reindex(self, observer: Observer, rotation: int) -> tuple[str, ...]:
         """Rebuild the indexes after a completed rotation, and return the statements for the rest."""
@@ -374,7 +379,7 @@ class Prepared:
             for warning in self.target.warnings:
                 logging.getLogger(__name__).warning("Rotating %s: %s.", self.target.label, warning)
         async with borrowed_in_loop():
-            return await rotation.rotate()
+            return await rotation.rotate(self.findings)
 
     def help(self, lease: Lease, number: int, should_stop: ShouldStop, identity: Mapping[str, Any]) -> bool:
         """Rewrite spans of a distributed rotation, as a Celery task.

@@ -192,8 +192,11 @@ class Run:
         self._has_ledger = options.prove
         self._server_name = ""
 
-    async def rotate(self) -> RotationStopped:
+    async def rotate(self, findings: Findings | None = None) -> RotationStopped:
         """Work until the rotation is completed, a stop is requested, or an error ends the run.
+
+        Args:
+            findings: Those of a preflight before this run, to be stored; None where there was none.
 
         Raises:
             OwnedElsewhereError: Another process is alive and owns the rotation.
@@ -202,6 +205,7 @@ class Run:
             ServerLostError: The server was unreachable before the rotation was acquired.
             StoppedBeforeStartError: A stop was requested before anything was changed.
         """
+        self._findings = findings
         with self._signals():
             timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
             watching = asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop")
@@ -232,12 +236,16 @@ class Run:
         self._notify(stopped)
         return stopped
 
-    async def begin(self) -> int:
+    async def begin(self, findings: Findings | None = None) -> int:
         """Begin or resume the rotation, queue it for Celery workers, and return its id.
+
+        Args:
+            findings: As for ``rotate()``.
 
         Raises:
             RotatorError: It cannot be rotated, or another process owns it; nothing was changed.
         """
+        self._findings = findings
         async with connected(self._context.server) as control:
             table = await self._check(control)
             self._acquired = await acquire(control, table, self._context, self._findings)

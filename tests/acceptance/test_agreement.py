@@ -147,6 +147,9 @@ def test_a_yes_begins_and_a_resume_never_asks(audit: Audit) -> None:
         _type_when_asked(terminal, QUESTION, "y\n")
         assert terminal.wait() == 0
     assert terminal.said.count("Before the first write") == 1
+    findings = Rotation.objects.get().findings
+    assert findings is not None
+    assert findings["table"]["rows"] == ROWS
     with rotating_in_a_terminal() as terminal:
         assert terminal.wait() == 0
     assert "[y/N]" not in terminal.said

@@ -296,7 +296,11 @@ def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, 
     sys.stderr.write(f"{one_line(f'{findings.server_name}, table {findings.table_name}, {rows}')}\n")
     if not agrees(f"Rotate {chosen} of {prepared.target.label} now?"):
         raise OptionError("Nothing was changed.")
-    return replace(prepared, options=replace(options, preflight=False))
+    return replace(
+        prepared,
+        options=replace(options, preflight=False),
+        findings=findings if options.preflight else None,
+    )
 
 
 def _without_one_run(prepared: "Prepared") -> "Prepared":
