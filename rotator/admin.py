@@ -93,7 +93,7 @@ class RotationAdmin(_ModelAdmin):
             # The login is read inside, too.
             path(
                 "<path:number>/state/",
-                views.without_commits()(wrapped(views.state)),
+                views.without_commits(wrapped(views.state)),
                 name="rotator_rotation_state",
             ),
             path("<path:number>/control/", wrapped(views.control), name="rotator_rotation_control"),

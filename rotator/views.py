@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
 from django.contrib import messages
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
-from django.db import router, transaction
+from django.db import connections, router, transaction
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import render
 from django.urls import reverse
@@ -27,18 +27,36 @@ if TYPE_CHECKING:
     _Admin = ModelAdmin[Rotation]
 
 CONTROL: Final = "rotator.control_rotation"
-# Many viewers of a rotation cost as much as one.
+# The viewers of a rotation share what is read.
 KEPT_SECONDS = 1.0
 _recent: dict[tuple[str, str], tuple[float, bytes]] = {}
 
+View = Callable[..., HttpResponse]
 
-@contextmanager
-def without_commits() -> Iterator[None]:
-    """Roll back what only reads again and again: the pace takes commits for an application at work."""
-    database = router.db_for_write(Rotation)
-    with transaction.atomic(using=database):
-        yield
-        transaction.set_rollback(True, using=database)
+
+def _without_transaction(view: View) -> View:
+    """Keep ``ATOMIC_REQUESTS`` from committing what the view rolls back."""
+    for alias in connections:
+        view = transaction.non_atomic_requests(using=alias)(view)
+    return view
+
+
+def without_commits(view: View) -> View:
+    """Roll back a read that is repeated, because the pace counts commits as an application's work."""
+
+    @wraps(view)
+    def rolled_back(request: HttpRequest, *args: object, **kwargs: object) -> HttpResponse:
+        database = router.db_for_write(Rotation)
+        with transaction.atomic(using=database):
+            # Reads the session and the user, which stores a new session while SECRET_KEY is rotated.
+            _ = request.user.is_authenticated
+            if not request.session.modified:
+                response = view(request, *args, **kwargs)
+                transaction.set_rollback(True, using=database)
+                return response
+        return view(request, *args, **kwargs)
+
+    return _without_transaction(rolled_back)
 
 
 def find(number: str) -> Rotation:
@@ -127,6 +145,7 @@ def control_all(admin: "_Admin", request: HttpRequest) -> HttpResponse:
     return HttpResponseRedirect(reverse("admin:rotator_rotation_changelist"))
 
 
+@_without_transaction
 def metrics(request: HttpRequest) -> HttpResponse:
     """Return the metrics of rotations in Prometheus's text format.
 
@@ -142,8 +161,11 @@ def metrics(request: HttpRequest) -> HttpResponse:
         raise ImproperlyConfigured(
             "The metrics need prometheus-client. Install django-async-rotator[metrics]."
         ) from error
-    with without_commits():
-        text = found.metrics(router.db_for_write(Rotation))
+    database = router.db_for_write(Rotation)
+    with transaction.atomic(using=database):
+        text = found.metrics(database)
+        # Repeated, too.
+        transaction.set_rollback(True, using=database)
     return HttpResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 

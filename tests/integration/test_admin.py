@@ -5,12 +5,13 @@ from dataclasses import asdict
 from datetime import timedelta
 
 import pytest
+from django.conf import settings
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.core.management import call_command
 from django.db import connection
 from django.test import Client
-from django.test.utils import CaptureQueriesContext
+from django.test.utils import CaptureQueriesContext, override_settings
 from django.urls import reverse
 from django.utils import timezone
 
@@ -383,6 +384,23 @@ def test_viewers_share_what_is_read_in_one_transaction_without_a_commit(
     # One without permission gets nothing of what others have read.
     monkeypatch.setattr(views, "KEPT_SECONDS", 3600.0)
     assert viewer("view_user").get(url).status_code == 403
+
+
+def test_a_session_lasts_while_the_secret_key_is_rotated(admin: Client, rotation: Rotation) -> None:
+    first = admin.session.session_key
+    with override_settings(SECRET_KEY=settings.SECRET_KEY[::-1], SECRET_KEY_FALLBACKS=[settings.SECRET_KEY]):
+        assert state_of(admin, rotation)["facts"]
+        assert admin.session.session_key != first
+        assert state_of(admin, rotation)["facts"]
+
+
+def test_atomic_requests_do_not_commit_what_is_read(
+    admin: Client, rotation: Rotation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(connection.settings_dict, name="ATOMIC_REQUESTS", value=True)
+    with CaptureQueriesContext(connection) as queries:
+        state_of(admin, rotation)
+    assert sum(each["sql"].startswith("SAVEPOINT") for each in queries.captured_queries) == 1
 
 
 def test_keys_can_be_hidden(
