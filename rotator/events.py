@@ -164,8 +164,15 @@ class Findings:
     guard: str = ""
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> "Findings":
-        """Return the findings that this version, or another one, has saved as JSON types."""
+    def from_json(cls, saved: Mapping[str, Any]) -> "Findings | None":
+        """Return saved findings; None where another version has saved them without what this one needs."""
+        try:
+            return cls._from_json(saved)
+        except (KeyError, TypeError):
+            return None
+
+    @classmethod
+    def _from_json(cls, saved: Mapping[str, Any]) -> "Findings":
         table = _known(TableFindings, saved["table"])
         parts = {"indexes": Index, "kept": KeptValues, "copies": Copies}
         table |= {

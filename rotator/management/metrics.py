@@ -19,6 +19,7 @@ from rotator.management.rotation import (
     is_silent,
     ledger_of,
     stored,
+    survivors_of,
 )
 from rotator.models import CompletedRange, Helper, Measurement, Rotation, Verification
 from rotator.postgres.measurements import GAP_SECONDS, HELD_SECONDS
@@ -86,7 +87,9 @@ class RotationCollector(Collector):
                 families.throttled_seconds.add_metric([number, reason], seconds)
         searches = stored(Verification, rotation).filter(finished_at__isnull=False, repairs=False)
         if ledger_of(rotation) and (latest := searches.order_by("-pk").first()):
-            families.survivors.add_metric([number], latest.survivors)
+            survivors = survivors_of(latest)
+            if survivors is not None:
+                families.survivors.add_metric([number], survivors)
         self._add_present(families, rotation)
 
     def _add_present(self, families: "_Families", rotation: Rotation) -> None:

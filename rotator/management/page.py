@@ -27,6 +27,7 @@ from rotator.management.rotation import (
     silent_seconds,
     status_of,
     stored,
+    survivors_of,
 )
 from rotator.models import Action, Helper, Measurement, Rotation, Span, Verification
 from rotator.options import DEFAULT_OPTIONS, SETTINGS, RunOptions, Selection
@@ -253,18 +254,21 @@ def _proof_facts(rotation: Rotation) -> Facts:
     latest = stored(Verification, rotation).order_by("-pk").first()
     if latest is None:
         return [*facts, ("survivors", "not searched yet")]
-    found = f"{count(latest.survivors)} in {plural(latest.rows, 'row')}"
     if latest.finished_at is None:
+        found = f"{count(latest.survivors)} in {plural(latest.rows, 'row')}"
         return [*facts, ("survivors", f"{found} so far, since {moment(latest.started_at)}")]
-    facts.append(("survivors", f"{found}, {moment(latest.finished_at)}"))
+    survivors = survivors_of(latest)
+    known = "unknown" if survivors is None else f"{count(survivors)} in {plural(latest.rows, 'row')}"
+    facts.append(("survivors", f"{known}, {moment(latest.finished_at)}"))
     facts.append(("verified", "yes" if latest.result.get("is_verified") else "no"))
-    if latest.survivor_keys and not hides_keys():
+    if survivors and latest.survivor_keys and not hides_keys():
         facts.append(("first survivors", ", ".join(map(str, latest.survivor_keys[:_LONGEST_LOG]))))
     return facts
 
 
 def _preflight_facts(rotation: Rotation) -> Facts:
-    return preflight_facts(Findings.from_json(rotation.findings)) if rotation.findings else []
+    findings = Findings.from_json(rotation.findings) if rotation.findings else None
+    return preflight_facts(findings) if findings else []
 
 
 def _public_facts(rotation: Rotation, speed: Speed) -> dict[str, object]:

@@ -10,7 +10,7 @@ from django.db.models.functions import Now
 
 from rotator.apps import hides_keys
 from rotator.events import ActionKind, StopReason
-from rotator.models import Action, Control, Ledger, Rotation
+from rotator.models import Action, Control, Ledger, Rotation, Verification
 from rotator.options import SETTINGS, RunOptions, Selection
 from rotator.postgres.owner import SILENT_SECONDS, Owner
 from rotator.progress.text import HIDDEN, done_of_total, duration, moment, stopped_by
@@ -61,6 +61,13 @@ def stored(kind: type[AnyModel], rotation: Rotation) -> QuerySet[AnyModel]:
     """Return the rows of another table that belong to a rotation, from the database that it was read from."""
     # Not from the database that the project's routers choose to read from.
     return kind._default_manager.using(rotation._state.db).filter(rotation=rotation)  # noqa: SLF001 - documented
+
+
+def survivors_of(verification: Verification) -> int | None:
+    """Return the survivors of a finished verification; None without a ledger, or where a control failed."""
+    controls = verification.result.get("controls")
+    found: int | None = verification.result.get("survivors")
+    return found if controls and controls["have_passed"] else None
 
 
 def cursor_of(rotation: Rotation) -> CursorWrapper:

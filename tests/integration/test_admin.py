@@ -329,6 +329,9 @@ def test_findings_vacuums_and_survivors_are_shown(admin: Client, rotation: Rotat
         bypassed=(),
         selection=f"--filter id__lt={KEY}",
     )
+    # Of an older version, which has not saved what this one needs.
+    change(rotation, findings={name: value for name, value in asdict(findings).items() if name != "table"})
+    assert state_of(admin, rotation)["preflight"] == []
     change(rotation, findings=asdict(findings) | {"of_a_newer_version": 1})
     for seconds in (1.0, 2.0):
         Action.objects.create(rotation=rotation, kind="vacuumed", by="app", detail=f"{seconds} s")
@@ -346,8 +349,13 @@ def test_findings_vacuums_and_survivors_are_shown(admin: Client, rotation: Rotat
     assert shown["guard"] == "no guard"
     assert shown["survivors"].startswith("2 in 20,000 rows so far, since ")
     Verification.objects.filter(pk=search.pk).update(
-        rows=34_000, finished_at=timezone.now(), result={"is_verified": False}
+        rows=34_000, finished_at=timezone.now(), result={"survivors": None, "controls": None}
     )
+    page = page_of(admin, rotation)
+    assert "<dt>survivors</dt><dd>unknown, " in page
+    assert str(KEY) not in page.partition("<dt>survivors</dt>")[2]
+    result = {"is_verified": False, "survivors": 2, "controls": {"have_passed": True}}
+    Verification.objects.filter(pk=search.pk).update(result=result)
     page = page_of(admin, rotation)
     assert "2 in 34,000 rows, " in page
     assert "<dt>verified</dt><dd>no</dd>" in page

@@ -5,7 +5,9 @@ import subprocess
 from datetime import timedelta
 
 import pytest
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from rotator.models import CompletedRange, Helper, Ledger, Measurement, Rotation, Verification
@@ -56,6 +58,10 @@ def rotation() -> Rotation:
     return found
 
 
+def searched(survivors: int) -> dict[str, object]:
+    return {"survivors": survivors, "controls": {"have_passed": True}}
+
+
 def scrape(client: Client) -> dict[tuple[str, ...], float]:
     response = client.get("/metrics")
     assert response.status_code == 200
@@ -95,7 +101,7 @@ def test_they_equal_the_database(client: Client, rotation: Rotation) -> None:
 @pytest.mark.skipif(not PROMTOOL, reason="There is no promtool: install Debian's package prometheus.")
 def test_promtool_has_no_complaint(client: Client, rotation: Rotation) -> None:
     Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1)
-    Verification.objects.create(rotation=rotation, finished_at=timezone.now())
+    Verification.objects.create(rotation=rotation, finished_at=timezone.now(), result=searched(0))
     text = client.get("/metrics").content
     assert b"rotator_survivors{" in text
     checked = subprocess.run(
@@ -128,9 +134,34 @@ def test_survivors_are_those_of_the_latest_finished_search(client: Client, rotat
         (1, False, None),
     ):
         Verification.objects.create(
-            rotation=rotation, survivors=survivors, repairs=repairs, finished_at=finished_at
+            rotation=rotation,
+            survivors=survivors,
+            repairs=repairs,
+            finished_at=finished_at,
+            result=searched(survivors),
         )
     assert scrape(client)["rotator_survivors",] == 3
+
+
+@pytest.mark.parametrize(
+    "result", [{"survivors": None, "controls": None}, {"survivors": 0, "controls": {"have_passed": False}}]
+)
+def test_survivors_are_left_out_while_unknown(
+    client: Client, rotation: Rotation, result: dict[str, object]
+) -> None:
+    Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1)
+    Verification.objects.create(rotation=rotation, finished_at=timezone.now(), result=result)
+    assert ("rotator_survivors",) not in scrape(client)
+
+
+@pytest.mark.usefixtures("rotation")
+def test_atomic_requests_do_not_commit_a_scrape(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(connection.settings_dict, name="ATOMIC_REQUESTS", value=True)
+    with CaptureQueriesContext(connection) as queries:
+        scrape(client)
+    statements = [each["sql"].partition(" ")[0] for each in queries.captured_queries]
+    assert statements.count("SAVEPOINT") == 1
+    assert statements[-2:] == ["ROLLBACK", "RELEASE"]
 
 
 def test_old_rotations_are_left_out(client: Client, rotation: Rotation) -> None:
