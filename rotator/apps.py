@@ -50,7 +50,7 @@ def throttle_paths() -> tuple[str, ...]:
 
 
 def hides_keys() -> bool:
-    """Return whether the page shows no keys of rows.
+    """Return whether the page and log records show no keys of rows.
 
     Raises:
         OptionError: The setting is not valid.
