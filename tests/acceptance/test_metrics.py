@@ -100,7 +100,8 @@ def assert_equal(sites: tuple[Site, Site], **others: float) -> None:
 def test_locally_and_after_the_death_of_the_owner(commands: Commands, sites: tuple[Site, Site]) -> None:
     audited_tickets(ROWS)
     slow_down(0.05)
-    running = commands.start("--batch=20", "--concurrency=2")
+    # The reads of the sites count as an application at work.
+    running = commands.start("--batch=20", "--concurrency=2", "--pace=full")
     for count in (20, 40, 60):
         wait_for_checkpoints(count)
         assert_between(sites)

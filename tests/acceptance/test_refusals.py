@@ -102,7 +102,7 @@ def test_more_workers_than_the_server_has_connections_for(commands: Commands, au
 
     assert finished.status == 1
     assert finished.complaint.startswith(
-        "Cannot open 100003 connections for --concurrency 100000: the server allows "
+        "Cannot open 100004 connections for --concurrency 100000: the server allows "
     )
     assert "Use at most --concurrency " in finished.complaint
     _assert_nothing_happened(audit, finished)

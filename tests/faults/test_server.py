@@ -133,7 +133,7 @@ def _taken(server: OwnServer, *, but: int) -> Iterator[None]:
     ("but", "sentence"),
     [
         (0, "too many clients already"),
-        (5, "Cannot open 7 connections for --concurrency 4: the server allows "),
+        (5, "Cannot open 8 connections for --concurrency 4: the server allows "),
     ],
 )
 def test_too_few_connections_are_left(

@@ -5,9 +5,39 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from rotator.events import RangeCompleted, RotationStarted, RotationStopped
+from rotator.events import Controls, Coverage, RangeCompleted, RotationStarted, RotationStopped, Verified
 
 STOPPED_AT = datetime(2026, 3, 1, 12, 3, 5, tzinfo=UTC)
+
+COVERAGE = Coverage(
+    status="completed",
+    gaps=(),
+    gap_rows=0,
+    confirmed_rows=1_000,
+    unconfirmed_rows=0,
+    older_rows=0,
+    unknown="",
+    rejected_keys=(),
+    table_rows=1_000,
+    excluded_rows=0,
+    null_rows=0,
+    blank_rows=0,
+)
+CONTROLS = Controls(
+    sampled=1_000, entries=1_001, entries_found=1_001, is_salt_right=True, planted=3, planted_found=3
+)
+AT = datetime(2026, 11, 27, 12, tzinfo=UTC)
+VERIFIED = Verified(
+    rotation=7,
+    target="shop.Order.api_key",
+    number=9,
+    started_at=AT,
+    ended_at=AT,
+    rows=1_000,
+    survivors=0,
+    coverage=COVERAGE,
+    controls=CONTROLS,
+)
 
 
 class Clock:

@@ -23,8 +23,7 @@ from rotator.events import (
 )
 from rotator.progress.log import LogObserver
 from rotator.ranges import Key
-from tests.unit.progress_fakes import Clock, completed, started, stopped
-from tests.unit.test_progress_verification import VERIFIED
+from tests.unit.progress_fakes import VERIFIED, Clock, completed, started, stopped
 
 KEY = 48_151_623
 KNOWN = vars(logging.makeLogRecord({}))

@@ -2,43 +2,13 @@
 
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import pytest
 
-from rotator.events import Controls, Coverage, Verified
 from rotator.progress.verification import verification_report, verification_summary, verification_verdict
 from rotator.ranges import Key, KeyInterval
+from tests.unit.progress_fakes import CONTROLS, COVERAGE, VERIFIED
 
-COVERAGE = Coverage(
-    status="completed",
-    gaps=(),
-    gap_rows=0,
-    confirmed_rows=1_000,
-    unconfirmed_rows=0,
-    older_rows=0,
-    unknown="",
-    rejected_keys=(),
-    table_rows=1_000,
-    excluded_rows=0,
-    null_rows=0,
-    blank_rows=0,
-)
-CONTROLS = Controls(
-    sampled=1_000, entries=1_001, entries_found=1_001, is_salt_right=True, planted=3, planted_found=3
-)
-AT = datetime(2026, 11, 27, 12, tzinfo=UTC)
-VERIFIED = Verified(
-    rotation=7,
-    target="shop.Order.api_key",
-    number=9,
-    started_at=AT,
-    ended_at=AT,
-    rows=1_000,
-    survivors=0,
-    coverage=COVERAGE,
-    controls=CONTROLS,
-)
 CONTROLLED = (
     "1,000 of 1,000 sampled rows found before the rotation; 3 of 3 planted values found; "
     "1,001 of 1,001 entries in the ledger"
