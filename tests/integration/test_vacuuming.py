@@ -36,16 +36,16 @@ def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: py
     monkeypatch.setattr(runner_vacuum, "MIN_ROWS", 100)
     monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
     database.make_tickets(1, 10_000)
-    # Slow enough for every eighth to be noticed.
-    database.before_update("PERFORM pg_sleep(0.0001); RETURN NEW;")
+    # Slow enough for most eighths to be noticed, also on a busy machine.
+    database.before_update("PERFORM pg_sleep(0.0005); RETURN NEW;")
     recorder = EventRecorder()
 
-    stopped = rotate_tickets(recorder, batch=100, concurrency=2)
+    stopped = rotate_tickets(recorder, batch=100, concurrency=2, pace="full")
 
     assert stopped.status == "completed"
     assert stopped.storage_before is not None
     assert stopped.storage is not None
-    assert stopped.vacuums == recorder.of(Vacuumed) >= 4
+    assert stopped.vacuums == recorder.of(Vacuumed) >= 3
     assert stopped.vacuum_seconds > 0
     assert recorder.of(VacuumStarted) == 1
     assert stopped.storage.heap_bytes < 1.8 * stopped.storage_before.heap_bytes
