@@ -117,7 +117,7 @@ class Waiting:
     seconds: float
 
 
-# A transaction of a range holds the rotation's advisory lock, whichever process and pooler it comes from.
+# A transaction of a range holds the rotation's advisory lock, also with Celery and behind a pooler.
 _WAITING: Final = (
     "WITH waiting AS MATERIALIZED (SELECT w.pid, clock_timestamp() - w.waitstart AS waited FROM pg_locks w"
     " WHERE NOT w.granted AND w.waitstart < clock_timestamp() - make_interval(secs => %(seconds)s)"

@@ -1,4 +1,4 @@
-"""The metrics equal the database, whoever works on the rotation and whichever web process is asked."""
+"""The metrics equal the database, for each kind of owner and each web process."""
 
 import sys
 from collections.abc import Iterator

@@ -62,6 +62,18 @@ def run(
     return prepared.with_leaked_values().rotate(observer)
 
 
+def _execute_at(kind: type[Event], statements: list[str], orders: Database) -> Callable[[Event], None]:
+    """Return an observer that executes the statements at the first event of a kind."""
+
+    def observe(event: Event) -> None:
+        if isinstance(event, kind):
+            for statement in statements:
+                orders.execute(statement)
+            statements.clear()
+
+    return observe
+
+
 def kept() -> set[int]:
     """Return the numbers of the orders that have their old keys."""
     keys = models.Order.objects.values_list("api_key", flat=True)
@@ -140,13 +152,7 @@ def test_leaked_values_that_move_during_the_rotation_are_found(orders: Database,
         ),
     ]
 
-    def write(event: Event) -> None:
-        if isinstance(event, LateRowsRotated) and statements:
-            for statement in statements:
-                orders.execute(statement)
-            statements.clear()
-
-    stopped = run(path, observer=write)
+    stopped = run(path, observer=_execute_at(LateRowsRotated, statements, orders))
     assert stopped.status == "completed"
     assert kept() == NOT_LEAKED - {1}
 
@@ -154,13 +160,7 @@ def test_leaked_values_that_move_during_the_rotation_are_found(orders: Database,
 def test_leaked_values_are_found_after_the_table_was_rewritten(orders: Database, path: Path) -> None:
     statements = ["DELETE FROM shop_order WHERE api_key = 'key 1'", "VACUUM FULL shop_order"]
 
-    def rewrite(event: Event) -> None:
-        if isinstance(event, LeakedValuesFound) and statements:
-            for statement in statements:
-                orders.execute(statement)
-            statements.clear()
-
-    stopped = run(path, observer=rewrite)
+    stopped = run(path, observer=_execute_at(LeakedValuesFound, statements, orders))
     assert stopped.status == "completed"
     assert kept() == NOT_LEAKED - {1}
 
