@@ -1,8 +1,10 @@
 """The set-up that all tests share."""
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
+from django.db import connection
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.signals import stop_ignoring_signals
@@ -12,6 +14,18 @@ _FILES_FOR_ONE_PROCESS: Final = (
     "tests/acceptance/test_install.py",
     "tests/foreign/test_foreign_models.py",
     "tests/foreign/test_tenants.py",
+)
+# What a test can leave in the tables of the project; the rotator's own are emptied, and its ledgers dropped.
+_SCHEMA: Final = (
+    "SELECT c.relname || ' ' || COALESCE(c.reloptions::text, '') FROM pg_class c"
+    " WHERE c.relnamespace = 'public'::regnamespace AND c.relname !~ '^rotator_'"
+    " UNION ALL SELECT c.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod)"
+    " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid WHERE c.relkind IN ('r', 'p')"
+    " AND c.relnamespace = 'public'::regnamespace AND a.attnum > 0 AND NOT a.attisdropped"
+    " UNION ALL SELECT c.relname || ' ' || o.conname FROM pg_constraint o"
+    " JOIN pg_class c ON c.oid = o.conrelid WHERE c.relnamespace = 'public'::regnamespace AND o.contype <> 'n'"
+    " UNION ALL SELECT c.relname || ' ' || t.tgname FROM pg_trigger t"
+    " JOIN pg_class c ON c.oid = t.tgrelid WHERE c.relnamespace = 'public'::regnamespace AND NOT t.tgisinternal"
 )
 
 
@@ -34,3 +48,23 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist ships no ty
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:  # noqa: ANN401
     return Scheduling(config, log)
+
+
+def _schema() -> set[str]:
+    with connection.cursor() as cursor:
+        cursor.execute(_SCHEMA)
+        return {name for (name,) in cursor.fetchall()}
+
+
+@pytest.fixture(autouse=True)
+def unchanged_schema(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test that leaves a column, an index or a trigger behind, rather than a later one."""
+    if "transactional_db" not in request.fixturenames:
+        yield
+        return
+    request.getfixturevalue("transactional_db")
+    before = _schema()
+    yield
+    # The test can have broken it.
+    connection.close()
+    assert _schema() == before

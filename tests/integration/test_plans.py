@@ -152,27 +152,33 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
             assert await kept.fetchone() == (4, 0)
 
 
+@pytest.fixture
+def of_kind(database: Database, table: TargetTable) -> Iterator[TargetTable]:
+    """Every twentieth row of the table, by an index that a plan for any bounds would prefer."""
+    for statement in (
+        "ALTER TABLE {} ADD COLUMN kind integer DEFAULT 0",
+        "UPDATE {} SET kind = 1 WHERE abs(hashtext(token::text)) %% 20 = 0",
+        "CREATE INDEX of_kind ON {} (kind)",
+        "ANALYZE {}",
+    ):
+        database.execute(sql.SQL(statement).format(table.name), ())
+    yield replace(table, condition=Condition("kind = 1"))
+    database.execute(sql.SQL("ALTER TABLE {} DROP COLUMN kind").format(table.name), ())
+
+
 @tables(30_000)
 async def test_an_index_for_the_condition_on_the_rows_is_not_used(
-    database: Database,
     explained: _ExplainedServer,
     side: psycopg.AsyncConnection,
     table: TargetTable,
+    of_kind: TargetTable,
     lease: Lease,
 ) -> None:
-    # Every twentieth row, by an index that a plan for any bounds would prefer.
-    database.execute(sql.SQL("ALTER TABLE {} ADD COLUMN kind integer DEFAULT 0").format(table.name), ())
-    database.execute(
-        sql.SQL("UPDATE {} SET kind = 1 WHERE abs(hashtext(token::text)) %% 20 = 0").format(table.name), ()
-    )
-    database.execute(sql.SQL("CREATE INDEX of_kind ON {} (kind)").format(table.name), ())
-    analyze(database, table)
-    selected = replace(table, condition=Condition("kind = 1"))
     bound = await last_key(side, table)
     assert bound is not None
     planner, rest = IndexPlanner(side, table), KeyInterval(after=None, through=bound)
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, RangeUpdate(selected, UUIDS, PATIENT, keeps_plan=True), lease)
+        writer = PostgresWriter(pool, RangeUpdate(of_kind, UUIDS, PATIENT, keeps_plan=True), lease)
         for _ in range(3):
             key_range = await planner.next_range(rest, BATCH)
             explained.plans.kinds()

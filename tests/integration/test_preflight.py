@@ -29,7 +29,10 @@ async def test_the_table(database: Database, control: psycopg.AsyncConnection) -
     database.execute("CREATE INDEX tickets_by_title ON tickets_ticket (title)")
     trigger = database.before_update("RETURN NEW;")
 
-    found = await examine_table(control, TICKETS, counts=True)
+    try:
+        found = await examine_table(control, TICKETS, counts=True)
+    finally:
+        database.execute("DROP INDEX tickets_by_title")
 
     assert (found.rows, found.rows_is_exact) == (1000, True)
     assert found.heap_bytes > 50_000
@@ -37,7 +40,6 @@ async def test_the_table(database: Database, control: psycopg.AsyncConnection) -
     assert holding == {"token": True, "pkey": False, "title": False}
     assert all(index.size_bytes > 0 for index in found.indexes)
     assert [f'"{name}"' for name in found.triggers] == [trigger]
-    database.execute("DROP INDEX tickets_by_title")
 
 
 async def test_triggers_that_write_to_the_table_are_named(
