@@ -17,15 +17,17 @@ _FILES_FOR_ONE_PROCESS: Final = (
 )
 # What a test can leave in the tables of the project; the rotator's own are emptied, and its ledgers dropped.
 _SCHEMA: Final = (
-    "SELECT c.relname || ' ' || COALESCE(c.reloptions::text, '') FROM pg_class c"
-    " WHERE c.relnamespace = 'public'::regnamespace AND c.relname !~ '^rotator_'"
-    " UNION ALL SELECT c.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod)"
-    " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid WHERE c.relkind IN ('r', 'p')"
-    " AND c.relnamespace = 'public'::regnamespace AND a.attnum > 0 AND NOT a.attisdropped"
-    " UNION ALL SELECT c.relname || ' ' || o.conname FROM pg_constraint o"
-    " JOIN pg_class c ON c.oid = o.conrelid WHERE c.relnamespace = 'public'::regnamespace AND o.contype <> 'n'"
-    " UNION ALL SELECT c.relname || ' ' || t.tgname FROM pg_trigger t"
-    " JOIN pg_class c ON c.oid = t.tgrelid WHERE c.relnamespace = 'public'::regnamespace AND NOT t.tgisinternal"
+    "WITH own AS (SELECT oid, relname, relkind, reloptions FROM pg_class"
+    " WHERE relnamespace = 'public'::regnamespace AND relname !~ '^rotator_')"
+    " SELECT relname || ' ' || COALESCE(reloptions::text, '') FROM own"
+    " UNION ALL SELECT relname || '.' || attname || ' ' || format_type(atttypid, atttypmod)"
+    " FROM pg_attribute JOIN own ON own.oid = attrelid"
+    " WHERE relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"
+    " UNION ALL SELECT relname || ' ' || conname FROM pg_constraint JOIN own ON own.oid = conrelid"
+    # What pg_constraint says of NOT NULL since PostgreSQL 18.
+    " WHERE contype <> 'n'"
+    " UNION ALL SELECT relname || ' ' || tgname FROM pg_trigger JOIN own ON own.oid = tgrelid"
+    " WHERE NOT tgisinternal"
 )
 
 
