@@ -106,9 +106,6 @@ def main() -> None:
         repetitions=3,
     )
     parser.add_argument(
-        "--rows", type=at_least_one, default=1_000_000, metavar="N", help="tickets (default: %(default)s)"
-    )
-    parser.add_argument(
         "--slow-rows",
         type=at_least_one,
         default=100_000,

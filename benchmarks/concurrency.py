@@ -43,13 +43,6 @@ def main() -> None:
             metavar="N",
             help=f"values of {text} (default: {' '.join(map(str, default))})",
         )
-    parser.add_argument(
-        "--rows",
-        type=at_least_one,
-        default=1_000_000,
-        metavar="N",
-        help="how many tickets there are (default: %(default)s)",
-    )
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw it, as SVG or PNG")
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)

@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from harness import BenchmarkError, Database, Server, at_least_one, interleaved, parser_for, run_script
+from harness import BenchmarkError, Database, Server, interleaved, parser_for, run_script
 from presenting import Machine, Spread, table, write_json
 
 
@@ -28,13 +28,6 @@ def main() -> None:
         "back, from what the rotation then takes, from its first range to its last? Exits with 1 if the "
         "median is off by more than --factor.",
         repetitions=5,
-    )
-    parser.add_argument(
-        "--rows",
-        type=at_least_one,
-        default=1_000_000,
-        metavar="N",
-        help="how many tickets there are (default: %(default)s)",
     )
     parser.add_argument(
         "--factor",

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from harness import TABLE, Database, Server, at_least_one, interleaved, parser_for, run_script
+from harness import TABLE, Database, Server, interleaved, parser_for, run_script
 from presenting import Machine, Spread, table, write_json
 
 _DENSE = "without gaps"
@@ -39,13 +39,6 @@ def main() -> None:
         "Exits with 1 if they are further apart than --limit, or a range but the last held more or fewer "
         "rows than --batch.",
         repetitions=3,
-    )
-    parser.add_argument(
-        "--rows",
-        type=at_least_one,
-        default=1_000_000,
-        metavar="N",
-        help="how many tickets are left (default: %(default)s)",
     )
     parser.add_argument(
         "--delete",

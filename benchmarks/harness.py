@@ -368,29 +368,37 @@ def say(what: str) -> None:
 
 
 def parser_for(
-    description: str, *, repetitions: int, concurrency: int = 4, batch: int = 2000
+    description: str,
+    *,
+    repetitions: int,
+    rows: int | None = 1_000_000,
+    concurrency: int = 4,
+    batch: int = 2000,
 ) -> argparse.ArgumentParser:
     """Make a parser with the options that all benchmarks take, and these defaults.
 
     Args:
         description: What the benchmark shows.
         repetitions: How often each contestant is measured.
+        rows: The number of tickets; None for a benchmark that does not measure one table.
         concurrency: For ``async_rotate``.
         batch: For ``async_rotate``.
     """
     parser = argparse.ArgumentParser(description=description)
     for name, default, text in (
         ("repetitions", repetitions, "how often each contestant is measured, in turns"),
+        ("rows", rows, "the number of tickets"),
         ("concurrency", concurrency, "async_rotate's --concurrency"),
         ("batch", batch, "async_rotate's --batch"),
     ):
-        parser.add_argument(
-            f"--{name}",
-            type=at_least_one,
-            default=default,
-            metavar="N",
-            help=f"{text} (default: %(default)s)",
-        )
+        if default is not None:
+            parser.add_argument(
+                f"--{name}",
+                type=at_least_one,
+                default=default,
+                metavar="N",
+                help=f"{text} (default: %(default)s)",
+            )
     parser.add_argument(
         "--server",
         choices=(*_SETTINGS, "project"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from harness import TABLE, Database, Server, at_least_one, interleaved, parser_for, run_script
+from harness import TABLE, Database, Server, interleaved, parser_for, run_script
 from presenting import Machine, Spread, table, write_json
 
 _INTEGER: Final = "integers, in the order of the rows"
@@ -38,13 +38,6 @@ def main() -> None:
         "another order than the rows, so that each range writes to pages all over the table. Exits with 1 if "
         "any kind takes more than --factor of the time that integers do.",
         repetitions=3,
-    )
-    parser.add_argument(
-        "--rows",
-        type=at_least_one,
-        default=1_000_000,
-        metavar="N",
-        help="how many tickets there are (default: %(default)s)",
     )
     parser.add_argument(
         "--factor",

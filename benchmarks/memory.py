@@ -28,6 +28,7 @@ def main() -> None:
         "1 if the peaks of the smallest and the largest table are further apart than --difference, or any "
         "peak is above --peak.",
         repetitions=2,
+        rows=None,
     )
     parser.add_argument(
         "--rows",

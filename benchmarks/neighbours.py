@@ -256,7 +256,6 @@ def main() -> None:
         repetitions=3,
     )
     for name, default, text in (
-        ("rows", 1_000_000, "how many tickets there are"),
         ("rate", 400, "the application's transactions a second"),
         ("seconds", 20, "the longest time of a measurement"),
     ):

@@ -61,9 +61,6 @@ def main() -> None:
         repetitions=3,
     )
     parser.add_argument(
-        "--rows", type=at_least_one, default=1_000_000, metavar="N", help="tickets (default: %(default)s)"
-    )
-    parser.add_argument(
         "--lines", type=at_least_one, default=1000, metavar="N", help="leaked values (default: %(default)s)"
     )
     for name, default, metavar, text in (

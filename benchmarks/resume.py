@@ -40,6 +40,7 @@ def main() -> None:
         "be this machine's. Exits with 1 if the most checkpoints take over --seconds, or over --difference "
         "more memory than none.",
         repetitions=3,
+        rows=None,
     )
     parser.add_argument(
         "--checkpoints",

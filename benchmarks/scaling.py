@@ -33,6 +33,7 @@ def main() -> None:
         "How do rows a second, memory and WAL change with the number of rows, and for one UPDATE? "
         "Exits with 1 if the largest table takes over --difference more memory than the smallest.",
         repetitions=1,
+        rows=None,
     )
     parser.add_argument(
         "--rows",

@@ -12,7 +12,6 @@ from harness import (
     Database,
     Server,
     Storage,
-    at_least_one,
     interleaved,
     parser_for,
     run_script,
@@ -90,13 +89,6 @@ def main() -> None:
         f'"{_STATEMENT}" on the same data, which holds the locks of all rows until it ends. Each way starts '
         "with a copy of the same files, in turns. Ratios below 1 mean that the command was faster.",
         repetitions=3,
-    )
-    parser.add_argument(
-        "--rows",
-        type=at_least_one,
-        default=1_000_000,
-        metavar="N",
-        help="the number of tickets (default: %(default)s)",
     )
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)

@@ -42,9 +42,6 @@ def main() -> None:
         "viewer reads the JSON view every 2 s, as the page's script does.",
         repetitions=3,
     )
-    parser.add_argument(
-        "--rows", type=at_least_one, default=1_000_000, metavar="N", help="the number of tickets"
-    )
     parser.add_argument("--viewers", type=at_least_one, default=20, metavar="N", help="the number of viewers")
     parser.add_argument("--pace", default="balanced", help="async_rotate's --pace (default: %(default)s)")
     parser.add_argument(
