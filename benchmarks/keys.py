@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--factor",
         type=float,
-        default=1.5,
+        default=1.2,
         metavar="X",
         help="how much longer any of them may take (default: %(default)s)",
     )
