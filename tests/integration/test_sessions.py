@@ -180,21 +180,20 @@ def test_another_role_of_django_is_refused(
     assert database.checkpoints() == []
 
 
-def test_a_role_in_the_settings_is_followed(
-    database: Database, role: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_role_in_the_settings_is_followed(database: Database, role: str) -> None:
     database.make_tickets(1, ROWS)
     before = database.values()
     connections.close_all()
     options = {**django_connection.settings_dict.get("OPTIONS", {}), "assume_role": role}
-    monkeypatch.setitem(django_connection.settings_dict, "OPTIONS", options)
 
     body = f"INSERT INTO {_users(database)} VALUES (current_user);"
     database.make_trigger(body)
-    try:
-        assert_unconfirmed(rotate(TARGET), 0)
-    finally:
-        connections.close_all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(django_connection.settings_dict, "OPTIONS", options)
+        try:
+            assert_unconfirmed(rotate(TARGET), 0)
+        finally:
+            connections.close_all()
     seen = {user for (user,) in database.execute(f"SELECT DISTINCT name FROM {_USERS}")}
     assert seen == {role}
     assert database.changed(before) == before.keys()
