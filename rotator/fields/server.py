@@ -11,6 +11,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
 from psycopg.errors import InsufficientPrivilege
+from psycopg.pq import Conninfo
 from psycopg.sql import Identifier
 
 from rotator.exceptions import MissingPrivilegesError, RotatorError, ServerLostError
@@ -21,8 +22,9 @@ from rotator.postgres.values import FromRows, Place, Values
 from rotator.ranges import Key
 
 _APP: Final = "rotator"
-# Django's cursors are synchronous, and its adapters make values for Django.
-_PARAMETERS_OF_DJANGO: Final = ("cursor_factory", "context", "prepare_threshold")
+# The driver's own are Django's: its cursors are synchronous, and its adapters make values for Django. Engines
+# with a pool of connections have more.
+_PARAMETERS: Final = frozenset(option.keyword.decode() for option in Conninfo.get_defaults())
 
 
 def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> SessionIdentity:
@@ -106,4 +108,4 @@ def server_of_replica(connection: BaseDatabaseWrapper, primary: Server) -> Serve
 
 def _parameters(connection: BaseDatabaseWrapper) -> dict[str, Any]:
     parameters: dict[str, Any] = connection.get_connection_params()
-    return {name: value for name, value in parameters.items() if name not in _PARAMETERS_OF_DJANGO}
+    return {name: value for name, value in parameters.items() if name in _PARAMETERS}

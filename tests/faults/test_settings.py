@@ -56,7 +56,7 @@ def test_a_role_that_is_read_only_by_default_can_rotate(
     audit.assert_rotated_once()
 
 
-def test_a_password_that_is_replaced_during_the_run_is_read_again(
+def test_an_engine_with_an_option_and_a_password_that_is_replaced_during_the_run(
     database: Database, rotations: Rotations, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     audit = make_tickets(database, 5000)
