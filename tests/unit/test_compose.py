@@ -16,6 +16,7 @@ COMPOSE: dict[str, Any] = YAML(typ="safe").load(PROJECT / "docker-compose.yml")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 IMAGES_VARIABLES = {"POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"}
+README = (PROJECT / "README.md").read_text()
 GUIDE = (PROJECT / "docs" / "install.md").read_text()
 
 
@@ -75,8 +76,12 @@ def test_paths_and_extras_of_the_dockerfile_are_there() -> None:
 
 
 def test_the_guide_names_services_and_profiles_that_there_are() -> None:
-    commands = re.findall(r"^ +docker compose .*$", GUIDE, re.MULTILINE)
-    assert len(commands) >= 3
+    commands = re.findall(r"^ +docker compose .*$", GUIDE.replace("\\\n", ""), re.MULTILINE)
+    assert len(commands) == 2
+    (in_readme,) = re.findall(r"^ +docker compose .*$", README.replace("\\\n", ""), re.MULTILINE)
+    assert re.search(r"run .*--build app .*create_tickets .*&& python manage\.py async_rotate", in_readme)
+    commands.append(in_readme)
+    assert re.search(r"^ +cp \.env\.example \.env$", README, re.MULTILINE)
     for command in commands:
         _assert_known(command)
         for profile in re.findall(r"--profile (\w+)", command):
