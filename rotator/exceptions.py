@@ -126,7 +126,7 @@ class EveryRowRejectedError(RotatorError):
     def __init__(self, rows: int, condition: str) -> None:
         super().__init__(
             f"The server rejected each of the {rows} rows that were tried, in different ranges: {condition}. "
-            "No row was changed. Remove the cause, then run the same command again."
+            "None of them was changed. Remove the cause, then run the same command again."
         )
 
 

@@ -53,9 +53,8 @@ class EngineOptions:
         waiting_ranges: The number of ranges that wait for a retry at which workers prefer them.
         retry: The policy for locked and rejected rows.
         max_failed_rows: The rejected rows after which the run gives up.
-        max_failed_rows_at_start: The same while no row has been rotated.
-        probe_delay_seconds: The delay of the rest of a rejected range while no row has been rotated, so that
-            other ranges are tried first.
+        max_failed_rows_in_a_row: The same for the first rows of ranges while no row is rotated in between.
+        probe_delay_seconds: The delay of the rest of a rejected range, so that other ranges are tried first.
     """
 
     max_rows: int | None = None
@@ -63,7 +62,7 @@ class EngineOptions:
     waiting_ranges: int = 16
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_failed_rows: int = MAX_FAILED_ROWS
-    max_failed_rows_at_start: int = 8
+    max_failed_rows_in_a_row: int = 8
     probe_delay_seconds: float = 1.0
 
 
@@ -85,6 +84,7 @@ class Engine:
         self._notify = notify
         self._options = options
         self._failed_rows = 0
+        self._failed_rows_in_a_row = 0
         self._has_rotated = False
 
     async def run(self, intervals: Iterable[KeyInterval], drain: asyncio.Event) -> None:
@@ -94,8 +94,8 @@ class Engine:
         may help, and then split, down to the single row, which is reported as :class:`RowRejected`. A range
         that is too slow is split at once, and the planner makes the next ranges smaller.
 
-        A fault that affects every row ends the run soon: while no row has been rotated, the first row of each
-        rejected range is tried alone before the rest of it.
+        A fault that affects every row ends the run soon: the first row of each rejected range is tried alone
+        before the rest of it.
 
         Args:
             intervals: The gaps to rewrite, in the order to plan them.
@@ -103,7 +103,7 @@ class Engine:
 
         Raises:
             RangeRejectedError: More than ``max_failed_rows`` rows were rejected.
-            EveryRowRejectedError: ``max_failed_rows_at_start`` rows were rejected, and none was rotated.
+            EveryRowRejectedError: ``max_failed_rows_in_a_row`` rows were rejected, and none was rotated.
             Exception: The first error of the planner or the writer; the other workers are cancelled.
         """
         options = self._options
@@ -162,7 +162,8 @@ class Engine:
             await self._retry(attempt, error, queue)
         else:
             self._gate.count_completed(written.rows, written.server_seconds)
-            self._has_rotated = self._has_rotated or written.rows > 0
+            if written.rows:
+                self._has_rotated, self._failed_rows_in_a_row = True, 0
             self._notify(
                 RangeCompleted(
                     rows=written.rows,
@@ -179,7 +180,8 @@ class Engine:
         parts = await self._split(key_range, key_range.rows // 2, queue) if splits else [key_range]
         for part in parts:
             queue.requeue(
-                Attempt(part, deferrals, attempt.rejections), delay_seconds=retry.delay_seconds(deferrals)
+                attempt._replace(key_range=part, deferrals=deferrals),
+                delay_seconds=retry.delay_seconds(deferrals),
             )
 
     async def _retry(self, attempt: Attempt, error: RangeRejectedError, queue: WorkQueue) -> None:
@@ -187,32 +189,38 @@ class Engine:
         is_too_slow = isinstance(error, RangeTooSlowError)
         if is_too_slow:
             self._gate.shrink(key_range.rows)
+        # While no row has been rotated, the parts of the rest are probed again.
+        was_probed = attempt.is_probed and self._has_rotated
         step = retry.after_rejection(error, rows=key_range.rows, rejections=rejections)
         if step is NextStep.GIVE_UP:
-            self._give_up(key_range, error)
+            self._give_up(attempt, error)
             return
         splits = step is NextStep.SPLIT
         self._notify(RangeRetried(rows=key_range.rows, reason=error.condition, split=splits))
         delay_seconds = retry.delay_seconds(rejections) if error.retryable else 0.0
         if not splits:
-            queue.requeue(Attempt(key_range, attempt.deferrals, rejections), delay_seconds=delay_seconds)
+            queue.requeue(
+                attempt._replace(rejections=rejections, is_probed=was_probed), delay_seconds=delay_seconds
+            )
             return
-        probes = not (self._has_rotated or is_too_slow or attempt.is_probed)
+        probes = not (is_too_slow or attempt.is_probed)
         first, *rest = await self._split(key_range, 1 if probes else key_range.rows // 2, queue)
-        queue.requeue(Attempt(first, attempt.deferrals), delay_seconds=delay_seconds)
+        queue.requeue(Attempt(first, attempt.deferrals, is_probed=was_probed), delay_seconds=delay_seconds)
         for part in rest:
             queue.requeue(
-                Attempt(part, attempt.deferrals, is_probed=probes),
+                Attempt(part, attempt.deferrals, is_probed=probes or was_probed),
                 delay_seconds=self._options.probe_delay_seconds if probes else delay_seconds,
             )
 
-    def _give_up(self, key_range: KeyRange, error: RangeRejectedError) -> None:
+    def _give_up(self, attempt: Attempt, error: RangeRejectedError) -> None:
         self._failed_rows += 1
-        self._notify(RowRejected(key=key_range.through, reason=error.condition))
+        if not (self._has_rotated and attempt.is_probed):
+            self._failed_rows_in_a_row += 1
+        self._notify(RowRejected(key=attempt.key_range.through, reason=error.condition))
         if self._failed_rows > self._options.max_failed_rows:
             raise error
-        if not self._has_rotated and self._failed_rows >= self._options.max_failed_rows_at_start:
-            raise EveryRowRejectedError(self._failed_rows, error.condition)
+        if self._failed_rows_in_a_row >= self._options.max_failed_rows_in_a_row:
+            raise EveryRowRejectedError(self._failed_rows_in_a_row, error.condition)
 
     async def _next_range(self, interval: KeyInterval, batch: int, queue: WorkQueue) -> KeyRange | None:
         """Plan a range as soon as the table is not locked; None where a drain began before."""

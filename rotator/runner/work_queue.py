@@ -15,7 +15,7 @@ class Attempt(NamedTuple):
         key_range: The range.
         deferrals: How often its rows were locked.
         rejections: How often the server rejected it.
-        is_probed: Whether its first row was tried alone, while no row had been rotated.
+        is_probed: Whether its first row was tried alone, and other ranges were tried before the rest.
     """
 
     key_range: KeyRange

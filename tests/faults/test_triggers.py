@@ -106,7 +106,7 @@ def test_a_fault_that_every_row_meets_stops_the_run_soon(
     assert "Traceback" not in finished.err
     assert finished.out.splitlines()[1] == (
         f"The server rejected each of the 8 rows that were tried, in different ranges: {reason}, in the "
-        "function theirs(). No row was changed. Remove the cause, then run the same command again."
+        "function theirs(). None of them was changed. Remove the cause, then run the same command again."
     )
     assert finished.err.count(" is rejected: ") == 8
     assert _retries(finished) < 20
@@ -116,3 +116,25 @@ def test_a_fault_that_every_row_meets_stops_the_run_soon(
     database.query("DROP FUNCTION theirs() CASCADE")
     assert_completed(rotations.rotated(database.url()))
     audit.assert_rotated_once()
+
+
+def test_a_fault_that_every_row_meets_during_the_run_stops_it_soon(
+    database: Database, rotations: Rotations
+) -> None:
+    audit = make_tickets(database, 20_000)
+    slow_down(database, 0.02)
+    running = rotations.rotate(database.url(), "--batch=100")
+    wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
+    body, reason = FAULTS["a missing function"]
+    _add_trigger(database, body)
+    finished = running.wait()
+
+    assert finished.status == 1
+    sentence = finished.out.splitlines()[1]
+    assert sentence.startswith(
+        "The server rejected each of the 8 rows that were tried, in different ranges: "
+    )
+    assert reason in sentence
+    assert _retries(finished) < 40
+    assert 500 < audit.changed() < 20_000
+    audit.assert_each_row_written_at_most_once()

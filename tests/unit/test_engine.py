@@ -91,10 +91,11 @@ def _engine(
     *,
     concurrency: int = 4,
     batch: int = 2000,
+    probe_delay_seconds: float = 0,
     **options: int,
 ) -> Engine:
     retry = replace(retry, first_delay_seconds=0)
-    without_delays = EngineOptions(retry=retry, probe_delay_seconds=0, **options)
+    without_delays = EngineOptions(retry=retry, probe_delay_seconds=probe_delay_seconds, **options)
     gate = Gate(concurrency=concurrency, rows=batch, notify=events.append)
     return Engine(planner, writer, gate, notify=events.append, options=without_delays)
 
@@ -298,6 +299,27 @@ async def test_a_fault_that_every_row_of_one_range_meets_ends_the_run_too() -> N
     with pytest.raises(EveryRowRejectedError):
         await _engine(_Numbers(), rows, [], concurrency=4, batch=1000).run([_span(0, 1000)], asyncio.Event())
     assert len(rows.tried) < 100
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_a_fault_that_every_row_meets_from_some_moment_on_ends_the_run_too(concurrency: int) -> None:
+    rows = _Refusals(range(5001, 100_001))
+    # It ends before the rest of the first range is due.
+    engine = _engine(_Numbers(), rows, [], concurrency=concurrency, batch=1000, probe_delay_seconds=1000)
+    with pytest.raises(EveryRowRejectedError, match=r"each of the .* rows .* check_violation of sober"):
+        await engine.run([_span(0, 100_000)], asyncio.Event())
+    assert sum(rows.written.values()) == 5000
+    assert len(rows.tried) < 50
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_neighbouring_rows_at_fault_are_all_named(concurrency: int) -> None:
+    refused = {*range(1500, 1600), *range(9901, 10_001)}
+    rows, events = _Refusals(refused), list[Event]()
+    engine = _engine(_Numbers(), rows, events, concurrency=concurrency, batch=1000)
+    await engine.run([_span(0, 10_000)], asyncio.Event())
+    assert {_number(event.key) for event in events if isinstance(event, RowRejected)} == refused
+    assert sum(rows.written.values()) == 10_000 - len(refused)
 
 
 async def test_a_range_that_is_too_slow_is_split_at_once_and_the_next_ones_are_smaller() -> None:
