@@ -1,6 +1,8 @@
 """Django's own connections, which generators, receivers and row reads use, and the thread that uses them."""
 
 import asyncio
+import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,8 +101,10 @@ def check_not_patched() -> None:
     ):
         if module in sys.modules and getattr(sys.modules[module], check)("socket"):
             raise OptionError(
-                f"{patcher} has monkey-patched this process, and asyncio does not work there. Use a "
-                "manage.py that does not patch, and Celery workers with --pool prefork."
+                # The error of a Celery worker is shown by the command.
+                f"{patcher} has monkey-patched the process {os.getpid()} on {socket.gethostname()}, and "
+                "asyncio does not work there. Use a manage.py that does not patch, and Celery workers with "
+                "--pool prefork."
             )
 
 

@@ -39,11 +39,12 @@ class Hosts:
         self._broker.close()
         self.process = self._broker.enter_context(running_broker(self._folder))
 
-    def worker(self, *, processes: int = 1) -> Running:
+    def worker(self, *, processes: int = 1, pool: str = "prefork") -> Running:
         self._workers += 1
         worker = self._start(
             *(sys.executable, "-m", "celery", "--app", "core.celery", "worker", "--loglevel=INFO"),
             f"--concurrency={processes}",
+            f"--pool={pool}",
             f"--hostname=worker{self._workers}@%h",
         )
         wait_until(lambda: "ready." in worker.err, "the worker is ready")

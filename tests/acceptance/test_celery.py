@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psycopg
@@ -357,6 +358,18 @@ def test_the_command_reports_what_a_worker_cannot_do(hosts: Hosts, tmp_path: Pat
     finished = hosts.coordinator("--generator=only_here.make", PYTHONPATH=str(tmp_path)).wait()
     assert finished.status == 1
     assert "The generator only_here.make cannot be imported (ModuleNotFoundError)" in finished.out
+    audit.assert_untouched()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed.")
+def test_a_worker_of_another_pool_is_refused(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.worker(pool="gevent")
+    finished = hosts.rotate("--batch=50")
+    assert finished.status == 1
+    assert "Traceback" not in finished.err
+    assert finished.summary[1].startswith("gevent has monkey-patched the process ")
     audit.assert_untouched()
 
 

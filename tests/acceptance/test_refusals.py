@@ -1,8 +1,11 @@
 """What cannot be done is said in one sentence, and changes nothing."""
 
 import os
+import re
 import socket
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -189,4 +192,22 @@ def test_a_database_that_does_not_exist(commands: Commands, audit: Audit) -> Non
     assert 'database "nobody_made_this" does not exist' in finished.complaint
     password = urlsplit(os.environ.get("TEST_DATABASE_URL", "")).password
     assert not password or password not in finished.err
+    _assert_nothing_happened(audit, finished)
+
+
+@pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed.")
+def test_a_monkey_patched_manage_py_is_refused(commands: Commands, audit: Audit) -> None:
+    patched = (
+        "from gevent import monkey; monkey.patch_all();"
+        " import runpy, sys; sys.argv[0] = 'manage.py'; runpy.run_path('manage.py', run_name='__main__')"
+    )
+    program = ("env", "-u", "PYTHONWARNINGS", sys.executable, "-c", patched, COMMAND)
+    finished = commands.start(program=program).wait(60)
+
+    assert finished.status == 1
+    assert re.fullmatch(
+        r"gevent has monkey-patched the process \d+ on \S+, and asyncio does not work there\. Use a"
+        r" manage\.py that does not patch, and Celery workers with --pool prefork\.",
+        finished.complaint,
+    )
     _assert_nothing_happened(audit, finished)

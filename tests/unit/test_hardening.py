@@ -1,5 +1,6 @@
 """What another user's processes and a patched process are taken for."""
 
+import os
 import sys
 import threading
 from contextlib import suppress
@@ -28,7 +29,8 @@ def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) 
 def test_a_monkey_patched_process_is_refused(module: str, asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{asks: lambda name: name == "socket"}))
     with pytest.raises(
-        OptionError, match=rf"^{module.split('.', maxsplit=1)[0]} has monkey-patched this process"
+        OptionError,
+        match=rf"^{module.split('.', maxsplit=1)[0]} has monkey-patched the process {os.getpid()} on ",
     ):
         prepare(["tickets.Ticket.token"], "default", RunOptions())
 
