@@ -56,7 +56,7 @@ def test_an_interrupted_demo_is_resumed_and_counted_against_its_start(
 
 def test_the_demo_leaves_an_exported_database_alone() -> None:
     environment = {**os.environ, "DATABASE_URL": "postgres://nobody@127.0.0.1:1/production"}
-    for target in ("demo", "demo-celery"):
+    for target in ("demo", "demo-celery", "demo-page"):
         shown = subprocess.run(
             resolved(["make", "--dry-run", target]),
             cwd=PROJECT,

@@ -1,5 +1,6 @@
 """What Ctrl-C, a service manager and a dropped connection send, to a run that is in the middle of it."""
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ def test_a_signal_drains_and_the_advised_command_resumes(
     )
     assert finished.summary[1] == f"Stopped by {sent.name}."
     assert finished.resume_command[1:] == ["manage.py", COMMAND, "--batch", "50"]
+    shown = commands.start(str(rotation.pk), program=(*MANAGE, "rotations")).wait().out
+    assert re.search(rf"^  reason +stopped by {sent.name}$", shown, re.MULTILINE)
+    assert "error" not in shown
 
     resumed = commands.go_on(finished, "--batch", "3000", "--concurrency", "2")
 

@@ -1,13 +1,16 @@
 """Other sessions that write to the table: in the opposite order, and in older transactions."""
 
 import os
+import re
 
 import psycopg
+import pytest
 
 from tests.acceptance.harness import wait_until
-from tests.faults.database import Database, make_tickets, slow_down, speed_up
+from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.neighbour import Neighbour
+from tests.faults.roles import documented_grants
 
 # Ten thousand of them take two minutes.
 TRANSACTIONS = int(os.environ.get("ROTATOR_TEST_TRANSACTIONS", "1000"))
@@ -82,4 +85,29 @@ def test_rows_that_older_transactions_commit_late(database: Database, rotations:
     rotated = dict(database.query("SELECT id, token FROM tickets_ticket WHERE title = 'late'"))
     assert len(rotated) == 4
     assert rotated[late["above"]] != tokens[late["above"]]
+    audit.assert_rotated_once()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("role", "phrase"),
+    [("reading", r"pid {}, psql, idle in transaction for \d+ s"), ("rotating", "pid {}, psql")],
+)
+def test_who_holds_a_lock_is_named_as_far_as_the_role_may_see(
+    database: Database, rotations: Rotations, role: str, phrase: str
+) -> None:
+    audit = make_tickets(database, ROWS)
+    grants = documented_grants(role) + ["GRANT pg_read_all_stats TO reading"] * (role == "reading")
+    holder = psycopg.connect(database.url(application_name="psql"))
+    pid = holder.info.backend_pid
+    holder.execute("SELECT FROM tickets_ticket WHERE id = 1 FOR UPDATE")
+    with new_role(database, role, *grants) as url, holder:
+        running = rotations.rotate(url, "--batch=500")
+        waiting = "waiting for locks that other sessions hold: "
+        wait_until(lambda: waiting in running.err, "the holder is named")
+        assert database.checkpoints() > 5
+        holder.rollback()
+        assert_completed(running.wait())
+    (named,) = re.findall(f"{waiting}(.*)", running.err)
+    assert re.fullmatch(phrase.format(pid), named)
     audit.assert_rotated_once()
