@@ -1,15 +1,17 @@
-"""An owner that is frozen in the middle of its work, taken over from, and thawed."""
+"""An owner that is frozen and taken over, and one that only looks gone."""
 
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from tests.acceptance.harness import Running, wait_until
+from tests.acceptance.harness import COMMAND, MANAGE, Running, wait_until
 from tests.faults.database import Audit, Database, make_tickets, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 
@@ -98,3 +100,31 @@ def _start(database: Database, rotations: Rotations, number: int, concurrency: i
 
 def _wait_for_writes(audit: Audit, number: int) -> None:
     wait_until(lambda: audit.written(by=f"owner {number}") > 500, f"owner {number} writes")
+
+
+# As /proc is for the users of some hosts: no process of another user is in it.
+_HIDDEN = (
+    "unshare --mount sh -c 'mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid=65534 --regid=65534"
+    ' --clear-groups "$0" "$@"\''
+)
+
+
+@pytest.mark.slow
+def test_an_owner_that_proc_hides_is_not_taken_over(database: Database, rotations: Rotations) -> None:
+    probe = ["/bin/sh", "-c", f"{_HIDDEN} {sys.executable} -c pass"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("This user cannot mount another /proc.")
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.1)
+    owner = rotations.rotate(database.url(), "--batch=20", "--concurrency=1")
+    wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
+    program = " ".join([*MANAGE, COMMAND])
+    second = rotations.start_on(database.url(), "/bin/sh", "-c", f"{_HIDDEN} {program}").wait()
+
+    assert second.status == 1
+    assert "is being worked on by" in second.err.splitlines()[-1]
+    assert "Traceback" not in second.err
+    assert owner.is_alive
+    speed_up(database)
+    assert_completed(owner.wait())
+    audit.assert_rotated_once()
