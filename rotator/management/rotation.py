@@ -215,9 +215,15 @@ def control_text(rotation: Rotation) -> str:
     )
 
 
-def rows_of(rotation: Rotation) -> str:
-    """Return the rows done and the total as text."""
+def rows_of(rotation: Rotation, noun: str = "") -> str:
+    """Return the rows done and the total as text.
+
+    Args:
+        rotation: The rotation.
+        noun: What follows the numbers, for a sentence.
+    """
     rows = done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
+    rows += noun
     rows += " that match the filter" if Selection.from_json(rotation.selection).is_filtered else ""
     return f"{rows} (last known)" if is_silent(rotation) else rows
 

@@ -24,7 +24,7 @@ class Standing:
         is_working: Whether its owner works on it, so that it has a rate and an ETA.
         rows_done: Rows done at the owner's latest heartbeat.
         rows_total: Rows up to the bound.
-        rows: Both as text.
+        rows: Both as text, with the noun.
         percent: The percentage of rows done, rounded down.
         note: A remark that follows the figures.
     """
@@ -72,7 +72,7 @@ class FollowedProgress:
         ]
         if not standing.is_working:
             figures = []
-        text = ", ".join([f"{standing.status}: {standing.rows} rows ({standing.percent}%)", *figures])
+        text = ", ".join([f"{standing.status}: {standing.rows} ({standing.percent}%)", *figures])
         text += f", {standing.note}" if standing.note else ""
         if self._is_live:
             self._draw(standing, text, figures)

@@ -329,6 +329,8 @@ def test_a_filtered_rotation_says_so_wherever_it_completes(commands: Commands, t
     for words in ((), (pk,)):
         listed = commands.start(*words, program=(*MANAGE, "rotations")).wait()
         assert "600 of 600 that match the filter" in listed.out
+    followed = commands.start(pk, "--follow", program=(*MANAGE, "rotations")).wait()
+    assert followed.out == "completed: 600 of 600 rows that match the filter (100%)\n"
     facts = json.loads(commands.start("--json", program=(*MANAGE, "rotations")).wait().out)
     assert facts[0]["is_filtered"] is True
 

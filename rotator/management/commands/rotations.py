@@ -289,7 +289,7 @@ def _standing(rotation: Rotation) -> Standing:
         is_working=is_running and not is_silent(rotation) and not held,
         rows_done=rotation.rows_done,
         rows_total=rotation.rows_total,
-        rows=rows_of(rotation),
+        rows=rows_of(rotation, " rows"),
         percent=percent_of_rotation(rotation),
         note="waiting for a worker" if rotation.status == Rotation.Status.QUEUED else held,
     )
