@@ -5,7 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import psycopg
 from django.db import connection
 from psycopg import sql
 
-from tests.acceptance.harness import PROJECT
+from tests.acceptance.harness import PROJECT, url_of
 
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _SECONDS = 300
@@ -91,10 +92,7 @@ class Site:
         environment.run(
             "django-admin startproject site_of_theirs . && python manage.py startapp shop", cwd=folder
         )
-        with _connected() as server:
-            # A run of the tests that was killed leaves one behind.
-            server.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(database)))
-            server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+        _create_database(database)
         parameters = connection.get_connection_params()
         site = cls(environment, folder, database)
         site.add_to_settings(
@@ -106,8 +104,7 @@ class Site:
         return site
 
     def end(self) -> None:
-        with _connected() as server:
-            server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self.database)))
+        _drop_database(self.database)
 
     def add_to_settings(self, text: str) -> None:
         with (self.folder / "site_of_theirs" / "settings.py").open("a") as file:
@@ -133,6 +130,28 @@ class Site:
         assert len(before) == len(after) == len(set(after)) > 0
         for at in range(len(columns)):
             assert {row[at] for row in before}.isdisjoint(row[at] for row in after)
+
+
+@contextmanager
+def empty_database(name: str) -> Iterator[str]:
+    """A database with this name on the tests' server, as its DATABASE_URL."""
+    _create_database(name)
+    try:
+        yield url_of(name)
+    finally:
+        _drop_database(name)
+
+
+def _create_database(name: str) -> None:
+    with _connected() as server:
+        # A run of the tests that was killed leaves one behind.
+        server.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(name)))
+        server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+
+
+def _drop_database(name: str) -> None:
+    with _connected() as server:
+        server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 def _connected(database: str | None = None) -> psycopg.Connection:

@@ -1,6 +1,7 @@
 """A stranger's project, docs/install.md word for word, and models that no one here wrote."""
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.harness import PROJECT
-from tests.acceptance.installed import Environment, Site, blocks, copy_of_this_repository
+from tests.acceptance.installed import Environment, Site, blocks, copy_of_this_repository, empty_database
 
 pytestmark = [pytest.mark.slow, pytest.mark.django_db(transaction=True)]
 
@@ -86,6 +87,19 @@ def test_the_guide_word_for_word(site: Site) -> None:
     site.assert_rotated("shop_order", ["api_key"], lambda: site.run(rotate))
     assert "completed" in site.run("python manage.py rotations")
     assert site.rows("SELECT sum(rows)::integer FROM rotator_completedrange") == [(5000,)]
+
+
+def test_the_readme_word_for_word_on_another_server(environment: Environment, tmp_path: Path) -> None:
+    text = (PROJECT / "README.md").read_text()
+    section = text.split("## Use it on your own server")[1].split("\n## ")[0]
+    script = "\n".join(re.findall(r"^ {4}(.*)$", section, re.MULTILINE))
+    with empty_database("rotator_reader") as url:
+        script = re.sub(r"(?<=DATABASE_URL=)\S+", f"'{url}'", script)
+        script = script.replace("migrate\n", "migrate\npython manage.py create_tickets --total 6000\n")
+        said = environment.run(script, cwd=copy_of_this_repository(tmp_path / "clone"))
+    assert "Consequences:" in said
+    assert "keys         up to [5000]" in said
+    assert re.search(r"Completed: rotation \d+ gave 6,000 rows of tickets\.Ticket\.token a new value\.", said)
 
 
 def test_a_data_migration_rotates(site: Site) -> None:
