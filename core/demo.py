@@ -37,6 +37,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2000, help="rows a range (default: %(default)s)")
     options = parser.parse_args()
     django.setup()
+    for number in _SIGNALS:
+        # Otherwise they would end the process with the digests left behind. nohup ignores SIGHUP.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         return _demonstrate(options)
     except KeyboardInterrupt:

@@ -6,14 +6,24 @@ import signal
 import subprocess
 import sys
 
+import psycopg
 import pytest
 
 from rotator.models import Rotation
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
-from tests.acceptance.harness import PROJECT, Commands, number, resolved, wait_for_checkpoints
+from tests.acceptance.harness import (
+    PROJECT,
+    Commands,
+    number,
+    resolved,
+    url_of,
+    wait_for_checkpoints,
+    wait_until,
+)
 
 ROWS = 20_000
 COUNTED = "Counted: 20,000 of 20,000 tickets have a new token, and 20,000 tokens are distinct."
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
 LEFT = "SELECT count(*) FROM pg_class WHERE relname LIKE 'demo%'"
 
 
@@ -52,6 +62,26 @@ def test_an_interrupted_demo_is_resumed_and_counted_against_its_start(
     again = commands.start(program=program).wait(120)
     assert (again.status, again.summary[-1], number(LEFT)) == (0, COUNTED, 0)
     assert Rotation.objects.count() == 2
+
+
+def test_a_demo_that_is_ended_while_it_counts_leaves_no_digests(commands: Commands) -> None:
+    audit = audited_tickets(1000)
+    slow_down(0.1)
+    program = ("env", "-u", "PYTHONWARNINGS", sys.executable, "-m", "core.demo", "--batch=50")
+    running = commands.start(program=program)
+    wait_for_checkpoints(3)
+    with psycopg.connect(url_of()) as other:
+        other.execute("LOCK TABLE demo_digests")
+        speed_up()
+        wait_until(lambda: number(WAITING, ["%FILTER%"]), "it counts")
+        running.send(signal.SIGTERM)
+        wait_until(lambda: number(WAITING, ["DROP TABLE%"]), "it drops the digests")
+    finished = running.wait()
+
+    assert finished.status == 130
+    assert "Traceback" not in finished.err
+    assert number(LEFT) == 0
+    audit.assert_rotated()
 
 
 def test_the_demo_leaves_an_exported_database_alone() -> None:
