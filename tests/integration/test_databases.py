@@ -1,6 +1,7 @@
 """Projects with several databases, and several ways to one of them."""
 
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,19 @@ def test_the_default_database_is_the_one_that_the_router_writes_to(caller: str) 
     # Another one can still be named.
     call_command("async_rotate", API_KEY, database="default", generator=NAMED.generator, stderr=StringIO())
     assert leaked("default") == 0
+
+
+@override_settings(DATABASE_ROUTERS=["tests.integration.test_databases.OrdersElsewhere"])
+def test_leaked_values_are_searched_in_the_database_that_the_router_writes_to(tmp_path: Path) -> None:
+    make_orders("other")
+    leaked = tmp_path / "leaked.txt"
+    leaked.write_text("leaked 3 in other\n")
+    out = StringIO()
+    with pytest.raises(SystemExit):
+        call_command("verify_rotation", API_KEY, leaked=str(leaked), stdout=out, stderr=StringIO())
+    assert "1 of 1 leaked value" in out.getvalue()
+    # Another one can still be named.
+    call_command("verify_rotation", API_KEY, leaked=str(leaked), database="default", stdout=StringIO())
 
 
 def test_the_commands_take_the_database() -> None:

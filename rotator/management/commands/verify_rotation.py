@@ -33,7 +33,7 @@ class Options(TypedDict):
     """The options, as the command line or ``call_command`` gives them."""
 
     rotation: str
-    database: str
+    database: str | None
     repair: bool
     leaked: str
     leaked_column: str
@@ -70,9 +70,9 @@ class Command(OwnCommand):
         )
         parser.add_argument(
             "--database",
-            default=DEFAULT_DB_ALIAS,
             choices=tuple(connections),
-            help="The alias of the database that holds the target (default: %(default)s).",
+            help=f"The alias of the database that holds the target (default: {DEFAULT_DB_ALIAS}; for "
+            "app.Model.field, the one that the routers write the model to).",
         )
         parser.add_argument(
             "--repair",
@@ -140,7 +140,8 @@ class Command(OwnCommand):
                 each.name for each in fields[0].model._meta.concrete_fields if each not in fields
             ),
         )
-        prepared = prepare(labels, options["database"], RunOptions(), selection)
+        database = options["database"] if rotation is None else _database(options)
+        prepared = prepare(labels, database, RunOptions(), selection)
         found = prepared.count_leaked(options["leaked"], options["leaked_column"])
         facts = {"rotation": rotation and rotation.pk, "target": " ".join(labels)}
         return _Result(
@@ -172,7 +173,7 @@ class Command(OwnCommand):
                 f"Rotation {rotation.pk} rotated only the rows with leaked values. Verify it with --leaked."
             )
         prepared = prepare(
-            rotation.target.split(), options["database"], RunOptions.from_json(rotation.options), selection
+            rotation.target.split(), _database(options), RunOptions.from_json(rotation.options), selection
         )
         verified = prepared.verify(observer, rotation.pk, repairs=options["repair"])
         return _Result(
@@ -187,5 +188,10 @@ def _find(options: Options) -> Rotation | None:
     name = options["rotation"]
     if not name.isdecimal():
         return None
-    (rotation,) = read_rotations(options["database"], int(name))
+    (rotation,) = read_rotations(_database(options), int(name))
     return rotation
+
+
+def _database(options: Options) -> str:
+    """Return the alias of the database with the rotation of an id."""
+    return options["database"] or DEFAULT_DB_ALIAS
