@@ -98,6 +98,15 @@ def stores_randomly(field: AnyField, model: type[Model], database: str) -> bool:
     return False
 
 
+def stores_blank_otherwise(field: AnyField, database: str) -> bool:
+    """Return whether this field stores the empty text in another form, e.g. encrypted, and not as NULL."""
+    with suppress(Exception):
+        blank = b"" if isinstance(field, BinaryField) else ""
+        stored = comparable(field.get_db_prep_save(blank, connections[database]))
+        return stored not in map(comparable, ("", b"", None))
+    return False
+
+
 def _changes(field: AnyField, example: int, *, add: bool) -> bool:
     instance = _with_examples(field.model(), [field], example)
     given = comparable(getattr(instance, field.attname))

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Final, TypeAlias, TypeVar
 
 from asgiref.sync import sync_to_async
+from django.contrib.auth.base_user import AbstractBaseUser
 from django.core.exceptions import ValidationError
 from django.core.validators import BaseValidator
 from django.db import connections
@@ -59,7 +60,9 @@ ROWS_SECONDS: Final = 0.5
 _SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
 _SET_VARIANT: Final = bytes(byte & 0x3F | 0x80 for byte in range(256))
 
-HASH_NAME: Final = re.compile(r"(^|_)(hash|hashed|digest|checksum|fingerprint|hmac|md5|sha\d+)(_|$)")
+HASH_NAME: Final = re.compile(
+    r"(hash(es)?|digest|checksum|fingerprint|hmac)(_|$)|(^|_)(hashed|(md5|sha\d+)(_|$))", re.IGNORECASE
+)
 # Claims of signed tokens that identify the token or the key of its signature.
 TOKEN_CLAIM_NAME: Final = re.compile(r"(^|_)(jti|kid|sid)(_|$)")
 _MAKING: Final = re.compile(r"^_?(generate|make|create|new|random|get_new|get_random)_(?P<made>\w+)$")
@@ -374,14 +377,27 @@ def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
         if TOKEN_CLAIM_NAME.search(field.name)
     ]
     # Several fields may be a secret and its hash, which are made together.
-    if len(fields) == 1 and HASH_NAME.search(fields[0].name):
+    if len(fields) == 1 and is_password(fields[0]):
+        warnings.append(f"{fields[0].name} holds hashes of passwords: values are stored as they are made")
+    elif len(fields) == 1 and HASH_NAME.search(fields[0].name):
         warnings.append(
             f"the name {fields[0].name} suggests that it holds a hash: values are stored as they are made"
         )
     return tuple(warnings)
 
 
+def is_password(field: AnyField) -> bool:
+    """Return whether a field holds the hashes of passwords of Django's users."""
+    return field.name == "password" and issubclass(field.model, AbstractBaseUser)
+
+
 def _advice(field: AnyField) -> str:
+    if is_password(field):
+        return (
+            "It holds hashes of passwords, and no user could log in with a plain text in it. To make users "
+            "set new passwords, name a callable with --generator that takes nothing and returns "
+            "django.contrib.auth.hashers.make_password(None)."
+        )
     if TOKEN_CLAIM_NAME.search(field.name):
         return (
             "Signed tokens refer to it. With new values, tokens that are revoked by it would become valid "
@@ -403,7 +419,7 @@ def suitable_generator(field: AnyField) -> str | None:
 
     It is empty where the user has to write one, and None where plain new values would be of no use.
     """
-    if TOKEN_CLAIM_NAME.search(field.name) or HASH_NAME.search(field.name):
+    if TOKEN_CLAIM_NAME.search(field.name) or HASH_NAME.search(field.name) or is_password(field):
         return None
     return next(_application_functions(field), None) or _standard_generator(field)
 

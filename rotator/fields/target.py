@@ -9,7 +9,14 @@ from django.db.models import DateField, Field, Model, TimeField
 from django.db.models.signals import post_save, pre_save
 
 from rotator.exceptions import OptionError, TargetError
-from rotator.fields.derivation import Derivation, derivation, overrides, stores_randomly, transforms
+from rotator.fields.derivation import (
+    Derivation,
+    derivation,
+    overrides,
+    stores_blank_otherwise,
+    stores_randomly,
+    transforms,
+)
 from rotator.fields.filters import row_condition
 from rotator.fields.generators import check_plain_values, name_warnings, value_source
 from rotator.fields.model import AnyField, field_label, key_fields
@@ -30,6 +37,9 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
     model = fields[0].model
     check_plain_values(fields, model)
     _check_saving(fields, model, selection, database)
+    # No leaked value is blank.
+    if not (selection.include_blank or selection.leaked):
+        _check_blank(fields, database)
     return RunTarget(
         label=" ".join(map(field_label, fields)),
         database=database,
@@ -131,6 +141,19 @@ def check_stored_form(fields: Sequence[AnyField], database: str) -> None:
                 f"Cannot prove a rotation of {field_label(field)}: a {type(field).__name__} stores the same "
                 "value in another form each time, as randomised encryption does. A stale save() would store "
                 "an old value in a form that is not in the ledger. Rotate it without --prove."
+            )
+
+
+def _check_blank(fields: Sequence[AnyField], database: str) -> None:
+    """Refuse fields of which a row without a secret looks like one with a secret to the server."""
+    for field in fields:
+        # Where NULL is allowed, it stands for no secret.
+        if field.blank and not field.null and stores_blank_otherwise(field, database):
+            raise TargetError(
+                f"{field_label(field)} can be blank, and a {type(field).__name__} stores a blank value in "
+                "another form than the empty text, e.g. encrypted. So the rotation cannot leave rows without "
+                "a secret as they are. If each row may get a secret, use --include-blank. To leave some out, "
+                "use --filter or --exclude with another field, too."
             )
 
 

@@ -61,6 +61,12 @@ BAD_INPUT = {
         "auth.Group.name has no default that makes a new value for each row. Name a callable that makes "
         "values with --generator, e.g. --generator secrets.token_hex."
     ),
+    "auth.User.password": (
+        "auth.User.password has no default that makes a new value for each row. It holds hashes of "
+        "passwords, and no user could log in with a plain text in it. To make users set new passwords, name "
+        "a callable with --generator that takes nothing and returns "
+        "django.contrib.auth.hashers.make_password(None)."
+    ),
     "--filter title": "--filter title is not a valid filter. Write it as field=value or field__lookup=value.",
     "--filter token=leaked": ("--filter token filters by token, which is rotated. Use only token__isnull."),
     "--generator no.such.thing": (

@@ -118,6 +118,22 @@ def test_a_blank_secret_is_rotated_where_that_is_asked_for(database: Database) -
     assert database.rotation("selection")["include_blank"]
 
 
+@pytest.mark.parametrize("name", ["encrypted", "reversed"])
+def test_a_field_that_does_not_store_blank_as_an_empty_text_needs_the_users_decision(name: str) -> None:
+    label = f"shop.Optional.{name}"
+    with pytest.raises(TargetError, match=r"stores a blank value in another form .* use --include-blank"):
+        prepare([label], "default", OPTIONS)
+    models.Optional.objects.bulk_create(models.Optional(**{name: ""}) for _ in range(ROWS))
+    assert rotate_sync(Target(label, include_blank=True)).rows == ROWS
+    assert not models.Optional.objects.filter(**{name: ""}).exists()
+
+
+def test_where_null_is_allowed_it_stands_for_no_secret() -> None:
+    models.Optional.objects.bulk_create(models.Optional(nullable=None) for _ in range(ROWS))
+    assert rotate_sync(Target("shop.Optional.nullable")).rows == 0
+    assert models.Optional.objects.filter(nullable=None).count() == ROWS
+
+
 def test_of_several_columns_each_blank_and_each_null_stays(database: Database) -> None:
     models.ByInteger.objects.bulk_create(
         models.ByInteger(
@@ -193,6 +209,7 @@ ADVICE = {
     "Maker.number": r"--generator uuid\.uuid4",
     "Maker.blob": r"--generator secrets\.token_bytes",
     "Maker.hashed_key": r"suggests that it holds a hash",
+    "Maker.keyhash": r"suggests that it holds a hash",
     "Maker.same_by_server": r"values for a DateTimeField",
     "Maker.identifier": r"form that the field's validators accept and at most 20 characters",
     "Maker.long": r"--generator secrets\.token_hex\.",

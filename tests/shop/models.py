@@ -208,6 +208,14 @@ class Client(models.Model):
     encrypted = RandomlyEncryptedField(max_length=80, default="")
 
 
+class Optional(models.Model):
+    """Secrets that can be blank, and are not stored as an empty text then."""
+
+    encrypted = RandomlyEncryptedField(max_length=80, default=token, blank=True)
+    reversed = ReversedField(max_length=80, default=token, blank=True)
+    nullable = ReversedField(max_length=80, default=token, blank=True, null=True)
+
+
 class Salted(models.Model):
     """A secret, and a salted hash of it."""
 
@@ -230,6 +238,7 @@ class Maker(models.Model):
     number = models.UUIDField()
     blob = models.BinaryField()
     hashed_key = models.CharField(max_length=128)
+    keyhash = models.CharField(max_length=64, default="")
     jti = models.CharField(max_length=64, default=token)
     token_jti = models.CharField(max_length=64, default="")
     long = models.TextField(default="")

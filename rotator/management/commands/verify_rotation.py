@@ -136,6 +136,7 @@ class Command(OwnCommand):
         # A check makes no values, and looks at all rows.
         selection = Selection(
             generator=_GENERATOR if rotation is None else rotation.selection["generator"],
+            include_blank=True,
             ignore_derived=tuple(
                 each.name for each in fields[0].model._meta.concrete_fields if each not in fields
             ),
