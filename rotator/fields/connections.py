@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import psycopg
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
-from django.db import Error, connections
+from django.db import Error, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import TransactionStatus
 
 from rotator.exceptions import OptionError, ServerLostError
+from rotator.postgres.column_samples import BEGIN_READING, LOCK_SECONDS, STATEMENT_SECONDS
 from rotator.postgres.errors import connection_lost
 
 T = TypeVar("T")
@@ -78,6 +79,16 @@ def unlogged(database: str) -> Iterator[None]:
         if "make_debug_cursor" not in vars(connection):
             vars(connection)["make_debug_cursor"] = connection.make_cursor
             stack.callback(vars(connection).pop, "make_debug_cursor", None)
+        yield
+
+
+@contextmanager
+def reading_rows(database: str) -> Iterator[None]:
+    """Open a read-only transaction on Django's own connection, for the project's code too."""
+    with unlogged(database), transaction.atomic(using=database):
+        with connections[database].cursor() as cursor:
+            limits = [f"{seconds * 1000:.0f}ms" for seconds in (STATEMENT_SECONDS, LOCK_SECONDS)]
+            cursor.execute(BEGIN_READING, limits)
         yield
 
 

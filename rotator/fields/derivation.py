@@ -138,7 +138,8 @@ def _instances(model: type[Model], database: str) -> Iterator[Model]:
         yield model()
     row: Model | None = None
     with suppress(Exception), unlogged(database):
-        row = QuerySet(model, using=database)[:1].get()
+        # Any row: the model's own order could sort the whole table.
+        row = QuerySet(model, using=database).order_by()[:1].get()
     if row is not None:
         yield row
 

@@ -3,27 +3,23 @@
 import inspect
 import math
 import os
-import re
-import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Final, TypeAlias, TypeVar
 
 from asgiref.sync import sync_to_async
-from django.contrib.auth.base_user import AbstractBaseUser
 from django.core.exceptions import ValidationError
 from django.core.validators import BaseValidator
 from django.db import connections
-from django.db.models import BinaryField, CharField, IntegerField, Model, TextField, UUIDField, Value
+from django.db.models import Model, UUIDField, Value
 from django.db.models.fields import NOT_PROVIDED
 from django.db.models.sql import Query
-from django.utils.module_loading import import_string
 
 from rotator.exceptions import (
     NoDefaultError,
@@ -32,6 +28,7 @@ from rotator.exceptions import (
     TargetError,
     ValuesError,
 )
+from rotator.fields.advice import advice, suitable_generator
 from rotator.fields.connections import lost_is_an_outage, unlogged
 from rotator.fields.derivation import comparable, is_expression, overrides, sql_hook, transforms
 from rotator.fields.model import AnyField, fetch_instances, fetch_instances_at, field_label
@@ -59,15 +56,6 @@ ROWS_SECONDS: Final = 0.5
 # RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
 _SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
 _SET_VARIANT: Final = bytes(byte & 0x3F | 0x80 for byte in range(256))
-
-HASH_NAME: Final = re.compile(
-    r"(hash(es)?|digest|checksum|fingerprint|hmac)(_|$)|(^|_)(hashed|(md5|sha\d+)(_|$))", re.IGNORECASE
-)
-# Claims of signed tokens that identify the token or the key of its signature.
-TOKEN_CLAIM_NAME: Final = re.compile(r"(^|_)(jti|kid|sid)(_|$)")
-_MAKING: Final = re.compile(r"^_?(generate|make|create|new|random|get_new|get_random)_(?P<made>\w+)$")
-_HEX_OF_32_BYTES: Final = 64
-_BYTES: Final = 32
 
 
 def uuid4_block(count: int, random_bytes: Callable[[int], bytes] = os.urandom) -> bytes:
@@ -266,9 +254,9 @@ class _ValueChecker:
 
 
 def _import_generator(path: str) -> Callable[..., object]:
-    """Import a function of a module, or a method of a class."""
+    """Import a function of a module, or a method of a class or of a model's manager."""
     try:
-        found = _import(path)
+        found: object = resolve_name(path)
     except Exception as error:
         raise TargetError(
             f"The generator {path} cannot be imported ({type(error).__name__}). Write it as "
@@ -279,20 +267,6 @@ def _import_generator(path: str) -> Callable[..., object]:
     if inspect.iscoroutinefunction(found):
         raise TargetError(f"The generator {path} is a coroutine function. Name a plain function.")
     return found
-
-
-def _import(path: str) -> object:
-    try:
-        return import_string(path)
-    except ImportError:
-        owner, _, name = path.rpartition(".")
-        module, _, class_name = owner.rpartition(".")
-        if not module:
-            raise
-        kind: object = getattr(import_module(module), class_name)
-        if not isinstance(kind, type):
-            raise TypeError(f"{owner} is not a class") from None
-        return getattr(kind, name)
 
 
 def _takes_instance(path: str, generator: Callable[..., object]) -> bool:
@@ -327,7 +301,7 @@ def _default(field: AnyField, database: str) -> Callable[[], object]:
     if overrides(field, "get_default") and _makes_new_values(field.get_default):
         return field.get_default
     default: object = field.default
-    if default is not NOT_PROVIDED and callable(default):
+    if default is not NOT_PROVIDED and callable(default) and not _is_constant(default):
         return default
     server_default = getattr(field, "db_default", NOT_PROVIDED)
     if hasattr(server_default, "resolve_expression") and not isinstance(server_default, Value):
@@ -335,9 +309,17 @@ def _default(field: AnyField, database: str) -> Callable[[], object]:
         if _makes_new_values(evaluate):
             return evaluate
     raise NoDefaultError(
-        f"{field_label(field)} has no default that makes a new value for each row. {_advice(field)}",
-        generator=suitable_generator(field),
+        f"{field_label(field)} has no default that makes a new value for each row. {advice(field, database)}",
+        generator=suitable_generator(field, database),
     )
+
+
+def _is_constant(make: Callable[[], object]) -> bool:
+    """Return whether a default, such as ``dict``, makes the same value again."""
+    with suppress(Exception):
+        return comparable(make()) == comparable(make())
+    # The trial of the values reports the error.
+    return False
 
 
 def _makes_new_values(make: Callable[[], object]) -> bool:
@@ -364,138 +346,3 @@ def _evaluate_on_server(field: AnyField, default: object, database: str) -> Call
         return values.popleft()
 
     return evaluate
-
-
-# --- Warnings and advice from names and types ----------------------------------------------------------
-
-
-def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
-    """Return the warnings that follow from the names of the rotated fields, one sentence each."""
-    warnings = [
-        f"signed tokens refer to {field.name}: tokens that are revoked by it become valid again"
-        for field in fields
-        if TOKEN_CLAIM_NAME.search(field.name)
-    ]
-    # Several fields may be a secret and its hash, which are made together.
-    if len(fields) == 1 and is_password(fields[0]):
-        warnings.append(f"{fields[0].name} holds hashes of passwords: values are stored as they are made")
-    elif len(fields) == 1 and HASH_NAME.search(fields[0].name):
-        warnings.append(
-            f"the name {fields[0].name} suggests that it holds a hash: values are stored as they are made"
-        )
-    return tuple(warnings)
-
-
-def is_password(field: AnyField) -> bool:
-    """Return whether a field holds the hashes of passwords of Django's users."""
-    return field.name == "password" and issubclass(field.model, AbstractBaseUser)
-
-
-def _advice(field: AnyField) -> str:
-    if is_password(field):
-        return (
-            "It holds hashes of passwords, and no user could log in with a plain text in it. To make users "
-            "set new passwords, name a callable with --generator that takes nothing and returns "
-            "django.contrib.auth.hashers.make_password(None)."
-        )
-    if TOKEN_CLAIM_NAME.search(field.name):
-        return (
-            "Signed tokens refer to it. With new values, tokens that are revoked by it would become valid "
-            "again. Rotate the key of the signature instead."
-        )
-    if HASH_NAME.search(field.name):
-        return (
-            "Its name suggests that it holds a hash, and a plain value in it matches no secret. Name the "
-            "field of the secret as a target too, if there is one, and a --generator that returns a mapping "
-            "of the fields' names to the values to store."
-        )
-    for path in _application_functions(field):
-        return f"The application's {path.rpartition('.')[2]} may make such values: --generator {path}."
-    return f"Name a callable that makes values with --generator{_example(field)}"
-
-
-def suitable_generator(field: AnyField) -> str | None:
-    """Return the path of a callable whose values fit a field.
-
-    It is empty where the user has to write one, and None where plain new values would be of no use.
-    """
-    if TOKEN_CLAIM_NAME.search(field.name) or HASH_NAME.search(field.name) or is_password(field):
-        return None
-    return next(_application_functions(field), None) or _standard_generator(field)
-
-
-def _standard_generator(field: AnyField) -> str:
-    length = field.max_length
-    match field:
-        case UUIDField():
-            return "uuid.uuid4"
-        case BinaryField() if length is None or length >= _BYTES:
-            return "secrets.token_bytes"
-        case CharField() | TextField() if length is None or length >= _HEX_OF_32_BYTES:
-            return "secrets.token_hex" if _accepts(field, _HEX_OF_32_BYTES) else ""
-        case _:
-            return ""
-
-
-def _application_functions(field: AnyField) -> Iterator[str]:
-    """Yield the paths of the application's functions that seem to make values of this field."""
-    model = field.model
-    module = import_module(model.__module__)
-    for kind in model.__mro__:
-        if kind.__module__.startswith("django."):
-            continue
-        for name, method in vars(kind).items():
-            if isinstance(method, staticmethod | classmethod) and _makes(getattr(model, name), name, field):
-                yield f"{model.__module__}.{model.__qualname__}.{name}"
-    for name, function in vars(module).items():
-        if inspect.isfunction(function) and _makes(function, name, field):
-            yield f"{module.__name__}.{name}"
-
-
-def _makes(function: Callable[..., object], name: str, field: AnyField) -> bool:
-    found = _MAKING.match(name)
-    if found is None or not (found["made"] in field.name or field.name in found["made"]):
-        return False
-    try:
-        inspect.signature(function).bind()
-    except (TypeError, ValueError):
-        return False
-    return not inspect.iscoroutinefunction(function)
-
-
-def _example(field: AnyField) -> str:
-    """Return the end of the advice: a callable whose values fit the field."""
-    length = field.max_length
-    if path := _standard_generator(field):
-        return f", e.g. --generator {path}."
-    match field:
-        case BinaryField():
-            return f", e.g. one that returns secrets.token_bytes({length})."
-        case IntegerField():
-            return ", e.g. one that returns secrets.randbelow(2**31), or less if the field has limits."
-        case CharField() | TextField():
-            return _text_example(field, length)
-        case _:
-            return f", one that returns values for a {type(field).__name__}."
-
-
-def _text_example(field: AnyField, length: int | None) -> str:
-    digits = _HEX_OF_32_BYTES if length is None else min(_HEX_OF_32_BYTES, length - length % 2)
-    if not _accepts(field, digits):
-        limit = "" if length is None else f" and at most {length} characters"
-        return f", one whose values have the form that the field's validators accept{limit}."
-    if digits == 0:
-        return f", one that returns texts of at most {length} characters."
-    return f", one that returns at most {length} characters, e.g. secrets.token_hex({digits // 2})."
-
-
-def _accepts(field: AnyField, digits: int) -> bool:
-    """Return whether a field's validators accept this number of hexadecimal digits."""
-    # An application that looks values up in lower case still finds hexadecimal digits.
-    try:
-        field.run_validators(secrets.token_hex(digits // 2))
-    except ValidationError:
-        return False
-    except Exception:  # noqa: BLE001, S110 - a validator of the project that needs more than a value
-        pass
-    return True

@@ -1,18 +1,17 @@
 """Finds the columns of a project that look like secrets, and asks whether they can be rotated."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final
 
 from django.apps import apps
 from django.conf import settings
-from django.db import Error, connections, router, transaction
+from django.db import Error, connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.exceptions import NoDefaultError, OptionError, RotatorError, TargetError
-from rotator.fields.connections import is_in_transaction, run, unlogged
+from rotator.fields.connections import is_in_transaction, reading_rows, run
 from rotator.fields.model import AnyField, field_label, key_fields
 from rotator.fields.secret_rules import (
     HASH_FORMAT,
@@ -29,9 +28,6 @@ from rotator.models import Rotation
 from rotator.options import Selection
 from rotator.postgres.catalog import read_table
 from rotator.postgres.column_samples import (
-    BEGIN_READING,
-    LOCK_SECONDS,
-    STATEMENT_SECONDS,
     ColumnSample,
     Pace,
     Patterns,
@@ -114,7 +110,7 @@ def take_inventory(database: str) -> Inventory:
     connection = connections[database]
     _check(connection)
     fields = list(_stored_fields(database))
-    with _reading(database):
+    with reading_rows(database):
         session = read_session(connection, ("pg_class",))
     server = server_of(connection, session)
     inventory = Inventory(examined=len(fields))
@@ -163,7 +159,7 @@ def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearc
     """
     connection = connections[database]
     _check(connection)
-    with _reading(database):
+    with reading_rows(database):
         server = server_of(connection, read_session(connection, ("pg_class",)))
         found = Rotation.objects.using(database).filter(pk=rotation).first()
     if found is None:
@@ -214,16 +210,6 @@ def _stored_fields(database: str) -> Iterator[AnyField]:
                 yield each
 
 
-@contextmanager
-def _reading(database: str) -> Iterator[None]:
-    """Open a read-only transaction on Django's own connection, for the project's code too."""
-    with unlogged(database), transaction.atomic(using=database):
-        with connections[database].cursor() as cursor:
-            limits = [f"{seconds * 1000:.0f}ms" for seconds in (STATEMENT_SECONDS, LOCK_SECONDS)]
-            cursor.execute(BEGIN_READING, limits)
-        yield
-
-
 async def _read(
     server: Server, fields: Sequence[AnyField], others: Sequence[tuple[str, ...]], inventory: Inventory
 ) -> tuple[Mapping[tuple[str, ...], StoredTable], Mapping[AnyField, ColumnSample]]:
@@ -263,7 +249,7 @@ def _resolved(column: SecretColumn, each: AnyField, database: str) -> SecretColu
     if refusal := _default_refusal(each, database):
         return replace(column, refusal=refusal)
     try:
-        with _reading(database):
+        with reading_rows(database):
             resolve([column.label], database, Selection())
     except NoDefaultError as error:
         if error.generator is None:
@@ -281,7 +267,7 @@ def _resolved(column: SecretColumn, each: AnyField, database: str) -> SecretColu
 def _default_refusal(each: AnyField, database: str) -> str:
     """Return the reason why the default of a field cannot be called; empty where it can."""
     try:
-        with _reading(database):
+        with reading_rows(database):
             # The same call as a rotation's: NOT_PROVIDED is a class, and without effect.
             default: object = each.default
             if callable(default):
@@ -318,7 +304,7 @@ def _last_rotations(database: str) -> Mapping[tuple[str, str], LastRotation]:
     found = dict[tuple[str, str], LastRotation]()
     completed = Rotation.objects.using(database).filter(status=Rotation.Status.COMPLETED).order_by("pk")
     try:
-        with _reading(database):
+        with reading_rows(database):
             rotations = list(completed)
     except Error:
         return {}

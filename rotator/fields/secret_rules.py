@@ -19,7 +19,7 @@ from django.db.models import (
     UUIDField,
 )
 
-from rotator.fields.generators import HASH_NAME
+from rotator.fields.advice import HASH_NAME
 from rotator.fields.model import AnyField
 from rotator.postgres.column_samples import ColumnSample
 

@@ -9,6 +9,7 @@ from django.db.models import DateField, Field, Model, TimeField
 from django.db.models.signals import post_save, pre_save
 
 from rotator.exceptions import OptionError, TargetError
+from rotator.fields.advice import name_warnings
 from rotator.fields.derivation import (
     Derivation,
     derivation,
@@ -18,7 +19,7 @@ from rotator.fields.derivation import (
     transforms,
 )
 from rotator.fields.filters import row_condition
-from rotator.fields.generators import check_plain_values, name_warnings, value_source
+from rotator.fields.generators import check_plain_values, value_source
 from rotator.fields.model import AnyField, field_label, key_fields
 from rotator.options import Selection
 from rotator.runner.context import RunTarget
@@ -150,10 +151,10 @@ def _check_blank(fields: Sequence[AnyField], database: str) -> None:
         # Where NULL is allowed, it stands for no secret.
         if field.blank and not field.null and stores_blank_otherwise(field, database):
             raise TargetError(
-                f"{field_label(field)} can be blank, and a {type(field).__name__} stores a blank value in "
+                f"{field_label(field)} can be blank, and its {type(field).__name__} stores a blank value in "
                 "another form than the empty text, e.g. encrypted. So the rotation cannot leave rows without "
                 "a secret as they are. If each row may get a secret, use --include-blank. To leave some out, "
-                "use --filter or --exclude with another field, too."
+                "also use --filter or --exclude with another field."
             )
 
 

@@ -54,12 +54,12 @@ def test_a_column_has_its_reasons_rows_and_command() -> None:
 
 @pytest.mark.usefixtures("database")
 def test_the_command_that_it_names_rotates_the_column() -> None:
-    models.Order.objects.bulk_create(models.Order(api_key=f"leaked {i}") for i in range(ROWS))
+    models.Order.objects.bulk_create(models.Order(api_key=f"{i}leaked") for i in range(ROWS))
     _, command, *arguments = columns()["shop.Order.api_key"]["command"].split()
 
     call_command(command, *arguments, stdout=StringIO(), stderr=StringIO())
 
-    assert not models.Order.objects.filter(api_key__startswith="leaked").exists()
+    assert not models.Order.objects.filter(api_key__endswith="leaked").exists()
     last = columns()["shop.Order.api_key"]["last_rotation"]
     assert last["is_filtered"] is False
     assert f"by rotation {last['rotation']}" in find()
@@ -82,7 +82,6 @@ def test_a_column_that_cannot_be_rotated_has_the_reason(database: Database) -> N
         database.execute("DROP VIEW shop_orderview")
     for label, refusal in (
         ("shop.Searchable.secret", "Searchable.search is a SearchField, which derives its value"),
-        ("shop.WrittenInSql.encrypted", "returned the same value"),
         ("shop.OrderView.api_key", "it is a view"),
         ("shop.Code.code", "new values would break these references"),
     ):

@@ -1,6 +1,8 @@
 """Fields and models as other packages write them: what is refused, and where new values come from."""
 
+import base64
 import uuid
+from collections.abc import Callable
 
 import pytest
 from django.contrib.auth.models import User
@@ -13,6 +15,7 @@ from tests.integration.any_model import table_of
 from tests.integration.outcomes import assert_completed, each_connection, rotate
 from tests.integration.rotation_tables import Database
 from tests.shop import models
+from tests.shop.generators import letters, token
 from tests.shop.models import Client
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
@@ -48,7 +51,9 @@ def test_a_binary_field_of_django_is_not_refused() -> None:
 
 def test_a_constant_is_refused_although_each_ciphertext_differs() -> None:
     with pytest.raises(ValuesError, match="returned the same value 100 times"):
-        prepare(["shop.WrittenInSql.encrypted"], "default", OPTIONS)
+        prepare(
+            ["shop.WrittenInSql.encrypted"], "default", OPTIONS, Selection(generator=f"{MADE_BY}constant")
+        )
 
 
 # --- Keys ------------------------------------------------------------------------------------------
@@ -209,6 +214,12 @@ ADVICE = {
     "Maker.number": r"--generator uuid\.uuid4",
     "Maker.blob": r"--generator secrets\.token_bytes",
     "Maker.hashed_key": r"suggests that it holds a hash",
+    "Maker.private_key": r"a new pair of keys",
+    "Maker.ticket": r"--generator tests\.shop\.models\.Maker\.objects\.create_ticket_text\.",
+    "Maker.serial": r"--generator tests\.shop\.models\.Maker\.generate_serial\.",
+    # Its method saves the row.
+    "Maker.voucher": r"e\.g\. --generator secrets\.token_hex\.",
+    "Maker.options": r"values for a JSONField",
     "Maker.keyhash": r"suggests that it holds a hash",
     "Maker.same_by_server": r"values for a DateTimeField",
     "Maker.identifier": r"form that the field's validators accept and at most 20 characters",
@@ -225,9 +236,55 @@ def test_the_advice_fits_the_field(field: str, advice: str) -> None:
     assert "token_urlsafe" not in str(caught.value)
 
 
+PRESENT = {
+    "32 base32 digits": (
+        lambda i: base64.b32encode(i.to_bytes(20, "little")).decode(),
+        r"form of the present ones \(32 base32 digits\)\.",
+    ),
+    "a prefix": (
+        lambda i: f"ST-{10 ** (i % 4)}-{token()}",
+        r"present ones \(letters, digits, hyphens and underscores, the same first characters\)\.",
+    ),
+    "no alphabet": (lambda i: f"{i}/{token()}", r"form of the present ones\."),
+    "letters and digits": (
+        lambda i: f"{i:02}{letters()[:18]}".ljust(50, "Z"),
+        r"e\.g\. --generator secrets\.token_hex\.",
+    ),
+    "other hexadecimal digits": (
+        lambda i: f"{i * 7919:064x}"[::-1],
+        r"e\.g\. --generator secrets\.token_hex\.",
+    ),
+}
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize(("make", "advice"), PRESENT.values(), ids=PRESENT)
+def test_the_advice_fits_the_present_values(make: Callable[[int], str], advice: str) -> None:
+    values = [make(i) for i in range(1, 20)]
+    models.Maker.objects.bulk_create(
+        models.Maker(key="1", pin="1", number=uuid.uuid4(), blob=b"1", own_default="1", long=value)
+        for value in values
+    )
+    with pytest.raises(TargetError, match=advice) as caught:
+        prepare(["shop.Maker.long"], "default", OPTIONS)
+    assert not any(value in str(caught.value) for value in values)
+
+
+def test_the_advice_does_not_wait_for_a_lock(database: Database) -> None:
+    locker = database.connect()
+    locker.execute("BEGIN")
+    locker.execute("LOCK TABLE shop_maker")
+    try:
+        with pytest.raises(TargetError, match=r"--generator secrets\.token_hex"):
+            prepare(["shop.Maker.long"], "default", OPTIONS)
+    finally:
+        locker.execute("ROLLBACK")
+
+
 @pytest.mark.parametrize(
     ("field", "generator"),
     [
+        ("ticket", "tests.shop.models.Maker.objects.create_ticket_text"),
         ("key", "tests.shop.models.Maker.generate_key"),
         ("key", "tests.shop.models.Maker.generate_for_class"),
         ("key", "tests.shop.models.Maker.generate_for_row"),
@@ -252,7 +309,14 @@ def test_a_method_a_default_of_the_field_and_one_of_the_server(
 
 def make_makers() -> None:
     models.Maker.objects.bulk_create(
-        models.Maker(key=f"leaked {i}", pin="1", number=uuid.uuid4(), blob=b"1", own_default=f"leaked {i}")
+        models.Maker(
+            key=f"leaked {i}",
+            ticket=f"leaked {i}",
+            pin="1",
+            number=uuid.uuid4(),
+            blob=b"1",
+            own_default=f"leaked {i}",
+        )
         for i in range(ROWS)
     )
 

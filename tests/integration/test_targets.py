@@ -330,7 +330,7 @@ def test_a_slow_generator_gets_smaller_ranges(
 REFUSED_GENERATORS = {
     "nowhere.at_all": "cannot be imported",
     f"{MADE_BY}nothing": "cannot be imported",
-    "token": "cannot be imported",
+    "token": "cannot be called",
     f"{MADE_BY}two": "needs first, second",
     f"{MADE_BY}coroutine": "is a coroutine",
     "string.ascii_letters": "cannot be called",

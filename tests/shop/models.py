@@ -230,6 +230,11 @@ class Searchable(models.Model):
     search = SearchField(max_length=64, default="")
 
 
+class MakerManager(models.Manager["Maker"]):
+    def create_ticket_text(self) -> str:
+        return f"{self.model.__name__}-{token()}"
+
+
 class Maker(models.Model):
     """Makes its keys by methods of the model."""
 
@@ -238,6 +243,11 @@ class Maker(models.Model):
     number = models.UUIDField()
     blob = models.BinaryField()
     hashed_key = models.CharField(max_length=128)
+    private_key = models.TextField(default="")
+    ticket = models.CharField(max_length=64, default="")
+    serial = models.CharField(max_length=64, default="")
+    voucher = models.CharField(max_length=64, default="")
+    options = models.JSONField(default=dict)
     keyhash = models.CharField(max_length=64, default="")
     jti = models.CharField(max_length=64, default=token)
     token_jti = models.CharField(max_length=64, default="")
@@ -247,6 +257,8 @@ class Maker(models.Model):
     own_default = OwnDefaultField(max_length=40)
     by_server = models.UUIDField(db_default=RandomUUID())
     same_by_server = models.DateTimeField(db_default=Now())
+
+    objects = MakerManager()
 
     @staticmethod
     def generate_key() -> str:
@@ -258,6 +270,14 @@ class Maker(models.Model):
 
     def generate_for_row(self) -> str:
         return f"{self.pk} {token()}"
+
+    def generate_serial(self) -> str:
+        return f"{self.pk}-{token()}"
+
+    def generate_voucher(self) -> str:
+        self.voucher = token()
+        self.save()
+        return self.voucher
 
 
 class PrefixedKey(models.Model):
