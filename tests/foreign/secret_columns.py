@@ -38,6 +38,8 @@ KNOWN: Final = {
 UNKNOWN: Final = {
     "django_rest_passwordreset.ResetPasswordToken.key": "secret",
     "drfpasswordless.CallbackToken.key": "secret",
+    "lti1p3_tool_config.LtiToolKey.private_key": "secret",
+    "mama_cas.ServiceTicket.ticket": "secret",
     "oidc_provider.Client.client_secret": "secret",
     "oidc_provider.Code.code": "secret",
     "oidc_provider.RSAKey.key": "secret",
@@ -46,6 +48,7 @@ UNKNOWN: Final = {
     "oidc_provider.Token.refresh_token": "secret",
     "shop.Cryptography.secret": "secret",
     "shop.Fernet.secret": "secret",
+    "shop.FernetBlank.secret": "secret",
     # Only a sample of its values reveals them.
     "shop.Integration.parameters": "secret",
     "shop.Integration.reference": "secret",
@@ -57,6 +60,9 @@ UNKNOWN: Final = {
     "shop.Unsearchable.secret": "secret",
     "shop.WithEvents.secret": "secret",
     "shop.WithHistory.secret": "secret",
+    "social_django.Association.secret": "secret",
+    "social_django.Code.code": "secret",
+    "social_django.Partial.token": "secret",
 }
 """Of packages that the rules do not name, and of the project."""
 

@@ -23,6 +23,7 @@ PACKAGES = (
     "django-encrypted-model-fields",
     "django-extensions",
     "django-invitations",
+    "django-mama-cas",
     "django-model-utils",
     "django-oauth-toolkit",
     "django-oidc-provider",
@@ -37,7 +38,9 @@ PACKAGES = (
     "djangorestframework-api-key",
     "djangorestframework-simplejwt",
     "drfpasswordless",
+    "pylti1p3",
     "shortuuid",
+    "social-auth-app-django",
 )
 """As they are installed; django-fernet-encrypted-fields has a module of the same name as one of these."""
 
@@ -81,7 +84,7 @@ def test_foreign_models(site: Site) -> None:
     results = [json.loads(line) for line in said.splitlines() if line.startswith('{"name"')]
     failed = [f"{result['name']}: {result['reason']}" for result in results if not result["passed"]]
     assert not failed, "\n".join(failed)
-    assert len(results) >= LEAST_MODELS
+    assert len({result["model"] for result in results}) >= LEAST_MODELS
     assert "leaked" not in said
 
 

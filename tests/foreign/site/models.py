@@ -19,6 +19,10 @@ class Fernet(models.Model):
     secret = FernetCharField(max_length=80, default=secrets.token_hex)
 
 
+class FernetBlank(models.Model):
+    secret = FernetCharField(max_length=80, default=secrets.token_hex, blank=True)
+
+
 class Cryptography(models.Model):
     secret = encrypt(models.CharField(max_length=80, default=secrets.token_hex))
 
