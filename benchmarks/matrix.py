@@ -1,9 +1,11 @@
-"""Runs the tests of foreign fields in one environment after another, and prints one table of the results.
+"""Runs the tests of foreign fields in each environment with each setting, and prints one table.
 
     python benchmarks/matrix.py --environment 'Django 6.1 on Python 3.12=/path/to/its/venv' ...
+    python benchmarks/matrix.py --server 'PostgreSQL 15=postgres://user:password@host/postgres' ...
 
-Each environment has the packages of ``.[project,embedded,test]``. The first rows are this environment's own,
-with settings that change the event loop, the driver or Django. Versions that are not given are not run.
+An environment has the packages of ``.[project,embedded,test]``. The first one is that of this script. The
+settings are the installed packages on the embedded server, an event loop and a driver without the packages
+that a project may lack, and the given servers. Versions that are not given are not run.
 """
 
 import argparse
@@ -18,57 +20,61 @@ from typing import Final
 PROJECT: Final = Path(__file__).parent.parent
 TESTS: Final = ("tests/integration/test_foreign_fields.py", "tests/integration/test_callers.py")
 SECONDS: Final = 600
+SERVER: Final = "TEST_DATABASE_URL"
 # Put before the tests: a module of this name cannot be imported.
 _WITHOUT: Final = "import sys; sys.modules[{!r}] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-_VERSIONS: Final = (
-    "import django, platform, psycopg; print('Python', platform.python_version(), 'Django',"
-    " django.__version__, 'psycopg', psycopg.__version__, psycopg.pq.__impl__)"
-)
+_VERSIONS: Final = f"""
+import django, os, platform, psycopg
+print("Python", platform.python_version(), "Django", django.__version__, end=" ")
+print("psycopg", psycopg.__version__, psycopg.pq.__impl__, end=" ")
+if url := os.environ.get({SERVER!r}):
+    with psycopg.connect(url) as server:
+        print("PostgreSQL", server.info.parameter_status("server_version"))
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One row of the table.
+    """One setting of an environment.
 
     Attributes:
-        name: The name of the row.
-        python: The interpreter of the environment.
+        name: The name of the setting.
         variables: The environment variables to add.
         without: The module that is missing; empty for none.
     """
 
     name: str
-    python: Path
     variables: dict[str, str] = field(default_factory=dict)
     without: str = ""
 
-    def run(self) -> tuple[bool, str]:
+    def run(self, python: Path) -> tuple[bool, str]:
         """Return whether the tests pass, and the versions or the reason why not."""
-        environment = {**os.environ, **self.variables}
+        environment = {name: value for name, value in os.environ.items() if name != SERVER} | self.variables
         try:
-            versions = self._output(["-c", _VERSIONS], environment)
+            versions = _output(python, ["-c", _VERSIONS], environment)
         except subprocess.CalledProcessError as error:
             return False, last_line(error.output)
         start = ["-c", _WITHOUT.format(self.without)] if self.without else ["-m", "pytest"]
         try:
-            said = self._output([*start, *TESTS, "-q", "-o", "filterwarnings="], environment)
+            said = _output(python, [*start, *TESTS, "-q", "-o", "filterwarnings="], environment)
         except subprocess.CalledProcessError as error:
             return False, f"{versions}: {last_line(error.output)}"
         except subprocess.TimeoutExpired:
             return False, f"{versions}: no end after {SECONDS} s"
         return True, f"{versions}: {last_line(said)}"
 
-    def _output(self, arguments: list[str], environment: dict[str, str]) -> str:
-        return subprocess.run(
-            [self.python, *arguments],
-            cwd=PROJECT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS,
-            check=True,
-        ).stdout.strip()
+
+def _output(python: Path, arguments: list[str], environment: dict[str, str]) -> str:
+    return subprocess.run(
+        [python, *arguments],
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+        check=True,
+    ).stdout.strip()
 
 
 def last_line(text: str) -> str:
@@ -76,17 +82,22 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
-def settings(given: list[str], database: str) -> Iterator[Setting]:
-    """Return the rows: this environment's, then those that the user gives."""
-    own = Path(sys.executable)
-    yield Setting(name="as it is installed", python=own)
-    yield Setting(name="without uvloop", python=own, without="uvloop")
-    yield Setting(name="psycopg in Python alone", python=own, variables={"PSYCOPG_IMPL": "python"})
-    if database:
-        yield Setting(name="another server", python=own, variables={"DATABASE_URL": database})
+def environments(given: list[str]) -> Iterator[tuple[str, Path]]:
+    """Yield the names and interpreters of the environments: this one, then those that the user gives."""
+    yield "this one", Path(sys.executable)
     for text in given:
         name, _, folder = text.partition("=")
-        yield Setting(name=name, python=Path(folder) / "bin" / "python")
+        yield name, Path(folder) / "bin" / "python"
+
+
+def settings(servers: list[str]) -> Iterator[Setting]:
+    """Yield the settings: the packages, then the servers that the user gives."""
+    yield Setting(name="as installed")
+    yield Setting(name="without uvloop", without="uvloop")
+    yield Setting(name="psycopg in Python alone", variables={"PSYCOPG_IMPL": "python"})
+    for text in servers:
+        name, _, url = text.partition("=")
+        yield Setting(name=name, variables={SERVER: url})
 
 
 def main() -> int:
@@ -95,14 +106,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--environment", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--database", default="", metavar="URL", help="Another server, as a DATABASE_URL.")
+    parser.add_argument("--server", action="append", default=[], metavar="NAME=URL")
     options = parser.parse_args()
-    print("| setting | result | versions, or the reason |\n| --- | --- | --- |")
+    print("| environment | setting | result | versions, or the reason |\n| --- | --- | --- | --- |")
     passed = True
-    for setting in settings(options.environment, options.database):
-        is_passed, reason = setting.run()
-        passed = passed and is_passed
-        print(f"| {setting.name} | {'pass' if is_passed else 'FAIL'} | {reason} |", flush=True)
+    for name, python in environments(options.environment):
+        for setting in settings(options.server):
+            is_passed, reason = setting.run(python)
+            passed = passed and is_passed
+            result = "pass" if is_passed else "FAIL"
+            print(f"| {name} | {setting.name} | {result} | {reason} |", flush=True)
     return 0 if passed else 1
 
 

@@ -17,7 +17,7 @@ from psycopg import sql
 from tests.acceptance.harness import PROJECT, url_of
 
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_SECONDS = 300
+_SECONDS = 900
 # What Django's own connections are made with, and others are not.
 _DJANGOS_OWN = ("cursor_factory", "context", "prepare_threshold", "dbname")
 
@@ -39,8 +39,8 @@ class Environment:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path) -> "Environment":
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=_SECONDS)
+    def make(cls, folder: Path, python: str = sys.executable) -> "Environment":
+        subprocess.run([python, "-m", "venv", folder], check=True, timeout=_SECONDS)
         return cls(folder)
 
     def run(self, command: str, *, cwd: Path, status: int = 0) -> str:
