@@ -1,4 +1,4 @@
-"""Other sessions: old transactions, holders of locks, and holders of the xmin horizon."""
+"""Other sessions: old transactions, holders of locks and of the xmin horizon, and standbys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
+from rotator.exceptions import ServerLostError
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
 
@@ -114,3 +115,31 @@ async def horizon_holders(connection: AsyncConnection) -> tuple[HorizonHolder, .
         cursor = connection.cursor(row_factory=class_row(HorizonHolder))
         await cursor.execute(_HORIZON_HOLDERS, (_HORIZON_HOLDERS_READ,))
         return tuple(await cursor.fetchall())
+
+
+# The view's sync_state is NULL without pg_read_all_stats.
+_MISSING_STANDBYS: Final = (
+    "SELECT current_setting('synchronous_standby_names')"
+    " WHERE current_setting('synchronous_standby_names') <> ''"
+    " AND current_setting('synchronous_commit') NOT IN ('off', 'local')"
+    " AND (NOT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')"
+    " OR sync_state IS NULL)"
+    " OR EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    " AND datname = current_database() AND application_name = current_setting('application_name')))"
+)
+
+
+async def check_standbys(connection: AsyncConnection) -> None:
+    """Refuse to begin where each commit would wait for a synchronous standby that is not there.
+
+    Raises:
+        ServerLostError: No synchronous standby confirms commits.
+    """
+    async with translate_errors(connection):
+        cursor = await connection.execute(_MISSING_STANDBYS)
+        row = await cursor.fetchone()
+    if row:
+        raise ServerLostError(
+            f"Each commit waits for a synchronous standby (synchronous_standby_names is '{row[0]}'), and none "
+            "confirms it. Start the standby, or change that setting."
+        )

@@ -35,7 +35,7 @@ from rotator.events import (
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
 from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
-from rotator.postgres.activity import lock_holders
+from rotator.postgres.activity import check_standbys, lock_holders
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.control import read_requested
 from rotator.postgres.errors import settings_that_show_values
@@ -247,6 +247,7 @@ class Run:
         """
         self._findings = findings
         async with connected(self._context.server) as control:
+            await check_standbys(control)
             table = await self._check(control)
             self._acquired = await acquire(control, table, self._context, self._findings)
         await self._record("queued")
@@ -293,6 +294,7 @@ class Run:
         while True:
             try:
                 async with connected(self._context.server) as control:
+                    await check_standbys(control)
                     self._table = self._table or await self._check(control)
                     self._acquired = await self._own(control, self._table)
                     # A run without --prove resumes a rotation with it.

@@ -175,6 +175,42 @@ def test_a_role_that_may_not_have_so_many_connections(database: Database, rotati
         audit.assert_rotated_once()
 
 
+def test_a_synchronous_standby_that_is_not_there(
+    server: OwnServer, database: Database, rotations: Rotations
+) -> None:
+    audit = make_tickets(database, ROWS)
+    with server.configured(synchronous_standby_names="away"):
+        refused = rotations.rotated(database.url())
+
+        assert refused.status == 1
+        assert refused.complaint == (
+            "Each commit waits for a synchronous standby (synchronous_standby_names is 'away'), and none "
+            "confirms it. Start the standby, or change that setting."
+        )
+        assert database.number("SELECT count(*) FROM rotator_rotation") == 0
+
+    assert_completed(rotations.rotated(database.url()))
+    audit.assert_rotated_once()
+
+
+@pytest.mark.slow  # A commit without an answer is taken for an outage after half a minute.
+def test_a_synchronous_standby_that_goes_away(
+    server: OwnServer, database: Database, rotations: Rotations
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.01)
+    running = rotations.rotate(database.url(), "--batch=100", "--outage-budget=40s")
+    wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
+    with server.configured(synchronous_standby_names="away"):
+        finished = running.wait()
+
+    assert finished.status == 1
+    assert finished.out.splitlines()[1].startswith("Each commit waits for a synchronous standby")
+    speed_up(database)
+    assert_completed(rotations.rotated(database.url()))
+    audit.assert_rotated_once()
+
+
 def test_a_server_that_is_read_only(database: Database, rotations: Rotations) -> None:
     audit = make_tickets(database, 1000)
 
