@@ -174,6 +174,16 @@ def _seconds(value: Duration) -> float | None:
     return float(found[1]) * _SECONDS[found[2]] if found else None
 
 
+def _duration(seconds: float) -> str:
+    """Return a duration as a user writes it, in the largest unit that divides it."""
+    milliseconds = round(seconds * 1000, 3)
+    units = {"h": 3_600_000, "m": 60_000, "s": 1000}
+    for unit, size in units.items():
+        if milliseconds % size == 0:
+            return f"{milliseconds // size:.0f}{unit}"
+    return f"{milliseconds:.3f}".rstrip("0").rstrip(".") + "ms"
+
+
 def _in_range(name: str, number: int) -> int:
     if not 1 <= number <= _MAX_NUMBER:
         raise OptionError(f"{_flag(name)} must be from 1 to {_MAX_NUMBER:,}, not {number}.")
@@ -293,6 +303,7 @@ class RunOptions:
         lag_of: Django's aliases of these replicas.
         max_unarchived_wal_bytes: The WAL that waits for the archiver above which no range begins.
         max_slot_wal_bytes: The WAL that one replication slot keeps above which no range begins.
+        celery: Whether Celery workers rewrite the ranges.
         listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP stop the run; else the caller handles them.
     """
 
@@ -317,6 +328,7 @@ class RunOptions:
     lag_of: tuple[str, ...] = ()
     max_unarchived_wal_bytes: int | None = None
     max_slot_wal_bytes: int | None = None
+    celery: bool = False
     listens_to_signals: bool = True
 
     @classmethod
@@ -378,21 +390,45 @@ class RunOptions:
 
     def __str__(self) -> str:
         """Return the options of the command that a resumed rotation needs again; a phrase without any."""
-        words = list[str]()
-        for name in ("concurrency", "batch", "pace"):
-            value = getattr(self, name)
-            words += [_flag(name), str(value)] if value != getattr(_DEFAULTS, name) else []
-        if self.max_lag_seconds is not None:
-            words += ["--max-lag", f"{self.max_lag_seconds:g}s"]
-            words += [word for alias in self.lag_of for word in ("--lag-of", alias)]
-        for name in ("max_unarchived_wal", "max_slot_wal"):
-            size = getattr(self, f"{name}_bytes")
-            words += [] if size is None else [_flag(name), f"{size // 1024}kB"]
-        words += ["--prove"] if self.prove else []
-        words += ["--guard", self.guard] if self.guard else []
-        words += [] if self.vacuum else ["--no-vacuum"]
-        words += ["--reindex"] if self.reindex else []
+        values, defaults = _values(self), _values(_DEFAULTS)
+        given = {name: value for name, value in values.items() if value != defaults[name]}
+        words = [word for name, value in given.items() for word in (_flag(name), value)]
+        words += [word for alias in self.lag_of for word in ("--lag-of", alias)]
+        switches = {
+            "--celery": self.celery,
+            "--no-vacuum": not self.vacuum,
+            "--prove": self.prove,
+            "--reindex": self.reindex,
+        }
+        words += [flag for flag, is_set in switches.items() if is_set]
         return shlex.join(words) or DEFAULT_OPTIONS
+
+
+def _values(options: RunOptions) -> dict[str, str]:
+    """Return the options with a value, as a user writes them; empty where there is none."""
+    durations = {
+        "lock_timeout": options.limits.lock_seconds,
+        "outage_budget": options.outage_budget_seconds,
+        "max_lag": options.max_lag_seconds,
+    }
+    sizes = {
+        "max_unarchived_wal": options.max_unarchived_wal_bytes,
+        "max_slot_wal": options.max_slot_wal_bytes,
+    }
+    return {
+        "concurrency": str(options.concurrency),
+        "batch": str(options.batch),
+        "pace": options.pace,
+        **{name: "" if seconds is None else _duration(seconds) for name, seconds in durations.items()},
+        **{name: "" if size is None else f"{size // 1024}kB" for name, size in sizes.items()},
+        "guard": options.guard,
+    }
+
+
+def given_options(options: Mapping[str, Any], selection: Mapping[str, Any]) -> RunOptions:
+    """Return saved options as the user gave them: a rotation with ``--leaked`` always has one worker."""
+    saved = RunOptions.from_json(options)
+    return replace(saved, concurrency=_DEFAULTS.concurrency) if selection.get("leaked") else saved
 
 
 def _known(options: type[RunOptions | Selection | WaitLimits], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rotator.events import ActionKind
 from rotator.exceptions import RevisionError, RotatorError
 from rotator.management.control import Request, read_request, send
 from rotator.management.page import page_state
-from rotator.management.rotation import control_of, find_rotations, is_dead, is_silent
+from rotator.management.rotation import control_of, find_rotations, has_owner
 from rotator.models import Rotation
 from rotator.options import PACES, SETTINGS, RunOptions
 
@@ -136,7 +136,7 @@ def control_all(admin: "_Admin", request: HttpRequest) -> HttpResponse:
     asked = read_request([verb])
     number = 0
     for rotation in find_rotations(router.db_for_write(Rotation)).filter(status__in=Rotation.UNFINISHED):
-        if not _answers(rotation) or control_of(rotation).paused == (verb == "pause"):
+        if not has_owner(rotation) or control_of(rotation).paused == (verb == "pause"):
             continue
         send(rotation, asked, by=request.user.get_username(), revision=None)
         admin.log_change(request, rotation, f"Requested: {verb}.")
@@ -178,7 +178,7 @@ def _request(admin: "_Admin", request: HttpRequest, rotation: Rotation) -> str:
     asked = read_request(_words(request))
     if asked.kind is ActionKind.CANCELLED and request.POST.get("target", "").strip() != rotation.target:
         raise RotatorError(f"To cancel it, type the name of its target: {rotation.target}.")
-    if not _answers(rotation):
+    if not has_owner(rotation):
         raise RotatorError("No process works on this rotation, so nothing would answer.")
     revision = request.POST.get("revision", "")
     if not revision.isdecimal():
@@ -207,12 +207,6 @@ def _words(request: HttpRequest) -> list[str]:
 def _described(asked: Request) -> str:
     settings = ", ".join(f"{name} {value or 'default'}" for name, value in asked.values.items())
     return f"set {settings}" if asked.verb == "set" else asked.verb
-
-
-def _answers(rotation: Rotation) -> bool:
-    """Return whether a process works on the rotation, or Celery workers will."""
-    is_owned = rotation.status in (Rotation.Status.RUNNING, Rotation.Status.QUEUED)
-    return is_owned and not is_silent(rotation) and not is_dead(rotation)
 
 
 def _may_control(request: HttpRequest) -> bool:

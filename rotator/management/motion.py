@@ -34,14 +34,12 @@ class Motion:
         headline: One sentence.
         since: The time since which this is so; None where it moves.
         ends: What ends it; empty where it moves.
-        is_ownerless: Whether no process works on an unfinished rotation.
     """
 
     tone: str
     headline: str
     since: datetime | None = None
     ends: str = ""
-    is_ownerless: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +109,6 @@ def motion_of(rotation: Rotation, speed: Speed, state: str, actions: list[Action
         headline=f"Not moving: {rotation.status}{f', {reason}' if reason else ''}",
         since=rotation.updated_at,
         ends=f"{why}No process works on it. The same command resumes it.",
-        is_ownerless=True,
     )
 
 
@@ -126,7 +123,6 @@ def _motion_of_running(  # noqa: PLR0911 - one result for each reason
             headline=f"Not moving: no heartbeat for {duration(silent_seconds(rotation))}",
             since=rotation.updated_at,
             ends=f"{cause} If no process works on it, the same command resumes it.",
-            is_ownerless=True,
         )
     if held := held_by(rotation):
         since = rotation.throttled_since

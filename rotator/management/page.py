@@ -1,6 +1,5 @@
 """What the page shows of one rotation, as text and JSON types: the template and the script show the same."""
 
-import shlex
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
@@ -19,18 +18,22 @@ from rotator.management.rotation import (
     cursor_of,
     detail_of,
     facts_of,
+    has_owner,
     ledger_of,
+    options_of,
     owner_of,
     percent_of_rotation,
+    resume_command_of,
     rows_of,
+    selection_text,
     shown,
     silent_seconds,
     status_of,
     stored,
     survivors_of,
 )
-from rotator.models import Action, Helper, Measurement, Rotation, Span, Verification
-from rotator.options import DEFAULT_OPTIONS, SETTINGS, RunOptions, Selection
+from rotator.models import Action, Measurement, Rotation, Span, Verification
+from rotator.options import SETTINGS, RunOptions, Selection
 from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.preflight import preflight_facts
@@ -67,13 +70,13 @@ def page_state(rotation: Rotation) -> dict[str, object]:
         "revision": control.revision,
         "is_paused": control.paused,
         "is_unfinished": rotation.status in Rotation.UNFINISHED,
-        "can_answer": not motion.is_ownerless and rotation.status in ("running", "queued"),
+        "can_answer": has_owner(rotation),
         "text": {
             "headline": motion.headline,
             "status": status_of(rotation),
             "since": _since(rotation, motion),
             "ends": motion.ends,
-            "command": _command(rotation) if motion.is_ownerless else "",
+            "command": resume_command_of(rotation, hides_keys=hides_keys()),
             "requested": _requested(rotation),
             "percent": f"{percent_of_rotation(rotation)}%",
             "rows": rows_of(rotation),
@@ -135,7 +138,8 @@ def _left_out(rotation: Rotation) -> list[str]:
     chosen = Selection.from_json(rotation.selection)
     left = []
     if chosen.is_filtered:
-        left.append(f"Rows that the filter leaves out keep their values: {_selection(rotation)}")
+        kept = selection_text(rotation, hides_keys=hides_keys())
+        left.append(f"Rows that the filter leaves out keep their values: {kept}")
     fields = _fields(rotation)
     if not chosen.include_null and any(field.null for field in fields):
         left.append("NULL stays NULL (no --include-null).")
@@ -155,15 +159,6 @@ def _fields(rotation: Rotation) -> "list[Field[Any, Any]]":
             field = apps.get_model(model)._meta.get_field(name)
             found += [field] if isinstance(field, Field) else []
     return found
-
-
-def _selection(rotation: Rotation) -> str:
-    chosen = str(Selection.from_json(rotation.selection))
-    if not hides_keys() or chosen == DEFAULT_OPTIONS:
-        return chosen
-    # The value of a filter may be a key.
-    words = shlex.split(chosen)
-    return shlex.join(f"{word.partition('=')[0]}=…" if "=" in word else word for word in words)
 
 
 def _server_facts(rotation: Rotation, latest: Measurement | None) -> Facts:
@@ -208,8 +203,8 @@ def _run_facts(rotation: Rotation) -> Facts:
     facts = [
         ("target", f"{rotation.target} in database '{rotation.database}'"),
         ("table", rotation.table_name),
-        ("chosen by", _selection(rotation)),
-        ("options", str(options)),
+        ("chosen by", selection_text(rotation, hides_keys=hides_keys())),
+        ("options", str(options_of(rotation))),
         (
             "limits",
             f"pace {options.pace}, {plural(options.concurrency, 'worker')}, {count(options.batch)} rows",
@@ -279,16 +274,6 @@ def _public_facts(rotation: Rotation, speed: Speed) -> dict[str, object]:
     if hides_keys():
         del facts["selection"]
     return facts
-
-
-def _command(rotation: Rotation) -> str:
-    """Return the command that resumes a rotation."""
-    words = ["python", "manage.py", "async_rotate", *rotation.target.split(), "--database", rotation.database]
-    for chosen in (_selection(rotation), str(RunOptions.from_json(rotation.options))):
-        words += shlex.split(chosen) if chosen != DEFAULT_OPTIONS else []
-    if stored(Helper, rotation).exists():
-        words.append("--celery")
-    return shlex.join(words)
 
 
 def chart_of(rotation: Rotation) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """A rotation as users see it: the same words and figures in the commands, in their JSON and on the page."""
 
+import shlex
 from typing import Final, TypeVar
 
 from django.core.management import CommandError
@@ -11,7 +12,7 @@ from django.db.models.functions import Now
 from rotator.apps import hides_keys
 from rotator.events import ActionKind, StopReason
 from rotator.models import Action, Control, Ledger, Rotation, Verification
-from rotator.options import SETTINGS, RunOptions, Selection
+from rotator.options import DEFAULT_OPTIONS, SETTINGS, RunOptions, Selection, given_options
 from rotator.postgres.owner import SILENT_SECONDS, Owner
 from rotator.progress.text import HIDDEN, done_of_total, duration, moment, stopped_by
 from rotator.stats import percent_of
@@ -108,6 +109,36 @@ def is_dead(rotation: Rotation) -> bool:
         return False
     budget_seconds = RunOptions.from_json(rotation.options).outage_budget_seconds
     return owner_of(rotation).is_gone() or silent_seconds(rotation) > budget_seconds + SILENT_SECONDS
+
+
+def has_owner(rotation: Rotation) -> bool:
+    """Return whether a process works on a rotation, or Celery workers will."""
+    is_owned = rotation.status in (Rotation.Status.RUNNING, Rotation.Status.QUEUED)
+    return is_owned and not is_silent(rotation) and not is_dead(rotation)
+
+
+def options_of(rotation: Rotation) -> RunOptions:
+    """Return the options of the latest run, as the user gave them."""
+    return given_options(rotation.options, rotation.selection)
+
+
+def selection_text(rotation: Rotation, *, hides_keys: bool) -> str:
+    """Return the options that choose the rows and their values; those of filters can be keys."""
+    chosen = str(Selection.from_json(rotation.selection))
+    if not hides_keys or chosen == DEFAULT_OPTIONS:
+        return chosen
+    words = shlex.split(chosen)
+    return shlex.join(f"{word.partition('=')[0]}=…" if "=" in word else word for word in words)
+
+
+def resume_command_of(rotation: Rotation, *, hides_keys: bool) -> str:
+    """Return the command that resumes a rotation; empty where it is finished, or has an owner."""
+    if rotation.status not in Rotation.UNFINISHED or has_owner(rotation):
+        return ""
+    words = ["python", "manage.py", "async_rotate", *rotation.target.split(), "--database", rotation.database]
+    for chosen in (selection_text(rotation, hides_keys=hides_keys), str(options_of(rotation))):
+        words += shlex.split(chosen) if chosen != DEFAULT_OPTIONS else []
+    return shlex.join(words)
 
 
 def status_of(rotation: Rotation) -> str:

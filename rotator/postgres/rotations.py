@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
-from rotator.options import RunOptions, Selection
+from rotator.options import Selection, given_options
 from rotator.postgres.connection import set_local
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
@@ -274,7 +274,7 @@ async def begin_rotation(
         )
         row = await cursor.fetchone()
         if row:
-            detail = str(RunOptions.from_json(terms.options))
+            detail = str(given_options(terms.options, terms.selection))
             await log_action(connection, row[0], ActionKind.STARTED, by=str(this_process()), detail=detail)
         if row and not repeats:
             # A rotation that was unfinished at the first check may have been completed since. Now that this
@@ -353,7 +353,7 @@ async def take_over(
             **asdict(owner),
         },
         action,
-        str(RunOptions.from_json(options)),
+        str(given_options(options, {} if selection is None else selection.saved)),
     )
 
 

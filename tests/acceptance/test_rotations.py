@@ -48,7 +48,8 @@ def test_following_a_dead_owner_ends_with_a_sentence(commands: Commands) -> None
 
     assert followed.status == 1
     assert followed.err.startswith(f"CommandError: The owner of rotation {number}, ")
-    assert followed.err.endswith("Run its command again to resume it.\n")
+    command = "python manage.py async_rotate tickets.Ticket.token --database default --batch 50"
+    assert followed.err.endswith(f" Resume with: {command}\n")
     assert len(followed.err.splitlines()) == 1
 
 

@@ -1,6 +1,7 @@
 """The pages of rotations in Django's admin."""
 
 import json
+import re
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -8,7 +9,7 @@ import pytest
 from django.conf import settings
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext, override_settings
@@ -19,6 +20,7 @@ from rotator import views
 from rotator.events import ActionKind, Findings, Sample, ServerFindings, TableFindings
 from rotator.management.rotation import facts_of, find_rotations
 from rotator.models import Action, CompletedRange, Control, Ledger, Measurement, Rotation, Verification
+from rotator.options import RunOptions, Selection
 
 pytestmark = pytest.mark.django_db
 
@@ -129,6 +131,35 @@ def test_a_rotation_without_heartbeat_is_not_moving(admin: Client, rotation: Rot
     page = press(admin, rotation, "pause")
     assert "No process works on this rotation" in page
     assert not Control.objects.exists()
+
+
+def test_page_and_commands_show_the_same_command(
+    admin: Client, rotation: Rotation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = RunOptions.checked(concurrency=1, lock_timeout="250ms", outage_budget="1h", prove=True)
+    change(
+        rotation,
+        updated_at=timezone.now() - timedelta(hours=2),
+        options=options.to_json(),
+        selection=Selection(filters=(f"id__lt={KEY}",)).to_json(),
+    )
+    command = (
+        f"python manage.py async_rotate shop.Order.api_key --database default --filter id__lt={KEY} "
+        "--concurrency 1 --lock-timeout 250ms --outage-budget 1h --prove"
+    )
+    number = str(rotation.pk)
+    assert headline_of(admin, rotation).endswith(f" | {command}")
+    call_command("rotations", number)
+    assert f"  resume     {command}\n" in capsys.readouterr().out
+    with pytest.raises(CommandError, match=re.escape(f"Resume with: {command}")):
+        call_command("rotations", number, "--follow")
+    change(rotation, selection=Selection(leaked="list.txt").to_json())
+    assert "--leaked list.txt --lock-timeout 250ms" in headline_of(admin, rotation)
+    for status, finished_at in (("queued", None), ("completed", timezone.now())):
+        change(rotation, status=status, finished_at=finished_at)
+        assert headline_of(admin, rotation).endswith(" | ")
+        call_command("rotations", number)
+        assert "async_rotate" not in capsys.readouterr().out
 
 
 def test_the_reason_of_a_throttle_is_shown(admin: Client, rotation: Rotation) -> None:

@@ -1,5 +1,6 @@
 """The options: their checks, their defaults, and the command to resume a run with."""
 
+import shlex
 from datetime import timedelta
 from pathlib import Path
 
@@ -7,14 +8,16 @@ import pytest
 from django.core.management import CommandParser
 
 from rotator.exceptions import OptionError
-from rotator.management.commands.async_rotate import Command
+from rotator.management.commands.async_rotate import Command, _run_options
 from rotator.management.terminal import resume_command, writable
 from rotator.options import (
     COMMAND_OPTIONS,
+    DEFAULT_OPTIONS,
     Duration,
     RotateOptions,
     RunOptions,
     Selection,
+    given_options,
     read_duration,
     read_rows_or_duration,
 )
@@ -105,6 +108,55 @@ def test_saved_options_of_a_newer_version_are_read() -> None:
 def test_saved_options_of_an_older_version_have_the_defaults() -> None:
     assert RunOptions.from_json({"batch": 7}) == RunOptions(batch=7)
     assert Selection.from_json({}) == Selection()
+
+
+# One line for each option that a resumed run needs again; the others are for one run, or for its start.
+GIVEN_AGAIN = (
+    "--concurrency 3",
+    "--batch 7",
+    "--pace full",
+    "--lock-timeout 250ms",
+    "--outage-budget 90s",
+    "--max-lag 9h --lag-of a --lag-of b",
+    "--max-unarchived-wal 1536kB",
+    "--max-slot-wal 2097152kB",
+    "--prove --guard keep",
+    "--celery",
+    "--no-vacuum",
+    "--reindex",
+)
+OF_ONE_RUN = {
+    *("restart", "after", "take_over", "rotation", "stop_after_rows", "stop_after_seconds"),
+    *("preflight", "sample", "listens_to_signals"),
+}
+
+
+def test_a_resumed_run_needs_each_option_that_is_not_the_default() -> None:
+    parser = Command().create_parser("manage.py", "async_rotate")
+    words = " ".join(GIVEN_AGAIN).split()
+
+    def read(words: list[str]) -> RunOptions:
+        return _run_options(vars(parser.parse_args(words)))
+
+    options, defaults = read(words), read([])
+    assert sorted(shlex.split(str(options))) == sorted(words)
+    assert read(shlex.split(str(options))) == options
+    assert str(defaults) == DEFAULT_OPTIONS
+    same = {name for name, value in options.to_json().items() if value == defaults.to_json()[name]}
+    assert same <= OF_ONE_RUN
+
+
+@pytest.mark.parametrize("value", ["1ms", "1.5ms", "290ms", "1s", "1234567ms", "61s", "8759m", "8760h"])
+def test_a_duration_is_given_again_as_it_was(value: str) -> None:
+    options = RunOptions.checked(outage_budget=value)
+    assert str(options) == f"--outage-budget {value}"
+    assert RunOptions.checked(outage_budget=str(options).split()[1]) == options
+
+
+def test_the_only_worker_of_leaked_values_was_not_chosen_by_the_user() -> None:
+    options = RunOptions(concurrency=1, batch=7).to_json()
+    assert str(given_options(options, Selection(leaked="list").to_json())) == "--batch 7"
+    assert str(given_options(options, Selection().to_json())) == "--concurrency 1 --batch 7"
 
 
 # --- The command line ------------------------------------------------------------------------------

@@ -240,6 +240,7 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
         **{name: options[name] for name in names},
         vacuum=not options["no_vacuum"],
         reindex=options["reindex"],
+        celery=options["celery"],
         prove=options["prove"],
         guard=options["guard"],
         preflight=not options["no_preflight"],

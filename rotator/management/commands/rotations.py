@@ -25,16 +25,18 @@ from rotator.management.rotation import (
     is_dead,
     is_silent,
     ledger_of,
+    options_of,
     owner_of,
     percent_of_rotation,
     read_rotations,
     reason_of,
+    resume_command_of,
     rows_of,
+    selection_text,
     status_of,
 )
 from rotator.management.terminal import OwnCommand, open_closed_streams, writable
 from rotator.models import Action, Ledger, Rotation
-from rotator.options import Selection
 from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
@@ -248,7 +250,8 @@ class Command(OwnCommand):
                 if is_dead(rotation):
                     raise CommandError(
                         f"The owner of rotation {rotation.pk}, {owner_of(rotation)}, has ended or sends no "
-                        "heartbeat, and the rotation is unfinished. Run its command again to resume it."
+                        "heartbeat, and the rotation is unfinished. Resume with: "
+                        f"{resume_command_of(rotation, hides_keys=False)}"
                     )
                 time.sleep(_FOLLOW_SECONDS)
         except KeyboardInterrupt:
@@ -320,7 +323,8 @@ def _details(rotation: Rotation) -> str:
     facts = [
         ("target", f"{rotation.target} in database '{rotation.database}'"),
         ("table", rotation.table_name),
-        ("chosen by", str(Selection.from_json(rotation.selection))),
+        ("chosen by", selection_text(rotation, hides_keys=False)),
+        ("options", str(options_of(rotation))),
         ("status", status_of(rotation)),
         ("rows", f"{rows_of(rotation)} ({percent_of_rotation(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
@@ -349,6 +353,8 @@ def _details(rotation: Rotation) -> str:
         facts.append(("held", f"{held}{since}"))
     if control_of(rotation).revision:
         facts.append(("control", control_text(rotation)))
+    if command := resume_command_of(rotation, hides_keys=False):
+        facts.append(("resume", command))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
 
 
