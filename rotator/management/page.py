@@ -15,6 +15,7 @@ from rotator.management.motion import Motion, Speed, motion_of, speed_of
 from rotator.management.rotation import (
     age_of,
     control_of,
+    control_text,
     cursor_of,
     detail_of,
     facts_of,
@@ -33,7 +34,7 @@ from rotator.management.rotation import (
     survivors_of,
 )
 from rotator.models import Action, Measurement, Rotation, Span, Verification
-from rotator.options import SETTINGS, RunOptions, Selection
+from rotator.options import RunOptions, Selection
 from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.preflight import preflight_facts
@@ -77,7 +78,7 @@ def page_state(rotation: Rotation) -> dict[str, object]:
             "since": _since(rotation, motion),
             "ends": motion.ends,
             "command": resume_command_of(rotation, hides_keys=hides_keys()),
-            "requested": _requested(rotation),
+            "requested": control_text(rotation),
             "percent": f"{percent_of_rotation(rotation)}%",
             "rows": rows_of(rotation),
             "rate": _rate(rotation, motion, speed),
@@ -115,22 +116,6 @@ def _eta(rotation: Rotation, motion: Motion, speed: Speed) -> str:
     if motion.tone != "moving" or speed.eta_seconds is None:
         return "unknown"
     return f"{duration(speed.eta_seconds)} at the current rate"
-
-
-def _requested(rotation: Rotation) -> str:
-    """Return the latest request of a user, and whether it was applied."""
-    control = control_of(rotation)
-    if not control.revision:
-        return ""
-    wanted = ["paused" if control.paused else "not paused"]
-    wanted += [f"{name} {value}" for name in SETTINGS if (value := getattr(control, name))]
-    if control.cancel_revision == control.revision:
-        wanted = ["cancel"]
-    is_applied = rotation.applied_revision >= control.revision
-    state = "applied" if is_applied else "requested, not applied yet"
-    if not is_applied and rotation.status not in ("running", "queued"):
-        state = "applies when the rotation is resumed"
-    return f"{', '.join(wanted)}: revision {control.revision} by {control.changed_by}, {state}"
 
 
 def _left_out(rotation: Rotation) -> list[str]:

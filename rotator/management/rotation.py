@@ -235,14 +235,22 @@ def _control_facts(rotation: Rotation) -> dict[str, object]:
 
 
 def control_text(rotation: Rotation) -> str:
-    """Return the requests of users, and whether the owner has applied them."""
+    """Return the requests of users, and whether the owner has applied them; empty without any."""
     control = control_of(rotation)
-    settings = [f"{name}={value}" for name in SETTINGS if (value := getattr(control, name))]
-    requests = ", ".join([*(["paused"] if control.paused else []), *settings]) or "no limits"
-    applied = "applied" if rotation.applied_revision >= control.revision else "not applied yet"
+    if not control.revision:
+        return ""
+    wanted = ["paused" if control.paused else "not paused"]
+    wanted += [f"{name} {value}" for name in SETTINGS if (value := getattr(control, name))]
+    if control.cancel_revision == control.revision:
+        wanted = ["cancel"]
+    state = "requested, not applied yet"
+    if rotation.applied_revision >= control.revision:
+        state = "applied"
+    elif rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
+        state = "applies when the rotation is resumed"
     return (
-        f"{requests}; revision {control.revision} by {control.changed_by} at {moment(control.changed_at)}, "
-        f"{applied}"
+        f"{', '.join(wanted)}: revision {control.revision} by {control.changed_by} at "
+        f"{moment(control.changed_at)}, {state}"
     )
 
 

@@ -1,5 +1,6 @@
 """The page of a rotation in a real browser, under a strict Content-Security-Policy."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -56,13 +57,14 @@ class Browser:
         return str(self.find(selector).text)
 
     def wait_for(self, text: str, selector: str = "#rotator", *, seconds: float = 60) -> None:
-        """Wait until the page shows a text."""
+        """Wait until the page shows a text, given as a regular expression."""
 
         def is_shown() -> bool:
             self.complaints += [each["message"] for each in self.driver.get_log("browser")]
-            return text in self.driver.execute_script(
+            shown = self.driver.execute_script(
                 "return document.querySelector(arguments[0])?.textContent || ''", selector
             )
+            return re.search(text, shown) is not None
 
         wait_until(is_shown, f"the page shows {text!r}", seconds=seconds)
 
@@ -110,12 +112,12 @@ def test_it_is_watched_and_steered(browsers: Any, running: Running) -> None:  # 
 
     browser.press("pause")
     browser.wait_for("Not moving: paused by alice", "#rotator-headline")
-    browser.wait_for("revision 1 by alice, applied")
+    browser.wait_for("paused: revision 1 by alice at .*, applied")
 
     browser.find("details:has(#rotator-pace) summary").click()
     browser.find("#rotator-workers").send_keys("1")
     browser.press("set")
-    browser.wait_for("concurrency 1: revision 2 by alice, applied")
+    browser.wait_for("paused, concurrency 1: revision 2 by alice at .*, applied")
 
     browser.press("resume")
     browser.wait_for("Moving: ", "#rotator-headline")

@@ -249,7 +249,9 @@ def test_a_label_does_not_cover_the_next_band(admin: Client, rotation: Rotation)
     assert [band["label"] for band in chart["bands"]] == ["", "b"]
 
 
-def test_pause_is_requested_logged_and_shown(admin: Client, rotation: Rotation) -> None:
+def test_pause_is_requested_logged_and_shown(
+    admin: Client, rotation: Rotation, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = press(admin, rotation, "pause")
     assert "Requested: pause (revision 1)" in page
     assert "requested, not applied yet" in page
@@ -258,7 +260,11 @@ def test_pause_is_requested_logged_and_shown(admin: Client, rotation: Rotation) 
     assert Action.objects.get().by == "admin"
     assert "pause" in LogEntry.objects.get().get_change_message()
     change(rotation, applied_revision=1, applied_at=timezone.now())
-    assert "revision 1 by admin, applied" in page_of(admin, rotation)
+    text = state_of(admin, rotation)["text"]
+    assert isinstance(text, dict)
+    assert re.fullmatch(r"paused: revision 1 by admin at \d{4}-.* UTC, applied", text["requested"])
+    call_command("rotations", str(rotation.pk))
+    assert f"  control    {text['requested']}\n" in capsys.readouterr().out
     assert "Requested: resume (revision 2)" in press(admin, rotation, "resume", revision=1)
     assert not Control.objects.get().paused
 

@@ -78,7 +78,7 @@ def test_without_an_owner_a_request_is_stored(status: str) -> None:
     assert ask(number, "set", "concurrency=2", "batch=500").startswith(f"Rotation {number}: the request is ")
     control = Control.objects.get()
     assert (control.paused, control.paused_by, control.concurrency, control.batch) == (True, USER, 2, 500)
-    assert f"paused, concurrency=2, batch=500; revision 2 by {USER} at " in ask(number)
+    assert f"paused, concurrency 2, batch 500: revision 2 by {USER} at " in ask(number)
     assert ask(number, "--log").splitlines()[1].endswith(f" UTC  changed by {USER}: concurrency=2 batch=500")
 
 

@@ -15,7 +15,6 @@ from rotator.management.control import VERBS, Request, await_answer, read_reques
 from rotator.management.evidence import evidence
 from rotator.management.rotation import (
     age_of,
-    control_of,
     control_text,
     detail_of,
     facts_of,
@@ -351,8 +350,8 @@ def _details(rotation: Rotation) -> str:
     if held := held_by(rotation):
         since = f", since {moment(rotation.throttled_since)}" if rotation.throttled_since else ""
         facts.append(("held", f"{held}{since}"))
-    if control_of(rotation).revision:
-        facts.append(("control", control_text(rotation)))
+    if requested := control_text(rotation):
+        facts.append(("control", requested))
     if command := resume_command_of(rotation, hides_keys=False):
         facts.append(("resume", command))
     return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
