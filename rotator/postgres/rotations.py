@@ -77,11 +77,14 @@ class OwnerReport:
         applied_revision: The revision of the control row that it has applied.
         throttle_reason: What holds it, except for a pause; empty where nothing does.
         throttled_seconds: The time since which it is held; 0 where it is not.
+        rejected_keys: The keys that the server has rejected in this run, with the reason; None where they
+            are stored already.
     """
 
     applied_revision: int = 0
     throttle_reason: str = ""
     throttled_seconds: float = 0.0
+    rejected_keys: Sequence[tuple[Key, str]] | None = None
 
 
 _NO_REPORT: Final = OwnerReport()
@@ -515,7 +518,7 @@ async def beat(
             " WHEN %(reason)s = '' THEN NULL"
             # The reason may change with each heartbeat, while the rotation is held all the time.
             " ELSE COALESCE(throttled_since, clock_timestamp() - make_interval(secs => %(held)s)) END,"
-            " applied_revision = %(applied)s,"
+            " rejected_keys = COALESCE(%(rejected_keys)s, rejected_keys), applied_revision = %(applied)s,"
             " applied_at = CASE WHEN applied_revision = %(applied)s THEN applied_at"
             " ELSE clock_timestamp() END"
         ).format(_FIGURES),
@@ -524,6 +527,7 @@ async def beat(
             "reason": report.throttle_reason,
             "held": report.throttled_seconds,
             "applied": report.applied_revision,
+            "rejected_keys": None if report.rejected_keys is None else _rejected(report.rejected_keys),
             **asdict(figures),
         },
     )
@@ -554,7 +558,7 @@ async def stop(
                 "status": status,
                 "stop_reason": stop_reason or "",
                 "error": error,
-                "rejected_keys": Jsonb([[str(key), reason] for key, reason in rejected_keys]),
+                "rejected_keys": _rejected(rejected_keys),
                 **asdict(figures),
             },
         )
@@ -562,6 +566,10 @@ async def stop(
         by = str(this_process())
         await log_action(connection, lease.rotation, ActionKind.STOPPED, by=by, detail=detail)
     return rows_done
+
+
+def _rejected(keys: Sequence[tuple[Key, str]]) -> Jsonb:
+    return Jsonb([[str(key), reason] for key, reason in keys])
 
 
 async def complete(

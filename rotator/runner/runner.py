@@ -47,10 +47,11 @@ from rotator.postgres.rotations import OwnerReport, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
-from rotator.ranges import intervals_between
+from rotator.ranges import Key, intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
+from rotator.runner.engine import MAX_FAILED_ROWS
 from rotator.runner.gate import Gate
 from rotator.runner.horizon import HorizonWatch
 from rotator.runner.measuring import Measuring
@@ -189,6 +190,8 @@ class Run:
         self._lock_watch = LockWatch(self._notify)
         self._findings: Findings | None = None
         self._is_completed = False
+        # Those of an earlier run are stored until the first heartbeat of this one.
+        self._stored_rejected: tuple[tuple[Key, str], ...] | None = None
         self._has_ledger = options.prove
         self._server_name = ""
 
@@ -433,6 +436,7 @@ class Run:
         self._live.apply(await read_requested(control, acquired.lease.rotation))
         # Helpers read a pause from the control row.
         held = [hold for source, hold in self._gate.holds.items() if source != PAUSE]
+        rejected = tuple(self._stats.rejected_keys[:MAX_FAILED_ROWS])
         beat_at = await rotations.beat(
             control,
             acquired.lease,
@@ -442,8 +446,10 @@ class Run:
                 applied_revision=self._live.revision,
                 throttle_reason="; ".join(hold.reason for hold in held),
                 throttled_seconds=time.monotonic() - held[0].since if held else 0.0,
+                rejected_keys=None if rejected == self._stored_rejected else rejected,
             ),
         )
+        self._stored_rejected = rejected
         self._throttles.note_beat(beat_at)
         await self._measuring.record_if_due(control, acquired.lease.rotation)
 

@@ -10,7 +10,16 @@ import psycopg
 import pytest
 from django.utils import timezone
 
-from rotator.events import Event, Findings, Preflighted, RangeCompleted, Throttled, Vacuumed, VacuumSkipped
+from rotator.events import (
+    Event,
+    Findings,
+    Preflighted,
+    RangeCompleted,
+    RotationStarted,
+    Throttled,
+    Vacuumed,
+    VacuumSkipped,
+)
 from rotator.exceptions import RotatorError
 from rotator.models import Action, Measurement, Rotation
 from rotator.postgres.connection import connected
@@ -68,6 +77,28 @@ def test_measurements_come_regularly_without_a_change(
     assert (times[-1] - times[0]).total_seconds() > 0.08 * (len(times) - 1)
     assert measured.filter(is_change=True).count() == 1
     assert rows == sorted(rows)
+
+
+def test_rejected_rows_are_stored_while_the_run_goes_on(database: Database) -> None:
+    database.make_tickets(1, 300)
+    trigger = database.before_update(
+        "PERFORM pg_sleep(0.002); IF OLD.id IN (7, 100) THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;"
+    )
+    stored = set[tuple[str, int]]()
+
+    def read(event: Event) -> None:
+        if isinstance(event, RangeCompleted | RotationStarted):
+            query = "SELECT status, jsonb_array_length(rejected_keys) FROM rotator_rotation"
+            stored.update(database.connect().execute(query).fetchall())
+
+    assert rotate_tickets(read, batch=5, concurrency=1).status == "failed"
+    assert {("running", 0), ("running", 2)} <= stored
+
+    # The next run retries these rows, so it begins without them.
+    database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
+    stored.clear()
+    assert_completed(rotate_tickets(read, batch=5, concurrency=1), rows=300)
+    assert stored == {("running", 2), ("running", 0)}
 
 
 def test_the_log_has_options_and_vacuums(database: Database) -> None:
