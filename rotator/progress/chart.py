@@ -119,7 +119,7 @@ def _runs(values: dict[int, float | None], top: float) -> list[list[str]]:
         return runs
     # A short rotation has fewer measurements than the chart has points.
     known = [at for at, value in values.items() if value is not None]
-    near = max(2, 2 * POINTS // max(len(known), 1)) if len(known) > 1 else 2
+    near = max(2, 2 * POINTS // max(len(values), 1))
     for at in known:
         value = values[at] or 0.0
         if last is None or at - last > near:

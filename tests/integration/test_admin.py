@@ -225,6 +225,22 @@ def test_a_chart_is_drawn_of_what_was_measured(admin: Client, rotation: Rotation
     assert float(band["x"].rstrip("%")) == pytest.approx(33.9, abs=0.5)
 
 
+def test_a_line_ends_where_a_figure_was_not_measured(admin: Client, rotation: Rotation) -> None:
+    for number in range(20):
+        Measurement.objects.create(
+            rotation=rotation,
+            at=timezone.now() + timedelta(seconds=5 * number),
+            rows_done=100 * number,
+            state="rotating",
+            workers=4,
+            commit_seconds=0.004 if number in (2, 10, 11) else None,
+        )
+    chart = state_of(admin, rotation)["chart"]
+    assert isinstance(chart, dict)
+    assert chart["commits"].count("M") == 2
+    assert chart["rows"].count("M") == 1
+
+
 def test_a_label_does_not_cover_the_next_band(admin: Client, rotation: Rotation) -> None:
     began = timezone.now() - timedelta(seconds=200)
     # Two bands next to each other, and one with space after it.
