@@ -15,11 +15,11 @@ from django.db import Error, connection
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
 
-# Small ranges on one connection: the rotation of a million rows takes some minutes.
-_ROTATE: Final = ("async_rotate", "--noinput", "--restart", "--concurrency=2", "--batch=40", "--pace=gentle")
+# Small ranges: the rotation of a million rows takes some minutes.
+_ROTATE: Final = ("async_rotate", "--noinput", "--restart", "--concurrency=2", "--batch=20", "--pace=gentle")
 _ROTATION_WAIT_SECONDS: Final = 30.0
-# What an application would do during the rotation, so that the pace has something to protect.
-_COMMITS_PER_SECOND: Final = 60
+# What an application would do. The pace protects one that commits more than the rotation does.
+_COMMITS_PER_SECOND: Final = 400
 
 
 def main() -> int:
@@ -88,6 +88,8 @@ def _wait_for_rotation(rotation: "subprocess.Popen[bytes]") -> int:
 def _commit_often() -> None:
     # The embedded server may end before this thread does.
     with suppress(Error), connection.cursor() as cursor:
+        # A slow disk would leave few commits.
+        cursor.execute("SET synchronous_commit = off")
         while True:
             cursor.execute("SELECT pg_logical_emit_message(true, 'demo', '')")
             time.sleep(1 / _COMMITS_PER_SECOND)
