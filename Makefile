@@ -12,7 +12,7 @@ INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-celery demo-page test test-slow test-foreign test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
+.PHONY: help demo demo-celery demo-page test test-slow test-page test-foreign test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -65,6 +65,9 @@ test: .venv/test ## Run the test suite, except for what is slow
 
 test-slow: .venv/test ## Run the slow tests: long faults, browsers, fresh environments, and further variants
 	$(PYTEST) -m slow
+
+test-page: .venv/test ## Run the tests of the page in Chromium
+	$(BIN)/python -m pytest -m slow tests/acceptance/test_page.py
 
 test-foreign: .venv/test ## Rotate the models of foreign packages, which are installed for that
 	$(BIN)/python -m pytest -m foreign

@@ -3,54 +3,65 @@
 import re
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.contrib.auth.models import User
-from django.test import Client
+from django.test import Client, override_settings
+from django.utils import timezone
+from pytest_django.live_server_helper import LiveServer
 
 from rotator.models import Control, Rotation
-from tests.acceptance.audit import audited_tickets, slow_down, speed_up
-from tests.acceptance.harness import Commands, Running, wait_for_checkpoints, wait_until
+from rotator.postgres.owner import this_process
+from tests.acceptance.audit import make_tickets, slow_down, speed_up
+from tests.acceptance.harness import Commands, Running, number, wait_for_checkpoints, wait_until
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed.")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="There is no Chromium with its driver: install chromium-driver."
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="There is no Chromium with its driver: install chromium-driver."
+    ),
+]
 
-# A minute, if no test speeds it up: browsers start slowly on a busy machine.
+# A minute, if no test speeds it up.
 ROWS = 40_000
 TARGET = "tickets.Ticket.token"
+_BUSY_SESSIONS = (
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    " AND pid <> pg_backend_pid() AND application_name <> 'rotator'"
+)
 
 
 class Browser:
-    """A Chromium that is logged in, with one rotation's page."""
+    """A Chromium that is logged in as alice."""
 
-    def __init__(self, site: str, cookie: str, *, has_scripts: bool = True) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-            options.add_argument(argument)
-        if not has_scripts:
-            options.add_experimental_option(
-                "prefs", {"profile.managed_default_content_settings.javascript": 2}
-            )
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver: Any = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    def __init__(self, driver: Any, site: str) -> None:  # noqa: ANN401 - selenium ships no types that are checked here
+        self.driver = driver
         self._site = site
         self.complaints: list[str] = []
+        client = Client()
+        client.force_login(User.objects.create_superuser("alice"))
         # A cookie needs a page of its site.
-        self.driver.get(f"{site}/static/rotator/rotator.css")
-        self.driver.add_cookie({"name": "sessionid", "value": cookie})
+        driver.get(f"{site}/static/rotator/rotator.css")
+        driver.add_cookie({"name": "sessionid", "value": client.cookies["sessionid"].value})
 
-    def open(self, rotation: Rotation, query: str = "") -> None:
-        self.driver.get(f"{self._site}/admin/rotator/rotation/{rotation.pk}/change/{query}")
+    def open(self, query: str = "") -> None:
+        self.driver.get(f"{self._site}/admin/rotator/rotation/{Rotation.objects.get().pk}/change/{query}")
 
-    def find(self, selector: str) -> Any:  # noqa: ANN401 - selenium ships no types that are checked here
+    def open_tab(self) -> str:
+        """Open the page in another tab, and return its name."""
+        self.driver.switch_to.new_window("tab")
+        self.open()
+        return str(self.driver.current_window_handle)
+
+    def find(self, selector: str) -> Any:  # noqa: ANN401
         return self.driver.find_element("css selector", selector)
 
     def text(self, selector: str = "body") -> str:
@@ -60,7 +71,7 @@ class Browser:
         """Wait until the page shows a text, given as a regular expression."""
 
         def is_shown() -> bool:
-            self.complaints += [each["message"] for each in self.driver.get_log("browser")]
+            self.listen()
             shown = self.driver.execute_script(
                 "return document.querySelector(arguments[0])?.textContent || ''", selector
             )
@@ -71,47 +82,88 @@ class Browser:
     def press(self, request: str) -> None:
         self.find(f"button[name=request][value={request}]").click()
 
-    def close(self) -> None:
+    def listen(self) -> None:
+        """Keep what the browser has written to its console."""
         self.complaints += [each["message"] for each in self.driver.get_log("browser")]
-        self.driver.quit()
+
+    def close(self) -> None:
+        """Close all tabs but one, which shows nothing then."""
+        self.listen()
+        first, *others = self.driver.window_handles
+        for tab in others:
+            self.driver.switch_to.window(tab)
+            self.driver.close()
+        self.driver.switch_to.window(first)
+        self.driver.get("about:blank")
+        # A request that the browser has given up would block the clearing of the tables.
+        wait_until(lambda: number(_BUSY_SESSIONS) == 0, "the site has answered every request")
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started: Any = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    """The project's site with the policy; a server reads the middleware only when it starts."""
+    with override_settings(MIDDLEWARE=["tests.acceptance.strict_csp.strict_csp", *settings.MIDDLEWARE]):
+        server = LiveServer("localhost")
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture
-def browsers(commands: Commands, live_server: Any, settings: Any) -> Iterator[Any]:  # noqa: ANN401, ARG001
-    settings.MIDDLEWARE = ["tests.acceptance.strict_csp.strict_csp", *settings.MIDDLEWARE]
-    client = Client()
-    client.force_login(User.objects.create_superuser("alice"))
-    opened = list[Browser]()
-
-    def start(*, has_scripts: bool = True) -> Browser:
-        opened.append(Browser(live_server.url, client.cookies["sessionid"].value, has_scripts=has_scripts))
-        return opened[-1]
-
-    yield start
-    for browser in opened:
-        browser.close()
-        assert [text for text in browser.complaints if "Content Security Policy" in text] == []
-        assert [text for text in browser.complaints if "rotator.js" in text] == []
+def browser(commands: Commands, driver: Any, site: str) -> Iterator[Browser]:  # noqa: ANN401, ARG001
+    opened = Browser(driver, site)
+    yield opened
+    opened.close()
+    assert [text for text in opened.complaints if "Content Security Policy" in text] == []
+    assert [text for text in opened.complaints if "rotator.js" in text] == []
 
 
 @pytest.fixture
-def running(commands: Commands) -> Running:
+def running(commands: Commands, browser: Browser) -> Running:  # noqa: ARG001 - browsers start slowly
     """A rotation that takes long."""
-    audited_tickets(ROWS)
-    slow_down(0.05)
-    started = commands.start("--batch=20", "--concurrency=2")
-    wait_for_checkpoints(5)
+    make_tickets(ROWS)
+    slow_down(0.4)
+    started = commands.start("--batch=200", "--concurrency=2", "--pace=full")
+    wait_for_checkpoints(2)
     return started
 
 
-@pytest.mark.slow
-def test_it_is_watched_and_steered(browsers: Any, running: Running) -> None:  # noqa: ANN401
-    browser: Browser = browsers()
-    browser.open(Rotation.objects.get())
-    browser.wait_for("Moving: ", "#rotator-headline")
+@pytest.fixture
+def owned(browser: Browser) -> None:  # noqa: ARG001
+    """A rotation that this process seems to own: its heartbeat is new for a minute."""
+    owner = this_process()
+    Rotation.objects.create(
+        target=TARGET,
+        database="default",
+        started_xid=1,
+        version="0",
+        options={},
+        rows_total=ROWS,
+        owner_host=owner.host,
+        owner_pid=owner.pid,
+        owner_process=owner.process,
+        owner_user=owner.user,
+        updated_at=timezone.now() + timedelta(minutes=1),
+    )
+
+
+def test_it_is_watched_and_steered_to_its_end(browser: Browser, running: Running) -> None:
+    browser.open()
+    browser.wait_for("^Moving: ", "#rotator-headline")
 
     browser.press("pause")
-    browser.wait_for("Not moving: paused by alice", "#rotator-headline")
+    browser.wait_for("^Not moving: paused by alice", "#rotator-headline")
     browser.wait_for("paused: revision 1 by alice at .*, applied")
 
     browser.find("details:has(#rotator-pace) summary").click()
@@ -120,79 +172,66 @@ def test_it_is_watched_and_steered(browsers: Any, running: Running) -> None:  # 
     browser.wait_for("paused, concurrency 1: revision 2 by alice at .*, applied")
 
     browser.press("resume")
-    browser.wait_for("Moving: ", "#rotator-headline")
-
-    browser.find("details:has(#rotator-target) summary").click()
-    browser.find("#rotator-target").send_keys(TARGET)
-    browser.press("cancel")
-    browser.wait_for("Not moving: interrupted, cancelled by alice", "#rotator-headline")
-    browser.wait_for(f"async_rotate {TARGET}", ".rotator-command")
-    assert "No process works on this rotation" in browser.text()
-    assert running.wait().status == 130
-
-
-@pytest.mark.slow
-def test_it_is_watched_to_its_end(browsers: Any, running: Running) -> None:  # noqa: ANN401
-    browser: Browser = browsers()
-    browser.open(Rotation.objects.get())
-    browser.wait_for("Moving: ", "#rotator-headline")
+    browser.wait_for("^Moving: ", "#rotator-headline")
     speed_up()
-    browser.wait_for("Completed", "#rotator-headline")
+    browser.wait_for("^Completed", "#rotator-headline")
     assert running.wait().status == 0
     assert browser.text("[data-text=percent]") == "100%"
     assert browser.text("[data-text=eta]") == "completed"
     assert "completed" in browser.text("[data-log]")
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("running")
-def test_the_older_of_two_tabs_is_refused(browsers: Any) -> None:  # noqa: ANN401
-    one, other = browsers(), browsers()
-    for browser in (one, other):
-        browser.open(Rotation.objects.get())
-    other.find("details:has(#rotator-pace) summary").click()
-    other.find("#rotator-workers").send_keys("1")
-    one.press("pause")
-    one.wait_for("paused by alice")
-    # The other tab shows the pause, but its form is based on what it showed before.
-    other.wait_for("Not moving: paused by alice", "#rotator-headline")
-    other.press("set")
-    other.wait_for("alice has changed this rotation since you have seen it", ".messagelist")
+def test_it_is_cancelled(browser: Browser, running: Running) -> None:
+    browser.open()
+    browser.find("details:has(#rotator-target) summary").click()
+    browser.find("#rotator-target").send_keys(TARGET)
+    browser.press("cancel")
+    browser.wait_for("^Not moving: interrupted, cancelled by alice", "#rotator-headline")
+    browser.wait_for(f"async_rotate {TARGET} .*--batch 200 --pace full", ".rotator-command")
+    assert "No process works on this rotation" in browser.text()
+    assert running.wait().status == 130
+
+
+@pytest.mark.usefixtures("owned")
+def test_the_older_of_two_tabs_is_refused(browser: Browser) -> None:
+    browser.open()
+    older = browser.driver.current_window_handle
+    browser.find("details:has(#rotator-pace) summary").click()
+    browser.find("#rotator-workers").send_keys("1")
+    browser.open_tab()
+    browser.press("pause")
+    browser.wait_for("paused by alice")
+    # The older tab shows the pause, but its form is based on what it showed before.
+    browser.driver.switch_to.window(older)
+    browser.wait_for("^Not moving: paused by alice", "#rotator-headline")
+    browser.press("set")
+    browser.wait_for("alice has changed this rotation since you have seen it", ".messagelist")
     assert Control.objects.get().concurrency is None
 
 
-@pytest.mark.slow
-def test_the_death_of_the_owner_is_shown(browsers: Any, running: Running) -> None:  # noqa: ANN401
-    browser: Browser = browsers()
-    browser.open(Rotation.objects.get())
-    browser.wait_for("Moving: ", "#rotator-headline")
+def test_the_death_of_the_owner_is_shown(browser: Browser, running: Running) -> None:
+    browser.open()
+    browser.wait_for("^Moving: ", "#rotator-headline")
     running.kill()
-    browser.wait_for("Not moving: no heartbeat for ", "#rotator-headline", seconds=15)
+    browser.wait_for("^Not moving: no heartbeat for ", "#rotator-headline", seconds=15)
     assert "has ended." in browser.text()
     assert not browser.find("button[value=pause]").is_displayed()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("running")
-def test_it_works_without_scripts_and_on_a_small_screen(browsers: Any) -> None:  # noqa: ANN401
-    browser: Browser = browsers(has_scripts=False)
-    rotation = Rotation.objects.get()
-
-    def is_moving() -> bool:
-        # Without scripts, only another request shows that the rate is known now.
-        browser.open(rotation, "?still")
-        return "Moving: " in browser.text("#rotator-headline")
-
-    wait_until(is_moving, "the page shows that it moves")
-    assert "This page does not reload." in browser.text()
-    browser.press("pause")
-    wait_until(lambda: Control.objects.get().paused, "it is paused")
-
-    small: Browser = browsers()
-    small.driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True},
-    )
-    small.open(rotation)
-    small.wait_for("paused by alice", "#rotator-headline")
-    assert small.driver.execute_script("return document.documentElement.scrollWidth") <= 360
+@pytest.mark.usefixtures("owned")
+def test_it_works_without_scripts_and_on_a_small_screen(browser: Browser) -> None:
+    size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.open("?still")
+        assert browser.text("#rotator-headline") == "Starting: the rate is not known yet"
+        assert "This page does not reload." in browser.text()
+        browser.press("pause")
+        wait_until(lambda: Control.objects.filter(paused=True).exists(), "it is paused")
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    browser.open()
+    browser.wait_for("paused by alice", "#rotator-headline")
+    assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= 360
+    browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
