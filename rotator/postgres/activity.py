@@ -140,6 +140,6 @@ async def check_standbys(connection: AsyncConnection) -> None:
         row = await cursor.fetchone()
     if row:
         raise ServerLostError(
-            f"Each commit waits for a synchronous standby (synchronous_standby_names is '{row[0]}'), and none "
-            "confirms it. Start the standby, or change that setting."
+            f"Each commit waits for a synchronous standby (synchronous_standby_names is '{row[0]}'), and "
+            "none confirms it. Start the standby, or change that setting."
         )
