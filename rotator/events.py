@@ -376,7 +376,7 @@ class RangeRetried:
     Attributes:
         rows: Rows that the range had when it was planned.
         reason: The server's condition, e.g. ``deadlock_detected``.
-        split: Whether it is retried in two halves.
+        split: Whether it is retried in two parts.
     """
 
     rows: int

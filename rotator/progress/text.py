@@ -120,16 +120,13 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
         case events.RotationStarted():
             return _resumed(event) if event.resumed else _started(event)
         case events.RangeRetried():
-            parts = " in two halves" if event.split else ""
+            parts = " in two parts" if event.split else ""
             line = f"a range of {plural(event.rows, 'row')} is retried{parts}: {event.reason}"
             return "" if event.reason in stats.retry_reasons else line
         case events.RowRejected():
             return _rejected(event, len(stats.rejected_keys))
         case events.OutageStarted():
-            return (
-                f"the server is unreachable: {event.reason.rstrip('.')}; "
-                f"waiting for up to {duration(event.budget_seconds)}"
-            )
+            return f"outage: {event.reason.rstrip('.')}; waiting for up to {duration(event.budget_seconds)}"
         case events.OutageEnded():
             return (
                 f"the server is reachable again after {duration(event.seconds)}: "

@@ -47,7 +47,7 @@ def test_connections_cut_again_and_again(
 
     assert cut >= CUTS
     assert_completed(finished)
-    assert finished.err.count("the server is unreachable: ") == CUTS
+    assert finished.err.count("outage: ") == CUTS
     audit.assert_rotated_once()
 
 
@@ -88,7 +88,7 @@ def test_a_range_whose_commit_is_ambiguous(
 
     assert_completed(finished)
     # Two of them may be lost at once.
-    assert finished.err.count("the server is unreachable: ") in (1, 2)
+    assert finished.err.count("outage: ") in (1, 2)
     audit.assert_rotated_once()
 
 

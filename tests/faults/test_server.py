@@ -70,7 +70,7 @@ def test_away_for_a_moment(
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
     server.stop()
     time.sleep(1)
-    assert "the server is unreachable: " in running.err
+    assert "outage: " in running.err
     server.start()
     finished = running.wait()
 
@@ -327,7 +327,7 @@ def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotat
             assert "No space left on device" in server.log()
             assert finished.status == 1
             assert "Traceback" not in finished.err
-            assert "the server is unreachable: " in finished.err
+            assert "outage: " in finished.err
             assert finished.out.splitlines()[1].startswith("The ")
             assert json.loads((tmp_path / "report").read_text())["status"] == "interrupted"
             audit.assert_each_row_written_at_most_once()

@@ -36,7 +36,7 @@ def test_a_range_that_is_too_slow_is_split_and_is_no_outage(database: Database, 
 
     assert_completed(finished)
     assert re.findall(r"a range of .* is retried.*: .*", finished.err) == [
-        "a range of 200 rows is retried in two halves: query_canceled (57014), in the function theirs()"
+        "a range of 200 rows is retried in two parts: query_canceled (57014), in the function theirs()"
     ]
     assert "unreachable" not in finished.err
     assert 0 < _retries(finished) < 40
@@ -64,7 +64,7 @@ def test_a_transaction_of_many_slices_is_limited_as_a_whole(database: Database, 
     finished = running.wait()
 
     assert_completed(finished)
-    assert "24,000 rows is retried in two halves: the transaction of the range takes too long" in finished.err
+    assert "24,000 rows is retried in two parts: the transaction of the range takes too long" in finished.err
     # The limit of the transaction, four seconds, and that of its last slice.
     assert waited < 5.5
     audit.assert_rotated_once()

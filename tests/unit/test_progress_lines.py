@@ -115,7 +115,7 @@ def test_a_resumed_start_is_one_line() -> None:
     [
         (
             OutageStarted(reason="Connection refused.", budget_seconds=300),
-            "the server is unreachable: Connection refused; waiting for up to 5 min 00 s",
+            "outage: Connection refused; waiting for up to 5 min 00 s",
         ),
         (
             OutageEnded(seconds=12, rows_done=410_000, late_rows=0),
@@ -134,7 +134,7 @@ def test_a_resumed_start_is_one_line() -> None:
         ),
         (
             RangeRetried(rows=2000, reason="deadlock_detected (40P01)", split=True),
-            "a range of 2,000 rows is retried in two halves: deadlock_detected (40P01)",
+            "a range of 2,000 rows is retried in two parts: deadlock_detected (40P01)",
         ),
         (LateRowsRotated(rows=12), "rotated 12 late rows"),
         (
