@@ -10,9 +10,9 @@ ranges in flight, and the same call resumes the rotation.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from asgiref.sync import sync_to_async
 from django.apps import apps
@@ -58,6 +58,8 @@ from rotator.runner.proof import forget, unguard
 from rotator.runner.runner import Run
 
 __all__ = ["RotateOptions", "RotationUnfinishedError", "Target", "rotate", "rotate_sync"]
+
+T = TypeVar("T")
 
 # The pool logs lost connections. The run reports them itself, so a process without logging need not.
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
@@ -145,9 +147,8 @@ def rotate_sync(
     thread. In a thread with a running event loop it raises an error: use :func:`rotate` there.
     """
     observer = _checked_observer(observer)
-    prepared = _prepare_call(target, options)
-    with borrowed():
-        return _completed(prepared.rotate(observer, keeps_connections=True))
+    prepared = replace(_prepare_call(target, options), keeps_connections=True)
+    return _completed(prepared.rotate(observer))
 
 
 def _checked_observer(observer: Observer | None) -> Observer:
@@ -196,11 +197,13 @@ def prepare(
     selection: Selection | None = None,
     *,
     is_begun: bool = False,
+    keeps_connections: bool = False,
 ) -> "Prepared":
     """Check everything that Django's side can check, before anything is changed.
 
     Without labels the target is that of the setting; without a database, the one that the project's routers
-    write the model to. If the rotation has begun, the rotator's tables exist and are not checked.
+    write the model to. If the rotation has begun, the rotator's tables exist and are not checked. For
+    ``keeps_connections`` see :class:`Prepared`.
 
     Raises:
         RotatorError: The rotation cannot begin; the text says why.
@@ -229,7 +232,7 @@ def prepare(
     server = server_of(connection, session)
     throttles = find_sources(options.lag_of, throttle_paths(), server)
     target = replace(target, source=source, path=path, session=session, throttles=throttles)
-    return Prepared(target=target, options=options, server=server)
+    return Prepared(target=target, options=options, server=server, keeps_connections=keeps_connections)
 
 
 def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrapper:
@@ -273,12 +276,22 @@ class Prepared:
 
     Attributes:
         findings: The findings that the user has seen already, to be stored; None where there are none.
+        keeps_connections: Whether Django's connections of this thread stay open, because the caller uses
+            them. By default those without a transaction are closed, so that they are not idle during the run.
     """
 
     target: RunTarget
     options: RunOptions
     server: Server
     findings: Findings | None = None
+    keeps_connections: bool = False
+
+    def _run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if self.keeps_connections:
+            with borrowed():
+                return run(main)
+        close_idle()
+        return run(main)
 
     def with_leaked_values(self) -> "Prepared":
         """Read the leaked values that the selection names, and return the rotation of only their rows."""
@@ -303,27 +316,23 @@ class Prepared:
     def count_leaked(self, path: str, column: str) -> LeakedValuesFound:
         """Search the table for the leaked values of a file, and return which of them rows have now."""
         values = self._read_leaked(path, column)
-        close_idle()
-        return run(lambda: count_leaked(self.server, self.target, values))
+        return self._run(lambda: count_leaked(self.server, self.target, values))
 
     def earlier(self) -> Earlier:
         """Return the earlier rotations of this target that matter to a new run."""
-        return run(lambda: find_earlier(self.server, self.target))
+        return self._run(lambda: find_earlier(self.server, self.target))
 
     def examine(self) -> Findings:
         """Return the preflight report; the rows of its sample are rolled back."""
-        close_idle()
-        return run(lambda: dry_run(self.server, self.target, self.options))
+        return self._run(lambda: dry_run(self.server, self.target, self.options))
 
     def begin(self, observer: Observer) -> int:
         """Begin or resume the rotation, queue it for Celery workers, and return its id."""
-        close_idle()
-        return run(lambda: Run(self.server, self.target, self.options, observer).begin(self.findings))
+        return self._run(lambda: Run(self.server, self.target, self.options, observer).begin(self.findings))
 
     def reindex(self, observer: Observer, rotation: int) -> tuple[str, ...]:
         """Rebuild the indexes after a completed rotation, and return the statements for the rest."""
-        close_idle()
-        return run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
+        return self._run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
 
     def verify(
         self, observer: Observer, rotation: int, *, repairs: bool, should_stop: ShouldStop | None = None
@@ -342,16 +351,13 @@ class Prepared:
             async with borrowed_in_loop():
                 return await verifying.verify(rotation, repairs=repairs)
 
-        close_idle()
-        return run(work)
+        return self._run(work)
 
     def rotate(
         self,
         observer: Observer,
         ask_for_help: AskForHelp | None = None,
         should_stop: ShouldStop | None = None,
-        *,
-        keeps_connections: bool = False,
     ) -> RotationStopped:
         """Run until the rotation is completed or the run is stopped.
 
@@ -359,12 +365,8 @@ class Prepared:
             observer: Is called with each event.
             ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.
             should_stop: Is called now and then, and returns whether to drain; None to drain on signals only.
-            keeps_connections: Keep Django's connections of this thread open. By default those without a
-                transaction are closed, so that they are not idle during the run.
         """
-        if not keeps_connections:
-            close_idle()
-        return run(lambda: self.rotate_in_this_loop(observer, ask_for_help, should_stop))
+        return self._run(lambda: self.rotate_in_this_loop(observer, ask_for_help, should_stop))
 
     async def rotate_in_this_loop(
         self,
@@ -402,8 +404,7 @@ class Prepared:
             async with borrowed_in_loop():
                 return await helper.work(TargetIdentity.from_json(identity))
 
-        close_idle()
-        return run(work)
+        return self._run(work)
 
     def _on_commit(self, observer: Observer | None = None) -> OnCommit | None:
         return commit_callback(apps.get_model(self.target.model), self.target.database, observer)

@@ -27,6 +27,11 @@ class OwnCommand(BaseCommand):
     # The checks of the whole project would delay, or prevent, an urgent rotation.
     requires_system_checks = ()
 
+    @property
+    def is_called_by_code(self) -> bool:
+        """Whether ``call_command()`` runs it, and not a command line."""
+        return not self._called_from_command_line  # type: ignore[attr-defined] # missing in the stubs
+
     def get_version(self) -> str:
         """Return the version of this app, not Django's, for ``--version``."""
         return __version__

@@ -165,10 +165,19 @@ def test_a_session_of_the_caller_is_kept(target: Target) -> None:
     """With its settings and temporary tables, whether the rotation is refused or runs."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT set_config('rotator.test', 'kept', false)")
-    for call in (rotate_sync, async_to_sync(rotate)):
+
+    def command() -> None:
+        options = {"generator": target.generator, "no_vacuum": True, "restart": True, "progress": "none"}
+        call_command("async_rotate", target.fields, **options)
+
+    for call in (
+        lambda: rotate_sync(target, vacuum=False, restart=True),
+        lambda: async_to_sync(rotate)(target, vacuum=False, restart=True),
+        command,
+    ):
         try:
-            call(target, vacuum=False, restart=True)
-        except TargetError:
+            call()
+        except (TargetError, CommandError):
             assert target is not FROM_ROW
         with connection.cursor() as cursor:
             cursor.execute("SELECT current_setting('rotator.test', true)")

@@ -142,7 +142,9 @@ class Command(OwnCommand):
             ),
         )
         database = options["database"] if rotation is None else _database(options)
-        prepared = prepare(labels, database, RunOptions(), selection)
+        prepared = prepare(
+            labels, database, RunOptions(), selection, keeps_connections=self.is_called_by_code
+        )
         found = prepared.count_leaked(options["leaked"], options["leaked_column"])
         facts = {"rotation": rotation and rotation.pk, "target": " ".join(labels)}
         return _Result(
@@ -174,7 +176,11 @@ class Command(OwnCommand):
                 f"Rotation {rotation.pk} rotated only the rows with leaked values. Verify it with --leaked."
             )
         prepared = prepare(
-            rotation.target.split(), _database(options), RunOptions.from_json(rotation.options), selection
+            rotation.target.split(),
+            _database(options),
+            RunOptions.from_json(rotation.options),
+            selection,
+            keeps_connections=self.is_called_by_code,
         )
         verified = prepared.verify(observer, rotation.pk, repairs=options["repair"])
         return _Result(
