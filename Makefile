@@ -3,7 +3,7 @@ COUNT ?= 1000000
 CONCURRENCY ?= 4
 BATCH ?= 2000
 # Many tests wait for processes, servers and timeouts: more test processes than CPUs are faster.
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 5
 
 BIN := .venv/bin
 PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -15,6 +15,7 @@ _FILES_FOR_ONE_PROCESS: Final = (
     "tests/foreign/test_foreign_models.py",
     "tests/foreign/test_tenants.py",
 )
+_STARTING_PROCESSES: Final = ("tests/acceptance/", "tests/faults/")
 # What a test can leave in the tables of the project; the rotator's own are emptied, and its ledgers dropped.
 _SCHEMA: Final = (
     "WITH own AS (SELECT oid, relname, relkind, reloptions FROM pg_class"
@@ -45,6 +46,17 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist ships no ty
     def _split_scope(self, nodeid: str) -> str:
         file, _, _ = nodeid.partition("::")
         return file if file in _FILES_FOR_ONE_PROCESS else nodeid
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mix the files whose tests start processes, which need the CPUs, with those that wait for a server."""
+    ordered = dict[str, list[pytest.Item]]()
+    for item in items:
+        ordered.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    starting = [file for file in ordered if file.startswith(_STARTING_PROCESSES)]
+    waiting = [file for file in ordered if not file.startswith(_STARTING_PROCESSES)]
+    places = {file: place / len(files) for files in (starting, waiting) for place, file in enumerate(files)}
+    items[:] = [item for file in sorted(ordered, key=places.__getitem__) for item in ordered[file]]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -485,15 +485,16 @@ class Run:
 
     async def _verify(self, table: TargetTable, rotation: int) -> None:
         """Verify a completed rotation that has a ledger; an error is part of the result."""
+        if not self._has_ledger:
+            return
         try:
             async with connected(self._context.server) as connection:
-                if await find_ledger(connection, rotation) is not None:
-                    await Verifier(connection, table, rotation, self._context).verify()
-                elif self._has_ledger:
+                if await find_ledger(connection, rotation) is None:
                     self._notify_unverified("The ledger was dropped.")
+                else:
+                    await Verifier(connection, table, rotation, self._context).verify()
         except RotatorError as error:
-            if self._has_ledger:
-                self._notify_unverified(str(error))
+            self._notify_unverified(str(error))
 
     def _notify_unverified(self, error: str) -> None:
         now = datetime.now(UTC)
