@@ -121,12 +121,12 @@ class RangeTooSlowError(RangeRejectedError):
 
 
 class EveryRowRejectedError(RotatorError):
-    """The server rejected each row that was tried; none was changed."""
+    """The server rejected several rows one after the other, in different ranges."""
 
     def __init__(self, rows: int, condition: str) -> None:
         super().__init__(
-            f"The server rejected each of the {rows} rows that were tried, in different ranges: {condition}. "
-            "None of them was changed. Remove the cause, then run the same command again."
+            f"The server rejected the last {rows} rows that were tried, and rotated none in between: "
+            f"{condition}. They keep their values. Remove the cause, then run the same command again."
         )
 
 

@@ -53,7 +53,10 @@ class EngineOptions:
         waiting_ranges: The number of ranges that wait for a retry at which workers prefer them.
         retry: The policy for locked and rejected rows.
         max_failed_rows: The rejected rows after which the run gives up.
+        max_failed_rows_at_start: The same while the rotation has rotated no row.
         max_failed_rows_in_a_row: The same for the first rows of ranges while no row is rotated in between.
+            Fewer than ``waiting_ranges``. With ranges of 100 rows or more, neighbouring rows at fault reach
+            ``max_failed_rows`` first.
         probe_delay_seconds: The delay of the rest of a rejected range, so that other ranges are tried first.
     """
 
@@ -62,7 +65,8 @@ class EngineOptions:
     waiting_ranges: int = 16
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_failed_rows: int = MAX_FAILED_ROWS
-    max_failed_rows_in_a_row: int = 8
+    max_failed_rows_at_start: int = 8
+    max_failed_rows_in_a_row: int = 12
     probe_delay_seconds: float = 1.0
 
 
@@ -77,7 +81,18 @@ class Engine:
         *,
         notify: Observer,
         options: EngineOptions,
+        has_rotated: bool = False,
     ) -> None:
+        """Prepare it.
+
+        Args:
+            planner: Plans the ranges.
+            writer: Writes them.
+            gate: Lets a range begin.
+            notify: Is called with each event.
+            options: The limits.
+            has_rotated: Whether the rotation has rotated rows before.
+        """
         self._planner = planner
         self._writer = writer
         self._gate = gate
@@ -85,7 +100,7 @@ class Engine:
         self._options = options
         self._failed_rows = 0
         self._failed_rows_in_a_row = 0
-        self._has_rotated = False
+        self._has_rotated = has_rotated
 
     async def run(self, intervals: Iterable[KeyInterval], drain: asyncio.Event) -> None:
         """Rewrite every range of the intervals, except for rows that the server rejects permanently.
@@ -103,7 +118,8 @@ class Engine:
 
         Raises:
             RangeRejectedError: More than ``max_failed_rows`` rows were rejected.
-            EveryRowRejectedError: ``max_failed_rows_in_a_row`` rows were rejected, and none was rotated.
+            EveryRowRejectedError: ``max_failed_rows_at_start`` rows were rejected and none was rotated, or
+                ``max_failed_rows_in_a_row`` one after the other.
             Exception: The first error of the planner or the writer; the other workers are cancelled.
         """
         options = self._options
@@ -219,7 +235,9 @@ class Engine:
         self._notify(RowRejected(key=attempt.key_range.through, reason=error.condition))
         if self._failed_rows > self._options.max_failed_rows:
             raise error
-        if self._failed_rows_in_a_row >= self._options.max_failed_rows_in_a_row:
+        options = self._options
+        most = options.max_failed_rows_in_a_row if self._has_rotated else options.max_failed_rows_at_start
+        if self._failed_rows_in_a_row >= most:
             raise EveryRowRejectedError(self._failed_rows_in_a_row, error.condition)
 
     async def _next_range(self, interval: KeyInterval, batch: int, queue: WorkQueue) -> KeyRange | None:

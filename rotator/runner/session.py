@@ -189,9 +189,15 @@ class Session:
             )
             self._limits = update.limits
             writer = PostgresWriter(self._pool, update, owned.lease, self._context.on_commit)
-            await build_engine(planner, writer, self._context.gate, notify, max_rows=max_rows).run(
-                left, drain
+            engine = build_engine(
+                planner,
+                writer,
+                self._context.gate,
+                notify,
+                has_rotated=owned.rows_done > 0,
+                max_rows=max_rows,
             )
+            await engine.run(left, drain)
 
     async def _confirm(self, owned: RotationState) -> bool:
         """Rotate every row that no session has written since the rotation began.

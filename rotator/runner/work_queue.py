@@ -76,7 +76,8 @@ class WorkQueue:
                 return None
             key_range = await self._get()
             if key_range is not None:
-                return Attempt(key_range)
+                # A gap of one row is often one that was rejected before.
+                return Attempt(key_range, is_probed=key_range.rows == 1)
         return None
 
     async def drained_within(self, seconds: float) -> bool:

@@ -56,10 +56,12 @@ def build_engine(
     gate: Gate,
     notify: Observer,
     *,
+    has_rotated: bool,
     max_rows: int | None = None,
 ) -> Engine:
     """Return the engine that rewrites gaps, for the command and for helpers."""
-    return Engine(planner, writer, gate, notify=notify, options=EngineOptions(max_rows=max_rows))
+    options = EngineOptions(max_rows=max_rows)
+    return Engine(planner, writer, gate, notify=notify, options=options, has_rotated=has_rotated)
 
 
 @dataclass
@@ -199,7 +201,9 @@ class Helper:
                 connection, table, self._target, self._options.limits, claimed.gaps[0].through, counter
             )
             writer = PostgresWriter(pool, update, claimed.lease, self._on_commit)
-            engine = build_engine(planner, writer, self._gate, counter)
+            # A span that nothing was rotated of is one gap.
+            has_rotated = len(claimed.gaps) > 1
+            engine = build_engine(planner, writer, self._gate, counter, has_rotated=has_rotated)
             with unwrap_group():
                 async with asyncio.TaskGroup() as tasks:
                     renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease))

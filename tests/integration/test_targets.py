@@ -588,5 +588,5 @@ async def test_what_it_cannot_do_it_raises(orders: Database) -> None:
         await rotate(Target(API_KEY, filters=["id__isnull=false"], generator=TOKEN.generator), batch=ROWS)
     assert caught.value.stopped.status == "failed"
     assert 8 <= len(caught.value.stopped.rejected_keys) < ROWS
-    assert "each of the 8 rows that were tried" in str(caught.value)
+    assert "the last 8 rows that were tried" in str(caught.value)
     assert isinstance(caught.value, RotatorError)

@@ -83,7 +83,7 @@ class _Rows:
         )
 
 
-def _engine(
+def _engine(  # noqa: PLR0913 - what the tests vary
     planner: _Numbers,
     writer: _Rows,
     events: list[Event],
@@ -92,12 +92,15 @@ def _engine(
     concurrency: int = 4,
     batch: int = 2000,
     probe_delay_seconds: float = 0,
+    has_rotated: bool = False,
     **options: int,
 ) -> Engine:
     retry = replace(retry, first_delay_seconds=0)
     without_delays = EngineOptions(retry=retry, probe_delay_seconds=probe_delay_seconds, **options)
     gate = Gate(concurrency=concurrency, rows=batch, notify=events.append)
-    return Engine(planner, writer, gate, notify=events.append, options=without_delays)
+    return Engine(
+        planner, writer, gate, notify=events.append, options=without_delays, has_rotated=has_rotated
+    )
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 50])
@@ -288,7 +291,7 @@ async def test_a_fault_that_every_row_meets_ends_the_run_after_a_few_ranges(
 ) -> None:
     rows, events = _Refusals(range(1, 100_001), retryable=retryable), list[Event]()
     engine = _engine(_Numbers(), rows, events, concurrency=concurrency, batch=1000)
-    with pytest.raises(EveryRowRejectedError, match=r"each of the .* rows .* check_violation of sober"):
+    with pytest.raises(EveryRowRejectedError, match=r"the last .* rows .* check_violation of sober"):
         await engine.run([_span(0, 100_000)], asyncio.Event())
     assert len(rows.tried) < 250
     assert 8 <= sum(isinstance(event, RowRejected) for event in events) <= 8 + concurrency
@@ -306,10 +309,26 @@ async def test_a_fault_that_every_row_meets_from_some_moment_on_ends_the_run_too
     rows = _Refusals(range(5001, 100_001))
     # It ends before the rest of the first range is due.
     engine = _engine(_Numbers(), rows, [], concurrency=concurrency, batch=1000, probe_delay_seconds=1000)
-    with pytest.raises(EveryRowRejectedError, match=r"each of the .* rows .* check_violation of sober"):
+    with pytest.raises(EveryRowRejectedError, match=r"the last .* rows .* check_violation of sober"):
         await engine.run([_span(0, 100_000)], asyncio.Event())
     assert sum(rows.written.values()) == 5000
-    assert len(rows.tried) < 50
+    assert len(rows.tried) < 60
+
+
+@pytest.mark.parametrize("batch", [100, 1000])
+async def test_a_block_of_rows_at_fault_does_not_keep_the_others_from_being_rotated(batch: int) -> None:
+    refused = set(range(500, 1400))
+    rows, events = _Refusals(refused), list[Event]()
+    engine = _engine(_Numbers(), rows, events, concurrency=2, batch=batch)
+    await engine.run([_span(0, 3000)], asyncio.Event())
+    assert {_number(event.key) for event in events if isinstance(event, RowRejected)} == refused
+    assert sum(rows.written.values()) == 2100
+
+    # Resumed, the rejected rows are the first gaps.
+    more = _Refusals(refused)
+    engine = _engine(_Numbers(), more, events, concurrency=2, batch=batch, has_rotated=True)
+    await engine.run([*(_span(key - 1, key) for key in sorted(refused)), _span(3000, 4000)], asyncio.Event())
+    assert sum(more.written.values()) == 1000
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
