@@ -121,10 +121,11 @@ async def horizon_holders(connection: AsyncConnection) -> tuple[HorizonHolder, .
 _MISSING_STANDBYS: Final = (
     "SELECT current_setting('synchronous_standby_names')"
     " WHERE current_setting('synchronous_standby_names') <> ''"
-    " AND current_setting('synchronous_commit') NOT IN ('off', 'local')"
     " AND (NOT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')"
     " OR sync_state IS NULL)"
-    " OR EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    " OR EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND state = 'active'"
+    # Each commit waits for a moment.
+    " AND query_start < clock_timestamp() - interval '5 s'"
     " AND datname = current_database() AND application_name = current_setting('application_name')))"
 )
 
