@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from typing import Final
 
 from django.contrib.auth.base_user import AbstractBaseUser
@@ -23,21 +24,31 @@ HASH_NAME: Final = re.compile(
 TOKEN_CLAIM_NAME: Final = re.compile(r"(^|_)(jti|kid|sid)(_|$)")
 PRIVATE_KEY_NAME: Final = re.compile(r"(^|_)private_?key(_|$)")
 _MAKING: Final = re.compile(r"^_?(generate|make|create|new|random|get_new|get_random)_(?P<made>\w+)$")
+_CREATING: Final = ("create", "get_or_create", "update_or_create", "bulk_create", "bulk_update")
 # A function that calls one of these does more than make a value.
-_WRITING: Final = frozenset({"save", "create", "bulk_create", "get_or_create", "update_or_create"})
+_WRITING: Final = frozenset(prefix + name for name in (*_CREATING, "save", "delete") for prefix in ("", "a"))
+# A hash has an update(), too.
+_QUERYING: Final = frozenset({"objects", "filter", "exclude", "_default_manager", "_base_manager"})
 _HEX_OF_32_BYTES: Final = 64
 _BYTES: Final = 32
 _SAMPLED_VALUES: Final = 20
+_SAMPLED_ROWS: Final = 1000
 _ALPHABETS: Final = (
     ("digits", re.compile(r"[0-9]+")),
     ("hexadecimal digits", re.compile(r"[0-9a-f]+")),
     ("upper-case hexadecimal digits", re.compile(r"[0-9A-F]+")),
     ("base32 digits", re.compile(r"[A-Z2-7]+")),
+    ("upper-case letters and digits", re.compile(r"[0-9A-Z]+")),
     ("lower-case letters and digits", re.compile(r"[0-9a-z]+")),
     ("letters and digits", re.compile(r"[0-9A-Za-z]+")),
     ("letters, digits, hyphens and underscores", re.compile(r"[0-9A-Za-z_-]+")),
 )
-_WITH_HEX: Final = tuple(_ALPHABETS[at][0] for at in (1, 4, 5, 6))
+_WITH_HEX: Final = (
+    "hexadecimal digits",
+    "lower-case letters and digits",
+    "letters and digits",
+    "letters, digits, hyphens and underscores",
+)
 
 
 def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
@@ -117,21 +128,24 @@ class _Form:
         length: The number of characters of each value; None where they differ.
         alphabet: The name of the smallest alphabet of all values; empty where there is none.
         has_prefix: Whether all values begin with the same characters.
+        is_grouped: Whether all values have hyphens at the same places.
     """
 
     length: int | None
     alphabet: str
     has_prefix: bool
+    is_grouped: bool
 
     @property
     def fits_hex(self) -> bool:
         """Whether the application can be expected to accept hexadecimal digits."""
-        return self.alphabet in _WITH_HEX and not self.has_prefix
+        return self.alphabet in _WITH_HEX and not (self.has_prefix or self.is_grouped)
 
     def __str__(self) -> str:
         letters = self.alphabet or ("characters" if self.length else "")
         count = letters if self.length is None else f"{self.length} {letters}"
-        return ", ".join(filter(None, [count, "the same first characters" if self.has_prefix else ""]))
+        parts = [count, "in groups" if self.is_grouped else ""]
+        return ", ".join(filter(None, [*parts, "the same first characters" if self.has_prefix else ""]))
 
 
 def _read_form(field: AnyField, database: str) -> _Form | None:
@@ -139,16 +153,20 @@ def _read_form(field: AnyField, database: str) -> _Form | None:
     rows: QuerySet[Model] = QuerySet(field.model, using=database)
     values: set[str] = set()
     with suppress(Exception), reading_rows(database):
-        found = rows.order_by().values_list(field.name, flat=True)[:_SAMPLED_VALUES]
-        values = {value for value in found if isinstance(value, str) and value}
+        found = rows.order_by().values_list(field.name, flat=True)[:_SAMPLED_ROWS]
+        # Many rows can have no value.
+        given = (value for value in found.iterator() if isinstance(value, str) and value)
+        values = set(islice(given, _SAMPLED_VALUES))
     if not values:
         return None
     lengths = {len(value) for value in values}
+    hyphens = {tuple(found.start() for found in re.finditer("-", value)) for value in values}
     return _Form(
         length=lengths.pop() if len(lengths) == 1 else None,
         alphabet=next((name for name, letters in _ALPHABETS if all(map(letters.fullmatch, values))), ""),
         # One character can be the same by chance.
         has_prefix=len(values) > 1 and len({value[:2] for value in values}) == 1,
+        is_grouped=len(values) > 1 and len(hyphens) == 1 and hyphens != {()},
     )
 
 
@@ -194,8 +212,9 @@ def _makes(function: Callable[..., object], name: str, field: AnyField, *argumen
     except (TypeError, ValueError):
         return False
     code = getattr(inspect.unwrap(function), "__code__", None)
-    writes = code is not None and not _WRITING.isdisjoint(code.co_names)
-    return not writes and not inspect.iscoroutinefunction(function)
+    names = frozenset() if code is None else frozenset(code.co_names)
+    updates = not names.isdisjoint(("update", "aupdate")) and not names.isdisjoint(_QUERYING)
+    return names.isdisjoint(_WRITING) and not updates and not inspect.iscoroutinefunction(function)
 
 
 # --- Standard functions --------------------------------------------------------------------------------
@@ -234,7 +253,8 @@ def _digits(field: AnyField, form: _Form | None) -> int:
     """Return how many hexadecimal digits fit a field; 0 where they do not fit its present values."""
     if form is not None and not form.fits_hex:
         return 0
-    length = _HEX_OF_32_BYTES if field.max_length is None else min(_HEX_OF_32_BYTES, field.max_length)
+    limits = [_HEX_OF_32_BYTES, field.max_length, None if form is None else form.length]
+    length: int = min(limit for limit in limits if limit is not None)
     return length - length % 2
 
 
@@ -248,7 +268,8 @@ def _text_example(field: AnyField, form: _Form | None) -> str:
         return f", one whose values have the form that the field's validators accept{limit}."
     if digits == 0:
         return f", one that returns texts of at most {field.max_length} characters."
-    return f", one that returns at most {field.max_length} characters, e.g. secrets.token_hex({digits // 2})."
+    most = "" if field.max_length is None else f"at most {field.max_length} characters, e.g. "
+    return f", one that returns {most}secrets.token_hex({digits // 2})."
 
 
 def _accepts(field: AnyField, digits: int) -> bool:

@@ -99,7 +99,7 @@ def stores_randomly(field: AnyField, model: type[Model], database: str) -> bool:
 
 
 def stores_blank_otherwise(field: AnyField, database: str) -> bool:
-    """Return whether this field stores the empty text in another form, e.g. encrypted, and not as NULL."""
+    """Return whether this field stores the empty text in another form, e.g. encrypted, except as NULL."""
     with suppress(Exception):
         blank = b"" if isinstance(field, BinaryField) else ""
         stored = comparable(field.get_db_prep_save(blank, connections[database]))

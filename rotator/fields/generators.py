@@ -20,6 +20,7 @@ from django.db import connections
 from django.db.models import Model, UUIDField, Value
 from django.db.models.fields import NOT_PROVIDED
 from django.db.models.sql import Query
+from django.utils.module_loading import import_string
 
 from rotator.exceptions import (
     NoDefaultError,
@@ -54,6 +55,7 @@ ROWS_SECONDS: Final = 0.5
 """The same for values that are made while their rows are locked."""
 
 # RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
+_TRIALS_OF_DEFAULT: Final = 5
 _SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
 _SET_VARIANT: Final = bytes(byte & 0x3F | 0x80 for byte in range(256))
 
@@ -256,7 +258,7 @@ class _ValueChecker:
 def _import_generator(path: str) -> Callable[..., object]:
     """Import a function of a module, or a method of a class or of a model's manager."""
     try:
-        found: object = resolve_name(path)
+        found = _resolve(path)
     except Exception as error:
         raise TargetError(
             f"The generator {path} cannot be imported ({type(error).__name__}). Write it as "
@@ -267,6 +269,16 @@ def _import_generator(path: str) -> Callable[..., object]:
     if inspect.iscoroutinefunction(found):
         raise TargetError(f"The generator {path} is a coroutine function. Name a plain function.")
     return found
+
+
+def _resolve(path: str) -> object:
+    try:
+        return import_string(path)
+    except ImportError as error:
+        # A method has no module as its parent. Otherwise the first error is the one that helps.
+        with suppress(Exception):
+            return resolve_name(path)
+        raise error from None
 
 
 def _takes_instance(path: str, generator: Callable[..., object]) -> bool:
@@ -316,8 +328,10 @@ def _default(field: AnyField, database: str) -> Callable[[], object]:
 
 def _is_constant(make: Callable[[], object]) -> bool:
     """Return whether a default, such as ``dict``, makes the same value again."""
+    # A short random value, such as a PIN, is the same twice now and then.
     with suppress(Exception):
-        return comparable(make()) == comparable(make())
+        first, *others = (make() for _ in range(_TRIALS_OF_DEFAULT))
+        return all(each == first and comparable(each) == comparable(first) for each in others)
     # The trial of the values reports the error.
     return False
 

@@ -22,8 +22,8 @@ from rotator.postgres.values import FromRows, Place, Values
 from rotator.ranges import Key
 
 _APP: Final = "rotator"
-# The driver's own are Django's: its cursors are synchronous, and its adapters make values for Django. Engines
-# with a pool of connections have more.
+# Only libpq's parameters: Django's cursors and adapters are not for the rotator's connections, and an engine
+# with a pool of connections adds options of its own.
 _PARAMETERS: Final = frozenset(option.keyword.decode() for option in Conninfo.get_defaults())
 
 

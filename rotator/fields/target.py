@@ -146,7 +146,7 @@ def check_stored_form(fields: Sequence[AnyField], database: str) -> None:
 
 
 def _check_blank(fields: Sequence[AnyField], database: str) -> None:
-    """Refuse fields of which a row without a secret looks like one with a secret to the server."""
+    """Refuse fields whose blank values the server cannot distinguish from secrets."""
     for field in fields:
         # Where NULL is allowed, it stands for no secret.
         if field.blank and not field.null and stores_blank_otherwise(field, database):
