@@ -303,7 +303,7 @@ class RunOptions:
         lag_of: Django's aliases of these replicas.
         max_unarchived_wal_bytes: The WAL that waits for the archiver above which no range begins.
         max_slot_wal_bytes: The WAL that one replication slot keeps above which no range begins.
-        celery: Whether Celery workers rewrite the ranges.
+        celery: Whether the command has --celery; only for the command that resumes the rotation.
         listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP stop the run; else the caller handles them.
     """
 

@@ -76,7 +76,7 @@ class Command(OwnCommand):
         if not options["verbosity"]:
             options["progress"] = "none"
         open_closed_streams(self)
-        if self._is_called_from_shell:
+        if not self.is_called_by_code:
             hide_errors_of_lost_connections()
         try:
             stopped = self._run(options)
@@ -129,7 +129,7 @@ class Command(OwnCommand):
         options: dict[str, Any],
         report_file: Path | None,
     ) -> RotationStopped:
-        ends_process = ask_for_help is None and self._is_called_from_shell
+        ends_process = ask_for_help is None and not self.is_called_by_code
         with hold_interrupts(ends_process=ends_process) as note_start:
             with self._open_progress(options) as observer:
                 prepared = _agree(prepared, observer, options)
@@ -208,9 +208,9 @@ class Command(OwnCommand):
     def _summarize(self, stopped: RotationStopped, options: dict[str, Any], report_file: Path | None) -> None:
         # A program that calls this command has another command line.
         command = (
-            resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
-            if self._is_called_from_shell
-            else None
+            None
+            if self.is_called_by_code
+            else resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
         )
         stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
         text = summary(stopped, resume_command=command)
@@ -224,10 +224,6 @@ class Command(OwnCommand):
                 report_file.write_text(json.dumps(report(stopped), indent=2) + "\n")
             except OSError as error:
                 raise CommandError(f"The report could not be written: {error}") from error
-
-    @property
-    def _is_called_from_shell(self) -> bool:
-        return bool(vars(self).get("_called_from_command_line"))
 
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
