@@ -44,8 +44,10 @@ _RUNS_AT_MOST: Final = 10
 _MOMENTS: Final = (RotationStarted, RangeCompleted, LateRowsRotated, ConfirmationStarted)
 _REFUSED: Final = "Cannot continue rotation"
 # Errors that an edit may meet next to a run; its transaction is rolled back.
+_STATEMENT_SECONDS: Final = 10.0
 _LOST: Final = (
     errors.LockNotAvailable,
+    errors.QueryCanceled,
     errors.DeadlockDetected,
     errors.SerializationFailure,
     errors.UniqueViolation,
@@ -137,8 +139,10 @@ class World:
         self._connections.callback(connection.close)
         connection.execute(
             "SELECT set_config('lock_timeout', %s, false),"
+            # VACUUM waits for a page that a session of this process has pinned, and that is no lock.
+            " set_config('statement_timeout', %s, false),"
             " set_config('client_min_messages', 'warning', false)",
-            (f"{lock_seconds * 1000:.0f}ms",),
+            (f"{lock_seconds * 1000:.0f}ms", f"{_STATEMENT_SECONDS * 1000:.0f}ms"),
         )
         return connection
 
