@@ -116,13 +116,13 @@ format: .venv/dev ## Format the code
 # A limit that does not hold (status 1) must not keep the next script from running.
 define measure
 @{ echo '$$ .venv/bin/python benchmarks/$(1).py$(2)'; $(BIN)/python benchmarks/$(1).py$(2); \
-	echo $$? > build/benchmarks/status; } | tee build/benchmarks/$(1).txt; \
+	echo $$? > build/benchmarks/status; } | tee build/benchmarks/$(1)$(3).txt; \
 	case $$(cat build/benchmarks/status) in 0) ;; 1) touch build/benchmarks/failed ;; *) exit 2 ;; esac; \
-	mv build/benchmarks/$(1).txt docs/benchmarks/
+	mv build/benchmarks/$(1)$(3).txt docs/benchmarks/
 
 endef
 
-benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in about an hour
+benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in one to two hours
 	@rm -rf build/benchmarks; mkdir -p build/benchmarks
 	$(call measure,speed)
 	$(call measure,compare, --slow-rows 50000 --repetitions 1 --plot docs/pictures/compare.svg)
@@ -133,7 +133,9 @@ benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows,
 	$(call measure,resume)
 	$(call measure,estimate)
 	$(call measure,memory, --rows 1000000 --batch 2000 --repetitions 1)
+	$(call measure,memory, --rows 1000000 --batch 100000 --repetitions 1,-large-batch)
 	$(call measure,gaps)
+	$(call measure,gaps, --vacuum full,-after-vacuum-full)
 	$(call measure,proof)
 	$(call measure,viewers)
 	$(call measure,neighbours, --rows 3000000 --plot docs/pictures/neighbours.svg)

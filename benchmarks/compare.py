@@ -18,6 +18,7 @@ from harness import (
     BenchmarkError,
     Database,
     Server,
+    add_numbers,
     at_least_one,
     interleaved,
     parser_for,
@@ -105,13 +106,7 @@ def main() -> None:
         "files, in turns, and what it has done is checked: every token is new, and no two are the same.",
         repetitions=3,
     )
-    parser.add_argument(
-        "--slow-rows",
-        type=at_least_one,
-        default=100_000,
-        metavar="N",
-        help="tickets for the slow ways (default: %(default)s)",
-    )
+    add_numbers(parser, at_least_one, ("slow-rows", 100_000, "N", "tickets for the slow ways"))
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only ways whose name has such a word")
     parser.add_argument("--list", action="store_true", help="list the ways and stop")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw it, as SVG or PNG")

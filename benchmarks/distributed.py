@@ -18,6 +18,7 @@ from harness import (
     BenchmarkError,
     Database,
     Server,
+    add_numbers,
     at_least_one,
     interleaved,
     parser_for,
@@ -57,12 +58,10 @@ def main() -> None:
         "Exits with 1 if they take over a fifth longer than the command alone.",
         repetitions=3,
     )
-    parser.add_argument(
-        "--delayed-rows",
-        type=at_least_one,
-        default=500_000,
-        metavar="N",
-        help="tickets where the workers' way to the server is slow (default: %(default)s)",
+    add_numbers(
+        parser,
+        at_least_one,
+        ("delayed-rows", 500_000, "N", "tickets where the workers' way to the server is slow"),
     )
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)

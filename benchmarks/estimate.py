@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from harness import BenchmarkError, Database, Server, interleaved, parser_for, run_script
+from harness import BenchmarkError, Database, Server, add_numbers, interleaved, parser_for, run_script
 from presenting import Machine, Spread, table, write_json
 
 
@@ -29,13 +29,7 @@ def main() -> None:
         "median is off by more than --factor.",
         repetitions=5,
     )
-    parser.add_argument(
-        "--factor",
-        type=float,
-        default=1.5,
-        metavar="X",
-        help="how far off it may be (default: %(default)s)",
-    )
+    add_numbers(parser, float, ("factor", 1.5, "X", "how far off it may be"))
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)
 

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-from harness import TABLE, Database, Server, interleaved, parser_for, run_script
+from harness import TABLE, Database, Server, add_numbers, interleaved, parser_for, run_script
 from presenting import Machine, Spread, table, write_json
 
 _DENSE = "without gaps"
@@ -55,13 +55,7 @@ def main() -> None:
         "few rows in each page of the heap and the indexes, so more than ids differs; VACUUM FULL packs "
         "both tables, so that nothing but the ids differs (default: %(default)s)",
     )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=20.0,
-        metavar="PERCENT",
-        help="how far apart they may be (default: %(default)s)",
-    )
+    add_numbers(parser, float, ("limit", 20.0, "PERCENT", "how far apart they may be"))
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)
 

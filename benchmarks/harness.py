@@ -385,20 +385,14 @@ def parser_for(
         batch: For ``async_rotate``.
     """
     parser = argparse.ArgumentParser(description=description)
-    for name, default, text in (
-        ("repetitions", repetitions, "how often each contestant is measured, in turns"),
-        ("rows", rows, "the number of tickets"),
-        ("concurrency", concurrency, "async_rotate's --concurrency"),
-        ("batch", batch, "async_rotate's --batch"),
-    ):
-        if default is not None:
-            parser.add_argument(
-                f"--{name}",
-                type=at_least_one,
-                default=default,
-                metavar="N",
-                help=f"{text} (default: %(default)s)",
-            )
+    add_numbers(
+        parser,
+        at_least_one,
+        ("repetitions", repetitions, "N", "how often each contestant is measured, in turns"),
+        *([] if rows is None else [("rows", rows, "N", "the number of tickets")]),
+        ("concurrency", concurrency, "N", "async_rotate's --concurrency"),
+        ("batch", batch, "N", "async_rotate's --batch"),
+    )
     parser.add_argument(
         "--server",
         choices=(*_SETTINGS, "project"),
@@ -411,6 +405,22 @@ def parser_for(
         "--json", type=writable, metavar="FILE", help="write every measurement to this file too"
     )
     return parser
+
+
+def add_numbers(
+    parser: argparse.ArgumentParser, kind: Callable[[str], float], *options: tuple[str, float, str, str]
+) -> None:
+    """Add options that take one number each.
+
+    Args:
+        parser: The parser.
+        kind: Reads the number.
+        options: The name, the default, the unit and the meaning of each option.
+    """
+    for name, default, unit, meaning in options:
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar=unit, help=f"{meaning} (default: %(default)s)"
+        )
 
 
 def at_least_one(text: str) -> int:

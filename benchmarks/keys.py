@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from harness import TABLE, Database, Server, interleaved, parser_for, run_script
+from harness import TABLE, Database, Server, add_numbers, interleaved, parser_for, run_script
 from presenting import Machine, Spread, table, write_json
 
 _INTEGER: Final = "integers, in the order of the rows"
@@ -39,13 +39,7 @@ def main() -> None:
         "any kind takes more than --factor of the time that integers do.",
         repetitions=3,
     )
-    parser.add_argument(
-        "--factor",
-        type=float,
-        default=1.2,
-        metavar="X",
-        help="how much longer any of them may take (default: %(default)s)",
-    )
+    add_numbers(parser, float, ("factor", 1.2, "X", "how much longer any of them may take"))
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)
 

@@ -4,7 +4,16 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 
-from harness import BenchmarkError, Database, Server, at_least_one, interleaved, parser_for, run_script
+from harness import (
+    BenchmarkError,
+    Database,
+    Server,
+    add_numbers,
+    at_least_one,
+    interleaved,
+    parser_for,
+    run_script,
+)
 from presenting import MEGABYTE, Machine, Spread, table, write_json
 
 
@@ -38,19 +47,11 @@ def main() -> None:
         metavar="N",
         help="how many tickets there are, for each table (default: 100000 1000000)",
     )
-    parser.add_argument(
-        "--difference",
-        type=float,
-        default=8.0,
-        metavar="MB",
-        help="how much more the largest may need (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--peak",
-        type=float,
-        default=90.0,
-        metavar="MB",
-        help="how much any of them may need (default: %(default)s)",
+    add_numbers(
+        parser,
+        float,
+        ("difference", 8.0, "MB", "how much more the largest may need"),
+        ("peak", 90.0, "MB", "how much any of them may need"),
     )
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)

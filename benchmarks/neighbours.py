@@ -23,6 +23,7 @@ from harness import (
     BenchmarkError,
     Database,
     Server,
+    add_numbers,
     at_least_one,
     parser_for,
     run_script,
@@ -255,17 +256,12 @@ def main() -> None:
         "What does a rotation cost an application on the same server, and do the paces keep their promise?",
         repetitions=3,
     )
-    for name, default, text in (
-        ("rate", 400, "the application's transactions a second"),
-        ("seconds", 20, "the longest time of a measurement"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=at_least_one,
-            default=default,
-            metavar="N",
-            help=f"{text} (default: %(default)s)",
-        )
+    add_numbers(
+        parser,
+        at_least_one,
+        ("rate", 400, "N", "the application's transactions a second"),
+        ("seconds", 20, "N", "the longest time of a measurement"),
+    )
     parser.add_argument(
         "--parts",
         nargs="+",

@@ -6,7 +6,17 @@ from datetime import datetime
 from functools import partial
 from typing import Final
 
-from harness import TABLE, Database, Server, at_least_one, interleaved, parser_for, run_script, statement
+from harness import (
+    TABLE,
+    Database,
+    Server,
+    add_numbers,
+    at_least_one,
+    interleaved,
+    parser_for,
+    run_script,
+    statement,
+)
 from presenting import MEGABYTE, Machine, Spread, table, write_json
 
 _DIGESTS: Final = f"SELECT count(sha256(convert_to(token::text, 'UTF8'))) FROM {TABLE}"
@@ -60,19 +70,16 @@ def main() -> None:
         "and so is --leaked with a list of --lines. Exits with 1 if a figure is over its limit.",
         repetitions=3,
     )
-    parser.add_argument(
-        "--lines", type=at_least_one, default=1000, metavar="N", help="leaked values (default: %(default)s)"
-    )
-    for name, default, metavar, text in (
+    add_numbers(parser, at_least_one, ("lines", 1000, "N", "leaked values"))
+    add_numbers(
+        parser,
+        float,
         ("percent", 35.0, "P", "how much time --prove may add"),
         ("bytes", 60.0, "B", "how many bytes a row may take in the ledger, with its index"),
         ("seconds", 5.0, "S", "how long a verification may take"),
         ("leaked", 2.0, "S", "how long a rotation of the leaked values may take"),
         ("memory", 8.0, "MB", "how much memory --prove may add to the peak"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=float, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
-        )
+    )
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)
 

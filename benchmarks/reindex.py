@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from harness import TABLE, Database, Server, parser_for, run_script, say
+from harness import TABLE, Database, Server, add_numbers, parser_for, run_script, say
 from presenting import MEGABYTE, Machine, Spread, table, write_json
 
 _EVERY_SECONDS: Final = 0.005
@@ -43,13 +43,12 @@ def main() -> None:
         "UPDATE of one row take at most while they are rebuilt? Exits with 1 if a figure is over its limit.",
         repetitions=3,
     )
-    for name, default, metavar, text in (
+    add_numbers(
+        parser,
+        float,
         ("percent", 10.0, "P", "how much larger than before the indexes may be"),
         ("milliseconds", 100.0, "MS", "how long an UPDATE may take"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=float, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
-        )
+    )
     options = parser.parse_args()
     run_script(lambda server: _measure(server, options), server=options.server)
 

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from harness import TABLE, Database, Server, at_least_one, interleaved, parser_for, run_script
+from harness import TABLE, Database, Server, add_numbers, at_least_one, interleaved, parser_for, run_script
 from presenting import MEGABYTE, Machine, Spread, table, write_json
 
 # A checkpoint of one row each: as many as there would be after a billion rows in ranges of 2,000.
@@ -50,26 +50,12 @@ def main() -> None:
         metavar="N",
         help="how many ranges are completed already (default: 0 1000 100000 500000)",
     )
-    parser.add_argument(
-        "--rest",
-        type=at_least_one,
-        default=100_000,
-        metavar="N",
-        help="how many rows are left to rotate (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=2.0,
-        metavar="S",
-        help="how long the most may take (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--difference",
-        type=float,
-        default=4.0,
-        metavar="MB",
-        help="how much more memory they may need (default: %(default)s)",
+    add_numbers(parser, at_least_one, ("rest", 100_000, "N", "how many rows are left to rotate"))
+    add_numbers(
+        parser,
+        float,
+        ("seconds", 2.0, "S", "how long the most may take"),
+        ("difference", 4.0, "MB", "how much more memory they may need"),
     )
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)

@@ -4,7 +4,17 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 
-from harness import TABLE, Database, Server, at_least_one, interleaved, parser_for, run_script, statement
+from harness import (
+    TABLE,
+    Database,
+    Server,
+    add_numbers,
+    at_least_one,
+    interleaved,
+    parser_for,
+    run_script,
+    statement,
+)
 from presenting import MEGABYTE, Machine, Spread, table, write_json
 
 _REFERENCE_ROWS = 1_000_000
@@ -47,19 +57,11 @@ def main() -> None:
         metavar="N",
         help="how many tickets there are, for each table (default: 100000 1000000 10000000)",
     )
-    parser.add_argument(
-        "--difference",
-        type=float,
-        default=4.0,
-        metavar="MB",
-        help="how much more memory the largest may need (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--share",
-        type=float,
-        default=0.8,
-        metavar="SHARE",
-        help="which part of the rows a second of a million rows the largest must have (default: %(default)s)",
+    add_numbers(
+        parser,
+        float,
+        ("difference", 4.0, "MB", "how much more memory the largest may need"),
+        ("share", 0.8, "SHARE", "which part of the rows a second of a million rows the largest must have"),
     )
     options = parser.parse_args()
     run_script(lambda server: _scale(server, options), server=options.server)
