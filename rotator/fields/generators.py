@@ -54,8 +54,9 @@ BULK_SECONDS: Final = 2.0
 ROWS_SECONDS: Final = 0.5
 """The same for values that are made while their rows are locked."""
 
-# RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
 _TRIALS_OF_DEFAULT: Final = 5
+
+# RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
 _SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
 _SET_VARIANT: Final = bytes(byte & 0x3F | 0x80 for byte in range(256))
 

@@ -124,14 +124,14 @@ _MISSING_STANDBYS: Final = (
     " AND (NOT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')"
     " OR sync_state IS NULL)"
     " OR EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND state = 'active'"
-    # Each commit waits for a moment.
+    # A short wait is part of each commit.
     " AND query_start < clock_timestamp() - interval '5 s'"
     " AND datname = current_database() AND application_name = current_setting('application_name')))"
 )
 
 
 async def check_standbys(connection: AsyncConnection) -> None:
-    """Refuse to begin where each commit would wait for a synchronous standby that is not there.
+    """Raise an error if each commit waits for a synchronous standby that is not connected.
 
     Raises:
         ServerLostError: No synchronous standby confirms commits.

@@ -118,7 +118,7 @@ def rows_half_fixed(ranges: Sequence[tuple[int, float]]) -> float | None:
         ranges: The rows and the seconds of each range.
 
     Returns:
-        0 where no time is fixed; None where the sizes are too similar to tell.
+        The number; 0 if the time depends on the rows alone. None if the ranges have similar sizes.
     """
     ordered, half = sorted(ranges), len(ranges) // 2
     if not half:

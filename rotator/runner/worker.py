@@ -201,7 +201,7 @@ class Helper:
                 connection, table, self._target, self._options.limits, claimed.gaps[0].through, counter
             )
             writer = PostgresWriter(pool, update, claimed.lease, self._on_commit)
-            # A span that nothing was rotated of is one gap.
+            # A span without a rotated row is one gap.
             has_rotated = len(claimed.gaps) > 1
             engine = build_engine(planner, writer, self._gate, counter, has_rotated=has_rotated)
             with unwrap_group():
