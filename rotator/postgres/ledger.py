@@ -107,9 +107,20 @@ class Ledger:
         return digest(sql.Literal(_KNOWN_TEXT), "text", self.salt)
 
     def digests(self, table: TargetTable) -> sql.Composable:
-        """Return a subquery with the digests of a row, to be joined laterally, as ``values (digest)``."""
-        rows = sql.SQL(", ").join(sql.SQL("({})").format(self.digest(column)) for column in table.columns)
-        return sql.SQL("(VALUES {}) AS rotator_values (digest)").format(rows)
+        """Return a subquery with the digests of a row, to be joined laterally.
+
+        Its columns are ``digest``, and ``is_rotated``: whether the value has a digest and is rotated. A query
+        that tests the digest itself makes it once more, because the planner merges the subquery.
+        """
+        rows = []
+        for column in table.columns:
+            value = identifier(ROW, column.name)
+            conditions: list[sql.Composable] = [sql.SQL("{} IS NOT NULL").format(value)]
+            if (is_rotated := column.is_rotated(value)) is not None:
+                conditions.append(is_rotated)
+            made = digest(value, column.type_name, self.salt)
+            rows.append(sql.SQL("({}, {})").format(made, sql.SQL(" AND ").join(conditions)))
+        return sql.SQL("(VALUES {}) AS rotator_values (digest, is_rotated)").format(sql.SQL(", ").join(rows))
 
 
 async def find_ledger(connection: AsyncConnection, rotation: int) -> Ledger | None:
@@ -242,8 +253,8 @@ def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sq
 
 def _insert(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
     return sql.SQL(
-        "INSERT INTO {} SELECT digest FROM (SELECT {row}.* FROM {}) AS {row}, LATERAL {}"
-        " WHERE digest IS NOT NULL"
+        "INSERT INTO {} SELECT rotator_values.digest FROM (SELECT {row}.* FROM {}) AS {row}, LATERAL {}"
+        " WHERE rotator_values.is_rotated"
     ).format(ledger.name, rows, ledger.digests(table), row=identifier(ROW))
 
 

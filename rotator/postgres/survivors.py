@@ -58,6 +58,21 @@ def is_in_ledger(ledger: Ledger, table: TargetTable) -> sql.Composable:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The result of a search of an interval.
+
+    Attributes:
+        survivors: The rows whose value is in the ledger, whatever row had it before.
+        planted: The number of rows whose present values were in the ledger during the search only.
+        planted_found: The number of these rows that the search found.
+    """
+
+    survivors: list[OlderRow]
+    planted: int = 0
+    planted_found: int = 0
+
+
 async def find_survivors(
     connection: AsyncConnection,
     table: TargetTable,
@@ -66,8 +81,9 @@ async def find_survivors(
     *,
     is_whole: bool,
     processes: int,
-) -> list[OlderRow]:
-    """Return the rows of an interval whose value is in the ledger, whatever row had it before.
+    plants: bool,
+) -> Found:
+    """Search an interval for rows whose value is in the ledger.
 
     Args:
         connection: The connection.
@@ -76,67 +92,80 @@ async def find_survivors(
         interval: The interval.
         is_whole: Whether it has all rows of the table.
         processes: The number of the server's processes that search at the same time.
+        plants: Whether to enter present values of a few rows first, and to remove them after the search.
 
     Raises:
         RowsLockedError: Another session has locked the table.
         RangeTooSlowError: The interval is too large.
     """
-    async with translate_errors(connection, seconds=FIND_SECONDS), connection.transaction():
-        await set_local(connection, _settings(is_whole=is_whole, processes=processes))
-        return await _find(connection, table, ledger, interval)
-
-
-def _settings(*, is_whole: bool, processes: int) -> dict[str, str]:
-    return {
-        **_SETTINGS,
-        **(_WHOLE if is_whole else _PART),
-        "max_parallel_workers_per_gather": str(processes - 1),
-    }
-
-
-async def _find(
-    connection: AsyncConnection, table: TargetTable, ledger: Ledger, interval: KeyInterval
-) -> list[OlderRow]:
-    cursor = await connection.execute(
-        sql.SQL("SELECT {}::bigint, {}::text, {}::text, {} FROM {} WHERE {} AND {} ORDER BY {}").format(
-            identifier(ROW, "tableoid"),
-            identifier(ROW, "ctid"),
-            identifier(ROW, "xmin"),
-            table.key_json_of(ROW),
-            table.row,
-            table.within(after_is_known=interval.after is not None, alias=ROW),
-            is_in_ledger(ledger, table),
-            table.key_columns_of(ROW),
-        ),
-        {"after": interval.after, "through": interval.through},
-    )
-    return [
-        OlderRow(place=Place(leaf=leaf, ctid=ctid), xid=xid, key=Key(key))
-        async for leaf, ctid, xid, key in cursor
-    ]
-
-
-async def control_search(
-    connection: AsyncConnection,
-    table: TargetTable,
-    ledger: Ledger,
-    interval: KeyInterval,
-    *,
-    is_whole: bool,
-    processes: int,
-) -> tuple[int, int]:
-    """Enter present values of an interval, search for them as :func:`find_survivors` does, and roll back.
-
-    Returns:
-        The number of rows whose values were entered, and the number of these rows that the search found.
-    """
+    parameters: dict[str, object] = {"after": interval.after, "through": interval.through}
     within = table.within(after_is_known=interval.after is not None, alias=ROW)
-    plant = sql.SQL(
-        "WITH chosen AS (SELECT {key} AS key, ARRAY(SELECT digest FROM {digests} WHERE digest IS NOT NULL)"
+    planted = dict[Key, list[int]]()
+    async with (
+        translate_errors(connection, seconds=FIND_SECONDS),
+        connection.transaction(force_rollback=plants),
+    ):
+        await set_local(
+            connection,
+            {
+                **_SETTINGS,
+                **(_WHOLE if is_whole else _PART),
+                "max_parallel_workers_per_gather": str(processes - 1),
+            },
+        )
+        if plants:
+            cursor = await connection.execute(_plant(table, ledger, within), parameters)
+            planted = {Key(key): digests async for key, digests in cursor}
+        parameters["planted"] = [digest for digests in planted.values() for digest in digests]
+        cursor = await connection.execute(
+            _search(table, ledger, within, has_planted=bool(planted)), parameters
+        )
+        found = [
+            (OlderRow(place=Place(leaf=leaf, ctid=ctid), xid=xid, key=Key(key)), digests)
+            async for leaf, ctid, xid, key, digests in cursor
+        ]
+    in_doubt = {digest for _, digests in found for digest in digests or ()}
+    async with translate_errors(connection):
+        cursor = await connection.execute(
+            sql.SQL("SELECT digest FROM {} WHERE digest = ANY(%s)").format(ledger.name), (list(in_doubt),)
+        )
+        entered = {digest async for (digest,) in cursor}
+    return Found(
+        survivors=[row for row, digests in found if digests is None or not entered.isdisjoint(digests)],
+        planted=len(planted),
+        planted_found=len(planted.keys() & {row.key for row, _ in found}),
+    )
+
+
+def _search(table: TargetTable, ledger: Ledger, within: sql.Composable, *, has_planted: bool) -> sql.Composed:
+    """Select rows of an interval, and the digests of those that planted entries may have matched."""
+    digests = sql.SQL(
+        "(SELECT array_agg(digest) FROM {} WHERE is_rotated"
+        " HAVING bool_or(digest = ANY(%(planted)s::bigint[])))"
+    ).format(ledger.digests(table))
+    return sql.SQL(
+        "SELECT {}::bigint, {}::text, {}::text, {}, {} FROM {} WHERE {} AND {} ORDER BY {}"
+    ).format(
+        identifier(ROW, "tableoid"),
+        identifier(ROW, "ctid"),
+        identifier(ROW, "xmin"),
+        table.key_json_of(ROW),
+        digests if has_planted else sql.NULL,
+        table.row,
+        within,
+        is_in_ledger(ledger, table),
+        table.key_columns_of(ROW),
+    )
+
+
+def _plant(table: TargetTable, ledger: Ledger, within: sql.Composable) -> sql.Composed:
+    """Enter the present values of a few rows of an interval; return their keys and digests."""
+    return sql.SQL(
+        "WITH chosen AS (SELECT {key} AS key, ARRAY(SELECT digest FROM {digests} WHERE is_rotated)"
         " AS digests FROM {row} WHERE {within}),"
         " planted AS (SELECT key, digests FROM chosen WHERE cardinality(digests) > 0 LIMIT {limit}),"
         " entered AS (INSERT INTO {name} SELECT unnest(digests) FROM planted)"
-        " SELECT key FROM planted"
+        " SELECT key, digests FROM planted"
     ).format(
         key=table.key_json_of(ROW),
         digests=ledger.digests(table),
@@ -145,15 +174,6 @@ async def control_search(
         limit=sql.Literal(PLANTED_ROWS),
         name=ledger.name,
     )
-    async with (
-        rolled_back_on_error(connection, seconds=FIND_SECONDS),
-        connection.transaction(force_rollback=True),
-    ):
-        await set_local(connection, _settings(is_whole=is_whole, processes=processes))
-        cursor = await connection.execute(plant, {"after": interval.after, "through": interval.through})
-        planted = {Key(key) async for (key,) in cursor}
-        found = {row.key for row in await _find(connection, table, ledger, interval)} if planted else set()
-    return len(planted), len(planted & found)
 
 
 async def control_ledger(

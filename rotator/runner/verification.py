@@ -1,6 +1,5 @@
 """Verifies a rotation: what it has written, and whether a row has a value that is in the ledger."""
 
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
@@ -25,7 +24,7 @@ from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledge
 from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
 from rotator.postgres.rotations import RotationFacts, read_facts
-from rotator.postgres.survivors import Search, Survivors
+from rotator.postgres.survivors import Found, Search, Survivors
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key, KeyInterval, KeyRange
@@ -119,9 +118,9 @@ class Verifier:
             search = await survivors.begin_search(self._connection, self._rotation, None, repairs=repairs)
         else:
             entries, entries_found, is_salt_right = await count_known(self._connection, ledger)
-            search = await self._begin(repairs=repairs)
-            planted, planted_found = await self._control(ledger, search)
-            search = await self._search(ledger, search, repairs=repairs)
+            search, planted, planted_found = await self._search(
+                ledger, await self._begin(repairs=repairs), repairs=repairs
+            )
             controls = Controls(
                 sampled=ledger.control_rows,
                 entries=entries,
@@ -168,57 +167,16 @@ class Verifier:
         self._notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
         return search
 
-    async def _control(self, ledger: Ledger, search: Search) -> tuple[int, int]:
-        """Search for planted values as the search will; return their rows, and those found."""
-        if search.bound is None:
-            return 0, 0
-        # The plan for a whole table differs from that for a part.
-        if search.through is None:
-            with suppress(RangeTooSlowError):
-                whole = await self._planner.next_range(
-                    KeyInterval(after=None, through=search.bound), SEARCH_ROWS
-                )
-                if whole.through == search.bound:
-                    return await self._control_range(ledger, whole, is_whole=True)
-        after: Key | None = None
-        while after != search.bound:
-            planned = await self._planner.next_range(
-                KeyInterval(after=after, through=search.bound), CONTROL_ROWS
-            )
-            planted, found = await self._control_range(ledger, planned, is_whole=False)
-            # The first range that has any value is enough.
-            if planted:
-                return planted, found
-            after = planned.through
-        return 0, 0
-
-    async def _control_range(self, ledger: Ledger, planned: KeyRange, *, is_whole: bool) -> tuple[int, int]:
-        return await survivors.control_search(
-            self._connection,
-            self._table,
-            ledger,
-            planned,
-            is_whole=is_whole,
-            processes=self._options.concurrency,
-        )
-
-    async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> Search:
-        placed = None
+    async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> tuple[Search, int, int]:
+        """Search the rest of the table; return also the numbers of planted rows and of those found."""
+        placed, (planted, planted_found) = None, await self._control_resumed(ledger, search)
         if repairs and search.bound is not None:
             placed = await self._placed_rows(search, search.bound)
         rows = SEARCH_ROWS
         while search.bound is not None and search.through != search.bound:
             try:
-                planned = await self._planner.next_range(
-                    KeyInterval(after=search.through, through=search.bound), rows
-                )
-                found = await survivors.find_survivors(
-                    self._connection,
-                    self._table,
-                    ledger,
-                    planned,
-                    is_whole=planned.after is None and planned.through == search.bound,
-                    processes=self._options.concurrency,
+                planned, found = await self._search_range(
+                    ledger, KeyInterval(after=search.through, through=search.bound), rows, plants=not planted
                 )
             except RowsLockedError:
                 await self._stop_signal.wait(_RETRY.delay_seconds(1))
@@ -228,18 +186,47 @@ class Verifier:
                     raise
                 rows //= 2
                 continue
+            # The first range that has any value is enough.
+            planted, planted_found = planted + found.planted, planted_found + found.planted_found
             if placed is not None:
-                for of_leaf in _by_leaf(found):
+                for of_leaf in _by_leaf(found.survivors):
                     await placed.rotate(of_leaf)
             search = await survivors.advance_search(
                 self._connection,
                 search,
                 planned.through,
                 rows=planned.rows,
-                survivors=[row.key for row in found],
+                survivors=[row.key for row in found.survivors],
             )
             self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
-        return search
+        return search, planted, planted_found
+
+    async def _control_resumed(self, ledger: Ledger, search: Search) -> tuple[int, int]:
+        """Search for planted values where a killed verification has left nothing to search."""
+        after: Key | None = None
+        while search.bound is not None and search.through == search.bound != after:
+            planned, found = await self._search_range(
+                ledger, KeyInterval(after=after, through=search.bound), CONTROL_ROWS, plants=True
+            )
+            if found.planted:
+                return found.planted, found.planted_found
+            after = planned.through
+        return 0, 0
+
+    async def _search_range(
+        self, ledger: Ledger, interval: KeyInterval, rows: int, *, plants: bool
+    ) -> tuple[KeyRange, Found]:
+        planned = await self._planner.next_range(interval, rows)
+        found = await survivors.find_survivors(
+            self._connection,
+            self._table,
+            ledger,
+            planned,
+            is_whole=planned.after is None and planned.through == interval.through,
+            processes=self._options.concurrency,
+            plants=plants,
+        )
+        return planned, found
 
     async def _placed_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""

@@ -97,6 +97,35 @@ def test_a_digest_is_of_the_stored_text(
     assert _entries(database) == _expected(database, *before)
 
 
+def test_rows_that_share_a_planted_value_are_no_survivors(
+    database: Database, coded: Callable[[str], TargetTable]
+) -> None:
+    coded("text")
+    database.execute(f"INSERT INTO shop_coded SELECT i, {LONG} FROM generate_series(1, 40) AS i")
+    ((leaked,),) = database.execute("SELECT secret FROM shop_coded WHERE id = 7")
+    _assert_verified(rotate(CODES, prove=True))
+    database.execute("UPDATE shop_coded SET secret = CASE WHEN id = 9 THEN %s ELSE 'the same' END", (leaked,))
+    number, _ = _ledger(database)
+
+    found = prepare([CODES], "default", RunOptions(), Selection()).verify(
+        EventRecorder(), number, repairs=False
+    )
+
+    assert found.survivor_keys == ("[9]",)
+    assert found.controls is not None
+    assert (found.controls.planted, found.controls.planted_found) == (3, 3)
+
+
+def test_a_table_may_have_a_column_named_like_one_of_the_query(
+    database: Database, coded: Callable[[str], TargetTable]
+) -> None:
+    coded("text")
+    database.execute("ALTER TABLE shop_coded ADD digest text, ADD is_rotated text")
+    database.execute(f"INSERT INTO shop_coded SELECT i, {LONG} FROM generate_series(1, 40) AS i")
+
+    _assert_verified(rotate(CODES, prove=True))
+
+
 def test_a_digest_is_of_the_stored_bytes(database: Database) -> None:
     models.ByBigInteger.objects.bulk_create(models.ByBigInteger() for _ in range(40))
     before = [bytes(found) for (found,) in database.execute("SELECT as_bytes FROM shop_bybiginteger")]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
-from psycopg import AsyncConnection, sql
+from psycopg import sql
 
 from rotator.api import prepare
 from rotator.events import Event, RotationStopped, VacuumStarted, VerificationProgressed, Verified
@@ -317,24 +317,18 @@ def test_a_ledger_that_is_forgotten_before_the_final_verification_does_not_verif
 
 @pytest.mark.parametrize("search_rows", [verification.SEARCH_ROWS, 7])
 @pytest.mark.usefixtures("old")
-def test_the_control_has_the_plan_of_the_search(monkeypatch: pytest.MonkeyPatch, search_rows: int) -> None:
-    plans, find_once = list[tuple[str, ...]](), survivors._find  # noqa: SLF001 - what both call
-
-    async def find(connection: AsyncConnection, *arguments: Any) -> Any:  # noqa: ANN401 - those of _find()
-        names = ("enable_nestloop", "enable_hashjoin", "max_parallel_workers_per_gather", "plan_cache_mode")
-        shown = [await (await connection.execute(f"SHOW {name}".encode())).fetchone() for name in names]
-        plans.append(tuple(row[0] for row in shown if row))
-        return await find_once(connection, *arguments)
-
-    monkeypatch.setattr(survivors, "_find", find)
+def test_a_survivor_whose_value_is_planted_too_is_named(
+    database: Database, monkeypatch: pytest.MonkeyPatch, search_rows: int
+) -> None:
+    _save_stale(database, 1, 3, 40)
     monkeypatch.setattr(verification, "SEARCH_ROWS", search_rows)
 
-    assert _verify().is_verified
+    found = _verify()
 
-    is_whole = search_rows > ROWS
-    expected = ("off", "on") if is_whole else ("on", "off")
-    assert set(plans) == {(*expected, "2", "force_custom_plan")}
-    assert len(plans) == (2 if is_whole else 1 + -(-ROWS // 7))
+    assert set(found.survivor_keys) == {"[1]", "[3]", "[40]"}
+    assert found.controls is not None
+    assert (found.controls.planted, found.controls.planted_found) == (3, 3)
+    assert Ledger.objects.get().entries == found.controls.entries_found
 
 
 @pytest.mark.usefixtures("old")
