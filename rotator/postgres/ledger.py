@@ -22,8 +22,9 @@ DIGEST_BYTES: Final = 8
 DIGEST_BITS: Final = 8 * DIGEST_BYTES
 # Reading locks no rows, so a range of the ledger may be larger and slower than one that writes.
 LOAD_LIMITS: Final = WaitLimits(lock_seconds=0.1, statement_seconds=30.0, transaction_seconds=60.0)
-# Building an index of a billion entries takes long. No other session waits for it.
-INDEX_SECONDS: Final = 86_400.0
+# Building an index of a billion entries takes long. No other session waits for it. Autovacuum gives way to a
+# session that has waited for a second.
+INDEX_LIMITS: Final = WaitLimits(lock_seconds=10.0, statement_seconds=86_400.0, transaction_seconds=60.0)
 FORGET_LOCK_TIMEOUT: Final = "5s"
 
 # The first entry of each ledger is the digest of this text: it shows that salt and table belong together.
@@ -262,10 +263,14 @@ async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger
     """Index a ledger that is loaded.
 
     The index is built now because a new index is smaller than one that has grown.
+
+    Raises:
+        RowsLockedError: Another session has locked the ledger, e.g. autovacuum.
+        RotatorError: Every other error of :func:`translate_errors`.
     """
     index = identifier(f"rotator_ledger_{ledger.rotation}_digest")
     async with rolled_back_on_error(connection, seconds=None):
-        await begin_fenced(connection, lease, replace(LOAD_LIMITS, statement_seconds=INDEX_SECONDS), {})
+        await begin_fenced(connection, lease, INDEX_LIMITS, {})
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (digest)").format(index, ledger.name), {}
         )

@@ -71,7 +71,7 @@ class Activity:
     Attributes:
         at: The server's time, in seconds.
         commits: The commits of all sessions of this database.
-        ranges: The ranges of all rotations in it.
+        ranges: The ranges of all rotations in it, those of the ledgers included.
         writes: The other writes to the rotator's tables.
     """
 
@@ -84,7 +84,8 @@ class Activity:
 _ACTIVITY: Final = (
     "SELECT extract(epoch FROM clock_timestamp())::float8,"
     " pg_stat_get_db_xact_commit((SELECT oid FROM pg_database WHERE datname = current_database())),"
-    " pg_stat_get_tuples_inserted('rotator_completedrange'::regclass),"
+    " pg_stat_get_tuples_inserted('rotator_completedrange'::regclass)"
+    " + pg_stat_get_tuples_updated('rotator_ledger'::regclass),"
     " pg_stat_get_tuples_updated('rotator_rotation'::regclass)"
     " + pg_stat_get_tuples_inserted('rotator_span'::regclass)"
     " + pg_stat_get_tuples_updated('rotator_span'::regclass)"

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import Final
 
@@ -47,8 +48,10 @@ ACTIVE_WINDOWS: Final = ((1.0, 0.5), (3.0, 0.2))
 QUIET_SECONDS: Final = 5.0
 SHARE_WHEN_ACTIVE: Final = 0.1
 OTHERS_PER_SECOND: Final = 5.0
-# The queries of a start: Django's, and those before the first range.
-OWN_AT_START: Final = 50
+# The queries before the first range: Django's, the preflight's, and those that create a ledger.
+OWN_AT_START: Final = 110
+START_SECONDS: Final = 5.0
+OWN_AT_ONCE: Final = 50
 # Planning and writing.
 COMMITS_OF_RANGE: Final = 2
 COMMITS_OF_PROBE: Final = 2
@@ -85,6 +88,7 @@ class Neighbours:
         self.are_active = False
         self._own_per_second = own_per_second
         self._counts = deque[_Counts]()
+        self._began_at = inf
 
     @property
     def are_known(self) -> bool:
@@ -101,6 +105,7 @@ class Neighbours:
             own_commits: The commits of the probes so far.
         """
         own_commits += activity.writes
+        self._began_at = min(self._began_at, activity.at)
         self._counts.append(_Counts(activity=activity, ranges=ranges, own_commits=own_commits))
         while len(self._counts) > 1 and self._counts[1].activity.at <= activity.at - QUIET_SECONDS:
             self._counts.popleft()
@@ -108,7 +113,9 @@ class Neighbours:
             is_known = activity.at - self._counts[0].activity.at >= QUIET_SECONDS
             self.are_active = not is_known or self._exceeds(QUIET_SECONDS, SHARE_WHEN_ACTIVE, 0)
         else:
-            self.are_active = any(self._exceeds(*window, OWN_AT_START) for window in ACTIVE_WINDOWS)
+            is_start = activity.at - self._began_at < START_SECONDS
+            allowed = OWN_AT_START if is_start else OWN_AT_ONCE
+            self.are_active = any(self._exceeds(*window, allowed) for window in ACTIVE_WINDOWS)
 
     def _exceeds(self, seconds: float, share: float, allowed: int) -> bool:
         """Return whether others have committed more, in the last ``seconds``, than we may have ourselves.

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -115,7 +116,13 @@ class Proof:
             await self._load(owned.lease, ledger, bound)
         if context.stop_signal.drain.is_set():
             return None
-        await context.stop_signal.run_until_stop(index_ledger(self._connection, lease, ledger))
+        await context.stop_signal.run_until_stop(
+            until_unlocked(
+                partial(index_ledger, self._connection, lease, ledger),
+                context.stop_signal,
+                what="index the ledger",
+            )
+        )
         if context.stop_signal.drain.is_set():
             return None
         if bound is not None:

@@ -1,5 +1,6 @@
 """The ledger: what enters it, when, and which columns cannot have one."""
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -233,6 +234,23 @@ def test_a_late_row_enters_it_before_the_row_is_rotated(database: Database) -> N
     assert outcome.late_rows == len(late)
     assert _entries(database) >= _expected(database, *late)
     assert Ledger.objects.get().entries == ROWS + 1 + len(late)
+
+
+def test_its_index_waits_for_autovacuum(database: Database) -> None:
+    database.make_tickets(1, ROWS)
+    autovacuum, locked = database.connect(), threading.Event()
+
+    def lock(event: Event) -> None:
+        if isinstance(event, LedgerProgressed) and not locked.is_set():
+            number, _ = _ledger(database)
+            execute_all(
+                autovacuum, "BEGIN", f"LOCK TABLE rotator_ledger_{number} IN SHARE UPDATE EXCLUSIVE MODE"
+            )
+            threading.Timer(0.3, autovacuum.rollback).start()
+            locked.set()
+
+    _assert_verified(rotate_tickets(lock, prove=True))
+    assert locked.is_set()
 
 
 def test_it_is_loaded_after_older_transactions_have_ended(database: Database) -> None:

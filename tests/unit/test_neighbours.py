@@ -83,8 +83,16 @@ def test_a_few_sessions_are_seen_too() -> None:
 def test_the_queries_of_a_start_are_not_other_sessions() -> None:
     neighbours = Neighbours()
     neighbours.add(Activity(at=10.0, commits=1000, ranges=0, writes=0), ranges=0, own_commits=0)
-    neighbours.add(Activity(at=10.4, commits=1045, ranges=0, writes=2), ranges=0, own_commits=2)
+    neighbours.add(Activity(at=11.4, commits=1110, ranges=8, writes=2), ranges=0, own_commits=10)
     assert not neighbours.are_active
+
+
+def test_as_many_queries_at_once_are_other_sessions_later() -> None:
+    neighbours = Neighbours()
+    for step in range(40):
+        neighbours.add(Activity(at=step / 4, commits=1000, ranges=0, writes=0), ranges=0, own_commits=0)
+    neighbours.add(Activity(at=11.4, commits=1110, ranges=8, writes=2), ranges=0, own_commits=10)
+    assert neighbours.are_active
 
 
 def test_our_probes_are_not_other_sessions() -> None:
