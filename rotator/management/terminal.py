@@ -1,5 +1,6 @@
 """A command's terminal and shell: prompts, streams, Ctrl-C, files, and the command to resume with."""
 
+import gc
 import os
 import shlex
 import signal
@@ -31,6 +32,12 @@ class OwnCommand(BaseCommand):
     def is_called_by_code(self) -> bool:
         """Whether ``call_command()`` runs it, and not a command line."""
         return not self._called_from_command_line  # type: ignore[attr-defined] # missing in the stubs
+
+    def run_from_argv(self, argv: list[str]) -> None:
+        """Run the command of a command line."""
+        # Imported modules live until the process ends: the garbage collector need not look at them any more.
+        gc.freeze()
+        super().run_from_argv(argv)
 
     def get_version(self) -> str:
         """Return the version of this app, not Django's, for ``--version``."""
