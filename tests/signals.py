@@ -1,16 +1,16 @@
-"""Signals that the parent of the test process ignores, as ``nohup`` and a shell's background jobs do."""
+"""Signals that the test process ignores: ``nohup`` and shells start it so, and a rotation leaves two so."""
 
 import signal
 from types import FrameType
 
 
 def stop_ignoring_signals() -> None:
-    """Let the processes that this one starts have the default actions of SIGINT and SIGHUP.
+    """Let the processes that this one starts have the default actions of these signals.
 
     A process inherits an ignored signal from its parent, but not a handler. So a handler that does nothing
     replaces each "ignore": this process still survives the signal.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, _do_nothing)
 

@@ -42,6 +42,8 @@ class Hosts:
     def worker(self, *, processes: int = 1, pool: str = "prefork") -> Running:
         self._workers += 1
         worker = self._start(
+            # gevent patches modules before anything else imports them.
+            *(["env"] if pool == "gevent" else []),
             *(sys.executable, "-m", "celery", "--app", "core.celery", "worker", "--loglevel=INFO"),
             f"--concurrency={processes}",
             f"--pool={pool}",
@@ -76,9 +78,8 @@ class Hosts:
 
     def _start(self, *command: str, **environment: str) -> Running:
         # Warnings of Celery itself, and about root, are not errors here.
-        known = ["env", "-u", "PYTHONWARNINGS", f"CELERY_BROKER_URL={self.url}"]
-        known += [f"{name}={value}" for name, value in environment.items()]
-        return self._commands.start(program=(*known, *command))
+        variables = {"PYTHONWARNINGS": "", "CELERY_BROKER_URL": self.url, **environment}
+        return self._commands.start(program=command, variables=variables)
 
 
 def running_hosts(commands: Commands) -> Iterator[Hosts]:

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from django.conf import settings
 from django.db import connection
 
 from core.embedded.server import database_url
+from tests.acceptance.fork_server import Fork, fork
 from tests.signals import stop_ignoring_signals
 
 PROJECT: Path = settings.BASE_DIR
@@ -26,6 +28,7 @@ _POLL_SECONDS = 0.02
 # Only a test that fails waits so long; on a busy machine a rotation takes several times its usual time.
 _PATIENCE_SECONDS = 60.0
 _RUN_SECONDS = 180.0
+_NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
 def wait_until(condition: Callable[[], object], what: str, *, seconds: float = _PATIENCE_SECONDS) -> None:
@@ -115,7 +118,7 @@ class Finished:
 class Running:
     """A process in a session of its own, whose output goes to files."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", out: Path, err: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes] | Fork", out: Path, err: Path) -> None:
         self._process = process
         self._out = out
         self._err = err
@@ -158,26 +161,38 @@ class Commands:
         self._running: list[Running] = []
 
     def start(
-        self, *options: str, program: Sequence[str] = (*MANAGE, COMMAND), database: str | None = None
+        self,
+        *options: str,
+        program: Sequence[str] = (*MANAGE, COMMAND),
+        database: str | None = None,
+        variables: Mapping[str, str] = _NO_VARIABLES,
     ) -> Running:
         """Start ``async_rotate``, or another program, on the test database."""
-        return self.start_on(url_of(database), *program, *options)
+        return self.start_on(url_of(database), *program, *options, variables=variables)
 
-    def start_on(self, url: str, *command: str) -> Running:
-        """Start a program with this DATABASE_URL."""
+    def start_on(self, url: str, *command: str, variables: Mapping[str, str] = _NO_VARIABLES) -> Running:
+        """Start a program with this DATABASE_URL, and with further variables of the environment.
+
+        This Python's ``manage.py`` and ``-m`` are forked from a server; behind ``env`` they are not.
+        """
         stop_ignoring_signals()
         name = f"{len(self._running):02}"
         out, err = self._folder / f"{name}.out", self._folder / f"{name}.err"
+        program, all_variables = resolved(command), {**environment(url), **variables}
+        process: subprocess.Popen[bytes] | Fork
         with out.open("wb") as out_file, err.open("wb") as err_file:
-            process = subprocess.Popen(
-                resolved(command),
-                cwd=PROJECT,
-                env=environment(url),
-                stdin=subprocess.DEVNULL,
-                stdout=out_file,
-                stderr=err_file,
-                start_new_session=True,
-            )
+            if program[0] == sys.executable and program[1] in ("manage.py", "-m"):
+                process = fork(program, all_variables, out, err)
+            else:
+                process = subprocess.Popen(
+                    program,
+                    cwd=PROJECT,
+                    env=all_variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out_file,
+                    stderr=err_file,
+                    start_new_session=True,
+                )
         self._running.append(Running(process, out, err))
         return self._running[-1]
 
