@@ -589,13 +589,15 @@ class LimitRaised:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LockHeld:
-    """Other sessions have blocked a range for some seconds.
+    """The sessions that have blocked ranges for some seconds; sent each second while there are any.
 
     Attributes:
-        holders: One phrase for each of them (pid, application, state, duration).
+        holders: One phrase for each of them (pid, application, state, duration); empty after the last one.
+        is_new: Whether one of them was not reported before.
     """
 
     holders: tuple[str, ...]
+    is_new: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -143,6 +143,7 @@ class Stats:
         throttles: The reasons of the throttles that hold the run now, by their names.
         throttled_seconds: The time of all throttles that have ended, by their names.
         holders: The transactions that the run waits for.
+        lock_holders: The sessions that have blocked ranges for some seconds.
         loading: Whether old values are being entered into the ledger.
         loaded_rows: The rows whose values this run has entered.
         verifying: Whether the table is being searched for old values.
@@ -168,6 +169,7 @@ class Stats:
     throttles: dict[str, str] = field(default_factory=dict)
     throttled_seconds: dict[str, float] = field(default_factory=dict)
     holders: tuple[str, ...] = ()
+    lock_holders: tuple[str, ...] = ()
     draining: bool = False
     confirming: bool = False
     vacuuming: bool = False
@@ -252,6 +254,8 @@ class Stats:
                 if not self.throttles and self._held_since is not None:
                     self._held_seconds += self.clock() - self._held_since
                     self._held_since = None
+            case events.LockHeld():
+                self.lock_holders = event.holders
             case events.LateCommitsAwaited():
                 self.holders = event.holders
             case events.LateCommitsOver():
@@ -298,7 +302,6 @@ class Stats:
                 | events.ReindexSkipped()
                 | events.ReceiverFailed()
                 | events.LimitRaised()
-                | events.LockHeld()
                 | events.LimitsChanged()
                 | events.HorizonHeld()
                 | events.GuardAdded()

@@ -1,6 +1,6 @@
 """Other sessions: old transactions, holders of locks and of the xmin horizon, and standbys."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,29 +44,53 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
         return tuple([phrase async for (phrase,) in cursor])
 
 
-_LOCK_HOLDERS: Final = (
-    "SELECT DISTINCT b.pid AS holder, CASE WHEN b.pid = 0 THEN 'a prepared transaction'"
-    " ELSE 'pid ' || b.pid || COALESCE(', ' || NULLIF(h.application_name, ''), '')"
+# A blocker may wait itself, e.g. for the same row: the one that waits longest leads to the holder.
+# Every role sees the virtual transactions of all sessions. A prepared transaction has none.
+_BLOCKING: Final = (
+    "WITH RECURSIVE ours AS MATERIALIZED (SELECT pid FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    " AND application_name = current_setting('application_name')),"
+    " waits AS MATERIALIZED (SELECT pid, transactionid, waitstart FROM pg_locks"
+    " WHERE NOT granted AND EXISTS (SELECT FROM ours)),"
+    " chain (depth, pid, blockers) AS (SELECT 1, pid, pg_blocking_pids(pid) FROM ours"
+    " UNION ALL SELECT depth + 1, next.pid, pg_blocking_pids(next.pid) FROM chain,"
+    " LATERAL (SELECT pid FROM waits WHERE pid = ANY (blockers) ORDER BY waitstart LIMIT 1) AS next"
+    " WHERE depth < %s)"
+    " SELECT DISTINCT COALESCE('prepared ' || p.gid, (SELECT v.virtualtransaction FROM pg_locks v"
+    " WHERE v.pid = b.pid AND v.virtualxid = v.virtualtransaction))"
+    " FROM chain c JOIN waits w USING (pid) CROSS JOIN unnest(c.blockers) AS b (pid)"
+    " LEFT JOIN pg_stat_activity h ON h.pid = b.pid"
+    " LEFT JOIN pg_prepared_xacts p ON b.pid = 0 AND p.database = current_database()"
+    " AND p.transaction = COALESCE(w.transactionid, p.transaction)"
+    " WHERE b.pid NOT IN (SELECT pid FROM waits)"
+    " AND h.application_name IS DISTINCT FROM current_setting('application_name')"
+)
+_LONGEST_CHAIN: Final = 5
+_OPEN: Final = (
+    "SELECT v.virtualtransaction, 'pid ' || v.pid || COALESCE(', ' || NULLIF(h.application_name, ''), '')"
     # Without pg_read_all_stats, these are NULL for other roles' sessions.
     " || COALESCE(', ' || h.state, '')"
-    " || COALESCE(' for ' || round(extract(epoch FROM clock_timestamp() - h.state_change)) || ' s', '') END"
-    " FROM pg_stat_activity w, unnest(pg_blocking_pids(w.pid)) AS b (pid)"
-    " LEFT JOIN pg_stat_activity h ON h.pid = b.pid"
-    " WHERE w.datname = current_database() AND w.wait_event_type = 'Lock'"
-    " AND w.application_name = current_setting('application_name')"
-    " AND h.application_name IS DISTINCT FROM current_setting('application_name')"
-    " AND COALESCE(h.xact_start < clock_timestamp() - make_interval(secs => %s), true)"
+    " || COALESCE(' for ' || round(extract(epoch FROM clock_timestamp() - h.state_change)) || ' s', '')"
+    " FROM pg_locks v"
+    " LEFT JOIN pg_stat_activity h ON h.pid = v.pid"
+    " WHERE v.virtualxid = v.virtualtransaction AND v.virtualxid = ANY (%(transactions)s)"
+    " UNION ALL SELECT 'prepared ' || gid, 'prepared transaction ' || gid FROM pg_prepared_xacts"
+    " WHERE 'prepared ' || gid = ANY (%(transactions)s) ORDER BY 2"
 )
 
 
-async def lock_holders(connection: AsyncConnection, *, seconds: float) -> Mapping[int, str]:
-    """Return a phrase for each session that blocks one of the rotator's sessions, by its pid.
-
-    Transactions that are younger than ``seconds`` are left out.
-    """
+async def blocking_transactions(connection: AsyncConnection) -> frozenset[str]:
+    """Return the transactions of other sessions for which the rotator's sessions wait just now."""
     async with translate_errors(connection):
-        cursor = await connection.execute(_LOCK_HOLDERS, (seconds,))
-        return {pid: phrase async for pid, phrase in cursor}
+        cursor = await connection.execute(_BLOCKING, (_LONGEST_CHAIN,))
+        return frozenset([transaction async for (transaction,) in cursor if transaction is not None])
+
+
+async def open_transactions(connection: AsyncConnection, transactions: Iterable[str]) -> Mapping[str, str]:
+    """Return those of these transactions that have not ended, each with a phrase for its session."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(_OPEN, {"transactions": list(transactions)})
+        return {transaction: phrase async for transaction, phrase in cursor}
 
 
 # The view's state and times of other roles are NULL without pg_read_all_stats, its xid and xmin are not. A

@@ -263,6 +263,10 @@ def bar_text(stats: Stats, room: int) -> str:
 def _tail(stats: Stats, room: int) -> str:
     if stats.state == "throttled":
         return fitting([*throttled(stats), ""], room)
+    if stats.lock_holders and stats.eta_seconds is None:
+        first, *_ = stats.lock_holders
+        pid, *_ = first.split(",")
+        return fitting([f"waiting for {first}", f"waiting for {pid}", "waiting", ""], room)
     if busy := activity(stats):
         return fitting([busy, ""], room)
     speed = "?" if stats.rows_per_second is None else rate(stats.rows_per_second)

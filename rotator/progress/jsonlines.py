@@ -8,9 +8,10 @@ rotator.events has its own name and fields; keys are only ever added. The others
     started      the fields of RotationStarted, and resumed
     progress     once a second: state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second
                  (the recent rate) and eta_seconds (both null while unknown), late_rows, deferrals, retries,
-                 rejected_rows, outage_left_seconds (null while the server is reachable), pace (the fields of
-                 PaceChanged; null before the first), throttles (the throttles that hold the run, with their
-                 reasons) and throttled_seconds (by throttle)
+                 rejected_rows, outage_left_seconds (null while the server is reachable), lock_holders
+                 (the sessions that block ranges), pace (the fields of PaceChanged; null before the first),
+                 throttles (the throttles that hold the run, with their reasons) and throttled_seconds (by
+                 throttle)
     verified     the same keys as ``verification`` of the report
     leaked_values_found   the fields of LeakedValuesFound, as in the report
     stopped      the same keys as the report
@@ -30,6 +31,7 @@ from rotator.events import (
     Event,
     Findings,
     LedgerProgressed,
+    LockHeld,
     PaceChanged,
     Preflighted,
     RangeCompleted,
@@ -89,6 +91,7 @@ class JsonObserver:
                 RangeDeferred()
                 | RangeRetried()
                 | PaceChanged(is_new=False)
+                | LockHeld(is_new=False)
                 | LedgerProgressed()
                 | VerificationProgressed()
             ):
@@ -126,6 +129,7 @@ def figures(stats: Stats) -> dict[str, object]:
         "retries": stats.retries,
         "rejected_rows": len(stats.rejected_keys),
         "outage_left_seconds": _rounded(stats.outage_left_seconds),
+        "lock_holders": list(stats.lock_holders),
         "pace": stats.pace and asdict(stats.pace),
         "throttles": dict(stats.throttles),
         "throttled_seconds": {name: round(s, 3) for name, s in stats.throttled_so_far.items()},

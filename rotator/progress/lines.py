@@ -19,7 +19,16 @@ from rotator.events import (
 )
 from rotator.progress.preflight import preflight
 from rotator.progress.summary import unchanged_rows
-from rotator.progress.text import activity, duration, notice, pace, plural, progress_rows, rate
+from rotator.progress.text import (
+    activity,
+    duration,
+    notice,
+    pace,
+    plural,
+    progress_rows,
+    rate,
+    waiting_for_locks,
+)
 from rotator.stats import Stats
 
 FIGURES_SECONDS: Final = 30.0
@@ -174,6 +183,8 @@ def figures(stats: Stats) -> str:
         "rejected row": len(stats.rejected_keys),
     }
     parts += [plural(number, noun) for noun, number in counts.items() if number]
+    if waiting := waiting_for_locks(stats.lock_holders):
+        parts.append(waiting)
     if stats.pace is not None and stats.pace.is_limited:
         parts.append(pace(stats.pace))
     return ", ".join(parts)

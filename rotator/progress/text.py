@@ -186,7 +186,7 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
                 f"the time limit of a range is {duration(event.statement_seconds)}"
             )
         case events.LockHeld():
-            return f"waiting for locks that other sessions hold: {'; '.join(event.holders[:HOLDERS_NAMED])}"
+            return waiting_for_locks(event.holders) if event.is_new else ""
         case events.PaceChanged():
             return pace(event) if event.is_new else ""
         case events.Throttled():
@@ -278,6 +278,13 @@ def _awaited(holders: tuple[str, ...]) -> str:
     return (
         f"waiting for {plural(len(holders), 'transaction')} older than the rotation, "
         f"which may still commit rows: {named}{more}"
+    )
+
+
+def waiting_for_locks(holders: tuple[str, ...]) -> str:
+    """Return the phrase for the sessions that block ranges; empty where there are none."""
+    return (
+        f"waiting for locks that other sessions hold: {'; '.join(holders[:HOLDERS_NAMED])}" if holders else ""
     )
 
 

@@ -16,14 +16,12 @@ from rotator.events import (
     Event,
     Findings,
     LateRowsRotated,
-    LockHeld,
     Observer,
     OnCommit,
     OutageEnded,
     OutageStarted,
     Preflighted,
     RangeCompleted,
-    RangeDeferred,
     RotationStopped,
     RunFacts,
     ServerLogShowsValues,
@@ -35,7 +33,7 @@ from rotator.events import (
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
 from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
-from rotator.postgres.activity import check_standbys, lock_holders
+from rotator.postgres.activity import check_standbys
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.control import read_requested
 from rotator.postgres.errors import settings_that_show_values
@@ -54,6 +52,7 @@ from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.engine import MAX_FAILED_ROWS
 from rotator.runner.gate import Gate
 from rotator.runner.horizon import HorizonWatch
+from rotator.runner.locks import LockWatch
 from rotator.runner.measuring import Measuring
 from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine, read_target
@@ -65,55 +64,6 @@ from rotator.runner.throttles import Throttles
 from rotator.runner.vacuum import Vacuuming
 from rotator.runner.verification import Verifier
 from rotator.stats import Stats
-
-NAMED_AFTER_SECONDS: Final = 5.0
-# Shorter than the lock timeout of a range, so that a waiting range is seen.
-LOOK_SECONDS: Final = 0.04
-# Longer than the longest delay between two attempts.
-RECENT_SECONDS: Final = 6.0
-
-
-class LockWatch:
-    """Reports the sessions that hold locks while ranges are deferred again and again."""
-
-    def __init__(self, notify: Observer) -> None:
-        self._notify = notify
-        self._since: float | None = None
-        self._deferred_at = 0.0
-        self._reported = frozenset[int]()
-
-    def take(self, event: Event) -> None:
-        """Count a deferral."""
-        if isinstance(event, RangeDeferred):
-            now = time.monotonic()
-            if self._since is None or now - self._deferred_at > RECENT_SECONDS:
-                self._since, self._reported = now, frozenset()
-            self._deferred_at = now
-
-    def _is_due(self) -> bool:
-        now = time.monotonic()
-        return (
-            self._since is not None
-            and now - self._since >= NAMED_AFTER_SECONDS
-            and now - self._deferred_at <= RECENT_SECONDS
-        )
-
-    async def watch(self, control: AsyncConnection) -> None:
-        """Look for holders until cancelled, on a connection that may be shared."""
-        while True:
-            if not self._is_due():
-                await asyncio.sleep(1.0)
-                continue
-            await asyncio.sleep(LOOK_SECONDS)
-            holders = await lock_holders(control, seconds=NAMED_AFTER_SECONDS)
-            if not holders:
-                continue
-            if frozenset(holders) != self._reported:
-                self._reported = frozenset(holders)
-                self._notify(LockHeld(holders=tuple(holders[pid] for pid in sorted(holders))))
-            # The query locks the server's lock table, so it runs rarely.
-            await asyncio.sleep(NAMED_AFTER_SECONDS)
-
 
 HEARTBEAT_SECONDS: Final = 1.0
 TICK_SECONDS: Final = 1.0

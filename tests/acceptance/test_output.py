@@ -127,6 +127,7 @@ EVENT_KEYS = {
         "retries",
         "rejected_rows",
         "outage_left_seconds",
+        "lock_holders",
         "pace",
         "throttles",
         "throttled_seconds",

@@ -16,7 +16,6 @@ from rotator.events import (
     Event,
     LateCommitsAwaited,
     LateRowsRotated,
-    LockHeld,
     OutageEnded,
     OutageStarted,
     OwnerWatched,
@@ -45,7 +44,6 @@ from tests.integration.outcomes import (
 from tests.integration.rotation_tables import (
     COMMITTING,
     END_THE_ROTATOR,
-    TABLE_NAME,
     TARGET,
     Database,
     assert_new_uuid4s,
@@ -764,21 +762,3 @@ def test_a_generator_that_loses_djangos_connection_is_an_outage(database: Databa
     outcome = prepare([TARGET], "default", RunOptions(batch=10, concurrency=3), selection).rotate(recorder)
     assert_completed(outcome, rows=100)
     assert recorder.of(OutageStarted) == recorder.of(OutageEnded) == 1
-
-
-def test_who_holds_a_lock_is_named(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "NAMED_AFTER_SECONDS", 0.2)
-    database.make_tickets(1, 100)
-    holder = database.connect(application_name="psql")
-    holder.execute("BEGIN")
-    holder.execute(f"SELECT FROM {TABLE_NAME} WHERE id = 50 FOR UPDATE".encode())
-
-    def release(event: Event) -> None:
-        if isinstance(event, LockHeld):
-            holder.execute("COMMIT")
-
-    recorder = EventRecorder(release)
-    assert_completed(rotate_tickets(recorder), rows=100)
-    (held,) = [event for event in recorder.events if isinstance(event, LockHeld)]
-    (phrase,) = held.holders
-    assert phrase.startswith(f"pid {holder.info.backend_pid}, psql, idle in transaction for ")

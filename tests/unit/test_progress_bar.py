@@ -8,6 +8,7 @@ from rotator.events import (
     DrainStarted,
     Event,
     LateCommitsAwaited,
+    LockHeld,
     OutageEnded,
     OutageStarted,
     RangeDeferred,
@@ -236,6 +237,8 @@ def test_unknown_figures_are_said_to_be() -> None:
     [
         (OutageStarted(reason="refused", budget_seconds=300), "unreachable 8 s, 4 min 52 s left"),
         (LateCommitsAwaited(holders=("pid 1", "pid 2")), "waiting for 2 transactions"),
+        (LockHeld(holders=("pid 4711, psql, idle", "pid 3")), "waiting for pid 4711, psql, idle"),
+        (LockHeld(holders=(f"pid 4711, {'a' * 50}",)), "waiting for pid 4711"),
         (DrainStarted(reason=StopReason.SIGINT), "draining ranges in flight"),
     ],
 )

@@ -111,6 +111,7 @@ def test_progress_comes_once_a_second_with_the_figures() -> None:
         "retries": 1,
         "rejected_rows": 0,
         "outage_left_seconds": None,
+        "lock_holders": [],
         "pace": None,
         "throttles": {},
         "throttled_seconds": {},

@@ -9,6 +9,7 @@ from rotator.events import (
     IndexRebuilt,
     LateCommitsAwaited,
     LateRowsRotated,
+    LockHeld,
     OutageEnded,
     OutageStarted,
     OwnerWatched,
@@ -83,6 +84,25 @@ def test_an_estimate_is_called_one_and_an_unknown_eta_too() -> None:
     assert lines_of(stream) == [
         "rotation 7 of tickets.Ticket.token starts: about 1,000,000 rows, 4 workers, 2,000 rows a range",
         "0 of about 1,000,000 rows (0%), ETA unknown",
+    ]
+
+
+def test_who_holds_locks_is_printed_once_and_in_the_figures_until_it_ends() -> None:
+    stream, clock = io.StringIO(), Clock()
+    observer = observer_of(stream, clock)
+    observer(started())
+    observer(LockHeld(holders=("pid 4711, psql, idle in transaction for 5 s",)))
+    observer(LockHeld(holders=("pid 4711, psql, idle in transaction for 36 s",), is_new=False))
+    clock.now = 31
+    observer(Tick())
+    observer(LockHeld(holders=(), is_new=False))
+    clock.now = 62
+    observer(Tick())
+    waiting = "waiting for locks that other sessions hold: pid 4711, psql, idle in transaction for "
+    assert lines_of(stream)[1:] == [
+        f"{waiting}5 s",
+        f"0 of 1,000,000 rows (0%), ETA unknown, {waiting}36 s",
+        "0 of 1,000,000 rows (0%), ETA unknown",
     ]
 
 

@@ -1,0 +1,81 @@
+"""Names the sessions whose locks keep ranges from being written."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from psycopg import AsyncConnection
+
+from rotator.events import Event, LockHeld, Observer, RangeDeferred
+from rotator.postgres.activity import blocking_transactions, open_transactions
+
+NAMED_AFTER_SECONDS: Final = 5.0
+# Shorter than the lock timeout of a range, so that a waiting range is seen.
+LOOK_SECONDS: Final = 0.04
+IDLE_SECONDS: Final = 0.2
+CHECK_SECONDS: Final = 0.5
+# Longer than the longest delay between two attempts.
+RECENT_SECONDS: Final = 6.0
+
+
+class LockWatch:
+    """Reports the transactions of other sessions that have blocked ranges for ``NAMED_AFTER_SECONDS``.
+
+    A range waits for a lock for a moment only, and then for its next attempt. So a transaction that was seen
+    to block one is remembered until it ends, or until no range is deferred any more.
+    """
+
+    def __init__(self, notify: Observer, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._notify = notify
+        self._clock = clock
+        self._deferred_at: float | None = None
+        self._since = dict[str, float]()
+        self._named = frozenset[str]()
+
+    def take(self, event: Event) -> None:
+        """Take an event of the run."""
+        if isinstance(event, RangeDeferred):
+            self._deferred_at = self._clock()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether ranges are deferred now."""
+        return self._deferred_at is not None and self._clock() - self._deferred_at <= RECENT_SECONDS
+
+    async def watch(self, control: AsyncConnection) -> None:
+        """Look for holders until cancelled, on a connection that may be shared."""
+        checked_at = self._clock()
+        try:
+            while True:
+                if not self.is_needed:
+                    self.report({})
+                    await asyncio.sleep(IDLE_SECONDS)
+                    continue
+                await asyncio.sleep(LOOK_SECONDS)
+                self.see(await blocking_transactions(control))
+                if self._since and self._clock() - checked_at >= CHECK_SECONDS:
+                    checked_at = self._clock()
+                    self.report(await open_transactions(control, self._since))
+        finally:
+            self.report({})
+
+    def see(self, transactions: frozenset[str]) -> None:
+        """Remember transactions that block a range now."""
+        now = self._clock()
+        for transaction in transactions:
+            self._since.setdefault(transaction, now)
+
+    def report(self, phrases: Mapping[str, str]) -> None:
+        """Forget the transactions that have ended, and report those that have blocked ranges for long.
+
+        Args:
+            phrases: A phrase for each transaction that has not ended.
+        """
+        now = self._clock()
+        self._since = {name: since for name, since in self._since.items() if name in phrases}
+        named = frozenset(name for name, since in self._since.items() if now - since >= NAMED_AFTER_SECONDS)
+        if named or self._named:
+            holders = tuple(phrase for name, phrase in phrases.items() if name in named)
+            self._notify(LockHeld(holders=holders, is_new=bool(named - self._named)))
+        self._named = named
