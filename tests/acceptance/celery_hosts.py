@@ -1,6 +1,7 @@
 """A Celery broker and worker processes for the acceptance tests."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -80,6 +81,12 @@ class Hosts:
         # Warnings of Celery itself, and about root, are not errors here.
         variables = {"PYTHONWARNINGS": "", "CELERY_BROKER_URL": self.url, **environment}
         return self._commands.start(program=command, variables=variables)
+
+
+def kill_all(worker: Running) -> None:
+    """Kill a worker with all of its processes, as a host does that loses its power."""
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.kill()
 
 
 def running_hosts(commands: Commands) -> Iterator[Hosts]:

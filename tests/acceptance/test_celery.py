@@ -1,7 +1,6 @@
 """The same rotation on Celery: real workers, a real broker, and what becomes of them."""
 
 import json
-import os
 import re
 import signal
 import sys
@@ -18,7 +17,7 @@ from rotator.models import Helper, Rotation, Span, Verification
 from rotator.options import RunOptions
 from rotator.runner.distribution import PATIENCE_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
-from tests.acceptance.celery_hosts import Hosts, running_hosts
+from tests.acceptance.celery_hosts import Hosts, kill_all, running_hosts
 from tests.acceptance.harness import (
     COMMAND,
     MANAGE,
@@ -43,12 +42,6 @@ MOST_BROKER_BYTES = 20 * 1024**2
 @pytest.fixture
 def hosts(commands: Commands) -> Iterator[Hosts]:
     yield from running_hosts(commands)
-
-
-def kill_all(worker: Running) -> None:
-    """Kill a worker with all of its processes, as a host does that loses its power."""
-    os.killpg(worker.pid, signal.SIGKILL)
-    worker.kill()
 
 
 def test_two_workers_share_a_rotation(hosts: Hosts) -> None:

@@ -12,9 +12,9 @@ import pytest
 from django.core.management import CommandError, call_command
 
 from rotator.events import ActionKind
-from rotator.models import Action, Control, Rotation
+from rotator.models import Action, Control, Rotation, Span
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
-from tests.acceptance.celery_hosts import Hosts, running_hosts
+from tests.acceptance.celery_hosts import Hosts, kill_all, running_hosts
 from tests.acceptance.harness import (
     MANAGE,
     Commands,
@@ -66,6 +66,11 @@ def assert_still() -> None:
 def assert_pauses() -> None:
     """The last range is completed soon after a pause."""
     pause()
+    assert_stops()
+
+
+def assert_stops() -> None:
+    """The last range is completed soon."""
     deadline, done = time.monotonic() + TAKES_EFFECT_SECONDS, -1
     while checkpoints() != done:
         assert time.monotonic() < deadline
@@ -239,4 +244,39 @@ def test_celery_workers_are_paused_resumed_limited_and_cancelled(hosts: Hosts) -
     assert finished.status == 128 + signal.SIGINT, finished.err
     speed_up()
     assert hosts.rotate("--batch=20").status == 0
+    audit.assert_rotated()
+
+
+@pytest.mark.slow  # Another message is sent when the lease of the killed task has expired.
+@pytest.mark.parametrize("kills_coordinator", [True, False], ids=["worker and coordinator", "worker"])
+def test_a_pause_survives_killed_processes_with_celery(
+    hosts: Hosts, commands: Commands, *, kills_coordinator: bool
+) -> None:
+    audit = audited_tickets(ROWS)
+    slow_down(0.05)
+    worker = hosts.worker()
+    coordinator = hosts.coordinator("--batch=20", "--concurrency=2")
+    wait_for_checkpoints(10)
+    number = str(Rotation.objects.get().pk)
+    paused = commands.start(number, "pause", program=(*MANAGE, "rotations")).wait()
+    assert (paused.status, paused.err) == (0, "")
+    assert_stops()
+    done = checkpoints()
+    killed = set(Span.objects.exclude(worker="").values_list("worker", flat=True))
+    kill_all(worker)
+    if kills_coordinator:
+        coordinator.kill()
+        coordinator = hosts.coordinator("--batch=20", "--concurrency=2")
+    hosts.worker()
+    wait_until(
+        lambda: Span.objects.exclude(worker__in=["", *killed]).exists(), "the new worker has claimed a span"
+    )
+    assert "throttled: paused by " in coordinator.err
+    speed_up()
+    assert_still()
+    assert checkpoints() == done
+    resumed = commands.start(number, "resume", program=(*MANAGE, "rotations")).wait()
+    assert (resumed.status, resumed.err) == (0, "")
+    finished = coordinator.wait()
+    assert finished.status == 0, finished.err
     audit.assert_rotated()
