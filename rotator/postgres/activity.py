@@ -141,12 +141,13 @@ async def horizon_holders(connection: AsyncConnection) -> tuple[HorizonHolder, .
         return tuple(await cursor.fetchall())
 
 
-# The view's sync_state is NULL without pg_read_all_stats.
+# A number comes before the names in parentheses; one standby confirms where there is none. The view's
+# sync_state is NULL without pg_read_all_stats.
 _MISSING_STANDBYS: Final = (
-    "SELECT current_setting('synchronous_standby_names')"
-    " WHERE current_setting('synchronous_standby_names') <> ''"
-    " AND (NOT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')"
-    " OR sync_state IS NULL)"
+    "SELECT names FROM current_setting('synchronous_standby_names') AS names WHERE names <> ''"
+    " AND ((SELECT count(*) FROM pg_stat_replication"
+    " WHERE sync_state IN ('sync', 'quorum') OR sync_state IS NULL)"
+    " < COALESCE(substring(names FROM '(?i)^\\s*(?:first|any)?\\s*(\\d+)\\s*\\(')::int, 1)"
     " OR EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND state = 'active'"
     # A short wait is part of each commit.
     " AND query_start < clock_timestamp() - interval '5 s'"
@@ -154,17 +155,24 @@ _MISSING_STANDBYS: Final = (
 )
 
 
+async def missing_standbys(connection: AsyncConnection) -> str:
+    """Return why each commit waits for ever; empty where the synchronous standbys confirm commits."""
+    async with translate_errors(connection):
+        cursor = await connection.execute(_MISSING_STANDBYS)
+        row = await cursor.fetchone()
+    if row is None:
+        return ""
+    return (
+        "Each commit waits for a synchronous standby that does not confirm it "
+        f"(synchronous_standby_names is '{row[0]}'). Start the standby, or change that setting."
+    )
+
+
 async def check_standbys(connection: AsyncConnection) -> None:
     """Raise an error if each commit waits for a synchronous standby that is not connected.
 
     Raises:
-        ServerLostError: No synchronous standby confirms commits.
+        ServerLostError: Too few synchronous standbys confirm commits.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute(_MISSING_STANDBYS)
-        row = await cursor.fetchone()
-    if row:
-        raise ServerLostError(
-            f"Each commit waits for a synchronous standby (synchronous_standby_names is '{row[0]}'), and "
-            "none confirms it. Start the standby, or change that setting."
-        )
+    if reason := await missing_standbys(connection):
+        raise ServerLostError(reason)

@@ -33,7 +33,7 @@ from rotator.events import (
 from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
 from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
-from rotator.postgres.activity import check_standbys
+from rotator.postgres.activity import check_standbys, missing_standbys
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.control import read_requested
 from rotator.postgres.errors import settings_that_show_values
@@ -67,6 +67,8 @@ from rotator.stats import Stats
 
 HEARTBEAT_SECONDS: Final = 1.0
 TICK_SECONDS: Final = 1.0
+# As long as a commit may take that waits for a synchronous standby.
+LATE_BEAT_SECONDS: Final = 5.0
 RECORD_SECONDS: Final = 5.0
 MIN_OPEN_SECONDS: Final = 1.0
 _REJECTED_ROWS: Final = (
@@ -144,6 +146,7 @@ class Run:
         self._stored_rejected: tuple[tuple[Key, str], ...] | None = None
         self._has_ledger = options.prove
         self._server_name = ""
+        self._beat_at = 0.0
 
     async def rotate(self, findings: Findings | None = None) -> RotationStopped:
         """Work until the rotation is completed, a stop is requested, or an error ends the run.
@@ -328,7 +331,11 @@ class Run:
         concurrency = 1 if self._context.ask_for_help else self._context.options.concurrency
         # One attempt is made even if little of the budget is left.
         seconds = min(OPEN_SECONDS, max(MIN_OPEN_SECONDS, self._outage.left_seconds))
-        async with connected(server) as connection, pooled(server, concurrency, seconds=seconds) as pool:
+        async with (
+            connected(server) as connection,
+            pooled(server, concurrency, seconds=seconds) as pool,
+            self._watched_commits(),
+        ):
             session_work = Session(connection, pool, table, acquired, self._context)
             while True:
                 with unwrap_group():
@@ -381,6 +388,36 @@ class Run:
             await self._beat_once(control, acquired)
             self._notify(Tick())
 
+    @asynccontextmanager
+    async def _watched_commits(self) -> AsyncIterator[None]:
+        """Notice within seconds that each commit waits for a synchronous standby.
+
+        Raises:
+            ServerLostError: It does.
+        """
+        self._beat_at = time.monotonic()
+        with unwrap_group():
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(self._watch_commits(), name="rotator watch of commits")
+                try:
+                    yield
+                finally:
+                    watching.cancel()
+
+    async def _watch_commits(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if time.monotonic() - self._beat_at < LATE_BEAT_SECONDS:
+                continue
+            self._notify(Tick())
+            reason = ""
+            # The heartbeat itself notices the loss of a connection.
+            with suppress(RotatorError):
+                async with connected(self._context.server) as connection:
+                    reason = await missing_standbys(connection)
+            if reason:
+                raise ServerLostError(reason)
+
     async def _beat_once(self, control: AsyncConnection, acquired: Acquired) -> None:
         """Apply what users request, and write a heartbeat that says so."""
         self._live.apply(await read_requested(control, acquired.lease.rotation))
@@ -400,6 +437,7 @@ class Run:
             ),
         )
         self._stored_rejected = rejected
+        self._beat_at = time.monotonic()
         self._throttles.note_beat(beat_at)
         await self._measuring.record_if_due(control, acquired.lease.rotation)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from core.own_server import OwnServer
+from core.own_server import OwnReplica, OwnServer
 from core.proxy import Proxy
 from tests.acceptance.harness import MANAGE, Commands
-from tests.faults.database import Database, new_database
+from tests.faults.database import Database, new_database, wait_for_replay
 from tests.faults.harness import Rotations
 
 TEMPLATE = "migrated"
@@ -49,3 +49,18 @@ def rotations(database: Database, tmp_path: Path) -> Iterator[Rotations]:  # noq
 def proxy(server: OwnServer) -> Iterator[Proxy]:
     with Proxy(port=server.port) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="module")
+def streaming(server: OwnServer) -> Iterator[OwnReplica]:
+    with OwnReplica(server) as own:
+        yield own
+
+
+@pytest.fixture
+def replica(streaming: OwnReplica, database: Database) -> Iterator[OwnReplica]:
+    """A replica that has the test's own database, and replays whatever the test before has done to it."""
+    wait_for_replay(database, streaming)
+    yield streaming
+    with streaming.connect() as standby:
+        standby.execute("SELECT pg_wal_replay_resume()")

@@ -8,7 +8,8 @@ from typing import Any, Final
 import psycopg
 from psycopg import sql
 
-from core.own_server import OwnServer
+from core.own_server import OwnReplica, OwnServer
+from tests.acceptance.harness import wait_until
 
 TABLE: Final = "tickets_ticket"
 _OLD: Final = "audit_old"
@@ -230,3 +231,11 @@ def speed_up(database: Database, seconds: float = 0.0) -> None:
         f"CREATE OR REPLACE FUNCTION {_SLOWNESS}() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END $$"
     )
+
+
+def wait_for_replay(database: Database, replica: OwnReplica) -> None:
+    """Wait until the replica has the test's own database."""
+    ((position,),) = database.query("SELECT pg_current_wal_lsn()::text")
+    replayed = b"SELECT 1 WHERE pg_last_wal_replay_lsn() >= %s::pg_lsn"
+    with replica.connect() as standby:
+        wait_until(lambda: standby.execute(replayed, [position]).fetchall(), "the replica replays")

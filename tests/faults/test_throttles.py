@@ -16,7 +16,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from core.own_server import OwnReplica, OwnServer
+from core.own_server import OwnReplica
 from rotator.events import Event, HorizonHeld, RotationStopped, Throttled, ThrottleEnded
 from rotator.exceptions import OptionError
 from rotator.options import RunOptions
@@ -32,7 +32,15 @@ from rotator.postgres.throttles import (
 from rotator.runner.context import RunTarget
 from rotator.runner.runner import Run
 from rotator.runner.throttles import ThrottleSources
-from tests.faults.database import Audit, Database, make_tickets, new_role, slow_down, speed_up
+from tests.faults.database import (
+    Audit,
+    Database,
+    make_tickets,
+    new_role,
+    slow_down,
+    speed_up,
+    wait_for_replay,
+)
 from tests.integration.rotation_tables import UUIDS
 
 ROWS = 3000
@@ -44,21 +52,6 @@ OPTIONS = RunOptions(batch=20, concurrency=2, vacuum=False, listens_to_signals=F
 
 def server_of(url: str) -> Server:
     return Server(parameters=conninfo_to_dict(url))
-
-
-@pytest.fixture(scope="module")
-def streaming(server: OwnServer) -> Iterator[OwnReplica]:
-    with OwnReplica(server) as own:
-        yield own
-
-
-@pytest.fixture
-def replica(streaming: OwnReplica, database: Database) -> Iterator[OwnReplica]:
-    """A replica that has the test's own database, and replays whatever the test before has done to it."""
-    wait_for_replay(database, streaming)
-    yield streaming
-    with streaming.connect() as standby:
-        standby.execute("SELECT pg_wal_replay_resume()")
 
 
 def on_replica(replica: OwnReplica, database: Database) -> Server:
@@ -196,16 +189,6 @@ async def test_a_rotation_that_is_not_on_the_replica_is_unknown(
     standby.note_beat(datetime.now(UTC))
     assert (await standby.read_lag(99)).problem == "the row of the rotation is not there"
     await standby.close()
-
-
-def wait_for_replay(database: Database, replica: OwnReplica) -> None:
-    """Wait until the replica has the test's own database."""
-    ((position,),) = database.query("SELECT pg_current_wal_lsn()::text")
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    with replica.connect() as standby:
-        while standby.execute("SELECT 1 WHERE pg_last_wal_replay_lsn() < %s::pg_lsn", [position]).fetchall():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 async def test_what_is_no_replica_with_a_heartbeat_is_refused(
