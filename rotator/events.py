@@ -329,8 +329,8 @@ class WorkersProgressed:
     """Celery workers have committed ranges since the owner last read the checkpoints.
 
     Attributes:
-        deferrals: The number of deferrals in the spans that were finished.
-        retries: The number of retries in these spans.
+        deferrals: The number of deferrals.
+        retries: The number of retries in the spans that were finished.
         seconds: The time since the owner last read the checkpoints.
     """
 

@@ -212,7 +212,9 @@ class Stats:
             case events.RangeCompleted():
                 self._add_ranges(1, event.rows, event.seconds)
             case events.WorkersProgressed():
-                self.deferrals += event.deferrals
+                if event.deferrals:
+                    self.deferrals += event.deferrals
+                    self._deferred_at = self.clock()
                 self.retries += event.retries
                 if event.ranges:
                     self._add_ranges(event.ranges, event.rows, event.seconds)

@@ -56,11 +56,12 @@ _READ_PROGRESS: Final = _statement(
     "SELECT s.*, count(c.id) AS ranges, COALESCE(sum(c.rows), 0)::bigint AS rows,"
     " count(c.id) FILTER (WHERE c.id <= s.settled) AS settled_ranges,"
     " COALESCE(sum(c.rows) FILTER (WHERE c.id <= s.settled), 0)::bigint AS settled_rows"
-    " FROM (SELECT count(*) AS spans, count(*) FILTER (WHERE {claimable}) AS claimable,"
+    " FROM (SELECT count(*) AS spans, COALESCE(sum(deferrals), 0)::bigint AS deferrals,"
+    " count(*) FILTER (WHERE {claimable}) AS claimable,"
     " COALESCE(min(checkpoints_before) FILTER (WHERE finished_at IS NULL), %(since)s::bigint) AS settled"
     " FROM rotator_span WHERE rotation_id = %(rotation)s) s"
     " LEFT JOIN rotator_completedrange c ON c.rotation_id = %(rotation)s AND c.id > %(since)s"
-    " GROUP BY s.spans, s.claimable, s.settled"
+    " GROUP BY s.spans, s.deferrals, s.claimable, s.settled"
 )
 _ADD_HELPER: Final = _statement(
     "WITH lost AS (DELETE FROM rotator_helper WHERE id = %(instead_of)s)"
@@ -95,6 +96,7 @@ class Progress:
 
     Attributes:
         spans: The number of spans that are left.
+        deferrals: The number of deferrals in these spans.
         claimable: The number of spans among them that no living helper has claimed.
         settled: The id up to which no transaction in flight can add a checkpoint.
         ranges: The number of checkpoints after the given id.
@@ -104,6 +106,7 @@ class Progress:
     """
 
     spans: int
+    deferrals: int
     claimable: int
     settled: int
     ranges: int
@@ -255,6 +258,16 @@ async def claim(
             checkpoints_before=checkpoints_before,
         )
     return ClaimedSpan(lease=replace(lease, span=number, span_generation=generation), gaps=left)
+
+
+async def report_deferrals(connection: AsyncConnection, lease: Lease, deferrals: int) -> None:
+    """Add deferrals to those of a span that this process works on."""
+    async with translate_errors(connection):
+        await connection.execute(
+            "UPDATE rotator_span SET deferrals = deferrals + %(deferrals)s"
+            " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
+            {"deferrals": deferrals, **asdict(lease)},
+        )
 
 
 async def release(connection: AsyncConnection, lease: Lease, *, deferrals: int, retries: int) -> None:

@@ -62,6 +62,7 @@ class Distribution:
         self._clock = asyncio.get_running_loop().time
         self._since = 0
         self._reported = (0, 0)
+        self._reported_deferrals = 0
         self._read_at = self._alive_at = self._clock()
         self._failed_rows = 0
         self._patience_seconds = PATIENCE_SECONDS
@@ -130,7 +131,8 @@ class Distribution:
         finished = await spans.collect_finished(self._connection, self._lease)
         progress = await spans.read_progress(self._connection, self._lease.rotation, since=self._since)
         ranges, rows = progress.ranges - self._reported[0], progress.rows - self._reported[1]
-        deferrals, retries = sum(s.deferrals for s in finished), sum(s.retries for s in finished)
+        deferrals = sum(s.deferrals for s in finished) + progress.deferrals - self._reported_deferrals
+        retries = sum(s.retries for s in finished)
         read_at = self._clock()
         if ranges or deferrals or retries:
             self._notify(
@@ -143,6 +145,7 @@ class Distribution:
                 )
             )
         self._read_at, self._since = read_at, progress.settled
+        self._reported_deferrals = progress.deferrals
         self._reported = (
             progress.ranges - progress.settled_ranges,
             progress.rows - progress.settled_rows,

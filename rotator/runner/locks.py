@@ -7,7 +7,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import Event, LockHeld, Observer, RangeDeferred
+from rotator.events import Event, LockHeld, Observer, RangeDeferred, WorkersProgressed
 from rotator.postgres.activity import blocking_transactions, open_transactions
 
 NAMED_AFTER_SECONDS: Final = 5.0
@@ -15,8 +15,8 @@ NAMED_AFTER_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.04
 IDLE_SECONDS: Final = 0.2
 CHECK_SECONDS: Final = 0.5
-# Longer than the longest delay between two attempts.
-RECENT_SECONDS: Final = 6.0
+# Longer than the longest delay between two attempts, and than a Celery worker takes to report one.
+RECENT_SECONDS: Final = 8.0
 
 
 class LockWatch:
@@ -35,7 +35,7 @@ class LockWatch:
 
     def take(self, event: Event) -> None:
         """Take an event of the run."""
-        if isinstance(event, RangeDeferred):
+        if isinstance(event, RangeDeferred) or (isinstance(event, WorkersProgressed) and event.deferrals):
             self._deferred_at = self._clock()
 
     @property

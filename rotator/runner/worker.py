@@ -206,7 +206,7 @@ class Helper:
             engine = build_engine(planner, writer, self._gate, counter, has_rotated=has_rotated)
             with unwrap_group():
                 async with asyncio.TaskGroup() as tasks:
-                    renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease))
+                    renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease, counter))
                     await engine.run(claimed.gaps, self._drain)
                     renewing.cancel()
         if self._drain.is_set():
@@ -222,11 +222,15 @@ class Helper:
                 failed_keys=counter.failed_keys,
             )
 
-    async def _keep_renewed(self, connection: AsyncConnection, lease: Lease) -> None:
+    async def _keep_renewed(self, connection: AsyncConnection, lease: Lease, counter: _EventCounter) -> None:
         while True:
             due_at = min(self._looked_at + LOOK_SECONDS, self._renewed_at + RENEW_SECONDS)
             await asyncio.sleep(due_at - time.monotonic())
             await self._look(connection)
+            if counter.deferrals:
+                # The owner looks for the sessions that hold the locks.
+                deferrals, counter.deferrals = counter.deferrals, 0
+                await spans.report_deferrals(connection, lease, deferrals)
             if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
                 await self._renew(connection, lease)
 

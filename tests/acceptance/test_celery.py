@@ -515,6 +515,23 @@ def test_ddl_on_the_table_is_waited_for(hosts: Hosts) -> None:
     audit.assert_rotated()
 
 
+@pytest.mark.slow
+def test_who_holds_a_lock_is_named(hosts: Hosts) -> None:
+    audit = audited_tickets(ROWS)
+    hosts.worker()
+    with psycopg.connect(url_of(), application_name="psql") as other:
+        other.execute("SELECT FROM tickets_ticket WHERE id = (SELECT min(id) FROM tickets_ticket) FOR UPDATE")
+        coordinator = hosts.coordinator("--batch=200", "--concurrency=2", f"--report={hosts.report}")
+        wait_for_checkpoints(5)
+        pid = other.info.backend_pid
+        named = f"waiting for locks that other sessions hold: pid {pid}, psql, idle in transaction for "
+        wait_until(lambda: named in coordinator.err, "the holder is named", seconds=15)
+        other.rollback()
+    assert coordinator.wait().status == 0, coordinator.err
+    assert json.loads(hosts.report.read_text())["deferrals"] >= 4
+    audit.assert_rotated()
+
+
 def test_without_the_extra_it_says_what_to_install(commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "celery.py").write_text("raise ModuleNotFoundError(name='celery')")
     environment = {"PYTHONPATH": str(tmp_path)}

@@ -135,6 +135,23 @@ async def test_a_released_span_is_claimed_at_once(
     assert await _claim(control, lease, "three") is None
 
 
+async def test_deferrals_are_counted_while_the_helper_works(
+    database: Database, control: psycopg.AsyncConnection, lease: Lease
+) -> None:
+    database.make_tickets(1, 120)
+    since = await spans.clear(control, lease)
+    await spans.plan(control, lease, SPAN)
+    first = await _claim(control, lease, "one")
+    assert first is not None
+    for _ in range(2):
+        await spans.report_deferrals(control, first.lease, 3)
+    assert (await spans.read_progress(control, lease.rotation, since=since)).deferrals == 6
+    await spans.finish(control, first.lease, deferrals=1, retries=0)
+    (finished,) = await spans.collect_finished(control, lease)
+    assert finished.deferrals == 7
+    assert (await spans.read_progress(control, lease.rotation, since=since)).deferrals == 0
+
+
 async def test_the_spans_of_another_owner_cannot_be_claimed(
     database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:

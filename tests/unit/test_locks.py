@@ -1,6 +1,8 @@
 """Which transactions that block ranges are named, and until when."""
 
-from rotator.events import Event, LockHeld, RangeDeferred
+import pytest
+
+from rotator.events import Event, LockHeld, RangeDeferred, WorkersProgressed
 from rotator.runner.locks import RECENT_SECONDS, LockWatch
 from tests.unit.progress_fakes import Clock
 
@@ -35,11 +37,17 @@ def test_another_holder_is_new() -> None:
     assert events == [LockHeld(holders=(PSQL,)), LockHeld(holders=(PSQL, OTHER))]
 
 
-def test_it_looks_only_while_ranges_are_deferred() -> None:
+@pytest.mark.parametrize(
+    "event",
+    [RangeDeferred(rows=10), WorkersProgressed(ranges=0, rows=0, deferrals=1, retries=0, seconds=1)],
+)
+def test_it_looks_only_while_ranges_are_deferred(event: Event) -> None:
     clock = Clock()
     watch = LockWatch(lambda _event: None, clock=clock)
     assert not watch.is_needed
-    watch.take(RangeDeferred(rows=10))
+    watch.take(WorkersProgressed(ranges=1, rows=10, deferrals=0, retries=0, seconds=1))
+    assert not watch.is_needed
+    watch.take(event)
     assert watch.is_needed
     clock.now = RECENT_SECONDS + 0.1
     assert not watch.is_needed
