@@ -25,26 +25,23 @@ NOTICED_SECONDS = 20.0
 @contextmanager
 def synchronous(server: OwnServer, names: str) -> Iterator[None]:
     """Have each commit wait for these standbys; the one that streams is called walreceiver."""
+    streams = (
+        "SELECT 1 FROM pg_stat_replication WHERE state = 'streaming' AND (sync_state = 'async')"
+        " = (NOT current_setting('synchronous_standby_names') ~ 'walreceiver|[*]')"
+        " AND current_setting('synchronous_standby_names') = %s"
+    )
     with server.connect() as admin:
 
-        def use(names: str) -> None:
-            admin.execute(sql.SQL("ALTER SYSTEM SET synchronous_standby_names = {}").format(names))
+        def use(change: sql.Composable, names: str) -> None:
+            admin.execute(sql.SQL("ALTER SYSTEM {}").format(change))
             admin.execute("SELECT pg_reload_conf()")
-            wait_until(
-                lambda: admin.execute(
-                    "SELECT 1 FROM pg_stat_replication WHERE state = 'streaming' AND (sync_state = 'async')"
-                    " = (NOT current_setting('synchronous_standby_names') ~ 'walreceiver|[*]')"
-                    " AND current_setting('synchronous_standby_names') = %s",
-                    [names],
-                ).fetchall(),
-                "the setting is in effect",
-            )
+            wait_until(lambda: admin.execute(streams, [names]).fetchall(), "the setting is in effect")
 
-        use(names)
+        use(sql.SQL("SET synchronous_standby_names = {}").format(names), names)
         try:
             yield
         finally:
-            use("")
+            use(sql.SQL("RESET synchronous_standby_names"), "")
 
 
 async def check(url: str) -> None:
