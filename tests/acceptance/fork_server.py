@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -59,9 +60,14 @@ class Fork:
             time.sleep(_POLL_SECONDS)
         return status
 
+    def send_signal(self, number: int) -> None:
+        # It can end at any time, and the server then writes its status.
+        with suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(self.pid, number)
+
     def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
 
 def fork(command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path) -> Fork:

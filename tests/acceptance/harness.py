@@ -142,7 +142,7 @@ class Running:
         return self._err.read_text()
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        self._process.send_signal(number)
 
     def wait(self, seconds: float = _RUN_SECONDS) -> Finished:
         status = self._process.wait(seconds)

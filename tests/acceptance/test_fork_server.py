@@ -1,6 +1,5 @@
 """A fork of the server is a process like one that is started by its command line."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -88,8 +87,10 @@ def test_a_signal_ends_it(tmp_path: Path, number: signal.Signals) -> None:
     assert process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.1)
-    os.kill(process.pid, number)
+    process.send_signal(number)
     assert process.wait() == -number
+    # To one that has ended, it does nothing.
+    process.send_signal(number)
     process.kill()
 
 
