@@ -1,25 +1,29 @@
 """A command's terminal and shell: prompts, streams, Ctrl-C, files, and the command to resume with."""
 
 import gc
+import json
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, Final, TextIO
 
 import psycopg
-from django.core.management import BaseCommand
+from django.core.management import BaseCommand, CommandError
 from django.core.management.base import OutputWrapper
 
 from rotator import __version__
 from rotator.events import DrainStarted, Event, Observer, RotationStarted, RotationStopped
-from rotator.exceptions import OptionError
+from rotator.exceptions import OptionError, RotatorError
 from rotator.options import OPTIONS_OF_ONE_RUN
+
+INTERRUPTED: Final = 128 + signal.SIGINT
+"""The exit status of a command that Ctrl-C ended."""
 
 
 class OwnCommand(BaseCommand):
@@ -32,6 +36,27 @@ class OwnCommand(BaseCommand):
     def is_called_by_code(self) -> bool:
         """Whether ``call_command()`` runs it, and not a command line."""
         return not self._called_from_command_line  # type: ignore[attr-defined] # missing in the stubs
+
+    @property
+    def out(self) -> TextIO:
+        """Raw standard output."""
+        # Django's wrapper ends every write with a line end, also in the middle of a bar.
+        stream: TextIO = vars(self.stdout)["_out"]
+        return stream
+
+    @property
+    def err(self) -> TextIO:
+        """Raw standard error."""
+        stream: TextIO = vars(self.stderr)["_out"]
+        return stream
+
+    def execute(self, *arguments: Any, **options: Any) -> str | None:  # noqa: ANN401 - Django's signature
+        """Run the command, and show an error of the rotator without its traceback."""
+        open_closed_streams(self)
+        try:
+            return super().execute(*arguments, **options)
+        except RotatorError as error:
+            raise CommandError(str(error), returncode=error.exit_status) from error
 
     def run_from_argv(self, argv: list[str]) -> None:
         """Run the command of a command line."""
@@ -156,6 +181,15 @@ def writable(path: Path | str | None) -> Path | None:
             f"The report cannot be written to {path}: {error.strerror}. Name another file with --report."
         ) from error
     return path
+
+
+def write_report(path: Path | None, facts: Mapping[str, object]) -> None:
+    """Write facts to a file as JSON; do nothing without a file."""
+    if path is not None:
+        try:
+            path.write_text(f"{json.dumps(facts, indent=2)}\n")
+        except OSError as error:
+            raise CommandError(f"The report could not be written: {error}") from error
 
 
 def resume_command(arguments: list[str], *, python: Path, folder: Path) -> str:

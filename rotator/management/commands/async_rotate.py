@@ -1,21 +1,19 @@
 """``manage.py async_rotate``: give every row of a column a new value."""
 
-import json
 import signal
 import sys
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from django.core.management import CommandError, CommandParser
-from django.core.management.base import OutputWrapper
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.apps import default_target, hides_keys
 from rotator.events import Observer, Preflighted, RotationStopped, StopReason
-from rotator.exceptions import BrokerError, OptionError, RotatorError, StoppedBeforeStartError
+from rotator.exceptions import BrokerError, OptionError, StoppedBeforeStartError
 from rotator.management.terminal import (
     OwnCommand,
     agrees,
@@ -23,9 +21,9 @@ from rotator.management.terminal import (
     hide_errors_of_lost_connections,
     hold_interrupts,
     is_terminal,
-    open_closed_streams,
     resume_command,
     writable,
+    write_report,
 )
 from rotator.options import COMMAND_OPTIONS, RunOptions, Selection
 from rotator.progress import PROGRESS_KINDS, open_progress, preflight, report, summary, summary_stream
@@ -75,7 +73,6 @@ class Command(OwnCommand):
         """Rotate, and exit with the status of the run."""
         if not options["verbosity"]:
             options["progress"] = "none"
-        open_closed_streams(self)
         if not self.is_called_by_code:
             hide_errors_of_lost_connections()
         try:
@@ -83,10 +80,7 @@ class Command(OwnCommand):
         except KeyboardInterrupt:
             # Ends the line of ^C.
             self.stderr.write("")
-            error = StoppedBeforeStartError(signal.SIGINT)
-            raise CommandError(str(error), returncode=error.exit_status) from None
-        except RotatorError as error:
-            raise CommandError(str(error), returncode=error.exit_status) from error
+            raise StoppedBeforeStartError(signal.SIGINT) from None
         if stopped is not None and stopped.exit_status:
             sys.exit(stopped.exit_status)
 
@@ -106,7 +100,7 @@ class Command(OwnCommand):
         report_file = writable(options["report"])
         prepared = prepared.with_leaked_values()
         if options["dry_run"]:
-            Sink(_raw(self.stdout)).write_line(preflight(prepared.examine()))
+            Sink(self.out).write_line(preflight(prepared.examine()))
             return None
         if prepared.options.reindex and not prepared.options.restart:
             earlier = prepared.earlier()
@@ -138,9 +132,7 @@ class Command(OwnCommand):
         return stopped
 
     def _open_progress(self, options: dict[str, Any]) -> AbstractContextManager[Observer]:
-        return open_progress(
-            options["progress"], out=_raw(self.stdout), err=_raw(self.stderr), hides_keys=hides_keys()
-        )
+        return open_progress(options["progress"], out=self.out, err=self.err, hides_keys=hides_keys())
 
     def _ask_for_help(self, options: dict[str, Any], database: str) -> "AskForHelp | None":
         if not options["celery"]:
@@ -189,7 +181,7 @@ class Command(OwnCommand):
                 f"Not every index of rotation {rotation} was rebuilt. Run: {' '.join(statements)}"
             )
         if options["verbosity"]:
-            stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
+            stream = summary_stream(options["progress"], out=self.out, err=self.err)
             Sink(stream).write_line(
                 f"Rotation {rotation} of {prepared.target.label} is completed, and its indexes are rebuilt."
             )
@@ -212,39 +204,33 @@ class Command(OwnCommand):
             if self.is_called_by_code
             else resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
         )
-        stream = summary_stream(options["progress"], out=_raw(self.stdout), err=_raw(self.stderr))
+        stream = summary_stream(options["progress"], out=self.out, err=self.err)
         text = summary(stopped, resume_command=command)
         if not options["verbosity"]:
-            stream = _raw(self.stderr)
+            stream = self.err
             text = verdict(stopped) if stopped.exit_status else ""
         if text:
             Sink(stream).write_line(text)
-        if report_file is not None:
-            try:
-                report_file.write_text(json.dumps(report(stopped), indent=2) + "\n")
-            except OSError as error:
-                raise CommandError(f"The report could not be written: {error}") from error
+        write_report(report_file, report(stopped))
 
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
     names = (
-        "concurrency",
-        "batch",
-        "pace",
-        "restart",
-        "take_over",
-        "stop_after",
-        "lock_timeout",
-        "outage_budget",
-        *("max_lag", "lag_of", "max_unarchived_wal", "max_slot_wal"),
+        *(
+            "concurrency",
+            "batch",
+            "pace",
+            "restart",
+            "take_over",
+            "stop_after",
+            "lock_timeout",
+            "outage_budget",
+        ),
+        *("max_lag", "lag_of", "max_unarchived_wal", "max_slot_wal", "reindex", "celery", "prove", "guard"),
     )
     return RunOptions.checked(
         **{name: options[name] for name in names},
         vacuum=not options["no_vacuum"],
-        reindex=options["reindex"],
-        celery=options["celery"],
-        prove=options["prove"],
-        guard=options["guard"],
         preflight=not options["no_preflight"],
         # Only a reader needs the estimate.
         sample=not options["no_sample"] and (options["dry_run"] or is_terminal(sys.stderr)),
@@ -317,9 +303,3 @@ def _without_one_run(prepared: "Prepared") -> "Prepared":
         stop_after_seconds=None,
     )
     return replace(prepared, options=options)
-
-
-def _raw(wrapper: OutputWrapper) -> TextIO:
-    # The wrapper ends every write with a line end, also in the middle of a bar.
-    stream: TextIO = vars(wrapper)["_out"]
-    return stream

@@ -4,13 +4,13 @@ import json
 import shlex
 from typing import Final, TypedDict, Unpack
 
-from django.core.management import CommandError, CommandParser
+from django.core.management import CommandParser
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from rotator.exceptions import OptionError, RotatorError
+from rotator.exceptions import OptionError
 from rotator.fields.secret_columns import Inventory, SecretColumn, search_copies, take_inventory
 from rotator.fields.secret_rules import Kind
-from rotator.management.terminal import OwnCommand, open_closed_streams
+from rotator.management.terminal import OwnCommand
 from rotator.postgres.copies import CopySearch
 from rotator.progress.text import count, moment, plural
 
@@ -62,19 +62,15 @@ class Command(OwnCommand):
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print the columns."""
-        open_closed_streams(self)
         database, rotation = options["database"], options["copies_of"]
-        try:
-            if rotation is None:
-                if options["all"]:
-                    raise OptionError("--all needs a rotation: find_secrets --copies-of ID --all.")
-                inventory = take_inventory(database)
-                facts, text = _facts(inventory, database), _text(inventory, database)
-            else:
-                search = search_copies(database, rotation, every_row=options["all"])
-                facts, text = _copy_facts(search, rotation), _copy_text(search, rotation)
-        except RotatorError as error:
-            raise CommandError(str(error), returncode=error.exit_status) from error
+        if rotation is None:
+            if options["all"]:
+                raise OptionError("--all needs a rotation: find_secrets --copies-of ID --all.")
+            inventory = take_inventory(database)
+            facts, text = _facts(inventory, database), _text(inventory, database)
+        else:
+            search = search_copies(database, rotation, every_row=options["all"])
+            facts, text = _copy_facts(search, rotation), _copy_text(search, rotation)
         self.stdout.write(json.dumps(facts, indent=2) if options["json"] else text)
 
 

@@ -1,16 +1,15 @@
 """``manage.py rotations``: list rotations with their progress, follow one, or control it while it runs."""
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import Final, TextIO, TypedDict, Unpack
+from typing import Final, TypedDict, Unpack
 
 from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 
-from rotator.exceptions import OptionError, RotatorError
+from rotator.exceptions import OptionError
 from rotator.management.control import VERBS, Request, await_answer, read_request, send
 from rotator.management.evidence import evidence
 from rotator.management.rotation import (
@@ -34,7 +33,7 @@ from rotator.management.rotation import (
     selection_text,
     status_of,
 )
-from rotator.management.terminal import OwnCommand, open_closed_streams, writable
+from rotator.management.terminal import INTERRUPTED, OwnCommand, writable
 from rotator.models import Action, Ledger, Rotation
 from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
@@ -50,7 +49,6 @@ from rotator.progress.text import (
 )
 
 _FOLLOW_SECONDS: Final = 1.0
-_SIGNAL_BASE: Final = 128
 
 
 class Options(TypedDict):
@@ -137,11 +135,7 @@ class Command(OwnCommand):
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Print the rotations."""
-        open_closed_streams(self)
-        try:
-            number, request = _read_words(options)
-        except RotatorError as error:
-            raise CommandError(str(error)) from error
+        number, request = _read_words(options)
         rotations = read_rotations(options["database"], number)
         if options["unguard"] or options["forget"] or options["evidence"]:
             if number is None:
@@ -177,15 +171,13 @@ class Command(OwnCommand):
         try:
             controls = [send(each, request, by=by, revision=options["revision"]) for each in rotations]
             answers = [await_answer(control, request, options["database"]) for control in controls]
-        except RotatorError as error:
-            raise CommandError(str(error)) from error
         except Error as error:
             raise CommandError(
                 f"Cannot store the request in the database '{options['database']}': {first_line(error)} If "
                 "the database is the problem, send SIGUSR1 to the process of the rotation to pause it."
             ) from error
         except KeyboardInterrupt:
-            sys.exit(_SIGNAL_BASE + signal.SIGINT)
+            sys.exit(INTERRUPTED)
         for answer in answers:
             self.stdout.write(answer.text)
         if not all(answer.is_applied for answer in answers):
@@ -230,16 +222,13 @@ class Command(OwnCommand):
             if path := writable(options["evidence"]):
                 path.write_text(evidence(rotation), encoding="utf-8")
                 self.stdout.write(f"The evidence of {name} is in {path}.")
-        except RotatorError as error:
-            raise CommandError(str(error), returncode=error.exit_status) from error
         except OSError as error:
             raise CommandError(f"The evidence could not be written: {error}") from error
 
     def _follow(self, number: int | None, database: str) -> None:
         if number is None:
             raise CommandError("--follow needs the ID of a rotation: rotations ID --follow.")
-        stream: TextIO = vars(self.stdout)["_out"]
-        progress = FollowedProgress(stream, clock=time.monotonic, is_live=can_draw(stream))
+        progress = FollowedProgress(self.out, clock=time.monotonic, is_live=can_draw(self.out))
         try:
             while True:
                 rotation = find_rotations(database).get(pk=number)
@@ -254,7 +243,7 @@ class Command(OwnCommand):
                     )
                 time.sleep(_FOLLOW_SECONDS)
         except KeyboardInterrupt:
-            sys.exit(_SIGNAL_BASE + signal.SIGINT)
+            sys.exit(INTERRUPTED)
         except Error as error:
             raise CommandError(
                 f"Lost the connection to the database: {first_line(error)} The rotation may still run."

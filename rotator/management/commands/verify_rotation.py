@@ -1,22 +1,21 @@
 """``manage.py verify_rotation``: search a rotated table for old values, and repair it."""
 
 import json
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TextIO, TypedDict, Unpack
+from typing import Final, TypedDict, Unpack
 
 from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, connections
 
 from rotator.events import ignore
-from rotator.exceptions import OptionError, RotatorError
+from rotator.exceptions import OptionError
 from rotator.fields.target import find_fields
 from rotator.management.rotation import read_rotations
-from rotator.management.terminal import OwnCommand, open_closed_streams, writable
+from rotator.management.terminal import INTERRUPTED, OwnCommand, writable, write_report
 from rotator.models import Rotation
 from rotator.options import RunOptions, Selection
 from rotator.progress.lines import LinesObserver, Sink
@@ -24,7 +23,6 @@ from rotator.progress.summary import leaked_report
 from rotator.progress.text import leaked_values
 from rotator.progress.verification import verification_report, verification_summary
 
-_INTERRUPTED: Final = 128 + signal.SIGINT
 # A field without a default needs one, although a check does not call it.
 _GENERATOR: Final = "secrets.token_hex"
 
@@ -99,8 +97,6 @@ class Command(OwnCommand):
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
         """Verify, and exit with 1 while anything is left."""
-        open_closed_streams(self)
-        out: TextIO = vars(self.stdout)["_out"]
         try:
             report_file = writable(options["report"])
             result = self._count_leaked(options) if options["leaked"] else self._verify(options)
@@ -108,18 +104,12 @@ class Command(OwnCommand):
             # Ends the line of ^C.
             self.stderr.write("")
             raise CommandError(
-                "Stopped. The same command resumes the verification.", returncode=_INTERRUPTED
+                "Stopped. The same command resumes the verification.", returncode=INTERRUPTED
             ) from None
-        except RotatorError as error:
-            raise CommandError(str(error), returncode=error.exit_status) from error
-        facts = json.dumps(result.facts, indent=2)
         if options["verbosity"] or result.exit_status:
-            Sink(out).write_line(facts if options["json"] else result.text)
-        if report_file is not None:
-            try:
-                report_file.write_text(f"{facts}\n")
-            except OSError as error:
-                raise CommandError(f"The report could not be written: {error}") from error
+            text = json.dumps(result.facts, indent=2) if options["json"] else result.text
+            Sink(self.out).write_line(text)
+        write_report(report_file, result.facts)
         if result.exit_status:
             sys.exit(result.exit_status)
 
@@ -164,9 +154,8 @@ class Command(OwnCommand):
             )
         if options["leaked_column"]:
             raise OptionError("--leaked-column names a column of the file of --leaked. Use both.")
-        err: TextIO = vars(self.stderr)["_out"]
         observer = (
-            LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
+            LinesObserver(self.err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
             if options["verbosity"]
             else ignore
         )
