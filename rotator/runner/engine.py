@@ -80,7 +80,7 @@ class Engine:
         gate: Gate,
         *,
         notify: Observer,
-        options: EngineOptions,
+        options: EngineOptions | None = None,
         has_rotated: bool = False,
     ) -> None:
         """Prepare it.
@@ -90,14 +90,14 @@ class Engine:
             writer: Writes them.
             gate: Lets a range begin.
             notify: Is called with each event.
-            options: The limits.
+            options: The limits; None for the usual ones.
             has_rotated: Whether the rotation has rotated rows before.
         """
         self._planner = planner
         self._writer = writer
         self._gate = gate
         self._notify = notify
-        self._options = options
+        self._options = options or EngineOptions()
         self._failed_rows = 0
         self._failed_rows_in_a_row = 0
         self._has_rotated = has_rotated

@@ -20,11 +20,11 @@ from rotator.ranges import KeyInterval
 from rotator.runner.acquire import Acquired
 from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution
+from rotator.runner.engine import Engine, EngineOptions
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.leaked_rows import LeakedRows
 from rotator.runner.preflight import measured_update
 from rotator.runner.proof import Proof
-from rotator.runner.worker import build_engine
 from rotator.stats import Stats
 
 OLDER_WRITERS_SECONDS: Final = 5.0
@@ -189,13 +189,13 @@ class Session:
             )
             self._limits = update.limits
             writer = PostgresWriter(self._pool, update, owned.lease, self._context.on_commit)
-            engine = build_engine(
+            engine = Engine(
                 planner,
                 writer,
                 self._context.gate,
-                notify,
+                notify=notify,
+                options=EngineOptions(max_rows=max_rows),
                 has_rotated=owned.rows_done > 0,
-                max_rows=max_rows,
             )
             await engine.run(left, drain)
 

@@ -1,4 +1,4 @@
-"""The engine that rewrites ranges, and a Celery worker that helps with spans."""
+"""A helper: a Celery task that claims spans and rewrites them."""
 
 import asyncio
 import time
@@ -12,7 +12,6 @@ from psycopg_pool import AsyncConnectionPool
 from rotator.aio import unwrap_group, watch
 from rotator.events import (
     Event,
-    Observer,
     OnCommit,
     RangeCompleted,
     RangeDeferred,
@@ -35,7 +34,7 @@ from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
-from rotator.runner.engine import Engine, EngineOptions
+from rotator.runner.engine import Engine
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import OWN_PER_SECOND_WITH_CELERY, Pacing
 from rotator.runner.preflight import measured_update, read_target
@@ -48,20 +47,6 @@ LOOK_SECONDS: Final = 1.0
 POLL_SECONDS: Final = 0.2
 # The owner plans the next spans within this time; a helper without spans leaves its process to other tasks.
 IDLE_SECONDS: Final = 3.0
-
-
-def build_engine(
-    planner: IndexPlanner,
-    writer: PostgresWriter,
-    gate: Gate,
-    notify: Observer,
-    *,
-    has_rotated: bool,
-    max_rows: int | None = None,
-) -> Engine:
-    """Return the engine that rewrites gaps, for the command and for helpers."""
-    options = EngineOptions(max_rows=max_rows)
-    return Engine(planner, writer, gate, notify=notify, options=options, has_rotated=has_rotated)
 
 
 @dataclass
@@ -203,7 +188,7 @@ class Helper:
             writer = PostgresWriter(pool, update, claimed.lease, self._on_commit)
             # A span without a rotated row is one gap.
             has_rotated = len(claimed.gaps) > 1
-            engine = build_engine(planner, writer, self._gate, counter, has_rotated=has_rotated)
+            engine = Engine(planner, writer, self._gate, notify=counter, has_rotated=has_rotated)
             with unwrap_group():
                 async with asyncio.TaskGroup() as tasks:
                     renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease, counter))
