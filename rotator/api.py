@@ -229,7 +229,7 @@ def prepare(
     if session.table_schema is not None:
         # The search path of the rotator's own sessions may be another one.
         path = (session.table_schema, path[-1])
-    server = server_of(connection, session)
+    server = server_of(connection, session.search_path)
     throttles = find_sources(options.lag_of, throttle_paths(), server)
     target = replace(target, source=source, path=path, session=session, throttles=throttles)
     return Prepared(target=target, options=options, server=server, keeps_connections=keeps_connections)
@@ -261,7 +261,7 @@ def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
         RotatorError: The server is unreachable, or other sessions held locks at each attempt.
     """
     connection = connections[database]
-    server = server_of(connection, read_session(connection, ("rotator_rotation",)))
+    server = server_of(connection, read_session(connection, ("rotator_rotation",)).search_path)
 
     async def drop() -> bool:
         async with connected(server) as own:

@@ -1,6 +1,7 @@
 """The errors that a rotation raises. No message contains a value of the rotated column."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from signal import Signals
 
@@ -167,3 +168,12 @@ class StoppedBeforeStartError(RotatorError):
     def __init__(self, signal: Signals | None) -> None:
         super().__init__("Stopped before anything was changed.")
         self.exit_status = 1 if signal is None else 128 + signal
+
+
+@contextmanager
+def unwrap_group() -> Iterator[None]:
+    """Raise the first error of a task group instead of its exception group; the others follow from it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from group

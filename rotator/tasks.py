@@ -20,7 +20,6 @@ from django.db import InterfaceError, OperationalError
 from django.db.models.functions import Now
 from django.utils.module_loading import import_string
 
-from rotator.aio import run_in_daemon_thread
 from rotator.api import prepare
 from rotator.apps import hides_keys, read_setting
 from rotator.events import Observer
@@ -38,6 +37,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres.fence import Lease
 from rotator.postgres.spans import LEASE_SECONDS
 from rotator.progress.log import LogObserver
+from rotator.runner.aio import run_in_daemon_thread
 from rotator.runner.context import AskForHelp, ShouldStop
 from rotator.runner.runner import program_error
 

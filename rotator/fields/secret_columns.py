@@ -112,7 +112,7 @@ def take_inventory(database: str) -> Inventory:
     fields = list(_stored_fields(database))
     with reading_rows(database):
         session = read_session(connection, ("pg_class",))
-    server = server_of(connection, session)
+    server = server_of(connection, session.search_path)
     inventory = Inventory(examined=len(fields))
     caches = _cache_tables()
     tables, samples = run(lambda: _read(server, fields, tuple(caches.values()), inventory))
@@ -160,8 +160,9 @@ def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearc
     connection = connections[database]
     _check(connection)
     with reading_rows(database):
-        server = server_of(connection, read_session(connection, ("pg_class",)))
+        session = read_session(connection, ("pg_class",))
         found = Rotation.objects.using(database).filter(pk=rotation).first()
+    server = server_of(connection, session.search_path)
     if found is None:
         raise OptionError(f"There is no rotation {rotation} in the database '{database}'.")
     columns = [str(each.column) for each in find_fields(found.target.split())]

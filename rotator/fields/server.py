@@ -2,6 +2,7 @@
 
 import pkgutil
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from rotator.postgres.connection import Server
 from rotator.postgres.identity import SESSION_QUERY, SessionIdentity, check_same_session
 from rotator.postgres.values import FromRows, Place, Values
 from rotator.ranges import Key
+from rotator.runner.aio import run_in_daemon_thread
 
 _APP: Final = "rotator"
 # Only libpq's parameters: Django's cursors and adapters are not for the rotator's connections, and an engine
@@ -84,25 +86,25 @@ def check_migrations(connection: BaseDatabaseWrapper) -> None:
         )
 
 
-def server_of(connection: BaseDatabaseWrapper, session: SessionIdentity) -> Server:
-    """Return the server that one of Django's connections uses, with the connection's parameters."""
+def server_of(connection: BaseDatabaseWrapper, search_path: str | None) -> Server:
+    """Return the server that one of Django's connections uses, with the connection's parameters.
+
+    Args:
+        connection: The connection, which may be that of a replica.
+        search_path: The search path of Django's session on the primary.
+    """
+
+    def read_parameters() -> dict[str, Any]:
+        # A new wrapper, which connects to nothing.
+        return _parameters(connections.create_connection(connection.alias))
+
     return Server(
         parameters=_parameters(connection),
         role=connection.settings_dict.get("OPTIONS", {}).get("assume_role"),
         time_zone=connection.timezone_name,
-        search_path=session.search_path,
-        # A new wrapper, which connects to nothing.
-        read_parameters=lambda: _parameters(connections.create_connection(connection.alias)),
-    )
-
-
-def server_of_replica(connection: BaseDatabaseWrapper, primary: Server) -> Server:
-    """Return the server behind the alias of a replica, with the search path of the primary's session."""
-    return Server(
-        parameters=_parameters(connection),
-        role=connection.settings_dict.get("OPTIONS", {}).get("assume_role"),
-        search_path=primary.search_path,
-        read_parameters=lambda: _parameters(connections.create_connection(connection.alias)),
+        search_path=search_path,
+        # It may request a password or a token from another server.
+        read_parameters=partial(run_in_daemon_thread, read_parameters),
     )
 
 

@@ -6,7 +6,7 @@ from django.db import connections
 from django.utils.module_loading import import_string
 
 from rotator.exceptions import OptionError
-from rotator.fields.server import server_of_replica
+from rotator.fields.server import server_of
 from rotator.postgres.connection import Server
 from rotator.runner.throttles import Call, ThrottleSources
 
@@ -34,7 +34,7 @@ def find_sources(aliases: Sequence[str], paths: Sequence[str], server: Server) -
     for path in paths:
         check_callable(path)
     return ThrottleSources(
-        replicas={alias: server_of_replica(connections[alias], server) for alias in aliases},
+        replicas={alias: server_of(connections[alias], server.search_path) for alias in aliases},
         calls={path: _call_of(path) for path in paths},
     )
 

@@ -1,7 +1,7 @@
 """Connections to the server: how they are opened, their settings, and poolers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -10,7 +10,6 @@ from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, IsolationLev
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from rotator.aio import run_in_daemon_thread
 from rotator.exceptions import ServerLostError
 from rotator.postgres import values
 from rotator.postgres.errors import read_only, translate_errors
@@ -49,7 +48,7 @@ class Server:
     role: str | None = None
     time_zone: str | None = None
     search_path: str | None = None
-    read_parameters: Callable[[], Mapping[str, Any]] | None = None
+    read_parameters: Callable[[], Awaitable[Mapping[str, Any]]] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a connection."""
@@ -67,8 +66,7 @@ class Server:
         if self.read_parameters is None:
             return self.arguments()
         try:
-            # It may request a password or a token from another server.
-            parameters = await run_in_daemon_thread(self.read_parameters)
+            parameters = await self.read_parameters()
         except Exception as error:  # noqa: BLE001 - any error of the project's code
             raise ServerLostError(
                 f"Cannot read Django's connection parameters: {type(error).__name__}."

@@ -12,13 +12,13 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.aio import unwrap_group
 from rotator.events import Copies, Index, KeptValues, Sample, ServerFindings, TableFindings
 from rotator.exceptions import (
     RangeRejectedError,
     RowsLockedError,
     ServerLostError,
     ServerRefusedError,
+    unwrap_group,
 )
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.connection import Server, pooled

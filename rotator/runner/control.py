@@ -5,12 +5,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Final
 
-from rotator.aio import handled_signals
 from rotator.events import LimitsChanged, Observer
 from rotator.exceptions import OptionError
 from rotator.options import RunOptions
 from rotator.postgres.control import Requested
 from rotator.postgres.owner import UNKNOWN_THROTTLES_SECONDS
+from rotator.runner.aio import handled_signals
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -22,6 +21,7 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import FinishedSpan, HelperState, Progress
 from rotator.ranges import Key, KeyInterval
+from rotator.runner.aio import is_set_within
 from rotator.runner.context import AskForHelp
 from rotator.runner.engine import MAX_FAILED_ROWS
 
@@ -112,7 +112,7 @@ class Distribution:
                         self._notify(RangeDeferred(rows=0))
                 if not planned and not is_locked:
                     return
-                await _wait(drain, POLL_SECONDS)
+                await is_set_within(drain, POLL_SECONDS)
         finally:
             if self._sending is not None:
                 self._sending.cancel()
@@ -217,9 +217,3 @@ class Distribution:
 def ranges_per_span(rows: int, batch: int) -> int:
     """Return how many ranges a span holds, so that small tables too have spans for several workers."""
     return max(MIN_RANGES_PER_SPAN, min(MAX_RANGES_PER_SPAN, rows // (batch * SPANS_OF_SMALL_TABLE)))
-
-
-async def _wait(drain: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await drain.wait()

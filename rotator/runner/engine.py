@@ -5,10 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from rotator.aio import unwrap_group
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
-from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
+from rotator.exceptions import (
+    EveryRowRejectedError,
+    RangeRejectedError,
+    RangeTooSlowError,
+    RowsLockedError,
+    unwrap_group,
+)
 from rotator.ranges import KeyInterval, KeyRange, Written
+from rotator.runner.aio import is_set_within
 from rotator.runner.gate import Gate
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.work_queue import Attempt, WorkQueue
@@ -249,7 +255,7 @@ class Engine:
             except RowsLockedError:
                 attempts += 1
                 self._notify(RangeDeferred(rows=0))
-            if await queue.drained_within(self._options.retry.delay_seconds(attempts)):
+            if await is_set_within(queue.drain, self._options.retry.delay_seconds(attempts)):
                 return None
 
     async def _split(self, key_range: KeyRange, rows: int, queue: WorkQueue) -> list[KeyRange]:

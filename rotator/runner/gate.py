@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rotator.events import Observer, Throttled, ThrottleEnded
+from rotator.runner.aio import is_set_within
 from rotator.runner.controller import Allowance, RangeSizer
 
 SLOW_SECONDS: Final = 5.0
@@ -202,7 +203,7 @@ class Gate:
         try:
             yield True
             if (now := self._clock()) < self._slow_until:
-                await _wait(drain, now - started)
+                await is_set_within(drain, now - started)
         finally:
             self._leave()
 
@@ -240,9 +241,3 @@ class Gate:
     def _leave(self) -> None:
         self._busy -= 1
         self._admit()
-
-
-async def _wait(drain: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await drain.wait()

@@ -10,9 +10,8 @@ from typing import Final
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.aio import unwrap_group
 from rotator.events import GuardAdded, LedgerProgressed, LedgerReady, LedgerStarted
-from rotator.exceptions import OptionError, RangeTooSlowError, RotatorError, RowsLockedError
+from rotator.exceptions import OptionError, RangeTooSlowError, RotatorError, RowsLockedError, unwrap_group
 from rotator.postgres import rotations
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import Lease

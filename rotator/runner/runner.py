@@ -10,7 +10,6 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.aio import unwrap_group, watch
 from rotator.events import (
     EndStatus,
     Event,
@@ -30,7 +29,13 @@ from rotator.events import (
     Verified,
     WorkersProgressed,
 )
-from rotator.exceptions import RotatorError, ServerLostError, StoppedBeforeStartError, SupersededError
+from rotator.exceptions import (
+    RotatorError,
+    ServerLostError,
+    StoppedBeforeStartError,
+    SupersededError,
+    unwrap_group,
+)
 from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
 from rotator.postgres.activity import check_standbys, missing_standbys
@@ -47,6 +52,7 @@ from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key, intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
+from rotator.runner.aio import watch
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.engine import MAX_FAILED_ROWS

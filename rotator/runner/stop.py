@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from rotator.aio import handled_signals
 from rotator.events import DrainStarted, Observer, StopReason
+from rotator.runner.aio import handled_signals, is_set_within
 
 T = TypeVar("T")
 
@@ -68,12 +68,7 @@ class StopSignal:
 
     async def wait(self, seconds: float) -> bool:
         """Wait for a request at most so long, and return whether there was one."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self.drain.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await is_set_within(self.drain, seconds)
 
     async def run_until_stop(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Return the result of some work, or cancel it and return None on a request to stop."""

@@ -10,8 +10,7 @@ from typing import Final, TypeAlias
 
 from psycopg import AsyncConnection
 
-from rotator.aio import run_in_daemon_thread, unwrap_group
-from rotator.exceptions import OptionError
+from rotator.exceptions import OptionError, unwrap_group
 from rotator.options import RunOptions
 from rotator.postgres.connection import Server
 from rotator.postgres.throttles import (
@@ -24,6 +23,7 @@ from rotator.postgres.throttles import (
     read_unarchived_wal,
     reading,
 )
+from rotator.runner.aio import run_in_daemon_thread
 from rotator.runner.gate import Gate
 
 POLL_SECONDS: Final = 1.0

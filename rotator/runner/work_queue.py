@@ -6,6 +6,7 @@ from itertools import count
 from typing import NamedTuple
 
 from rotator.ranges import KeyRange
+from rotator.runner.aio import is_set_within
 
 
 class Attempt(NamedTuple):
@@ -71,7 +72,8 @@ class WorkQueue:
         while not self.drain.is_set():
             if self._waiting and (self._closed or self.is_full or self._waiting[0].due <= self._clock()):
                 first = heapq.heappop(self._waiting)
-                return None if await self._drained_until(first.due) else first.attempt
+                is_drained = await is_set_within(self.drain, first.due - self._clock())
+                return None if is_drained else first.attempt
             if self._closed:
                 return None
             key_range = await self._get()
@@ -79,18 +81,6 @@ class WorkQueue:
                 # A gap of one row is often one that was rejected before.
                 return Attempt(key_range, is_probed=key_range.rows == 1)
         return None
-
-    async def drained_within(self, seconds: float) -> bool:
-        """Wait for the drain at most so long, and return whether it has begun."""
-        return await self._drained_until(self._clock() + seconds)
-
-    async def _drained_until(self, due: float) -> bool:
-        try:
-            async with asyncio.timeout_at(due):
-                await self.drain.wait()
-        except TimeoutError:
-            return False
-        return True
 
     async def _get(self) -> KeyRange | None:
         """Wait for a planned range; None where a retry is due first, or the queue was closed."""

@@ -9,7 +9,6 @@ from typing import Final
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.aio import unwrap_group, watch
 from rotator.events import (
     Event,
     OnCommit,
@@ -19,7 +18,7 @@ from rotator.events import (
     RowRejected,
     ignore,
 )
-from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError
+from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError, unwrap_group
 from rotator.options import RunOptions
 from rotator.postgres import spans
 from rotator.postgres.connection import Server, pooled
@@ -32,6 +31,7 @@ from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import Key
+from rotator.runner.aio import is_set_within, watch
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
 from rotator.runner.engine import Engine
@@ -136,7 +136,7 @@ class Helper:
                     self._outage.lost()
                     if not self._outage.left_seconds:
                         raise
-                    await self._wait(self._outage.delay_seconds())
+                    await is_set_within(self._drain, self._outage.delay_seconds())
         finally:
             watching.cancel()
         return self._is_wanted
@@ -170,7 +170,7 @@ class Helper:
                     self._leave()
                 else:
                     await self._renew(connection, self._lease)
-                    await self._wait(POLL_SECONDS)
+                    await is_set_within(self._drain, POLL_SECONDS)
 
     async def _rewrite(
         self,
@@ -235,8 +235,3 @@ class Helper:
     def _leave(self) -> None:
         self._is_wanted = False
         self._drain.set()
-
-    async def _wait(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._drain.wait()

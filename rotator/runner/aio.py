@@ -1,4 +1,4 @@
-"""Helpers for asyncio: the first error of a task group, signals, polling, and daemon threads."""
+"""Helpers for asyncio: waiting, signals, polling, and daemon threads."""
 
 import asyncio
 import signal
@@ -12,13 +12,14 @@ T = TypeVar("T")
 WATCH_SECONDS: Final = 0.25
 
 
-@contextmanager
-def unwrap_group() -> Iterator[None]:
-    """Raise the first error of a task group instead of its exception group; the others follow from it."""
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event at most so long, and return whether it is set."""
     try:
-        yield
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from group
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 @contextmanager
