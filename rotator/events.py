@@ -316,12 +316,10 @@ class RangeCompleted:
 
     Attributes:
         seconds: The time from the last attempt's first statement to its commit.
-        retries: The number of failed attempts before, deferrals included.
     """
 
     rows: int
     seconds: float
-    retries: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -197,6 +197,7 @@ class Controller:
 
     Attributes:
         pace: The pace.
+        baseline: The time of a commit without the rotation, in seconds; None while it is unknown.
     """
 
     def __init__(self, pace: Pace, *, max_workers: int, now: float) -> None:
@@ -212,7 +213,7 @@ class Controller:
         self._latency_limit = pace.latency_limit or math.inf
         self._max_workers = max_workers
         self._lowest = 1 - max(0, int(math.log2(self._range_seconds / MIN_RANGE_SECONDS)))
-        self._baseline: float | None = None
+        self.baseline: float | None = None
         self._samples = deque[tuple[float, float]]()
         self._blocks = dict[int, _Block]()
         self._level = 1
@@ -248,14 +249,9 @@ class Controller:
     @property
     def limit(self) -> float | None:
         """The longest time of a commit, in seconds; None without a baseline."""
-        if self._baseline is None:
+        if self.baseline is None:
             return None
-        return max(self._baseline * self._latency_limit, self._baseline + TOLERATED_SECONDS)
-
-    @property
-    def baseline(self) -> float | None:
-        """The time of a commit without the rotation, in seconds; None while it is unknown."""
-        return self._baseline
+        return max(self.baseline * self._latency_limit, self.baseline + TOLERATED_SECONDS)
 
     @property
     def p90(self) -> float | None:
@@ -271,7 +267,7 @@ class Controller:
 
     def set_baseline(self, seconds: float) -> None:
         """Set the 90th percentile of the commits without our own load."""
-        before, self._baseline = self._baseline, seconds
+        before, self.baseline = self.baseline, seconds
         if before is not None and not 1 / NEW_BASELINE <= seconds / before <= NEW_BASELINE:
             self._blocks.clear()
 
@@ -335,7 +331,7 @@ class Controller:
                 continue
             # What our load adds grows with the workers, and somewhat with the size of a range.
             factor = higher / self._level if self._level >= 1 else MAX_GROWTH
-            baseline = self._baseline or 0.0
+            baseline = self.baseline or 0.0
             if baseline + max(0.0, p90 - baseline) * factor > limit:
                 continue
             if higher > 1:

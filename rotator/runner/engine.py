@@ -186,13 +186,7 @@ class Engine:
             self._gate.count_completed(written.rows, written.server_seconds)
             if written.rows:
                 self._has_rotated, self._failed_rows_in_a_row = True, 0
-            self._notify(
-                RangeCompleted(
-                    rows=written.rows,
-                    seconds=clock() - started,
-                    retries=attempt.deferrals + attempt.rejections,
-                )
-            )
+            self._notify(RangeCompleted(rows=written.rows, seconds=clock() - started))
 
     async def _defer(self, attempt: Attempt, queue: WorkQueue) -> None:
         retry, key_range, deferrals = self._options.retry, attempt.key_range, attempt.deferrals + 1

@@ -39,6 +39,9 @@ class Gate:
 
     Attributes:
         most_workers: The upper limit of workers at the start; no later limit is higher.
+        concurrency: The present upper limit of workers.
+        max_rows: The upper limit of rows in a range.
+        busy: The number of workers that write a range now.
         rows_completed: The rows of all completed ranges.
         ranges_completed: Their number.
     """
@@ -59,33 +62,23 @@ class Gate:
             notify: Is called with :class:`Throttled` and :class:`ThrottleEnded`.
             clock: Returns monotonic seconds.
         """
-        self.most_workers = self._concurrency = concurrency
-        self._max_rows = rows
+        self.most_workers = self.concurrency = concurrency
+        self.max_rows = rows
         self._allowance = Allowance()
         self._notify = notify
         self._clock = clock
         self._holds = dict[str, Hold]()
         self._sizer = RangeSizer(rows)
         self.rows_completed = self.ranges_completed = 0
-        self._busy = 0
+        self.busy = 0
         self._is_emptied = False
         self._slow_until = 0.0
         self._waiting = deque[asyncio.Future[None]]()
 
     @property
-    def concurrency(self) -> int:
-        """The upper limit of workers."""
-        return self._concurrency
-
-    @property
     def workers(self) -> int:
         """The number of workers that may write at the same time now."""
-        return min(self._concurrency, self._allowance.workers or self._concurrency)
-
-    @property
-    def max_rows(self) -> int:
-        """The upper limit of rows in a range."""
-        return self._max_rows
+        return min(self.concurrency, self._allowance.workers or self.concurrency)
 
     @property
     def rows(self) -> int:
@@ -97,11 +90,6 @@ class Gate:
         return self._allowance.range_seconds is not None and rows > MAX_OVERSIZE * self.rows
 
     @property
-    def busy(self) -> int:
-        """The number of workers that write a range now."""
-        return self._busy
-
-    @property
     def is_open(self) -> bool:
         """Whether no throttle closes the gate."""
         return not self._holds
@@ -111,17 +99,12 @@ class Gate:
         """The holds by their sources, the oldest first."""
         return dict(self._holds)
 
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """The reasons of the sources that close the gate, the oldest first."""
-        return tuple(hold.reason for hold in self._holds.values())
-
     def set_limits(self, *, concurrency: int | None = None, rows: int | None = None) -> None:
         """Change the upper limits; None leaves one unchanged."""
         if concurrency is not None:
-            self._concurrency = min(concurrency, self.most_workers)
+            self.concurrency = min(concurrency, self.most_workers)
         if rows is not None:
-            self._max_rows = rows
+            self.max_rows = rows
             self._sizer.limit(rows)
         self._admit()
 
@@ -182,9 +165,9 @@ class Gate:
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    while self._busy:  # noqa: ASYNC110 - it happens once a minute
+                    while self.busy:  # noqa: ASYNC110 - it happens once a minute
                         await asyncio.sleep(EMPTY_POLL_SECONDS)
-            yield not self._busy
+            yield not self.busy
         finally:
             self._is_emptied = False
             self._admit()
@@ -211,7 +194,7 @@ class Gate:
         if drain.is_set():
             return False
         if self._has_room and not self._waiting:
-            self._busy += 1
+            self.busy += 1
             return True
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(admitted)
@@ -231,13 +214,13 @@ class Gate:
 
     @property
     def _has_room(self) -> bool:
-        return self.is_open and not self._is_emptied and self._busy < self.workers
+        return self.is_open and not self._is_emptied and self.busy < self.workers
 
     def _admit(self) -> None:
         while self._waiting and self._has_room:
-            self._busy += 1
+            self.busy += 1
             self._waiting.popleft().set_result(None)
 
     def _leave(self) -> None:
-        self._busy -= 1
+        self.busy -= 1
         self._admit()

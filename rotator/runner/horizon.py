@@ -20,6 +20,9 @@ class HorizonWatch:
     """Reports holders of the xmin horizon that have not advanced for ``HELD_SECONDS``.
 
     Rows that were deleted or updated after the horizon stay in the table, whatever VACUUM does.
+
+    Attributes:
+        held: One phrase for each holder that has not advanced for long.
     """
 
     def __init__(self, notify: Observer, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,12 +30,7 @@ class HorizonWatch:
         self._clock = clock
         self._since = dict[tuple[str, str], float]()
         self._reported = frozenset[str]()
-        self._held: tuple[str, ...] = ()
-
-    @property
-    def held(self) -> tuple[str, ...]:
-        """One phrase for each holder that has not advanced for long."""
-        return self._held
+        self.held: tuple[str, ...] = ()
 
     async def watch(self, control: AsyncConnection) -> None:
         """Look for holders until cancelled, on a connection that may be shared."""
@@ -52,8 +50,8 @@ class HorizonWatch:
         seen = self._since
         self._since = {(each.name, each.xmin): seen.get((each.name, each.xmin), now) for each in holders}
         held = [each for each in holders if now - self._since[each.name, each.xmin] >= HELD_SECONDS]
-        self._held = tuple(each.phrase for each in held)
+        self.held = tuple(each.phrase for each in held)
         names = frozenset(each.name for each in held)
         if names - self._reported:
-            self._notify(HorizonHeld(holders=self._held))
+            self._notify(HorizonHeld(holders=self.held))
         self._reported = names

@@ -137,7 +137,12 @@ class Neighbours:
 
 
 class Pacing:
-    """Keeps the pace of a run or of a Celery worker, and never raises an error."""
+    """Keeps the pace of a run or of a Celery worker, and never raises an error.
+
+    Attributes:
+        is_limited: Whether other sessions are at work, and the pace applies.
+        waiting_sessions: The number of sessions that wait for a range; None where that is not measured.
+    """
 
     def __init__(
         self,
@@ -167,14 +172,14 @@ class Pacing:
         self._neighbours = Neighbours(own_per_second)
         self._own_commits = 0
         self._controller: Controller | None = None
-        self._is_limited = False
+        self.is_limited = False
         # One worker, until it is known whether other sessions are at work.
         self._is_cautious = False
         self._baselines = deque[float](maxlen=BASELINES)
         self._baseline_at = 0.0
         self._look_at = self._report_at = 0.0
         self._busy = list[int]()
-        self._waiting_sessions: int | None = None
+        self.waiting_sessions: int | None = None
         # Of all levels: the controller forgets those of the level before.
         self._commits = deque[tuple[float, float]](maxlen=MOST_COMMITS)
 
@@ -182,11 +187,6 @@ class Pacing:
     def pace(self) -> str:
         """The name of the pace."""
         return self._pace.name
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether other sessions are at work, and the pace applies."""
-        return self._is_limited
 
     @property
     def commit_seconds(self) -> float | None:
@@ -200,11 +200,6 @@ class Pacing:
         """The same without the rotation; None where it is not measured."""
         return self._controller.baseline if self._controller else None
 
-    @property
-    def waiting_sessions(self) -> int | None:
-        """The number of sessions that wait for a range; None where that is not measured."""
-        return self._waiting_sessions
-
     def set_pace(self, name: str) -> None:
         """Change the pace.
 
@@ -215,7 +210,7 @@ class Pacing:
         if pace == self._pace:
             return
         self._pace, self._controller = pace, None
-        self._is_limited = self._is_cautious = False
+        self.is_limited = self._is_cautious = False
         self._gate.allow(Allowance())
         self._announce("the pace was changed")
 
@@ -255,7 +250,7 @@ class Pacing:
                     self._announce(f"no measurements: {str(error).rstrip('.')}")
                 await asyncio.sleep(RETRY_SECONDS)
             finally:
-                self._waiting_sessions = None
+                self.waiting_sessions = None
                 self._gate.release(LOCK_WAIT, slowly=False)
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -267,7 +262,7 @@ class Pacing:
                 await self._look(connection)
                 await self._follow_neighbours(connection)
             controller = self._controller
-            if not self._is_limited or controller is None:
+            if not self.is_limited or controller is None:
                 await asyncio.sleep(LOOK_SECONDS)
             elif not self._gate.is_open:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -279,7 +274,7 @@ class Pacing:
     async def _look(self, connection: AsyncConnection) -> None:
         """Hold while a session waits for a range, and see whether other sessions are at work."""
         waiting = await sessions_that_wait(connection, seconds=WAIT_SECONDS)
-        self._waiting_sessions = waiting.sessions
+        self.waiting_sessions = waiting.sessions
         if waiting.sessions:
             longest, limit = waiting.seconds * 1000, WAIT_SECONDS * 1000
             self._gate.hold(LOCK_WAIT, f"{LOCK_WAIT} of other sessions {longest:.0f} ms > {limit:.0f} ms")
@@ -294,23 +289,23 @@ class Pacing:
 
     async def _follow_neighbours(self, connection: AsyncConnection) -> None:
         """Limit the rotation while other sessions are at work."""
-        if self._neighbours.are_active and not self._is_limited:
+        if self._neighbours.are_active and not self.is_limited:
             now = self._clock()
             if self._controller is None:
                 self._controller = Controller(self._pace, max_workers=self._gate.concurrency, now=now)
-            self._is_limited = True
+            self.is_limited = True
             self._gate.allow(self._controller.allowance)
             self._announce(ACTIVE)
             await self._measure_baseline(connection, self._controller)
-        elif self._is_limited and not self._neighbours.are_active:
-            self._is_limited = False
+        elif self.is_limited and not self._neighbours.are_active:
+            self.is_limited = False
             self._gate.allow(Allowance())
             self._announce(QUIET)
         elif self._neighbours.are_known:
             self._end_caution()
 
     def _end_caution(self) -> None:
-        if self._is_cautious and not self._is_limited:
+        if self._is_cautious and not self.is_limited:
             self._gate.allow(Allowance())
         self._is_cautious = False
 
@@ -367,7 +362,7 @@ class Pacing:
                 concurrency=gate.concurrency,
                 rows=gate.rows,
                 reason=reason,
-                is_limited=self._is_limited,
+                is_limited=self.is_limited,
                 is_new=is_new,
             )
         )

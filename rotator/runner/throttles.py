@@ -164,7 +164,11 @@ Read: TypeAlias = Callable[[AsyncConnection, int], Awaitable[Reading]]
 
 
 class Throttles:
-    """Reads the signals of a run, and holds the gate while one of them is above its limit or unknown."""
+    """Reads the signals of a run, and holds the gate while one of them is above its limit or unknown.
+
+    Attributes:
+        lags: The latest lag of each replica that could be read, in seconds, by Django's aliases.
+    """
 
     def __init__(
         self,
@@ -177,7 +181,7 @@ class Throttles:
         self._options = options
         self._replicas = [Replica(alias, server, clock=clock) for alias, server in sources.replicas.items()]
         self._calls = {path: CalledSignal(call) for path, call in sources.calls.items()}
-        self._lags = dict[str, float]()
+        self.lags = dict[str, float]()
         self._signals = list[tuple[Budget, Read]]()
         for replica in self._replicas:
             budget = Budget(f"replica lag of {replica.alias}", options.max_lag_seconds, show_seconds)
@@ -191,17 +195,12 @@ class Throttles:
         for path, called in self._calls.items():
             self._signals.append((Budget(path), self._result_of(called)))
 
-    @property
-    def lags(self) -> dict[str, float]:
-        """The latest lag of each replica that could be read, in seconds, by Django's aliases."""
-        return dict(self._lags)
-
     def _lag_of(self, replica: Replica) -> Read:
         async def read(_control: AsyncConnection, rotation: int) -> Reading:
             found = await replica.read_lag(rotation)
-            self._lags.pop(replica.alias, None)
+            self.lags.pop(replica.alias, None)
             if not found.problem:
-                self._lags[replica.alias] = found.value
+                self.lags[replica.alias] = found.value
             return found
 
         return read

@@ -182,6 +182,10 @@ class Applied:
             self.gate, self.pacing, chosen, lambda _event: None, cancel=self.cancelled.append
         )
 
+    @property
+    def reasons(self) -> list[str]:
+        return [hold.reason for hold in self.gate.holds.values()]
+
 
 def test_limits_are_upper_limits_and_default_is_that_of_the_run() -> None:
     applied = Applied(concurrency=4, batch=2000)
@@ -211,12 +215,12 @@ def test_a_request_to_cancel_is_for_the_owner_of_that_time() -> None:
 def test_a_helper_follows_the_owners_throttles_and_holds_while_they_are_unknown() -> None:
     applied = Applied()
     applied.live.follow_owner(requested(throttle_reason="lag 14 s > 10 s"), has_throttles=True)
-    assert applied.gate.reasons == ("lag 14 s > 10 s",)
+    assert applied.reasons == ["lag 14 s > 10 s"]
     applied.live.follow_owner(requested(), has_throttles=True)
     assert applied.gate.is_open
     applied.live.follow_owner(requested(silent_seconds=7.0), has_throttles=False)
     assert applied.gate.is_open
     applied.live.follow_owner(requested(silent_seconds=7.0), has_throttles=True)
-    assert applied.gate.reasons == ("no heartbeat of the owner for 7 s > 5 s",)
+    assert applied.reasons == ["no heartbeat of the owner for 7 s > 5 s"]
     applied.live.follow_owner(requested(paused=True, paused_by="alice"), has_throttles=True)
-    assert applied.gate.reasons == ("paused by alice",)
+    assert applied.reasons == ["paused by alice"]

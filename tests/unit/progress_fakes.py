@@ -97,7 +97,7 @@ def resumed(**facts: Any) -> RotationStarted:  # noqa: ANN401 - any of the event
 
 
 def completed(rows: int = 2000, seconds: float = 0.1) -> RangeCompleted:
-    return RangeCompleted(rows=rows, seconds=seconds, retries=0)
+    return RangeCompleted(rows=rows, seconds=seconds)
 
 
 def stopped(**facts: Any) -> RotationStopped:  # noqa: ANN401 - any of the event's facts
