@@ -13,7 +13,7 @@ from rotator.exceptions import OptionError, TargetError
 KEYS: Final = ("DEFAULT_TARGET", "CELERY_APP", "THROTTLES", "HIDE_KEYS")
 
 
-def read_setting() -> Mapping[str, Any]:
+def rotator_setting() -> Mapping[str, Any]:
     """Return the setting ``ROTATOR``; empty if the project has none.
 
     Raises:
@@ -46,7 +46,7 @@ def throttle_paths() -> tuple[str, ...]:
     Raises:
         OptionError: The setting is not valid.
     """
-    return tuple(read_setting().get("THROTTLES", ()))
+    return tuple(rotator_setting().get("THROTTLES", ()))
 
 
 def hides_keys() -> bool:
@@ -55,7 +55,7 @@ def hides_keys() -> bool:
     Raises:
         OptionError: The setting is not valid.
     """
-    return bool(read_setting().get("HIDE_KEYS", False))
+    return bool(rotator_setting().get("HIDE_KEYS", False))
 
 
 def default_target() -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def default_target() -> tuple[str, ...]:
     Raises:
         OptionError: The setting is not valid.
     """
-    return tuple(read_setting().get("DEFAULT_TARGET", "").split())
+    return tuple(rotator_setting().get("DEFAULT_TARGET", "").split())
 
 
 def check_setting(**_: object) -> list[CheckMessage]:

@@ -21,7 +21,7 @@ from django.db.models.functions import Now
 from django.utils.module_loading import import_string
 
 from rotator.api import prepare
-from rotator.apps import hides_keys, read_setting
+from rotator.apps import hides_keys, rotator_setting
 from rotator.events import Observer
 from rotator.exceptions import (
     BrokerError,
@@ -272,7 +272,7 @@ def load_app() -> None:
     Raises:
         OptionError: The project has no Celery app.
     """
-    path = read_setting().get("CELERY_APP", "")
+    path = rotator_setting().get("CELERY_APP", "")
     if path:
         try:
             app = import_string(path)

@@ -29,8 +29,8 @@ from rotator.options import Selection
 from rotator.postgres.catalog import read_table
 from rotator.postgres.column_samples import (
     ColumnSample,
-    Pace,
     Patterns,
+    Pauses,
     StoredTable,
     connected_for_reading,
     read_stored_table,
@@ -217,7 +217,7 @@ async def _read(
     """Read the tables, and take samples of their columns."""
     tables = dict[tuple[str, ...], StoredTable]()
     samples = dict[AnyField, ColumnSample]()
-    pace = Pace()
+    pauses = Pauses()
     # Packages have models without a table, and another database can have the table of a cache.
     expected = {table_path(each.model) for each in fields if each.model._meta.managed}
     async with connected_for_reading(server) as connection:
@@ -227,7 +227,7 @@ async def _read(
                 inventory.problems.append(f"The database has no table {'.'.join(path)}")
             elif table is not None:
                 tables[path] = table
-            await pace.pause()
+            await pauses.pause()
         for each in fields:
             stored = tables.get(table_path(each.model))
             if stored is None or (stored.rows_is_exact and not stored.rows):
@@ -237,7 +237,7 @@ async def _read(
                 samples[each] = sample
             elif sample is not None:
                 inventory.problems.append(f"{field_label(each)} could not be sampled: {sample}")
-            await pace.pause()
+            await pauses.pause()
     return tables, samples
 
 
@@ -283,7 +283,7 @@ def _default_refusal(each: AnyField, database: str) -> str:
 async def _refusals(server: Server, fields: Sequence[AnyField]) -> Mapping[AnyField, str]:
     """Return the reasons why the tables of some of these fields cannot be rotated."""
     refusals = dict[AnyField, str]()
-    pace = Pace()
+    pauses = Pauses()
     async with connected_for_reading(server) as connection:
         for each in fields:
             try:
@@ -296,7 +296,7 @@ async def _refusals(server: Server, fields: Sequence[AnyField]) -> Mapping[AnyFi
                     )
             except TargetError as error:
                 refusals[each] = str(error)
-            await pace.pause()
+            await pauses.pause()
     return refusals
 
 

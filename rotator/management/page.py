@@ -39,7 +39,7 @@ from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.preflight import preflight_facts
 from rotator.progress.text import (
-    GUARD_ACTIONS,
+    GUARD_EFFECTS,
     count,
     duration,
     moment,
@@ -229,7 +229,7 @@ def _proof_facts(rotation: Rotation) -> Facts:
         return []
     facts = [
         ("ledger", f"{ledger.state}, {plural(ledger.entries, 'entry')}"),
-        ("guard", GUARD_ACTIONS.get(ledger.guard, "no guard")),
+        ("guard", GUARD_EFFECTS.get(ledger.guard, "no guard")),
     ]
     latest = stored(Verification, rotation).order_by("-pk").first()
     if latest is None:

@@ -128,7 +128,7 @@ async def reading(connection: AsyncConnection, server: Server) -> AsyncIterator[
         yield
 
 
-class Pace:
+class Pauses:
     """Makes a series of statements use at most half of the time."""
 
     def __init__(self) -> None:

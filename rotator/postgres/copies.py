@@ -10,7 +10,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 
 from rotator.exceptions import OptionError
-from rotator.postgres.column_samples import Pace, fetch_or_reason, reading
+from rotator.postgres.column_samples import Pauses, fetch_or_reason, reading
 from rotator.postgres.connection import Server
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.ledger import Ledger, digest, find_ledger
@@ -70,7 +70,7 @@ class StoredColumn:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Copies:
+class ColumnCopies:
     """The rows of a column that contain old values.
 
     Attributes:
@@ -96,7 +96,7 @@ class CopySearch:
         problems: The columns that could not be searched completely, one phrase each.
     """
 
-    found: list[Copies] = field(default_factory=list)
+    found: list[ColumnCopies] = field(default_factory=list)
     columns: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -136,23 +136,23 @@ async def find_copies(
             "with --prove have one."
         )
     search = CopySearch(columns=len(stored))
-    pace = Pace()
+    pauses = Pauses()
     for each in stored:
         found = await fetch_or_reason(connection, server, _sample(ledger, each), {})
-        await pace.pause()
+        await pauses.pause()
         if not isinstance(found, str) and (every_row or found[0][1]):
-            found = await _search(connection, server, ledger, each, pace)
+            found = await _search(connection, server, ledger, each, pauses)
         if isinstance(found, str):
             search.problems.append(f"{each.table}.{each.column} could not be searched: {found}")
         elif found[0][1]:
             search.found.append(
-                Copies(table=each.table, column=each.column, searched=found[0][0], rows=found[0][1])
+                ColumnCopies(table=each.table, column=each.column, searched=found[0][0], rows=found[0][1])
             )
     return search
 
 
 async def _search(
-    connection: AsyncConnection, server: Server, ledger: Ledger, stored: StoredColumn, pace: Pace
+    connection: AsyncConnection, server: Server, ledger: Ledger, stored: StoredColumn, pauses: Pauses
 ) -> list[tuple[Any, ...]] | str:
     """Search all rows of a column, in the order of its blocks."""
     searched = rows = 0
@@ -174,7 +174,7 @@ async def _search(
             if isinstance(found, str):
                 return found
             searched, rows = searched + found[0][0], rows + found[0][1]
-            await pace.pause()
+            await pauses.pause()
     return [(searched, rows)]
 
 

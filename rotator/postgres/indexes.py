@@ -13,10 +13,7 @@ from rotator.events import IndexSize
 from rotator.exceptions import RangeRejectedError, RotatorError, RowsLockedError
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
-from rotator.postgres.vacuum import BUSY, execute_until
-
-STOPPED: Final = "a stop was requested"
-"""The reason for an index that was not rebuilt because of a request to stop."""
+from rotator.postgres.vacuum import BUSY, STOPPED, execute_until
 
 # Other sessions wait for at most this time and that of the cancellation.
 WATCH_SECONDS: Final = 0.05

@@ -19,8 +19,10 @@ from rotator.postgres.table import PARTITIONS, TargetTable
 WATCH_SECONDS: Final = 0.25
 BUSY: Final = "the table is busy"
 """The reason for a skipped VACUUM where another session holds, or waits for, a conflicting lock."""
+STOPPED: Final = "a stop was requested"
+"""The reason for work that was not done, or was cancelled, because of a request to stop."""
 SCATTERED_CORRELATION: Final = 0.1
-# That of autovacuum by default.
+# The default of autovacuum_vacuum_cost_delay.
 SLOW_DELAY_MILLISECONDS: Final = 2
 _MAINTAIN_SINCE: Final = 170_000
 # vacuum_is_permitted_for_relation() in the server's src/backend/commands/vacuum.c.

@@ -19,7 +19,7 @@ from rotator.events import (
     RotationStopped,
     WorkersProgressed,
 )
-from rotator.progress.lines import Sink, Throttle
+from rotator.progress.lines import Sink, Timer
 from rotator.progress.preflight import preflight
 from rotator.progress.text import (
     activity,
@@ -143,7 +143,7 @@ class _Bar:
         self._clock = clock
         self._columns = columns
         self._refresh_seconds = refresh_seconds
-        self._throttle = Throttle(refresh_seconds, clock())
+        self._timer = Timer(refresh_seconds, clock())
         self._stats = Stats(clock=clock)
         self._length = 0
         self._handle: Any = None
@@ -164,7 +164,7 @@ class _Bar:
                 self._show()
             case RotationStopped():
                 self._finish(event)
-            case RangeCompleted() | WorkersProgressed() if not self._throttle.due(self._clock()):
+            case RangeCompleted() | WorkersProgressed() if not self._timer.due(self._clock()):
                 pass
             case _:
                 self._show()

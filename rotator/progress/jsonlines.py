@@ -44,7 +44,7 @@ from rotator.events import (
     Verified,
     WorkersProgressed,
 )
-from rotator.progress.lines import Sink, Throttle
+from rotator.progress.lines import Sink, Timer
 from rotator.progress.preflight import estimate_wal
 from rotator.progress.summary import report
 from rotator.progress.verification import verification_report
@@ -72,7 +72,7 @@ class JsonObserver:
         self._sink = Sink(stream)
         self._clock = clock
         self._wall_clock = wall_clock
-        self._throttle = Throttle(every_seconds, clock())
+        self._timer = Timer(every_seconds, clock())
         self._stats = Stats(clock=clock)
 
     def __call__(self, event: Event) -> None:
@@ -85,7 +85,7 @@ class JsonObserver:
                 stopped_at = event.stopped_at and _iso(event.stopped_at)
                 self._write("started", {**asdict(event), "stopped_at": stopped_at, "resumed": event.resumed})
             case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._stats.started and self._throttle.due(self._clock()):
+                if self._stats.started and self._timer.due(self._clock()):
                     self._write("progress", figures(self._stats))
             case (
                 RangeDeferred()

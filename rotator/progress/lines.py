@@ -34,7 +34,7 @@ from rotator.stats import Stats
 FIGURES_SECONDS: Final = 30.0
 
 
-class Throttle:
+class Timer:
     """A timer for recurring output; each ``now`` is a monotonic clock's value in seconds."""
 
     def __init__(self, seconds: float, now: float) -> None:
@@ -95,7 +95,7 @@ class NotableEvents(ABC):
 
     def __init__(self, *, clock: Callable[[], float], every_seconds: float) -> None:
         self._clock = clock
-        self._throttle = Throttle(every_seconds, clock())
+        self._timer = Timer(every_seconds, clock())
         self._stats = Stats(clock=clock)
 
     @abstractmethod
@@ -108,10 +108,10 @@ class NotableEvents(ABC):
         self._stats.take(event)
         match event:
             case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._stats.started and self._throttle.due(self._clock()):
+                if self._stats.started and self._timer.due(self._clock()):
                     text = figures(self._stats)
             case VerificationProgressed():
-                if self._throttle.due(self._clock()):
+                if self._timer.due(self._clock()):
                     text = f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
             case RotationStopped():
                 text = self.ended(event)

@@ -5,7 +5,7 @@ from functools import reduce
 from typing import Final
 
 from rotator.events import Copies, CopyKind, Findings, ServerFindings, TableFindings
-from rotator.progress.text import GUARD_ACTIONS, count, duration, plural, rate, size
+from rotator.progress.text import GUARD_EFFECTS, count, duration, plural, rate, size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +136,7 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         ledger_bytes = _LEDGER_ROW_BYTES * findings.rows_left
         lines.append(("ledger", [f"about {size(ledger_bytes)}, which is loaded before the first row"]))
     if findings.guard:
-        lines.append(("guard", [f"a trigger is added: {GUARD_ACTIONS[findings.guard]}"]))
+        lines.append(("guard", [f"a trigger is added: {GUARD_EFFECTS[findings.guard]}"]))
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
     if table.writing_triggers:

@@ -86,7 +86,7 @@ def one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-GUARD_ACTIONS: Final = {
+GUARD_EFFECTS: Final = {
     "refuse": "a write of an old value fails",
     "keep": "an update with an old value keeps the newer one, and an insert of an old value fails",
 }
@@ -211,7 +211,7 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
                 f"{plural(event.control_rows, 'sampled row')} searched for, and all of them found"
             )
         case events.GuardAdded():
-            return f"added the guard: {GUARD_ACTIONS[event.action]}"
+            return f"added the guard: {GUARD_EFFECTS[event.action]}"
         case events.VerificationStarted():
             before = f", after {plural(event.rows, 'row')} of an interrupted search" if event.rows else ""
             return f"searching the table for old values{before}"

@@ -72,7 +72,7 @@ class _Counts:
     own_commits: int
 
 
-class Neighbours:
+class OtherSessions:
     """Whether other sessions are at work: the database commits more than its rotations do.
 
     Attributes:
@@ -169,7 +169,7 @@ class Pacing:
         self._pace = read_pace(pace)
         self._notify = notify
         self._clock = clock
-        self._neighbours = Neighbours(own_per_second)
+        self._other_sessions = OtherSessions(own_per_second)
         self._own_commits = 0
         self._controller: Controller | None = None
         self.is_limited = False
@@ -223,7 +223,7 @@ class Pacing:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep the pace until the block ends."""
-        if self._pace.latency_limit is not None and not self._neighbours.are_known:
+        if self._pace.latency_limit is not None and not self._other_sessions.are_known:
             self._is_cautious = True
             self._gate.allow(Allowance(workers=1))
         keeping = asyncio.create_task(self.run(), name="rotator pace")
@@ -260,7 +260,7 @@ class Pacing:
             if self._clock() >= self._look_at:
                 self._look_at = self._clock() + LOOK_SECONDS
                 await self._look(connection)
-                await self._follow_neighbours(connection)
+                await self._follow_other_sessions(connection)
             controller = self._controller
             if not self.is_limited or controller is None:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -285,11 +285,11 @@ class Pacing:
 
     def _add_activity(self, activity: Activity) -> None:
         ranges = self._gate.ranges_completed
-        self._neighbours.add(activity, ranges=ranges, own_commits=self._own_commits)
+        self._other_sessions.add(activity, ranges=ranges, own_commits=self._own_commits)
 
-    async def _follow_neighbours(self, connection: AsyncConnection) -> None:
+    async def _follow_other_sessions(self, connection: AsyncConnection) -> None:
         """Limit the rotation while other sessions are at work."""
-        if self._neighbours.are_active and not self.is_limited:
+        if self._other_sessions.are_active and not self.is_limited:
             now = self._clock()
             if self._controller is None:
                 self._controller = Controller(self._pace, max_workers=self._gate.concurrency, now=now)
@@ -297,11 +297,11 @@ class Pacing:
             self._gate.allow(self._controller.allowance)
             self._announce(ACTIVE)
             await self._measure_baseline(connection, self._controller)
-        elif self.is_limited and not self._neighbours.are_active:
+        elif self.is_limited and not self._other_sessions.are_active:
             self.is_limited = False
             self._gate.allow(Allowance())
             self._announce(QUIET)
-        elif self._neighbours.are_known:
+        elif self._other_sessions.are_known:
             self._end_caution()
 
     def _end_caution(self) -> None:

@@ -9,7 +9,6 @@ from rotator.events import IndexRebuilt, IndexSize, ReindexSkipped, ReindexStart
 from rotator.exceptions import RotatorError
 from rotator.postgres.connection import connected
 from rotator.postgres.indexes import (
-    STOPPED,
     IndexBuilder,
     drop_statement,
     find_leftovers,
@@ -18,7 +17,7 @@ from rotator.postgres.indexes import (
     rebuild_statement,
 )
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuum import BUSY
+from rotator.postgres.vacuum import BUSY, STOPPED
 from rotator.runner.context import RunContext
 
 # The delays before the rebuild of an index is retried that another session's lock has interrupted.

@@ -10,7 +10,7 @@ from rotator.events import Analyzed, AnalyzeSkipped, Vacuumed, VacuumSkipped, Va
 from rotator.exceptions import RotatorError
 from rotator.postgres.connection import connected
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuum import BUSY, analyze, is_scattered, may_vacuum, vacuum
+from rotator.postgres.vacuum import BUSY, STOPPED, analyze, is_scattered, may_vacuum, vacuum
 from rotator.runner.context import RunContext
 
 # VACUUM reads every page that changed, and what the last one skipped is read again.
@@ -21,7 +21,6 @@ MIN_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
 # The delays before ANALYZE is retried on a busy table; autovacuum may be working on it.
 ANALYZE_DELAYS_SECONDS: Final = (0.5, 1.5, 4.0)
-_STOPPED: Final = "a stop was requested"
 
 
 class Vacuuming:
@@ -80,12 +79,12 @@ class Vacuuming:
         if not self._is_allowed:
             return "this role does not own the table"
         if self._context.stop_signal.drain.is_set():
-            return _STOPPED
+            return STOPPED
         started = time.monotonic()
         reason = await self._context.stop_signal.run_until_stop(self._analyze(table))
         if reason == "":
             self._context.notify(Analyzed(seconds=time.monotonic() - started))
-        return _STOPPED if reason is None else reason
+        return STOPPED if reason is None else reason
 
     async def _analyze(self, table: TargetTable) -> str:
         try:

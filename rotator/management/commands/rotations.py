@@ -39,7 +39,7 @@ from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
 from rotator.progress.following import FollowedProgress, Standing
 from rotator.progress.text import (
-    GUARD_ACTIONS,
+    GUARD_EFFECTS,
     count,
     duration,
     moment,
@@ -348,5 +348,5 @@ def _details(rotation: Rotation) -> str:
 
 def _ledger(ledger: Ledger) -> str:
     entries = plural(ledger.entries, "entry") if ledger.state != Ledger.State.FORGOTTEN else ""
-    guard = f"guard: {GUARD_ACTIONS[ledger.guard]}" if ledger.guard else "no guard"
+    guard = f"guard: {GUARD_EFFECTS[ledger.guard]}" if ledger.guard else "no guard"
     return ", ".join(filter(None, (str(ledger.state), entries, guard)))

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rotator.postgres.probes import Activity
-from rotator.runner.pacing import Neighbours
+from rotator.runner.pacing import OtherSessions
 
 STEP_SECONDS = 0.25
 
@@ -42,11 +42,11 @@ class _Server:
         return Activity(at=self.at, commits=int(self._commits), ranges=int(self._ranges), writes=0)
 
 
-def _seconds_until(neighbours: Neighbours, server: _Server, *, active: bool, limit: float = 60.0) -> float:
+def _seconds_until(others: OtherSessions, server: _Server, *, active: bool, limit: float = 60.0) -> float:
     began = server.at
     while server.at - began < limit:
-        neighbours.add(server.step(), ranges=int(server.ranges), own_commits=0)
-        if neighbours.are_active is active:
+        others.add(server.step(), ranges=int(server.ranges), own_commits=0)
+        if others.are_active is active:
             return server.at - began
     return limit
 
@@ -56,7 +56,7 @@ def _seconds_until(neighbours: Neighbours, server: _Server, *, active: bool, lim
 def test_our_own_ranges_are_not_other_sessions(ranges_per_second: float, seed: int) -> None:
     server = _Server(seed)
     server.ranges_per_second = ranges_per_second
-    assert _seconds_until(Neighbours(), server, active=True) == 60
+    assert _seconds_until(OtherSessions(), server, active=True) == 60
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -64,43 +64,43 @@ def test_our_own_ranges_are_not_other_sessions(ranges_per_second: float, seed: i
 def test_other_sessions_are_seen_within_2_seconds_and_their_end_within_8(
     ranges_per_second: float, seed: int
 ) -> None:
-    server, neighbours = _Server(seed), Neighbours()
+    server, others = _Server(seed), OtherSessions()
     server.ranges_per_second = ranges_per_second
-    _seconds_until(neighbours, server, active=True, limit=10)
+    _seconds_until(others, server, active=True, limit=10)
     server.others_per_second = 400.0
-    assert _seconds_until(neighbours, server, active=True) <= 2
-    assert _seconds_until(neighbours, server, active=False, limit=30) == 30
+    assert _seconds_until(others, server, active=True) <= 2
+    assert _seconds_until(others, server, active=False, limit=30) == 30
     server.others_per_second = 0.0
-    assert _seconds_until(neighbours, server, active=False) <= 8
+    assert _seconds_until(others, server, active=False) <= 8
 
 
 def test_a_few_sessions_are_seen_too() -> None:
-    server, neighbours = _Server(), Neighbours()
+    server, others = _Server(), OtherSessions()
     server.ranges_per_second, server.others_per_second = 20.0, 60.0
-    assert _seconds_until(neighbours, server, active=True) <= 6
+    assert _seconds_until(others, server, active=True) <= 6
 
 
 def test_the_queries_of_a_start_are_not_other_sessions() -> None:
-    neighbours = Neighbours()
-    neighbours.add(Activity(at=10.0, commits=1000, ranges=0, writes=0), ranges=0, own_commits=0)
-    neighbours.add(Activity(at=11.4, commits=1110, ranges=8, writes=2), ranges=0, own_commits=10)
-    assert not neighbours.are_active
+    others = OtherSessions()
+    others.add(Activity(at=10.0, commits=1000, ranges=0, writes=0), ranges=0, own_commits=0)
+    others.add(Activity(at=11.4, commits=1110, ranges=8, writes=2), ranges=0, own_commits=10)
+    assert not others.are_active
 
 
 def test_as_many_queries_at_once_are_other_sessions_later() -> None:
-    neighbours = Neighbours()
+    others = OtherSessions()
     for step in range(40):
-        neighbours.add(Activity(at=step / 4, commits=1000, ranges=0, writes=0), ranges=0, own_commits=0)
-    neighbours.add(Activity(at=11.4, commits=1110, ranges=8, writes=2), ranges=0, own_commits=10)
-    assert neighbours.are_active
+        others.add(Activity(at=step / 4, commits=1000, ranges=0, writes=0), ranges=0, own_commits=0)
+    others.add(Activity(at=11.4, commits=1110, ranges=8, writes=2), ranges=0, own_commits=10)
+    assert others.are_active
 
 
 def test_our_probes_are_not_other_sessions() -> None:
-    neighbours = Neighbours()
+    others = OtherSessions()
     for step in range(100):
-        neighbours.add(
+        others.add(
             Activity(at=step / 4, commits=1000 + 20 * step, ranges=0, writes=0),
             ranges=0,
             own_commits=20 * step,
         )
-    assert not neighbours.are_active
+    assert not others.are_active
