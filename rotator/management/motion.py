@@ -19,10 +19,11 @@ from rotator.models import Action, Rotation
 from rotator.options import Selection
 from rotator.postgres.measurements import RECENT_RANGES
 from rotator.progress.text import ACTIVITIES, duration, plural, rate
-from rotator.stats import STALL_SECONDS, RecentRate, State
+from rotator.stats import STALL_SECONDS, RecentRate
 
 # About the checkpoints of the window of a rate.
 _RECENT_RANGES: Final = 1000
+_ACTIVITIES: Final = dict[str, str](ACTIVITIES.items()) | {"late_commits": "waiting for older transactions"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +138,7 @@ def _motion_of_running(  # noqa: PLR0911 - one result for each reason
             since=since,
             ends="It continues by itself then.",
         )
-    if activity := _activity(state):
+    if activity := _ACTIVITIES.get(state):
         return Motion(tone="moving", headline=f"Moving: {activity}")
     if speed.silent_seconds is not None and speed.silent_seconds > STALL_SECONDS:
         return Motion(
@@ -149,11 +150,3 @@ def _motion_of_running(  # noqa: PLR0911 - one result for each reason
     if speed.rows_per_second is None:
         return Motion(tone="moving", headline="Starting: the rate is not known yet")
     return Motion(tone="moving", headline=f"Moving: {rate(speed.rows_per_second)} rows/s")
-
-
-def _activity(state: str) -> str:
-    known: dict[State, str] = {
-        **ACTIVITIES,
-        "late_commits": "waiting for older transactions",
-    }
-    return next((text for name, text in known.items() if name == state), "")

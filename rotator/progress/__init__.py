@@ -5,10 +5,8 @@ to ``err``.
 """
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Final, Literal, TextIO, TypeAlias, get_args
 
 from rotator.events import Observer, ignore
@@ -53,14 +51,14 @@ def open_progress(
         case "none":
             yield ignore
         case "json":
-            yield JsonObserver(out, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
+            yield JsonObserver(out)
         case "log":
             yield LogObserver(hides_keys=hides_keys)
         case "auto" | "bar" if kind == "bar" or can_draw(err):
-            with bar_observer(err, clock=time.monotonic) as observer:
+            with bar_observer(err) as observer:
                 yield observer
         case _:
-            yield LinesObserver(err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
+            yield LinesObserver(err)
 
 
 def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:

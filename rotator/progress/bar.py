@@ -6,6 +6,7 @@ The figures are those of Stats: the rate of alive-progress is the mean of the wh
 import os
 import re
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
@@ -34,6 +35,18 @@ from rotator.progress.text import (
 )
 from rotator.stats import Stats
 
+REFRESH_SECONDS: Final = 0.1
+BAR_CHARACTERS: Final = "▏▎▍▌▋▊▉█⚠"
+_DEFAULT_COLUMNS: Final = 80
+_SHORTEST_BAR, _LONGEST_BAR = 8, 30
+_BAR_BORDERS: Final = 3
+_UNFINISHED_MARK: Final = "(!) "
+_MIN_COLUMNS, _MOST_COLUMNS = 3, 1000
+# The width of rate and ETA, or of the activity; it does not change during a run.
+_SPEED_WIDTH: Final = 9
+_ETA_WIDTH: Final = 12
+_TAIL_WIDTH: Final = 36
+_DEFERRALS_WIDTH: Final = 20
 _MIN_COLUMNS_TO_WRAP: Final = 30
 _FRAME_START: Final = "\r"
 _CLEAR_REST: Final = "\x1b[K"
@@ -89,20 +102,6 @@ class Screen:
         return self._stream.fileno()
 
 
-REFRESH_SECONDS: Final = 0.1
-BAR_CHARACTERS: Final = "▏▎▍▌▋▊▉█⚠"
-_DEFAULT_COLUMNS: Final = 80
-_SHORTEST_BAR, _LONGEST_BAR = 8, 30
-_BAR_BORDERS: Final = 3
-_UNFINISHED_MARK: Final = "(!) "
-_MIN_COLUMNS, _MOST_COLUMNS = 3, 1000
-# The width of rate and ETA, or of the activity; it does not change during a run.
-_SPEED_WIDTH: Final = 9
-_ETA_WIDTH: Final = 12
-_TAIL_WIDTH: Final = 36
-_DEFERRALS_WIDTH: Final = 20
-
-
 def terminal_columns(stream: TextIO) -> int:
     """Return the width of the stream's terminal; 0 where it is unknown."""
     try:
@@ -115,7 +114,7 @@ def terminal_columns(stream: TextIO) -> int:
 def bar_observer(
     stream: TextIO,
     *,
-    clock: Callable[[], float],
+    clock: Callable[[], float] = time.monotonic,
     columns: Callable[[], int] | None = None,
     refresh_seconds: float = REFRESH_SECONDS,
 ) -> Iterator[Callable[[Event], None]]:

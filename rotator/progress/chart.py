@@ -1,6 +1,6 @@
 """The chart of a rotation as SVG paths: rows/s over time, latency, and the times in which it was held."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -13,6 +13,7 @@ _STEPS: Final = (1, 2, 5, 10)
 _LABEL_PART: Final = 12.0
 _PERCENT: Final = 100
 _MILLISECONDS: Final = 1000
+_DAY_SECONDS: Final = 86_400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,8 +160,7 @@ def _band(held: Held, began_at: datetime, seconds: float, following: float) -> d
 
 def _time(at: datetime, seconds: float) -> str:
     text = moment(at)
-    one_day: Callable[[], float] = timedelta(days=1).total_seconds
-    return f"{text[11:19] if seconds < one_day() else text[5:16]}"
+    return text[11:19] if seconds < _DAY_SECONDS else text[5:16]
 
 
 def _summary(

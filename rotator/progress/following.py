@@ -1,5 +1,6 @@
 """The progress of a rotation that another process works on."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TextIO
@@ -43,11 +44,11 @@ class FollowedProgress:
 
     Args:
         stream: A raw stream.
-        clock: Returns monotonic seconds.
         is_live: Whether one line of a terminal is redrawn; otherwise each change is a line.
+        clock: Returns monotonic seconds.
     """
 
-    def __init__(self, stream: TextIO, *, clock: Callable[[], float], is_live: bool) -> None:
+    def __init__(self, stream: TextIO, *, is_live: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._sink = Sink(stream)
         self._clock = clock

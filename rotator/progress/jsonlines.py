@@ -22,6 +22,7 @@ rotator.events has its own name and fields; keys are only ever added. The others
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -44,7 +45,7 @@ from rotator.events import (
     Verified,
     WorkersProgressed,
 )
-from rotator.progress.lines import Sink, Timer
+from rotator.progress.lines import Sink, Timer, utc_now
 from rotator.progress.preflight import estimate_wal
 from rotator.progress.summary import report
 from rotator.progress.verification import verification_report
@@ -65,8 +66,8 @@ class JsonObserver:
         self,
         stream: TextIO,
         *,
-        clock: Callable[[], float],
-        wall_clock: Callable[[], datetime],
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], datetime] = utc_now,
         every_seconds: float = 1.0,
     ) -> None:
         self._sink = Sink(stream)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,11 @@ from rotator.progress.text import (
 from rotator.stats import Stats
 
 FIGURES_SECONDS: Final = 30.0
+
+
+def utc_now() -> datetime:
+    """Return the time of day in UTC."""
+    return datetime.now(UTC)
 
 
 class Timer:
@@ -139,8 +145,8 @@ class LinesObserver(NotableEvents):
         self,
         stream: TextIO,
         *,
-        clock: Callable[[], float],
-        wall_clock: Callable[[], datetime],
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], datetime] = utc_now,
         every_seconds: float = FIGURES_SECONDS,
     ) -> None:
         super().__init__(clock=clock, every_seconds=every_seconds)

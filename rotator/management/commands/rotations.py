@@ -228,7 +228,7 @@ class Command(OwnCommand):
     def _follow(self, number: int | None, database: str) -> None:
         if number is None:
             raise CommandError("--follow needs the ID of a rotation: rotations ID --follow.")
-        progress = FollowedProgress(self.out, clock=time.monotonic, is_live=can_draw(self.out))
+        progress = FollowedProgress(self.out, is_live=can_draw(self.out))
         try:
             while True:
                 rotation = find_rotations(database).get(pk=number)

@@ -2,9 +2,7 @@
 
 import json
 import sys
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypedDict, Unpack
 
@@ -154,11 +152,7 @@ class Command(OwnCommand):
             )
         if options["leaked_column"]:
             raise OptionError("--leaked-column names a column of the file of --leaked. Use both.")
-        observer = (
-            LinesObserver(self.err, clock=time.monotonic, wall_clock=lambda: datetime.now(UTC))
-            if options["verbosity"]
-            else ignore
-        )
+        observer = LinesObserver(self.err) if options["verbosity"] else ignore
         selection = Selection.from_json(rotation.selection)
         if selection.leaked:
             raise OptionError(
