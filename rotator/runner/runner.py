@@ -169,9 +169,11 @@ class Run:
         """
         self._findings = findings
         with self._signals():
-            timer = asyncio.create_task(self._stop_in_time(), name="rotator --stop-after")
-            watching = asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop")
-            ticking = asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks")
+            others = [
+                asyncio.create_task(self._stop_in_time(), name="rotator --stop-after"),
+                asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop"),
+                asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks"),
+            ]
             work = asyncio.create_task(self._through_outages(), name="rotator run")
             try:
                 with self._stop_signal.aborting(work):
@@ -192,9 +194,8 @@ class Run:
                     await self._record("failed", error=program_error(error))
                 raise
             finally:
-                timer.cancel()
-                watching.cancel()
-                ticking.cancel()
+                for task in others:
+                    task.cancel()
         self._notify(stopped)
         return stopped
 
@@ -351,31 +352,27 @@ class Run:
                         self._notify_started(session_work, owned)
                         # A pause survives the end of a process: it applies before the first range.
                         await self._beat_once(control, acquired)
-                        rotation = acquired.lease.rotation
-                        await self._throttles.look(control, rotation, self._gate)
-                        throttles = tasks.create_task(
-                            self._throttles.watch(control, rotation, self._gate), name="rotator throttles"
-                        )
-                        horizon = tasks.create_task(
-                            self._horizon.watch(control), name="rotator watch of the xmin horizon"
-                        )
-                        vacuum = tasks.create_task(
-                            self._vacuuming.run_during_rotation(control, table, rows_total=owned.rows_total),
-                            name="rotator VACUUM",
-                        )
-                        locks = tasks.create_task(
-                            self._lock_watch.watch(control), name="rotator watch for lock holders"
-                        )
+                        await self._throttles.look(control, owned.lease.rotation, self._gate)
+                        others = self._start_others(tasks, control, table, owned)
                         status = await session_work.work(owned)
-                        locks.cancel()
-                        throttles.cancel()
-                        horizon.cancel()
-                        vacuum.cancel()
-                        heart.cancel()
+                        for task in (heart, *others):
+                            task.cancel()
                 # The heartbeat has ended: it would report a completed rotation as lost.
                 if status != "completed" or await session_work.complete(owned):
                     self._release_throttles()
                     return status
+
+    def _start_others(
+        self, tasks: asyncio.TaskGroup, control: AsyncConnection, table: TargetTable, owned: RotationState
+    ) -> list[asyncio.Task[None]]:
+        """Start what works next to the workers until it is cancelled."""
+        works = {
+            "throttles": self._throttles.watch(control, owned.lease.rotation, self._gate),
+            "watch of the xmin horizon": self._horizon.watch(control),
+            "watch for lock holders": self._lock_watch.watch(control),
+            "VACUUM": self._vacuuming.run_during_rotation(control, table, rows_total=owned.rows_total),
+        }
+        return [tasks.create_task(work, name=f"rotator {name}") for name, work in works.items()]
 
     def _release_throttles(self) -> None:
         """End what holds the gate: no range follows, and time is no longer throttled."""
