@@ -42,7 +42,7 @@ class RotationAdmin(_ModelAdmin):
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Rotation]:  # noqa: ARG002 - Django's interface
         """Return the rotations with the age of their heartbeats."""
-        # Not of a replica, whose heartbeats are older.
+        # Not from a replica, where heartbeats arrive late.
         return find_rotations(router.db_for_write(Rotation))
 
     @admin.display(description="rotation", ordering="id")

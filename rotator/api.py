@@ -323,7 +323,7 @@ class Prepared:
         return self._run(lambda: find_earlier(self.server, self.target))
 
     def examine(self) -> Findings:
-        """Return the preflight report; the rows of its sample are rolled back."""
+        """Return the findings of the preflight; the rows of its sample are rolled back."""
         return self._run(lambda: dry_run(self.server, self.target, self.options))
 
     def begin(self, observer: Observer) -> int:

@@ -128,8 +128,8 @@ State: TypeAlias = Literal[
 class Stats:
     """The figures of one run.
 
-    The run and each of its observers have one. All of them take the same events, so they agree. The figures
-    that :class:`rotator.events.RotationStopped` has too have the same meaning here, until now.
+    The run and each of its observers have one. All of them take the same events, so they agree. Figures with
+    the same name as in :class:`rotator.events.RotationStopped` have the same meaning, up to now.
 
     Attributes:
         clock: Returns monotonic seconds.

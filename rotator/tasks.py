@@ -80,7 +80,7 @@ def help_with_rotation(database: str, number: int, message: int, should_stop: Sh
         reason = str(error) if isinstance(error, RotatorError) else program_error(error)
         this.update(error=reason, expires_at=None)
         raise
-    # Not where the owner has sent another message instead.
+    # Where the owner has sent another message instead, this row is deleted already.
     is_left = bool(this.delete()[0]) and is_left
     return helpers.create(rotation=rotation, sent_at=Now()).pk if is_left else None
 

@@ -107,7 +107,7 @@ def state(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
     read_at, content = _recent.get(key, (-math.inf, b""))
     if now - read_at >= KEPT_SECONDS:
         content = JsonResponse(page_state(find(number))).content
-        # Only of the rotations that are viewed now.
+        # Keep only the rotations that are viewed now.
         for other in [each for each, (at, _) in list(_recent.items()) if now - at >= KEPT_SECONDS]:
             _recent.pop(other, None)
         _recent[key] = now, content
@@ -164,7 +164,7 @@ def metrics(request: HttpRequest) -> HttpResponse:
     database = router.db_for_write(Rotation)
     with transaction.atomic(using=database):
         text = found.metrics(database)
-        # Repeated, too.
+        # A scrape is repeated too: see without_commits().
         transaction.set_rollback(True, using=database)
     return HttpResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -246,7 +246,7 @@ def _resolved(column: SecretColumn, each: AnyField, database: str) -> SecretColu
     options: tuple[str, ...] = ()
     if router.db_for_write(each.model) != database:
         options = ("--database", database)
-    # First: an error in a default ends the transaction, and then every later check fails, too.
+    # Checked first: an error in a default ends the transaction, so every later check would fail too.
     if refusal := _default_refusal(each, database):
         return replace(column, refusal=refusal)
     try:
@@ -269,7 +269,7 @@ def _default_refusal(each: AnyField, database: str) -> str:
     """Return the reason why the default of a field cannot be called; empty where it can."""
     try:
         with reading_rows(database):
-            # The same call as a rotation's: NOT_PROVIDED is a class, and without effect.
+            # A rotation calls it in the same way. NOT_PROVIDED is a class: calling it has no effect.
             default: object = each.default
             if callable(default):
                 default()

@@ -24,7 +24,7 @@ from rotator.management.rotation import (
 from rotator.models import CompletedRange, Helper, Measurement, Rotation, Verification
 from rotator.postgres.measurements import GAP_SECONDS, HELD_SECONDS
 
-# A finished rotation is exported for so long: Prometheus never forgets what is exported for ever.
+# Afterwards, a finished rotation is not exported any more: otherwise the number of series would only grow.
 FINISHED_FOR: Final = timedelta(hours=24)
 
 
@@ -34,7 +34,7 @@ def metrics(database: str) -> bytes:
     Args:
         database: Django's alias of the database with the rotator's tables.
     """
-    # One of its own: the default one has the metrics of this process.
+    # The default registry has the metrics of this process.
     registry = CollectorRegistry()
     registry.register(RotationCollector(database))
     return generate_latest(registry)

@@ -17,7 +17,7 @@ from rotator.postgres.errors import read_only, translate_errors
 APPLICATION_NAME: Final = "rotator"
 CONNECT_SECONDS: Final = 10
 OPEN_SECONDS: Final = 20.0
-# The times that a statement is sent before the server keeps it, where no pooler is in the way.
+# On a direct connection, a statement is prepared when it has been sent this many times.
 PREPARED_AFTER: Final = 2
 
 # A peer that vanished is noticed within half a minute, where the system can tell at all.
@@ -197,7 +197,7 @@ class OwnConnection(AsyncConnection):
     a transaction.
 
     Attributes:
-        is_direct: Whether no pooler is in the way; False until the connection is configured.
+        is_direct: Whether no pooler is between this process and the server; False until it is configured.
         local_settings: The settings with which each transaction begins; empty where the session has them.
         one_statement: A lock for single statements; only where each of them is a transaction.
     """

@@ -94,7 +94,7 @@ class IndexBuilder:
     is_stopped: Callable[[], bool]
 
     async def is_direct(self) -> bool:
-        """Return whether the connection has one backend, whose id is known: no pooler is in the way."""
+        """Return whether the connection always has the same backend: it does not go through a pooler."""
         async with translate_errors(self.connection):
             cursor = await self.connection.execute("SELECT pg_backend_pid()")
             ((pid,),) = await cursor.fetchall()

@@ -137,6 +137,12 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         lines.append(("ledger", [f"about {size(ledger_bytes)}, which is loaded before the first row"]))
     if findings.guard:
         lines.append(("guard", [f"a trigger is added: {GUARD_EFFECTS[findings.guard]}"]))
+    return [*lines, *_writers(table)]
+
+
+def _writers(table: TableFindings) -> list[tuple[str, list[str]]]:
+    """Return the lines on what each update fires, and on what else writes to the table."""
+    lines = []
     if table.triggers:
         lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
     if table.writing_triggers:

@@ -67,7 +67,7 @@ def size(number_of_bytes: int) -> str:
     """Return an amount of memory as PostgreSQL's ``pg_size_pretty`` does, e.g. ``52 MB``."""
     if number_of_bytes < _MOST_BYTES:
         return f"{number_of_bytes} bytes"
-    # As the server does: it halves last, so that a half is rounded up.
+    # The server halves last too, so that a half is rounded up.
     halves = number_of_bytes >> 9
     for unit in _SIZE_UNITS:
         if halves < _MOST_HALVES or unit == _SIZE_UNITS[-1]:

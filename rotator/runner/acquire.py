@@ -75,20 +75,17 @@ async def acquire(
                 f"Rotation {options.rotation} of {target.label} is not unfinished any more."
             )
         if found is None:
+            terms = NewRotation(
+                target=target.label,
+                table_name=table.found_name,
+                database=target.database,
+                options=options.to_json(),
+                selection=target.selection.to_json(),
+                identity=identity.to_json(),
+                findings=findings,
+            )
             lease = await rotations.begin_rotation(
-                connection,
-                NewRotation(
-                    target=target.label,
-                    table_name=table.found_name,
-                    database=target.database,
-                    options=options.to_json(),
-                    selection=target.selection.to_json(),
-                    identity=identity.to_json(),
-                    findings=findings,
-                ),
-                context.owner,
-                repeats=options.restart,
-                after=options.after,
+                connection, terms, context.owner, repeats=options.restart, after=options.after
             )
             if lease is not None:
                 return Acquired(lease=lease, stopped_at=None)
@@ -137,7 +134,7 @@ async def _is_alive(
                 "now. To rotate the same rows again, use --restart."
             )
         if now is None or (now.id, now.generation, now.status) != (seen.id, seen.generation, seen.status):
-            # It has another owner or none by now, which the takeover finds out.
+            # It has another owner by now, or none. The takeover finds out which.
             return False
         if now.updated_at != seen.updated_at:
             return True

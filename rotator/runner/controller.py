@@ -191,7 +191,7 @@ class Controller:
 
     A level above zero is a number of workers. Each level below one halves the time that the ranges of the
     only worker take. A level that was too much, or gained too little, is blocked for a minute, then for two,
-    and so on: without that memory, the level would swing between two neighbours for ever.
+    and so on. Otherwise the level would swing between two values all the time.
 
     Each ``now`` is a monotonic clock's value in seconds and never smaller than the one before.
 

@@ -52,7 +52,7 @@ class Measuring:
         """Add the VACUUMs since the last call to the log of the rotation."""
         by = str(self._context.owner)
         while self._vacuums:
-            # Taken before the await, since the heartbeat and the end of the run can both be here.
+            # Removed before the await: the heartbeat and the end of the run can call this at the same time.
             vacuum = self._vacuums.pop(0)
             kind, detail, at = vacuum
             seconds_ago = self._clock() - at

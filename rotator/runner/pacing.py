@@ -180,7 +180,7 @@ class Pacing:
         self._look_at = self._report_at = 0.0
         self._busy = list[int]()
         self.waiting_sessions: int | None = None
-        # Of all levels: the controller forgets those of the level before.
+        # Commits at all levels: the controller forgets them when the level changes.
         self._commits = deque[tuple[float, float]](maxlen=MOST_COMMITS)
 
     @property
@@ -245,7 +245,7 @@ class Pacing:
             except RotatorError as error:
                 self._end_caution()
                 failures = 1 if self._clock() - began > STEADY_SECONDS else failures + 1
-                # Not for a connection that the next attempt opens again.
+                # The next attempt may succeed, so the first failure is not reported.
                 if failures == REPORTED_FAILURE:
                     self._announce(f"no measurements: {str(error).rstrip('.')}")
                 await asyncio.sleep(RETRY_SECONDS)

@@ -148,7 +148,7 @@ class Run:
         self._lock_watch = LockWatch(self._notify)
         self._findings: Findings | None = None
         self._is_completed = False
-        # Those of an earlier run are stored until the first heartbeat of this one.
+        # Until the first heartbeat of this run, the row has the rejected keys of an earlier one.
         self._stored_rejected: tuple[tuple[Key, str], ...] | None = None
         self._has_ledger = options.prove
         self._server_name = ""

@@ -155,7 +155,7 @@ class CalledSignal:
         return Reading(problem=f"it returned {type(result).__name__}, not None or a text")
 
     def close(self) -> None:
-        """Wait for the call no longer."""
+        """Stop waiting for the call."""
         if self._running is not None:
             self._running.cancel()
 
