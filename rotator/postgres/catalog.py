@@ -10,7 +10,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from rotator.exceptions import OptionError, TargetError
-from rotator.postgres.connection import APPLICATION_NAME
+from rotator.postgres.connection import APPLICATION_NAME, fetch_rows
 from rotator.postgres.errors import read_only, translate_errors
 from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 
@@ -89,19 +89,17 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
         ServerLostError: The server is a replica, or read-only for another reason.
         OptionError: The server has too few free connections.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"
-            " current_setting('transaction_read_only')::boolean,"
-            " current_setting('max_connections')::integer"
-            " - current_setting('superuser_reserved_connections')::integer,"
-            # A previous owner's are closed when this run needs them.
-            " (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-            " AND pid <> pg_backend_pid() AND application_name IS DISTINCT FROM %s)",
-            (APPLICATION_NAME,),
-        )
-        row = await cursor.fetchone()
-    number, version, is_read_only, allowed, others = row or (0, "unknown", False, 0, 0)
+    ((number, version, is_read_only, allowed, others),) = await fetch_rows(
+        connection,
+        "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"
+        " current_setting('transaction_read_only')::boolean,"
+        " current_setting('max_connections')::integer"
+        " - current_setting('superuser_reserved_connections')::integer,"
+        # A previous owner's are closed when this run needs them.
+        " (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+        " AND pid <> pg_backend_pid() AND application_name IS DISTINCT FROM %s)",
+        (APPLICATION_NAME,),
+    )
     if number < OLDEST_VERSION:
         raise TargetError(f"Cannot rotate on PostgreSQL {version}: version 15 or later is required.")
     if is_read_only:
@@ -191,9 +189,8 @@ async def read_table(
 
 async def read_update_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
     """Return the names of the enabled triggers that an update of the table fires."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_UPDATE_TRIGGERS, {"table": table.regclass})
-        return tuple([name async for (name,) in cursor])
+    rows = await fetch_rows(connection, _UPDATE_TRIGGERS, {"table": table.regclass})
+    return tuple(name for (name,) in rows)
 
 
 def _check_relation(named: str, relation: Mapping[str, Any]) -> None:
@@ -305,9 +302,7 @@ async def missing_grants(
         proves: Whether the rotation has a ledger.
         guards: Whether a guard is added to the table.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute("SELECT quote_ident(current_user)")
-        ((role,),) = await cursor.fetchall()
+    ((role,),) = await fetch_rows(connection, "SELECT quote_ident(current_user)")
     needed: dict[str, list[tuple[str, str | None]]] = {
         table.regclass: [("SELECT", None), *(("UPDATE", column.name) for column in table.columns)]
     }
@@ -319,22 +314,17 @@ async def missing_grants(
     for name, wanted in needed.items():
         missing = []
         for privilege, column in wanted:
-            async with translate_errors(connection):
-                cursor = await connection.execute(
-                    _HAS, {"table": name, "privilege": privilege, "column": column}
-                )
-                ((is_granted,),) = await cursor.fetchall()
+            parameters = {"table": name, "privilege": privilege, "column": column}
+            ((is_granted,),) = await fetch_rows(connection, _HAS, parameters)
             if not is_granted:
                 quoted = "" if column is None else f" ({sql.Identifier(column).as_string()})"
                 missing.append(f"{privilege}{quoted}")
         if missing:
             grants.append(f"GRANT {', '.join(missing)} ON {name} TO {role};")
     if proves:
-        async with translate_errors(connection):
-            cursor = await connection.execute(_SCHEMA)
-            grants += [
-                f"GRANT CREATE ON SCHEMA {schema} TO {role};"
-                async for schema, can_create in cursor
-                if not can_create
-            ]
+        grants += [
+            f"GRANT CREATE ON SCHEMA {schema} TO {role};"
+            for schema, can_create in await fetch_rows(connection, _SCHEMA)
+            if not can_create
+        ]
     return tuple(grants)

@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, IsolationLevel, sql
+from psycopg.abc import Params
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -265,6 +266,16 @@ class _LocalCursor(AsyncCursor):
                 return await super().execute(*arguments, **options)
             async with connection.transaction():
                 return await super().execute(*arguments, **options)
+
+
+async def fetch_rows(
+    connection: AsyncConnection,
+    query: LiteralString | sql.SQL | sql.Composed,
+    parameters: Params | None = None,
+) -> list[tuple[Any, ...]]:
+    """Return the rows of a query."""
+    async with translate_errors(connection):
+        return await (await connection.execute(query, parameters)).fetchall()
 
 
 async def begin(connection: AsyncConnection) -> None:

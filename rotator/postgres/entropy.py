@@ -8,7 +8,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.exceptions import TargetError
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import fetch_rows
 from rotator.postgres.planner import estimate_rows
 from rotator.postgres.table import ROW, Column, TargetTable, identifier
 
@@ -90,7 +90,5 @@ async def _measure(
         bits=sql.Literal(MIN_BITS),
     )
     percent = min(100.0, 100 * _ROWS_READ / max(estimated, 1))
-    async with translate_errors(connection):
-        cursor = await connection.execute(query, {"percent": percent})
-        ((rows, distinct, weak, bits),) = await cursor.fetchall()
+    ((rows, distinct, weak, bits),) = await fetch_rows(connection, query, {"percent": percent})
     return int(rows), int(distinct), int(weak), float(bits)

@@ -7,11 +7,11 @@ from typing import Final
 
 from psycopg import AsyncConnection, sql
 
-from rotator.postgres.connection import set_local
+from rotator.postgres.connection import fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import OWN_ROTATION
 from rotator.postgres.ledger import Ledger
-from rotator.postgres.table import TargetTable, identifier, number
+from rotator.postgres.table import TargetTable, identifier
 
 LOCK_TIMEOUT: Final = "100ms"
 # The application gets this SQLSTATE, which is that of a violated constraint.
@@ -147,8 +147,9 @@ async def remove_guard(connection: AsyncConnection, ledger: Ledger) -> None:
 
 async def count_hits(connection: AsyncConnection, ledger: Ledger) -> int:
     """Return how often the present guard met an old value."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT COALESCE(pg_sequence_last_value(to_regclass(%s)), 0)", (_sequence(ledger).as_string(),)
-        )
-        return await number(cursor)
+    ((hits,),) = await fetch_rows(
+        connection,
+        "SELECT COALESCE(pg_sequence_last_value(to_regclass(%s)), 0)",
+        (_sequence(ledger).as_string(),),
+    )
+    return int(hits)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
-from psycopg.rows import dict_row
+from psycopg.rows import class_row, dict_row
 
 from rotator.exceptions import TargetError
 from rotator.postgres.errors import translate_errors
@@ -55,12 +55,10 @@ async def check_session(
     """
     name = sql.Identifier(*path).as_string()
     async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=dict_row)
+        cursor = connection.cursor(row_factory=class_row(SessionIdentity))
         await cursor.execute(SESSION_QUERY, (name, name))
-        row = await cursor.fetchone()
-    if row is None:
-        raise AssertionError("the session's own database has a row")
-    check_same_session(path, expected, SessionIdentity(**row))
+        (found,) = await cursor.fetchall()
+    check_same_session(path, expected, found)
 
 
 def check_same_session(path: tuple[str, ...], django: SessionIdentity, rotator: SessionIdentity) -> None:
@@ -210,7 +208,5 @@ async def read_identity(connection: AsyncConnection, table: TargetTable) -> Targ
         await rows.execute(_KEY, {"table": table.regclass, "key": [column.name for column in table.key]})
         key = tuple([KeyColumn(**row) async for row in rows])
         await rows.execute(_TARGET, {"table": table.regclass})
-        row = await rows.fetchone()
-    if row is None:
-        raise AssertionError("a query without a condition has a row")
+        (row,) = await rows.fetchall()
     return TargetIdentity(key=key, **row)

@@ -11,6 +11,7 @@ from psycopg import AsyncConnection, sql
 
 from rotator.events import IndexSize
 from rotator.exceptions import RangeRejectedError, RotatorError, RowsLockedError
+from rotator.postgres.connection import fetch_rows
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
 from rotator.postgres.vacuum import BUSY, STOPPED, execute_until
@@ -49,23 +50,18 @@ async def find_stale_indexes(
     connection: AsyncConnection, table: TargetTable, rotation: int
 ) -> tuple[IndexSize, ...]:
     """Return the indexes that were not rebuilt since the rotation began, the smallest first."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_STALE, {"table": table.regclass, "rotation": rotation})
-        return tuple([IndexSize(name=name, size_bytes=size) async for name, size in cursor])
+    rows = await fetch_rows(connection, _STALE, {"table": table.regclass, "rotation": rotation})
+    return tuple(IndexSize(name=name, size_bytes=size) for name, size in rows)
 
 
 async def find_leftovers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
     """Return the invalid indexes that an interrupted ``REINDEX CONCURRENTLY`` left on the table."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_LEFTOVERS, {"table": table.regclass})
-        return tuple([name async for (name,) in cursor])
+    return tuple(name for (name,) in await fetch_rows(connection, _LEFTOVERS, {"table": table.regclass}))
 
 
 async def read_size(connection: AsyncConnection, index: str) -> int:
     """Return the size of an index."""
-    async with translate_errors(connection):
-        cursor = await connection.execute("SELECT pg_relation_size(to_regclass(%s))", (index,))
-        ((size,),) = await cursor.fetchall()
+    ((size,),) = await fetch_rows(connection, "SELECT pg_relation_size(to_regclass(%s))", (index,))
     return size or 0
 
 
@@ -95,9 +91,7 @@ class IndexBuilder:
 
     async def is_direct(self) -> bool:
         """Return whether the connection always has the same backend: it does not go through a pooler."""
-        async with translate_errors(self.connection):
-            cursor = await self.connection.execute("SELECT pg_backend_pid()")
-            ((pid,),) = await cursor.fetchall()
+        ((pid,),) = await fetch_rows(self.connection, "SELECT pg_backend_pid()")
         return bool(pid == self.connection.info.backend_pid)
 
     async def rebuild(self, index: str) -> str:
@@ -130,12 +124,11 @@ class IndexBuilder:
 
     async def _blocks_others(self) -> bool:
         """Return whether another session waits for a lock on the table or an index, because of this one."""
-        async with translate_errors(self.control):
-            cursor = await self.control.execute(
-                "SELECT EXISTS (SELECT FROM pg_locks w WHERE NOT w.granted AND w.locktype = 'relation'"
-                " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-                " AND %s = ANY (pg_blocking_pids(w.pid)))",
-                (self.connection.info.backend_pid,),
-            )
-            ((blocks,),) = await cursor.fetchall()
+        ((blocks,),) = await fetch_rows(
+            self.control,
+            "SELECT EXISTS (SELECT FROM pg_locks w WHERE NOT w.granted AND w.locktype = 'relation'"
+            " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            " AND %s = ANY (pg_blocking_pids(w.pid)))",
+            (self.connection.info.backend_pid,),
+        )
         return bool(blocks)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 
 from rotator.exceptions import RangeTooSlowError, TargetError
-from rotator.postgres.connection import set_local
+from rotator.postgres.connection import fetch_rows, set_local
 from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
@@ -232,8 +232,8 @@ async def count_table(connection: AsyncConnection, table: TargetTable, *, second
     query = sql.SQL("SELECT count(*) FROM {}").format(table.name)
     if counted := await fetch_within(connection, seconds, query, {}):
         return int(counted[0][0]), True
-    async with translate_errors(connection):
-        return await number(await connection.execute(_ESTIMATE, {"table": table.regclass})), False
+    ((estimated,),) = await fetch_rows(connection, _ESTIMATE, {"table": table.regclass})
+    return int(estimated), False
 
 
 async def fetch_within(
@@ -249,15 +249,12 @@ async def fetch_within(
 
 async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
     """Return the server's estimate of the rows to rotate; 0 where it has none yet."""
-    async with translate_errors(connection):
-        rows = await number(await connection.execute(_ESTIMATE, {"table": table.regclass}))
-        if not rows or table.matches is None:
-            return rows
-        cursor = await connection.execute(
-            sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {}").format(table.row, table.matches), {}
-        )
-        ((plan,),) = await cursor.fetchall()
-        return int(plan[0]["Plan"]["Plan Rows"])
+    ((rows,),) = await fetch_rows(connection, _ESTIMATE, {"table": table.regclass})
+    if not rows or table.matches is None:
+        return int(rows)
+    query = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {}").format(table.row, table.matches)
+    ((plan,),) = await fetch_rows(connection, query, {})
+    return int(plan[0]["Plan"]["Plan Rows"])
 
 
 async def gaps(

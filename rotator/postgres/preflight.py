@@ -21,7 +21,7 @@ from rotator.exceptions import (
     unwrap_group,
 )
 from rotator.postgres.catalog import read_update_triggers
-from rotator.postgres.connection import Server, pooled
+from rotator.postgres.connection import Server, fetch_rows, pooled
 from rotator.postgres.errors import RangeGrewError, settings_that_show_values, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
@@ -143,18 +143,16 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         rows, is_exact = (
             (0, True) if bound is None else await count_rows(connection, table, bound, seconds=COUNT_SECONDS)
         )
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL("SELECT sum(pg_relation_size(oid))::bigint FROM {} AS leaf").format(PARTITIONS),
-            {"table": table.regclass},
-        )
-        (heap_bytes,) = await cursor.fetchone() or (0,)
-        cursor = await connection.execute(
-            _INDEXES, {"columns": [c.name for c in table.columns], "table": table.regclass}
-        )
-        indexes = tuple(
-            [Index(name=name, size_bytes=size, holds_column=holds) async for name, size, holds in cursor]
-        )
+    ((heap_bytes,),) = await fetch_rows(
+        connection,
+        sql.SQL("SELECT sum(pg_relation_size(oid))::bigint FROM {} AS leaf").format(PARTITIONS),
+        {"table": table.regclass},
+    )
+    parameters = {"columns": [column.name for column in table.columns], "table": table.regclass}
+    indexes = tuple(
+        Index(name=name, size_bytes=size, holds_column=holds)
+        for name, size, holds in await fetch_rows(connection, _INDEXES, parameters)
+    )
     return TableFindings(
         rows=rows,
         rows_is_exact=is_exact,
@@ -176,14 +174,10 @@ async def _find_copies(connection: AsyncConnection, table: TargetTable) -> tuple
         "columns": [column.name for column in table.columns],
         "most": COPIES_NAMED,
     }
-    async with translate_errors(connection):
-        cursor = await connection.execute(_COPIES, parameters)
-        return tuple(
-            [
-                Copies(kind=kind, tables=tuple(names), more=count - len(names))
-                async for kind, names, count in cursor
-            ]
-        )
+    return tuple(
+        Copies(kind=kind, tables=tuple(names), more=count - len(names))
+        for kind, names, count in await fetch_rows(connection, _COPIES, parameters)
+    )
 
 
 async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[KeptValues, ...] | None:
@@ -215,11 +209,7 @@ async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[K
 
 async def examine_server(connection: AsyncConnection) -> ServerFindings:
     """Return the settings and dependents of the server, as far as this role may see them."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_SETTINGS)
-        settings = await cursor.fetchone()
-    if settings is None:
-        raise AssertionError("a query without a condition has a row")
+    (settings,) = await fetch_rows(connection, _SETTINGS)
     max_wal_size_bytes, checkpoint_timeout_seconds, full_page_writes, archiving = settings
     return ServerFindings(
         max_wal_size_bytes=max_wal_size_bytes,
@@ -235,9 +225,7 @@ async def examine_server(connection: AsyncConnection) -> ServerFindings:
 
 async def name_server(connection: AsyncConnection) -> str:
     """Return the role, the host or socket, the port and the database, as ``app@host:5432/name``."""
-    async with translate_errors(connection):
-        cursor = await connection.execute("SELECT current_user, current_database()")
-        role, database = await cursor.fetchone() or ("", "")
+    ((role, database),) = await fetch_rows(connection, "SELECT current_user, current_database()")
     return f"{role}@{connection.info.host}:{connection.info.port}/{database}"
 
 
@@ -246,9 +234,7 @@ async def _phrases(
     query: sql.SQL | sql.Composed,
     parameters: Mapping[str, str | int] | None = None,
 ) -> tuple[str, ...]:
-    async with translate_errors(connection):
-        cursor = await connection.execute(query, parameters)
-        return tuple([phrase async for (phrase,) in cursor])
+    return tuple(phrase for (phrase,) in await fetch_rows(connection, query, parameters))
 
 
 # The sample leaves dead rows, so it is limited to a small part of the table.
@@ -336,16 +322,13 @@ async def _plan(
     connection: AsyncConnection, table: TargetTable, *, rows: int, batch: int, ranges: int
 ) -> list[KeyRange]:
     """Plan ranges without common rows, from all parts of the table, in no order."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT {json} FROM (SELECT {key} FROM (SELECT {key} FROM {table}"
-                " TABLESAMPLE SYSTEM (%(percent)s)) AS read ORDER BY random() LIMIT %(ranges)s) AS chosen"
-                " ORDER BY {key}"
-            ).format(json=table.key_json, key=table.key_columns, table=table.name),
-            {"percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)), "ranges": ranges},
-        )
-        keys = [Key(key) async for (key,) in cursor]
+    query = sql.SQL(
+        "SELECT {json} FROM (SELECT {key} FROM (SELECT {key} FROM {table}"
+        " TABLESAMPLE SYSTEM (%(percent)s)) AS read ORDER BY random() LIMIT %(ranges)s) AS chosen"
+        " ORDER BY {key}"
+    ).format(json=table.key_json, key=table.key_columns, table=table.name)
+    parameters = {"percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)), "ranges": ranges}
+    keys = [Key(key) for (key,) in await fetch_rows(connection, query, parameters)]
     last = await last_key(connection, table)
     if last is None:
         return []

@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection, given_options
-from rotator.postgres.connection import set_local
+from rotator.postgres.connection import fetch_rows, set_local
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
@@ -303,9 +303,7 @@ async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> Non
 
 async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
     """Return whether the rotation has given any row a new value."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation})
-        ((found,),) = await cursor.fetchall()
+    ((found,),) = await fetch_rows(connection, f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation})
     return bool(found)
 
 
@@ -382,14 +380,13 @@ async def take_over_from_self(
 
 async def find_completed(connection: AsyncConnection, rotation: int, owner: Owner) -> Lease | None:
     """Return the lease with which this process completed a rotation; None where it has not."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT generation FROM rotator_rotation WHERE id = %(rotation)s AND status = 'completed'"
-            " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)",
-            {"rotation": rotation, **asdict(owner)},
-        )
-        row = await cursor.fetchone()
-    return Lease(rotation=rotation, generation=row[0]) if row else None
+    rows = await fetch_rows(
+        connection,
+        "SELECT generation FROM rotator_rotation WHERE id = %(rotation)s AND status = 'completed'"
+        " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)",
+        {"rotation": rotation, **asdict(owner)},
+    )
+    return Lease(rotation=rotation, generation=rows[0][0]) if rows else None
 
 
 async def abandon(connection: AsyncConnection, lease: Lease) -> bool:
@@ -471,14 +468,13 @@ class RotationFacts:
 
 async def read_facts(connection: AsyncConnection, rotation: int) -> RotationFacts:
     """Return the facts about a rotation that exists."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT r.status, r.started_xid, r.bound::text, r.identity, r.rejected_keys,"
-            " COALESCE(l.guard_hits, 0) FROM rotator_rotation r"
-            " LEFT JOIN rotator_ledger l ON l.rotation_id = r.id WHERE r.id = %s",
-            (rotation,),
-        )
-        ((status, started_xid, bound, identity, rejected, hits),) = await cursor.fetchall()
+    ((status, started_xid, bound, identity, rejected, hits),) = await fetch_rows(
+        connection,
+        "SELECT r.status, r.started_xid, r.bound::text, r.identity, r.rejected_keys,"
+        " COALESCE(l.guard_hits, 0) FROM rotator_rotation r"
+        " LEFT JOIN rotator_ledger l ON l.rotation_id = r.id WHERE r.id = %s",
+        (rotation,),
+    )
     return RotationFacts(
         status=status,
         started_xid=started_xid,

@@ -15,8 +15,8 @@ import psycopg
 from psycopg import AsyncConnection
 
 from rotator.exceptions import OptionError, RotatorError
-from rotator.postgres.connection import Server, set_local
-from rotator.postgres.errors import condition, connection_lost, translate_errors
+from rotator.postgres.connection import Server, fetch_rows, set_local
+from rotator.postgres.errors import condition, connection_lost
 
 READ_SECONDS: Final = 2.0
 # A heartbeat comes each second, and expires after three of them.
@@ -95,9 +95,7 @@ async def check_archiving(connection: AsyncConnection) -> None:
     Raises:
         OptionError: The server does not archive, or has archived nothing yet.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute("SELECT current_setting('archive_mode')")
-        ((mode,),) = await cursor.fetchall()
+    ((mode,),) = await fetch_rows(connection, "SELECT current_setting('archive_mode')")
     if mode == "off":
         raise OptionError(
             "--max-unarchived-wal: the server archives no WAL (archive_mode = off). Leave it out."
@@ -174,9 +172,7 @@ class Replica:
         Raises:
             OptionError: It is the primary itself, a replica of another server, or cannot be read.
         """
-        async with translate_errors(primary):
-            cursor = await primary.execute(_SERVER)
-            ((system, started_at, _),) = await cursor.fetchall()
+        ((system, started_at, _),) = await fetch_rows(primary, _SERVER)
         same = list[tuple[str, datetime, bool]]()
 
         async def look() -> Reading:

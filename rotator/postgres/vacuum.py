@@ -12,7 +12,7 @@ from psycopg import AsyncConnection, errors, sql
 from psycopg.errors import Diagnostic
 
 from rotator.events import IndexSize, Storage
-from rotator.postgres.connection import OwnConnection, execute_alone
+from rotator.postgres.connection import OwnConnection, execute_alone, fetch_rows
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
 
@@ -40,25 +40,25 @@ _MAINTAINS: Final = "SELECT has_table_privilege(%s::regclass, 'MAINTAIN')"
 
 async def read_storage(connection: AsyncConnection, table: TargetTable) -> Storage:
     """Return the present size of the table and its indexes."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT sum(pg_relation_size(oid))::bigint, sum(pg_indexes_size(oid))::bigint,"
-                " sum(pg_stat_get_dead_tuples(oid))::bigint FROM {} AS leaf"
-            ).format(PARTITIONS),
-            {"table": table.regclass},
-        )
-        heap_bytes, index_bytes, dead_rows = await cursor.fetchone() or (0, 0, 0)
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT format('%%I.%%I', n.nspname, c.relname), pg_relation_size(c.oid)"
-                " FROM {} AS leaf JOIN pg_index i ON i.indrelid = leaf.oid"
-                " JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
-                " ORDER BY 1"
-            ).format(PARTITIONS),
-            {"table": table.regclass},
-        )
-        indexes = tuple([IndexSize(name=name, size_bytes=size) async for name, size in cursor])
+    ((heap_bytes, index_bytes, dead_rows),) = await fetch_rows(
+        connection,
+        sql.SQL(
+            "SELECT sum(pg_relation_size(oid))::bigint, sum(pg_indexes_size(oid))::bigint,"
+            " sum(pg_stat_get_dead_tuples(oid))::bigint FROM {} AS leaf"
+        ).format(PARTITIONS),
+        {"table": table.regclass},
+    )
+    rows = await fetch_rows(
+        connection,
+        sql.SQL(
+            "SELECT format('%%I.%%I', n.nspname, c.relname), pg_relation_size(c.oid)"
+            " FROM {} AS leaf JOIN pg_index i ON i.indrelid = leaf.oid"
+            " JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " ORDER BY 1"
+        ).format(PARTITIONS),
+        {"table": table.regclass},
+    )
+    indexes = tuple(IndexSize(name=name, size_bytes=size) for name, size in rows)
     return Storage(heap_bytes=heap_bytes, index_bytes=index_bytes, dead_rows=dead_rows, indexes=indexes)
 
 
@@ -67,27 +67,24 @@ async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
     queries = [_OWNS]
     if connection.info.server_version >= _MAINTAIN_SINCE:
         queries.append(_MAINTAINS)
-    async with translate_errors(connection):
-        for query in queries:
-            cursor = await connection.execute(query, (table.regclass,))
-            row = await cursor.fetchone()
-            if row and row[0]:
-                return True
+    for query in queries:
+        ((is_permitted,),) = await fetch_rows(connection, query, (table.regclass,))
+        if is_permitted:
+            return True
     return False
 
 
 async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
     """Return whether the order of the rows is unrelated to the key's, by the server's statistics."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT abs(s.correlation) < %(most)s FROM pg_stats s"
-            " JOIN pg_class c ON c.relname = s.tablename AND c.oid = %(table)s::regclass"
-            " JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = s.schemaname"
-            " WHERE s.attname = %(key)s AND NOT s.inherited",
-            {"most": SCATTERED_CORRELATION, "table": table.regclass, "key": table.key[0].name},
-        )
-        row = await cursor.fetchone()
-    return bool(row and row[0])
+    rows = await fetch_rows(
+        connection,
+        "SELECT abs(s.correlation) < %(most)s FROM pg_stats s"
+        " JOIN pg_class c ON c.relname = s.tablename AND c.oid = %(table)s::regclass"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = s.schemaname"
+        " WHERE s.attname = %(key)s AND NOT s.inherited",
+        {"most": SCATTERED_CORRELATION, "table": table.regclass, "key": table.key[0].name},
+    )
+    return any(is_scattered for (is_scattered,) in rows)
 
 
 async def vacuum(
@@ -152,18 +149,18 @@ async def analyze(connection: AsyncConnection, control: AsyncConnection, table: 
 
 async def _without_statistics(control: AsyncConnection, table: TargetTable) -> list[str]:
     """Return the rotated columns that ANALYZE skips, and that have statistics."""
-    async with translate_errors(control):
-        cursor = await control.execute(
-            sql.SQL(
-                "SELECT DISTINCT a.attname::text FROM {} AS member JOIN pg_class c ON c.oid = member.oid"
-                " JOIN pg_namespace n ON n.oid = c.relnamespace"
-                " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attstattarget = 0"
-                " JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname"
-                " AND s.attname = a.attname WHERE a.attname = ANY (%(columns)s::text[]) ORDER BY 1"
-            ).format(_MEMBERS),
-            {"table": table.regclass, "columns": [column.name for column in table.columns]},
-        )
-        return [name async for (name,) in cursor]
+    rows = await fetch_rows(
+        control,
+        sql.SQL(
+            "SELECT DISTINCT a.attname::text FROM {} AS member JOIN pg_class c ON c.oid = member.oid"
+            " JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attstattarget = 0"
+            " JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname"
+            " AND s.attname = a.attname WHERE a.attname = ANY (%(columns)s::text[]) ORDER BY 1"
+        ).format(_MEMBERS),
+        {"table": table.regclass, "columns": [column.name for column in table.columns]},
+    )
+    return [name for (name,) in rows]
 
 
 async def _maintain(
@@ -255,16 +252,15 @@ async def _cancelled_by(connection: AsyncConnection, verb: str) -> str:
 
 async def _blocks_others(control: AsyncConnection, table: TargetTable) -> bool:
     """Return whether a session waits for a lock on the table while VACUUM or ANALYZE holds one."""
-    async with translate_errors(control):
-        cursor = await control.execute(
-            sql.SQL(
-                "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"
-                " WHERE w.locktype = 'relation' AND w.relation IN {} AND NOT w.granted"
-                # In a copy of a database, other tables have the same oids.
-                " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-                " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')"
-            ).format(_MEMBERS),
-            {"table": table.regclass},
-        )
-        row = await cursor.fetchone()
-    return bool(row and row[0])
+    ((blocks,),) = await fetch_rows(
+        control,
+        sql.SQL(
+            "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"
+            " WHERE w.locktype = 'relation' AND w.relation IN {} AND NOT w.granted"
+            # In a copy of a database, other tables have the same oids.
+            " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            " AND h.granted AND h.mode = 'ShareUpdateExclusiveLock')"
+        ).format(_MEMBERS),
+        {"table": table.regclass},
+    )
+    return bool(blocks)
