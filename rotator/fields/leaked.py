@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
 
@@ -45,18 +46,14 @@ def read_leaked(path: str, column: str, fields: Sequence[AnyField], database: st
         TargetError: A field stores the same value differently each time.
     """
     forms = list({type(each): _to_bytes(each, database) for each in fields}.values())
+    # The first line of a CSV file has the names of its columns.
+    values = LeakedValues(first=2 if column else 1, forms=len(forms))
     with _opened(path) as stream:
-        if column:
-            values = LeakedValues(first=2, forms=len(forms))
-            _read_csv(values, forms, stream, path, column)
-        elif stream.peek(1).lstrip()[:1] in (b"[", b"{"):  # type: ignore[attr-defined] # buffered
-            values = LeakedValues(forms=len(forms))
-            _read_json(values, forms, stream, path)
-        elif path.lower().endswith(".csv"):
-            raise OptionError(f"{path} is a CSV file. Name the column with the values with --leaked-column.")
-        else:
-            values = LeakedValues(forms=len(forms))
-            _read_lines(values, forms, stream)
+        for value in _read(stream, path, column):
+            if value:
+                values.add([form(value) for form in forms])
+            else:
+                values.skip()
     if not len(values):
         raise OptionError(f"{_named(path)} has no values.")
     return values
@@ -78,23 +75,23 @@ def _named(path: str) -> str:
     return "The standard input" if path == STANDARD_INPUT else f"The file {path}"
 
 
-def _add(values: LeakedValues, forms: Sequence[_ToBytes], value: bytes) -> None:
-    if value:
-        values.add([form(value) for form in forms])
-    else:
-        values.skip()
+def _read(stream: BinaryIO, path: str, column: str) -> Iterator[bytes]:
+    """Return the values of a file; a blank one for a line without a value."""
+    if column:
+        return _read_csv(stream, path, column)
+    if stream.peek(1).lstrip()[:1] in (b"[", b"{"):  # type: ignore[attr-defined] # buffered
+        return _read_json(stream, path)
+    if path.lower().endswith(".csv"):
+        raise OptionError(f"{path} is a CSV file. Name the column with the values with --leaked-column.")
+    return _read_lines(stream)
 
 
-def _read_lines(values: LeakedValues, forms: Sequence[_ToBytes], stream: BinaryIO) -> None:
-    is_first = True
-    for line in stream:
-        _add(values, forms, (line.removeprefix(_BYTE_ORDER_MARK) if is_first else line).strip())
-        is_first = False
+def _read_lines(stream: BinaryIO) -> Iterator[bytes]:
+    first = next(stream, b"")
+    return (line.strip() for line in chain([first.removeprefix(_BYTE_ORDER_MARK)], stream))
 
 
-def _read_csv(
-    values: LeakedValues, forms: Sequence[_ToBytes], stream: BinaryIO, path: str, column: str
-) -> None:
+def _read_csv(stream: BinaryIO, path: str, column: str) -> Iterator[bytes]:
     # Not closed with the wrapper, because the standard input stays open.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
     rows = csv.reader(text)
@@ -105,14 +102,14 @@ def _read_csv(
             raise OptionError(f"{_named(path)} has no column '{column}' in its first line.")
         at = header.index(column)
         for row in rows:
-            _add(values, forms, row[at].strip().encode() if at < len(row) else b"")
+            yield row[at].strip().encode() if at < len(row) else b""
     except csv.Error:
         raise OptionError(f"{_named(path)} is not a CSV file from line {rows.line_num}.") from None
     finally:
         text.detach()
 
 
-def _read_json(values: LeakedValues, forms: Sequence[_ToBytes], stream: BinaryIO, path: str) -> None:
+def _read_json(stream: BinaryIO, path: str) -> Iterator[bytes]:
     try:
         found = json.load(stream)
     except ValueError:
@@ -125,7 +122,7 @@ def _read_json(values: LeakedValues, forms: Sequence[_ToBytes], stream: BinaryIO
             raise OptionError(
                 f"{_named(path)} is not a list of texts, or of objects with a key {' or '.join(_JSON_KEYS)}."
             )
-        _add(values, forms, value.strip().encode())
+        yield value.strip().encode()
 
 
 def _to_bytes(field: AnyField, database: str) -> _ToBytes:
