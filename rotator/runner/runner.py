@@ -293,31 +293,27 @@ class Run:
         self._server_name = await name_server(control)
         self._stats.storage_before = await read_storage(control, table)
         await self._vacuuming.prepare(control, table)
-        await self._check_values(control, table)
-        if self._context.options.preflight:
-            await self._preflight(control, table)
+        target, options = self._context.target, self._context.options
+        found = await rotations.find_unfinished(control, target.label, table.found_name)
+        resumed = None if options.restart else found
+        # The generator of a resumed rotation was tried before.
+        if target.selection.generator and (
+            resumed is None or Selection.from_json(resumed.selection) != target.selection
+        ):
+            await check_values(control, RangeUpdate(table, target.source, options.limits))
+        if options.preflight:
+            await self._preflight(control, table, is_new=resumed is None)
         return table
 
-    async def _check_values(self, control: AsyncConnection, table: TargetTable) -> None:
-        """Refuse a generator that fails before the rotation begins."""
-        target, options = self._context.target, self._context.options
-        if not target.selection.generator:
-            return
-        found = await rotations.find_unfinished(control, target.label, table.found_name)
-        # The generator of a resumed rotation was tried before.
-        if found is None or options.restart or Selection.from_json(found.selection) != target.selection:
-            await check_values(control, RangeUpdate(table, target.source, options.limits))
-
-    async def _preflight(self, control: AsyncConnection, table: TargetTable) -> None:
+    async def _preflight(self, control: AsyncConnection, table: TargetTable, *, is_new: bool) -> None:
         """Report the findings about a new rotation; a resumed one was examined before."""
         target, options = self._context.target, self._context.options
-        unfinished = await rotations.find_unfinished(control, target.label, table.found_name)
-        if unfinished is None and not options.restart:
-            # Acquiring the rotation checks this too, but only after the report.
-            await rotations.check_repetition(
-                control, target.label, table.found_name, target.selection, after=options.after
-            )
-        if unfinished is None or options.restart:
+        if is_new:
+            if not options.restart:
+                # Acquiring the rotation checks this too, but only after the report.
+                await rotations.check_repetition(
+                    control, target.label, table.found_name, target.selection, after=options.after
+                )
             self._findings = await examine(control, table, self._context.server, target, options)
             self._notify(Preflighted(findings=self._findings))
         if self._stop_signal.drain.is_set():
