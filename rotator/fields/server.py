@@ -1,10 +1,10 @@
 """The server, session and migrations behind one of Django's own connections."""
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.db import DatabaseError, connections
@@ -19,9 +19,11 @@ from rotator.exceptions import MissingPrivilegesError, RotatorError, ServerLostE
 from rotator.fields.connections import lost_is_an_outage, unlogged
 from rotator.postgres.connection import Server
 from rotator.postgres.identity import SESSION_QUERY, SessionIdentity, check_same_session
-from rotator.postgres.values import FromRows, Place, Values
-from rotator.ranges import Key
+from rotator.postgres.values import FromRows
 from rotator.runner.aio import run_in_daemon_thread
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _APP: Final = "rotator"
 # Only libpq's parameters: Django's cursors and adapters are not for the rotator's connections, and an engine
@@ -51,15 +53,14 @@ def check_session_of_thread(
             found = read_session(connections[database], path)
         check_same_session(path, session, found)
 
-    async def make(keys: Sequence[Key]) -> tuple[list[Key], tuple[Values, ...]]:
-        await sync_to_async(check)()
-        return await source.make(keys)
+    def checked(make: Callable[[Sequence[T]], Awaitable[R]]) -> Callable[[Sequence[T]], Awaitable[R]]:
+        async def check_and_make(wanted: Sequence[T]) -> R:
+            await sync_to_async(check)()
+            return await make(wanted)
 
-    async def make_at(places: Sequence[Place]) -> tuple[list[Place], tuple[Values, ...]]:
-        await sync_to_async(check)()
-        return await source.make_at(places)
+        return check_and_make
 
-    return FromRows(make, make_at)
+    return FromRows(checked(source.make), checked(source.make_at))
 
 
 def check_migrations(connection: BaseDatabaseWrapper) -> None:

@@ -120,11 +120,10 @@ async def reading(connection: AsyncConnection, server: Server) -> AsyncIterator[
     settings = {
         "statement_timeout": f"{STATEMENT_SECONDS * 1000:.0f}ms",
         "lock_timeout": f"{LOCK_SECONDS * 1000:.0f}ms",
-        "role": server.role,
-        "search_path": server.search_path,
+        **server.settings,
     }
     async with connection.transaction():
-        await set_local(connection, {name: value for name, value in settings.items() if value is not None})
+        await set_local(connection, settings)
         yield
 
 

@@ -51,6 +51,12 @@ class Server:
     search_path: str | None = None
     read_parameters: Callable[[], Awaitable[Mapping[str, Any]]] | None = None
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that select the role and the search path of a session or a transaction."""
+        wanted = {"role": self.role, "search_path": self.search_path}
+        return {name: value for name, value in wanted.items() if value is not None}
+
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a connection."""
         return {
@@ -84,12 +90,12 @@ class Server:
             raise
 
     async def _configure(self, connection: AsyncConnection) -> None:
-        wanted = {"role": self.role, "search_path": self.search_path}
+        wanted = self.settings
         # The driver reads times only in this style.
         if not (connection.info.parameter_status("DateStyle") or "ISO").startswith("ISO"):
             wanted["DateStyle"] = "ISO"
         if isinstance(connection, OwnConnection):
-            await connection.configure({name: value for name, value in wanted.items() if value is not None})
+            await connection.configure(wanted)
         # Transaction poolers keep this setting for each client.
         if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
             await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))

@@ -212,15 +212,9 @@ class Replica:
     async def _read_beat(self, rotation: int) -> Reading:
         """Return the rotation's last heartbeat on the replica as a detail; empty where there is none."""
         connection = await self._connected()
-        settings = {
-            "statement_timeout": f"{READ_SECONDS:.0f}s",
-            "search_path": self._server.search_path,
-            "role": self._server.role,
-        }
+        settings = {"statement_timeout": f"{READ_SECONDS:.0f}s", **self._server.settings}
         async with connection.transaction():
-            await set_local(
-                connection, {name: value for name, value in settings.items() if value is not None}
-            )
+            await set_local(connection, settings)
             cursor = await connection.execute(
                 "SELECT updated_at FROM rotator_rotation WHERE id = %s", (rotation,)
             )

@@ -29,14 +29,11 @@ def about(number: int, *, is_exact: bool) -> str:
 
 
 def plural(number: int, noun: str, *, is_exact: bool = True) -> str:
-    """Return a count with its noun, e.g. ``1 row``, ``about 2,000 rows`` or ``3 retries``."""
-    nouns = f"{noun.removesuffix('y')}ies" if noun.endswith("ry") else f"{noun}s"
+    """Return a count with its noun, e.g. ``1 row``, ``about 2,000 rows``, ``3 retries`` or ``4 indexes``."""
+    nouns = f"{noun}es" if noun.endswith("x") else f"{noun}s"
+    if noun.endswith("ry"):
+        nouns = f"{noun.removesuffix('y')}ies"
     return f"{about(number, is_exact=is_exact)} {noun if number == 1 else nouns}"
-
-
-def indexes(number: int) -> str:
-    """Return a number of indexes, e.g. ``1 index`` or ``3 indexes``."""
-    return f"{count(number)} index{'es' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:
@@ -166,7 +163,8 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
         case events.AnalyzeSkipped():
             return f"{OLD_STATISTICS}: {event.reason.rstrip('.')}. Run: {event.statement}"
         case events.ReindexStarted():
-            return f"rebuilding {indexes(event.indexes)} (Ctrl-C stops this; the rotation stays completed)"
+            indexes = plural(event.indexes, "index")
+            return f"rebuilding {indexes} (Ctrl-C stops this; the rotation stays completed)"
         case events.IndexRebuilt():
             return (
                 f"rebuilt {event.name} in {duration(event.seconds)}: "
