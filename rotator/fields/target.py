@@ -52,8 +52,6 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         condition=row_condition(
             model, selection, rotated=[field.name for field in fields], database=database
         ),
-        include_null=selection.include_null,
-        include_blank=selection.include_blank,
         selection=selection,
         bypassed=_bypassed(model),
         warnings=name_warnings(fields),

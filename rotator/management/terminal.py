@@ -52,7 +52,7 @@ class OwnCommand(BaseCommand):
 
     def execute(self, *arguments: Any, **options: Any) -> str | None:  # noqa: ANN401 - Django's signature
         """Run the command, and show an error of the rotator without its traceback."""
-        open_closed_streams(self)
+        _open_closed_streams(self)
         try:
             return super().execute(*arguments, **options)
         except RotatorError as error:
@@ -96,7 +96,7 @@ def agrees(question: str) -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
-def open_closed_streams(command: BaseCommand) -> None:
+def _open_closed_streams(command: BaseCommand) -> None:
     """Discard the text for a closed stream.
 
     Otherwise a connection to the server gets the stream's descriptor, and then the text.

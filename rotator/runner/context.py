@@ -42,8 +42,6 @@ class RunTarget:
         columns: The names of the rotated columns.
         source: The source of the new values.
         condition: The condition that rotated rows match; None for all rows.
-        include_null: Whether rows whose value is NULL are rotated too.
-        include_blank: Whether rows whose value is the empty text are rotated too.
         selection: The user's choice of rows and values.
         bypassed: The effects of ``save()`` that the update does not have, one phrase each.
         warnings: The warnings about the names of the fields, one sentence each.
@@ -60,8 +58,6 @@ class RunTarget:
     columns: tuple[str, ...]
     source: ValueSource
     condition: Condition | None = None
-    include_null: bool = False
-    include_blank: bool = False
     selection: Selection = field(default_factory=Selection)
     bypassed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

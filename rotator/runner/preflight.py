@@ -98,8 +98,8 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
         key=target.key,
         columns=target.columns,
         condition=target.condition,
-        include_null=target.include_null,
-        include_blank=target.include_blank,
+        include_null=target.selection.include_null,
+        include_blank=target.selection.include_blank,
     )
 
 
