@@ -14,19 +14,6 @@ from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.lines import LinesObserver
 from rotator.progress.log import LogObserver
-from rotator.progress.preflight import preflight
-from rotator.progress.summary import report, summary
-
-__all__ = [
-    "PROGRESS_KINDS",
-    "ProgressKind",
-    "can_draw",
-    "open_progress",
-    "preflight",
-    "report",
-    "summary",
-    "summary_stream",
-]
 
 ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "log", "none"]
 _MIN_COLUMNS: Final = 20

@@ -10,7 +10,7 @@ from django.contrib.auth.models import User
 from rotator.api import RotationUnfinishedError, Target, prepare, rotate_sync
 from rotator.exceptions import OptionError, TargetError, ValuesError
 from rotator.options import RunOptions, Selection
-from rotator.progress import preflight
+from rotator.progress.preflight import preflight
 from tests.integration.any_model import table_of
 from tests.integration.outcomes import assert_completed, each_connection, rotate
 from tests.integration.rotation_tables import Database

@@ -26,9 +26,10 @@ from rotator.management.terminal import (
     write_report,
 )
 from rotator.options import COMMAND_OPTIONS, RunOptions, Selection
-from rotator.progress import PROGRESS_KINDS, open_progress, preflight, report, summary, summary_stream
+from rotator.progress import PROGRESS_KINDS, open_progress, summary_stream
 from rotator.progress.lines import Sink
-from rotator.progress.summary import verdict
+from rotator.progress.preflight import preflight
+from rotator.progress.summary import report, summary, verdict
 from rotator.progress.text import duration, one_line, plural
 
 if TYPE_CHECKING:
