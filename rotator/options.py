@@ -596,11 +596,9 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     ),
     "lag_of": _list("ALIAS", "The alias in DATABASES of a replica that --max-lag applies to."),
     "max_unarchived_wal": _value(
-        "SIZE", "Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.", default=None
+        "SIZE", "Begin no range while more WAL than this, e.g. 1GB, waits for the archiver."
     ),
-    "max_slot_wal": _value(
-        "SIZE", "Begin no range while a replication slot keeps more WAL than this.", default=None
-    ),
+    "max_slot_wal": _value("SIZE", "Begin no range while a replication slot keeps more WAL than this."),
     "dry_run": _switch(
         "Show what the rotation will meet, how long it will take and what cannot be undone, and exit. To "
         "estimate the time, it rewrites up to a thirtieth of the rows and rolls them back, which leaves dead "

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -13,9 +12,6 @@ from rotator.events import (
     Event,
     OnCommit,
     RangeCompleted,
-    RangeDeferred,
-    RangeRetried,
-    RowRejected,
     ignore,
 )
 from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError, unwrap_group
@@ -30,7 +26,6 @@ from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter
-from rotator.ranges import Key
 from rotator.runner.aio import is_set_within, watch
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
@@ -39,6 +34,7 @@ from rotator.runner.gate import Gate
 from rotator.runner.pacing import OWN_PER_SECOND_WITH_CELERY, Pacing
 from rotator.runner.preflight import measured_update, read_target
 from rotator.runner.retry import OutageBudget
+from rotator.stats import Stats
 
 # For claims and leases, and for the planner.
 OTHER_CONNECTIONS: Final = 2
@@ -47,29 +43,6 @@ LOOK_SECONDS: Final = 1.0
 POLL_SECONDS: Final = 0.2
 # The owner plans the next spans within this time; a helper without spans leaves its process to other tasks.
 IDLE_SECONDS: Final = 3.0
-
-
-@dataclass
-class _EventCounter:
-    """The events of the engine that the owner needs."""
-
-    outage: OutageBudget
-    deferrals: int = 0
-    retries: int = 0
-    failed_keys: list[tuple[Key, str]] = field(default_factory=list)
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case RangeCompleted():
-                self.outage.refill()
-            case RangeDeferred():
-                self.deferrals += 1
-            case RangeRetried():
-                self.retries += 1
-            case RowRejected():
-                self.failed_keys.append((event.key, event.reason))
-            case _:
-                pass
 
 
 class Helper:
@@ -180,41 +153,45 @@ class Helper:
         pool: AsyncConnectionPool,
         connection: AsyncConnection,
     ) -> None:
-        counter = _EventCounter(self._outage)
+        stats = Stats()
+
+        def notify(event: Event) -> None:
+            stats.take(event)
+            if isinstance(event, RangeCompleted):
+                self._outage.refill()
+
         if claimed.gaps:
             update = await measured_update(
-                connection, table, self._target, self._options.limits, claimed.gaps[0].through, counter
+                connection, table, self._target, self._options.limits, claimed.gaps[0].through, notify
             )
             writer = PostgresWriter(pool, update, claimed.lease, self._on_commit)
             # A span without a rotated row is one gap.
             has_rotated = len(claimed.gaps) > 1
-            engine = Engine(planner, writer, self._gate, notify=counter, has_rotated=has_rotated)
+            engine = Engine(planner, writer, self._gate, notify=notify, has_rotated=has_rotated)
             with unwrap_group():
                 async with asyncio.TaskGroup() as tasks:
-                    renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease, counter))
+                    renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease, stats))
                     await engine.run(claimed.gaps, self._drain)
                     renewing.cancel()
         if self._drain.is_set():
-            await spans.release(
-                connection, claimed.lease, deferrals=counter.deferrals, retries=counter.retries
-            )
+            await spans.release(connection, claimed.lease, deferrals=stats.deferrals, retries=stats.retries)
         else:
             await spans.finish(
                 connection,
                 claimed.lease,
-                deferrals=counter.deferrals,
-                retries=counter.retries,
-                failed_keys=counter.failed_keys,
+                deferrals=stats.deferrals,
+                retries=stats.retries,
+                failed_keys=stats.rejected_keys,
             )
 
-    async def _keep_renewed(self, connection: AsyncConnection, lease: Lease, counter: _EventCounter) -> None:
+    async def _keep_renewed(self, connection: AsyncConnection, lease: Lease, stats: Stats) -> None:
         while True:
             due_at = min(self._looked_at + LOOK_SECONDS, self._renewed_at + RENEW_SECONDS)
             await asyncio.sleep(due_at - time.monotonic())
             await self._look(connection)
-            if counter.deferrals:
+            if stats.deferrals:
                 # The owner looks for the sessions that hold the locks.
-                deferrals, counter.deferrals = counter.deferrals, 0
+                deferrals, stats.deferrals = stats.deferrals, 0
                 await spans.report_deferrals(connection, lease, deferrals)
             if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
                 await self._renew(connection, lease)
