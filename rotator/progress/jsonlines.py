@@ -23,10 +23,10 @@ rotator.events has its own name and fields; keys are only ever added. The others
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Final, TextIO
 
 from rotator.events import (
     Event,
@@ -50,6 +50,13 @@ from rotator.progress.preflight import estimate_wal
 from rotator.progress.summary import report
 from rotator.progress.verification import verification_report
 from rotator.stats import Stats
+
+_NAMES: Final[Mapping[type, str]] = {
+    Preflighted: "preflight",
+    RotationStarted: "started",
+    RotationStopped: "stopped",
+    **dict.fromkeys((RangeCompleted, WorkersProgressed, Tick, VerificationProgressed), "progress"),
+}
 
 
 class JsonObserver:
@@ -111,8 +118,8 @@ class JsonObserver:
 
 
 def event_name(kind: type[Event]) -> str:
-    """Return the name of a type of event as it is in JSON, e.g. ``row_rejected``."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    """Return the name of a type of event as it is in JSON and in log records, e.g. ``row_rejected``."""
+    return _NAMES.get(kind) or re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def figures(stats: Stats) -> dict[str, object]:

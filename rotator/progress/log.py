@@ -11,17 +11,13 @@ from rotator.events import (
     BrokerUnreachable,
     Event,
     OutageStarted,
-    RangeCompleted,
     ReceiverFailed,
     ReindexSkipped,
     RotationStarted,
     RotationStopped,
     RowRejected,
     ServerLogShowsValues,
-    Tick,
-    VerificationProgressed,
     Verified,
-    WorkersProgressed,
     WorkersSilent,
 )
 from rotator.progress import jsonlines
@@ -79,7 +75,7 @@ class LogObserver(NotableEvents):
             "%s",
             text,
             extra={
-                "event": _name(event),
+                "event": jsonlines.event_name(type(event)),
                 # A verification that is resumed has no start of a rotation.
                 "rotation": self._stats.rotation or getattr(event, "rotation", None),
                 "target": self._target or getattr(event, "target", ""),
@@ -91,19 +87,6 @@ class LogObserver(NotableEvents):
     def ended(self, event: RotationStopped) -> str:
         """Return the result with its reason, since no summary follows."""
         return f"{verdict(event)} {one_line(_reason(event))}".rstrip()
-
-
-def _name(event: Event) -> str:
-    """Return the name of the event as it is in JSON."""
-    match event:
-        case RangeCompleted() | WorkersProgressed() | Tick() | VerificationProgressed():
-            return "progress"
-        case RotationStarted():
-            return "started"
-        case RotationStopped():
-            return "stopped"
-        case _:
-            return jsonlines.event_name(type(event))
 
 
 def _reason(event: Event) -> str:
