@@ -326,8 +326,8 @@ async def take_over(
     database: str,
     owner: Owner,
     options: dict[str, Any],
-    selection: NewSelection | None = None,
-    action: ActionKind = ActionKind.TAKEN_OVER,
+    selection: NewSelection,
+    action: ActionKind,
 ) -> Lease | None:
     """Raise the generation of a rotation and own it; return None where ``lease`` is out of date.
 
@@ -343,18 +343,18 @@ async def take_over(
         "status = 'running', stop_reason = '', error = '', updated_at = clock_timestamp(),"
         " owned_since = clock_timestamp(), options = %(options)s, database = %(database)s,"
         " owner_host = %(host)s, owner_pid = %(pid)s, owner_process = %(process)s, owner_user = %(user)s,"
-        " version = %(version)s, selection = COALESCE(%(selection)s, selection)",
+        " version = %(version)s, selection = %(selection)s",
         f"generation = %(generation)s AND NOT (%(unless_begun)s AND ({_HAS_ROWS_DONE}))",
         {
             "options": Jsonb(options),
             "database": database,
-            "selection": None if selection is None else Jsonb(dict(selection.saved)),
-            "unless_begun": selection is not None and selection.unless_begun,
+            "selection": Jsonb(dict(selection.saved)),
+            "unless_begun": selection.unless_begun,
             **asdict(lease),
             **asdict(owner),
         },
         action,
-        str(given_options(options, {} if selection is None else selection.saved)),
+        str(given_options(options, selection.saved)),
     )
 
 

@@ -99,13 +99,11 @@ class Gate:
         """The holds by their sources, the oldest first."""
         return dict(self._holds)
 
-    def set_limits(self, *, concurrency: int | None = None, rows: int | None = None) -> None:
-        """Change the upper limits; None leaves one unchanged."""
-        if concurrency is not None:
-            self.concurrency = min(concurrency, self.most_workers)
-        if rows is not None:
-            self.max_rows = rows
-            self._sizer.limit(rows)
+    def set_limits(self, *, concurrency: int, rows: int) -> None:
+        """Change the upper limits."""
+        self.concurrency = min(concurrency, self.most_workers)
+        self.max_rows = rows
+        self._sizer.limit(rows)
         self._admit()
 
     def allow(self, allowance: Allowance) -> None:

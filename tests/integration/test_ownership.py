@@ -7,7 +7,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from rotator.events import EndStatus
+from rotator.events import ActionKind, EndStatus
 from rotator.exceptions import RotationRepeatedError, RowsLockedError, SupersededError
 from rotator.postgres import rotations
 from rotator.postgres.connection import connected
@@ -15,6 +15,7 @@ from rotator.postgres.fence import LOCK_CLASS, Lease
 from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import (
     Figures,
+    NewSelection,
     abandon,
     beat,
     complete,
@@ -46,8 +47,18 @@ STRANGER = Owner(host="elsewhere.example", pid=4711, process="boot pid:[1] 99", 
 BOUND = Key("[20]")
 
 
-async def _take(control: psycopg.AsyncConnection, lease: Lease) -> Lease | None:
-    return await take_over(control, lease, database="default", owner=STRANGER, options={"batch": 7})
+async def _take(
+    control: psycopg.AsyncConnection, lease: Lease, *, database: str = "default", owner: Owner = STRANGER
+) -> Lease | None:
+    return await take_over(
+        control,
+        lease,
+        database=database,
+        owner=owner,
+        options={"batch": 7},
+        selection=NewSelection(saved={}),
+        action=ActionKind.TAKEN_OVER,
+    )
 
 
 def _in_a_range(database: Database, lease: Lease) -> psycopg.Connection:
@@ -97,7 +108,7 @@ async def test_by_another_alias_it_is_the_same_rotation(
     control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     assert await try_to_begin(control, STRANGER, database="direct") is None
-    taken = await take_over(control, lease, database="direct", owner=STRANGER, options={})
+    taken = await _take(control, lease, database="direct")
     assert taken == Lease(rotation=lease.rotation, generation=2)
 
 
@@ -130,7 +141,7 @@ async def test_nothing_is_unfinished_before_the_first_rotation(control: psycopg.
 async def test_this_process_takes_over_from_itself_whatever_the_lost_reply_was_to(
     control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
-    taken = await take_over(control, lease, database="default", owner=this_process(), options={})
+    taken = await _take(control, lease, owner=this_process())
     assert taken is not None
     again = await take_over_from_self(control, lease.rotation, owner=this_process(), options={})
     assert again == Lease(rotation=lease.rotation, generation=taken.generation + 1)
@@ -196,7 +207,7 @@ async def test_a_takeover_that_was_overtaken_changes_nothing(
     database: Database, control: psycopg.AsyncConnection, lease: Lease
 ) -> None:
     await _take(control, lease)
-    again = await take_over(control, lease, database="default", owner=this_process(), options={})
+    again = await _take(control, lease, owner=this_process())
     assert again is None
     assert (database.rotation("generation"), database.rotation("owner_host")) == (2, STRANGER.host)
 

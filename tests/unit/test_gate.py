@@ -77,7 +77,7 @@ async def test_a_lower_limit_wins_over_what_the_controller_allows() -> None:
     gate.allow(Allowance(workers=3))
     gate.set_limits(concurrency=1, rows=200)
     assert (gate.workers, gate.rows) == (1, 200)
-    gate.set_limits(concurrency=8)
+    gate.set_limits(concurrency=8, rows=200)
     assert (gate.workers, gate.rows) == (3, 200)
 
 
