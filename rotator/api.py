@@ -36,7 +36,7 @@ from rotator.fields.connections import (
     check_not_patched,
     close_idle,
     is_in_transaction,
-    run,
+    run_in_new_loop,
 )
 from rotator.fields.leaked import read_leaked
 from rotator.fields.receivers import commit_callback
@@ -267,7 +267,7 @@ def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
         async with connected(server) as own:
             return await (unguard if only_guard else forget)(own, rotation)
 
-    return run(drop)
+    return run_in_new_loop(drop)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -289,9 +289,9 @@ class Prepared:
     def _run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if self.keeps_connections:
             with borrowed():
-                return run(main)
+                return run_in_new_loop(main)
         close_idle()
-        return run(main)
+        return run_in_new_loop(main)
 
     def with_leaked_values(self) -> "Prepared":
         """Read the leaked values that the selection names, and return the rotation of only their rows."""

@@ -233,13 +233,13 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
     try:
         is_left = coordinate_rotation(database, rotation, observer, ask, _should_hand_on(HAND_ON_SECONDS))
     except (OwnedElsewhereError, ServerLostError):
-        _again(task, seconds=ASK_AGAIN_SECONDS)
+        _retry_later(task, seconds=ASK_AGAIN_SECONDS)
     else:
         if is_left:
-            _again(task, seconds=0)
+            _retry_later(task, seconds=0)
 
 
-def _again(task: Task, *, seconds: int) -> NoReturn:
+def _retry_later(task: Task, *, seconds: int) -> NoReturn:
     """Retry this message after some time, and end this task."""
     try:
         raise task.retry(countdown=seconds)
@@ -288,11 +288,6 @@ def load_app() -> None:
         )
 
 
-async def _send(task: Task, arguments: tuple[object, ...]) -> None:
-    # Celery would add the arguments a second time, for its monitors.
-    await _in_time(partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr=""))
-
-
 class BrokerCalls:
     """The calls to the broker, each in a thread, which hangs if the broker accepts connections but is silent.
 
@@ -336,11 +331,13 @@ class BrokerCalls:
 _calls = BrokerCalls()
 
 
-async def _in_time(call: Callable[[], Any]) -> None:
+async def _send(task: Task, arguments: tuple[object, ...]) -> None:
+    # Celery would add the arguments a second time, for its monitors.
+    send = partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr="")
     # A call to an unreachable broker may never return.
     try:
         _calls.check()
         async with asyncio.timeout(PUBLISH_SECONDS):
-            await run_in_daemon_thread(_calls.tracked(call))
+            await run_in_daemon_thread(_calls.tracked(send))
     except Exception as error:  # noqa: BLE001 - each broker's library has errors of its own
         raise BrokerError(f"The broker cannot be reached ({type(error).__name__}).") from None

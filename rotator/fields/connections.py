@@ -119,7 +119,7 @@ def check_not_patched() -> None:
             )
 
 
-def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def run_in_new_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine function in a new event loop.
 
     The project's synchronous code runs in one new thread, because the thread that asgiref would take waits

@@ -11,7 +11,7 @@ from django.db import Error, connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.exceptions import NoDefaultError, OptionError, RotatorError, TargetError
-from rotator.fields.connections import is_in_transaction, reading_rows, run
+from rotator.fields.connections import is_in_transaction, reading_rows, run_in_new_loop
 from rotator.fields.model import AnyField, field_label, key_fields
 from rotator.fields.secret_rules import (
     HASH_FORMAT,
@@ -115,7 +115,7 @@ def take_inventory(database: str) -> Inventory:
     server = server_of(connection, session.search_path)
     inventory = Inventory(examined=len(fields))
     caches = _cache_tables()
-    tables, samples = run(lambda: _read(server, fields, tuple(caches.values()), inventory))
+    tables, samples = run_in_new_loop(lambda: _read(server, fields, tuple(caches.values()), inventory))
     found = dict[AnyField, SecretColumn]()
     for each in fields:
         table = tables.get(table_path(each.model))
@@ -128,7 +128,7 @@ def take_inventory(database: str) -> Inventory:
         else column
         for each, column in found.items()
     }
-    refusals = run(
+    refusals = run_in_new_loop(
         lambda: _refusals(server, [each for each, column in resolved.items() if column.options is not None])
     )
     rotations = _last_rotations(database)
@@ -178,7 +178,7 @@ def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearc
                 every_row=every_row,
             )
 
-    return run(search)
+    return run_in_new_loop(search)
 
 
 def _column(label: str, table: StoredTable, finding: Finding) -> SecretColumn:

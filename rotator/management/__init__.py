@@ -1,1 +1,1 @@
-"""The rotator on the command line."""
+"""The commands, and the contents of the page and of the metrics."""

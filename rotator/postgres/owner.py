@@ -1,4 +1,4 @@
-"""The process that owns a rotation: its identity, and the memory that it has used."""
+"""The process that owns a rotation: its identity, and whether it has ended."""
 
 import getpass
 import os

@@ -49,7 +49,7 @@ def handled_signals(
             signal.signal(number, default if previous is signal.SIG_DFL else previous)
 
 
-async def watch(is_due: Callable[[], bool], act: Callable[[], None]) -> None:
+async def act_when(is_due: Callable[[], bool], act: Callable[[], None]) -> None:
     """Poll until a condition is true, then act."""
     while not is_due():  # noqa: ASYNC110 - code outside the event loop changes it
         await asyncio.sleep(WATCH_SECONDS)

@@ -52,7 +52,7 @@ from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key, intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
-from rotator.runner.aio import watch
+from rotator.runner.aio import act_when
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.engine import MAX_FAILED_ROWS
@@ -244,7 +244,7 @@ class Run:
 
     async def _stop_when_due(self) -> None:
         if self._should_stop is not None:
-            await watch(self._should_stop, lambda: self._stop_signal.request(StopReason.WORKER_SHUTDOWN))
+            await act_when(self._should_stop, lambda: self._stop_signal.request(StopReason.WORKER_SHUTDOWN))
 
     async def _tick_through_outages(self) -> None:
         """Tick while the server is unreachable: the heartbeat, which ticks otherwise, has stopped."""
@@ -443,7 +443,7 @@ class Run:
     def _notify_started(self, session_work: Session, owned: RotationState) -> None:
         self._notify_outage_ended(owned)
         if self._stats.started is None:
-            self._notify(session_work.started(owned))
+            self._notify(session_work.start_event(owned))
 
     def _notify_outage_ended(self, owned: RotationState) -> None:
         if self._outage.is_unreachable:

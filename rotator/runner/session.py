@@ -80,7 +80,7 @@ class Session:
             return await self._leaked_rows.find(owned)
         return owned if owned.bound is not None else await self._freeze(owned)
 
-    def started(self, owned: RotationState) -> RotationStarted:
+    def start_event(self, owned: RotationState) -> RotationStarted:
         """Return the event that starts a run."""
         return RotationStarted(
             rotation=owned.lease.rotation,

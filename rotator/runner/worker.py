@@ -26,7 +26,7 @@ from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import PostgresWriter
-from rotator.runner.aio import is_set_within, watch
+from rotator.runner.aio import act_when, is_set_within
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
 from rotator.runner.engine import Engine
@@ -100,7 +100,7 @@ class Helper:
             ServerLostError: The server was unreachable for longer than the outage budget.
             RotatorError: This worker cannot rotate the target.
         """
-        watching = asyncio.create_task(watch(self._should_stop, self._drain.set), name="rotator watch")
+        watching = asyncio.create_task(act_when(self._should_stop, self._drain.set), name="rotator watch")
         try:
             while not self._drain.is_set():
                 try:

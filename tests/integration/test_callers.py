@@ -202,7 +202,7 @@ def test_without_uvloop_asyncios_own_loop_is_used(monkeypatch: pytest.MonkeyPatc
     async def main() -> None:
         loops.append(type(asyncio.get_running_loop()).__module__)
 
-    project_connections.run(main)
+    project_connections.run_in_new_loop(main)
     assert loops[0].startswith("asyncio.")
     assert rotate_sync(FROM_ROW).rows == ROWS
 
