@@ -318,13 +318,13 @@ class Prepared:
         values = self._read_leaked(path, column)
         return self._run(lambda: count_leaked(self.server, self.target, values))
 
-    def earlier(self) -> Earlier:
+    def earlier(self, observer: Observer) -> Earlier:
         """Return the earlier rotations of this target that matter to a new run."""
-        return self._run(lambda: find_earlier(self.server, self.target))
+        return self._run(lambda: find_earlier(self.server, self.target, observer))
 
-    def examine(self) -> Findings:
+    def examine(self, observer: Observer) -> Findings:
         """Return the findings of the preflight; the rows of its sample are rolled back."""
-        return self._run(lambda: dry_run(self.server, self.target, self.options))
+        return self._run(lambda: dry_run(self.server, self.target, self.options, observer))
 
     def begin(self, observer: Observer) -> int:
         """Begin or resume the rotation, queue it for Celery workers, and return its id."""

@@ -1,14 +1,17 @@
-"""Names the sessions whose locks keep ranges from being written."""
+"""Names the sessions whose locks keep ranges from being written, or a statement from being run."""
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from psycopg import AsyncConnection
 
 from rotator.events import Event, LockHeld, Observer, RangeDeferred, WorkersProgressed
+from rotator.exceptions import RotatorError
 from rotator.postgres.activity import blocking_transactions, open_transactions
+from rotator.postgres.connection import Server, connected
 
 NAMED_AFTER_SECONDS: Final = 5.0
 # Shorter than the lock timeout of a range, so that a waiting range is seen.
@@ -17,6 +20,8 @@ IDLE_SECONDS: Final = 0.2
 CHECK_SECONDS: Final = 0.5
 # Longer than the longest delay between two attempts, and than a Celery worker takes to report one.
 RECENT_SECONDS: Final = 8.0
+REPORT_SECONDS: Final = 1.0
+CLOSE_SECONDS: Final = 1.0
 
 
 class LockWatch:
@@ -79,3 +84,32 @@ class LockWatch:
             holders = tuple(phrase for name, phrase in phrases.items() if name in named)
             self._notify(LockHeld(holders=holders, is_new=bool(named - self._named)))
         self._named = named
+
+
+@asynccontextmanager
+async def lock_holders_named(server: Server, notify: Observer) -> AsyncIterator[None]:
+    """Report the sessions for which a statement of the block waits, after ``NAMED_AFTER_SECONDS``.
+
+    Unlike a range, a statement of the preflight or of a verification may wait for as long as it takes.
+    """
+    naming = asyncio.create_task(_name_lock_holders(server, notify), name="rotator lock holders")
+    try:
+        yield
+    finally:
+        naming.cancel()
+        await asyncio.wait([naming], timeout=CLOSE_SECONDS)
+
+
+async def _name_lock_holders(server: Server, notify: Observer) -> None:
+    await asyncio.sleep(NAMED_AFTER_SECONDS)
+    named = frozenset[str]()
+    # The block itself notices the loss of the server.
+    with suppress(RotatorError):
+        async with connected(server) as connection:
+            while True:
+                phrases = await open_transactions(connection, await blocking_transactions(connection))
+                if phrases or named:
+                    is_new = not phrases.keys() <= named
+                    notify(LockHeld(holders=tuple(phrases.values()), is_new=is_new))
+                named = frozenset(phrases)
+                await asyncio.sleep(REPORT_SECONDS)

@@ -19,6 +19,7 @@ from rotator.postgres.table import TargetTable, count_partitions
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget
+from rotator.runner.locks import lock_holders_named
 from rotator.runner.throttles import Throttles
 
 # The measurement runs alone, but many workers plan at the same time.
@@ -154,14 +155,14 @@ async def examine(
     )
 
 
-async def dry_run(server: Server, target: RunTarget, options: RunOptions) -> Findings:
+async def dry_run(server: Server, target: RunTarget, options: RunOptions, notify: Observer) -> Findings:
     """Return the findings about a target; the rows of a sample are rewritten and rolled back.
 
     Raises:
         MissingPrivilegesError: The role lacks a privilege.
         RotatorError: The target cannot be rotated, or the server cannot be asked.
     """
-    async with connected(server) as connection:
+    async with connected(server) as connection, lock_holders_named(server, notify):
         table = await check(connection, target, options)
         if grants := await missing_grants(
             connection, table, proves=options.prove, guards=bool(options.guard)
@@ -185,13 +186,13 @@ class Earlier:
     completed: Completed | None
 
 
-async def find_earlier(server: Server, target: RunTarget) -> Earlier:
+async def find_earlier(server: Server, target: RunTarget, notify: Observer) -> Earlier:
     """Return the earlier rotations of a target.
 
     Raises:
         RotatorError: The target cannot be rotated, or the server is unreachable.
     """
-    async with connected(server) as connection:
+    async with connected(server) as connection, lock_holders_named(server, notify):
         name = (await read_target(connection, target)).found_name
         return Earlier(
             unfinished=await rotations.find_unfinished(connection, target.label, name),

@@ -58,7 +58,7 @@ from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.engine import MAX_FAILED_ROWS
 from rotator.runner.gate import Gate
 from rotator.runner.horizon import HorizonWatch
-from rotator.runner.locks import LockWatch
+from rotator.runner.locks import LockWatch, lock_holders_named
 from rotator.runner.measuring import Measuring
 from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine, read_target
@@ -211,7 +211,8 @@ class Run:
         self._findings = findings
         async with connected(self._context.server) as control:
             await check_standbys(control)
-            table = await self._check(control)
+            async with lock_holders_named(self._context.server, self._notify):
+                table = await self._check(control)
             self._acquired = await acquire(control, table, self._context, self._findings)
         await self._record("queued")
         return self._acquired.lease.rotation
@@ -258,8 +259,9 @@ class Run:
             try:
                 async with connected(self._context.server) as control:
                     await check_standbys(control)
-                    self._table = self._table or await self._check(control)
-                    self._acquired = await self._own(control, self._table)
+                    async with lock_holders_named(self._context.server, self._notify):
+                        self._table = self._table or await self._check(control)
+                        self._acquired = await self._own(control, self._table)
                     # A run without --prove resumes a rotation with it.
                     ledger = await find_ledger(control, self._acquired.lease.rotation)
                     self._has_ledger = self._has_ledger or ledger is not None
@@ -475,7 +477,8 @@ class Run:
         if not self._has_ledger:
             return
         try:
-            async with connected(self._context.server) as connection:
+            server = self._context.server
+            async with connected(server) as connection, lock_holders_named(server, self._notify):
                 if await find_ledger(connection, rotation) is None:
                     self._notify_unverified("The ledger was dropped.")
                 else:
@@ -506,7 +509,10 @@ class Run:
         context = self._context
         watching = asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop")
         try:
-            async with connected(context.server) as connection:
+            async with (
+                connected(context.server) as connection,
+                lock_holders_named(context.server, self._notify),
+            ):
                 table = await read_target(connection, context.target)
                 return await Verifier(connection, table, rotation, context).verify(repairs=repairs)
         finally:

@@ -109,7 +109,9 @@ def make_clients(database: Database) -> None:
 def test_a_blank_secret_stays_blank(database: Database) -> None:
     make_clients(database)
     prepared = prepare(["shop.Client.secret"], "default", OPTIONS)
-    assert "secret stays blank in 10 rows without --include-blank" in preflight(prepared.examine())
+    assert "secret stays blank in 10 rows without --include-blank" in preflight(
+        prepared.examine(lambda _event: None)
+    )
     assert_completed(prepared.rotate(lambda _event: None), rows=30)
     assert Client.objects.filter(secret="").count() == 10
     assert "leaked" not in "".join(Client.objects.values_list("secret", flat=True))
@@ -148,7 +150,7 @@ def test_of_several_columns_each_blank_and_each_null_stays(database: Database) -
     )
     labels = [f"shop.ByInteger.{name}" for name in ("as_text", "nullable", "as_bytes")]
     prepared = prepare(labels, "default", OPTIONS)
-    said = preflight(prepared.examine())
+    said = preflight(prepared.examine(lambda _event: None))
     assert "nullable stays NULL in 20 rows without --include-null" in said
     assert "as_bytes stays blank in 60 rows" in said
     # Those with an odd number and no text in the other column have nothing to rotate.
@@ -351,7 +353,7 @@ def test_names_that_warn(field: str, warning: str, caplog: pytest.LogCaptureFixt
     prepared = prepare(
         [f"shop.Maker.{field}"], "default", OPTIONS, Selection(generator=target.generator, include_blank=True)
     )
-    assert warning in preflight(prepared.examine())
+    assert warning in preflight(prepared.examine(lambda _event: None))
     rotate_sync(target)
     assert warning in caplog.text
 
@@ -433,7 +435,7 @@ def test_tables_with_copies_are_named(database: Database) -> None:
             "CREATE TRIGGER note AFTER UPDATE ON shop_client FOR EACH ROW EXECUTE FUNCTION tenant.note()",
         ):
             database.execute(statement)
-        found = prepare(["shop.Client.secret"], "default", OPTIONS).examine()
+        found = prepare(["shop.Client.secret"], "default", OPTIONS).examine(lambda _event: None)
         said = " ".join(preflight(found).split())
     finally:
         database.execute("DROP SCHEMA tenant CASCADE")

@@ -143,3 +143,21 @@ def test_who_holds_a_lock_is_named_between_two_attempts(
     (phrase,) = first.holders
     assert phrase.startswith(f"pid {holder.info.backend_pid}, psql, idle in transaction for ")
     assert last == LockHeld(holders=(), is_new=False)
+
+
+def test_a_preflight_that_waits_names_who_holds_the_lock(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.make_tickets(1, 5)
+    monkeypatch.setattr(locks, "NAMED_AFTER_SECONDS", 0.2)
+    holder, named = database.connect(application_name="psql"), list[tuple[str, ...]]()
+    execute_all(holder, "BEGIN", "LOCK TABLE tickets_ticket IN ACCESS EXCLUSIVE MODE")
+
+    def observer(event: Event) -> None:
+        if isinstance(event, LockHeld) and event.is_new:
+            named.append(event.holders)
+            holder.rollback()
+
+    assert_completed(rotate_tickets(observer), rows=5)
+    ((phrase,),) = named
+    assert phrase.startswith(f"pid {holder.info.backend_pid}, psql, idle in transaction")

@@ -21,7 +21,7 @@ UPDATE = RangeUpdate(TICKETS, UUIDS, WaitLimits())
 
 
 def dry_run() -> Findings:
-    return prepare([TARGET], "default", RunOptions(sample=True)).examine()
+    return prepare([TARGET], "default", RunOptions(sample=True)).examine(EventRecorder())
 
 
 async def test_the_table(database: Database, control: psycopg.AsyncConnection) -> None:

@@ -101,10 +101,13 @@ class Command(OwnCommand):
         report_file = writable(options["report"])
         prepared = prepared.with_leaked_values()
         if options["dry_run"]:
-            Sink(self.out).write_line(preflight(prepared.examine()))
+            with self._open_progress(options) as observer:
+                findings = prepared.examine(observer)
+            Sink(self.out).write_line(preflight(findings))
             return None
         if prepared.options.reindex and not prepared.options.restart:
-            earlier = prepared.earlier()
+            with self._open_progress(options) as observer:
+                earlier = prepared.earlier(observer)
             if earlier.unfinished is None and earlier.completed is not None:
                 self._reindex(prepared, earlier.completed.id, options)
                 return None
@@ -255,7 +258,7 @@ def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, 
     """Ask on a terminal whether to begin, and return the rotation that the user has agreed to."""
     if command_options["noinput"] or not can_ask():
         return prepared
-    options, earlier = prepared.options, prepared.earlier()
+    options, earlier = prepared.options, prepared.earlier(observer)
     if earlier.unfinished is not None:
         if not options.restart:
             return prepared
@@ -276,7 +279,7 @@ def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, 
         # Not --restart, which would abandon a rotation that another process begins at this moment.
         options = replace(options, after=earlier.completed.id)
     sample = options.sample and options.preflight
-    findings = replace(prepared, options=replace(options, sample=sample)).examine()
+    findings = replace(prepared, options=replace(options, sample=sample)).examine(observer)
     if options.preflight:
         observer(Preflighted(findings=findings))
     about = "" if findings.table.rows_is_exact else "about "
