@@ -119,3 +119,18 @@ def test_a_role_is_assumed_in_each_transaction_through_pgbouncer(
         # Whether other sessions keep the role cannot be told: Django itself sets it for the session.
         assert_completed(finished)
     audit.assert_rotated_once()
+
+
+@pytest.mark.slow
+def test_who_holds_a_lock_is_named_through_pgbouncer(
+    database: Database, rotations: Rotations, bouncer_port: int
+) -> None:
+    audit = make_tickets(database, 5000)
+    with psycopg.connect(database.url(application_name="psql")) as holder:
+        holder.execute("SELECT FROM tickets_ticket WHERE id = 1 FOR UPDATE")
+        running = rotations.rotate(database.url(port=bouncer_port), "--batch=500", "--concurrency=2")
+        named = f"hold: pid {holder.info.backend_pid}, psql, idle in transaction for "
+        wait_until(lambda: named in running.err, "the holder is named", seconds=20)
+        holder.rollback()
+    assert_completed(running.wait())
+    audit.assert_rotated_once()
