@@ -134,6 +134,7 @@ def test_who_holds_a_lock_is_named_between_two_attempts(
     def release(event: Event) -> None:
         if isinstance(event, LockHeld) and event.is_new:
             deferrals.append(recorder.of(RangeDeferred))
+        if holder.info.transaction_status and (deferrals or recorder.of(RangeDeferred) > 2):
             execute_all(holder, "COMMIT")
 
     recorder = EventRecorder(release)
