@@ -90,8 +90,8 @@ def test_away_for_longer_than_the_budget(
         database.url(), "--batch=100", "--outage-budget=2s", f"--report={tmp_path / 'report'}"
     )
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
-    server.stop()
     away_at = time.monotonic()
+    server.stop()
     finished = running.wait()
     waited = time.monotonic() - away_at
     server.start()
