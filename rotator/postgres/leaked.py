@@ -29,6 +29,8 @@ CHUNK_BLOCKS: Final = 32_768
 # Each process of the server makes a hash table of a list that is passed as an array.
 ARRAY_VALUES: Final = 100_000
 _COPIED_ROWS: Final = 20_000
+# The planner does not know how long digests take, and would make them in one process.
+_PARALLEL: Final = {"jit": "off", "parallel_setup_cost": "0", "parallel_tuple_cost": "0"}
 _SALT_BYTES: Final = 32
 _SALT: Final = sql.SQL("(SELECT salt FROM pg_temp.rotator_leaked_salt)")
 _TABLES: Final = (
@@ -249,7 +251,7 @@ async def _search(
     blocks: tuple[int, int] | None,
 ) -> int:
     """Note the rows of a leaf, or of some of its blocks, whose value is in the list; return their number."""
-    await set_local(connection, {"jit": "off"})
+    await set_local(connection, _PARALLEL)
     begin, end = blocks or (None, None)
     # Unlike INSERT, CREATE TABLE AS can read in parallel.
     await connection.execute(
@@ -289,7 +291,13 @@ def _select_rows(
     digests = [_digest(column) for column in table.columns]
     if is_short:
         # A plan that reads a temporary table is not parallel, unless it does so before the scan.
-        is_in_list = "{} IN (SELECT unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked)))"
+        array = "unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked))"
+        # An IN is joined outside of the parallel part of the plan, and an EXISTS in an OR is no join.
+        is_in_list = (
+            f"EXISTS (SELECT FROM {array} AS entry (digest) WHERE entry.digest = {{}})"
+            if len(digests) == 1
+            else f"{{}} IN (SELECT {array})"
+        )
     elif len(digests) == 1:
         is_in_list = "{} IN (SELECT digest FROM pg_temp.rotator_leaked)"
     else:
