@@ -19,8 +19,8 @@ PART_OF_TABLE: Final = 8
 PART_OF_SCATTERED_TABLE: Final = 2
 MIN_ROWS: Final = 20_000
 POLL_SECONDS: Final = 0.1
-# The delays before ANALYZE is retried on a busy table; autovacuum may be working on it.
-ANALYZE_DELAYS_SECONDS: Final = (0.5, 1.5, 4.0)
+# The delays before the final VACUUM or ANALYZE is retried on a busy table; autovacuum may be working on it.
+FINAL_DELAYS_SECONDS: Final = (0.5, 1.5, 4.0)
 
 
 class Vacuuming:
@@ -62,7 +62,8 @@ class Vacuuming:
             # With less than half a part to go, the final VACUUM is soon enough.
             if due_rows <= stats.rows_done < rows_total - part_rows // 2:
                 due_rows = stats.rows_done + part_rows
-                await self._vacuum(control, table, indexes=False)
+                if reason := await self._vacuum(control, table, indexes=False):
+                    self._report(reason, is_once=reason == BUSY)
 
     async def run_final(self, table: TargetTable) -> None:
         """Vacuum once more and analyze, unless or until a stop is requested."""
@@ -89,7 +90,7 @@ class Vacuuming:
     async def _analyze(self, table: TargetTable) -> str:
         try:
             async with connected(self._context.server) as control:
-                for delay_seconds in (0.0, *ANALYZE_DELAYS_SECONDS):
+                for delay_seconds in (0.0, *FINAL_DELAYS_SECONDS):
                     await asyncio.sleep(delay_seconds)
                     async with connected(self._context.server) as connection:
                         if (reason := await analyze(connection, control, table)) != BUSY:
@@ -99,28 +100,32 @@ class Vacuuming:
         return BUSY
 
     async def _vacuum_final(self, table: TargetTable) -> None:
+        reason = BUSY
         try:
             async with connected(self._context.server) as control:
-                await self._vacuum(control, table, indexes=True)
+                for delay_seconds in (0.0, *FINAL_DELAYS_SECONDS):
+                    await asyncio.sleep(delay_seconds)
+                    if (reason := await self._vacuum(control, table, indexes=True)) != BUSY:
+                        break
         except RotatorError as error:
-            self._report(str(error))
+            reason = str(error)
+        if reason:
+            self._report(reason)
 
-    async def _vacuum(self, control: AsyncConnection, table: TargetTable, *, indexes: bool) -> None:
+    async def _vacuum(self, control: AsyncConnection, table: TargetTable, *, indexes: bool) -> str:
+        """Vacuum the table; return the reason where that was skipped or cancelled."""
         started = time.monotonic()
         try:
             async with connected(self._context.server) as connection:
                 is_slow = self._context.pacing.is_limited
                 reason = await vacuum(connection, control, table, indexes=indexes, is_slow=is_slow)
         except RotatorError as error:
-            reason = str(error)
+            return str(error)
         if not reason:
             self._context.notify(Vacuumed(seconds=time.monotonic() - started))
-        elif reason == BUSY:
-            self._context.notify(VacuumSkipped(reason=reason, is_once=True))
-        else:
-            self._report(reason)
+        return reason
 
-    def _report(self, reason: str) -> None:
-        if reason != self._reported:
+    def _report(self, reason: str, *, is_once: bool = False) -> None:
+        if reason != self._reported or is_once:
             self._reported = reason
-            self._context.notify(VacuumSkipped(reason=reason))
+            self._context.notify(VacuumSkipped(reason=reason, is_once=is_once))

@@ -165,7 +165,7 @@ def test_a_column_that_is_not_analyzed_is_reported(
 def test_a_locked_table_is_reported_with_the_statement_to_run(
     tickets: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_vacuum, "ANALYZE_DELAYS_SECONDS", (0.01,))
+    monkeypatch.setattr(runner_vacuum, "FINAL_DELAYS_SECONDS", (0.01,))
     neighbour = tickets.connect()
     locked = b"BEGIN; LOCK TABLE tickets_ticket IN SHARE UPDATE EXCLUSIVE MODE"
     recorder = EventRecorder(after_range(1, lambda: neighbour.execute(locked)))
