@@ -324,7 +324,7 @@ class RangeCompleted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersProgressed:
-    """Celery workers have committed ranges since the owner last read the checkpoints.
+    """Celery workers have committed or deferred ranges since the owner last read the checkpoints.
 
     Attributes:
         deferrals: The number of deferrals.
@@ -587,7 +587,7 @@ class LimitRaised:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LockHeld:
-    """The sessions that have blocked ranges for some seconds; sent each second while there are any.
+    """The sessions that have blocked ranges for some seconds; sent about twice a second while there are any.
 
     Attributes:
         holders: One phrase for each of them (pid, application, state, duration); empty after the last one.

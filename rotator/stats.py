@@ -129,7 +129,7 @@ class Stats:
     """The figures of one run.
 
     The run and each of its observers have one. All of them take the same events, so they agree. Figures with
-    the same name as in :class:`rotator.events.RotationStopped` have the same meaning, up to now.
+    the same name as in :class:`rotator.events.RotationStopped` have the same meaning, for the run so far.
 
     Attributes:
         clock: Returns monotonic seconds.

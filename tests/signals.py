@@ -1,4 +1,4 @@
-"""Signals that the test process ignores: ``nohup`` and shells start it so, and a rotation leaves two so."""
+"""Signals that the test process may ignore: some since it was started, and two since a rotation ran in it."""
 
 import signal
 from types import FrameType

@@ -24,7 +24,7 @@ from rotator.management.rotation import (
 from rotator.models import CompletedRange, Helper, Measurement, Rotation, Verification
 from rotator.postgres.measurements import GAP_SECONDS, HELD_SECONDS
 
-# Afterwards, a finished rotation is not exported any more: otherwise the number of series would only grow.
+# A rotation is exported for this long after its end: otherwise the number of series would only grow.
 FINISHED_FOR: Final = timedelta(hours=24)
 
 

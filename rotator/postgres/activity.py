@@ -47,9 +47,10 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
 # A blocker may wait itself, e.g. for the same row: the one that waits longest leads to the holder.
 # Every role sees the virtual transactions of all sessions. A prepared transaction has none.
 _BLOCKING: Final = (
-    "WITH RECURSIVE ours AS MATERIALIZED (SELECT pid FROM pg_stat_activity"
-    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    " AND application_name = current_setting('application_name')),"
+    "WITH RECURSIVE ours AS MATERIALIZED (SELECT DISTINCT l.pid FROM pg_locks l"
+    # The view's wait_event is NULL for the sessions of another role, and that is any one after SET ROLE.
+    " JOIN pg_stat_activity a ON a.pid = l.pid WHERE NOT l.granted AND a.datname = current_database()"
+    " AND a.application_name = current_setting('application_name')),"
     " waits AS MATERIALIZED (SELECT pid, transactionid, waitstart FROM pg_locks"
     " WHERE NOT granted AND EXISTS (SELECT FROM ours)),"
     " chain (depth, pid, blockers) AS (SELECT 1, pid, pg_blocking_pids(pid) FROM ours"
@@ -148,17 +149,23 @@ _MISSING_STANDBYS: Final = (
     " AND ((SELECT count(*) FROM pg_stat_replication"
     " WHERE sync_state IN ('sync', 'quorum') OR sync_state IS NULL)"
     " < COALESCE(substring(names FROM '(?i)^\\s*(?:first|any)?\\s*(\\d+)\\s*\\(')::int, 1)"
-    " OR EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND state = 'active'"
+    " OR (%(counts_waits)s AND EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    " AND state = 'active'"
     # A short wait is part of each commit.
     " AND query_start < clock_timestamp() - interval '5 s'"
-    " AND datname = current_database() AND application_name = current_setting('application_name')))"
+    " AND datname = current_database() AND application_name = current_setting('application_name'))))"
 )
 
 
-async def missing_standbys(connection: AsyncConnection) -> str:
-    """Return why each commit waits for ever; empty where the synchronous standbys confirm commits."""
+async def missing_standbys(connection: AsyncConnection, *, counts_waits: bool) -> str:
+    """Return why each commit waits for ever; empty where the synchronous standbys confirm commits.
+
+    Args:
+        connection: The connection.
+        counts_waits: Whether a commit of the rotator that waits for 5 s is reason enough.
+    """
     async with translate_errors(connection):
-        cursor = await connection.execute(_MISSING_STANDBYS)
+        cursor = await connection.execute(_MISSING_STANDBYS, {"counts_waits": counts_waits})
         row = await cursor.fetchone()
     if row is None:
         return ""
@@ -174,5 +181,5 @@ async def check_standbys(connection: AsyncConnection) -> None:
     Raises:
         ServerLostError: Too few synchronous standbys confirm commits.
     """
-    if reason := await missing_standbys(connection):
+    if reason := await missing_standbys(connection, counts_waits=True):
         raise ServerLostError(reason)

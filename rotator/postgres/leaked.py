@@ -291,12 +291,12 @@ def _select_rows(
     digests = [_digest(column) for column in table.columns]
     if is_short:
         # A plan that reads a temporary table is not parallel, unless it does so before the scan.
-        array = "unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked))"
+        entries = "unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked))"
         # An IN is joined outside of the parallel part of the plan, and an EXISTS in an OR is no join.
         is_in_list = (
-            f"EXISTS (SELECT FROM {array} AS entry (digest) WHERE entry.digest = {{}})"
+            f"EXISTS (SELECT FROM {entries} AS entry (digest) WHERE entry.digest = {{}})"
             if len(digests) == 1
-            else f"{{}} IN (SELECT {array})"
+            else f"{{}} IN (SELECT {entries})"
         )
     elif len(digests) == 1:
         is_in_list = "{} IN (SELECT digest FROM pg_temp.rotator_leaked)"

@@ -64,7 +64,7 @@ class Found:
 
     Attributes:
         survivors: The rows whose value is in the ledger, whatever row had it before.
-        planted: The number of rows whose present values were in the ledger during the search only.
+        planted: The number of rows whose present values were entered into the ledger for the search.
         planted_found: The number of these rows that the search found.
     """
 

@@ -262,7 +262,7 @@ def bar_text(stats: Stats, room: int) -> str:
 def _tail(stats: Stats, room: int) -> str:
     if stats.state == "throttled":
         return fitting([*throttled(stats), ""], room)
-    if stats.lock_holders and stats.eta_seconds is None:
+    if stats.lock_holders and stats.state in ("rotating", "finishing", "loading", "verifying"):
         first, *_ = stats.lock_holders
         pid, *_ = first.split(",")
         return fitting([f"waiting for {first}", f"waiting for {pid}", "waiting", ""], room)

@@ -20,7 +20,8 @@ IDLE_SECONDS: Final = 0.2
 CHECK_SECONDS: Final = 0.5
 # Longer than the longest delay between two attempts, and than a Celery worker takes to report one.
 RECENT_SECONDS: Final = 8.0
-REPORT_SECONDS: Final = 1.0
+# Most statements end sooner, and need no second connection.
+PATIENCE_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 1.0
 
 
@@ -31,8 +32,22 @@ class LockWatch:
     to block one is remembered until it ends, or until no range is deferred any more.
     """
 
-    def __init__(self, notify: Observer, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        notify: Observer,
+        *,
+        count_commits: Callable[[int], None] = lambda _commits: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            notify: Is called with :class:`LockHeld`.
+            count_commits: Is called with the number of its queries, each of which is a transaction.
+            clock: Returns monotonic seconds.
+        """
         self._notify = notify
+        self._count_commits = count_commits
         self._clock = clock
         self._deferred_at: float | None = None
         self._since = dict[str, float]()
@@ -50,17 +65,17 @@ class LockWatch:
 
     async def watch(self, control: AsyncConnection) -> None:
         """Look for holders until cancelled, on a connection that may be shared."""
-        checked_at = self._clock()
         try:
             while True:
                 if not self.is_needed:
                     self.report({})
                     await asyncio.sleep(IDLE_SECONDS)
                     continue
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(CHECK_SECONDS if self._since else LOOK_SECONDS)
+                self._count_commits(1)
                 self.see(await blocking_transactions(control))
-                if self._since and self._clock() - checked_at >= CHECK_SECONDS:
-                    checked_at = self._clock()
+                if self._since:
+                    self._count_commits(1)
                     self.report(await open_transactions(control, self._since))
         finally:
             self.report({})
@@ -92,24 +107,27 @@ async def lock_holders_named(server: Server, notify: Observer) -> AsyncIterator[
 
     Unlike a range, a statement of the preflight or of a verification may wait for as long as it takes.
     """
-    naming = asyncio.create_task(_name_lock_holders(server, notify), name="rotator lock holders")
+    naming = asyncio.create_task(_name_lock_holders(server, LockWatch(notify)), name="rotator lock holders")
     try:
         yield
     finally:
         naming.cancel()
         await asyncio.wait([naming], timeout=CLOSE_SECONDS)
+        if naming.done() and not naming.cancelled():
+            # An error of the observer.
+            naming.result()
 
 
-async def _name_lock_holders(server: Server, notify: Observer) -> None:
-    await asyncio.sleep(NAMED_AFTER_SECONDS)
-    named = frozenset[str]()
+async def _name_lock_holders(server: Server, watch: LockWatch) -> None:
+    await asyncio.sleep(PATIENCE_SECONDS)
     # The block itself notices the loss of the server.
     with suppress(RotatorError):
         async with connected(server) as connection:
-            while True:
-                phrases = await open_transactions(connection, await blocking_transactions(connection))
-                if phrases or named:
-                    is_new = not phrases.keys() <= named
-                    notify(LockHeld(holders=tuple(phrases.values()), is_new=is_new))
-                named = frozenset(phrases)
-                await asyncio.sleep(REPORT_SECONDS)
+            try:
+                while True:
+                    blocking = await blocking_transactions(connection)
+                    watch.see(blocking)
+                    watch.report(await open_transactions(connection, blocking))
+                    await asyncio.sleep(CHECK_SECONDS)
+            finally:
+                watch.report({})

@@ -56,7 +56,7 @@ OWN_AT_ONCE: Final = 50
 COMMITS_OF_RANGE: Final = 2
 COMMITS_OF_PROBE: Final = 2
 COMMITS_OF_LOOK: Final = 2
-# Heartbeat, VACUUM, and what watches locks.
+# Heartbeat, VACUUM, and what watches the horizon.
 OWN_PER_SECOND: Final = 5.0
 # A coordinator also reads spans, progress and helpers ten times a second.
 OWN_PER_SECOND_WITH_CELERY: Final = 50.0
@@ -199,6 +199,10 @@ class Pacing:
     def baseline_seconds(self) -> float | None:
         """The same without the rotation; None where it is not measured."""
         return self._controller.baseline if self._controller else None
+
+    def count_commits(self, commits: int) -> None:
+        """Count commits of this process that no statistics count."""
+        self._own_commits += commits
 
     def set_pace(self, name: str) -> None:
         """Change the pace.

@@ -73,7 +73,7 @@ from rotator.stats import Stats
 
 HEARTBEAT_SECONDS: Final = 1.0
 TICK_SECONDS: Final = 1.0
-# As long as a commit may take that waits for a synchronous standby.
+# The longest time of a commit that waits for a synchronous standby.
 LATE_BEAT_SECONDS: Final = 5.0
 RECORD_SECONDS: Final = 5.0
 MIN_OPEN_SECONDS: Final = 1.0
@@ -145,7 +145,7 @@ class Run:
         self._measuring = Measuring(self._context, self._throttles, self._horizon)
         self._vacuuming = Vacuuming(self._context)
         self._reindexing = Reindexing(self._context)
-        self._lock_watch = LockWatch(self._notify)
+        self._lock_watch = LockWatch(self._notify, count_commits=pacing.count_commits)
         self._findings: Findings | None = None
         self._is_completed = False
         # Until the first heartbeat of this run, the row has the rejected keys of an earlier one.
@@ -394,7 +394,7 @@ class Run:
         """Notice within seconds that each commit waits for a synchronous standby.
 
         Raises:
-            ServerLostError: It does.
+            ServerLostError: Commits wait for a synchronous standby.
         """
         self._beat_at = time.monotonic()
         with unwrap_group():
@@ -415,7 +415,7 @@ class Run:
             # The heartbeat itself notices the loss of a connection.
             with suppress(RotatorError):
                 async with connected(self._context.server) as connection:
-                    reason = await missing_standbys(connection)
+                    reason = await missing_standbys(connection, counts_waits=False)
             if reason:
                 raise ServerLostError(reason)
 
@@ -607,6 +607,8 @@ class Run:
         self._stats.take(event)
         self._lock_watch.take(event)
         self._measuring.take(event)
-        if isinstance(event, RangeCompleted | WorkersProgressed | LateRowsRotated):
+        if isinstance(event, RangeCompleted | LateRowsRotated) or (
+            isinstance(event, WorkersProgressed) and event.ranges
+        ):
             self._outage.refill()
         self._observer(event)

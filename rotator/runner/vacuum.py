@@ -126,6 +126,8 @@ class Vacuuming:
         return reason
 
     def _report(self, reason: str, *, is_once: bool = False) -> None:
-        if reason != self._reported or is_once:
+        if is_once:
+            self._context.notify(VacuumSkipped(reason=reason, is_once=True))
+        elif reason != self._reported:
             self._reported = reason
-            self._context.notify(VacuumSkipped(reason=reason, is_once=is_once))
+            self._context.notify(VacuumSkipped(reason=reason))

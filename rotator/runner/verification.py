@@ -169,24 +169,12 @@ class Verifier:
 
     async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> tuple[Search, int, int]:
         """Search the rest of the table; return also the numbers of planted rows and of those found."""
-        placed, (planted, planted_found) = None, await self._control_resumed(ledger, search)
+        placed, planted, planted_found, rows = None, 0, 0, SEARCH_ROWS
         if repairs and search.bound is not None:
             placed = await self._placed_rows(search, search.bound)
-        rows = SEARCH_ROWS
         while search.bound is not None and search.through != search.bound:
-            try:
-                planned, found = await self._search_range(
-                    ledger, KeyInterval(after=search.through, through=search.bound), rows, plants=not planted
-                )
-            except RowsLockedError:
-                await self._stop_signal.wait(_RETRY.delay_seconds(1))
-                continue
-            except RangeTooSlowError:
-                if rows == 1:
-                    raise
-                rows //= 2
-                continue
-            # The first range that has any value is enough.
+            rest = KeyInterval(after=search.through, through=search.bound)
+            planned, found, rows = await self._search_range(ledger, rest, rows, plants=not planted)
             planted, planted_found = planted + found.planted, planted_found + found.planted_found
             if placed is not None:
                 for of_leaf in _by_leaf(found.survivors):
@@ -199,14 +187,16 @@ class Verifier:
                 survivors=[row.key for row in found.survivors],
             )
             self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
+        if not planted and search.is_resumed and search.bound is not None:
+            planted, planted_found = await self._control(ledger, search.bound)
         return search, planted, planted_found
 
-    async def _control_resumed(self, ledger: Ledger, search: Search) -> tuple[int, int]:
-        """Search for planted values where a killed verification has left nothing to search."""
+    async def _control(self, ledger: Ledger, bound: Key) -> tuple[int, int]:
+        """Plant values where the rest of a resumed search has none; return their rows, and those found."""
         after: Key | None = None
-        while search.bound is not None and search.through == search.bound != after:
-            planned, found = await self._search_range(
-                ledger, KeyInterval(after=after, through=search.bound), CONTROL_ROWS, plants=True
+        while after != bound:
+            planned, found, _ = await self._search_range(
+                ledger, KeyInterval(after=after, through=bound), CONTROL_ROWS, plants=True
             )
             if found.planted:
                 return found.planted, found.planted_found
@@ -215,18 +205,34 @@ class Verifier:
 
     async def _search_range(
         self, ledger: Ledger, interval: KeyInterval, rows: int, *, plants: bool
-    ) -> tuple[KeyRange, Found]:
-        planned = await self._planner.next_range(interval, rows)
-        found = await survivors.find_survivors(
-            self._connection,
-            self._table,
-            ledger,
-            planned,
-            is_whole=planned.after is None and planned.through == interval.through,
-            processes=self._options.concurrency,
-            plants=plants,
-        )
-        return planned, found
+    ) -> tuple[KeyRange, Found, int]:
+        """Search the first range of an interval; return also the number of rows of the next one.
+
+        Many rows can share a planted value, so only a small part of a larger table is searched for one.
+        """
+        while True:
+            try:
+                planned = await self._planner.next_range(interval, rows)
+                is_whole = planned.after is None and planned.through == interval.through
+                if plants and not is_whole and rows > CONTROL_ROWS:
+                    planned = await self._planner.next_range(interval, CONTROL_ROWS)
+                found = await survivors.find_survivors(
+                    self._connection,
+                    self._table,
+                    ledger,
+                    planned,
+                    is_whole=is_whole,
+                    processes=self._options.concurrency,
+                    plants=plants,
+                )
+            except RowsLockedError:
+                await self._stop_signal.wait(_RETRY.delay_seconds(1))
+            except RangeTooSlowError:
+                if rows == 1:
+                    raise
+                rows //= 2
+            else:
+                return planned, found, rows
 
     async def _placed_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""

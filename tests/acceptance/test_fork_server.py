@@ -12,9 +12,10 @@ from tests.acceptance.harness import PROJECT, environment, wait_until
 from tests.signals import stop_ignoring_signals
 
 _PROBE = """
-import atexit, os, signal, sys, threading
+import atexit, hashlib, os, signal, sys, threading
 print(sys.argv, sys.path[1:], sys.flags, sys.warnoptions, os.getcwd(), os.umask(0))
-print(os.getsid(0) == os.getpgrp() == os.getpid(), sorted(os.environ.items()))
+print(os.getsid(0) == os.getpgrp() == os.getpid(), sorted(os.environ))
+print(hashlib.sha256(repr(sorted(os.environ.items())).encode()).hexdigest())
 print([(number.name, signal.getsignal(number)) for number in signal.Signals])
 print(signal.pthread_sigmask(signal.SIG_BLOCK, []), sorted(os.listdir("/proc/self/fd")))
 print([(stream.encoding, stream.isatty()) for stream in (sys.stdin, sys.stdout, sys.stderr)])

@@ -151,6 +151,8 @@ def test_a_preflight_that_waits_names_who_holds_the_lock(
 ) -> None:
     database.make_tickets(1, 5)
     monkeypatch.setattr(locks, "NAMED_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "CHECK_SECONDS", 0.05)
     holder, named = database.connect(application_name="psql"), list[tuple[str, ...]]()
     execute_all(holder, "BEGIN", "LOCK TABLE tickets_ticket IN ACCESS EXCLUSIVE MODE")
 
@@ -159,6 +161,8 @@ def test_a_preflight_that_waits_names_who_holds_the_lock(
             named.append(event.holders)
             holder.rollback()
 
-    assert_completed(rotate_tickets(observer), rows=5)
+    recorder = EventRecorder(observer)
+    assert_completed(rotate_tickets(recorder), rows=5)
     ((phrase,),) = named
+    assert [event.holders for event in recorder.events if isinstance(event, LockHeld)][-1] == ()
     assert phrase.startswith(f"pid {holder.info.backend_pid}, psql, idle in transaction")

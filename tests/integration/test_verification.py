@@ -229,6 +229,20 @@ def test_a_killed_verification_resumes_where_it_stopped(
     assert found.controls.planted == 3
 
 
+@pytest.mark.usefixtures("old")
+def test_a_resumed_verification_without_rows_to_search_has_controls_too(database: Database) -> None:
+    until_killed(
+        _verify_until_killed, str(database.server.parameters["dbname"]), Rotation.objects.get().pk, 2
+    )
+    assert Verification.objects.latest("pk").through == [14]
+    database.execute("DELETE FROM tickets_ticket WHERE id > 14")
+
+    found = _verify()
+
+    assert found.controls is not None
+    assert (found.controls.planted, found.controls.planted_found, found.is_verified) == (3, 3, True)
+
+
 def _verify_until_killed(database: str, rotation: int, ranges: int) -> None:
     from django.conf import settings  # noqa: PLC0415 - another process
 
