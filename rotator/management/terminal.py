@@ -59,7 +59,7 @@ class OwnCommand(BaseCommand):
             raise CommandError(str(error), returncode=error.exit_status) from error
 
     def run_from_argv(self, argv: list[str]) -> None:
-        """Run the command of a command line."""
+        """Run the command with the arguments of a command line."""
         # Imported modules live until the process ends: the garbage collector need not look at them any more.
         gc.freeze()
         super().run_from_argv(argv)

@@ -146,13 +146,44 @@ def test_who_holds_a_lock_is_named_between_two_attempts(
     assert last == LockHeld(holders=(), is_new=False)
 
 
-def test_a_preflight_that_waits_names_who_holds_the_lock(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database.make_tickets(1, 5)
+async def test_its_queries_are_counted_as_commits_of_the_rotator(control: psycopg.AsyncConnection) -> None:
+    commits = list[int]()
+    watch = locks.LockWatch(lambda _event: None, count_commits=commits.append)
+    watch.take(RangeDeferred(rows=1))
+    watching = asyncio.create_task(watch.watch(control))
+    async with asyncio.timeout(10):
+        while len(commits) < 3:  # noqa: ASYNC110 - a session of the server
+            await asyncio.sleep(0.01)
+    watching.cancel()
+    assert set(commits) == {1}
+
+
+@pytest.fixture
+def named_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "NAMED_AFTER_SECONDS", 0.2)
     monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(locks, "CHECK_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("named_soon")
+def test_an_error_of_the_observer_ends_a_preflight_that_waits(database: Database) -> None:
+    database.make_tickets(1, 5)
+    holder = database.connect(application_name="psql")
+    execute_all(holder, "BEGIN", "LOCK TABLE tickets_ticket IN ACCESS EXCLUSIVE MODE")
+
+    def observer(event: Event) -> None:
+        if not isinstance(event, LockHeld):
+            return
+        holder.rollback()
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        rotate_tickets(observer)
+
+
+@pytest.mark.usefixtures("named_soon")
+def test_a_preflight_that_waits_names_who_holds_the_lock(database: Database) -> None:
+    database.make_tickets(1, 5)
     holder, named = database.connect(application_name="psql"), list[tuple[str, ...]]()
     execute_all(holder, "BEGIN", "LOCK TABLE tickets_ticket IN ACCESS EXCLUSIVE MODE")
 
