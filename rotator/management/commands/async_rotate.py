@@ -220,17 +220,22 @@ class Command(OwnCommand):
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
     names = (
-        *(
-            "concurrency",
-            "batch",
-            "pace",
-            "restart",
-            "take_over",
-            "stop_after",
-            "lock_timeout",
-            "outage_budget",
-        ),
-        *("max_lag", "lag_of", "max_unarchived_wal", "max_slot_wal", "reindex", "celery", "prove", "guard"),
+        "concurrency",
+        "batch",
+        "pace",
+        "restart",
+        "take_over",
+        "stop_after",
+        "lock_timeout",
+        "outage_budget",
+        "max_lag",
+        "lag_of",
+        "max_unarchived_wal",
+        "max_slot_wal",
+        "reindex",
+        "celery",
+        "prove",
+        "guard",
     )
     return RunOptions.checked(
         **{name: options[name] for name in names},
