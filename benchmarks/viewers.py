@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Final
 
 from harness import (
@@ -123,10 +123,11 @@ def _site(database: Database, nice: int) -> Iterator[str]:
     )
     try:
         until = time.monotonic() + _START_SECONDS
-        while not _answers("/admin/", cookie):
-            if time.monotonic() > until or site.poll() is not None:
-                raise BenchmarkError("The site did not start.")
-            time.sleep(0.1)
+        with closing(_connection()) as first:
+            while not _answers(first, "/admin/", cookie):
+                if time.monotonic() > until or site.poll() is not None:
+                    raise BenchmarkError("The site did not start.")
+                time.sleep(0.1)
         yield cookie
     finally:
         site.terminate()
@@ -151,10 +152,12 @@ def _viewers(database: Database, cookie: str, number: int, answers: list[float])
         # Each copy of the database has one rotation, with the first id.
         path = "/admin/rotator/rotation/1/state/"
         over.wait(EVERY_SECONDS * place / number)
-        while not over.wait(EVERY_SECONDS):
-            began = time.perf_counter()
-            if _answers(path, cookie):
-                answers.append(time.perf_counter() - began)
+        # A browser keeps its connection too.
+        with closing(_connection()) as site:
+            while not over.wait(EVERY_SECONDS):
+                began = time.perf_counter()
+                if _answers(site, path, cookie):
+                    answers.append(time.perf_counter() - began)
 
     threads = [threading.Thread(target=find)]
     threads += [threading.Thread(target=watch, args=(place,)) for place in range(number)]
@@ -169,18 +172,20 @@ def _viewers(database: Database, cookie: str, number: int, answers: list[float])
             thread.join()
 
 
-def _answers(path: str, cookie: str) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", _PORT, timeout=10)
+def _connection() -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", _PORT, timeout=10)
+
+
+def _answers(site: http.client.HTTPConnection, path: str, cookie: str) -> bool:
     try:
-        connection.request("GET", path, headers={"Cookie": f"sessionid={cookie}"})
-        response = connection.getresponse()
+        site.request("GET", path, headers={"Cookie": f"sessionid={cookie}"})
+        response = site.getresponse()
         response.read()
     except OSError:
+        # The next request opens a new connection.
+        site.close()
         return False
-    else:
-        return response.status == http.HTTPStatus.OK
-    finally:
-        connection.close()
+    return response.status == http.HTTPStatus.OK
 
 
 if __name__ == "__main__":

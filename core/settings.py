@@ -49,7 +49,14 @@ ROOT_URLCONF = "core.urls"
 WSGI_APPLICATION = "core.wsgi.application"
 ASGI_APPLICATION = "core.asgi.application"
 
-DATABASES = {"default": database_from(os.environ.get("DATABASE_URL", ""))}
+DATABASES = {
+    "default": {
+        **database_from(os.environ.get("DATABASE_URL", "")),
+        # Each viewer of the page sends a request every 2 s; a new connection costs more than the answer.
+        "CONN_MAX_AGE": 60,
+        "CONN_HEALTH_CHECKS": True,
+    }
+}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 USE_TZ = True
