@@ -159,7 +159,7 @@ def metrics(request: HttpRequest) -> HttpResponse:
         from rotator.management import metrics as found  # noqa: PLC0415 - needs an extra
     except ImportError as error:
         raise ImproperlyConfigured(
-            "The metrics need prometheus-client. Install django-async-rotator[metrics]."
+            "The metrics need prometheus-client. Run: pip install 'prometheus-client>=0.20'"
         ) from error
     database = router.db_for_write(Rotation)
     with transaction.atomic(using=database):

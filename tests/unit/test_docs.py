@@ -16,7 +16,7 @@ GUIDES = [
     PROJECT / "README.md",
     PROJECT / "CONTRIBUTING.md",
     PROJECT / "SECURITY.md",
-    *sorted(path for path in (PROJECT / "docs").rglob("*.md") if path.name not in ("api.md", "celery.md")),
+    *sorted(path for path in (PROJECT / "docs").rglob("*.md") if path.name != "api.md"),
 ]
 # Options that every command of Django has.
 OF_DJANGO = {
@@ -79,3 +79,9 @@ def test_lines_are_short_and_links_lead_somewhere(guide: Path) -> None:
         linked = guide.parent / name if name else guide
         assert name.startswith("http") or linked.exists(), name
         assert not anchor or anchor in anchors(linked), f"{name}#{anchor}"
+
+
+def test_no_text_installs_the_package_from_an_index() -> None:
+    texts = [*(PROJECT / "docs").rglob("*.md"), PROJECT / "README.md", *PACKAGE.rglob("*.py")]
+    advice = re.compile(r"install\S* ['\"]?django[-_]async[-_]rotator", re.IGNORECASE)
+    assert [str(path.relative_to(PROJECT)) for path in texts if advice.search(path.read_text())] == []
