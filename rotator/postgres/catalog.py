@@ -10,7 +10,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from rotator.exceptions import OptionError, TargetError
-from rotator.postgres.connection import APPLICATION_NAME, fetch_rows
+from rotator.postgres.connection import fetch_rows
 from rotator.postgres.errors import read_only, translate_errors
 from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 
@@ -97,8 +97,8 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
         " - current_setting('superuser_reserved_connections')::integer,"
         # A previous owner's are closed when this run needs them.
         " (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-        " AND pid <> pg_backend_pid() AND application_name IS DISTINCT FROM %s)",
-        (APPLICATION_NAME,),
+        " AND pid <> pg_backend_pid() AND application_name IS DISTINCT FROM"
+        " current_setting('application_name'))",
     )
     if number < OLDEST_VERSION:
         raise TargetError(f"Cannot rotate on PostgreSQL {version}: version 15 or later is required.")

@@ -59,10 +59,12 @@ class Server:
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a connection."""
+        # Tells these sessions from those of the application, for which the project may set a name.
+        name = f"{APPLICATION_NAME} {self.parameters.get('application_name') or ''}".rstrip()
         return {
             **_KEEPALIVE,
-            "application_name": APPLICATION_NAME,
             **self.parameters,
+            "application_name": name,
             "autocommit": True,
             # Some poolers do not support prepared statements.
             "prepare_threshold": None,

@@ -58,7 +58,7 @@ def test_a_frozen_owner_writes_nothing_once_it_is_overtaken(
         owner.send(signal.SIGSTOP)
         following = _start(database, rotations, number, concurrency)
         _wait_for_writes(audit, number)
-        written = audit.written(by=f"owner {number - 1}")
+        written = audit.written(by=f"rotator owner {number - 1}")
         with _without_heartbeats(database):
             owner.send(signal.SIGCONT)
             time.sleep(THAWED_SECONDS)
@@ -69,7 +69,7 @@ def test_a_frozen_owner_writes_nothing_once_it_is_overtaken(
         assert finished.out.splitlines()[1] == (
             "Another process has taken this rotation over; this one stopped and has written nothing since."
         )
-        assert audit.written(by=f"owner {number - 1}") == written
+        assert audit.written(by=f"rotator owner {number - 1}") == written
         assert database.status() == "running"
         assert database.number("SELECT generation FROM rotator_rotation") == number + 1
         owner = following
@@ -99,7 +99,7 @@ def _start(database: Database, rotations: Rotations, number: int, concurrency: i
 
 
 def _wait_for_writes(audit: Audit, number: int) -> None:
-    wait_until(lambda: audit.written(by=f"owner {number}") > 500, f"owner {number} writes")
+    wait_until(lambda: audit.written(by=f"rotator owner {number}") > 500, f"owner {number} writes")
 
 
 # As /proc is for the users of some hosts: no process of another user is in it.

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -81,6 +82,21 @@ async def test_a_session_of_the_rotator_is_no_holder(
     await database.until_blocked()
     assert await blocking_transactions(control) == frozenset()
     execute_all(own, "COMMIT")
+    await range_
+
+
+async def test_sessions_of_the_application_are_others_if_the_project_names_all_its_sessions(
+    database: Database,
+) -> None:
+    database.make_tickets(1, 5)
+    holder = database.connect(application_name="shop")
+    execute_all(holder, "BEGIN", HOLD_ROW)
+    named = replace(database.server, parameters={**database.server.parameters, "application_name": "shop"})
+    async with connected(named) as control:
+        range_ = waiting(database, f"{APPLICATION_NAME} shop")
+        phrases = await open_transactions(control, await blocking(control))
+    assert list(phrases.values()) == [f"pid {holder.info.backend_pid}, shop, idle in transaction for 0 s"]
+    execute_all(holder, "COMMIT")
     await range_
 
 
