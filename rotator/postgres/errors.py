@@ -33,14 +33,21 @@ ANSWER_SECONDS: Final = 30.0
 
 _LOST_CLASSES: Final = ("08", "57P")
 _LOST: Final = (errors.TooManyConnections, errors.IdleInTransactionSessionTimeout, errors.ProtocolViolation)
-_PERMANENT: Final[dict[type[psycopg.Error], str]] = {
-    errors.InsufficientPrivilege: "this role lacks a privilege. Grant what docs/operating.md lists",
-    errors.DiskFull: "the server's disk is full. Free some space",
-    errors.UndefinedTable: "a table is missing. Run `manage.py migrate`",
-    errors.UndefinedColumn: "a column is missing. Run `manage.py migrate`",
-    errors.UndefinedFunction: "a function is missing. Upgrade the server to PostgreSQL 15 or later",
+# What is wrong, where the server's message cannot be shown, and what to do.
+_PERMANENT: Final[dict[type[psycopg.Error], tuple[str, str]]] = {
+    errors.InsufficientPrivilege: (
+        "this role lacks a privilege",
+        "Grant what docs/operating.md lists",
+    ),
+    errors.DiskFull: ("the server's disk is full", "Free some space"),
+    errors.UndefinedTable: ("a table does not exist", "Restore it, or run `manage.py migrate`"),
+    errors.UndefinedColumn: ("a column does not exist", "Restore it, or run `manage.py migrate`"),
+    errors.UndefinedFunction: (
+        "a function does not exist",
+        "Restore it, or upgrade a server older than PostgreSQL 15",
+    ),
 }
-# Functions of the server whose messages contain names, but no values of rows.
+# Functions of the server whose messages contain no values of rows.
 _NAMES_ALONE: Final = (
     "varchar",
     "bpchar",
@@ -118,9 +125,12 @@ def _own_error(error: psycopg.Error) -> RotatorError | None:
 def _permanent_error(error: psycopg.Error) -> ServerRefusedError | None:
     # An error in a trigger of the application is one of the range.
     if not _function(error):
-        for permanent, advice in _PERMANENT.items():
+        for permanent, (wrong, advice) in _PERMANENT.items():
             if isinstance(error, permanent):
-                return ServerRefusedError(f"Cannot rotate: {advice}, then run the same command again.")
+                reason = error.diag.message_primary if _has_names_alone(error) else wrong
+                return ServerRefusedError(
+                    f"Cannot rotate: {reason}. {advice}, then run the same command again."
+                )
     return None
 
 
@@ -176,10 +186,15 @@ def condition(error: psycopg.Error) -> str:
     name = words if error.sqlstate is None else f"{words} ({error.sqlstate})"
     if error.diag.constraint_name:
         name = f"{name} of {error.diag.constraint_name}"
-    if error.diag.source_function in _NAMES_ALONE:
+    if _has_names_alone(error):
         name = f"{name}: {error.diag.message_primary}"
     function = _function(error)
     return f"{name}, in the function {function}" if function else name
+
+
+def _has_names_alone(error: psycopg.Error) -> bool:
+    """Return whether the server's message contains names, but no values of rows."""
+    return error.diag.source_function in _NAMES_ALONE
 
 
 def _is_lost(error: Exception, connection: psycopg.AsyncConnection | None) -> bool:

@@ -51,8 +51,8 @@ def test_without_the_right_to_update_the_column(database: Database, rotations: R
     assert finished.status == 1
     assert "Traceback" not in finished.err
     assert finished.out.splitlines()[1] == (
-        "Cannot rotate: this role lacks a privilege. Grant what docs/operating.md lists, then run the same "
-        "command again."
+        "Cannot rotate: permission denied for table tickets_ticket. Grant what docs/operating.md lists, then "
+        "run the same command again."
     )
     assert audit.written() == 0
 

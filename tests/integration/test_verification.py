@@ -16,7 +16,7 @@ from psycopg import sql
 
 from rotator.api import prepare
 from rotator.events import Event, RotationStopped, VacuumStarted, VerificationProgressed, Verified
-from rotator.exceptions import OptionError, RotatorError
+from rotator.exceptions import OptionError, RotatorError, ServerRefusedError
 from rotator.models import Ledger, Rotation, Verification
 from rotator.options import RunOptions, Selection
 from rotator.postgres import survivors
@@ -90,6 +90,16 @@ def test_it_names_exactly_the_rows_with_old_values_and_repair_ends_at_none(datab
     # As often as cron runs it.
     again = _verify(repairs=True)
     assert (again.repaired, again.exit_status) == (0, 0)
+
+
+@pytest.mark.usefixtures("old")
+def test_a_ledger_that_was_dropped_by_hand_is_named(database: Database) -> None:
+    ledger = f"rotator_ledger_{Rotation.objects.latest('pk').pk}"
+    ((schema,),) = database.execute("SELECT schemaname FROM pg_tables WHERE tablename = %s", (ledger,))
+    database.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(schema, ledger)))
+
+    with pytest.raises(ServerRefusedError, match=rf'relation ".*{ledger}" does not exist\. Restore it'):
+        _verify()
 
 
 @pytest.mark.usefixtures("old")
