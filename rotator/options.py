@@ -1,7 +1,9 @@
 """The options of a rotation: their defaults, checks and help, for the command, the API and Celery workers."""
 
+import inspect
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -439,6 +441,8 @@ def _known(options: type[RunOptions | Selection | WaitLimits], saved: Mapping[st
 class RotateOptions(TypedDict, total=False):
     """The options of ``rotate`` and ``rotate_sync``; the same as those of the command.
 
+    The command shows these sentences too, as its help.
+
     Attributes:
         concurrency: The maximum number of workers that write at the same time. Each has its own connection
             (default: 4).
@@ -485,6 +489,16 @@ class RotateOptions(TypedDict, total=False):
 
 
 _DEFAULTS: Final = RunOptions()
+# The help of the command; empty where Python omits docstrings (-OO).
+_HELP: Final = defaultdict[str, str](
+    str,
+    {
+        name: " ".join(text.split())
+        for name, text in re.findall(
+            r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(RotateOptions) or "", re.MULTILINE
+        )
+    },
+)
 
 
 def _switch(text: str) -> dict[str, Any]:
@@ -501,26 +515,9 @@ def _list(metavar: str, text: str) -> dict[str, Any]:
 
 
 COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "concurrency": _value(
-        "N",
-        "The maximum number of workers that write at the same time. Each has its own connection (default: "
-        "%(default)s).",
-        kind=int,
-        default=_DEFAULTS.concurrency,
-    ),
-    "batch": _value(
-        "ROWS",
-        "The maximum number of rows in a range. Each range is one transaction (default: %(default)s). More "
-        f"than {LARGE_BATCH:,} makes other writers of these rows wait for long.",
-        kind=int,
-        default=_DEFAULTS.batch,
-    ),
-    "pace": {
-        "choices": tuple(PACES),
-        "default": _DEFAULTS.pace,
-        "help": "What the rotation may cost other sessions while they are at work: gentle and balanced use "
-        "fewer workers and smaller ranges then; full does not (default: %(default)s).",
-    },
+    "concurrency": _value("N", _HELP["concurrency"], kind=int, default=_DEFAULTS.concurrency),
+    "batch": _value("ROWS", _HELP["batch"], kind=int, default=_DEFAULTS.batch),
+    "pace": {"choices": tuple(PACES), "default": _DEFAULTS.pace, "help": _HELP["pace"]},
     "database": {
         "help": "The alias of the database that holds the target (default: the one that the project's "
         "database routers write the model to)."
@@ -562,43 +559,22 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "With --celery: let a worker plan and watch too, and return. Watch the rotation with rotations ID "
         "--follow. Needs at least two worker processes."
     ),
-    "restart": _switch(
-        "Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a completed "
-        "one. Asks first on a terminal."
-    ),
+    "restart": _switch(f"{_HELP['restart']} Asks first on a terminal."),
     "noinput": _switch(
         "Do not ask before the first write. After a completed rotation, --restart is needed too."
     ),
-    "take_over": _switch(
-        "Take the rotation from the process that owns it, even if that process is alive. It will stop."
-    ),
+    "take_over": _switch(_HELP["take_over"]),
     "stop_after": _value(
         "ROWS|TIME",
         "Stop after this number of rows (5000) or this time (90s, 30m, 2h). The same command resumes the "
         "rotation.",
     ),
-    "lock_timeout": _value(
-        "TIME",
-        "The longest wait of a range for one lock, before the range is deferred. All of its locks together "
-        f"may take five times as long (default: {_LOCK_SECONDS * 1000:.0f}ms).",
-        default=_LOCK_SECONDS,
-    ),
-    "outage_budget": _value(
-        "TIME",
-        "The longest wait for an unreachable server, before the run stops (default: "
-        f"{_OUTAGE_SECONDS / 60:.0f}m).",
-        default=_OUTAGE_SECONDS,
-    ),
-    "max_lag": _value(
-        "TIME",
-        "Begin no range while a replica lags more than this. The lag is that of the rotation's heartbeat.",
-        default=None,
-    ),
+    "lock_timeout": _value("TIME", _HELP["lock_timeout"], default=_LOCK_SECONDS),
+    "outage_budget": _value("TIME", _HELP["outage_budget"], default=_OUTAGE_SECONDS),
+    "max_lag": _value("TIME", _HELP["max_lag"]),
     "lag_of": _list("ALIAS", "The alias in DATABASES of a replica that --max-lag applies to."),
-    "max_unarchived_wal": _value(
-        "SIZE", "Begin no range while more WAL than this, e.g. 1GB, waits for the archiver."
-    ),
-    "max_slot_wal": _value("SIZE", "Begin no range while a replication slot keeps more WAL than this."),
+    "max_unarchived_wal": _value("SIZE", _HELP["max_unarchived_wal"]),
+    "max_slot_wal": _value("SIZE", _HELP["max_slot_wal"]),
     "dry_run": _switch(
         "Show what the rotation will meet, how long it will take and what cannot be undone, and exit. To "
         "estimate the time, it rewrites up to a thirtieth of the rows and rolls them back, which leaves dead "
@@ -612,21 +588,14 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "Leave the old row versions, and the space they take, to autovacuum. By default the table is "
         "vacuumed after each eighth of its rows and at the end."
     ),
-    "reindex": _switch(
-        "Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes, and "
-        "needs free disk space for a copy of the largest index."
-    ),
-    "prove": _switch(
-        "Store a salted digest of each old value before the first row is rotated, and verify at the end that "
-        "no row has an old value. See docs/proof.md."
-    ),
+    "reindex": _switch(_HELP["reindex"]),
+    "prove": _switch(_HELP["prove"]),
     "guard": {
         "nargs": "?",
         "const": GUARD_ACTIONS[0],
         "default": "",
         "choices": GUARD_ACTIONS,
-        "help": "With --prove: stop old values from coming back, by a trigger. A write of an old value fails "
-        "(refuse, the default), or an update keeps the newer value (keep).",
+        "help": _HELP["guard"],
     },
     "progress": {
         "default": "auto",

@@ -13,6 +13,7 @@ from rotator.management.terminal import resume_command, writable
 from rotator.options import (
     COMMAND_OPTIONS,
     DEFAULT_OPTIONS,
+    LARGE_BATCH,
     Duration,
     RotateOptions,
     RunOptions,
@@ -87,12 +88,25 @@ def test_the_command_has_the_defaults_of_the_api() -> None:
     assert defaults.keys() >= COMMAND_OPTIONS.keys()
 
 
-def test_the_documentation_of_the_api_repeats_the_help_of_the_command() -> None:
+def test_the_command_has_the_help_of_the_api() -> None:
     documentation = " ".join((RotateOptions.__doc__ or "").split())
     for name in RotateOptions.__annotations__.keys() - {"vacuum", "lag_of"}:
-        option = COMMAND_OPTIONS[name]
-        text = (option["help"] % option).removesuffix(" Asks first on a terminal.")
+        text = COMMAND_OPTIONS[name]["help"].removesuffix(" Asks first on a terminal.")
+        assert text
         assert f"{name}: {text}" in documentation
+
+
+def test_the_help_names_the_defaults() -> None:
+    given = RunOptions()
+    for name, default in {
+        "concurrency": given.concurrency,
+        "batch": given.batch,
+        "pace": given.pace,
+        "lock_timeout": f"{given.limits.lock_seconds * 1000:.0f}ms",
+        "outage_budget": f"{given.outage_budget_seconds / 60:.0f}m",
+    }.items():
+        assert f"(default: {default})." in COMMAND_OPTIONS[name]["help"]
+    assert f" More than {LARGE_BATCH:,} " in COMMAND_OPTIONS["batch"]["help"]
 
 
 def test_saved_options_of_a_newer_version_are_read() -> None:

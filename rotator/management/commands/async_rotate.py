@@ -25,7 +25,7 @@ from rotator.management.terminal import (
     writable,
     write_report,
 )
-from rotator.options import COMMAND_OPTIONS, RunOptions, Selection
+from rotator.options import COMMAND_OPTIONS, RotateOptions, RunOptions, Selection
 from rotator.progress import PROGRESS_KINDS, open_progress, summary_stream
 from rotator.progress.lines import Sink
 from rotator.progress.preflight import preflight
@@ -219,26 +219,11 @@ class Command(OwnCommand):
 
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
-    names = (
-        "concurrency",
-        "batch",
-        "pace",
-        "restart",
-        "take_over",
-        "stop_after",
-        "lock_timeout",
-        "outage_budget",
-        "max_lag",
-        "lag_of",
-        "max_unarchived_wal",
-        "max_slot_wal",
-        "reindex",
-        "celery",
-        "prove",
-        "guard",
-    )
+    shared = RotateOptions.__annotations__.keys() & options.keys()
     return RunOptions.checked(
-        **{name: options[name] for name in names},
+        **{name: options[name] for name in shared},
+        stop_after=options["stop_after"],
+        celery=options["celery"],
         vacuum=not options["no_vacuum"],
         preflight=not options["no_preflight"],
         # Only a reader needs the estimate.
