@@ -7,6 +7,7 @@ from enum import StrEnum
 from signal import Signals
 from typing import Any, Literal, TypeAlias
 
+from rotator.options import Selection, known_fields
 from rotator.ranges import Key, KeyInterval
 
 
@@ -173,19 +174,19 @@ class Findings:
 
     @classmethod
     def _from_json(cls, saved: Mapping[str, Any]) -> "Findings":
-        table = _known(TableFindings, saved["table"])
+        table = known_fields(TableFindings, saved["table"])
         parts = {"indexes": Index, "kept": KeptValues, "copies": Copies}
         table |= {
-            name: tuple(kind(**_known(kind, each)) for each in table[name])
+            name: tuple(kind(**known_fields(kind, each)) for each in table[name])
             for name, kind in parts.items()
             if table.get(name) is not None
         }
         return cls(
-            **_known(cls, saved)
+            **known_fields(cls, saved)
             | {
                 "table": TableFindings(**table),
-                "server": ServerFindings(**_known(ServerFindings, saved["server"])),
-                "sample": Sample(**_known(Sample, saved["sample"])),
+                "server": ServerFindings(**known_fields(ServerFindings, saved["server"])),
+                "sample": Sample(**known_fields(Sample, saved["sample"])),
             }
         )
 
@@ -194,16 +195,6 @@ class Findings:
         """The time from the first range to the last; None where nothing was measured."""
         rate = self.sample.rows_per_second
         return self.rows_left / rate if rate else None
-
-
-def _known(kind: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what only a newer version has."""
-    # JSON has lists.
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in saved.items()
-        if name in kind.__dataclass_fields__
-    }
 
 
 EndStatus: TypeAlias = Literal["completed", "queued", "interrupted", "failed"]
@@ -688,14 +679,10 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """The user, place, time and options of a run.
+    """The user, place and time of a run, and its choice of rows and values.
 
     Attributes:
         server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
-        filters: The Django lookups that all rotated rows match.
-        excludes: The Django lookups that no rotated row matches.
-        generator: The dotted path of the values' generator; empty for the fields' own defaults.
-        leaked: The file with the leaked values of the rotated rows; empty where all rows are rotated.
     """
 
     started_at: datetime
@@ -704,16 +691,7 @@ class RunFacts:
     host: str
     server_name: str
     table_name: str
-    filters: tuple[str, ...]
-    excludes: tuple[str, ...]
-    generator: str
-    include_null: bool
-    leaked: str = ""
-
-    @property
-    def is_filtered(self) -> bool:
-        """Whether options exclude some rows of the table."""
-        return bool(self.filters or self.excludes or self.leaked)
+    selection: Selection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1000,6 +978,7 @@ class RotationStopped:
     concurrency: int
     batch: int
     resumed: bool
+    run: RunFacts
     unconfirmed_rows: int | None = None
     rejected_keys: tuple[tuple[Key, str], ...] = ()
     storage_before: Storage | None = None
@@ -1009,7 +988,6 @@ class RotationStopped:
     stop_reason: StopReason | None = None
     error: str = ""
     superseded: bool = False
-    run: RunFacts | None = None
     leaked: LeakedValuesFound | None = None
     spans: tuple[KeyInterval, ...] = ()
     table_rows: int | None = None

@@ -199,6 +199,16 @@ def _flag(name: str) -> str:
 DEFAULT_OPTIONS: Final = "the default options"
 
 
+def known_fields(kind: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass that were saved as JSON, without those of a newer version."""
+    # JSON has lists.
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in saved.items()
+        if name in kind.__dataclass_fields__
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
     """The choice of rows and values.
@@ -233,10 +243,7 @@ class Selection:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Selection":
         """Return the selection that :meth:`to_json` of this version, or another one, has saved."""
-        known = _known(cls, saved)
-        # JSON has lists.
-        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return cls(**known)
+        return cls(**known_fields(cls, saved))
 
     def to_json(self) -> dict[str, Any]:
         """Return the selection as JSON types, for the rotation's row."""
@@ -381,10 +388,8 @@ class RunOptions:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "RunOptions":
         """Return the options that :meth:`to_json` of this version, or another one, has saved."""
-        limits = WaitLimits(**_known(WaitLimits, saved.get("limits", {})))
-        # JSON has lists.
-        lag_of = tuple(saved.get("lag_of", ()))
-        return cls(**_known(cls, saved) | {"limits": limits, "lag_of": lag_of})
+        limits = WaitLimits(**known_fields(WaitLimits, saved.get("limits", {})))
+        return cls(**known_fields(cls, saved) | {"limits": limits})
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON types, for the rotation's row."""
@@ -431,11 +436,6 @@ def given_options(options: Mapping[str, Any], selection: Mapping[str, Any]) -> R
     """Return saved options as the user gave them: a rotation with ``--leaked`` always has one worker."""
     saved = RunOptions.from_json(options)
     return replace(saved, concurrency=_DEFAULTS.concurrency) if selection.get("leaked") else saved
-
-
-def _known(options: type[RunOptions | Selection | WaitLimits], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the options that only a newer version has."""
-    return {name: value for name, value in saved.items() if name in options.__dataclass_fields__}
 
 
 class RotateOptions(TypedDict, total=False):

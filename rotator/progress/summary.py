@@ -101,18 +101,18 @@ def _indexes(event: RotationStopped) -> list[dict[str, object]]:
     ]
 
 
-def _run(run: RunFacts | None) -> dict[str, object]:
+def _run(run: RunFacts) -> dict[str, object]:
     return {
-        "started_at": run and run.started_at.isoformat(timespec="milliseconds"),
-        "ended_at": run and run.ended_at.isoformat(timespec="milliseconds"),
-        "user": run and run.user,
-        "host": run and run.host,
-        "server": run and run.server_name,
-        "table": run and run.table_name,
-        "filters": run and list(run.filters),
-        "excludes": run and list(run.excludes),
-        "generator": run and run.generator,
-        "include_null": run and run.include_null,
+        "started_at": run.started_at.isoformat(timespec="milliseconds"),
+        "ended_at": run.ended_at.isoformat(timespec="milliseconds"),
+        "user": run.user,
+        "host": run.host,
+        "server": run.server_name,
+        "table": run.table_name,
+        "filters": list(run.selection.filters),
+        "excludes": list(run.selection.excludes),
+        "generator": run.selection.generator,
+        "include_null": run.selection.include_null,
     }
 
 
@@ -173,9 +173,10 @@ def verdict(event: RotationStopped) -> str:
 
 def unchanged_rows(event: RotationStopped) -> str:
     """Return a clause on the rows that a filter left unchanged; empty without a filter."""
-    if event.run is None or not event.run.is_filtered:
+    selection = event.run.selection
+    if not selection.is_filtered:
         return ""
-    if event.run.leaked:
+    if selection.leaked:
         return f"{plural(event.rows, 'row')} had a leaked value; all others were left unchanged"
     if event.table_rows is None:
         return f"{plural(event.rows, 'row')} match the filter; all others were left unchanged"

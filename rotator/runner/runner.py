@@ -580,7 +580,7 @@ class Run:
                         self._stats.spans = intervals_between(left, owned.bound)
 
     def _stopped(self, status: EndStatus, *, error: str = "", superseded: bool = False) -> RotationStopped:
-        owner, chosen = self._context.owner, self._context.target.selection
+        owner = self._context.owner
         stop_reason = None if status == "completed" or error else self._stop_signal.reason
         return self._stats.stopped(
             status,
@@ -595,11 +595,7 @@ class Run:
                 host=owner.host,
                 server_name=self._server_name,
                 table_name=self._table.found_name if self._table else "",
-                filters=chosen.filters,
-                excludes=chosen.excludes,
-                generator=chosen.generator,
-                include_null=chosen.include_null,
-                leaked=chosen.leaked,
+                selection=self._context.target.selection,
             ),
         )
 

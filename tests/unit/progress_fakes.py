@@ -5,7 +5,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from rotator.events import Controls, Coverage, RangeCompleted, RotationStarted, RotationStopped, Verified
+from rotator.events import (
+    Controls,
+    Coverage,
+    RangeCompleted,
+    RotationStarted,
+    RotationStopped,
+    RunFacts,
+    Verified,
+)
+from rotator.options import Selection
 
 STOPPED_AT = datetime(2026, 3, 1, 12, 3, 5, tzinfo=UTC)
 
@@ -27,6 +36,15 @@ CONTROLS = Controls(
     sampled=1_000, entries=1_001, entries_found=1_001, is_salt_right=True, planted=3, planted_found=3
 )
 AT = datetime(2026, 11, 27, 12, tzinfo=UTC)
+RUN = RunFacts(
+    started_at=AT,
+    ended_at=AT,
+    user="app",
+    host="db1",
+    server_name="app@db1:5432/shop",
+    table_name="public.tickets_ticket",
+    selection=Selection(),
+)
 VERIFIED = Verified(
     rotation=7,
     target="shop.Order.api_key",
@@ -121,5 +139,6 @@ def stopped(**facts: Any) -> RotationStopped:  # noqa: ANN401 - any of the event
         concurrency=4,
         batch=2000,
         resumed=False,
+        run=RUN,
     )
     return replace(event, **facts)

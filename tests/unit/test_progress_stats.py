@@ -11,14 +11,13 @@ from rotator.events import (
     RangeRetried,
     RotationStopped,
     RowRejected,
-    RunFacts,
     StopReason,
     Vacuumed,
     VacuumStarted,
 )
 from rotator.ranges import Key
 from rotator.stats import Stats
-from tests.unit.progress_fakes import STOPPED_AT, Clock, completed, resumed, started, stopped
+from tests.unit.progress_fakes import RUN, Clock, completed, resumed, started, stopped
 
 
 def state(stats: Stats) -> str:
@@ -27,19 +26,7 @@ def state(stats: Stats) -> str:
 
 
 def account(stats: Stats) -> RotationStopped:
-    run = RunFacts(
-        started_at=STOPPED_AT,
-        ended_at=STOPPED_AT,
-        user="app",
-        host="db1",
-        server_name="app@db1:5432/shop",
-        table_name="public.tickets_ticket",
-        filters=(),
-        excludes=(),
-        generator="",
-        include_null=False,
-    )
-    return stats.stopped("interrupted", stop_reason=None, error="", superseded=False, run=run)
+    return stats.stopped("interrupted", stop_reason=None, error="", superseded=False, run=RUN)
 
 
 def run(stats: Stats, clock: Clock, *, ranges: int, every: float = 0.1) -> None:
