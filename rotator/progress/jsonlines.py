@@ -1,23 +1,7 @@
 """Progress as one JSON object a line, for programs.
 
 Every line has ``event``, ``at`` (UTC, ISO 8601) and ``rotation`` (null until it is known). An event of
-rotator.events has its own name and fields; keys are only ever added. The others are:
-
-    preflight    the fields of Findings, with wal_bytes, forced_checkpoints and estimated_seconds (null where
-                 nothing was measured)
-    started      the fields of RotationStarted, and resumed
-    progress     once a second: state, rows_done, rows_total, rows_total_is_exact, percent, rows_per_second
-                 (the recent rate) and eta_seconds (both null while unknown), late_rows, deferrals, retries,
-                 rejected_rows, outage_left_seconds (null while the server is reachable), lock_holders
-                 (the sessions that block ranges), pace (the fields of PaceChanged; null before the first),
-                 throttles (the throttles that hold the run, with their reasons) and throttled_seconds (by
-                 throttle)
-    verified     the same keys as ``verification`` of the report
-    leaked_values_found   the fields of LeakedValuesFound, as in the report
-    stopped      the same keys as the report
-
-``state`` is ``rotating``, ``outage``, ``throttled``, ``draining``, ``late_commits``, ``finishing``,
-``confirming``, ``vacuuming``, ``reindexing``, ``loading`` (the ledger) or ``verifying``.
+rotator.events has its own name and fields; keys are only ever added. ``docs/output.md`` has all of them.
 """
 
 import json

@@ -99,7 +99,9 @@ def _joined(text: str, following: str) -> str:
 
 
 def _facts(findings: Findings) -> list[tuple[str, list[str]]]:
-    return [*_table(findings), *_disk(findings), *_others(findings), *_run(findings)]
+    """Return the report as pairs of a label and its lines, without those that have none."""
+    facts = [*_table(findings), *_disk(findings), *_others(findings), *_run(findings)]
+    return [(label, lines) for label, lines in facts if lines]
 
 
 def _table(findings: Findings) -> list[tuple[str, list[str]]]:
@@ -115,66 +117,46 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
         if table.is_not_indexed
         else f"each update writes to {'all ' + str(len(table.indexes)) if named[1:] else 'the one'}: "
     )
-    lines = [
+    indexes = [touched, *(f"  {name}" for name in named)] if named[2:] else [touched + ", ".join(named)]
+    ledger = f"about {size(_LEDGER_ROW_BYTES * findings.rows_left)}, which is loaded before the first row"
+    return [
         ("server", [findings.server_name]),
         ("rows", [rows]),
-        *([("chosen by", [findings.selection])] if findings.selection else []),
-        (
-            "table",
-            [f"{findings.table_name}: {size(table.heap_bytes)}, indexes {size(table.index_bytes)}"],
-        ),
-        (
-            "indexes",
-            [touched, *(f"  {name}" for name in named)] if named[2:] else [touched + ", ".join(named)],
-        ),
+        ("chosen by", [findings.selection] if findings.selection else []),
+        ("table", [f"{findings.table_name}: {size(table.heap_bytes)}, indexes {size(table.index_bytes)}"]),
+        ("indexes", indexes),
+        ("kept", _kept(findings)),
+        ("copies", [phrase for copies in table.copies for phrase in _copies(copies)]),
+        *(("warning", [warning]) for warning in findings.warnings),
+        ("ledger", [ledger] if findings.proves else []),
+        ("guard", [f"a trigger is added: {GUARD_EFFECTS[findings.guard]}"] if findings.guard else []),
+        *_writers(table),
     ]
-    lines += _kept(findings)
-    if table.copies:
-        lines.append(("copies", [phrase for copies in table.copies for phrase in _copies(copies)]))
-    lines += [("warning", [warning]) for warning in findings.warnings]
-    if findings.proves:
-        ledger_bytes = _LEDGER_ROW_BYTES * findings.rows_left
-        lines.append(("ledger", [f"about {size(ledger_bytes)}, which is loaded before the first row"]))
-    if findings.guard:
-        lines.append(("guard", [f"a trigger is added: {GUARD_EFFECTS[findings.guard]}"]))
-    return [*lines, *_writers(table)]
 
 
 def _writers(table: TableFindings) -> list[tuple[str, list[str]]]:
     """Return the lines on what each update fires, and on what else writes to the table."""
-    lines = []
-    if table.triggers:
-        lines.append(("triggers", [f"each update fires {', '.join(table.triggers)}"]))
-    if table.writing_triggers:
-        triggers = ", ".join(table.writing_triggers)
-        lines.append(("warning", [f"the triggers {triggers} write to this table:", _NOT_CONFIRMED]))
-    if table.subscriptions:
-        subscriptions = ", ".join(table.subscriptions)
-        lines.append(
-            (
-                "warning",
-                [
-                    f"the subscriptions {subscriptions} write to this table:",
-                    f"disable them, or they can restore old values; {_NOT_CONFIRMED}",
-                ],
-            )
-        )
-    if table.refusing_publications:
-        publications = ", ".join(table.refusing_publications)
-        lines.append(
-            (
-                "published",
-                [f"by {publications}, WITHOUT A REPLICA IDENTITY: set one, or the server rejects updates"],
-            )
-        )
-    return lines
+    fired, writing = ", ".join(table.triggers), ", ".join(table.writing_triggers)
+    subscriptions, publications = ", ".join(table.subscriptions), ", ".join(table.refusing_publications)
+    by_triggers = [f"the triggers {writing} write to this table:", _NOT_CONFIRMED]
+    by_subscriptions = [
+        f"the subscriptions {subscriptions} write to this table:",
+        f"disable them, or they can restore old values; {_NOT_CONFIRMED}",
+    ]
+    refused = f"by {publications}, WITHOUT A REPLICA IDENTITY: set one, or the server rejects updates"
+    return [
+        ("triggers", [f"each update fires {fired}"] if fired else []),
+        ("warning", by_triggers if writing else []),
+        ("warning", by_subscriptions if subscriptions else []),
+        ("published", [refused] if publications else []),
+    ]
 
 
-def _kept(findings: Findings) -> list[tuple[str, list[str]]]:
+def _kept(findings: Findings) -> list[str]:
     """Return the lines on rows that get no new value."""
     kept = findings.table.kept
     if kept is None:
-        return [("kept", ["values that are NULL or blank; counting them took too long"])]
+        return ["values that are NULL or blank; counting them took too long"]
     lines = []
     for values in kept:
         if values.null:
@@ -183,7 +165,7 @@ def _kept(findings: Findings) -> list[tuple[str, list[str]]]:
             lines.append(
                 f"{values.column} stays blank in {plural(values.blank, 'row')} without --include-blank"
             )
-    return [("kept", lines)] if lines else []
+    return lines
 
 
 _COPIES: Final[dict[CopyKind, str]] = {
@@ -250,16 +232,9 @@ def _run(findings: Findings) -> list[tuple[str, list[str]]]:
             if sample.skipped
             else "not measured; --dry-run without --no-sample measures it"
         )
-    lines = [
-        (
-            "durability",
-            [
-                "a crash loses a range and its checkpoint together or neither (synchronous_commit = off);",
-                "completion waits until all of them are on disk",
-            ],
-        ),
-        ("time", [time]),
+    durability = [
+        "a crash loses a range and its checkpoint together or neither (synchronous_commit = off);",
+        "completion waits until all of them are on disk",
     ]
-    if findings.bypassed:
-        lines.append(("bypassed", ["; ".join(findings.bypassed)]))
-    return lines
+    bypassed = ["; ".join(findings.bypassed)] if findings.bypassed else []
+    return [("durability", durability), ("time", [time]), ("bypassed", bypassed)]

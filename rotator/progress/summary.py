@@ -1,5 +1,6 @@
 """The summary of a run, as text and as JSON."""
 
+from dataclasses import fields
 from typing import Final
 
 from rotator.events import LeakedValuesFound, RotationStopped, RunFacts
@@ -22,6 +23,8 @@ from rotator.progress.verification import verification_report, verification_summ
 
 SPANS_NAMED: Final = 5
 STATEMENTS_SHOWN: Final = 10
+# The report has them in another form, except for superseded.
+_NOT_REPORTED: Final = ("storage_before", "storage", "run", "stop_reason", "cancelled_by", "superseded")
 
 
 def report(event: RotationStopped) -> dict[str, object]:
@@ -32,45 +35,22 @@ def report(event: RotationStopped) -> dict[str, object]:
     ``key`` (the server's own JSON array text) and the ``reason``. Sizes are null where the server was
     unreachable.
     """
+    figures = {each.name: getattr(event, each.name) for each in fields(event)}
     return {
-        "rotation": event.rotation,
-        "target": event.target,
-        "status": event.status,
-        "rows": event.rows,
-        "rows_total": event.rows_total,
-        "rows_total_is_exact": event.rows_total_is_exact,
-        "rows_this_run": event.rows_this_run,
-        "late_rows": event.late_rows,
-        "unconfirmed_rows": event.unconfirmed_rows,
-        "ranges": event.ranges,
-        "seconds": round(event.seconds, 3),
-        "seconds_total": round(event.seconds_total, 3),
-        "rows_per_second": round(event.rows_per_second, 3),
-        "deferrals": event.deferrals,
-        "retries": event.retries,
-        "outage_seconds": round(event.outage_seconds, 3),
-        "pace": event.pace,
-        "limited_seconds": round(event.limited_seconds, 3),
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in figures.items()
+        if name not in _NOT_REPORTED
+    } | {
         "throttled_seconds": {name: round(s, 3) for name, s in event.throttled_seconds.items()},
-        "peak_memory_bytes": event.peak_memory_bytes,
-        "concurrency": event.concurrency,
-        "batch": event.batch,
         "heap_bytes_before": event.storage_before and event.storage_before.heap_bytes,
         "heap_bytes": event.storage and event.storage.heap_bytes,
         "index_bytes_before": event.storage_before and event.storage_before.index_bytes,
         "index_bytes": event.storage and event.storage.index_bytes,
         "dead_rows": event.storage and event.storage.dead_rows,
-        "vacuums": event.vacuums,
-        "vacuum_seconds": round(event.vacuum_seconds, 3),
-        "resumed": event.resumed,
         "rejected_keys": [{"key": key, "reason": reason} for key, reason in event.rejected_keys],
-        "error": event.error,
         "reason": stopped_by(event.stop_reason, event.cancelled_by),
         "spans": [{"after": span.after, "through": span.through} for span in event.spans],
-        "table_rows": event.table_rows,
-        "table_rows_is_exact": event.table_rows_is_exact,
         "indexes": _indexes(event),
-        "analyze_statement": event.analyze_statement,
         "reindex_statements": list(event.reindex_statements),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
         **_run(event.run),
@@ -203,31 +183,26 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
         seconds = f"{seconds} in this run, {duration(event.seconds_total)} in total"
     if event.late_rows and event.leaked is None:
         rows = f"{rows}; {plural(event.late_rows, 'late row')} among them"
+    ranges = f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"
+    speed = f"{rate(event.rows_per_second)} rows/s while writing"
+    throttles = event.throttled_seconds.items()
     facts = [
         ("rows", rows),
-        *([("leaked", leaked_values(event.leaked))] if event.leaked else []),
-        *([("keys", one_line(_keys(event)))] if event.spans else []),
-        *(
-            []
-            if event.leaked
-            else [("ranges", f"{count(event.ranges)} of up to {plural(event.batch, 'row')}")]
-        ),
+        ("leaked", leaked_values(event.leaked) if event.leaked else ""),
+        ("keys", one_line(_keys(event)) if event.spans else ""),
+        ("ranges", "" if event.leaked else ranges),
         ("workers", count(event.concurrency)),
         ("pace", _pace(event)),
         ("time", seconds),
-        *([] if event.leaked else [("rate", f"{rate(event.rows_per_second)} rows/s while writing")]),
+        ("rate", "" if event.leaked else speed),
         ("deferrals", count(event.deferrals)),
         ("retries", count(event.retries)),
+        ("unreachable", duration(event.outage_seconds) if event.outage_seconds > 0 else ""),
+        *(("throttled", f"{duration(seconds)} by {name}") for name, seconds in throttles),
+        *_disk(event),
+        ("peak memory", size(event.peak_memory_bytes) if event.peak_memory_bytes else ""),
     ]
-    if event.outage_seconds > 0:
-        facts.append(("unreachable", duration(event.outage_seconds)))
-    facts += [
-        ("throttled", f"{duration(seconds)} by {name}") for name, seconds in event.throttled_seconds.items()
-    ]
-    facts += _disk(event)
-    if event.peak_memory_bytes:
-        facts.append(("peak memory", size(event.peak_memory_bytes)))
-    return facts
+    return [(label, value) for label, value in facts if value]
 
 
 def _pace(event: RotationStopped) -> str:
@@ -240,14 +215,13 @@ def _disk(event: RotationStopped) -> list[tuple[str, str]]:
     before, now = event.storage_before, event.storage
     if before is None or now is None:
         return []
-    facts = [
+    vacuums = f"{plural(event.vacuums, 'time')}, {duration(event.vacuum_seconds)}"
+    return [
         ("heap", _growth(before.heap_bytes, now.heap_bytes)),
         ("indexes", _growth(before.index_bytes, now.index_bytes)),
         ("dead rows", f"about {count(now.dead_rows)}"),
+        ("vacuumed", vacuums if event.vacuums else ""),
     ]
-    if event.vacuums:
-        facts.append(("vacuumed", f"{plural(event.vacuums, 'time')}, {duration(event.vacuum_seconds)}"))
-    return facts
 
 
 def _growth(before_bytes: int, now_bytes: int) -> str:

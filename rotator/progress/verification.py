@@ -19,20 +19,20 @@ def verification_summary(event: Verified) -> str:
     if event.survivors is None:
         facts.append(("survivors", "unknown"))
     else:
-        facts.append(("searched", plural(event.rows, "row")))
-        facts.append(("survivors", _survivors(event)))
-        facts.append(("false hits", f"{event.false_matches:.1g} expected among them, by chance"))
-    if event.repaired:
-        facts.append(("repaired", plural(event.repaired, "row")))
-    if event.controls is not None:
-        facts.append(("controls", _controlled(event.controls)))
-    if event.guard_hits:
-        facts.append(("guard", f"{plural(event.guard_hits, 'write')} of old values stopped"))
-    if event.vacuumed_at:
-        facts.append(("vacuumed", f"{event.vacuumed_at}, about {count(event.dead_rows)} dead rows now"))
-    return "\n".join(
-        [verification_verdict(event), *(f"  {label:<12} {one_line(value)}" for label, value in facts)]
-    )
+        facts += [
+            ("searched", plural(event.rows, "row")),
+            ("survivors", _survivors(event)),
+            ("false hits", f"{event.false_matches:.1g} expected among them, by chance"),
+        ]
+    vacuumed = f"{event.vacuumed_at}, about {count(event.dead_rows)} dead rows now"
+    facts += [
+        ("repaired", plural(event.repaired, "row") if event.repaired else ""),
+        ("controls", _controlled(event.controls) if event.controls else ""),
+        ("guard", f"{plural(event.guard_hits, 'write')} of old values stopped" if event.guard_hits else ""),
+        ("vacuumed", vacuumed if event.vacuumed_at else ""),
+    ]
+    lines = [f"  {label:<12} {one_line(value)}" for label, value in facts if value]
+    return "\n".join([verification_verdict(event), *lines])
 
 
 def verification_verdict(event: Verified) -> str:
@@ -66,19 +66,20 @@ def _covered(coverage: Coverage) -> list[tuple[str, str]]:
     if coverage.unknown:
         facts.append(("written", f"unknown: {coverage.unknown}"))
     else:
-        facts.append(("written", f"{plural(coverage.confirmed_rows or 0, 'row')} confirmed"))
-        if others := unconfirmed(coverage.unconfirmed_rows):
-            facts.append(("", others))
-        facts.append(("not written", f"{plural(coverage.older_rows or 0, 'row')} since the start"))
+        facts += [
+            ("written", f"{plural(coverage.confirmed_rows or 0, 'row')} confirmed"),
+            ("", unconfirmed(coverage.unconfirmed_rows)),
+            ("not written", f"{plural(coverage.older_rows or 0, 'row')} since the start"),
+        ]
     gaps = ", ".join(map(str, coverage.gaps[:KEYS_NAMED]))
-    facts.append(("in gaps", f"{plural(coverage.gap_rows, 'row')}{f': {gaps}' if gaps else ''}"))
     rejected = [f"{key}: {reason}" for key, reason in coverage.rejected_keys[:KEYS_NAMED]]
-    facts.append(("rejected", "; ".join([plural(len(coverage.rejected_keys), "row"), *rejected])))
-    facts.append(("excluded", f"{plural(coverage.excluded_rows, 'row')} that the filters leave out"))
-    facts.append(
-        ("kept", f"{plural(coverage.null_rows, 'row')} with NULL, {count(coverage.blank_rows)} with ''")
-    )
-    return facts
+    return [
+        *facts,
+        ("in gaps", f"{plural(coverage.gap_rows, 'row')}{f': {gaps}' if gaps else ''}"),
+        ("rejected", "; ".join([plural(len(coverage.rejected_keys), "row"), *rejected])),
+        ("excluded", f"{plural(coverage.excluded_rows, 'row')} that the filters leave out"),
+        ("kept", f"{plural(coverage.null_rows, 'row')} with NULL, {count(coverage.blank_rows)} with ''"),
+    ]
 
 
 def _survivors(event: Verified) -> str:
