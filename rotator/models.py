@@ -9,6 +9,7 @@ from django.db.models.functions import Now
 
 from rotator.events import ActionKind
 from rotator.exceptions import RevisionError
+from rotator.options import Selection
 
 _UNFINISHED: Final = ("running", "queued", "interrupted", "failed")
 
@@ -159,6 +160,11 @@ class Rotation(models.Model):
     def __str__(self) -> str:
         """Return its name in messages."""
         return f"rotation {self.pk} of {self.target}"
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether options exclude some rows of the table."""
+        return Selection.from_json(self.selection).is_filtered
 
 
 class Span(models.Model):

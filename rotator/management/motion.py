@@ -16,7 +16,6 @@ from rotator.management.rotation import (
     silent_seconds,
 )
 from rotator.models import Action, Rotation
-from rotator.options import Selection
 from rotator.postgres.measurements import RECENT_RANGES
 from rotator.progress.text import ACTIVITIES, duration, plural, rate
 from rotator.stats import STALL_SECONDS, RecentRate
@@ -95,8 +94,7 @@ def motion_of(rotation: Rotation, speed: Speed, state: str, actions: list[Action
             tone="held", headline="Not moving: waiting for a worker", since=rotation.updated_at, ends=ends
         )
     if rotation.status == Rotation.Status.COMPLETED:
-        is_filtered = Selection.from_json(rotation.selection).is_filtered
-        headline = "Completed for the rows that match the filter" if is_filtered else "Completed"
+        headline = "Completed for the rows that match the filter" if rotation.is_filtered else "Completed"
         if rotation.unconfirmed_rows:
             headline += f", {plural(rotation.unconfirmed_rows, 'row')} not confirmed"
         return Motion(tone="done", headline=headline, since=rotation.finished_at)

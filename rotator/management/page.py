@@ -13,7 +13,6 @@ from rotator.apps import hides_keys
 from rotator.events import ActionKind, Findings
 from rotator.management.motion import Motion, Speed, motion_of, speed_of
 from rotator.management.rotation import (
-    age_of,
     control_of,
     control_text,
     cursor_of,
@@ -21,8 +20,7 @@ from rotator.management.rotation import (
     facts_of,
     has_owner,
     ledger_of,
-    options_of,
-    owner_of,
+    owner_facts,
     percent_of_rotation,
     resume_command_of,
     rows_of,
@@ -32,6 +30,7 @@ from rotator.management.rotation import (
     status_of,
     stored,
     survivors_of,
+    target_facts,
 )
 from rotator.models import Action, Measurement, Rotation, Span, Verification
 from rotator.options import RunOptions, Selection
@@ -186,21 +185,12 @@ def _milliseconds(seconds: float) -> str:
 def _run_facts(rotation: Rotation) -> Facts:
     options = RunOptions.from_json(rotation.options)
     facts = [
-        ("target", f"{rotation.target} in database '{rotation.database}'"),
-        ("table", rotation.table_name),
-        ("chosen by", selection_text(rotation, hides_keys=hides_keys())),
-        ("options", str(options_of(rotation))),
+        *target_facts(rotation, hides_keys=hides_keys()),
         (
             "limits",
             f"pace {options.pace}, {plural(options.concurrency, 'worker')}, {count(options.batch)} rows",
         ),
-        ("time", f"{duration(rotation.active_seconds)} over all runs"),
-        ("owner", f"{owner_of(rotation)} since {moment(rotation.owned_since)}"),
-        ("heartbeat", f"{moment(rotation.updated_at)}, {age_of(rotation)}"),
-        ("started", moment(rotation.started_at)),
-        ("finished", moment(rotation.finished_at) if rotation.finished_at else "not yet"),
-        ("generation", str(rotation.generation)),
-        ("version", rotation.version),
+        *owner_facts(rotation),
     ]
     if rotation.error:
         facts.append(("error", one_line(rotation.error)))

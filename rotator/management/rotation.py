@@ -117,11 +117,6 @@ def has_owner(rotation: Rotation) -> bool:
     return is_owned and not is_silent(rotation) and not is_dead(rotation)
 
 
-def options_of(rotation: Rotation) -> RunOptions:
-    """Return the options of the latest run, as the user gave them."""
-    return given_options(rotation.options, rotation.selection)
-
-
 def selection_text(rotation: Rotation, *, hides_keys: bool) -> str:
     """Return the options that choose the rows and their values; those of filters can be keys."""
     chosen = str(Selection.from_json(rotation.selection))
@@ -136,7 +131,8 @@ def resume_command_of(rotation: Rotation, *, hides_keys: bool) -> str:
     if rotation.status not in Rotation.UNFINISHED or has_owner(rotation):
         return ""
     words = ["python", "manage.py", "async_rotate", *rotation.target.split(), "--database", rotation.database]
-    for chosen in (selection_text(rotation, hides_keys=hides_keys), str(options_of(rotation))):
+    options = str(given_options(rotation.options, rotation.selection))
+    for chosen in (selection_text(rotation, hides_keys=hides_keys), options):
         words += shlex.split(chosen) if chosen != DEFAULT_OPTIONS else []
     return shlex.join(words)
 
@@ -179,7 +175,6 @@ def detail_of(action: Action) -> str:
 
 def facts_of(rotation: Rotation) -> dict[str, object]:
     """Return a rotation as JSON types; these keys are an interface and only ever added to."""
-    selection = Selection.from_json(rotation.selection)
     return {
         "rotation": rotation.pk,
         "target": rotation.target,
@@ -203,10 +198,10 @@ def facts_of(rotation: Rotation) -> dict[str, object]:
         "generation": rotation.generation,
         "version": rotation.version,
         "options": rotation.options,
-        "selection": selection.without_values().to_json(),
+        "selection": Selection.from_json(rotation.selection).without_values().to_json(),
         "error": rotation.error,
         "reason": reason_of(rotation),
-        "is_filtered": selection.is_filtered,
+        "is_filtered": rotation.is_filtered,
         "heartbeat_seconds_ago": round(silent_seconds(rotation), 3),
         "ledger": ledger.state if (ledger := ledger_of(rotation)) else "",
         "guard": ledger.guard if ledger else "",
@@ -263,7 +258,7 @@ def rows_of(rotation: Rotation, noun: str = "") -> str:
     """
     rows = done_of_total(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
     rows += noun
-    rows += " that match the filter" if Selection.from_json(rotation.selection).is_filtered else ""
+    rows += " that match the filter" if rotation.is_filtered else ""
     return f"{rows} (last known)" if is_silent(rotation) else rows
 
 
@@ -275,6 +270,29 @@ def percent_of_rotation(rotation: Rotation) -> int:
         # The rows are not counted yet.
         return 0
     return percent_of(rotation.rows_done, rotation.rows_total, is_exact=rotation.rows_total_is_exact)
+
+
+def target_facts(rotation: Rotation, *, hides_keys: bool) -> list[tuple[str, str]]:
+    """Return the target and the options as pairs of a label and a text."""
+    return [
+        ("target", f"{rotation.target} in database '{rotation.database}'"),
+        ("table", rotation.table_name),
+        ("chosen by", selection_text(rotation, hides_keys=hides_keys)),
+        ("options", str(given_options(rotation.options, rotation.selection))),
+    ]
+
+
+def owner_facts(rotation: Rotation) -> list[tuple[str, str]]:
+    """Return the owner and the times as pairs of a label and a text."""
+    return [
+        ("time", f"{duration(rotation.active_seconds)} over all runs"),
+        ("owner", f"{owner_of(rotation)} since {moment(rotation.owned_since)}"),
+        ("started", moment(rotation.started_at)),
+        ("heartbeat", f"{moment(rotation.updated_at)}, {age_of(rotation)}"),
+        ("finished", moment(rotation.finished_at) if rotation.finished_at else "not yet"),
+        ("generation", str(rotation.generation)),
+        ("version", rotation.version),
+    ]
 
 
 def age_of(rotation: Rotation) -> str:

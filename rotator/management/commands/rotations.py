@@ -12,6 +12,7 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections
 from rotator.exceptions import OptionError
 from rotator.management.control import VERBS, Request, await_answer, read_request, send
 from rotator.management.evidence import evidence
+from rotator.management.following import FollowedProgress
 from rotator.management.rotation import (
     age_of,
     control_text,
@@ -21,23 +22,21 @@ from rotator.management.rotation import (
     first_line,
     held_by,
     is_dead,
-    is_silent,
     ledger_of,
-    options_of,
+    owner_facts,
     owner_of,
     percent_of_rotation,
     read_rotations,
     reason_of,
     resume_command_of,
     rows_of,
-    selection_text,
     status_of,
+    target_facts,
 )
 from rotator.management.terminal import INTERRUPTED, OwnCommand, writable
 from rotator.models import Action, Ledger, Rotation
 from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
-from rotator.progress.following import FollowedProgress, Standing
 from rotator.progress.text import (
     GUARD_EFFECTS,
     count,
@@ -232,7 +231,7 @@ class Command(OwnCommand):
         try:
             while True:
                 rotation = find_rotations(database).get(pk=number)
-                progress.show(_standing(rotation))
+                progress.show(rotation)
                 if rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
                     break
                 if is_dead(rotation):
@@ -271,21 +270,6 @@ def _read_words(options: Options) -> tuple[int | None, Request | None]:
     return number, read_request(words) if words else None
 
 
-def _standing(rotation: Rotation) -> Standing:
-    """Return the progress of a rotation at this moment."""
-    is_running = rotation.status == Rotation.Status.RUNNING
-    held = held_by(rotation)
-    return Standing(
-        status=status_of(rotation),
-        is_working=is_running and not is_silent(rotation) and not held,
-        rows_done=rotation.rows_done,
-        rows_total=rotation.rows_total,
-        rows=rows_of(rotation, " rows"),
-        percent=percent_of_rotation(rotation),
-        note="waiting for a worker" if rotation.status == Rotation.Status.QUEUED else held,
-    )
-
-
 def _table(rotations: list[Rotation]) -> str:
     rows = [("ID", "TARGET", "STATUS", "ROWS", "%", "TIME", "OWNER", "LAST HEARTBEAT")]
     rows += [
@@ -308,45 +292,36 @@ def _table(rotations: list[Rotation]) -> str:
 
 
 def _details(rotation: Rotation) -> str:
+    held, throttled = held_by(rotation), rotation.throttled_seconds
+    since = f", since {moment(rotation.throttled_since)}" if rotation.throttled_since else ""
     facts = [
-        ("target", f"{rotation.target} in database '{rotation.database}'"),
-        ("table", rotation.table_name),
-        ("chosen by", selection_text(rotation, hides_keys=False)),
-        ("options", str(options_of(rotation))),
+        *target_facts(rotation, hides_keys=False),
         ("status", status_of(rotation)),
         ("rows", f"{rows_of(rotation)} ({percent_of_rotation(rotation)}%)"),
         ("late rows", count(rotation.late_rows)),
         ("deferrals", count(rotation.deferrals)),
         ("retries", count(rotation.retries)),
-        ("time", f"{duration(rotation.active_seconds)} over all runs"),
-        ("owner", f"{owner_of(rotation)} since {moment(rotation.owned_since)}"),
-        ("started", moment(rotation.started_at)),
-        ("heartbeat", f"{moment(rotation.updated_at)}, {age_of(rotation)}"),
-        ("finished", moment(rotation.finished_at) if rotation.finished_at else "not yet"),
-        ("generation", str(rotation.generation)),
-        ("version", rotation.version),
+        *owner_facts(rotation),
+        ("confirmed", _confirmed(rotation.unconfirmed_rows)),
+        ("ledger", _ledger(ledger_of(rotation))),
+        ("reason", reason_of(rotation)),
+        ("error", rotation.error),
+        ("throttled", f"{duration(throttled)} over all runs" if throttled else ""),
+        ("held", f"{held}{since}" if held else ""),
+        ("control", control_text(rotation)),
+        ("resume", resume_command_of(rotation, hides_keys=False)),
     ]
-    if rotation.unconfirmed_rows is not None:
-        facts.append(("confirmed", unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"))
-    if ledger := ledger_of(rotation):
-        facts.append(("ledger", _ledger(ledger)))
-    if rotation.stop_reason:
-        facts.append(("reason", reason_of(rotation)))
-    if rotation.error:
-        facts.append(("error", rotation.error))
-    if rotation.throttled_seconds:
-        facts.append(("throttled", f"{duration(rotation.throttled_seconds)} over all runs"))
-    if held := held_by(rotation):
-        since = f", since {moment(rotation.throttled_since)}" if rotation.throttled_since else ""
-        facts.append(("held", f"{held}{since}"))
-    if requested := control_text(rotation):
-        facts.append(("control", requested))
-    if command := resume_command_of(rotation, hides_keys=False):
-        facts.append(("resume", command))
-    return "\n".join([f"Rotation {rotation.pk}", *(f"  {label:<10} {value}" for label, value in facts)])
+    lines = [f"  {label:<10} {value}" for label, value in facts if value]
+    return "\n".join([f"Rotation {rotation.pk}", *lines])
 
 
-def _ledger(ledger: Ledger) -> str:
+def _confirmed(unconfirmed_rows: int | None) -> str:
+    return "" if unconfirmed_rows is None else unconfirmed(unconfirmed_rows) or "every row is confirmed"
+
+
+def _ledger(ledger: Ledger | None) -> str:
+    if ledger is None:
+        return ""
     entries = plural(ledger.entries, "entry") if ledger.state != Ledger.State.FORGOTTEN else ""
     guard = f"guard: {GUARD_EFFECTS[ledger.guard]}" if ledger.guard else "no guard"
     return ", ".join(filter(None, (str(ledger.state), entries, guard)))
