@@ -34,6 +34,7 @@ from rotator.fields.connections import (
     borrowed_in_loop,
     check_no_running_loop,
     check_not_patched,
+    check_postgresql,
     close_idle,
     is_in_transaction,
     run_in_new_loop,
@@ -242,10 +243,7 @@ def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrap
     if database not in connections:
         raise OptionError(f"There is no database '{database}': the project has {', '.join(connections)}.")
     connection = connections[database]
-    if connection.vendor != "postgresql":
-        raise TargetError(
-            f"The database '{database}' is {connection.display_name}; only PostgreSQL is supported."
-        )
+    check_postgresql(connection)
     if is_in_transaction(connection):
         raise OptionError(
             "A rotation cannot run inside a transaction, because it would wait for the transaction's locks. "

@@ -15,7 +15,7 @@ from django.db import Error, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import TransactionStatus
 
-from rotator.exceptions import OptionError, ServerLostError
+from rotator.exceptions import OptionError, ServerLostError, TargetError
 from rotator.postgres.column_samples import BEGIN_READING, LOCK_SECONDS, STATEMENT_SECONDS
 from rotator.postgres.errors import connection_lost
 
@@ -30,6 +30,14 @@ def is_in_transaction(connection: BaseDatabaseWrapper) -> bool:
     status = getattr(getattr(connection.connection, "info", None), "transaction_status", None)
     is_begun = status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
     return connection.in_atomic_block or not connection.autocommit or is_begun
+
+
+def check_postgresql(connection: BaseDatabaseWrapper) -> None:
+    """Refuse a database of another kind."""
+    if connection.vendor != "postgresql":
+        raise TargetError(
+            f"The database '{connection.alias}' is {connection.display_name}; only PostgreSQL is supported."
+        )
 
 
 def close_idle() -> None:

@@ -1,8 +1,7 @@
 """Finds the columns of a project that look like secrets, and asks whether they can be rotated."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, field
 from typing import Final
 
 from django.apps import apps
@@ -11,7 +10,7 @@ from django.db import Error, connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.exceptions import NoDefaultError, OptionError, RotatorError, TargetError
-from rotator.fields.connections import is_in_transaction, reading_rows, run_in_new_loop
+from rotator.fields.connections import check_postgresql, is_in_transaction, reading_rows, run_in_new_loop
 from rotator.fields.model import AnyField, field_label, key_fields
 from rotator.fields.secret_rules import (
     HASH_FORMAT,
@@ -47,21 +46,7 @@ _READ_ONLY: Final = "25006"
 _DATABASE_CACHE: Final = "django.core.cache.backends.db.DatabaseCache"
 
 
-@dataclass(frozen=True, slots=True)
-class LastRotation:
-    """The latest completed rotation of a column.
-
-    Attributes:
-        id: The id of the rotation.
-        is_filtered: Whether it left rows out.
-    """
-
-    id: int
-    finished_at: datetime
-    is_filtered: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class SecretColumn:
     """A column that looks like a secret.
 
@@ -82,7 +67,7 @@ class SecretColumn:
     finding: Finding
     options: tuple[str, ...] | None = None
     refusal: str = ""
-    last_rotation: LastRotation | None = None
+    last_rotation: Rotation | None = None
 
 
 @dataclass(slots=True)
@@ -104,7 +89,8 @@ def take_inventory(database: str) -> Inventory:
     """Find the columns with secrets of a database, by read-only transactions.
 
     Raises:
-        OptionError: The database is not PostgreSQL, or the program has a transaction open.
+        TargetError: The database is not PostgreSQL.
+        OptionError: The program has a transaction open.
         ServerLostError: The server cannot be reached.
     """
     connection = connections[database]
@@ -122,21 +108,14 @@ def take_inventory(database: str) -> Inventory:
         finding = judge(each, samples.get(each)) if table else None
         if table and finding:
             found[each] = _column(field_label(each), table, finding)
-    resolved = {
-        each: _resolved(column, each, database)
-        if column.finding.kind is Kind.SECRET and not column.finding.advice
-        else column
-        for each, column in found.items()
-    }
-    refusals = run_in_new_loop(
-        lambda: _refusals(server, [each for each, column in resolved.items() if column.options is not None])
-    )
+    for each, column in found.items():
+        if column.finding.kind is Kind.SECRET and not column.finding.advice:
+            _resolve(column, each, database)
+    run_in_new_loop(lambda: _check_tables(server, found))
     rotations = _last_rotations(database)
-    for each, column in sorted(resolved.items(), key=lambda item: item[1].label):
-        changes: dict[str, object] = {"last_rotation": rotations.get((column.label, column.table))}
-        if each in refusals:
-            changes |= {"options": None, "refusal": refusals[each]}
-        inventory.columns.append(replace(column, **changes))  # type: ignore[arg-type] # names of its fields
+    for column in found.values():
+        column.last_rotation = rotations.get((column.label, column.table))
+    inventory.columns += sorted(found.values(), key=lambda column: column.label)
     inventory.columns += [
         _column(f"cache '{alias}'", tables[path], _cache_finding(alias))
         for alias, path in caches.items()
@@ -188,10 +167,7 @@ def _column(label: str, table: StoredTable, finding: Finding) -> SecretColumn:
 
 
 def _check(connection: BaseDatabaseWrapper) -> None:
-    if connection.vendor != "postgresql":
-        raise OptionError(
-            f"The database '{connection.alias}' is {connection.display_name}; only PostgreSQL is supported."
-        )
+    check_postgresql(connection)
     if is_in_transaction(connection):
         raise OptionError(
             "Secrets cannot be searched inside a transaction, which would become read-only. Call the command "
@@ -241,28 +217,27 @@ async def _read(
     return tables, samples
 
 
-def _resolved(column: SecretColumn, each: AnyField, database: str) -> SecretColumn:
-    """Return the column with the options of its rotation, or the reason why it cannot be rotated."""
-    options: tuple[str, ...] = ()
-    if router.db_for_write(each.model) != database:
-        options = ("--database", database)
+def _resolve(column: SecretColumn, each: AnyField, database: str) -> None:
+    """Add the options of the column's rotation, or the reason why it cannot be rotated."""
     # Checked first: an error in a default ends the transaction, so every later check would fail too.
     if refusal := _default_refusal(each, database):
-        return replace(column, refusal=refusal)
+        column.refusal = refusal
+        return
+    options = () if router.db_for_write(each.model) == database else ("--database", database)
     try:
         with reading_rows(database):
             resolve([column.label], database, Selection())
+        column.options = options
     except NoDefaultError as error:
         if error.generator is None:
-            return replace(column, refusal=str(error))
-        generator = ("--generator", error.generator or "DOTTED.PATH")
-        return replace(column, options=(*generator, *options))
+            column.refusal = str(error)
+        else:
+            column.options = ("--generator", error.generator or "DOTTED.PATH", *options)
     except RotatorError as error:
-        return replace(column, refusal=str(error))
+        column.refusal = str(error)
     except Error as error:
         # Other code of the project may write.
-        return replace(column, refusal=f"It cannot be examined: {type(error).__name__}.")
-    return replace(column, options=options)
+        column.refusal = f"It cannot be examined: {type(error).__name__}."
 
 
 def _default_refusal(each: AnyField, database: str) -> str:
@@ -280,12 +255,13 @@ def _default_refusal(each: AnyField, database: str) -> str:
     return ""
 
 
-async def _refusals(server: Server, fields: Sequence[AnyField]) -> Mapping[AnyField, str]:
-    """Return the reasons why the tables of some of these fields cannot be rotated."""
-    refusals = dict[AnyField, str]()
+async def _check_tables(server: Server, columns: Mapping[AnyField, SecretColumn]) -> None:
+    """Replace the options of columns whose tables cannot be rotated by the reason."""
     pauses = Pauses()
     async with connected_for_reading(server) as connection:
-        for each in fields:
+        for each, column in columns.items():
+            if column.options is None:
+                continue
             try:
                 async with translate_errors(connection), reading(connection, server):
                     await read_table(
@@ -295,29 +271,21 @@ async def _refusals(server: Server, fields: Sequence[AnyField]) -> Mapping[AnyFi
                         columns=(str(each.column),),
                     )
             except TargetError as error:
-                refusals[each] = str(error)
+                column.options, column.refusal = None, str(error)
             await pauses.pause()
-    return refusals
 
 
-def _last_rotations(database: str) -> Mapping[tuple[str, str], LastRotation]:
+def _last_rotations(database: str) -> Mapping[tuple[str, str], Rotation]:
     """Return the latest completed rotations by column and table; none where the app is not migrated."""
-    found = dict[tuple[str, str], LastRotation]()
     completed = Rotation.objects.using(database).filter(status=Rotation.Status.COMPLETED).order_by("pk")
     try:
         with reading_rows(database):
             rotations = list(completed)
     except Error:
         return {}
-    for rotation in rotations:
-        if rotation.finished_at is None:
-            continue
-        last = LastRotation(
-            rotation.pk, rotation.finished_at, Selection.from_json(rotation.selection).is_filtered
-        )
-        for label in rotation.target.split():
-            found[label, rotation.table_name] = last
-    return found
+    return {
+        (label, rotation.table_name): rotation for rotation in rotations for label in rotation.target.split()
+    }
 
 
 def _cache_tables() -> Mapping[str, tuple[str, ...]]:

@@ -92,8 +92,9 @@ def _facts(inventory: Inventory, database: str) -> dict[str, object]:
                 "advice": column.finding.advice,
                 "last_rotation": column.last_rotation
                 and {
-                    "rotation": column.last_rotation.id,
-                    "finished_at": column.last_rotation.finished_at.isoformat(),
+                    "rotation": column.last_rotation.pk,
+                    "finished_at": column.last_rotation.finished_at
+                    and column.last_rotation.finished_at.isoformat(),
                     "is_filtered": column.last_rotation.is_filtered,
                 },
             }
@@ -172,7 +173,7 @@ def _command(column: SecretColumn) -> str:
 
 def _last(column: SecretColumn) -> str:
     last = column.last_rotation
-    if last is None:
+    if last is None or last.finished_at is None:
         return "never by async_rotate"
     part = ", only a part of the rows" if last.is_filtered else ""
-    return f"{moment(last.finished_at)} by rotation {last.id}{part}"
+    return f"{moment(last.finished_at)} by rotation {last.pk}{part}"
