@@ -11,7 +11,7 @@ ranges in flight, and the same call resumes the rotation.
 
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, TypeVar, Unpack
 
 from asgiref.sync import sync_to_async
@@ -44,6 +44,7 @@ from rotator.fields.receivers import commit_callback
 from rotator.fields.server import check_migrations, check_session_of_thread, read_session, server_of
 from rotator.fields.target import check_stored_form, find_fields, resolve
 from rotator.fields.throttles import find_sources
+from rotator.models import Rotation
 from rotator.options import RotateOptions, RunOptions, Selection, check_kind, check_kinds, read_strings
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.fence import Lease
@@ -166,16 +167,9 @@ def _prepare_call(target: Target, options: RotateOptions) -> "Prepared":
     if unknown := sorted(options.keys() - RotateOptions.__annotations__.keys()):
         raise OptionError(f"There is no option {', '.join(unknown)}. See RotateOptions for all of them.")
     checked = RunOptions.checked(**options, listens_to_signals=False)
-    selection = Selection(
-        filters=read_strings("filters", target.filters),
-        excludes=read_strings("excludes", target.excludes),
-        generator=target.generator,
-        include_null=target.include_null,
-        include_blank=target.include_blank,
-        ignore_derived=read_strings("ignore_derived", target.ignore_derived),
-        leaked=target.leaked,
-        leaked_column=target.leaked_column,
-    )
+    chosen = {each.name: getattr(target, each.name) for each in fields(Selection)}
+    lists = {name: read_strings(name, chosen[name]) for name in ("filters", "excludes", "ignore_derived")}
+    selection = Selection(**chosen | lists)
     check_kinds(selection)
     if target.database is not None:
         check_kind("database", target.database, str)
@@ -236,6 +230,24 @@ def prepare(
     return Prepared(target=target, options=options, server=server, keeps_connections=keeps_connections)
 
 
+def prepare_again(
+    stored: Rotation,
+    database: str,
+    *,
+    is_begun: bool = False,
+    keeps_connections: bool = False,
+) -> "Prepared":
+    """Prepare a stored rotation, with the options of its latest run."""
+    return prepare(
+        stored.target.split(),
+        database,
+        RunOptions.from_json(stored.options),
+        Selection.from_json(stored.selection),
+        is_begun=is_begun,
+        keeps_connections=keeps_connections,
+    )
+
+
 def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrapper:
     """Return Django's connection to the database of a target."""
     if database is None:
@@ -291,6 +303,15 @@ class Prepared:
         close_idle()
         return run_in_new_loop(main)
 
+    def _new_run(
+        self,
+        observer: Observer,
+        ask_for_help: AskForHelp | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Run:
+        on_commit = self._on_commit(observer)
+        return Run(self.server, self.target, self.options, observer, on_commit, ask_for_help, should_stop)
+
     def with_leaked_values(self) -> "Prepared":
         """Read the leaked values that the selection names, and return the rotation of only their rows."""
         selection = self.target.selection
@@ -326,11 +347,11 @@ class Prepared:
 
     def begin(self, observer: Observer) -> int:
         """Begin or resume the rotation, queue it for Celery workers, and return its id."""
-        return self._run(lambda: Run(self.server, self.target, self.options, observer).begin(self.findings))
+        return self._run(lambda: self._new_run(observer).begin(self.findings))
 
     def reindex(self, observer: Observer, rotation: int) -> tuple[str, ...]:
         """Rebuild the indexes after a completed rotation, and return the statements for the rest."""
-        return self._run(lambda: Run(self.server, self.target, self.options, observer).reindex(rotation))
+        return self._run(lambda: self._new_run(observer).reindex(rotation))
 
     def verify(
         self, observer: Observer, rotation: int, *, repairs: bool, should_stop: ShouldStop | None = None
@@ -338,14 +359,7 @@ class Prepared:
         """Verify a rotation of this target, and give survivors new values if ``repairs``."""
 
         async def work() -> Verified:
-            verifying = Run(
-                self.server,
-                self.target,
-                self.options,
-                observer,
-                self._on_commit(observer),
-                should_stop=should_stop,
-            )
+            verifying = self._new_run(observer, should_stop=should_stop)
             async with borrowed_in_loop():
                 return await verifying.verify(rotation, repairs=repairs)
 
@@ -373,8 +387,7 @@ class Prepared:
         should_stop: ShouldStop | None = None,
     ) -> RotationStopped:
         """Do the same in the running event loop."""
-        on_commit = self._on_commit(observer)
-        rotation = Run(self.server, self.target, self.options, observer, on_commit, ask_for_help, should_stop)
+        rotation = self._new_run(observer, ask_for_help, should_stop)
         if not self.options.preflight:
             for warning in self.target.warnings:
                 logging.getLogger(__name__).warning("Rotating %s: %s.", self.target.label, warning)

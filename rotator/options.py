@@ -379,6 +379,18 @@ class RunOptions:
             raise OptionError("--guard compares new values with the ledger. Use it with --prove.")
         return checked
 
+    def for_next_run(self) -> "RunOptions":
+        """Return the options that another run needs again, which shows no preflight report."""
+        return replace(
+            self,
+            preflight=False,
+            restart=False,
+            after=None,
+            take_over=False,
+            stop_after_rows=None,
+            stop_after_seconds=None,
+        )
+
     @property
     def has_throttles(self) -> bool:
         """Whether options make the owner read signals that can hold the rotation."""

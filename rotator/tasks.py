@@ -6,8 +6,8 @@ Workers import this module, and so does the command with ``--celery``. No other 
 import asyncio
 import mmap
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ from django.db import InterfaceError, OperationalError
 from django.db.models.functions import Now
 from django.utils.module_loading import import_string
 
-from rotator.api import prepare
+from rotator.api import Prepared, prepare_again
 from rotator.apps import hides_keys, rotator_setting
 from rotator.events import Observer
 from rotator.exceptions import (
@@ -33,7 +33,6 @@ from rotator.exceptions import (
     StoppedBeforeStartError,
 )
 from rotator.models import Helper, Ledger, Rotation
-from rotator.options import RunOptions, Selection
 from rotator.postgres.fence import Lease
 from rotator.postgres.spans import LEASE_SECONDS
 from rotator.progress.log import LogObserver
@@ -66,19 +65,17 @@ def help_with_rotation(database: str, number: int, message: int, should_stop: Sh
     rotation = rotations.filter(pk=number, status=Rotation.Status.RUNNING).first()
     if rotation is None:
         return None
-    options, selection = RunOptions.from_json(rotation.options), Selection.from_json(rotation.selection)
     lease = Lease(rotation=number, generation=rotation.generation)
     helper = helpers.create(rotation=rotation, expires_at=Now() + timedelta(seconds=LEASE_SECONDS))
     this = helpers.filter(pk=helper.pk)
     try:
-        prepared = prepare(rotation.target.split(), database, options, selection, is_begun=True)
+        prepared = prepare_again(rotation, database, is_begun=True)
         is_left = prepared.help(lease, helper.pk, should_stop, rotation.identity)
     except (ServerLostError, OperationalError, InterfaceError):
         # The owner sends another message when the lease has expired.
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, RotatorError) else program_error(error)
-        this.update(error=reason, expires_at=None)
+        this.update(error=_reason(error), expires_at=None)
         raise
     # Where the owner has sent another message instead, this row is deleted already.
     is_left = bool(this.delete()[0]) and is_left
@@ -105,45 +102,23 @@ def coordinate_rotation(
         ServerLostError: The server is unreachable.
         RotatorError: This worker cannot rotate the target; the rotation's row has the reason.
     """
-    rotations = Rotation.objects.using(database).filter(pk=number, status__in=Rotation.UNFINISHED)
-    try:
-        rotation = rotations.first()
-        if rotation is None:
-            return _resume_verification(database, number, observer, should_stop)
-    except (OperationalError, InterfaceError) as error:
-        raise ServerLostError(f"The database '{database}' cannot be reached.") from error
-    if rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
+    with _lost_is_an_outage(database):
+        rotation = Rotation.objects.using(database).filter(pk=number).first()
+        if rotation is not None and rotation.status == Rotation.Status.COMPLETED:
+            return _resume_verification(rotation, database, observer, should_stop)
+    if rotation is None or rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
         return False
-    options = replace(
-        RunOptions.from_json(rotation.options),
-        rotation=number,
-        # Celery handles the signals of its workers, and no user reads a preflight report here.
-        listens_to_signals=False,
-        preflight=False,
-        # These options were for the start of the rotation.
-        restart=False,
-        after=None,
-        take_over=False,
-    )
     try:
-        prepared = prepare(
-            rotation.target.split(), database, options, Selection.from_json(rotation.selection)
-        )
-        stopped = prepared.rotate(observer, ask_for_help, should_stop)
+        with _lost_is_an_outage(database):
+            stopped = _prepare_for_worker(rotation, database).rotate(observer, ask_for_help, should_stop)
     except RotationFinishedError:
         return False
     except StoppedBeforeStartError:
         return True
     except (OwnedElsewhereError, ServerLostError):
         raise
-    except (OperationalError, InterfaceError) as error:
-        raise ServerLostError(f"The database '{database}' cannot be reached.") from error
     except Exception as error:
-        reason = str(error) if isinstance(error, RotatorError) else program_error(error)
-        # Unless another process has taken it over.
-        rotations.filter(generation=rotation.generation, updated_at=rotation.updated_at).update(
-            status=Rotation.Status.FAILED, error=reason, updated_at=Now()
-        )
+        _record_failure(rotation, database, error)
         raise
     if stopped.status == "queued" and stopped.error:
         raise ServerLostError(stopped.error)
@@ -151,23 +126,48 @@ def coordinate_rotation(
     return stopped.status == "queued" or is_unverified
 
 
-def _resume_verification(database: str, number: int, observer: Observer, should_stop: ShouldStop) -> bool:
+@contextmanager
+def _lost_is_an_outage(database: str) -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise ServerLostError(f"The database '{database}' cannot be reached.") from error
+
+
+def _prepare_for_worker(rotation: Rotation, database: str) -> Prepared:
+    prepared = prepare_again(rotation, database)
+    # Celery handles the signals of its workers.
+    options = replace(prepared.options.for_next_run(), rotation=rotation.pk, listens_to_signals=False)
+    return replace(prepared, options=options)
+
+
+def _record_failure(rotation: Rotation, database: str, error: Exception) -> None:
+    """Record an error that would recur, unless another process has taken the rotation over."""
+    Rotation.objects.using(database).filter(
+        pk=rotation.pk,
+        status__in=Rotation.UNFINISHED,
+        generation=rotation.generation,
+        updated_at=rotation.updated_at,
+    ).update(status=Rotation.Status.FAILED, error=_reason(error), updated_at=Now())
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, RotatorError) else program_error(error)
+
+
+def _resume_verification(
+    rotation: Rotation, database: str, observer: Observer, should_stop: ShouldStop
+) -> bool:
     """Verify a completed rotation with a ledger, unless a verification has finished.
 
     Returns:
         Whether another worker has to resume it.
     """
-    rotation = (
-        Rotation.objects.using(database)
-        .filter(pk=number, status=Rotation.Status.COMPLETED, ledger__state=Ledger.State.READY)
-        .exclude(verifications__finished_at__isnull=False)
-        .first()
-    )
-    if rotation is None:
+    provable = Rotation.objects.using(database).filter(pk=rotation.pk, ledger__state=Ledger.State.READY)
+    if not provable.exclude(verifications__finished_at__isnull=False).exists():
         return False
-    options = replace(RunOptions.from_json(rotation.options), listens_to_signals=False)
-    prepared = prepare(rotation.target.split(), database, options, Selection.from_json(rotation.selection))
-    return bool(prepared.verify(observer, number, repairs=False, should_stop=should_stop).error)
+    prepared = _prepare_for_worker(rotation, database)
+    return bool(prepared.verify(observer, rotation.pk, repairs=False, should_stop=should_stop).error)
 
 
 # A limit of the project's app would end a task in the middle of its work.

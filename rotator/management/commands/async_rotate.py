@@ -117,7 +117,7 @@ class Command(OwnCommand):
             return None
         stopped = self._rotate(prepared, ask_for_help, options, report_file)
         if ask_for_help is not None and not options["noinput"] and self._agrees_to_queue(stopped):
-            self._queue(_without_one_run(prepared), options)
+            self._queue(replace(prepared, options=prepared.options.for_next_run()), options)
         return stopped
 
     def _rotate(
@@ -284,16 +284,3 @@ def _agree(prepared: "Prepared", observer: Observer, command_options: dict[str, 
         options=replace(options, preflight=False),
         findings=findings if options.preflight else None,
     )
-
-
-def _without_one_run(prepared: "Prepared") -> "Prepared":
-    """Return the same rotation without the options of the run that has just ended."""
-    options = replace(
-        prepared.options,
-        preflight=False,
-        restart=False,
-        take_over=False,
-        stop_after_rows=None,
-        stop_after_seconds=None,
-    )
-    return replace(prepared, options=options)

@@ -142,7 +142,7 @@ class Command(OwnCommand):
         )
 
     def _verify(self, options: Options) -> _Result:
-        from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
+        from rotator.api import prepare_again  # noqa: PLC0415 - imports the engine, which --help does not need
 
         rotation = _find(options)
         if rotation is None:
@@ -153,18 +153,11 @@ class Command(OwnCommand):
         if options["leaked_column"]:
             raise OptionError("--leaked-column names a column of the file of --leaked. Use both.")
         observer = LinesObserver(self.err) if options["verbosity"] else ignore
-        selection = Selection.from_json(rotation.selection)
-        if selection.leaked:
+        if rotation.selection.get("leaked"):
             raise OptionError(
                 f"Rotation {rotation.pk} rotated only the rows with leaked values. Verify it with --leaked."
             )
-        prepared = prepare(
-            rotation.target.split(),
-            _database(options),
-            RunOptions.from_json(rotation.options),
-            selection,
-            keeps_connections=self.is_called_by_code,
-        )
+        prepared = prepare_again(rotation, _database(options), keeps_connections=self.is_called_by_code)
         verified = prepared.verify(observer, rotation.pk, repairs=options["repair"])
         return _Result(
             facts=verification_report(verified),
