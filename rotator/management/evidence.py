@@ -39,20 +39,21 @@ def evidence(rotation: Rotation) -> str:
     """Return the evidence of a rotation as canonical JSON, with a final line end."""
     verifications = list(rotation.verifications.filter(finished_at__isnull=False).order_by("pk"))
     searches = [verification.result for verification in verifications if not verification.repairs]
+    latest = searches[-1] if searches else {}
     facts = {
         # Capital letters come first in the canonical order.
-        "NOT_PROVED": _not_proved(rotation, searches[-1] if searches else {}),
+        "NOT_PROVED": _not_proved(rotation, latest),
         "claims_not_made": list(NOT_CLAIMED),
         "form": {"format": FORMAT, "structure": "NIST SP 800-88 Rev. 1, Appendix G, where it fits"},
         "ledger": _ledger(rotation),
         "media": {
             "media_type": "column of a PostgreSQL table",
-            "server": (searches[-1] if searches else {}).get("server_name", ""),
-            "server_version": (searches[-1] if searches else {}).get("server_version", ""),
+            "server": latest.get("server_name", ""),
+            "server_version": latest.get("server_version", ""),
             "system_identifier": rotation.identity.get("system", ""),
             "table": rotation.table_name,
             "target": rotation.target,
-            "vacuumed_at": (searches[-1] if searches else {}).get("vacuumed_at", ""),
+            "vacuumed_at": latest.get("vacuumed_at", ""),
         },
         "sanitization": {
             "finished_at": rotation.finished_at and rotation.finished_at.isoformat(timespec="seconds"),
@@ -107,27 +108,21 @@ def _reasons(
 ) -> list[str]:
     """Return one sentence for each thing that is not proved."""
     controls, ledger = latest.get("controls") or {}, ledger_of(rotation)
+    survivors, in_gaps = counts["survivors"], counts["rows_in_gaps"]
+    not_written, excluded = counts["not_written_rows"], counts["excluded_rows"]
+    unknown = (latest.get("coverage") or {}).get("unknown")
     found = {
         "The rotation is not completed.": rotation.status != Rotation.Status.COMPLETED,
         "The rotation has no ledger, so survivors are unknown.": ledger is None,
-        "The ledger was dropped, so survivors are unknown since then.": ledger is not None
-        and ledger.forgotten_at is not None,
+        "The ledger was dropped, so survivors are unknown since then.": ledger and ledger.forgotten_at,
         "No verification has finished.": not latest,
         "A control of the verification failed.": not controls.get("have_passed", True),
-        f"{counts['survivors']} rows have an old value.": bool(counts["survivors"]),
-        f"The server rejected the new values of {rejected} rows, which keep old values.": bool(rejected),
-        f"{counts['rows_in_gaps']} rows are in gaps that the rotation has not written.": bool(
-            counts["rows_in_gaps"]
-        ),
-        f"{counts['not_written_rows']} rows have not been written since the rotation began.": bool(
-            counts["not_written_rows"]
-        ),
-        f"Filters excluded {counts['excluded_rows']} rows, which keep their values.": bool(
-            counts["excluded_rows"]
-        ),
-        f"The last writers of the rows are unknown: {(latest.get('coverage') or {}).get('unknown')}.": bool(
-            (latest.get("coverage") or {}).get("unknown")
-        ),
+        f"{survivors} rows have an old value.": survivors,
+        f"The server rejected the new values of {rejected} rows, which keep old values.": rejected,
+        f"{in_gaps} rows are in gaps that the rotation has not written.": in_gaps,
+        f"{not_written} rows have not been written since the rotation began.": not_written,
+        f"Filters excluded {excluded} rows, which keep their values.": excluded,
+        f"The last writers of the rows are unknown: {unknown}.": unknown,
     }
     return [sentence for sentence, is_true in found.items() if is_true]
 
