@@ -121,22 +121,8 @@ class RotationAdmin(_ModelAdmin):
         may_control = request.user.has_perm("rotator.control_rotation")
         return super().changelist_view(request, {**(extra_context or {}), "may_control": may_control})
 
-    def has_add_permission(self, request: HttpRequest) -> bool:  # noqa: ARG002 - Django's signature
-        """Return False: only the command adds rotations."""
+    def has_add_permission(self, request: HttpRequest, obj: Rotation | None = None) -> bool:  # noqa: ARG002
+        """Return False: only the command adds and changes rotations. No user deletes checkpoints."""
         return False
 
-    def has_change_permission(
-        self,
-        request: HttpRequest,  # noqa: ARG002 - Django's signature
-        obj: Rotation | None = None,  # noqa: ARG002 - Django's signature
-    ) -> bool:
-        """Return False: only the command changes rotations."""
-        return False
-
-    def has_delete_permission(
-        self,
-        request: HttpRequest,  # noqa: ARG002 - Django's signature
-        obj: Rotation | None = None,  # noqa: ARG002 - Django's signature
-    ) -> bool:
-        """Return False: the checkpoints record which rows are rotated."""
-        return False
+    has_change_permission = has_delete_permission = has_add_permission
