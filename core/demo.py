@@ -22,10 +22,6 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Not the tokens themselves: no copy of a leaked secret is to outlive its rotation.
 _DIGEST: Final = "sha256(convert_to(token::text, 'UTF8'))"
-_UNFINISHED: Final = (
-    "SELECT count(*) FROM rotator_rotation WHERE target = 'tickets.Ticket.token'"
-    " AND status IN ('running', 'queued', 'interrupted', 'failed')"
-)
 
 
 def main() -> int:
@@ -47,18 +43,18 @@ def main() -> int:
         return 128 + signal.SIGINT
     finally:
         # A resumed rotation is counted against the tokens before its start.
-        if not _number(_UNFINISHED):
+        if not _is_unfinished():
             _query("DROP TABLE IF EXISTS demo_digests")
 
 
 def _demonstrate(options: argparse.Namespace) -> int:
-    is_resumed = bool(_number(_UNFINISHED))
+    is_resumed = _is_unfinished()
     if not is_resumed:
         _query("DROP TABLE IF EXISTS demo_digests")
         _query(f"CREATE TABLE demo_digests AS SELECT id, {_DIGEST} AS digest FROM tickets_ticket")
     with tempfile.TemporaryDirectory() as folder:
         status = _rotate(options, Path(folder), is_resumed=is_resumed)
-    if _number(_UNFINISHED):
+    if _is_unfinished():
         sys.stdout.write("The rotation is unfinished: the same make command resumes it.\n")
         return status or 1
     return status or int(not _is_right())
@@ -136,6 +132,12 @@ def _workers(number: int, environment: Mapping[str, str]) -> Iterator[None]:
             worker.terminate()
         for worker in started:
             worker.wait()
+
+
+def _is_unfinished() -> bool:
+    from rotator.models import Rotation  # noqa: PLC0415 - after django.setup()
+
+    return Rotation.objects.filter(target="tickets.Ticket.token", status__in=Rotation.UNFINISHED).exists()
 
 
 def _number(statement: str) -> int:
