@@ -33,7 +33,7 @@ class Derivation(Enum):
     UNCLEAR = "unclear"
 
 
-def sql_hook(field: AnyField, model: type[Model]) -> str:
+def sql_hook(field: AnyField) -> str:
     """Return the name of the method that changes a field's value in SQL; empty if it has none."""
     for name in _SQL_HOOKS:
         hook = getattr(field, name, None)
@@ -42,7 +42,7 @@ def sql_hook(field: AnyField, model: type[Model]) -> str:
             return name
     if overrides(field, "pre_save"):
         try:
-            saved = _saved(field, model())
+            saved = _saved(field, field.model())
         except Exception:  # noqa: BLE001 - any error of the project's code
             return ""
         return "pre_save" if is_expression(saved) else ""
@@ -86,13 +86,13 @@ def transforms(field: AnyField) -> bool:
         return True
 
 
-def stores_randomly(field: AnyField, model: type[Model], database: str) -> bool:
+def stores_randomly(field: AnyField, database: str) -> bool:
     """Return whether this field stores the same value in another form each time, as encryption can do.
 
     Tries the field with an example. Returns False for a field that fails, because it says nothing.
     """
     with suppress(Exception):
-        instance = _with_examples(model(), [field], 0)
+        instance = _with_examples(field.model(), [field], 0)
         once, again = (_outcome(field, copy(instance), database)[0] for _ in range(2))
         return once != again
     return False

@@ -72,16 +72,14 @@ def uuid4_block(count: int, random_bytes: Callable[[int], bytes] = os.urandom) -
 # --- The source of values ------------------------------------------------------------------------------
 
 
-def value_source(
-    fields: Sequence[AnyField], *, model: type[Model], generator: str, database: str
-) -> ValueSource:
+def value_source(fields: Sequence[AnyField], *, generator: str, database: str) -> ValueSource:
     """Return the source of the values of some fields of a model: the named generator, or their defaults.
 
     Raises:
         TargetError: There is no default that makes values, or the generator cannot be called.
     """
     if generator:
-        return _from_generator(fields, model, generator, database)
+        return _from_generator(fields, generator, database)
     defaults = [_default(field, database) for field in fields]
     if len(fields) == 1 and type(fields[0]) is UUIDField and defaults[0] is uuid.uuid4:
         return InBulk(_uuid4s)
@@ -106,7 +104,7 @@ def _in_bulk(checker: "_ValueChecker", make_row: MakeRow) -> InBulk:
     return InBulk(sync_to_async(make))
 
 
-def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, database: str) -> ValueSource:
+def _from_generator(fields: Sequence[AnyField], path: str, database: str) -> ValueSource:
     generator = _import_generator(path)
     checker = _ValueChecker(f"The generator {path}", fields, database)
     if not _takes_instance(path, generator):
@@ -116,7 +114,7 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
         def make(wanted: Sequence[T]) -> tuple[list[T], tuple[Values, ...]]:
             with unlogged(database):
                 with lost_is_an_outage():
-                    rows = fetch(model, wanted, database)
+                    rows = fetch(fields[0].model, wanted, database)
                 make_rows = [
                     partial(lambda row: checker.in_order(generator(row)), row) for row in rows.values()
                 ]
@@ -127,10 +125,10 @@ def _from_generator(fields: Sequence[AnyField], model: type[Model], path: str, d
     return FromRows(sync_to_async(from_rows(fetch_instances)), sync_to_async(from_rows(fetch_instances_at)))
 
 
-def check_plain_values(fields: Sequence[AnyField], model: type[Model]) -> None:
+def check_plain_values(fields: Sequence[AnyField]) -> None:
     """Refuse fields whose values are changed in SQL."""
     for field in fields:
-        if hook := sql_hook(field, model):
+        if hook := sql_hook(field):
             raise _written_in_sql(field, hook)
 
 

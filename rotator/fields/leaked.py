@@ -148,7 +148,7 @@ def _to_bytes(field: AnyField, database: str) -> _ToBytes:
             return None
         return _bytes_of(prepared)
 
-    if stores_randomly(field, field.model, database):
+    if stores_randomly(field, database):
         raise TargetError(
             f"{field_label(field)} is a {type(field).__name__}, which stores the same value differently each "
             "time, so --leaked cannot find its rows. Rotate all of them."

@@ -36,8 +36,8 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
     """
     fields = find_fields(labels)
     model = fields[0].model
-    check_plain_values(fields, model)
-    _check_saving(fields, model, selection, database)
+    check_plain_values(fields)
+    _check_saving(fields, selection, database)
     # No leaked value is blank.
     if not (selection.include_blank or selection.leaked):
         _check_blank(fields, database)
@@ -48,7 +48,7 @@ def resolve(labels: Sequence[str], database: str, selection: Selection) -> RunTa
         path=table_path(model),
         key=tuple(str(field.column) for field in key_fields(model)),
         columns=tuple(str(field.column) for field in fields),
-        source=value_source(fields, model=model, generator=selection.generator, database=database),
+        source=value_source(fields, generator=selection.generator, database=database),
         condition=row_condition(
             model, selection, rotated=[field.name for field in fields], database=database
         ),
@@ -135,7 +135,7 @@ def check_stored_form(fields: Sequence[AnyField], database: str) -> None:
         TargetError: A field stores its values in random forms.
     """
     for field in fields:
-        if stores_randomly(field, field.model, database):
+        if stores_randomly(field, database):
             raise TargetError(
                 f"Cannot prove a rotation of {field_label(field)}: a {type(field).__name__} stores the same "
                 "value in another form each time, as randomised encryption does. A stale save() would store "
@@ -156,10 +156,9 @@ def _check_blank(fields: Sequence[AnyField], database: str) -> None:
             )
 
 
-def _check_saving(
-    fields: Sequence[AnyField], model: type[Model], selection: Selection, database: str
-) -> None:
+def _check_saving(fields: Sequence[AnyField], selection: Selection, database: str) -> None:
     """Refuse fields whose values saving changes or derives, unless the user takes care of that."""
+    model = fields[0].model
     for field in fields:
         if transforms(field) and not selection.generator:
             raise TargetError(

@@ -60,7 +60,6 @@ def _call_of(path: str) -> Call:
             return import_string(path)()
         finally:
             # Django's connections belong to a thread, and each call has a new one.
-            for connection in connections.all(initialized_only=True):
-                connection.close()
+            connections.close_all()
 
     return call
