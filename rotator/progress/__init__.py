@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Final, Literal, TextIO, TypeAlias, get_args
 
 from rotator.events import Observer, ignore
-from rotator.progress.bar import BAR_CHARACTERS, bar_observer, terminal_columns
+from rotator.progress.bar import BAR_CHARACTERS, BarObserver, terminal_columns
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.lines import LinesObserver
 from rotator.progress.log import LogObserver
@@ -42,7 +42,7 @@ def open_progress(
         case "log":
             yield LogObserver(hides_keys=hides_keys)
         case "auto" | "bar" if kind == "bar" or can_draw(err):
-            with bar_observer(err) as observer:
+            with BarObserver(err) as observer:
                 yield observer
         case _:
             yield LinesObserver(err)

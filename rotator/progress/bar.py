@@ -7,10 +7,10 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from threading import Lock
-from typing import Any, Final, TextIO
+from typing import Any, Final, Self, TextIO
 
 from rotator.events import (
     Event,
@@ -110,15 +110,8 @@ def terminal_columns(stream: TextIO) -> int:
         return 0
 
 
-@contextmanager
-def bar_observer(
-    stream: TextIO,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    columns: Callable[[], int] | None = None,
-    refresh_seconds: float = REFRESH_SECONDS,
-) -> Iterator[Callable[[Event], None]]:
-    """Draw a bar until the block ends, and restore the terminal.
+class BarObserver:
+    """Draws a bar until its context ends, and restores the terminal.
 
     Args:
         stream: The terminal; the raw stream, not one that adds line ends.
@@ -126,21 +119,18 @@ def bar_observer(
         columns: Returns the terminal's width; by default that of the stream.
         refresh_seconds: The time between two frames.
     """
-    width = columns or (lambda: terminal_columns(stream))
-    bar = _Bar(Screen(stream), clock, lambda: width() or _DEFAULT_COLUMNS, refresh_seconds)
-    try:
-        yield bar
-    finally:
-        bar.close()
 
-
-class _Bar:
     def __init__(
-        self, screen: Screen, clock: Callable[[], float], columns: Callable[[], int], refresh_seconds: float
+        self,
+        stream: TextIO,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        columns: Callable[[], int] | None = None,
+        refresh_seconds: float = REFRESH_SECONDS,
     ) -> None:
-        self._screen = screen
+        self._screen = Screen(stream)
         self._clock = clock
-        self._columns = columns
+        self._width = columns or (lambda: terminal_columns(stream))
         self._refresh_seconds = refresh_seconds
         self._timer = Timer(refresh_seconds, clock())
         self._stats = Stats(clock=clock)
@@ -149,7 +139,17 @@ class _Bar:
         self._position = 0
         self._open = ExitStack()
 
+    def __enter__(self) -> Self:
+        """Return the observer, which draws from the start of the rotation."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the bar of a run that ended without a RotationStopped."""
+        if self._handle is not None:
+            self._end_unfinished("stopped", "stopped")
+
     def __call__(self, event: Event) -> None:
+        """Take one event."""
         line = notice(event, self._stats)
         self._stats.take(event)
         if line:
@@ -167,11 +167,6 @@ class _Bar:
                 pass
             case _:
                 self._show()
-
-    def close(self) -> None:
-        """End the bar of a run that ended without a RotationStopped."""
-        if self._handle is not None:
-            self._end_unfinished("stopped", "stopped")
 
     def _start(self) -> None:
         # Importing it is slow, and only a terminal needs it.
@@ -231,6 +226,9 @@ class _Bar:
         if self._stats.rows_total and position != self._position:
             self._handle(position - self._position)
             self._position = position
+
+    def _columns(self) -> int:
+        return self._width() or _DEFAULT_COLUMNS
 
     def _room(self) -> int:
         # Some terminals wrap a line that fills the last column.

@@ -19,7 +19,7 @@ from rotator.api import prepare
 from rotator.events import Event, Observer, RotationStarted, RotationStopped, Tick
 from rotator.models import CompletedRange, Rotation
 from rotator.options import RunOptions
-from rotator.progress.bar import bar_observer
+from rotator.progress.bar import BarObserver
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.lines import LinesObserver
 from rotator.progress.summary import report, summary
@@ -92,8 +92,8 @@ class Accounts:
             lines,
             JsonObserver(self.json, clock=clock, wall_clock=now, every_seconds=0),
         ]
-        with bar_observer(self.bar, clock=clock, columns=lambda: 200, refresh_seconds=0.01) as bar:
-            self._bar = bar
+        with BarObserver(self.bar, clock=clock, columns=lambda: 200, refresh_seconds=0.01) as bar:
+            self._bar: Observer = bar
             yield self
 
     def __call__(self, event: Event) -> None:

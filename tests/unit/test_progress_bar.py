@@ -15,7 +15,7 @@ from rotator.events import (
     StopReason,
     Tick,
 )
-from rotator.progress.bar import Screen, bar_observer, bar_text, fitting
+from rotator.progress.bar import BarObserver, Screen, bar_text, fitting
 from rotator.stats import Stats
 from tests.unit.progress_fakes import Clock, Gone, Terminal, completed, resumed, started, stopped
 
@@ -25,7 +25,7 @@ SHOW, HIDE = "\x1b[?25h", "\x1b[?25l"
 def bar(
     stream: Terminal, clock: Clock | None = None, *, columns: int = 100
 ) -> AbstractContextManager[Callable[[Event], None]]:
-    return bar_observer(stream, clock=clock or Clock(), columns=lambda: columns, refresh_seconds=0.01)
+    return BarObserver(stream, clock=clock or Clock(), columns=lambda: columns, refresh_seconds=0.01)
 
 
 def left_on(stream: Terminal) -> list[str]:
@@ -154,7 +154,7 @@ def test_no_line_is_wider_than_the_terminal(columns: int) -> None:
 
 def test_a_terminal_that_hung_up_does_not_stop_the_run() -> None:
     stream = Gone(3)
-    with bar_observer(stream, clock=Clock(), columns=lambda: 80, refresh_seconds=0.01) as observer:
+    with BarObserver(stream, clock=Clock(), columns=lambda: 80, refresh_seconds=0.01) as observer:
         observer(started())
         observer(completed())
         observer(stopped())
