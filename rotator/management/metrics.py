@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Final
 
 from django.db.models.functions import Now
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -34,10 +34,8 @@ def metrics(database: str) -> bytes:
     Args:
         database: Django's alias of the database with the rotator's tables.
     """
-    # The default registry has the metrics of this process.
-    registry = CollectorRegistry()
-    registry.register(RotationCollector(database))
-    return generate_latest(registry)
+    # Without a registry, which would describe the collector at its registration: that reads the database.
+    return generate_latest(RotationCollector(database))
 
 
 class RotationCollector(Collector):
@@ -54,10 +52,6 @@ class RotationCollector(Collector):
         for rotation in found.filter(status__in=Rotation.UNFINISHED) | finished_lately:
             self._add(families, rotation)
         yield from families.all
-
-    def describe(self) -> Iterator[Metric]:
-        """Return nothing, so that registration does not read the database."""
-        yield from ()
 
     def _add(self, families: "_Families", rotation: Rotation) -> None:
         number = str(rotation.pk)
