@@ -3,14 +3,15 @@
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
-from django.apps import apps
-from django.core.exceptions import FieldDoesNotExist
-from django.db.models import Count, Field, Max
+from django.db.models import Count, Max
 
 from rotator.apps import hides_keys
 from rotator.events import ActionKind, Findings
+from rotator.exceptions import TargetError
+from rotator.fields.model import AnyField
+from rotator.fields.target import find_fields
 from rotator.management.motion import Motion, Speed, motion_of, speed_of
 from rotator.management.rotation import (
     control_of,
@@ -134,14 +135,12 @@ def _left_out(rotation: Rotation) -> list[str]:
     return left or ["The options leave out no row."]
 
 
-def _fields(rotation: Rotation) -> "list[Field[Any, Any]]":
+def _fields(rotation: Rotation) -> list[AnyField]:
     """Return the fields of the target, without those that the project has no more."""
-    found = []
+    found = list[AnyField]()
     for label in rotation.target.split():
-        model, _, name = label.rpartition(".")
-        with suppress(LookupError, ValueError, FieldDoesNotExist):
-            field = apps.get_model(model)._meta.get_field(name)
-            found += [field] if isinstance(field, Field) else []
+        with suppress(TargetError):
+            found += find_fields([label])
     return found
 
 
@@ -270,12 +269,7 @@ def chart_of(rotation: Rotation) -> dict[str, object]:
             },
         )
         points = [
-            Point(
-                at=at,
-                rows_per_second=None if speed is None else float(speed),
-                commit_seconds=commit,
-                baseline_seconds=baseline,
-            )
+            Point(at, None if speed is None else float(speed), commit, baseline)
             for at, speed, commit, baseline in cursor.fetchall()
         ]
         cursor.execute(

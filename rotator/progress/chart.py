@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, NamedTuple
 
 from rotator.progress.text import count, duration, moment, rate
 
@@ -16,8 +16,7 @@ _MILLISECONDS: Final = 1000
 _DAY_SECONDS: Final = 86_400
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """The figures of one part of the time; None where nothing was measured.
 
     Attributes:
@@ -29,8 +28,8 @@ class Point:
 
     at: int
     rows_per_second: float | None
-    commit_seconds: float | None = None
-    baseline_seconds: float | None = None
+    commit_seconds: float | None
+    baseline_seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

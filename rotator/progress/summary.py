@@ -70,11 +70,8 @@ def leaked_report(event: LeakedValuesFound) -> dict[str, object]:
 
 
 def _indexes(event: RotationStopped) -> list[dict[str, object]]:
-    before = (
-        {index.name: index.size_bytes for index in event.storage_before.indexes}
-        if event.storage_before
-        else {}
-    )
+    earlier = event.storage_before.indexes if event.storage_before else ()
+    before = {index.name: index.size_bytes for index in earlier}
     return [
         {"name": index.name, "bytes_before": before.get(index.name), "bytes": index.size_bytes}
         for index in (event.storage.indexes if event.storage else ())
