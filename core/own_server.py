@@ -44,6 +44,10 @@ class OwnServer:
         programs: Which PostgreSQL; None for the one that the embedded server would use.
         is_stock: Whether all other settings are as PostgreSQL comes; else they are those of a server that
             is made for a test and thrown away.
+
+    Attributes:
+        account: Whom the server's processes and files belong to.
+        password: The password for TCP connections; tests give it to the roles that they create.
     """
 
     def __init__(
@@ -53,10 +57,10 @@ class OwnServer:
         programs: Programs | None = None,
         is_stock: bool = False,
     ) -> None:
-        self._account = Account.for_server()
+        self.account = Account.for_server()
         self._settings = {**({} if is_stock else _OWN_SETTINGS), **(settings or {})}
         self._programs = programs
-        self._password = secrets.token_hex(16)
+        self.password = secrets.token_hex(16)
         self.port = 0
         self.folder = Path()
 
@@ -77,11 +81,6 @@ class OwnServer:
         self._remove()
 
     @property
-    def account(self) -> Account:
-        """Whom the server's processes and files belong to."""
-        return self._account
-
-    @property
     def major(self) -> int:
         """Its major version."""
         return self._chosen().major
@@ -97,14 +96,9 @@ class OwnServer:
         """
         query = "&".join(f"{name}={quote(value, safe='')}" for name, value in options.items())
         return (
-            f"postgres://{quote(user, safe='')}:{self._password}@127.0.0.1:{port or self.port}"
+            f"postgres://{quote(user, safe='')}:{self.password}@127.0.0.1:{port or self.port}"
             f"/{quote(database, safe='')}" + (f"?{query}" if query else "")
         )
-
-    @property
-    def password(self) -> str:
-        """The password for TCP connections; tests give it to the roles that they create."""
-        return self._password
 
     @property
     def socket_folder(self) -> Path:
@@ -165,17 +159,17 @@ class OwnServer:
 
     def _chosen(self) -> Programs:
         if self._programs is None:
-            self._programs = find_programs(self._account, self.folder)
+            self._programs = find_programs(self.account, self.folder)
         return self._programs
 
     def _create(self) -> None:
-        self._account.own(self.folder)
+        self.account.own(self.folder)
         programs = self._chosen()
         self.socket_folder.mkdir()
-        self._account.own(self.socket_folder)
+        self.account.own(self.socket_folder)
         # The folder is closed to all others; the account has to read it.
         password_file = self.folder / "password"
-        password_file.write_text(self._password)
+        password_file.write_text(self.password)
         password_file.chmod(0o644)
         self._run(
             "initdb",
@@ -205,7 +199,7 @@ class OwnServer:
         self._run("pg_ctl", action, "--silent", f"--pgdata={self._data}", *arguments)
 
     def _run(self, program: str, *arguments: str) -> None:
-        completed = self._account.run([self._chosen().folder / program, *arguments])
+        completed = self.account.run([self._chosen().folder / program, *arguments])
         if completed.returncode:
             said = self.log() if self._log.exists() else ""
             raise OwnServerError(f"{program} failed: {complaint(completed.stdout)}; {complaint(said)}")
@@ -242,12 +236,12 @@ class OwnReplica(OwnServer):
     def __init__(self, primary: OwnServer) -> None:
         super().__init__({"wal_receiver_status_interval": "1s", "hot_standby_feedback": "off"})
         self._primary = primary
-        self._password = primary.password
+        self.password = primary.password
 
     def _create(self) -> None:
-        self._account.own(self.folder)
+        self.account.own(self.folder)
         self.socket_folder.mkdir()
-        self._account.own(self.socket_folder)
+        self.account.own(self.socket_folder)
         self._run(
             "pg_basebackup",
             f"--pgdata={self._data}",
