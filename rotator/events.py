@@ -167,28 +167,22 @@ class Findings:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Findings | None":
         """Return saved findings; None where another version has saved them without what this one needs."""
+        lists = {"indexes": Index, "kept": KeptValues, "copies": Copies}
         try:
-            return cls._from_json(saved)
-        except (KeyError, TypeError):
-            return None
-
-    @classmethod
-    def _from_json(cls, saved: Mapping[str, Any]) -> "Findings":
-        table = known_fields(TableFindings, saved["table"])
-        parts = {"indexes": Index, "kept": KeptValues, "copies": Copies}
-        table |= {
-            name: tuple(kind(**known_fields(kind, each)) for each in table[name])
-            for name, kind in parts.items()
-            if table.get(name) is not None
-        }
-        return cls(
-            **known_fields(cls, saved)
-            | {
+            table = known_fields(TableFindings, saved["table"])
+            table |= {
+                name: tuple(kind(**known_fields(kind, each)) for each in table[name])
+                for name, kind in lists.items()
+                if table.get(name) is not None
+            }
+            parts = {
                 "table": TableFindings(**table),
                 "server": ServerFindings(**known_fields(ServerFindings, saved["server"])),
                 "sample": Sample(**known_fields(Sample, saved["sample"])),
             }
-        )
+            return cls(**known_fields(cls, saved) | parts)
+        except (KeyError, TypeError):
+            return None
 
     @property
     def estimated_seconds(self) -> float | None:

@@ -122,7 +122,7 @@ def derivation(field: AnyField, fields: Sequence[AnyField], model: type[Model], 
     Tries ``pre_save()`` with a new instance, or with a row of the database if necessary.
     """
     # Neither the time of the last save nor a value of the server is derived from other fields.
-    if isinstance(field, DateField | TimeField) or getattr(field, "generated", False):
+    if isinstance(field, DateField | TimeField) or field.generated:
         return Derivation.NONE
     for instance in _instances(model, database):
         try:

@@ -314,7 +314,7 @@ def _default(field: AnyField, database: str) -> Callable[[], object]:
     default: object = field.default
     if default is not NOT_PROVIDED and callable(default) and not _is_constant(default):
         return default
-    server_default = getattr(field, "db_default", NOT_PROVIDED)
+    server_default = field.db_default
     if hasattr(server_default, "resolve_expression") and not isinstance(server_default, Value):
         evaluate = _evaluate_on_server(field, server_default, database)
         if _makes_new_values(evaluate):

@@ -19,8 +19,7 @@ def field_label(field: AnyField) -> str:
 
 def key_fields(model: type[Model]) -> list[AnyField]:
     """Return the fields of a model's primary key; several if it is composite (Django 5.2)."""
-    key = model._meta.pk
-    return list(getattr(model._meta, "pk_fields", [key]))
+    return list(model._meta.pk_fields)
 
 
 def fetch_instances(model: type[Model], keys: Sequence[Key], database: str) -> Mapping[Key, Model]:
