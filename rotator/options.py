@@ -380,7 +380,7 @@ class RunOptions:
         return checked
 
     def for_next_run(self) -> "RunOptions":
-        """Return the options that another run needs again, which shows no preflight report."""
+        """Return the options of another run of the same rotation, which shows no preflight report."""
         return replace(
             self,
             preflight=False,

@@ -102,14 +102,14 @@ def coordinate_rotation(
         ServerLostError: The server is unreachable.
         RotatorError: This worker cannot rotate the target; the rotation's row has the reason.
     """
-    with _lost_is_an_outage(database):
+    with _errors_as_outages(database):
         rotation = Rotation.objects.using(database).filter(pk=number).first()
         if rotation is not None and rotation.status == Rotation.Status.COMPLETED:
             return _resume_verification(rotation, database, observer, should_stop)
     if rotation is None or rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
         return False
     try:
-        with _lost_is_an_outage(database):
+        with _errors_as_outages(database):
             stopped = _prepare_for_worker(rotation, database).rotate(observer, ask_for_help, should_stop)
     except RotationFinishedError:
         return False
@@ -127,7 +127,8 @@ def coordinate_rotation(
 
 
 @contextmanager
-def _lost_is_an_outage(database: str) -> Iterator[None]:
+def _errors_as_outages(database: str) -> Iterator[None]:
+    """Raise ServerLostError for the errors of Django's own connection."""
     try:
         yield
     except (OperationalError, InterfaceError) as error:

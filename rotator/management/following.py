@@ -1,7 +1,6 @@
 """The progress of a rotation that another process works on."""
 
 import time
-from collections.abc import Callable
 from typing import Final, TextIO
 
 from rotator.management.rotation import held_by, is_silent, percent_of_rotation, rows_of, status_of
@@ -23,13 +22,11 @@ class FollowedProgress:
     Args:
         stream: A raw stream.
         is_live: Whether one line of a terminal is redrawn; otherwise each change is a line.
-        clock: Returns monotonic seconds.
     """
 
-    def __init__(self, stream: TextIO, *, is_live: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextIO, *, is_live: bool) -> None:
         self._stream = stream
         self._sink = Sink(stream)
-        self._clock = clock
         self._is_live = is_live
         self._rate = RecentRate()
         self._rows_seen: int | None = None
@@ -37,10 +34,11 @@ class FollowedProgress:
 
     def show(self, rotation: Rotation) -> None:
         """Show the rotation, from ``find_rotations()``, if its progress has changed."""
-        now, rows = self._clock(), rotation.rows_done
-        if self._rows_seen is not None and rows > self._rows_seen:
-            self._rate.add(rows - self._rows_seen, now=now, seconds=1.0)
-        elif self._rows_seen is not None and rows < self._rows_seen:
+        now, rows = time.monotonic(), rotation.rows_done
+        seen = rows if self._rows_seen is None else self._rows_seen
+        if rows > seen:
+            self._rate.add(rows - seen, now=now, seconds=1.0)
+        elif rows < seen:
             self._rate.restart()
         self._rows_seen = rows
         held, figures = held_by(rotation), list[str]()
