@@ -58,6 +58,8 @@ _SHORT_LIVED: Final = "Delete the rows: the codes expire within minutes, and use
 _SIGNED: Final = (
     "It holds signed tokens, which stay valid whatever the column holds: replace the key of their signature."
 )
+_REVOKE: Final = "Revoke the tokens at the provider, then delete the rows."
+_CHECKSUM: Final = "It holds hashes of token: rotate both together."
 _PAIR: Final = "It holds private keys: make a new pair of keys, and publish the new public key."
 
 # By the package, the class without Abstract and Base, and the field; None where a column holds no secret.
@@ -67,14 +69,8 @@ _PACKAGES: Final[Mapping[tuple[str, str, str], tuple[Kind, str] | None]] = {
     ("allauth", "SocialApp", "key"): (Kind.SECRET, "Get a new key from the provider."),
     ("allauth", "SocialApp", "secret"): (Kind.SECRET, "Get a new secret from the provider."),
     ("allauth", "SocialApp", "settings"): (Kind.SECRET, "Get new keys from the provider."),
-    ("allauth", "SocialToken", "token"): (
-        Kind.SECRET,
-        "Revoke the tokens at the provider, then delete the rows.",
-    ),
-    ("allauth", "SocialToken", "token_secret"): (
-        Kind.SECRET,
-        "Revoke the tokens at the provider, then delete the rows.",
-    ),
+    ("allauth", "SocialToken", "token"): (Kind.SECRET, _REVOKE),
+    ("allauth", "SocialToken", "token_secret"): (Kind.SECRET, _REVOKE),
     ("django", "Session", "session_key"): (Kind.SECRET, "Delete the rows: every user logs in again."),
     ("django", "User", "password"): (Kind.HASHED, _NEW_PASSWORDS),
     ("django_otp", "EmailDevice", "token"): (
@@ -88,10 +84,7 @@ _PACKAGES: Final[Mapping[tuple[str, str, str], tuple[Kind, str] | None]] = {
     ("knox", "AuthToken", "digest"): (Kind.HASHED, f"It holds hashes. {_LOG_OUT}"),
     ("knox", "AuthToken", "token_key"): None,
     ("oauth2_provider", "AccessToken", "token"): (Kind.SECRET, ""),
-    ("oauth2_provider", "AccessToken", "token_checksum"): (
-        Kind.HASHED,
-        "It holds hashes of token: rotate both together.",
-    ),
+    ("oauth2_provider", "AccessToken", "token_checksum"): (Kind.HASHED, _CHECKSUM),
     ("oauth2_provider", "Application", "client_secret"): (
         Kind.HASHED,
         "It holds hashes, unless hash_client_secret is off: issue new secrets to the clients.",
@@ -100,10 +93,7 @@ _PACKAGES: Final[Mapping[tuple[str, str, str], tuple[Kind, str] | None]] = {
     ("oauth2_provider", "DeviceGrant", "user_code"): (Kind.SECRET, _SHORT_LIVED),
     ("oauth2_provider", "Grant", "code"): (Kind.SECRET, ""),
     ("oauth2_provider", "RefreshToken", "token"): (Kind.SECRET, ""),
-    ("oauth2_provider", "RefreshToken", "token_checksum"): (
-        Kind.HASHED,
-        "It holds hashes of token: rotate both together.",
-    ),
+    ("oauth2_provider", "RefreshToken", "token_checksum"): (Kind.HASHED, _CHECKSUM),
     ("oauth2_provider", "RefreshToken", "token_family"): None,
     ("rest_framework", "Token", "key"): (Kind.SECRET, f"It is the primary key. {_LOG_OUT}"),
     ("rest_framework_api_key", "APIKey", "hashed_key"): (Kind.HASHED, _NEW_KEYS),
