@@ -2,9 +2,8 @@
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypedDict, Unpack
+from typing import Final, TypeAlias, TypedDict, Unpack
 
 from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, connections
@@ -38,13 +37,8 @@ class Options(TypedDict):
     verbosity: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """The result of a verification: as JSON types, as text, and the exit status."""
-
-    facts: dict[str, object]
-    text: str
-    exit_status: int
+_Result: TypeAlias = tuple[dict[str, object], str, int]
+"""The result of a verification: as JSON types, as text, and the exit status."""
 
 
 class Command(OwnCommand):
@@ -97,19 +91,19 @@ class Command(OwnCommand):
         """Verify, and exit with 1 while anything is left."""
         try:
             report_file = writable(options["report"])
-            result = self._count_leaked(options) if options["leaked"] else self._verify(options)
+            verify = self._count_leaked if options["leaked"] else self._verify
+            facts, text, exit_status = verify(options)
         except KeyboardInterrupt:
             # Ends the line of ^C.
             self.stderr.write("")
             raise CommandError(
                 "Stopped. The same command resumes the verification.", returncode=INTERRUPTED
             ) from None
-        if options["verbosity"] or result.exit_status:
-            text = json.dumps(result.facts, indent=2) if options["json"] else result.text
-            Sink(self.out).write_line(text)
-        write_report(report_file, result.facts)
-        if result.exit_status:
-            sys.exit(result.exit_status)
+        if options["verbosity"] or exit_status:
+            Sink(self.out).write_line(json.dumps(facts, indent=2) if options["json"] else text)
+        write_report(report_file, facts)
+        if exit_status:
+            sys.exit(exit_status)
 
     def _count_leaked(self, options: Options) -> _Result:
         from rotator.api import prepare  # noqa: PLC0415 - imports the engine, which --help does not need
@@ -135,11 +129,7 @@ class Command(OwnCommand):
         )
         found = prepared.count_leaked(options["leaked"], options["leaked_column"])
         facts = {"rotation": rotation and rotation.pk, "target": " ".join(labels)}
-        return _Result(
-            facts=facts | leaked_report(found),
-            text=f"{leaked_values(found)}.",
-            exit_status=int(found.found > 0),
-        )
+        return facts | leaked_report(found), f"{leaked_values(found)}.", int(found.found > 0)
 
     def _verify(self, options: Options) -> _Result:
         from rotator.api import prepare_again  # noqa: PLC0415 - imports the engine, which --help does not need
@@ -159,11 +149,7 @@ class Command(OwnCommand):
             )
         prepared = prepare_again(rotation, _database(options), keeps_connections=self.is_called_by_code)
         verified = prepared.verify(observer, rotation.pk, repairs=options["repair"])
-        return _Result(
-            facts=verification_report(verified),
-            text=verification_summary(verified),
-            exit_status=verified.exit_status,
-        )
+        return verification_report(verified), verification_summary(verified), verified.exit_status
 
 
 def _find(options: Options) -> Rotation | None:
