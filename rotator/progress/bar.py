@@ -129,10 +129,9 @@ class BarObserver:
         refresh_seconds: float = REFRESH_SECONDS,
     ) -> None:
         self._screen = Screen(stream)
-        self._clock = clock
         self._width = columns or (lambda: terminal_columns(stream))
         self._refresh_seconds = refresh_seconds
-        self._timer = Timer(refresh_seconds, clock())
+        self._timer = Timer(refresh_seconds, clock)
         self._stats = Stats(clock=clock)
         self._length = 0
         self._handle: Any = None
@@ -163,7 +162,7 @@ class BarObserver:
                 self._show()
             case RotationStopped():
                 self._finish(event)
-            case RangeCompleted() | WorkersProgressed() if not self._timer.due(self._clock()):
+            case RangeCompleted() | WorkersProgressed() if not self._timer.is_due():
                 pass
             case _:
                 self._show()

@@ -62,9 +62,8 @@ class JsonObserver:
         every_seconds: float = 1.0,
     ) -> None:
         self._sink = Sink(stream)
-        self._clock = clock
         self._wall_clock = wall_clock
-        self._timer = Timer(every_seconds, clock())
+        self._timer = Timer(every_seconds, clock)
         self._stats = Stats(clock=clock)
 
     def __call__(self, event: Event) -> None:
@@ -77,7 +76,7 @@ class JsonObserver:
                 stopped_at = event.stopped_at and _iso(event.stopped_at)
                 self._write("started", {**asdict(event), "stopped_at": stopped_at, "resumed": event.resumed})
             case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._stats.started and self._timer.due(self._clock()):
+                if self._stats.started and self._timer.is_due():
                     self._write("progress", figures(self._stats))
             case (
                 RangeDeferred()

@@ -41,14 +41,16 @@ def utc_now() -> datetime:
 
 
 class Timer:
-    """A timer for recurring output; each ``now`` is a monotonic clock's value in seconds."""
+    """A timer for recurring output."""
 
-    def __init__(self, seconds: float, now: float) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds = seconds
-        self._due_at = now + seconds
+        self._clock = clock
+        self._due_at = clock() + seconds
 
-    def due(self, now: float) -> bool:
+    def is_due(self) -> bool:
         """Return whether ``seconds`` have passed since it was last due, or since its creation."""
+        now = self._clock()
         if now < self._due_at:
             return False
         self._due_at = now + self._seconds
@@ -100,8 +102,7 @@ class NotableEvents(ABC):
     """
 
     def __init__(self, *, clock: Callable[[], float], every_seconds: float) -> None:
-        self._clock = clock
-        self._timer = Timer(every_seconds, clock())
+        self._timer = Timer(every_seconds, clock)
         self._stats = Stats(clock=clock)
 
     @abstractmethod
@@ -114,10 +115,10 @@ class NotableEvents(ABC):
         self._stats.take(event)
         match event:
             case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._stats.started and self._timer.due(self._clock()):
+                if self._stats.started and self._timer.is_due():
                     text = figures(self._stats)
             case VerificationProgressed():
-                if self._timer.due(self._clock()):
+                if self._timer.is_due():
                     text = f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
             case RotationStopped():
                 text = self.ended(event)
