@@ -8,7 +8,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
 from rotator.exceptions import ServerLostError
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import fetch_as, fetch_column, fetch_row, fetch_rows
 from rotator.postgres.table import PARTITIONS, TargetTable
 
 
@@ -18,30 +18,29 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
     An older transaction that has not yet written to it cannot commit a value that was in the table when the
     rotation began.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "SELECT DISTINCT COALESCE("
-                " 'pid ' || a.pid || ', user ' || COALESCE(a.usename, '?')"
-                " || COALESCE(', application ' || NULLIF(a.application_name, ''), '')"
-                " || COALESCE(', since ' || to_char(a.xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS')"
-                " || ' UTC', ''),"
-                " 'prepared ' || p.gid || ', user ' || p.owner"
-                " || ', since ' || to_char(p.prepared AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC',"
-                " 'transaction ' || x.transactionid)"
-                " FROM pg_locks x JOIN pg_locks t USING (virtualtransaction)"
-                " LEFT JOIN pg_stat_activity a ON a.pid = x.pid"
-                " LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid"
-                " WHERE x.locktype = 'transactionid' AND x.granted AND x.mode = 'ExclusiveLock'"
-                " AND age(x.transactionid) > age(%(started_xid)s::text::xid8::xid)"
-                " AND t.locktype = 'relation' AND t.granted AND t.relation IN {}"
-                " AND t.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-                " AND t.mode NOT IN ('AccessShareLock', 'RowShareLock')"
-                " ORDER BY 1"
-            ).format(PARTITIONS),
-            {"started_xid": started_xid, "table": table.regclass},
-        )
-        return tuple([phrase async for (phrase,) in cursor])
+    return await fetch_column(
+        connection,
+        sql.SQL(
+            "SELECT DISTINCT COALESCE("
+            " 'pid ' || a.pid || ', user ' || COALESCE(a.usename, '?')"
+            " || COALESCE(', application ' || NULLIF(a.application_name, ''), '')"
+            " || COALESCE(', since ' || to_char(a.xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS')"
+            " || ' UTC', ''),"
+            " 'prepared ' || p.gid || ', user ' || p.owner"
+            " || ', since ' || to_char(p.prepared AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC',"
+            " 'transaction ' || x.transactionid)"
+            " FROM pg_locks x JOIN pg_locks t USING (virtualtransaction)"
+            " LEFT JOIN pg_stat_activity a ON a.pid = x.pid"
+            " LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid"
+            " WHERE x.locktype = 'transactionid' AND x.granted AND x.mode = 'ExclusiveLock'"
+            " AND age(x.transactionid) > age(%(started_xid)s::text::xid8::xid)"
+            " AND t.locktype = 'relation' AND t.granted AND t.relation IN {}"
+            " AND t.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            " AND t.mode NOT IN ('AccessShareLock', 'RowShareLock')"
+            " ORDER BY 1"
+        ).format(PARTITIONS),
+        {"started_xid": started_xid, "table": table.regclass},
+    )
 
 
 # A blocker may wait itself, e.g. for the same row: the one that waits longest leads to the holder.
@@ -82,16 +81,12 @@ _OPEN: Final = (
 
 async def blocking_transactions(connection: AsyncConnection) -> frozenset[str]:
     """Return the transactions of other sessions for which the rotator's sessions wait just now."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_BLOCKING, (_LONGEST_CHAIN,))
-        return frozenset([transaction async for (transaction,) in cursor if transaction is not None])
+    return frozenset(await fetch_column(connection, _BLOCKING, (_LONGEST_CHAIN,))) - {None}
 
 
 async def open_transactions(connection: AsyncConnection, transactions: Iterable[str]) -> Mapping[str, str]:
     """Return those of these transactions that have not ended, each with a phrase for its session."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_OPEN, {"transactions": list(transactions)})
-        return {transaction: phrase async for transaction, phrase in cursor}
+    return dict(await fetch_rows(connection, _OPEN, {"transactions": list(transactions)}))
 
 
 # The view's state and times of other roles are NULL without pg_read_all_stats, its xid and xmin are not. A
@@ -136,10 +131,8 @@ class HorizonHolder:
 
 async def horizon_holders(connection: AsyncConnection) -> tuple[HorizonHolder, ...]:
     """Return what holds the xmin horizon now, the oldest first; most of it for a moment only."""
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=class_row(HorizonHolder))
-        await cursor.execute(_HORIZON_HOLDERS, (_HORIZON_HOLDERS_READ,))
-        return tuple(await cursor.fetchall())
+    holder = class_row(HorizonHolder)
+    return tuple(await fetch_as(connection, holder, _HORIZON_HOLDERS, (_HORIZON_HOLDERS_READ,)))
 
 
 # A number comes before the names in parentheses; one standby confirms where there is none. The view's
@@ -164,9 +157,7 @@ async def missing_standbys(connection: AsyncConnection, *, counts_waits: bool) -
         connection: The connection.
         counts_waits: Whether a commit of the rotator that waits for 5 s is reason enough.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute(_MISSING_STANDBYS, {"counts_waits": counts_waits})
-        row = await cursor.fetchone()
+    row = await fetch_row(connection, _MISSING_STANDBYS, {"counts_waits": counts_waits})
     if row is None:
         return ""
     return (

@@ -10,8 +10,8 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from rotator.exceptions import OptionError, TargetError
-from rotator.postgres.connection import fetch_rows
-from rotator.postgres.errors import read_only, translate_errors
+from rotator.postgres.connection import fetch_as, fetch_column, fetch_rows, first
+from rotator.postgres.errors import read_only
 from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
@@ -139,17 +139,13 @@ async def read_table(
     """
     name = sql.Identifier(*path).as_string()
     named = ".".join(path)
-    async with translate_errors(connection):
-        rows = connection.cursor(row_factory=dict_row)
-        await rows.execute(_RELATION, {"table": name, "key": list(key)})
-        relation = await rows.fetchone()
-        if relation is None:
-            raise TargetError(
-                f"Cannot rotate {named}: the table does not exist in this database. Run `manage.py migrate`, "
-                "or choose another database with --database."
-            )
-        await rows.execute(_COLUMNS, {"table": name})
-        found = {row["name"]: row async for row in rows}
+    relation = first(await fetch_as(connection, dict_row, _RELATION, {"table": name, "key": list(key)}))
+    if relation is None:
+        raise TargetError(
+            f"Cannot rotate {named}: the table does not exist in this database. Run `manage.py migrate`, or "
+            "choose another database with --database."
+        )
+    found = {row["name"]: row for row in await fetch_as(connection, dict_row, _COLUMNS, {"table": name})}
     _check_relation(named, relation)
     for wanted in (*key, *columns):
         if wanted not in found:
@@ -189,8 +185,14 @@ async def read_table(
 
 async def read_update_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
     """Return the names of the enabled triggers that an update of the table fires."""
-    rows = await fetch_rows(connection, _UPDATE_TRIGGERS, {"table": table.regclass})
-    return tuple(name for (name,) in rows)
+    return await fetch_column(connection, _UPDATE_TRIGGERS, {"table": table.regclass})
+
+
+async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:
+    """Return the number of tables that hold the rows."""
+    query = sql.SQL("SELECT count(*)::integer FROM {} AS leaf").format(PARTITIONS)
+    (partitions,) = await fetch_column(connection, query, {"table": table.regclass})
+    return int(partitions)
 
 
 def _check_relation(named: str, relation: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.postgres.connection import Server, set_local
+from rotator.postgres.connection import Server, fetch_as, first, set_local
 from rotator.postgres.errors import condition, connection_lost, translate_errors
 from rotator.postgres.table import identifier
 
@@ -166,9 +166,7 @@ async def read_stored_table(
         ServerLostError: The connection was lost.
     """
     async with translate_errors(connection), reading(connection, server):
-        cursor = connection.cursor(row_factory=dict_row)
-        await cursor.execute(_TABLE, (sql.Identifier(*path).as_string(),))
-        row = await cursor.fetchone()
+        row = first(await fetch_as(connection, dict_row, _TABLE, (sql.Identifier(*path).as_string(),)))
     if row is None:
         return None
     rows = row["tree_rows"] if row["kind"] == "p" else row["rows"]

@@ -1,19 +1,23 @@
 """Connections to the server: how they are opened, their settings, and poolers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, IsolationLevel, sql
 from psycopg.abc import Params
 from psycopg.pq import PipelineStatus, TransactionStatus
+from psycopg.rows import BaseRowFactory, tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from rotator.exceptions import ServerLostError
 from rotator.postgres import values
-from rotator.postgres.errors import read_only, translate_errors
+from rotator.postgres.errors import ANSWER_SECONDS, read_only, translate_errors
+
+T = TypeVar("T")
+Query: TypeAlias = LiteralString | bytes | sql.SQL | sql.Composed
 
 APPLICATION_NAME: Final = "rotator"
 CONNECT_SECONDS: Final = 10
@@ -276,14 +280,49 @@ class _LocalCursor(AsyncCursor):
                 return await super().execute(*arguments, **options)
 
 
+async def fetch_as(
+    connection: AsyncConnection,
+    row_factory: BaseRowFactory[T],
+    query: Query,
+    parameters: Params | None = None,
+    *,
+    seconds: float | None = ANSWER_SECONDS,
+) -> list[T]:
+    """Return the rows of a query, as a row factory of the driver makes them; see :func:`translate_errors`."""
+    async with translate_errors(connection, seconds=seconds):
+        cursor = connection.cursor(row_factory=row_factory)
+        await cursor.execute(query, parameters)
+        return await cursor.fetchall()
+
+
+def first(rows: Sequence[T]) -> T | None:
+    """Return the first of some rows; None where there are none."""
+    return rows[0] if rows else None
+
+
 async def fetch_rows(
     connection: AsyncConnection,
-    query: LiteralString | sql.SQL | sql.Composed,
+    query: Query,
     parameters: Params | None = None,
+    *,
+    seconds: float | None = ANSWER_SECONDS,
 ) -> list[tuple[Any, ...]]:
     """Return the rows of a query."""
-    async with translate_errors(connection):
-        return await (await connection.execute(query, parameters)).fetchall()
+    return await fetch_as(connection, tuple_row, query, parameters, seconds=seconds)
+
+
+async def fetch_row(
+    connection: AsyncConnection, query: Query, parameters: Params | None = None
+) -> tuple[Any, ...] | None:
+    """Return the first row of a query; None where it has none."""
+    return first(await fetch_rows(connection, query, parameters))
+
+
+async def fetch_column(
+    connection: AsyncConnection, query: Query, parameters: Params | None = None
+) -> tuple[Any, ...]:
+    """Return the values of a query's first column."""
+    return tuple(row[0] for row in await fetch_rows(connection, query, parameters))
 
 
 async def begin(connection: AsyncConnection) -> None:

@@ -10,6 +10,7 @@ from psycopg import AsyncConnection
 from psycopg.rows import class_row
 
 from rotator.events import ActionKind
+from rotator.postgres.connection import fetch_as
 from rotator.postgres.errors import translate_errors
 
 # A rotation that no user has changed has no control row.
@@ -55,11 +56,8 @@ class Requested:
 
 async def read_requested(connection: AsyncConnection, rotation: int) -> Requested:
     """Return what users have requested of a rotation; waits for no other session that writes it."""
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=class_row(Requested))
-        await cursor.execute(_READ, (rotation,))
-        (requested,) = await cursor.fetchall()
-        return requested
+    (requested,) = await fetch_as(connection, class_row(Requested), _READ, (rotation,))
+    return requested
 
 
 async def log_action(

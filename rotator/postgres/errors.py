@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import psycopg
-from psycopg import AsyncConnection, errors
+from psycopg import errors
 from psycopg_pool import PoolTimeout
 
 from rotator.exceptions import (
@@ -213,26 +213,3 @@ def _lost_message(error: Exception) -> str:
     # libpq's messages contain hosts and system errors, but no values of rows.
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"The server cannot be reached: {first_line.rstrip('.')}."
-
-
-# See chapter "Error Reporting and Logging" of PostgreSQL's manual, and the manuals of the two modules. Where
-# this role may change log_parameter_max_length, begin_fenced() turns logging off for each transaction.
-_QUERY: Final = (
-    "SELECT name || ' = ' || setting FROM pg_settings WHERE"
-    " (CASE name WHEN 'log_statement' THEN setting IN ('mod', 'all')"
-    " WHEN 'log_min_duration_statement' THEN setting <> '-1'"
-    " WHEN 'log_min_duration_sample' THEN setting <> '-1'"
-    " WHEN 'log_transaction_sample_rate' THEN setting <> '0' ELSE false END"
-    " AND current_setting('log_parameter_max_length') <> '0'"
-    " AND NOT has_parameter_privilege('log_parameter_max_length', 'SET'))"
-    " OR (name = 'auto_explain.log_min_duration' AND setting <> '-1'"
-    " AND COALESCE(current_setting('auto_explain.log_parameter_max_length', true), '0') <> '0')"
-    " OR (name = 'pgaudit.log_parameter' AND setting = 'on') ORDER BY name"
-)
-
-
-async def settings_that_show_values(connection: AsyncConnection) -> tuple[str, ...]:
-    """Return the settings that make the server log new values, e.g. ``log_statement = all``."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_QUERY)
-        return tuple([setting async for (setting,) in cursor])

@@ -7,7 +7,7 @@ from typing import Final
 
 from psycopg import AsyncConnection, sql
 
-from rotator.postgres.connection import fetch_rows, set_local
+from rotator.postgres.connection import fetch_column, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import OWN_ROTATION
 from rotator.postgres.ledger import Ledger
@@ -147,7 +147,7 @@ async def remove_guard(connection: AsyncConnection, ledger: Ledger) -> None:
 
 async def count_hits(connection: AsyncConnection, ledger: Ledger) -> int:
     """Return how often the present guard met an old value."""
-    ((hits,),) = await fetch_rows(
+    (hits,) = await fetch_column(
         connection,
         "SELECT COALESCE(pg_sequence_last_value(to_regclass(%s)), 0)",
         (_sequence(ledger).as_string(),),

@@ -8,7 +8,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row, dict_row
 
 from rotator.exceptions import TargetError
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import fetch_as
 from rotator.postgres.table import PARTITIONS, TargetTable
 
 SESSION_QUERY: Final = (
@@ -54,10 +54,7 @@ async def check_session(
         TargetError: The server, the database, the role or a table is another one.
     """
     name = sql.Identifier(*path).as_string()
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=class_row(SessionIdentity))
-        await cursor.execute(SESSION_QUERY, (name, name))
-        (found,) = await cursor.fetchall()
+    (found,) = await fetch_as(connection, class_row(SessionIdentity), SESSION_QUERY, (name, name))
     check_same_session(path, expected, found)
 
 
@@ -203,10 +200,7 @@ _TARGET: Final = sql.SQL(
 
 async def read_identity(connection: AsyncConnection, table: TargetTable) -> TargetIdentity:
     """Read the present identity of the target."""
-    async with translate_errors(connection):
-        rows = connection.cursor(row_factory=dict_row)
-        await rows.execute(_KEY, {"table": table.regclass, "key": [column.name for column in table.key]})
-        key = tuple([KeyColumn(**row) async for row in rows])
-        await rows.execute(_TARGET, {"table": table.regclass})
-        (row,) = await rows.fetchall()
-    return TargetIdentity(key=key, **row)
+    parameters = {"table": table.regclass, "key": [column.name for column in table.key]}
+    key = await fetch_as(connection, class_row(KeyColumn), _KEY, parameters)
+    (row,) = await fetch_as(connection, dict_row, _TARGET, parameters)
+    return TargetIdentity(key=tuple(key), **row)

@@ -11,7 +11,7 @@ from psycopg import AsyncConnection, sql
 
 from rotator.events import IndexSize
 from rotator.exceptions import RangeRejectedError, RotatorError, RowsLockedError
-from rotator.postgres.connection import fetch_rows
+from rotator.postgres.connection import fetch_column, fetch_rows
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
 from rotator.postgres.vacuum import BUSY, STOPPED, execute_until
@@ -56,12 +56,12 @@ async def find_stale_indexes(
 
 async def find_leftovers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
     """Return the invalid indexes that an interrupted ``REINDEX CONCURRENTLY`` left on the table."""
-    return tuple(name for (name,) in await fetch_rows(connection, _LEFTOVERS, {"table": table.regclass}))
+    return await fetch_column(connection, _LEFTOVERS, {"table": table.regclass})
 
 
 async def read_size(connection: AsyncConnection, index: str) -> int:
     """Return the size of an index."""
-    ((size,),) = await fetch_rows(connection, "SELECT pg_relation_size(to_regclass(%s))", (index,))
+    (size,) = await fetch_column(connection, "SELECT pg_relation_size(to_regclass(%s))", (index,))
     return size or 0
 
 

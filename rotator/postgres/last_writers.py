@@ -12,9 +12,9 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.postgres.connection import set_local
+from rotator.postgres.connection import fetch_as, fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 
 _STARTED: Final = sql.SQL("%(started_xid)s::text::xid8::xid")
 RECORDED: Final = sql.SQL(
@@ -131,10 +131,7 @@ async def count_last_writers(
         is_older=is_older(sql.SQL("c.xid"), sql.SQL("a.xid")),
     )
     # It takes as long as the table is large.
-    async with translate_errors(connection, seconds=None):
-        cursor = connection.cursor(row_factory=dict_row)
-        await cursor.execute(query, parameters)
-        leaves = await cursor.fetchall()
+    leaves = await fetch_as(connection, dict_row, query, parameters, seconds=None)
     mixed = sum(leaf["mixed"] for leaf in leaves)
     confirmed_of_mixed = min(mixed, await _count_mixed(connection, table, parameters)) if mixed else 0
     return LastWriters(
@@ -156,15 +153,13 @@ async def _count_mixed(
     async with translate_errors(connection, seconds=None), connection.transaction():
         await set_local(connection, {"enable_seqscan": "off"})
         for within, null in ((through, sql.SQL("NULL")), (after, sql.SQL("NOT NULL"))):
-            cursor = await connection.execute(
-                sql.SQL(_MIXED).format(
-                    row=table.row,
-                    row_name=identifier(ROW),
-                    within=within,
-                    and_matches=table.and_matches,
-                    null=null,
-                ),
-                parameters,
+            query = sql.SQL(_MIXED).format(
+                row=table.row,
+                row_name=identifier(ROW),
+                within=within,
+                and_matches=table.and_matches,
+                null=null,
             )
-            rows += await number(cursor)
+            ((found,),) = await fetch_rows(connection, query, parameters, seconds=None)
+            rows += int(found)
     return rows

@@ -12,7 +12,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.options import WaitLimits
-from rotator.postgres.connection import set_local
+from rotator.postgres.connection import fetch_rows, set_local
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.table import ROW, Column, TargetTable, identifier
@@ -321,6 +321,5 @@ async def count_known(connection: AsyncConnection, ledger: Ledger) -> tuple[int,
         name=ledger.name,
         known=ledger.known,
     )
-    async with translate_errors(connection, seconds=None):
-        ((recorded, found, is_known),) = await (await connection.execute(query, {})).fetchall()
+    ((recorded, found, is_known),) = await fetch_rows(connection, query, {}, seconds=None)
     return int(recorded), int(found), bool(is_known)

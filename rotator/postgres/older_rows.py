@@ -11,7 +11,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.options import WaitLimits
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import fetch_row, fetch_rows
 from rotator.postgres.fence import Lease, rolled_back_on_error
 from rotator.postgres.last_writers import ATTACHED, RECORDED, is_older
 from rotator.postgres.ledger import Ledger
@@ -55,16 +55,16 @@ class OlderRows:
 
         A row that any session writes in the meantime moves to a place where it is not found again.
         """
-        async with translate_errors(self._connection):
-            leaves = await self._connection.execute(
-                sql.SQL(
-                    "SELECT n.nspname, c.relname, c.oid::bigint, a.xid::text FROM pg_class c"
-                    " JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN ({}) AS a ON a.leaf = c.oid"
-                    " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
-                ).format(ATTACHED, PARTITIONS),
-                {"table": self._table.regclass, "started_xid": self._started_xid},
-            )
-        async for schema, name, leaf, attached_xid in leaves:
+        leaves = await fetch_rows(
+            self._connection,
+            sql.SQL(
+                "SELECT n.nspname, c.relname, c.oid::bigint, a.xid::text FROM pg_class c"
+                " JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN ({}) AS a ON a.leaf = c.oid"
+                " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
+            ).format(ATTACHED, PARTITIONS),
+            {"table": self._table.regclass, "started_xid": self._started_xid},
+        )
+        for schema, name, leaf, attached_xid in leaves:
             query = self._query(identifier(schema, name), is_attached=attached_xid is not None)
             block, after = 0, "(0,0)"
             while block < await self._blocks(leaf):
@@ -77,12 +77,11 @@ class OlderRows:
                     "batch": batch,
                 }
                 while True:
-                    async with translate_errors(self._connection):
-                        cursor = await self._connection.execute(query, {"after": after, **parameters})
-                        found = [
-                            OlderRow(place=Place(leaf=leaf, ctid=ctid), xid=xid, key=Key(key))
-                            async for ctid, xid, key in cursor
-                        ]
+                    rows = await fetch_rows(self._connection, query, {"after": after, **parameters})
+                    found = [
+                        OlderRow(place=Place(leaf=leaf, ctid=ctid), xid=xid, key=Key(key))
+                        for ctid, xid, key in rows
+                    ]
                     if found:
                         after = found[-1].place.ctid
                         yield found
@@ -91,11 +90,8 @@ class OlderRows:
                 after = f"({block},0)"
 
     async def _blocks(self, leaf: int) -> int:
-        async with translate_errors(self._connection):
-            cursor = await self._connection.execute(
-                "SELECT pg_relation_size(%s::oid::regclass) / current_setting('block_size')::integer", (leaf,)
-            )
-            row = await cursor.fetchone()
+        query: Final = "SELECT pg_relation_size(%s::oid::regclass) / current_setting('block_size')::integer"
+        row = await fetch_row(self._connection, query, (leaf,))
         # A partition that was dropped in the meantime has no size.
         return int(row[0] or 0) if row else 0
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 
 from rotator.exceptions import RangeTooSlowError, TargetError
-from rotator.postgres.connection import fetch_rows, set_local
+from rotator.postgres.connection import fetch_column, fetch_row, fetch_rows, set_local
 from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
@@ -167,11 +167,9 @@ async def slice_ends(
     statement = last_keys(table, after_is_known=interval.after is not None)
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, _PLANNING_SETTINGS)
-        cursor = await connection.execute(
-            statement,
-            {"after": interval.after, "through": interval.through, "skip": rows - 1, "ranges": most},
-        )
-        return [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
+        parameters = {"after": interval.after, "through": interval.through, "skip": rows - 1, "ranges": most}
+        found = await fetch_rows(connection, statement, parameters)
+    return [_checked(key, survives=survives) for _, key, survives in sorted(found)]
 
 
 async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | None:
@@ -181,7 +179,8 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
     )
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, KEY_SETTINGS)
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             sql.SQL(
                 "SELECT {text}, {survives} FROM (SELECT *, {json} AS {text} FROM"
                 " (SELECT {key} FROM {table} ORDER BY {descending} LIMIT 1) AS {last}) AS {last}"
@@ -196,7 +195,6 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
             ),
             {},
         )
-        row = await cursor.fetchone()
     return None if row is None else _checked(row[0], survives=row[1])
 
 
@@ -232,7 +230,7 @@ async def count_table(connection: AsyncConnection, table: TargetTable, *, second
     query = sql.SQL("SELECT count(*) FROM {}").format(table.name)
     if counted := await fetch_within(connection, seconds, query, {}):
         return int(counted[0][0]), True
-    ((estimated,),) = await fetch_rows(connection, _ESTIMATE, {"table": table.regclass})
+    (estimated,) = await fetch_column(connection, _ESTIMATE, {"table": table.regclass})
     return int(estimated), False
 
 
@@ -243,17 +241,17 @@ async def fetch_within(
     with suppress(RangeTooSlowError):
         async with translate_errors(connection), connection.transaction():
             await set_local(connection, {"statement_timeout": f"{seconds * 1000:.0f}ms"})
-            return await (await connection.execute(query, parameters)).fetchall()
+            return await fetch_rows(connection, query, parameters)
     return None
 
 
 async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
     """Return the server's estimate of the rows to rotate; 0 where it has none yet."""
-    ((rows,),) = await fetch_rows(connection, _ESTIMATE, {"table": table.regclass})
+    (rows,) = await fetch_column(connection, _ESTIMATE, {"table": table.regclass})
     if not rows or table.matches is None:
         return int(rows)
     query = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {}").format(table.row, table.matches)
-    ((plan,),) = await fetch_rows(connection, query, {})
+    (plan,) = await fetch_column(connection, query, {})
     return int(plan[0]["Plan"]["Plan Rows"])
 
 
@@ -281,31 +279,25 @@ async def gaps(
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
     # No checkpoint of the rotation is past its own bound.
     is_whole = after is None and checkpoints_before is None
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
-                " row_number() OVER ordered AS position FROM rotator_completedrange"
-                " WHERE rotation_id = %(rotation)s AND id > %(checkpoints_before)s{within}"
-                " WINDOW ordered AS ({order})),"
-                " gaps AS (SELECT COALESCE(before, %(after)s::jsonb) AS after, after AS through, position "
-                "FROM completed UNION ALL SELECT COALESCE((SELECT through FROM completed ORDER BY position "
-                "DESC LIMIT 1), %(after)s::jsonb), %(bound)s::jsonb, NULL)"
-                " SELECT after::text, through::text FROM gaps"
-                " WHERE through IS NOT NULL AND after IS DISTINCT FROM through"
-                " ORDER BY position NULLS LAST"
-            ).format(
-                order=order,
-                within=sql.SQL("") if is_whole else _checkpoint_within(table, after),
-            ),
-            {
-                "rotation": rotation,
-                "bound": bound,
-                "after": after,
-                "checkpoints_before": checkpoints_before or 0,
-            },
-        )
-        found = await cursor.fetchall()
+    query = sql.SQL(
+        "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
+        " row_number() OVER ordered AS position FROM rotator_completedrange"
+        " WHERE rotation_id = %(rotation)s AND id > %(checkpoints_before)s{within}"
+        " WINDOW ordered AS ({order})),"
+        " gaps AS (SELECT COALESCE(before, %(after)s::jsonb) AS after, after AS through, position "
+        "FROM completed UNION ALL SELECT COALESCE((SELECT through FROM completed ORDER BY position "
+        "DESC LIMIT 1), %(after)s::jsonb), %(bound)s::jsonb, NULL)"
+        " SELECT after::text, through::text FROM gaps"
+        " WHERE through IS NOT NULL AND after IS DISTINCT FROM through"
+        " ORDER BY position NULLS LAST"
+    ).format(order=order, within=sql.SQL("") if is_whole else _checkpoint_within(table, after))
+    parameters = {
+        "rotation": rotation,
+        "bound": bound,
+        "after": after,
+        "checkpoints_before": checkpoints_before or 0,
+    }
+    found = await fetch_rows(connection, query, parameters)
     return [
         KeyInterval(after=Key(after) if after is not None else None, through=Key(through))
         for after, through in found

@@ -5,7 +5,6 @@ Every function takes a connection in autocommit mode.
 
 import asyncio
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -21,8 +20,8 @@ from rotator.exceptions import (
     unwrap_group,
 )
 from rotator.postgres.catalog import read_update_triggers
-from rotator.postgres.connection import Server, fetch_rows, pooled
-from rotator.postgres.errors import RangeGrewError, settings_that_show_values, translate_errors
+from rotator.postgres.connection import Server, fetch_column, fetch_rows, pooled
+from rotator.postgres.errors import RangeGrewError, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.postgres.writer import RangeUpdate, RewriteError
@@ -133,6 +132,21 @@ _HOLDERS: Final = sql.SQL(
     " FROM pg_stat_replication WHERE backend_xmin IS NOT NULL) AS held ORDER BY age DESC LIMIT %(most)s"
 )
 
+# See chapter "Error Reporting and Logging" of PostgreSQL's manual, and the manuals of the two modules. Where
+# this role may change log_parameter_max_length, begin_fenced() turns logging off for each transaction.
+_SHOWING_VALUES: Final = (
+    "SELECT name || ' = ' || setting FROM pg_settings WHERE"
+    " (CASE name WHEN 'log_statement' THEN setting IN ('mod', 'all')"
+    " WHEN 'log_min_duration_statement' THEN setting <> '-1'"
+    " WHEN 'log_min_duration_sample' THEN setting <> '-1'"
+    " WHEN 'log_transaction_sample_rate' THEN setting <> '0' ELSE false END"
+    " AND current_setting('log_parameter_max_length') <> '0'"
+    " AND NOT has_parameter_privilege('log_parameter_max_length', 'SET'))"
+    " OR (name = 'auto_explain.log_min_duration' AND setting <> '-1'"
+    " AND COALESCE(current_setting('auto_explain.log_parameter_max_length', true), '0') <> '0')"
+    " OR (name = 'pgaudit.log_parameter' AND setting = 'on') ORDER BY name"
+)
+
 
 async def examine_table(connection: AsyncConnection, table: TargetTable, *, counts: bool) -> TableFindings:
     """Return the findings on the table, with its rows counted, for a limited time, or only estimated."""
@@ -159,9 +173,9 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         heap_bytes=heap_bytes,
         indexes=indexes,
         triggers=await read_update_triggers(connection, table),
-        writing_triggers=await _phrases(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
-        subscriptions=await _phrases(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
-        refusing_publications=await _phrases(connection, _PUBLICATIONS, {"table": table.regclass}),
+        writing_triggers=await fetch_column(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
+        subscriptions=await fetch_column(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
+        refusing_publications=await fetch_column(connection, _PUBLICATIONS, {"table": table.regclass}),
         kept=await count_kept(connection, table),
         copies=await _find_copies(connection, table),
     )
@@ -216,9 +230,9 @@ async def examine_server(connection: AsyncConnection) -> ServerFindings:
         checkpoint_timeout_seconds=checkpoint_timeout_seconds,
         full_page_writes=full_page_writes,
         archiving=archiving,
-        replicas=await _phrases(connection, _REPLICAS),
-        slots=await _phrases(connection, _SLOTS),
-        holders=await _phrases(connection, _HOLDERS, {"old_seconds": OLD_SECONDS, "most": HOLDERS_NAMED}),
+        replicas=await fetch_column(connection, _REPLICAS),
+        slots=await fetch_column(connection, _SLOTS),
+        holders=await fetch_column(connection, _HOLDERS, {"old_seconds": OLD_SECONDS, "most": HOLDERS_NAMED}),
         log_settings=await settings_that_show_values(connection),
     )
 
@@ -229,12 +243,9 @@ async def name_server(connection: AsyncConnection) -> str:
     return f"{role}@{connection.info.host}:{connection.info.port}/{database}"
 
 
-async def _phrases(
-    connection: AsyncConnection,
-    query: sql.SQL | sql.Composed,
-    parameters: Mapping[str, str | int] | None = None,
-) -> tuple[str, ...]:
-    return tuple(phrase for (phrase,) in await fetch_rows(connection, query, parameters))
+async def settings_that_show_values(connection: AsyncConnection) -> tuple[str, ...]:
+    """Return the settings that make the server log new values, e.g. ``log_statement = all``."""
+    return await fetch_column(connection, _SHOWING_VALUES)
 
 
 # The sample leaves dead rows, so it is limited to a small part of the table.
@@ -328,7 +339,7 @@ async def _plan(
         " ORDER BY {key}"
     ).format(json=table.key_json, key=table.key_columns, table=table.name)
     parameters = {"percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)), "ranges": ranges}
-    keys = [Key(key) for (key,) in await fetch_rows(connection, query, parameters)]
+    keys = [Key(key) for key in await fetch_column(connection, query, parameters)]
     last = await last_key(connection, table)
     if last is None:
         return []

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from psycopg import AsyncConnection
+from psycopg.rows import class_row
 
-from rotator.postgres.connection import begin, execute_alone
+from rotator.postgres.connection import begin, execute_alone, fetch_as
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import LOCK_CLASS, SPAN_LOCK_CLASS
 
@@ -82,14 +83,15 @@ class Activity:
 
 
 _ACTIVITY: Final = (
-    "SELECT extract(epoch FROM clock_timestamp())::float8,"
-    " pg_stat_get_db_xact_commit((SELECT oid FROM pg_database WHERE datname = current_database())),"
+    "SELECT extract(epoch FROM clock_timestamp())::float8 AS at,"
+    " pg_stat_get_db_xact_commit((SELECT oid FROM pg_database WHERE datname = current_database()))"
+    " AS commits,"
     " pg_stat_get_tuples_inserted('rotator_completedrange'::regclass)"
-    " + pg_stat_get_tuples_updated('rotator_ledger'::regclass),"
+    " + pg_stat_get_tuples_updated('rotator_ledger'::regclass) AS ranges,"
     " pg_stat_get_tuples_updated('rotator_rotation'::regclass)"
     " + pg_stat_get_tuples_inserted('rotator_span'::regclass)"
     " + pg_stat_get_tuples_updated('rotator_span'::regclass)"
-    " + pg_stat_get_tuples_updated('rotator_helper'::regclass)"
+    " + pg_stat_get_tuples_updated('rotator_helper'::regclass) AS writes"
 )
 
 
@@ -99,10 +101,8 @@ async def read_activity(connection: AsyncConnection) -> Activity:
     Raises:
         RotatorError: The server does not answer, or refuses the statement.
     """
-    async with translate_errors(connection, seconds=PROBE_SECONDS):
-        cursor = await connection.execute(_ACTIVITY)
-        at, commits, ranges, writes = await cursor.fetchone() or (0.0, 0, 0, 0)
-    return Activity(at=at, commits=commits, ranges=ranges, writes=writes)
+    (activity,) = await fetch_as(connection, class_row(Activity), _ACTIVITY, seconds=PROBE_SECONDS)
+    return activity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +129,8 @@ _WAITING: Final = (
     # pg_locks shows all databases of the server.
     " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     " AND l.classid::bigint = ANY (%(classes)s::bigint[]))"
-    " SELECT count(*), COALESCE(extract(epoch FROM max(waited)), 0)::float8 FROM waiting"
+    " SELECT count(*) AS sessions, COALESCE(extract(epoch FROM max(waited)), 0)::float8 AS seconds"
+    " FROM waiting"
     " WHERE pid NOT IN (SELECT pid FROM ours)"
     " AND pg_blocking_pids(pid) && ARRAY(SELECT pid FROM ours)"
 )
@@ -141,9 +142,6 @@ async def sessions_that_wait(connection: AsyncConnection, *, seconds: float) -> 
     Raises:
         RotatorError: The server does not answer, or refuses the statement.
     """
-    async with translate_errors(connection, seconds=PROBE_SECONDS):
-        cursor = await connection.execute(
-            _WAITING, {"seconds": seconds, "classes": [LOCK_CLASS, SPAN_LOCK_CLASS]}
-        )
-        sessions, longest = await cursor.fetchone() or (0, 0.0)
-    return Waiting(sessions=sessions, seconds=longest)
+    parameters = {"seconds": seconds, "classes": [LOCK_CLASS, SPAN_LOCK_CLASS]}
+    (waiting,) = await fetch_as(connection, class_row(Waiting), _WAITING, parameters, seconds=PROBE_SECONDS)
+    return waiting

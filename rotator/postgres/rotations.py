@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection, given_options
-from rotator.postgres.connection import fetch_rows, set_local
+from rotator.postgres.connection import fetch_as, fetch_row, fetch_rows, first, set_local
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
@@ -154,19 +154,18 @@ class RotationState:
 
 async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> Unfinished | None:
     """Return the unfinished rotation of a target; a constraint allows only one."""
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=dict_row)
-        await cursor.execute(
-            "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
-            " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
-            " selection, identity, started_xid"
-            " FROM rotator_rotation"
-            " WHERE target = %s AND table_name = %s"
-            " AND status IN ('running', 'queued', 'interrupted', 'failed')",
-            (target, table_name),
-        )
-        row = await cursor.fetchone()
-    if row is None:
+    found = await fetch_as(
+        connection,
+        dict_row,
+        "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
+        " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
+        " selection, identity, started_xid"
+        " FROM rotator_rotation"
+        " WHERE target = %s AND table_name = %s"
+        " AND status IN ('running', 'queued', 'interrupted', 'failed')",
+        (target, table_name),
+    )
+    if (row := first(found)) is None:
         return None
     owner = Owner(**{name: row.pop(name) for name in ("host", "pid", "process", "user", "version")})
     return Unfinished(owner=owner, **row)
@@ -199,17 +198,17 @@ async def find_last_completed(
     if selection.leaked:
         # The file may have other values, and rows that were rotated since have none of them.
         return None
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT id, selection, finished_at,"
-            " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision"
-            " FROM rotator_rotation WHERE target = %s AND table_name = %s AND status = 'completed'"
-            " ORDER BY id DESC",
-            (target, table_name),
-        )
-        async for rotation, saved, finished_at, seconds_ago in cursor:
-            if Selection.from_json(saved) == selection:
-                return Completed(id=rotation, finished_at=finished_at, seconds_ago=seconds_ago)
+    rows = await fetch_rows(
+        connection,
+        "SELECT id, selection, finished_at,"
+        " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision"
+        " FROM rotator_rotation WHERE target = %s AND table_name = %s AND status = 'completed'"
+        " ORDER BY id DESC",
+        (target, table_name),
+    )
+    for rotation, saved, finished_at, seconds_ago in rows:
+        if Selection.from_json(saved) == selection:
+            return Completed(id=rotation, finished_at=finished_at, seconds_ago=seconds_ago)
     return None
 
 
@@ -255,7 +254,8 @@ async def begin_rotation(
         await _check_overlap(connection, terms)
         if not repeats:
             await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
             " findings, status, generation, active_seconds, rows_total, rows_total_is_exact, rows_done,"
             " late_rows, stop_reason, error, started_xid, owner_host, owner_pid, owner_process, owner_user,"
@@ -275,7 +275,6 @@ async def begin_rotation(
                 **asdict(owner),
             },
         )
-        row = await cursor.fetchone()
         if row:
             detail = str(given_options(terms.options, terms.selection))
             await log_action(connection, row[0], ActionKind.STARTED, by=str(this_process()), detail=detail)
@@ -288,13 +287,14 @@ async def begin_rotation(
 
 async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> None:
     """Refuse a target that shares a field with another one's unfinished rotation."""
-    cursor = await connection.execute(
+    row = await fetch_row(
+        connection,
         "SELECT id, target FROM rotator_rotation WHERE table_name = %(table_name)s AND target <> %(target)s"
         " AND status IN ('running', 'queued', 'interrupted', 'failed')"
         " AND string_to_array(target, ' ') && string_to_array(%(target)s, ' ') ORDER BY id LIMIT 1",
         {"target": terms.target, "table_name": terms.table_name},
     )
-    if row := await cursor.fetchone():
+    if row:
         raise OwnedElsewhereError(
             f"Cannot begin the rotation: rotation {row[0]} of {row[1]} is unfinished and has one of the same "
             "fields. Finish it, or abandon it with --restart."
@@ -380,13 +380,13 @@ async def take_over_from_self(
 
 async def find_completed(connection: AsyncConnection, rotation: int, owner: Owner) -> Lease | None:
     """Return the lease with which this process completed a rotation; None where it has not."""
-    rows = await fetch_rows(
+    row = await fetch_row(
         connection,
         "SELECT generation FROM rotator_rotation WHERE id = %(rotation)s AND status = 'completed'"
         " AND (owner_host, owner_pid, owner_process) = (%(host)s, %(pid)s, %(process)s)",
         {"rotation": rotation, **asdict(owner)},
     )
-    return Lease(rotation=rotation, generation=rows[0][0]) if rows else None
+    return Lease(rotation=rotation, generation=row[0]) if row else None
 
 
 async def abandon(connection: AsyncConnection, lease: Lease) -> bool:
@@ -413,14 +413,11 @@ async def _raise_generation(
 ) -> Lease | None:
     """Change an unfinished rotation under its exclusive lock; return None where the condition is false."""
     async with exclusive_lock(connection, rotation):
-        cursor = await connection.execute(
-            sql.SQL(
-                "UPDATE rotator_rotation SET generation = generation + 1, {} WHERE id = %(rotation)s AND {}"
-                " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation"
-            ).format(sql.SQL(assignments), sql.SQL(condition)),
-            {**parameters, "rotation": rotation},
-        )
-        row = await cursor.fetchone()
+        query = sql.SQL(
+            "UPDATE rotator_rotation SET generation = generation + 1, {} WHERE id = %(rotation)s AND {}"
+            " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation"
+        ).format(sql.SQL(assignments), sql.SQL(condition))
+        row = await fetch_row(connection, query, {**parameters, "rotation": rotation})
         if row and action is not None:
             await log_action(connection, rotation, action, by=str(this_process()), detail=detail)
     return Lease(rotation=rotation, generation=row[0]) if row else None
@@ -428,18 +425,12 @@ async def _raise_generation(
 
 async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState:
     """Return the rotation's state, with its rows counted from the checkpoints."""
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=dict_row)
-        await cursor.execute(
-            sql.SQL(
-                "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
-                " active_seconds, deferrals, retries, throttled_seconds, identity,"
-                " ({})::bigint AS rows_done"
-                " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s"
-            ).format(_CONFIRMED_ROWS),
-            asdict(lease),
-        )
-        row = await cursor.fetchone()
+    query = sql.SQL(
+        "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
+        " active_seconds, deferrals, retries, throttled_seconds, identity, ({})::bigint AS rows_done"
+        " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s"
+    ).format(_CONFIRMED_ROWS)
+    row = first(await fetch_as(connection, dict_row, query, asdict(lease)))
     if row is None:
         raise superseded()
     before = Figures(**{name: row.pop(name) for name in Figures.__dataclass_fields__})
@@ -620,19 +611,15 @@ async def _update(
     connection: AsyncConnection, lease: Lease, assignments: sql.Composable, values: dict[str, Any]
 ) -> tuple[int, datetime]:
     """Change the row of a rotation that this process owns; return its completed rows and the time."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL(
-                "UPDATE rotator_rotation SET updated_at = clock_timestamp(), {}"
-                " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'"
-                " RETURNING rows_done, updated_at"
-            ).format(assignments),
-            {**values, **asdict(lease)},
-        )
-        row = await cursor.fetchone()
+    query = sql.SQL(
+        "UPDATE rotator_rotation SET updated_at = clock_timestamp(), {}"
+        " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'"
+        " RETURNING rows_done, updated_at"
+    ).format(assignments)
+    row = await fetch_row(connection, query, {**values, **asdict(lease)})
     if row is None:
         raise superseded()
-    return row
+    return row[0], row[1]
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from rotator.exceptions import SupersededError
+from rotator.postgres.connection import fetch_as, fetch_column, fetch_row
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import SPAN_LOCK_CLASS, Lease, fence
 from rotator.postgres.planner import gaps
@@ -145,8 +146,7 @@ async def clear(connection: AsyncConnection, lease: Lease) -> int:
         await fence(connection, lease)
         await connection.execute("DELETE FROM rotator_span WHERE rotation_id = %s", (lease.rotation,))
         await connection.execute("DELETE FROM rotator_helper WHERE rotation_id = %s", (lease.rotation,))
-        cursor = await connection.execute("SELECT COALESCE(max(id), 0) FROM rotator_completedrange")
-        ((latest,),) = await cursor.fetchall()
+        (latest,) = await fetch_column(connection, "SELECT COALESCE(max(id), 0) FROM rotator_completedrange")
     return int(latest)
 
 
@@ -162,10 +162,7 @@ async def plan(connection: AsyncConnection, lease: Lease, span: KeyInterval) -> 
 
 async def collect_finished(connection: AsyncConnection, lease: Lease) -> list[FinishedSpan]:
     """Delete the finished spans, and return what their helpers have reported."""
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=class_row(FinishedSpan))
-        await cursor.execute(_COLLECT_FINISHED, asdict(lease))
-        return await cursor.fetchall()
+    return await fetch_as(connection, class_row(FinishedSpan), _COLLECT_FINISHED, asdict(lease))
 
 
 async def read_progress(connection: AsyncConnection, rotation: int, *, since: int) -> Progress:
@@ -174,31 +171,26 @@ async def read_progress(connection: AsyncConnection, rotation: int, *, since: in
     Checkpoints do not become visible in the order of their ids. But an id that is older than a span belongs
     to an earlier span, and its checkpoint is visible once that span is finished.
     """
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=class_row(Progress))
-        await cursor.execute(_READ_PROGRESS, {"rotation": rotation, "since": since})
-        (progress,) = await cursor.fetchall()
-        return progress
+    parameters = {"rotation": rotation, "since": since}
+    (progress,) = await fetch_as(connection, class_row(Progress), _READ_PROGRESS, parameters)
+    return progress
 
 
 async def read_helpers(connection: AsyncConnection, rotation: int) -> list[HelperState]:
     """Return the messages and the tasks of a rotation."""
-    async with translate_errors(connection):
-        cursor = connection.cursor(row_factory=class_row(HelperState))
-        await cursor.execute(
-            "SELECT id, COALESCE(expires_at > clock_timestamp(), false) AS is_alive, error,"
-            " EXTRACT(epoch FROM clock_timestamp() - sent_at)::double precision AS seconds_since_sent"
-            " FROM rotator_helper WHERE rotation_id = %s ORDER BY id",
-            (rotation,),
-        )
-        return await cursor.fetchall()
+    return await fetch_as(
+        connection,
+        class_row(HelperState),
+        "SELECT id, COALESCE(expires_at > clock_timestamp(), false) AS is_alive, error,"
+        " EXTRACT(epoch FROM clock_timestamp() - sent_at)::double precision AS seconds_since_sent"
+        " FROM rotator_helper WHERE rotation_id = %s ORDER BY id",
+        (rotation,),
+    )
 
 
 async def add_helper(connection: AsyncConnection, lease: Lease, *, instead_of: int | None) -> int:
     """Add a message that will be sent instead of another helper's, if given; return its id."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_ADD_HELPER, {"instead_of": instead_of, **asdict(lease)})
-        row = await cursor.fetchone()
+    row = await fetch_row(connection, _ADD_HELPER, {"instead_of": instead_of, **asdict(lease)})
     if row is None:
         raise superseded()
     return int(row[0])

@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 
 from rotator.exceptions import RotatorError
 from rotator.options import WaitLimits
-from rotator.postgres.connection import set_local
+from rotator.postgres.connection import fetch_column, fetch_row, fetch_rows, set_local
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS, Lease, rolled_back_on_error
 from rotator.postgres.last_writers import is_older
@@ -125,11 +125,8 @@ async def find_survivors(
             async for leaf, ctid, xid, key, digests in cursor
         ]
     in_doubt = {digest for _, digests in found for digest in digests or ()}
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL("SELECT digest FROM {} WHERE digest = ANY(%s)").format(ledger.name), (list(in_doubt),)
-        )
-        entered = {digest async for (digest,) in cursor}
+    query = sql.SQL("SELECT digest FROM {} WHERE digest = ANY(%s)").format(ledger.name)
+    entered = frozenset(await fetch_column(connection, query, (list(in_doubt),)))
     return Found(
         survivors=[row for row, digests in found if digests is None or not entered.isdisjoint(digests)],
         planted=len(planted),
@@ -207,8 +204,7 @@ async def control_ledger(
         "through": bound,
         "started_xid": ledger.started_xid,
     }
-    async with translate_errors(connection, seconds=None):
-        ((sampled, found),) = await (await connection.execute(query, parameters)).fetchall()
+    ((sampled, found),) = await fetch_rows(connection, query, parameters, seconds=None)
     return int(sampled), int(found)
 
 
@@ -335,9 +331,9 @@ async def count_rows_of(
             table.within(after_is_known=interval.after is not None, alias=ROW),
             table.and_matches,
         )
-        async with translate_errors(connection, seconds=None):
-            cursor = await connection.execute(query, {"after": interval.after, "through": interval.through})
-            rows += await number(cursor)
+        parameters = {"after": interval.after, "through": interval.through}
+        ((found,),) = await fetch_rows(connection, query, parameters, seconds=None)
+        rows += int(found)
     return rows
 
 
@@ -379,8 +375,7 @@ async def count_left_out(connection: AsyncConnection, table: TargetTable) -> Lef
         " count(*) FILTER (WHERE ({condition}) AND ({null})),"
         " count(*) FILTER (WHERE ({condition}) AND ({blank})) FROM {row}"
     ).format(condition=condition, null=either[0], blank=either[1], row=table.row)
-    async with translate_errors(connection, seconds=None):
-        ((table_rows, excluded, null, blank),) = await (await connection.execute(query, {})).fetchall()
+    ((table_rows, excluded, null, blank),) = await fetch_rows(connection, query, {}, seconds=None)
     return LeftOut(table_rows=table_rows, excluded=excluded, null=null, blank=blank)
 
 
@@ -408,9 +403,8 @@ class Vacuumed:
 
 async def read_vacuumed(connection: AsyncConnection, table: TargetTable) -> Vacuumed:
     """Return when VACUUM has last removed dead rows, which hold old values until then."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(_VACUUMED, {"table": table.regclass})
-        ((at, dead_rows, is_missing, version),) = await cursor.fetchall()
+    parameters = {"table": table.regclass}
+    ((at, dead_rows, is_missing, version),) = await fetch_rows(connection, _VACUUMED, parameters)
     is_known = at is not None and not is_missing
     return Vacuumed(
         at=at.isoformat(timespec="seconds") if is_known else "", dead_rows=dead_rows, server_version=version
@@ -424,12 +418,12 @@ async def own_repair(connection: AsyncConnection, rotation: int) -> Lease:
         RotatorError: The rotation is not completed.
     """
     async with exclusive_lock(connection, rotation):
-        cursor = await connection.execute(
+        row = await fetch_row(
+            connection,
             "UPDATE rotator_rotation SET generation = generation + 1 WHERE id = %s AND status = 'completed'"
             " RETURNING generation",
             (rotation,),
         )
-        row = await cursor.fetchone()
     if row is None:
         raise superseded()
     return Lease(rotation=rotation, generation=row[0], repairs=True)

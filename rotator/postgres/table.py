@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from psycopg import AsyncConnection, AsyncCursor, sql
+from psycopg import AsyncCursor, sql
 from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat
 
-from rotator.postgres.errors import RANGE_GREW, TOO_LONG, translate_errors
+from rotator.postgres.errors import RANGE_GREW, TOO_LONG
 
 ROW: Final = "rotator_row"
 """The alias of a row of the target in every statement that a :class:`Condition` is part of."""
@@ -219,15 +219,6 @@ async def number(cursor: AsyncCursor) -> int:
     """Return the number that a query has selected; 0 where it has no row."""
     row = await cursor.fetchone()
     return int(row[0]) if row else 0
-
-
-async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:
-    """Return the number of tables that hold the rows."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            sql.SQL("SELECT count(*) FROM {} AS leaf").format(PARTITIONS), {"table": table.regclass}
-        )
-        return await number(cursor)
 
 
 def count_writes(table: TargetTable) -> sql.Composed:

@@ -12,7 +12,7 @@ from psycopg import AsyncConnection, errors, sql
 from psycopg.errors import Diagnostic
 
 from rotator.events import IndexSize, Storage
-from rotator.postgres.connection import OwnConnection, execute_alone, fetch_rows
+from rotator.postgres.connection import OwnConnection, execute_alone, fetch_column, fetch_rows
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.table import PARTITIONS, TargetTable
 
@@ -68,15 +68,14 @@ async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
     if connection.info.server_version >= _MAINTAIN_SINCE:
         queries.append(_MAINTAINS)
     for query in queries:
-        ((is_permitted,),) = await fetch_rows(connection, query, (table.regclass,))
-        if is_permitted:
+        if await fetch_column(connection, query, (table.regclass,)) == (True,):
             return True
     return False
 
 
 async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
     """Return whether the order of the rows is unrelated to the key's, by the server's statistics."""
-    rows = await fetch_rows(
+    are_scattered = await fetch_column(
         connection,
         "SELECT abs(s.correlation) < %(most)s FROM pg_stats s"
         " JOIN pg_class c ON c.relname = s.tablename AND c.oid = %(table)s::regclass"
@@ -84,7 +83,7 @@ async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
         " WHERE s.attname = %(key)s AND NOT s.inherited",
         {"most": SCATTERED_CORRELATION, "table": table.regclass, "key": table.key[0].name},
     )
-    return any(is_scattered for (is_scattered,) in rows)
+    return any(are_scattered)
 
 
 async def vacuum(
@@ -147,9 +146,9 @@ async def analyze(connection: AsyncConnection, control: AsyncConnection, table: 
     return reason
 
 
-async def _without_statistics(control: AsyncConnection, table: TargetTable) -> list[str]:
+async def _without_statistics(control: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
     """Return the rotated columns that ANALYZE skips, and that have statistics."""
-    rows = await fetch_rows(
+    return await fetch_column(
         control,
         sql.SQL(
             "SELECT DISTINCT a.attname::text FROM {} AS member JOIN pg_class c ON c.oid = member.oid"
@@ -160,7 +159,6 @@ async def _without_statistics(control: AsyncConnection, table: TargetTable) -> l
         ).format(_MEMBERS),
         {"table": table.regclass, "columns": [column.name for column in table.columns]},
     )
-    return [name for (name,) in rows]
 
 
 async def _maintain(
@@ -252,7 +250,7 @@ async def _cancelled_by(connection: AsyncConnection, verb: str) -> str:
 
 async def _blocks_others(control: AsyncConnection, table: TargetTable) -> bool:
     """Return whether a session waits for a lock on the table while VACUUM or ANALYZE holds one."""
-    ((blocks,),) = await fetch_rows(
+    (blocks,) = await fetch_column(
         control,
         sql.SQL(
             "SELECT EXISTS (SELECT FROM pg_locks w JOIN pg_locks h USING (locktype, database, relation)"

@@ -9,13 +9,19 @@ from rotator.events import Findings, LimitRaised, Observer, Sample
 from rotator.exceptions import MissingPrivilegesError
 from rotator.options import RunOptions, Selection, WaitLimits, read_pace
 from rotator.postgres import rotations
-from rotator.postgres.catalog import check_server, missing_grants, read_table, read_update_triggers
+from rotator.postgres.catalog import (
+    check_server,
+    count_partitions,
+    missing_grants,
+    read_table,
+    read_update_triggers,
+)
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.entropy import check_not_guessable
 from rotator.postgres.identity import check_session
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
 from rotator.postgres.rotations import Completed, Unfinished
-from rotator.postgres.table import TargetTable, count_partitions
+from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
 from rotator.runner.context import RunTarget

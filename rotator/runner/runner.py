@@ -41,11 +41,15 @@ from rotator.postgres import rotations
 from rotator.postgres.activity import check_standbys, missing_standbys
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.control import read_requested
-from rotator.postgres.errors import settings_that_show_values
 from rotator.postgres.ledger import find_ledger
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import count_table, gaps
-from rotator.postgres.preflight import COUNT_SECONDS, check_values, name_server
+from rotator.postgres.preflight import (
+    COUNT_SECONDS,
+    check_values,
+    name_server,
+    settings_that_show_values,
+)
 from rotator.postgres.rotations import OwnerReport, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import read_storage
