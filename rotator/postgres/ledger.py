@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from psycopg import AsyncConnection, sql
+from psycopg.rows import class_row
 
 from rotator.options import WaitLimits
-from rotator.postgres.connection import fetch_rows, set_local
-from rotator.postgres.errors import superseded, translate_errors
+from rotator.postgres.connection import fetch_as, fetch_rows, first, set_local
+from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.table import ROW, Column, TargetTable, identifier
 from rotator.ranges import Key, KeyInterval
@@ -75,12 +76,12 @@ class Ledger:
 
     rotation: int
     schema: str
-    is_ready: bool = False
-    through: Key | None = None
-    started_xid: int = 0
-    entries: int = 0
-    control_rows: int = 0
-    guard: str = ""
+    is_ready: bool
+    through: Key | None
+    started_xid: int
+    entries: int
+    control_rows: int
+    guard: str
 
     @property
     def name(self) -> sql.Composable:
@@ -124,30 +125,26 @@ class Ledger:
         return sql.SQL("(VALUES {}) AS rotator_values (digest, is_rotated)").format(sql.SQL(", ").join(rows))
 
 
+_COLUMNS: Final = sql.SQL(
+    "rotation_id AS rotation, (SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
+    " WHERE c.oid = 'rotator_ledger'::regclass) AS schema, state = 'ready' AS is_ready,"
+    " loaded_through::text AS through, started_xid, entries, control_rows, guard"
+)
+_FIND: Final = sql.SQL(
+    "SELECT {} FROM rotator_ledger WHERE rotation_id = %s AND state <> 'forgotten'"
+).format(_COLUMNS)
+_CREATE: Final = sql.SQL(
+    # The salt never leaves the server: 366 random bits, of which it keeps 256.
+    "INSERT INTO rotator_ledger (rotation_id, salt, state, started_xid, entries, control_rows, guard,"
+    " guard_hits) VALUES (%s, sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())"
+    " || uuid_send(gen_random_uuid())), 'loading',"
+    " pg_snapshot_xmin(pg_current_snapshot())::text::bigint, 1, 0, '', 0) RETURNING {}"
+).format(_COLUMNS)
+
+
 async def find_ledger(connection: AsyncConnection, rotation: int) -> Ledger | None:
     """Return the ledger of a rotation; None where it has none, or it was forgotten."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT (SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
-            " WHERE c.oid = 'rotator_ledger'::regclass), state, loaded_through::text, started_xid,"
-            " entries, control_rows, guard"
-            " FROM rotator_ledger WHERE rotation_id = %s AND state <> 'forgotten'",
-            (rotation,),
-        )
-        row = await cursor.fetchone()
-    if row is None:
-        return None
-    schema, state, through, started_xid, entries, control_rows, guard = row
-    return Ledger(
-        rotation=rotation,
-        schema=schema,
-        is_ready=state == "ready",
-        through=None if through is None else Key(through),
-        started_xid=started_xid,
-        entries=entries,
-        control_rows=control_rows,
-        guard=guard,
-    )
+    return first(await fetch_as(connection, class_row(Ledger), _FIND, (rotation,)))
 
 
 async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
@@ -157,23 +154,9 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
         SupersededError: Another process owns the rotation.
         RotatorError: The server rejected it, e.g. because the role must not create tables.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
-            " WHERE c.oid = 'rotator_ledger'::regclass"
-        )
-        ((schema,),) = await cursor.fetchall()
-    ledger = Ledger(rotation=lease.rotation, schema=schema)
     async with rolled_back_on_error(connection):
         await begin_fenced(connection, lease, LOAD_LIMITS, {})
-        await connection.execute(
-            # The salt never leaves the server: 366 random bits, of which it keeps 256.
-            "INSERT INTO rotator_ledger (rotation_id, salt, state, started_xid, entries, control_rows, guard,"
-            " guard_hits) VALUES (%s, sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())"
-            " || uuid_send(gen_random_uuid())), 'loading',"
-            " pg_snapshot_xmin(pg_current_snapshot())::text::bigint, 1, 0, '', 0)",
-            (lease.rotation,),
-        )
+        (ledger,) = await fetch_as(connection, class_row(Ledger), _CREATE, (lease.rotation,))
         for statement in (
             # A table of the same name can only come from a database that was copied in part.
             "DROP TABLE IF EXISTS {name}",
@@ -182,10 +165,7 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
         ):
             await connection.execute(sql.SQL(statement).format(name=ledger.name, known=ledger.known), {})
         await connection.execute("COMMIT")
-    created = await find_ledger(connection, lease.rotation)
-    if created is None:
-        raise superseded()
-    return created
+    return ledger
 
 
 async def load_range(

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, Rollback, errors, sql
-from psycopg.rows import dict_row
+from psycopg.rows import class_row, dict_row
 from psycopg.types.json import Jsonb
 
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
@@ -453,27 +453,21 @@ class RotationFacts:
     started_xid: int
     bound: Key | None
     identity: Mapping[str, Any]
-    rejected_keys: tuple[tuple[Key, str], ...]
+    rejected_keys: Sequence[Sequence[str]]
     guard_hits: int
 
 
 async def read_facts(connection: AsyncConnection, rotation: int) -> RotationFacts:
     """Return the facts about a rotation that exists."""
-    ((status, started_xid, bound, identity, rejected, hits),) = await fetch_rows(
+    (facts,) = await fetch_as(
         connection,
+        class_row(RotationFacts),
         "SELECT r.status, r.started_xid, r.bound::text, r.identity, r.rejected_keys,"
-        " COALESCE(l.guard_hits, 0) FROM rotator_rotation r"
+        " COALESCE(l.guard_hits, 0) AS guard_hits FROM rotator_rotation r"
         " LEFT JOIN rotator_ledger l ON l.rotation_id = r.id WHERE r.id = %s",
         (rotation,),
     )
-    return RotationFacts(
-        status=status,
-        started_xid=started_xid,
-        bound=None if bound is None else Key(bound),
-        identity=identity,
-        rejected_keys=tuple((Key(key), reason) for key, reason in rejected),
-        guard_hits=hits,
-    )
+    return facts
 
 
 async def freeze_bound(

@@ -8,17 +8,25 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
+from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from rotator.exceptions import RotatorError
 from rotator.options import WaitLimits
-from rotator.postgres.connection import fetch_column, fetch_row, fetch_rows, set_local
+from rotator.postgres.connection import (
+    fetch_as,
+    fetch_column,
+    fetch_row,
+    fetch_rows,
+    first,
+    set_local,
+)
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS, Lease, rolled_back_on_error
 from rotator.postgres.last_writers import is_older
 from rotator.postgres.ledger import Ledger
 from rotator.postgres.rotations import exclusive_lock
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.postgres.values import Place, ValueSource
 from rotator.postgres.writer import OlderRow, RangeUpdate
 from rotator.ranges import Key, KeyInterval, Written
@@ -223,48 +231,41 @@ class Search:
 
     id: int
     bound: Key | None
-    through: Key | None = None
-    rows: int = 0
-    survivors: int = 0
-    repaired: int = 0
-    is_resumed: bool = False
+    through: Key | None
+    rows: int
+    survivors: int
+    repaired: int
+    is_resumed: bool
+
+
+_SEARCH: Final = sql.SQL(
+    "id, bound::text, through::text, rows, survivors, repaired, %(is_resumed)s::boolean AS is_resumed"
+)
 
 
 async def resume_search(connection: AsyncConnection, rotation: int, *, repairs: bool) -> Search | None:
     """Return the search of an interrupted verification; None where there is none to resume."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "SELECT id, bound::text, through::text, rows, survivors, repaired FROM rotator_verification"
-            " WHERE rotation_id = %s AND repairs = %s AND finished_at IS NULL"
-            " AND started_at > clock_timestamp() - make_interval(hours => %s) ORDER BY id DESC LIMIT 1",
-            (rotation, repairs, RESUMED_HOURS),
-        )
-        row = await cursor.fetchone()
-    if row is None:
-        return None
-    number_, bound, through, rows, survivors, repaired = row
-    return Search(
-        id=number_,
-        bound=None if bound is None else Key(bound),
-        through=None if through is None else Key(through),
-        rows=rows,
-        survivors=survivors,
-        repaired=repaired,
-        is_resumed=True,
-    )
+    query = sql.SQL(
+        "SELECT {} FROM rotator_verification WHERE rotation_id = %(rotation)s AND repairs = %(repairs)s"
+        " AND finished_at IS NULL AND started_at > clock_timestamp() - make_interval(hours => %(hours)s)"
+        " ORDER BY id DESC LIMIT 1"
+    ).format(_SEARCH)
+    parameters = {"rotation": rotation, "repairs": repairs, "hours": RESUMED_HOURS, "is_resumed": True}
+    return first(await fetch_as(connection, class_row(Search), query, parameters))
 
 
 async def begin_search(
     connection: AsyncConnection, rotation: int, bound: Key | None, *, repairs: bool
 ) -> Search:
     """Record the start of a verification."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "INSERT INTO rotator_verification (rotation_id, bound, repairs, rows, survivors, survivor_keys,"
-            " repaired, result) VALUES (%s, %s::jsonb, %s, 0, 0, '[]', 0, '{}') RETURNING id",
-            (rotation, bound, repairs),
-        )
-        return Search(id=await number(cursor), bound=bound)
+    query = sql.SQL(
+        "INSERT INTO rotator_verification (rotation_id, bound, repairs, rows, survivors, survivor_keys,"
+        " repaired, result) VALUES (%(rotation)s, %(bound)s::jsonb, %(repairs)s, 0, 0, '[]', 0, '{{}}')"
+        " RETURNING {}"
+    ).format(_SEARCH)
+    parameters = {"rotation": rotation, "bound": bound, "repairs": repairs, "is_resumed": False}
+    (search,) = await fetch_as(connection, class_row(Search), query, parameters)
+    return search
 
 
 async def advance_search(
@@ -275,48 +276,41 @@ async def advance_search(
     Raises:
         RotatorError: Another process has continued the same verification.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "UPDATE rotator_verification SET through = %(through)s::jsonb, rows = rows + %(rows)s,"
-            " survivors = survivors + %(count)s, survivor_keys = CASE WHEN"
-            " jsonb_array_length(survivor_keys) < %(kept)s THEN survivor_keys || %(keys)s ELSE survivor_keys"
-            " END WHERE id = %(id)s AND through IS NOT DISTINCT FROM %(before)s::jsonb"
-            " AND finished_at IS NULL RETURNING repaired",
-            {
-                "through": through,
-                "rows": rows,
-                "count": len(survivors),
-                "keys": Jsonb([str(key) for key in survivors[:KEYS_KEPT]]),
-                "kept": KEYS_KEPT,
-                "id": search.id,
-                "before": search.through,
-            },
-        )
-        row = await cursor.fetchone()
-    if row is None:
+    query = sql.SQL(
+        "UPDATE rotator_verification SET through = %(through)s::jsonb, rows = rows + %(rows)s,"
+        " survivors = survivors + %(count)s, survivor_keys = CASE WHEN"
+        " jsonb_array_length(survivor_keys) < %(kept)s THEN survivor_keys || %(keys)s ELSE survivor_keys"
+        " END WHERE id = %(id)s AND through IS NOT DISTINCT FROM %(before)s::jsonb"
+        " AND finished_at IS NULL RETURNING {}"
+    ).format(_SEARCH)
+    parameters = {
+        "through": through,
+        "rows": rows,
+        "count": len(survivors),
+        "keys": Jsonb([str(key) for key in survivors[:KEYS_KEPT]]),
+        "kept": KEYS_KEPT,
+        "id": search.id,
+        "before": search.through,
+        "is_resumed": search.is_resumed,
+    }
+    advanced = first(await fetch_as(connection, class_row(Search), query, parameters))
+    if advanced is None:
         raise RotatorError(
             "Another process has continued this verification. Wait for it, then run the same command again."
         )
-    return replace(
-        search,
-        through=through,
-        rows=search.rows + rows,
-        survivors=search.survivors + len(survivors),
-        repaired=int(row[0]),
-    )
+    return advanced
 
 
 async def finish_search(
     connection: AsyncConnection, search: Search, result: dict[str, Any]
 ) -> tuple[Key, ...]:
     """Record the result of a verification, and return the keys of the survivors that were kept."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "UPDATE rotator_verification SET result = %s, finished_at = clock_timestamp() WHERE id = %s"
-            " RETURNING survivor_keys",
-            (Jsonb(result), search.id),
-        )
-        row = await cursor.fetchone()
+    row = await fetch_row(
+        connection,
+        "UPDATE rotator_verification SET result = %s, finished_at = clock_timestamp() WHERE id = %s"
+        " RETURNING survivor_keys",
+        (Jsonb(result), search.id),
+    )
     return tuple(Key(key) for key in row[0]) if row else ()
 
 
@@ -337,25 +331,13 @@ async def count_rows_of(
     return rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
-    """The rows that the rotation leaves out on purpose.
+async def count_left_out(connection: AsyncConnection, table: TargetTable) -> tuple[int, int, int, int]:
+    """Count the rows that the rotation leaves out on purpose; read the table once.
 
-    Attributes:
-        table_rows: The number of rows in the table.
-        excluded: The rows that the filters leave out.
-        null: The rows of which a value is NULL and stays NULL.
-        blank: The rows of which a value is the empty string and stays so.
+    Returns:
+        The number of rows in the table; of those that the filters leave out; of those of which a value is
+        NULL and stays NULL; and of those of which a value is the empty string and stays so.
     """
-
-    table_rows: int
-    excluded: int
-    null: int
-    blank: int
-
-
-async def count_left_out(connection: AsyncConnection, table: TargetTable) -> LeftOut:
-    """Count the rows that the rotation leaves out; read the table once."""
     condition = sql.SQL("true") if table.condition is None else table.condition
     nulls = [
         sql.SQL("{} IS NULL").format(identifier(ROW, column.name))
@@ -376,7 +358,7 @@ async def count_left_out(connection: AsyncConnection, table: TargetTable) -> Lef
         " count(*) FILTER (WHERE ({condition}) AND ({blank})) FROM {row}"
     ).format(condition=condition, null=either[0], blank=either[1], row=table.row)
     ((table_rows, excluded, null, blank),) = await fetch_rows(connection, query, {}, seconds=None)
-    return LeftOut(table_rows=table_rows, excluded=excluded, null=null, blank=blank)
+    return table_rows, excluded, null, blank
 
 
 _VACUUMED: Final = sql.SQL(

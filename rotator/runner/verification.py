@@ -280,7 +280,7 @@ class Verifier:
                 unknown = REWRITTEN
             else:
                 confirmed, others, older = writers.confirmed, writers.others, writers.older
-        left_out = await survivors.count_left_out(connection, table)
+        table_rows, excluded, null, blank = await survivors.count_left_out(connection, table)
         return Coverage(
             status=facts.status,
             gaps=tuple(left[:GAPS_NAMED]),
@@ -289,11 +289,11 @@ class Verifier:
             unconfirmed_rows=others,
             older_rows=older,
             unknown=unknown,
-            rejected_keys=facts.rejected_keys,
-            table_rows=left_out.table_rows,
-            excluded_rows=left_out.excluded,
-            null_rows=left_out.null,
-            blank_rows=left_out.blank,
+            rejected_keys=tuple((Key(key), reason) for key, reason in facts.rejected_keys),
+            table_rows=table_rows,
+            excluded_rows=excluded,
+            null_rows=null,
+            blank_rows=blank,
         )
 
 
