@@ -1,10 +1,10 @@
-"""Survivors: rows whose present value is in the ledger; the controls of the search; and their repair.
+"""Survivors: rows whose present value is in the ledger, and the controls of the search.
 
 Every function takes a connection in autocommit mode.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
@@ -12,7 +12,6 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from rotator.exceptions import RotatorError
-from rotator.options import WaitLimits
 from rotator.postgres.connection import (
     fetch_as,
     fetch_column,
@@ -22,14 +21,14 @@ from rotator.postgres.connection import (
     set_local,
 )
 from rotator.postgres.errors import superseded, translate_errors
-from rotator.postgres.fence import KEY_SETTINGS, Lease, rolled_back_on_error
+from rotator.postgres.fence import KEY_SETTINGS, Lease
 from rotator.postgres.last_writers import is_older
 from rotator.postgres.ledger import Ledger
 from rotator.postgres.rotations import exclusive_lock
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
-from rotator.postgres.values import Place, ValueSource
-from rotator.postgres.writer import OlderRow, RangeUpdate
-from rotator.ranges import Key, KeyInterval, Written
+from rotator.postgres.values import Place
+from rotator.postgres.writer import OlderRow
+from rotator.ranges import Key, KeyInterval
 
 PLANTED_ROWS: Final = 3
 CONTROL_ROWS: Final = 1000
@@ -409,53 +408,3 @@ async def own_repair(connection: AsyncConnection, rotation: int) -> Lease:
     if row is None:
         raise superseded()
     return Lease(rotation=rotation, generation=row[0], repairs=True)
-
-
-class Survivors:
-    """The survivors of a completed rotation, which are rotated by their places."""
-
-    def __init__(
-        self,
-        connection: AsyncConnection,
-        table: TargetTable,
-        lease: Lease,
-        *,
-        verification: int,
-        source: ValueSource,
-        limits: WaitLimits,
-    ) -> None:
-        """Take a connection in autocommit mode, for this object's use alone."""
-        self._connection = connection
-        self._lease = lease
-        self._verification = verification
-        # A leaked value may have moved to a row that the filters leave out.
-        self._update = RangeUpdate(replace(table, condition=None), source, limits)
-
-    @property
-    def rotation(self) -> int:
-        """The rotation's id."""
-        return self._lease.rotation
-
-    async def rotate(self, rows: Sequence[OlderRow]) -> Written:
-        """Give rows of one leaf new values, and record them in the same transaction.
-
-        Rows that were deleted, or written by another session since they were found, are left out.
-
-        Raises:
-            RotatorError: An error of :meth:`RangeUpdate.write`; nothing was written.
-        """
-        connection = self._connection
-        written = await self._update.write(connection, self._lease, rows)
-        async with rolled_back_on_error(connection), connection.pipeline():
-            if not written.has_other_writes:
-                await connection.execute(
-                    "INSERT INTO rotator_latetransaction (rotation_id, xid, rows)"
-                    " VALUES (%s, pg_current_xact_id()::text::bigint, %s)",
-                    (self.rotation, written.rows),
-                )
-            await connection.execute(
-                "UPDATE rotator_verification SET repaired = repaired + %s WHERE id = %s",
-                (written.rows, self._verification),
-            )
-            await connection.execute("COMMIT")
-        return written

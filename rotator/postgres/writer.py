@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, LiteralString, TypeAlias
 
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
@@ -363,59 +363,88 @@ class RangeUpdate:
         return float(milliseconds[0]) / 1000 if milliseconds else 0.0
 
 
-class PostgresWriter:
-    """Writes ranges while its lease is valid."""
+async def write_range(
+    pool: AsyncConnectionPool,
+    update: RangeUpdate,
+    lease: Lease,
+    on_commit: OnCommit | None,
+    key_range: KeyRange,
+) -> Written:
+    """Give a range's rows new values and checkpoint it, in one transaction.
 
-    def __init__(
-        self,
-        pool: AsyncConnectionPool,
-        update: RangeUpdate,
-        lease: Lease,
-        on_commit: OnCommit | None = None,
-    ) -> None:
-        self._pool = pool
-        self._update = update
-        self._lease = lease
-        self._on_commit = on_commit
+    Call ``on_commit`` after the commit; a crash in between skips the call.
 
-    async def rewrite(self, key_range: KeyRange) -> Written:
-        """Give a range's rows new values and checkpoint it, in one transaction.
-
-        Call ``on_commit`` after the commit; a crash in between skips the call.
-
-        Raises:
-            SupersededError: Another process owns the rotation; nothing was written.
-            ServerLostError: Only the checkpoints tell whether the range was committed.
-            RotatorError: Every other error of :meth:`RangeUpdate.write`; nothing was written.
-        """
-        started, lease = time.monotonic(), self._lease
-        async with translate_errors(seconds=None), self._pool.connection() as connection:
-            written = await self._update.write(connection, lease, key_range)
-            async with rolled_back_on_error(connection), connection.pipeline():
-                await connection.execute(
-                    "INSERT INTO rotator_completedrange"
-                    " (rotation_id, after, through, rows, seconds, xid, has_other_writes)"
-                    " VALUES (%s, %s::jsonb, %s::jsonb, %s, %s, pg_current_xact_id()::text::bigint, %s)",
-                    (
-                        lease.rotation,
-                        key_range.after,
-                        key_range.through,
-                        written.rows,
-                        time.monotonic() - started,
-                        written.has_other_writes,
-                    ),
-                )
-                await connection.execute("COMMIT")
-        if self._on_commit is not None:
-            await self._on_commit(
-                RowsRotated(
-                    rotation=lease.rotation,
-                    after=key_range.after,
-                    through=key_range.through,
-                    rows=written.rows,
-                )
+    Raises:
+        SupersededError: Another process owns the rotation; nothing was written.
+        ServerLostError: Only the checkpoints tell whether the range was committed.
+        RotatorError: Every other error of :meth:`RangeUpdate.write`; nothing was written.
+    """
+    started, rotation = time.monotonic(), lease.rotation
+    async with translate_errors(seconds=None), pool.connection() as connection:
+        written = await update.write(connection, lease, key_range)
+        async with rolled_back_on_error(connection), connection.pipeline():
+            await connection.execute(
+                "INSERT INTO rotator_completedrange"
+                " (rotation_id, after, through, rows, seconds, xid, has_other_writes)"
+                " VALUES (%s, %s::jsonb, %s::jsonb, %s, %s, pg_current_xact_id()::text::bigint, %s)",
+                (
+                    rotation,
+                    key_range.after,
+                    key_range.through,
+                    written.rows,
+                    time.monotonic() - started,
+                    written.has_other_writes,
+                ),
             )
-        return written
+            await connection.execute("COMMIT")
+    if on_commit is not None:
+        after, through = key_range.after, key_range.through
+        await on_commit(RowsRotated(rotation=rotation, after=after, through=through, rows=written.rows))
+    return written
+
+
+async def write_placed(
+    connection: AsyncConnection,
+    update: RangeUpdate,
+    lease: Lease,
+    on_commit: OnCommit | None,
+    rows: Sequence[OlderRow],
+    *,
+    verification: int | None = None,
+) -> Written:
+    """Give rows of one leaf new values, and record the transaction in itself.
+
+    Rows that were deleted, or written by another session since they were found, are left out.
+
+    Args:
+        connection: A connection in autocommit mode.
+        update: The update of the rows.
+        lease: The permission to write.
+        on_commit: Is awaited after the commit; None without receivers.
+        rows: The rows.
+        verification: The id of the verification that found them as survivors; None where none did.
+
+    Raises:
+        RotatorError: An error of :meth:`RangeUpdate.write`; nothing was written.
+    """
+    written = await update.write(connection, lease, rows)
+    count: LiteralString = "UPDATE rotator_rotation SET late_rows = late_rows + %s WHERE id = %s"
+    if verification is not None:
+        count = "UPDATE rotator_verification SET repaired = repaired + %s WHERE id = %s"
+    async with rolled_back_on_error(connection), connection.pipeline():
+        await connection.execute(count, (written.rows, verification or lease.rotation))
+        # Where triggers wrote too, their rows and these have the same xmin: none is confirmed.
+        if not written.has_other_writes:
+            await connection.execute(
+                "INSERT INTO rotator_latetransaction (rotation_id, xid, rows)"
+                " VALUES (%s, pg_current_xact_id()::text::bigint, %s)",
+                (lease.rotation, written.rows),
+            )
+        await connection.execute("COMMIT")
+    if on_commit is not None:
+        keys = tuple(row.key for row in rows)
+        await on_commit(RowsRotated(rotation=lease.rotation, keys=keys, rows=written.rows))
+    return written
 
 
 def _at(rows: Sequence[OlderRow]) -> dict[str, object]:

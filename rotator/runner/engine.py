@@ -1,9 +1,9 @@
 """Streams ranges from the planner through a bounded queue to the workers."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import (
@@ -22,31 +22,19 @@ from rotator.runner.work_queue import Attempt, WorkQueue
 MAX_FAILED_ROWS: Final = 1000
 
 
-class RangePlanner(Protocol):
-    """Plans ranges of keys."""
+PlanRange: TypeAlias = Callable[[KeyInterval, int], Awaitable[KeyRange]]
+"""Returns the first rows of an interval, at most this number, or all of it where it holds fewer.
 
-    async def next_range(self, interval: KeyInterval, batch: int) -> KeyRange:
-        """Return the first ``batch`` rows of an interval, or all of it where it holds fewer.
+A range may hold no rows: its checkpoint records that nothing was to be done. It raises
+:class:`RowsLockedError` where another session has locked the table.
+"""
 
-        A range may hold no rows: its checkpoint records that nothing was to be done.
+WriteRange: TypeAlias = Callable[[KeyRange], Awaitable[Written]]
+"""Writes new values and the checkpoint of a range in one transaction.
 
-        Raises:
-            RowsLockedError: Another session has locked the table; a retry may help.
-        """
-        ...
-
-
-class RangeWriter(Protocol):
-    """Writes ranges of rows."""
-
-    async def rewrite(self, key_range: KeyRange) -> Written:
-        """Write new values and the checkpoint of a range in one transaction.
-
-        Raises:
-            RowsLockedError: Another session holds rows of the range; nothing was written.
-            RangeRejectedError: The server rejected the range; nothing was written.
-        """
-        ...
+It raises :class:`RowsLockedError` where another session holds rows of the range, and
+:class:`RangeRejectedError` where the server rejects it; nothing was written then.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +69,8 @@ class Engine:
 
     def __init__(
         self,
-        planner: RangePlanner,
-        writer: RangeWriter,
+        plan: PlanRange,
+        write: WriteRange,
         gate: Gate,
         *,
         notify: Observer,
@@ -92,15 +80,15 @@ class Engine:
         """Prepare it.
 
         Args:
-            planner: Plans the ranges.
-            writer: Writes them.
+            plan: Plans a range.
+            write: Writes a range.
             gate: Lets a range begin.
             notify: Is called with each event.
             options: The limits; None for the usual ones.
             has_rotated: Whether the rotation has rotated rows before.
         """
-        self._planner = planner
-        self._writer = writer
+        self._plan_range = plan
+        self._write_range = write
         self._gate = gate
         self._notify = notify
         self._options = options or EngineOptions()
@@ -177,7 +165,7 @@ class Engine:
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
-            written = await self._writer.rewrite(attempt.key_range)
+            written = await self._write_range(attempt.key_range)
         except RowsLockedError:
             await self._defer(attempt, queue)
         except RangeRejectedError as error:
@@ -245,7 +233,7 @@ class Engine:
         attempts = 0
         while True:
             try:
-                return await self._planner.next_range(interval, batch)
+                return await self._plan_range(interval, batch)
             except RowsLockedError:
                 attempts += 1
                 self._notify(RangeDeferred(rows=0))

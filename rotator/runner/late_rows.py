@@ -1,7 +1,7 @@
 """Waits for old transactions, and rotates the rows that no range has written."""
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Final, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final, TypeAlias
 
 from psycopg import AsyncConnection
 
@@ -10,11 +10,9 @@ from rotator.events import (
     LateCommitsOver,
     LateRowsRotated,
     Observer,
-    OnCommit,
     RangeDeferred,
     RangeRetried,
     RowRejected,
-    RowsRotated,
 )
 from rotator.exceptions import RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.postgres.activity import holders
@@ -66,22 +64,8 @@ async def wait_for_older_writers(
     return True
 
 
-class PlacedRows(Protocol):
-    """Rows that are known by their places."""
-
-    @property
-    def rotation(self) -> int:
-        """The rotation's id."""
-        ...
-
-    async def rotate(self, rows: Sequence[OlderRow]) -> Written:
-        """Give rows of one leaf new values.
-
-        Raises:
-            RowsLockedError: Another session holds some of the rows; nothing was written.
-            RangeRejectedError: The server rejected the rows; nothing was written.
-        """
-        ...
+WritePlaced: TypeAlias = Callable[[Sequence[OlderRow]], Awaitable[Written]]
+"""Writes rows of one leaf in a transaction; see :func:`rotator.postgres.writer.write_placed`."""
 
 
 class LateRows:
@@ -91,19 +75,11 @@ class LateRows:
         rows: The number of rows that have new values.
     """
 
-    def __init__(
-        self,
-        placed_rows: PlacedRows,
-        gate: Gate,
-        stop_signal: StopSignal,
-        notify: Observer,
-        on_commit: OnCommit | None,
-    ) -> None:
-        self._placed_rows = placed_rows
+    def __init__(self, write: WritePlaced, gate: Gate, stop_signal: StopSignal, notify: Observer) -> None:
+        self._write = write
         self._gate = gate
         self._stop_signal = stop_signal
         self._notify = notify
-        self._on_commit = on_commit
         self.rows = 0
 
     async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
@@ -125,7 +101,7 @@ class LateRows:
         deferrals = rejections = 0
         while not self._stop_signal.drain.is_set():
             try:
-                return await self._rotate_once(rows)
+                written = await self._write(rows)
             except RowsLockedError:
                 deferrals += 1
                 self._notify(RangeDeferred(rows=len(rows)))
@@ -142,16 +118,9 @@ class LateRows:
                     middle = len(rows) // 2
                     await self.rotate(rows[:middle])
                     return await self.rotate(rows[middle:])
+            else:
+                self._gate.count_completed(written.rows, written.server_seconds)
+                self.rows += written.rows
+                return self._notify(LateRowsRotated(rows=written.rows))
             await self._stop_signal.wait(_RETRY.delay_seconds(deferrals + rejections))
         return None
-
-    async def _rotate_once(self, rows: Sequence[OlderRow]) -> None:
-        written = await self._placed_rows.rotate(rows)
-        self._gate.count_completed(written.rows, written.server_seconds)
-        self.rows += written.rows
-        self._notify(LateRowsRotated(rows=written.rows))
-        if self._on_commit is not None:
-            keys = tuple(row.key for row in rows)
-            await self._on_commit(
-                RowsRotated(rotation=self._placed_rows.rotation, keys=keys, rows=written.rows)
-            )

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -11,10 +12,9 @@ from rotator.exceptions import RotatorError
 from rotator.postgres import leaked, rotations
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.leaked import LeakedValues, Searched
-from rotator.postgres.older_rows import OlderRows
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import OlderRow
+from rotator.postgres.writer import OlderRow, RangeUpdate, write_placed
 from rotator.runner.context import RunContext, RunTarget
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.preflight import read_target
@@ -66,18 +66,12 @@ class LeakedRows:
         """
         context = self._context
         drain, notify = context.stop_signal.drain, context.notify
-        placed = OlderRows(
-            self._connection,
-            self._table,
-            owned.lease,
-            started_xid=owned.started_xid,
-            source=context.target.source,
-            limits=context.options.limits,
-        )
+        update = RangeUpdate(self._table, context.target.source, context.options.limits)
+        write = partial(write_placed, self._connection, update, owned.lease, context.on_commit)
         attempts = 0
         while not drain.is_set():
             notify(found_event(self._values))
-            late_rows = LateRows(placed, context.gate, context.stop_signal, notify, context.on_commit)
+            late_rows = LateRows(write, context.gate, context.stop_signal, notify)
             rotated = await late_rows.rotate_all(self._batches())
             if drain.is_set():
                 break

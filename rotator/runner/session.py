@@ -1,6 +1,7 @@
 """The work of one generation: freeze the bound, rotate the gaps, confirm, complete."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -11,11 +12,11 @@ from rotator.exceptions import RotatorError
 from rotator.postgres import rotations
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import LastWriters, count_last_writers
-from rotator.postgres.older_rows import OlderRows
+from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import Figures, RotationState
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import PostgresWriter
+from rotator.postgres.writer import RangeUpdate, write_placed, write_range
 from rotator.ranges import KeyInterval
 from rotator.runner.acquire import Acquired
 from rotator.runner.context import RunContext
@@ -188,10 +189,9 @@ class Session:
                 self._connection, self._table, self._context.target, options.limits, owned.bound, notify
             )
             self._limits = update.limits
-            writer = PostgresWriter(self._pool, update, owned.lease, self._context.on_commit)
             engine = Engine(
-                planner,
-                writer,
+                planner.next_range,
+                partial(write_range, self._pool, update, owned.lease, self._context.on_commit),
                 self._context.gate,
                 notify=notify,
                 options=EngineOptions(max_rows=max_rows),
@@ -219,15 +219,8 @@ class Session:
             notify=notify,
         ):
             return False
-        older_rows = OlderRows(
-            self._connection,
-            self._table,
-            owned.lease,
-            started_xid=owned.started_xid,
-            source=self._context.target.source,
-            limits=self._limits,
-            ledger=self._proof.ledger,
-        )
+        update = RangeUpdate(self._table, self._context.target.source, self._limits, self._proof.ledger)
+        write = partial(write_placed, self._connection, update, owned.lease, self._context.on_commit)
         notify(ConfirmationStarted())
         attempts = 0
         while True:
@@ -237,8 +230,14 @@ class Session:
             if not writers.older:
                 notify(RowsConfirmed(confirmed=writers.confirmed, unconfirmed=writers.others))
                 return True
-            late_rows = LateRows(older_rows, self._context.gate, stop_signal, notify, self._context.on_commit)
-            rotated = await late_rows.rotate_all(older_rows.find(self._context.gate.rows))
+            found = find_older_rows(
+                self._connection,
+                self._table,
+                rotation=owned.lease.rotation,
+                started_xid=owned.started_xid,
+                batch=self._context.gate.rows,
+            )
+            rotated = await LateRows(write, self._context.gate, stop_signal, notify).rotate_all(found)
             if stop_signal.drain.is_set() or self._context.stats.rejected_keys:
                 return False
             attempts = 0 if rotated else attempts + 1

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -24,9 +25,9 @@ from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledge
 from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
 from rotator.postgres.rotations import RotationFacts, read_facts
-from rotator.postgres.survivors import Found, Search, Survivors
+from rotator.postgres.survivors import Found, Search
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import OlderRow
+from rotator.postgres.writer import OlderRow, write_placed
 from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
@@ -171,7 +172,7 @@ class Verifier:
         """Search the rest of the table; return also the numbers of planted rows and of those found."""
         placed, planted, planted_found, rows = None, 0, 0, SEARCH_ROWS
         if repairs and search.bound is not None:
-            placed = await self._placed_rows(search, search.bound)
+            placed = await self._late_rows(search, search.bound)
         while search.bound is not None and search.through != search.bound:
             rest = KeyInterval(after=search.through, through=search.bound)
             planned, found, rows = await self._search_range(ledger, rest, rows, plants=not planted)
@@ -234,24 +235,21 @@ class Verifier:
             else:
                 return planned, found, rows
 
-    async def _placed_rows(self, search: Search, key: Key) -> LateRows:
+    async def _late_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""
         lease = await survivors.own_repair(self._connection, self._rotation)
+        # A leaked value may have moved to a row that the filters leave out.
+        table = replace(self._table, condition=None)
         update = await measured_update(
-            self._connection, self._table, self._target, self._options.limits, key, self._notify
+            self._connection, table, self._target, self._options.limits, key, self._notify
         )
-        placed = Survivors(
-            self._connection,
-            self._table,
-            lease,
-            verification=search.id,
-            source=self._target.source,
-            limits=update.limits,
+        write = partial(
+            write_placed, self._connection, update, lease, self._on_commit, verification=search.id
         )
         gate = Gate(concurrency=1, rows=self._options.batch, notify=self._notify_repair)
         # A stop cancels the search as a whole: a row that was left out would count as searched.
         never = StopSignal(self._notify_repair)
-        return LateRows(placed, gate, never, self._notify_repair, self._on_commit)
+        return LateRows(write, gate, never, self._notify_repair)
 
     def _notify_repair(self, event: Event) -> None:
         # The verification counts these rows itself.

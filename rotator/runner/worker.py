@@ -3,17 +3,13 @@
 import asyncio
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from rotator.events import (
-    Event,
-    OnCommit,
-    RangeCompleted,
-    ignore,
-)
+from rotator.events import Event, OnCommit, RangeCompleted, ignore
 from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError, unwrap_group
 from rotator.options import RunOptions
 from rotator.postgres import spans
@@ -25,7 +21,7 @@ from rotator.postgres.owner import this_process
 from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import PostgresWriter
+from rotator.postgres.writer import write_range
 from rotator.runner.aio import act_when, is_set_within
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
@@ -164,10 +160,10 @@ class Helper:
             update = await measured_update(
                 connection, table, self._target, self._options.limits, claimed.gaps[0].through, notify
             )
-            writer = PostgresWriter(pool, update, claimed.lease, self._on_commit)
+            write = partial(write_range, pool, update, claimed.lease, self._on_commit)
             # A span without a rotated row is one gap.
             has_rotated = len(claimed.gaps) > 1
-            engine = Engine(planner, writer, self._gate, notify=notify, has_rotated=has_rotated)
+            engine = Engine(planner.next_range, write, self._gate, notify=notify, has_rotated=has_rotated)
             with unwrap_group():
                 async with asyncio.TaskGroup() as tasks:
                     renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease, stats))

@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 import psycopg
@@ -20,8 +21,8 @@ from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import NewRotation, begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
 from rotator.postgres.values import InBulk, UuidBlock, Values, ValueSource
-from rotator.postgres.writer import PostgresWriter, RangeUpdate
-from rotator.ranges import Key, KeyRange
+from rotator.postgres.writer import RangeUpdate, write_range
+from rotator.ranges import Key, KeyRange, Written
 
 # Real transactions, without the other apps' tables, whose emptying takes longer than most tests.
 COMMITTING: Final = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets"])
@@ -92,6 +93,8 @@ def once_each(*spans: tuple[int, int]) -> Counter[str]:
 async def _make_uuids(count: int) -> tuple[Values, ...]:
     return (UuidBlock(uuid4_block(count)),)
 
+
+Write: TypeAlias = Callable[[KeyRange], Coroutine[Any, Any, Written]]
 
 UUIDS: Final = InBulk(_make_uuids)
 """New values as a rotation of UUIDs makes them."""
@@ -345,10 +348,11 @@ async def writing(
     *,
     source: ValueSource = UUIDS,
     limits: WaitLimits | None = None,
-) -> AsyncIterator[PostgresWriter]:
+) -> AsyncIterator[Write]:
     """A writer with one connection of its own."""
     async with pooled(database.server, 1) as pool:
-        yield PostgresWriter(pool, RangeUpdate(table, source, limits or WaitLimits()), lease)
+        update = RangeUpdate(table, source, limits or WaitLimits())
+        yield partial(write_range, pool, update, lease, None)
 
 
 def assert_new_uuid4s(before: Mapping[str, UUID], after: Mapping[str, UUID]) -> None:

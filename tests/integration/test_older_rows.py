@@ -1,8 +1,10 @@
 """Rows that nothing has written since the rotation began, found by reading the table."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import chain
+from typing import Any, TypeAlias
 
 import psycopg
 import pytest
@@ -13,11 +15,11 @@ from rotator.options import WaitLimits
 from rotator.postgres import older_rows as older_rows_module
 from rotator.postgres.connection import connected
 from rotator.postgres.fence import Lease
-from rotator.postgres.older_rows import OlderRows
+from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.rotations import abandon, read_state
 from rotator.postgres.table import TargetTable
-from rotator.postgres.writer import OlderRow
-from rotator.ranges import Key
+from rotator.postgres.writer import OlderRow, RangeUpdate, write_placed
+from rotator.ranges import Key, Written
 from tests.integration.rotation_tables import (
     COMMITTING,
     INSERT,
@@ -46,13 +48,24 @@ def other(database: Database) -> psycopg.Connection:
     return opened
 
 
+Find: TypeAlias = Callable[[int], AsyncGenerator[list[OlderRow], None]]
+Rotate: TypeAlias = Callable[[Sequence[OlderRow]], Coroutine[Any, Any, Written]]
+
+
 @asynccontextmanager
 async def _older_rows(
     database: Database, lease: Lease, table: TargetTable = TICKETS
-) -> AsyncIterator[OlderRows]:
+) -> AsyncIterator[tuple[Find, Rotate]]:
     async with connected(database.server) as side:
         state = await read_state(side, lease)
-        yield OlderRows(side, table, lease, started_xid=state.started_xid, source=UUIDS, limits=WaitLimits())
+        update = RangeUpdate(table, UUIDS, WaitLimits())
+
+        def find(batch: int) -> AsyncGenerator[list[OlderRow], None]:
+            return find_older_rows(
+                side, table, rotation=lease.rotation, started_xid=state.started_xid, batch=batch
+            )
+
+        yield find, partial(write_placed, side, update, lease, None)
 
 
 def _keys(rows: Iterable[OlderRow]) -> list[Key]:
@@ -78,11 +91,11 @@ async def test_what_is_committed_late_is_rotated_and_nothing_else(
     other.execute("COMMIT")
     before = database.values()
     database.count_updates()
-    async with _older_rows(database, lease) as older_rows:
-        found = [rows async for rows in older_rows.find(2000)]
+    async with _older_rows(database, lease) as (find, rotate):
+        found = [rows async for rows in find(2000)]
         assert [_keys(rows) for rows in found] == [["[3]", "[7]", "[99]"]]
-        assert (await older_rows.rotate(found[0])).rows == 3
-        assert [rows async for rows in older_rows.find(2000)] == []
+        assert (await rotate(found[0])).rows == 3
+        assert [rows async for rows in find(2000)] == []
     assert database.updates() == once_each((3, 3), (7, 7), (99, 99))
     assert database.changed(before) == {"[3]", "[7]", "[99]"}
     assert_new_uuid4s(before, {key: database.values()[key] for key in ("[3]", "[7]", "[99]")})
@@ -97,8 +110,8 @@ async def test_what_such_a_transaction_writes_after_the_start_counts_too(
     lease = await begin(control)
     _rotate_all_but(database, 3)
     execute_all(other, INSERT, "COMMIT")
-    async with _older_rows(database, lease) as older_rows:
-        assert [_keys(rows) async for rows in older_rows.find(2000)] == [["[3]", "[99]"]]
+    async with _older_rows(database, lease) as (find, _rotate):
+        assert [_keys(rows) async for rows in find(2000)] == [["[3]", "[99]"]]
 
 
 @pytest.mark.parametrize("chunk_blocks", [1, 2, 3, 16_384])
@@ -117,14 +130,14 @@ async def test_the_whole_table_is_walked_whatever_the_chunks_and_batches(
     lease = await begin(control)
     late = [*range(1, 20), *range(100, 140), 300]
     _rotate_all_but(database, *late)
-    async with _older_rows(database, lease) as older_rows:
-        found = [rows async for rows in older_rows.find(batch)]
+    async with _older_rows(database, lease) as (find, rotate):
+        found = [rows async for rows in find(batch)]
         assert max(map(len, found)) <= batch
         keys = _keys(chain.from_iterable(found))
         assert len(keys) == len(late)
         assert {int(key[1:-1]) for key in keys} == set(late)
         before = database.values()
-        assert [(await older_rows.rotate(some)).rows for some in found] == [len(some) for some in found]
+        assert [(await rotate(some)).rows for some in found] == [len(some) for some in found]
     assert database.changed(before) == set(keys)
     assert database.rotation("late_rows") == len(late)
 
@@ -136,8 +149,8 @@ async def test_rows_are_rotated_while_they_are_looked_for(
     database.make_tickets(1, 300)
     lease = await begin(control)
     database.count_updates()
-    async with _older_rows(database, lease) as older_rows:
-        rotated = [(await older_rows.rotate(rows)).rows async for rows in older_rows.find(7)]
+    async with _older_rows(database, lease) as (find, rotate):
+        rotated = [(await rotate(rows)).rows async for rows in find(7)]
     assert sum(rotated) == 300
     assert database.updates() == once_each((1, 300))
 
@@ -148,11 +161,11 @@ async def test_rows_that_were_written_since_they_were_found_are_left_alone(
 ) -> None:
     database.make_tickets(1, 5)
     lease = await begin(control)
-    async with _older_rows(database, lease) as older_rows:
-        (rows,) = [rows async for rows in older_rows.find(10)]
+    async with _older_rows(database, lease) as (find, rotate):
+        (rows,) = [rows async for rows in find(10)]
         database.execute(f"{own_change} WHERE id = 2")
         before = database.values()
-        assert (await older_rows.rotate(rows)).rows == 4
+        assert (await rotate(rows)).rows == 4
     assert database.changed(before) == set(once_each((1, 1), (3, 5)))
     assert database.rotation("late_rows") == 4
 
@@ -171,21 +184,21 @@ async def test_what_others_write_after_the_attachment_stays_theirs(
     lease = await begin(control)
     database.execute(f"ALTER TABLE {parent} ATTACH PARTITION {leaf} FOR VALUES FROM (1) TO (100)")
     database.execute(f"INSERT INTO {parent} VALUES (9, gen_random_uuid())")
-    async with _older_rows(database, lease, table) as older_rows:
+    async with _older_rows(database, lease, table) as (find, rotate):
         found = []
-        async for rows in older_rows.find(1):
+        async for rows in find(1):
             found += rows
             # Each transaction makes all rows older, and the attachment too.
-            assert (await older_rows.rotate(rows)).rows == 1
+            assert (await rotate(rows)).rows == 1
     assert _keys(found) == [f"[{number}]" for number in range(1, 6)]
 
 
 async def _refused(database: Database, lease: Lease, kind: type[RotatorError]) -> None:
     before = database.values()
-    async with _older_rows(database, lease) as older_rows:
-        (rows,) = [rows async for rows in older_rows.find(2000)]
+    async with _older_rows(database, lease) as (find, rotate):
+        (rows,) = [rows async for rows in find(2000)]
         with pytest.raises(kind):
-            await older_rows.rotate(rows)
+            await rotate(rows)
         assert database.values() == before
         assert database.rotation("late_rows") == 0
 
@@ -211,11 +224,11 @@ async def test_refused_late_rows_are_not_counted(
 async def test_late_rows_are_fenced_like_ranges(database: Database, control: psycopg.AsyncConnection) -> None:
     database.make_tickets(1, 5)
     lease = await begin(control)
-    async with _older_rows(database, lease) as older_rows:
-        (rows,) = [rows async for rows in older_rows.find(2000)]
+    async with _older_rows(database, lease) as (find, rotate):
+        (rows,) = [rows async for rows in find(2000)]
         await abandon(control, lease)
         with pytest.raises(SupersededError):
-            await older_rows.rotate(rows)
+            await rotate(rows)
 
 
 @pytest.mark.parametrize(
@@ -230,13 +243,13 @@ async def test_late_rows_of_tables_of_any_name_and_shape(
     database.fill(table, *keys)
     lease = await begin(control)
     before = database.values(table)
-    async with _older_rows(database, lease, table) as older_rows:
-        assert sum([(await older_rows.rotate(some)).rows async for some in older_rows.find(3)]) == 10
+    async with _older_rows(database, lease, table) as (find, rotate):
+        assert sum([(await rotate(some)).rows async for some in find(3)]) == 10
     assert database.changed(before, table) == set(before)
 
 
 async def test_an_empty_table_holds_nothing_late(
     database: Database, control: psycopg.AsyncConnection
 ) -> None:
-    async with _older_rows(database, await begin(control)) as older_rows:
-        assert [rows async for rows in older_rows.find(10)] == []
+    async with _older_rows(database, await begin(control)) as (find, _rotate):
+        assert [rows async for rows in find(10)] == []

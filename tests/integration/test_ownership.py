@@ -189,9 +189,9 @@ async def test_who_was_taken_over_writes_nothing_any_more(
     assert taken is not None
     async with writing(database, lease) as former, writing(database, taken) as latter:
         with pytest.raises(SupersededError):
-            await former.rewrite(key_range(None, 20, 20))
+            await former(key_range(None, 20, 20))
         assert database.values() == before
-        assert (await latter.rewrite(key_range(None, 20, 20))).rows == 20
+        assert (await latter(key_range(None, 20, 20))).rows == 20
 
 
 @pytest.mark.parametrize("status", ["completed", "abandoned"])
@@ -229,7 +229,7 @@ async def test_taking_over_waits_for_the_range_in_flight(
     gate.execute("SELECT pg_advisory_lock(1, 1)")
     database.before_update("PERFORM pg_advisory_xact_lock_shared(1, 1); RETURN NEW;")
     async with writing(database, lease, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
-        rewriting = tasks.create_task(writer.rewrite(key_range(None, 20, 20)))
+        rewriting = tasks.create_task(writer(key_range(None, 20, 20)))
         await database.until_rotator_waits_for_a_lock()
         taking = tasks.create_task(_take(control, lease))
         await database.until_rotator_waits_for_a_lock(backends=2)
@@ -296,8 +296,8 @@ async def test_a_stop_stores_the_rows_that_checkpoints_confirm(
 ) -> None:
     database.make_tickets(1, 20)
     async with writing(database, lease) as writer:
-        await writer.rewrite(key_range(None, 5, 5))
-        await writer.rewrite(key_range(10, 12, 2))
+        await writer(key_range(None, 5, 5))
+        await writer(key_range(10, 12, 2))
     database.execute("UPDATE rotator_rotation SET late_rows = 3")
     # The heartbeat said what was in memory.
     await beat(control, lease, rows_done=4711, figures=Figures(active_seconds=1))
@@ -356,7 +356,7 @@ async def test_nothing_with_a_gap_is_completed(
     database.make_tickets(1, 20)
     async with writing(database, lease) as writer:
         for after, through, rows in ranges:
-            await writer.rewrite(key_range(after, through, rows))
+            await writer(key_range(after, through, rows))
     row = database.execute("SELECT * FROM rotator_rotation")
     assert await complete(control, TICKETS, lease, BOUND, figures=Figures(active_seconds=1)) is None
     assert database.execute("SELECT * FROM rotator_rotation") == row
@@ -368,7 +368,7 @@ async def test_without_a_gap_it_is_completed(
     database.make_tickets(1, 20)
     async with writing(database, lease) as writer:
         for through in (20, 5, 10, 15):
-            await writer.rewrite(key_range(through - 5 or None, through, 5))
+            await writer(key_range(through - 5 or None, through, 5))
     assert await complete(control, TICKETS, lease, BOUND, figures=Figures(active_seconds=8)) == 20
     assert (database.rotation("status"), database.rotation("rows_done")) == ("completed", 20)
     assert database.rotation("finished_at") is not None
@@ -380,7 +380,7 @@ async def test_checkpoints_of_another_rotation_complete_nothing(
 ) -> None:
     database.make_tickets(1, 20)
     async with writing(database, lease) as writer:
-        await writer.rewrite(key_range(None, 20, 20))
+        await writer(key_range(None, 20, 20))
     assert await complete(control, TICKETS, lease, BOUND, figures=Figures(active_seconds=1)) == 20
     following = await begin(control)
     assert await complete(control, TICKETS, following, BOUND, figures=Figures(active_seconds=1)) is None
@@ -438,7 +438,7 @@ async def test_the_next_owner_reads_the_state(
     assert (new.bound, new.rows_total, new.rows_done, new.late_rows) == (None, 0, 0, 0)
     await freeze_bound(control, lease, bound=BOUND, rows_total=20, is_exact=False)
     async with writing(database, lease) as writer:
-        await writer.rewrite(key_range(None, 5, 5))
+        await writer(key_range(None, 5, 5))
     database.execute("UPDATE rotator_rotation SET late_rows = 2")
     await stop(control, lease, status="interrupted", error="", figures=Figures(active_seconds=7.5))
     taken = await _take(control, lease)

@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -12,10 +13,10 @@ from psycopg import sql
 
 from rotator.postgres.connection import Server, connected, pooled
 from rotator.postgres.fence import Lease
-from rotator.postgres.older_rows import OlderRows
+from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.planner import IndexPlanner, last_key
 from rotator.postgres.table import Condition, TargetTable
-from rotator.postgres.writer import PostgresWriter, RangeUpdate
+from rotator.postgres.writer import RangeUpdate, write_placed, write_range
 from rotator.ranges import KeyInterval
 from tests.integration.rotation_tables import COMMITTING, PAIRS, PATIENT, TICKETS, UUIDS, Database
 
@@ -132,14 +133,15 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
     assert bound is not None
     rest, batch = KeyInterval(after=None, through=bound), len(database.values(table)) // 15
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, RangeUpdate(table, UUIDS, PATIENT, keeps_plan=True), lease)
+        update_range = RangeUpdate(table, UUIDS, PATIENT, keeps_plan=True)
+        writer = partial(write_range, pool, update_range, lease, None)
         # The table's first range is another statement than those after it.
         for is_analyzed in (False, False, True, True):
             if is_analyzed:
                 analyze(database, table)
             key_range = await planner.next_range(rest, batch)
             explained.plans.kinds()
-            assert (await writer.rewrite(key_range)).rows == batch
+            assert (await writer(key_range)).rows == batch
             (update,) = explained.plans.kinds()
             assert "Merge Join" in update
             assert not update & (UNWANTED | {"Nested Loop"})
@@ -178,11 +180,13 @@ async def test_an_index_for_the_condition_on_the_rows_is_not_used(
     assert bound is not None
     planner, rest = IndexPlanner(side, table), KeyInterval(after=None, through=bound)
     async with pooled(explained, 1) as pool:
-        writer = PostgresWriter(pool, RangeUpdate(of_kind, UUIDS, PATIENT, keeps_plan=True), lease)
+        writer = partial(
+            write_range, pool, RangeUpdate(of_kind, UUIDS, PATIENT, keeps_plan=True), lease, None
+        )
         for _ in range(3):
             key_range = await planner.next_range(rest, BATCH)
             explained.plans.kinds()
-            await writer.rewrite(key_range)
+            await writer(key_range)
             update = explained.plans.kinds()[0]
             assert "Merge Join" in update
             assert not update & (UNWANTED | {"Nested Loop"})
@@ -217,13 +221,14 @@ async def test_older_rows_are_looked_up_by_their_places(
 ) -> None:
     # As if all of them had been committed late.
     started_xid = 1 + int(database.execute("SELECT pg_current_xact_id()::text")[0][0])
-    older_rows = OlderRows(side, table, lease, started_xid=started_xid, source=UUIDS, limits=PATIENT)
-    async with aclosing(older_rows.find(50)) as batches:
+    older_rows = find_older_rows(side, table, rotation=lease.rotation, started_xid=started_xid, batch=50)
+    update_rows = RangeUpdate(table, UUIDS, PATIENT)
+    async with aclosing(older_rows) as batches:
         found = await anext(batches)
     for chosen in (found[10:40], found[:7]):
         late_before = database.rotation("late_rows")
         explained.plans.kinds()
-        await older_rows.rotate(chosen)
+        await write_placed(side, update_rows, lease, None, chosen)
         assert database.rotation("late_rows") == late_before + len(chosen)
         (update,) = explained.plans.kinds()
         assert "Tid Scan" in update

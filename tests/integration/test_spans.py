@@ -43,14 +43,14 @@ async def test_a_helper_whose_lease_has_expired_cannot_write_once_another_has_th
     database.count_updates()
     # Another span's checkpoint is none of this one's gaps.
     async with writing(database, lease) as writer:
-        await writer.rewrite(key_range(None, 10, 10))
+        await writer(key_range(None, 10, 10))
     since = await spans.clear(control, lease)
     await spans.plan(control, lease, SPAN)
     first = await _claim(control, lease, "one")
     assert first is not None
     assert first.gaps == [SPAN]
     async with writing(database, first.lease) as writer:
-        await writer.rewrite(key_range(20, 30, 10))
+        await writer(key_range(20, 30, 10))
     assert await _claim(control, lease, "two") is None
 
     _let_leases_expire(database)
@@ -63,9 +63,9 @@ async def test_a_helper_whose_lease_has_expired_cannot_write_once_another_has_th
     ]
     async with writing(database, first.lease) as writer:
         with pytest.raises(SupersededError):
-            await writer.rewrite(key_range(30, 40, 10))
+            await writer(key_range(30, 40, 10))
     async with writing(database, second.lease) as writer:
-        await writer.rewrite(key_range(30, 100, 70))
+        await writer(key_range(30, 100, 70))
     with pytest.raises(SupersededError):
         await spans.finish(control, first.lease, deferrals=0, retries=0)
     await spans.finish(control, second.lease, deferrals=2, retries=3)
@@ -90,7 +90,7 @@ async def test_a_claim_waits_for_the_transaction_of_the_helper_before(
         database.make_trigger("PERFORM pg_advisory_xact_lock(1);", each="STATEMENT")
         limits = WaitLimits(lock_seconds=30, statement_seconds=30, transaction_seconds=60)
         async with writing(database, first.lease, limits=limits) as writer:
-            writes = asyncio.create_task(writer.rewrite(key_range(10, 20, 10)))
+            writes = asyncio.create_task(writer(key_range(10, 20, 10)))
             await database.until_rotator_waits_for_a_lock()
             _let_leases_expire(database)
             claims = asyncio.create_task(_claim(control, lease, "two"))
@@ -169,7 +169,7 @@ async def test_the_spans_of_another_owner_cannot_be_claimed(
         await spans.add_helper(control, lease, instead_of=None)
     async with writing(database, claimed.lease) as writer:
         with pytest.raises(SupersededError):
-            await writer.rewrite(key_range(10, 20, 10))
+            await writer(key_range(10, 20, 10))
 
 
 async def test_a_helper_is_not_wanted_once_another_message_was_sent_instead(
@@ -215,13 +215,13 @@ async def test_rows_are_counted_once_whatever_the_order_of_the_commits(
             (lease.rotation,),
         )
         async with writing(database, first.lease) as writer:
-            await writer.rewrite(key_range(10, 50, 40))
+            await writer(key_range(10, 50, 40))
         await count()
         await spans.plan(control, lease, NEXT_SPAN)
         second = await _claim(control, lease, "two")
         assert second is not None
         async with writing(database, second.lease) as writer:
-            await writer.rewrite(key_range(100, 120, 20))
+            await writer(key_range(100, 120, 20))
         await spans.finish(control, second.lease, deferrals=0, retries=0)
         await count()
         assert counted == 60

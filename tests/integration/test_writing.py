@@ -22,7 +22,6 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.rotations import Figures, abandon, stop
 from rotator.postgres.table import Column, TargetTable
 from rotator.postgres.values import InBulk, ValueSource
-from rotator.postgres.writer import PostgresWriter
 from rotator.ranges import Key, KeyRange
 from tests.integration.rotation_tables import (
     COMMITTING,
@@ -34,6 +33,7 @@ from tests.integration.rotation_tables import (
     TOKEN,
     UUIDS,
     Database,
+    Write,
     assert_new_uuid4s,
     key_range,
     once_each,
@@ -57,7 +57,7 @@ async def _refused(database: Database, lease: Lease, tried: KeyRange, kind: type
     before, checkpoints = database.values(), database.checkpoints()
     async with writing(database, lease) as writer:
         with pytest.raises(kind) as caught:
-            await writer.rewrite(tried)
+            await writer(tried)
     assert database.values() == before
     assert database.checkpoints() == checkpoints
     said = "".join(traceback.format_exception(caught.value))
@@ -70,7 +70,7 @@ async def test_each_row_of_the_range_changes_once_and_no_other(database: Databas
     database.count_updates()
     before = database.values()
     async with writing(database, lease) as writer:
-        assert (await writer.rewrite(key_range(10, 20, 10))).rows == 10
+        assert (await writer(key_range(10, 20, 10))).rows == 10
     assert database.updates() == once_each((11, 20))
     assert database.changed(before) == set(once_each((11, 20)))
     assert_new_uuid4s(before, {key: database.values()[key] for key in once_each((11, 20))})
@@ -80,7 +80,7 @@ async def test_each_row_of_the_range_changes_once_and_no_other(database: Databas
 async def test_row_and_checkpoint_are_of_one_transaction(database: Database, lease: Lease) -> None:
     database.make_tickets(1, 3)
     async with writing(database, lease) as writer:
-        await writer.rewrite(key_range(None, 3, 3))
+        await writer(key_range(None, 3, 3))
     transactions = database.execute(
         "SELECT xmin FROM tickets_ticket UNION SELECT xmin FROM rotator_completedrange"
     )
@@ -91,7 +91,7 @@ async def test_the_first_range_begins_with_the_table(database: Database, lease: 
     database.make_tickets(-5, 5)
     before = database.values()
     async with writing(database, lease) as writer:
-        assert (await writer.rewrite(key_range(None, 0, 6))).rows == 6
+        assert (await writer(key_range(None, 0, 6))).rows == 6
     assert database.changed(before) == set(once_each((-5, 0)))
     assert database.checkpoints() == [(None, "[0]", 6)]
 
@@ -115,7 +115,7 @@ async def test_a_range_without_rows_is_checkpointed(
     if table is not TICKETS:
         database.make_table(table)
     async with writing(database, lease, table, source=source) as writer:
-        assert (await writer.rewrite(key_range(20, 25, 0))).rows == 0
+        assert (await writer(key_range(20, 25, 0))).rows == 0
     assert database.checkpoints() == [("[20]", "[25]", 0)]
 
 
@@ -123,7 +123,7 @@ async def test_values_of_other_types_travel_too(database: Database, lease: Lease
     database.make_table(SECRETS)
     database.fill(SECRETS, "i")
     async with writing(database, lease, SECRETS, source=InBulk(_texts)) as writer:
-        assert (await writer.rewrite(key_range(None, 9, 10))).rows == 10
+        assert (await writer(key_range(None, 9, 10))).rows == 10
     assert database.values(SECRETS) == {f"[{number}]": f"new {number}" for number in range(10)}
 
 
@@ -136,7 +136,7 @@ async def test_a_range_of_several_slices_writes_each_row_once(
     database.count_updates()
     before = database.values()
     async with writing(database, lease) as writer:
-        assert (await writer.rewrite(key_range(5, 35, 30))).rows == 30
+        assert (await writer(key_range(5, 35, 30))).rows == 30
     assert database.updates() == once_each((6, 35))
     assert_new_uuid4s(before, {key: database.values()[key] for key in once_each((6, 35))})
     assert database.checkpoints() == [("[5]", "[35]", 30)]
@@ -153,7 +153,7 @@ async def test_rows_that_were_deleted_since_they_were_planned_are_not_missed(
     database.execute(f"DELETE FROM tickets_ticket WHERE id {deleted}")
     left = database.values()
     async with writing(database, lease) as writer:
-        assert (await writer.rewrite(key_range(None, 20, 20))).rows == len(left)
+        assert (await writer(key_range(None, 20, 20))).rows == len(left)
     assert database.updates() == Counter(left.keys())
     assert database.checkpoints() == [(None, "[20]", len(left))]
 
@@ -176,7 +176,7 @@ async def test_rows_that_were_inserted_since_the_others_were_planned_are_written
     database.count_updates()
     before = database.values()
     async with writing(database, lease) as writer:
-        assert (await writer.rewrite(key_range(None, 30, planned))).rows == 30
+        assert (await writer(key_range(None, 30, planned))).rows == 30
     assert database.updates() == once_each((1, 30))
     assert_new_uuid4s(before, database.values())
     assert database.checkpoints() == [(None, "[30]", 30)]
@@ -227,7 +227,7 @@ async def test_what_a_neighbour_does_to_a_row_that_is_waited_for(
     neighbour.execute("BEGIN")
     neighbour.execute(neighbour_statement.encode())
     async with writing(database, lease, limits=PATIENT) as writer, asyncio.TaskGroup() as tasks:
-        rewriting = tasks.create_task(writer.rewrite(key_range(None, 20, 20)))
+        rewriting = tasks.create_task(writer(key_range(None, 20, 20)))
         await database.until_rotator_waits_for_a_lock()
         neighbour.execute("COMMIT")
         # The neighbour's version is what is rotated.
@@ -256,12 +256,12 @@ async def test_a_row_that_is_put_in_another_s_place_is_tried_again(database: Dat
         assert isinstance(refused, RangeRejectedError)
         assert refused.retryable
         assert database.checkpoints() == []
-        assert (await writer.rewrite(key_range(None, 20, 20))).rows == 20
+        assert (await writer(key_range(None, 20, 20))).rows == 20
 
 
-async def _outcome(writer: PostgresWriter, tried: KeyRange) -> int | RotatorError:
+async def _outcome(writer: Write, tried: KeyRange) -> int | RotatorError:
     try:
-        return (await writer.rewrite(tried)).rows
+        return (await writer(tried)).rows
     except RotatorError as error:
         return error
 
@@ -355,14 +355,14 @@ async def test_a_writer_is_as_good_as_new_after_each_kind_of_error(database: Dat
     neighbour = database.connect()
     async with writing(database, lease) as writer:
         with pytest.raises(RangeRejectedError):
-            await writer.rewrite(key_range(None, 20, 20))
+            await writer(key_range(None, 20, 20))
         database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
         neighbour.execute("BEGIN")
         neighbour.execute("DELETE FROM tickets_ticket WHERE id = 3")
         with pytest.raises(RowsLockedError):
-            await writer.rewrite(key_range(None, 20, 20))
+            await writer(key_range(None, 20, 20))
         neighbour.execute("ROLLBACK")
-        assert (await writer.rewrite(key_range(None, 20, 3))).rows == 20
+        assert (await writer(key_range(None, 20, 3))).rows == 20
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ async def test_a_range_that_is_checkpointed_already_is_not_written_again(
 ) -> None:
     database.make_tickets(1, 20)
     async with writing(database, lease) as writer:
-        await writer.rewrite(key_range(None, 20, 20))
+        await writer(key_range(None, 20, 20))
     await _refused(database, lease, key_range(after, through, 20), ServerLostError)
 
 
@@ -414,7 +414,7 @@ async def test_tables_keys_and_columns_of_any_name_and_shape(
     assert len(before) == 10
     async with writing(database, lease, table) as writer:
         tried = KeyRange(after=Key(after), through=Key(through), rows=len(expected))
-        assert (await writer.rewrite(tried)).rows == len(expected)
+        assert (await writer(tried)).rows == len(expected)
     assert database.changed(before, table) == expected
     assert database.updates() == Counter(expected)
     assert database.checkpoints() == [(after, through, len(expected))]

@@ -99,7 +99,12 @@ def _engine(  # noqa: PLR0913 - what the tests vary
     without_delays = EngineOptions(retry=retry, probe_delay_seconds=probe_delay_seconds, **options)
     gate = Gate(concurrency=concurrency, rows=batch, notify=events.append)
     return Engine(
-        planner, writer, gate, notify=events.append, options=without_delays, has_rotated=has_rotated
+        planner.next_range,
+        writer.rewrite,
+        gate,
+        notify=events.append,
+        options=without_delays,
+        has_rotated=has_rotated,
     )
 
 
@@ -158,8 +163,8 @@ async def test_a_drain_ends_the_waiting_for_a_locked_table() -> None:
         drain.set()
 
     engine = Engine(
-        _LockedTable(1000),
-        rows,
+        _LockedTable(1000).next_range,
+        rows.rewrite,
         Gate(concurrency=4, rows=2000, notify=notify),
         notify=notify,
         options=EngineOptions(retry=RetryPolicy(first_delay_seconds=1000, max_delay_seconds=1000)),
@@ -380,7 +385,7 @@ async def test_ranges_that_were_planned_larger_than_the_pace_allows_are_cut() ->
     rows, events = _Rows(), list[Event]()
     rows.gate.clear()
     gate = Gate(concurrency=2, rows=100, notify=events.append)
-    engine = Engine(_Numbers(), rows, gate, notify=events.append, options=EngineOptions())
+    engine = Engine(_Numbers().next_range, rows.rewrite, gate, notify=events.append)
     running = asyncio.create_task(engine.run([_span(0, 2000)], asyncio.Event()))
     for _ in range(100):
         await asyncio.sleep(0)

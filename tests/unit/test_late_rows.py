@@ -18,8 +18,6 @@ ROW_SECONDS = 0.001
 class _Placed:
     """Rows that each take a millisecond; the first transactions are too slow."""
 
-    rotation = 1
-
     def __init__(self, too_slow: int = 0) -> None:
         self.sizes = list[int]()
         self._too_slow = too_slow
@@ -42,7 +40,7 @@ async def _found(*sizes: int) -> AsyncIterator[list[OlderRow]]:
 
 def _late_rows(placed: _Placed, gate: Gate) -> LateRows:
     events = list[Event]()
-    return LateRows(placed, gate, StopSignal(events.append), events.append, None)
+    return LateRows(placed.rotate, gate, StopSignal(events.append), events.append)
 
 
 def _gate() -> Gate:
