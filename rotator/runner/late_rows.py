@@ -1,6 +1,7 @@
 """Waits for old transactions, and rotates the rows that no range has written."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from math import inf
 from typing import Final, TypeAlias
 
 from psycopg import AsyncConnection
@@ -19,6 +20,7 @@ from rotator.postgres.activity import holders
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Written
+from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.stop import StopSignal
@@ -31,20 +33,18 @@ async def wait_for_older_writers(
     connection: AsyncConnection,
     table: TargetTable,
     started_xid: int,
+    context: RunContext,
     *,
-    seconds: float | None,
-    stop_signal: StopSignal,
-    notify: Observer,
+    seconds: float = inf,
 ) -> bool:
-    """Wait for the transactions that wrote to the target before the rotation began.
+    """Wait for the transactions that wrote to the target before the rotation began, or for a stop.
 
     Args:
         connection: A connection in autocommit mode.
         table: The target's table.
         started_xid: The transaction that began the rotation.
-        seconds: The maximum wait; None for no limit.
-        stop_signal: A request to stop ends the wait.
-        notify: Gets the names of the sessions that hold the transactions.
+        context: The run.
+        seconds: The maximum wait.
 
     Returns:
         Whether they have ended.
@@ -52,15 +52,15 @@ async def wait_for_older_writers(
     waited = 0.0
     is_waiting = False
     while holding := await holders(connection, table, started_xid):
-        if seconds is not None and waited >= seconds:
+        if waited >= seconds:
             return False
         is_waiting = True
-        notify(LateCommitsAwaited(holders=holding))
-        if await stop_signal.wait(POLL_SECONDS):
+        context.notify(LateCommitsAwaited(holders=holding))
+        if await context.stop_signal.wait(POLL_SECONDS):
             return False
         waited += POLL_SECONDS
     if is_waiting:
-        notify(LateCommitsOver())
+        context.notify(LateCommitsOver())
     return True
 
 

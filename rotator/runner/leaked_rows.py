@@ -78,14 +78,7 @@ class LeakedRows:
             if context.stats.rejected_keys:
                 return "failed"
             # A transaction that is still open can commit an old value.
-            await wait_for_older_writers(
-                self._connection,
-                self._table,
-                owned.started_xid,
-                seconds=None,
-                stop_signal=context.stop_signal,
-                notify=notify,
-            )
+            await wait_for_older_writers(self._connection, self._table, owned.started_xid, context)
             found = await self._search()
             if found is None or drain.is_set():
                 break

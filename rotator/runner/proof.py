@@ -98,14 +98,7 @@ class Proof:
         context, lease = self._context, owned.lease
         started = time.monotonic()
         # Otherwise a row that is committed late could be rotated before its value enters the ledger.
-        if not await wait_for_older_writers(
-            self._connection,
-            self._table,
-            owned.started_xid,
-            seconds=None,
-            stop_signal=context.stop_signal,
-            notify=context.notify,
-        ):
+        if not await wait_for_older_writers(self._connection, self._table, owned.started_xid, context):
             return None
         context.notify(LedgerStarted())
         if ledger is None:

@@ -146,12 +146,7 @@ class Session:
         # A row that is committed late and then updated by the application has a new xmin and a leaked value.
         # Only a range finds it, so the bound must include it.
         await wait_for_older_writers(
-            self._connection,
-            self._table,
-            owned.started_xid,
-            seconds=OLDER_WRITERS_SECONDS,
-            stop_signal=self._context.stop_signal,
-            notify=self._context.notify,
+            self._connection, self._table, owned.started_xid, self._context, seconds=OLDER_WRITERS_SECONDS
         )
         bound = await last_key(self._connection, self._table)
         if bound is None:
@@ -210,14 +205,7 @@ class Session:
             RotatorError: Rows are left that the rotation cannot reach.
         """
         stop_signal, notify = self._context.stop_signal, self._context.notify
-        if not await wait_for_older_writers(
-            self._connection,
-            self._table,
-            owned.started_xid,
-            seconds=None,
-            stop_signal=stop_signal,
-            notify=notify,
-        ):
+        if not await wait_for_older_writers(self._connection, self._table, owned.started_xid, self._context):
             return False
         update = RangeUpdate(self._table, self._context.target.source, self._limits, self._proof.ledger)
         write = partial(write_placed, self._connection, update, owned.lease, self._context.on_commit)

@@ -67,12 +67,7 @@ class Verifier:
         self._connection = connection
         self._table = table
         self._rotation = rotation
-        self._owner = context.owner
-        self._target = context.target
-        self._options = context.options
-        self._stop_signal = context.stop_signal
-        self._notify = context.notify
-        self._on_commit = context.on_commit
+        self._context = context
         self._planner = IndexPlanner(connection, table, seconds=PLANNING_SECONDS)
 
     async def verify(self, *, repairs: bool = False) -> Verified:
@@ -86,17 +81,17 @@ class Verifier:
             RotatorError: The server cannot be asked, or another process continues the same verification.
         """
         started_at = datetime.now(UTC)
-        verified = await self._stop_signal.run_until_stop(self._repair_and_verify(repairs=repairs))
+        verified = await self._context.stop_signal.run_until_stop(self._repair_and_verify(repairs=repairs))
         if verified is None:
             verified = Verified(
                 rotation=self._rotation,
-                target=self._target.label,
+                target=self._context.target.label,
                 number=None,
                 started_at=started_at,
                 ended_at=datetime.now(UTC),
                 error="A stop was requested.",
             )
-        self._notify(verified)
+        self._context.notify(verified)
         return verified
 
     async def _repair_and_verify(self, *, repairs: bool) -> Verified:
@@ -134,7 +129,7 @@ class Verifier:
         vacuumed = await survivors.read_vacuumed(self._connection, self._table)
         verified = Verified(
             rotation=self._rotation,
-            target=self._target.label,
+            target=self._context.target.label,
             number=search.id,
             started_at=started_at,
             ended_at=datetime.now(UTC),
@@ -149,8 +144,8 @@ class Verifier:
             dead_rows=vacuumed.dead_rows,
             server_name=await name_server(self._connection),
             server_version=vacuumed.server_version,
-            user=self._owner.user,
-            host=self._owner.host,
+            user=self._context.owner.user,
+            host=self._context.owner.host,
         )
         keys = await survivors.finish_search(self._connection, search, verified.to_json())
         return replace(verified, survivor_keys=keys)
@@ -165,7 +160,7 @@ class Verifier:
             bound = await last_key(self._connection, self._table)
             search = await survivors.begin_search(self._connection, self._rotation, bound, repairs=repairs)
         rows_total, _ = await count_table(self._connection, self._table, seconds=COUNT_SECONDS)
-        self._notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
+        self._context.notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
         return search
 
     async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> tuple[Search, int, int]:
@@ -187,7 +182,7 @@ class Verifier:
                 rows=planned.rows,
                 survivors=[row.key for row in found.survivors],
             )
-            self._notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
+            self._context.notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
         if not planted and search.is_resumed and search.bound is not None:
             planted, planted_found = await self._control(ledger, search.bound)
         return search, planted, planted_found
@@ -223,11 +218,11 @@ class Verifier:
                     ledger,
                     planned,
                     is_whole=is_whole,
-                    processes=self._options.concurrency,
+                    processes=self._context.options.concurrency,
                     plants=plants,
                 )
             except RowsLockedError:
-                await self._stop_signal.wait(_RETRY.delay_seconds(1))
+                await self._context.stop_signal.wait(_RETRY.delay_seconds(1))
             except RangeTooSlowError:
                 if rows == 1:
                     raise
@@ -237,16 +232,16 @@ class Verifier:
 
     async def _late_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""
-        lease = await survivors.own_repair(self._connection, self._rotation)
+        context, lease = self._context, await survivors.own_repair(self._connection, self._rotation)
         # A leaked value may have moved to a row that the filters leave out.
         table = replace(self._table, condition=None)
         update = await measured_update(
-            self._connection, table, self._target, self._options.limits, key, self._notify
+            self._connection, table, context.target, context.options.limits, key, context.notify
         )
         write = partial(
-            write_placed, self._connection, update, lease, self._on_commit, verification=search.id
+            write_placed, self._connection, update, lease, context.on_commit, verification=search.id
         )
-        gate = Gate(concurrency=1, rows=self._options.batch, notify=self._notify_repair)
+        gate = Gate(concurrency=1, rows=context.options.batch, notify=self._notify_repair)
         # A stop cancels the search as a whole: a row that was left out would count as searched.
         never = StopSignal(self._notify_repair)
         return LateRows(write, gate, never, self._notify_repair)
@@ -254,7 +249,7 @@ class Verifier:
     def _notify_repair(self, event: Event) -> None:
         # The verification counts these rows itself.
         if not isinstance(event, LateRowsRotated):
-            self._notify(event)
+            self._context.notify(event)
 
     async def _cover(self, facts: RotationFacts) -> Coverage:
         connection, table = self._connection, self._table
