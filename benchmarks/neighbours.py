@@ -69,7 +69,9 @@ _SCRIPT: Final = (
     f"SELECT title FROM {TABLE} WHERE id = :id;\n"
     f"UPDATE {TABLE} SET title = 'neighbour ' || :id WHERE id = :id;\n"
 )
-_PATCH: Final = "import sys; from rotator.postgres import fence; fence.SYNCHRONOUS_COMMIT = 'on'; "
+_PATCH: Final = (
+    "import sys; from rotator.postgres import fence; fence.SETTINGS['synchronous_commit'] = 'on'; "
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

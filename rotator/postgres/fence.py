@@ -26,11 +26,27 @@ KEY_SETTINGS: Final = {
 }
 
 IDLE_SECONDS: Final = 10
-CHECK_CONNECTION_SECONDS: Final = 1
 # A setting of the transactions that write for a rotation: its id.
 OWN_ROTATION: Final = "rotator.rotation"
-# A crash loses a range and its checkpoint together.
-SYNCHRONOUS_COMMIT: Final = "off"
+# They keep a new transaction from blocking other sessions, and from logging new values.
+SETTINGS: Final = {
+    "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+    "client_connection_check_interval": "1s",
+    # The parameters of the update are the new values.
+    "log_parameter_max_length_on_error": "0",
+    "log_parameter_max_length": "0",
+    # A crash loses a range and its checkpoint together.
+    "synchronous_commit": "off",
+    # Raise an error instead of skipping rows that a policy hides.
+    "row_security": "off",
+    # Rows are locked in the order of the plan, and only an index gives the key's.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    # Compiling takes longer than the update of a range.
+    "jit": "off",
+    **KEY_SETTINGS,
+}
 
 _OF_ROTATION: Final = sql.SQL(
     "FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
@@ -83,9 +99,21 @@ async def begin_fenced(
         limits: The longest times to wait.
         plan_settings: The settings that select the plan of the update.
     """
+    settings = {
+        **SETTINGS,
+        "lock_timeout": f"{limits.lock_seconds * 1000:.0f}ms",
+        "statement_timeout": f"{limits.statement_seconds * 1000:.0f}ms",
+        **plan_settings,
+    }
+    if lease is not None:
+        settings[OWN_ROTATION] = str(lease.rotation)
     await begin(connection)
-    own = {} if lease is None else {OWN_ROTATION: str(lease.rotation)}
-    await set_timeouts(connection, limits, {**plan_settings, **own})
+    await connection.execute(
+        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
+        # Every role may set the others. The function is for this one only.
+        " WHERE name <> 'log_parameter_max_length' OR has_parameter_privilege(name, 'SET')",
+        (list(settings), list(settings.values())),
+    )
     if lease is not None:
         await fence(connection, lease)
 
@@ -116,39 +144,6 @@ async def rolled_back_on_error(
             raise
 
 
-async def set_timeouts(
-    connection: AsyncConnection, limits: WaitLimits, plan_settings: Mapping[str, str]
-) -> None:
-    """Keep a new transaction from blocking other sessions, and from logging new values."""
-    await connection.execute(
-        "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)"
-        # Every role may set the others. The function is for this one only.
-        " WHERE name <> 'log_parameter_max_length' OR has_parameter_privilege(name, 'SET')",
-        _columns(
-            {
-                "lock_timeout": f"{limits.lock_seconds * 1000:.0f}ms",
-                "statement_timeout": f"{limits.statement_seconds * 1000:.0f}ms",
-                "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
-                "client_connection_check_interval": f"{CHECK_CONNECTION_SECONDS}s",
-                # The parameters of the update are the new values.
-                "log_parameter_max_length_on_error": "0",
-                "log_parameter_max_length": "0",
-                "synchronous_commit": SYNCHRONOUS_COMMIT,
-                # Raise an error instead of skipping rows that a policy hides.
-                "row_security": "off",
-                # Rows are locked in the order of the plan, and only an index gives the key's.
-                "enable_seqscan": "off",
-                "enable_bitmapscan": "off",
-                "enable_hashjoin": "off",
-                **plan_settings,
-                # Compiling takes longer than the update of a range.
-                "jit": "off",
-                **KEY_SETTINGS,
-            }
-        ),
-    )
-
-
 async def share_lock(connection: AsyncConnection, number: int, *, lock_class: int = LOCK_CLASS) -> None:
     """Lock the rotation, or the span, in shared mode, so that a takeover waits for this transaction.
 
@@ -157,7 +152,3 @@ async def share_lock(connection: AsyncConnection, number: int, *, lock_class: in
     await connection.execute(
         "SELECT pg_advisory_xact_lock_shared(%s::integer, %s::integer)", (lock_class, number)
     )
-
-
-def _columns(settings: dict[str, str]) -> tuple[list[str], list[str]]:
-    return list(settings), list(settings.values())
