@@ -72,7 +72,7 @@ from rotator.runner.session import Session, figures_of
 from rotator.runner.stop import StopSignal
 from rotator.runner.throttles import Throttles
 from rotator.runner.vacuum import Vacuuming
-from rotator.runner.verification import Verifier
+from rotator.runner.verification import Verifier, unverified
 from rotator.stats import Stats
 
 HEARTBEAT_SECONDS: Final = 1.0
@@ -265,7 +265,11 @@ class Run:
                     await check_standbys(control)
                     async with lock_holders_named(self._context.server, self._notify):
                         self._table = self._table or await self._check(control)
-                        self._acquired = await self._own(control, self._table)
+                        if self._acquired is None:
+                            acquiring = acquire(control, self._table, self._context, self._findings)
+                        else:
+                            acquiring = reacquire(control, self._acquired, self._table, self._context)
+                        self._acquired = await acquiring
                     # A run without --prove resumes a rotation with it.
                     ledger = await find_ledger(control, self._acquired.lease.rotation)
                     self._has_ledger = self._has_ledger or ledger is not None
@@ -325,12 +329,6 @@ class Run:
         if self._stop_signal.drain.is_set():
             raise StoppedBeforeStartError(self._stop_signal.signal)
 
-    async def _own(self, control: AsyncConnection, table: TargetTable) -> Acquired:
-        """Acquire the rotation, the first time or again after an outage."""
-        if self._acquired is None:
-            return await acquire(control, table, self._context, self._findings)
-        return await reacquire(control, self._acquired, table, self._context)
-
     async def _work(self, control: AsyncConnection, table: TargetTable, acquired: Acquired) -> EndStatus:
         if acquired.is_completed:
             self._notify_outage_ended(await rotations.read_state(control, acquired.lease))
@@ -348,7 +346,11 @@ class Run:
             session_work = Session(connection, pool, table, acquired, self._context)
             while True:
                 with unwrap_group():
-                    async with asyncio.TaskGroup() as tasks, self._paced():
+                    async with (
+                        asyncio.TaskGroup() as tasks,
+                        # Celery workers keep the pace themselves.
+                        nullcontext() if self._context.ask_for_help else self._context.pacing.running(),
+                    ):
                         heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
                         owned = await session_work.read_state()
                         self._notify_started(session_work, owned)
@@ -380,12 +382,6 @@ class Run:
         """End what holds the gate: no range follows, and time is no longer throttled."""
         for source in self._context.gate.holds:
             self._context.gate.release(source, slowly=False)
-
-    @asynccontextmanager
-    async def _paced(self) -> AsyncIterator[None]:
-        """Keep the pace where this process rewrites the ranges; Celery workers keep it themselves."""
-        async with self._context.pacing.running() if self._context.ask_for_help is None else nullcontext():
-            yield
 
     async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
         while True:
@@ -491,18 +487,8 @@ class Run:
             self._notify_unverified(str(error))
 
     def _notify_unverified(self, error: str) -> None:
-        now = datetime.now(UTC)
         rotation = self._acquired.lease.rotation if self._acquired else 0
-        self._notify(
-            Verified(
-                rotation=rotation,
-                target=self._context.target.label,
-                number=None,
-                started_at=now,
-                ended_at=now,
-                error=error,
-            )
-        )
+        self._notify(unverified(rotation, self._context.target.label, error))
 
     async def verify(self, rotation: int, *, repairs: bool) -> Verified:
         """Verify a rotation, and give survivors new values if ``repairs``.

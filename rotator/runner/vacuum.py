@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from psycopg import AsyncConnection, sql
@@ -70,7 +71,9 @@ class Vacuuming:
         stop_signal = self._context.stop_signal
         if self._vacuums and not stop_signal.drain.is_set():
             self._context.notify(VacuumStarted())
-            await stop_signal.run_until_stop(self._vacuum_final(table))
+            vacuuming = self._while_busy(lambda control: self._vacuum(control, table, indexes=True))
+            if reason := await stop_signal.run_until_stop(vacuuming):
+                self._report(reason)
         if reason := await self._analyze_final(table):
             statement = f"ANALYZE {sql.Identifier(*table.path).as_string()};"
             self._context.notify(AnalyzeSkipped(reason=reason, statement=statement))
@@ -82,35 +85,27 @@ class Vacuuming:
         if self._context.stop_signal.drain.is_set():
             return STOPPED
         started = time.monotonic()
-        reason = await self._context.stop_signal.run_until_stop(self._analyze(table))
+        analyzing = self._while_busy(lambda control: self._analyze(control, table))
+        reason = await self._context.stop_signal.run_until_stop(analyzing)
         if reason == "":
             self._context.notify(Analyzed(seconds=time.monotonic() - started))
         return STOPPED if reason is None else reason
 
-    async def _analyze(self, table: TargetTable) -> str:
+    async def _while_busy(self, work: Callable[[AsyncConnection], Awaitable[str]]) -> str:
+        """Retry while the table is busy; return the reason where the work was not done."""
         try:
             async with connected(self._context.server) as control:
                 for delay_seconds in (0.0, *FINAL_DELAYS_SECONDS):
                     await asyncio.sleep(delay_seconds)
-                    async with connected(self._context.server) as connection:
-                        if (reason := await analyze(connection, control, table)) != BUSY:
-                            return reason
+                    if (reason := await work(control)) != BUSY:
+                        return reason
         except RotatorError as error:
             return str(error)
         return BUSY
 
-    async def _vacuum_final(self, table: TargetTable) -> None:
-        reason = BUSY
-        try:
-            async with connected(self._context.server) as control:
-                for delay_seconds in (0.0, *FINAL_DELAYS_SECONDS):
-                    await asyncio.sleep(delay_seconds)
-                    if (reason := await self._vacuum(control, table, indexes=True)) != BUSY:
-                        break
-        except RotatorError as error:
-            reason = str(error)
-        if reason:
-            self._report(reason)
+    async def _analyze(self, control: AsyncConnection, table: TargetTable) -> str:
+        async with connected(self._context.server) as connection:
+            return await analyze(connection, control, table)
 
     async def _vacuum(self, control: AsyncConnection, table: TargetTable, *, indexes: bool) -> str:
         """Vacuum the table; return the reason where that was skipped or cancelled."""

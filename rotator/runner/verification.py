@@ -83,14 +83,8 @@ class Verifier:
         started_at = datetime.now(UTC)
         verified = await self._context.stop_signal.run_until_stop(self._repair_and_verify(repairs=repairs))
         if verified is None:
-            verified = Verified(
-                rotation=self._rotation,
-                target=self._context.target.label,
-                number=None,
-                started_at=started_at,
-                ended_at=datetime.now(UTC),
-                error="A stop was requested.",
-            )
+            label = self._context.target.label
+            verified = unverified(self._rotation, label, "A stop was requested.", started_at=started_at)
         self._context.notify(verified)
         return verified
 
@@ -288,6 +282,19 @@ class Verifier:
             null_rows=null,
             blank_rows=blank,
         )
+
+
+def unverified(rotation: int, target: str, error: str, *, started_at: datetime | None = None) -> Verified:
+    """Return the result of a verification that failed with an error."""
+    now = datetime.now(UTC)
+    return Verified(
+        rotation=rotation,
+        target=target,
+        number=None,
+        started_at=started_at or now,
+        ended_at=now,
+        error=error,
+    )
 
 
 def _by_leaf(rows: list[OlderRow]) -> list[list[OlderRow]]:
