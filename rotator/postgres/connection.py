@@ -108,7 +108,7 @@ class Server:
 
 
 @asynccontextmanager
-async def connected(server: Server) -> AsyncIterator[AsyncConnection]:
+async def connected(server: Server) -> AsyncIterator["OwnConnection"]:
     """Open one connection in autocommit mode.
 
     Raises:

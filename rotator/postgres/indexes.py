@@ -89,11 +89,6 @@ class IndexBuilder:
     control: AsyncConnection
     is_stopped: Callable[[], bool]
 
-    async def is_direct(self) -> bool:
-        """Return whether the connection always has the same backend: it does not go through a pooler."""
-        ((pid,),) = await fetch_rows(self.connection, "SELECT pg_backend_pid()")
-        return bool(pid == self.connection.info.backend_pid)
-
     async def rebuild(self, index: str) -> str:
         """Rebuild an index; return the reason where it was not rebuilt, else an empty text."""
         return await self._execute(rebuild_statement(index), LOCK_SECONDS, stops=True)

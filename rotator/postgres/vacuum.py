@@ -87,7 +87,7 @@ async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
 
 
 async def vacuum(
-    connection: AsyncConnection,
+    connection: OwnConnection,
     control: AsyncConnection,
     table: TargetTable,
     *,
@@ -113,7 +113,7 @@ async def vacuum(
     statement = sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, PARALLEL 0, INDEX_CLEANUP {}) {}").format(
         sql.SQL("on" if indexes else "off"), sql.Identifier(*table.path)
     )
-    if is_slow and isinstance(connection, OwnConnection) and connection.is_direct:
+    if is_slow and connection.is_direct:
         async with translate_errors(connection):
             await connection.execute(
                 "SELECT set_config(name, %(delay)s::text, false) FROM pg_settings"
@@ -124,7 +124,7 @@ async def vacuum(
     return reason
 
 
-async def analyze(connection: AsyncConnection, control: AsyncConnection, table: TargetTable) -> str:
+async def analyze(connection: OwnConnection, control: AsyncConnection, table: TargetTable) -> str:
     """Make new statistics of the table, of its partitions and of the expressions in its indexes.
 
     The old ones, in ``pg_stats`` and ``pg_stats_ext``, hold values from before the rotation.
@@ -162,7 +162,7 @@ async def _without_statistics(control: AsyncConnection, table: TargetTable) -> t
 
 
 async def _maintain(
-    connection: AsyncConnection,
+    connection: OwnConnection,
     control: AsyncConnection,
     table: TargetTable,
     statement: sql.Composed,
@@ -183,7 +183,7 @@ async def _maintain(
     async def reason_to_cancel() -> str:
         return BUSY if await _blocks_others(control, table) else ""
 
-    if isinstance(connection, OwnConnection) and "role" in connection.local_settings:
+    if "role" in connection.local_settings:
         return f"{verb} cannot assume a role through a connection pooler", warnings
     connection.add_notice_handler(note)
     reason = await execute_until(connection, statement, reason_to_cancel, WATCH_SECONDS)

@@ -7,7 +7,7 @@ from psycopg import AsyncConnection
 
 from rotator.events import IndexRebuilt, IndexSize, ReindexSkipped, ReindexStarted
 from rotator.exceptions import RotatorError
-from rotator.postgres.connection import connected
+from rotator.postgres.connection import OwnConnection, connected
 from rotator.postgres.indexes import (
     IndexBuilder,
     drop_statement,
@@ -66,14 +66,14 @@ class Reindexing:
         )
 
     async def _rebuild_all(
-        self, control: AsyncConnection, connection: AsyncConnection, table: TargetTable, rotation: int
+        self, control: AsyncConnection, connection: OwnConnection, table: TargetTable, rotation: int
     ) -> None:
         drain = self._context.stop_signal.drain
         builder = IndexBuilder(connection=connection, control=control, is_stopped=drain.is_set)
         if drain.is_set():
             self._skip("", STOPPED)
             return
-        if not await builder.is_direct():
+        if not connection.is_direct:
             self._skip("", "REINDEX needs a direct connection to the server, without a pooler")
             return
         await self._drop_leftovers(builder, control, table)
