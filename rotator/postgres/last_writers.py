@@ -146,7 +146,7 @@ async def _count_mixed(
     connection: AsyncConnection, table: TargetTable, parameters: Mapping[str, object]
 ) -> int:
     """Count the rows that checkpoints with other writes have in their own ranges."""
-    key = sql.SQL("({})").format(table.key_columns_of(ROW))
+    key = sql.SQL("({})").format(table.key_columns(ROW))
     through = sql.SQL("{} <= ({})").format(key, table.decoded(sql.SQL("c.through")))
     after = sql.SQL("{} > ({}) AND {}").format(key, table.decoded(sql.SQL("c.after")), through)
     rows = 0

@@ -318,7 +318,7 @@ def _select_rows(
         leaf_oid=identifier(ROW, "tableoid"),
         ctid=ctid,
         xmin=xmin,
-        key=table.key_json_of(ROW),
+        key=table.key_json(ROW),
         digests=sql.SQL(", ").join(digests),
         leaf=leaf,
         row=identifier(ROW),
@@ -333,9 +333,7 @@ def _digest(column: Column) -> sql.Composable:
     found = sql.SQL("substr(sha256({} || {}), 1, {})").format(
         _SALT, stored_bytes(value, column.type_name), sql.Literal(DIGEST_BYTES)
     )
-    if (is_rotated := column.is_rotated(value)) is not None:
-        return sql.SQL("CASE WHEN {} THEN {} END").format(is_rotated, found)
-    return found
+    return column.null_unless_rotated(value, found)
 
 
 async def found_rows(connection: AsyncConnection, batch: int) -> AsyncIterator[list[OlderRow]]:

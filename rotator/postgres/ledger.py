@@ -98,10 +98,7 @@ class Ledger:
     def digest(self, column: Column, alias: str = ROW) -> sql.Composable:
         """Return the digest of a column's value in a row; NULL where the rotation keeps the value."""
         value = identifier(alias, column.name)
-        found = digest(value, column.type_name, self.salt)
-        if (is_rotated := column.is_rotated(value)) is not None:
-            return sql.SQL("CASE WHEN {} THEN {} END").format(is_rotated, found)
-        return found
+        return column.null_unless_rotated(value, digest(value, column.type_name, self.salt))
 
     @property
     def known(self) -> sql.Composable:
@@ -191,7 +188,7 @@ async def load_range(
         RangeTooSlowError: The range is too large.
         RotatorError: Every other error of :func:`translate_errors`; nothing was entered.
     """
-    within = table.within(after_is_known=key_range.after is not None, alias=ROW)
+    within = table.within(ROW, after_is_known=key_range.after is not None)
     rows = sql.SQL("{} WHERE {}{}").format(table.row, within, table.and_matches)
     async with rolled_back_on_error(connection, seconds=LOAD_LIMITS.transaction_seconds):
         async with connection.pipeline():

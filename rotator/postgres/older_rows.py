@@ -81,4 +81,4 @@ def _query(table: TargetTable, leaf: sql.Composable, *, is_attached: bool) -> sq
         # Under another name, or ORDER BY would mean the text, in which (0,10) comes before (0,2).
         "SELECT ctid::text AS place, {}::text, {} FROM ONLY {} AS {}"
         " WHERE ctid > %(after)s::tid AND ctid < %(end)s::tid AND {}{} ORDER BY ctid LIMIT %(batch)s"
-    ).format(xmin, table.key_json, leaf, identifier(ROW), older, table.and_matches)
+    ).format(xmin, table.key_json(), leaf, identifier(ROW), older, table.and_matches)

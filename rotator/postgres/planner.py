@@ -131,9 +131,9 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     largest number of ranges).
     """
     following = sql.SQL("({}) > ({}) AND {}").format(
-        table.key_columns_of(ROW),
-        table.key_columns_of(_PLANNED),
-        table.within(after_is_known=False, alias=ROW),
+        table.key_columns(ROW),
+        table.key_columns(_PLANNED),
+        table.within(ROW, after_is_known=False),
     )
     return sql.SQL(
         "WITH RECURSIVE {planned} ({position}, {key}) AS ("
@@ -147,10 +147,10 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
         planned=identifier(_PLANNED),
         next=identifier(_NEXT),
         position=identifier(_POSITION),
-        key=table.key_columns,
-        next_key=table.key_columns_of(_NEXT),
-        row_key=table.key_columns_of(ROW),
-        json=table.key_json,
+        key=table.key_columns(),
+        next_key=table.key_columns(_NEXT),
+        row_key=table.key_columns(ROW),
+        json=table.key_json(),
         text=identifier(_TEXT),
         survives=table.survives_as_text(sql.SQL("{}::jsonb").format(identifier(_TEXT))),
         table=table.name,
@@ -187,8 +187,8 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
             ).format(
                 text=identifier(_TEXT),
                 survives=table.survives_as_text(sql.SQL("{}::jsonb").format(identifier(_TEXT))),
-                json=table.key_json,
-                key=table.key_columns,
+                json=table.key_json(),
+                key=table.key_columns(),
                 table=table.name,
                 descending=descending,
                 last=identifier(_NEXT),

@@ -106,7 +106,7 @@ async def find_survivors(
         RangeTooSlowError: The interval is too large.
     """
     parameters: dict[str, object] = {"after": interval.after, "through": interval.through}
-    within = table.within(after_is_known=interval.after is not None, alias=ROW)
+    within = table.within(ROW, after_is_known=interval.after is not None)
     planted = dict[Key, list[int]]()
     async with (
         translate_errors(connection, seconds=FIND_SECONDS),
@@ -153,12 +153,12 @@ def _search(table: TargetTable, ledger: Ledger, within: sql.Composable, *, has_p
         identifier(ROW, "tableoid"),
         identifier(ROW, "ctid"),
         identifier(ROW, "xmin"),
-        table.key_json_of(ROW),
+        table.key_json(ROW),
         digests if has_planted else sql.NULL,
         table.row,
         within,
         is_in_ledger(ledger, table),
-        table.key_columns_of(ROW),
+        table.key_columns(ROW),
     )
 
 
@@ -171,7 +171,7 @@ def _plant(table: TargetTable, ledger: Ledger, within: sql.Composable) -> sql.Co
         " entered AS (INSERT INTO {name} SELECT unnest(digests) FROM planted)"
         " SELECT key, digests FROM planted"
     ).format(
-        key=table.key_json_of(ROW),
+        key=table.key_json(ROW),
         digests=ledger.digests(table),
         row=table.row,
         within=within,
@@ -201,7 +201,7 @@ async def control_ledger(
     ).format(
         is_found=is_in_ledger(ledger, table),
         row=table.row,
-        within=table.within(after_is_known=False, alias=ROW),
+        within=table.within(ROW, after_is_known=False),
         is_older=is_older(xmin, sql.SQL("NULL::xid")),
         and_matches=table.and_matches,
         limit=sql.Literal(CONTROL_ROWS),
@@ -321,7 +321,7 @@ async def count_rows_of(
     for interval in intervals:
         query = sql.SQL("SELECT count(*) FROM {} WHERE {}{}").format(
             table.row,
-            table.within(after_is_known=interval.after is not None, alias=ROW),
+            table.within(ROW, after_is_known=interval.after is not None),
             table.and_matches,
         )
         parameters = {"after": interval.after, "through": interval.through}

@@ -81,6 +81,13 @@ class Column:
             conditions.append(sql.SQL("{} IS DISTINCT FROM ''").format(value))
         return sql.SQL(" AND ").join(conditions) if conditions else None
 
+    def null_unless_rotated(self, value: sql.Composable, result: sql.Composable) -> sql.Composable:
+        """Return a result that is NULL where a row with this old value keeps it."""
+        is_rotated = self.is_rotated(value)
+        return (
+            result if is_rotated is None else sql.SQL("CASE WHEN {} THEN {} END").format(is_rotated, result)
+        )
+
     @property
     def type(self) -> sql.Composable:
         """The type's quoted name."""
@@ -146,24 +153,13 @@ class TargetTable:
         """The condition of :attr:`matches`, to follow another one."""
         return sql.SQL("") if self.matches is None else sql.SQL(" AND {}").format(self.matches)
 
-    @property
-    def key_columns(self) -> sql.Composable:
-        """The key's columns, separated by commas."""
-        return self.key_columns_of(None)
+    def key_columns(self, *alias: str) -> sql.Composable:
+        """Return the key's columns, separated by commas; those of an alias, if given."""
+        return sql.SQL(", ").join(identifier(*alias, column.name) for column in self.key)
 
-    def key_columns_of(self, alias: str | None) -> sql.Composable:
-        """Return the key's columns of an alias, separated by commas."""
-        path = () if alias is None else (alias,)
-        return sql.SQL(", ").join(identifier(*path, column.name) for column in self.key)
-
-    @property
-    def key_json(self) -> sql.Composable:
-        """A row's key as JSON array text."""
-        return self.key_json_of(None)
-
-    def key_json_of(self, alias: str | None) -> sql.Composable:
-        """Return a row's key as JSON array text, from the columns of an alias."""
-        return sql.SQL("jsonb_build_array({})::text").format(self.key_columns_of(alias))
+    def key_json(self, *alias: str) -> sql.Composable:
+        """Return a row's key as JSON array text, from the columns of an alias, if given."""
+        return sql.SQL("jsonb_build_array({})::text").format(self.key_columns(*alias))
 
     def decoded(self, array: sql.Composable, *, named: bool = False) -> sql.Composable:
         """Return the values of a JSON array in the key's own types, named as the key's columns or not."""
@@ -179,11 +175,11 @@ class TargetTable:
 
     def survives_as_text(self, array: sql.Composable) -> sql.Composable:
         """Return a condition: a row's key is equal to the one that is read from its JSON array."""
-        return sql.SQL("({}) = ({})").format(self.key_columns, self.decoded(array))
+        return sql.SQL("({}) = ({})").format(self.key_columns(), self.decoded(array))
 
-    def within(self, *, after_is_known: bool, alias: str | None = None) -> sql.Composable:
+    def within(self, *alias: str, after_is_known: bool) -> sql.Composable:
         """Return a condition: the key lies between the parameters ``after`` and ``through``."""
-        key = sql.SQL("({})").format(self.key_columns_of(alias))
+        key = sql.SQL("({})").format(self.key_columns(*alias))
         through = sql.SQL("{} <= ({})").format(key, self.decoded(sql.SQL("%(through)s::jsonb")))
         if not after_is_known:
             return through
@@ -200,9 +196,7 @@ class TargetTable:
         for column in self.columns:
             value = identifier(ROW, column.name)
             digest = sql.SQL("hashtextextended(ROW({})::text, 0)").format(value)
-            if (is_rotated := column.is_rotated(value)) is not None:
-                digest = sql.SQL("CASE WHEN {} THEN {} END").format(is_rotated, digest)
-            digests.append(digest)
+            digests.append(column.null_unless_rotated(value, digest))
         return sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(digests))
 
 
@@ -252,7 +246,7 @@ def range_update(table: TargetTable, *, after_is_known: bool, transaction_second
         "SELECT {key}, {old_values}, (row_number() OVER (ORDER BY {key}))::integer AS {position}"
         " FROM {row} WHERE {within}{and_matches}"
     ).format(
-        key=table.key_columns,
+        key=table.key_columns(),
         old_values=_old_values(table),
         position=identifier(_POSITION),
         row=table.row,
@@ -271,7 +265,7 @@ def range_update(table: TargetTable, *, after_is_known: bool, transaction_second
             sql.SQL("{} = {}").format(identifier(ROW, column.name), identifier(_OLD, column.name))
             for column in table.key
         ),
-        within=table.within(after_is_known=after_is_known, alias=ROW),
+        within=table.within(ROW, after_is_known=after_is_known),
         position=identifier(_OLD, _POSITION),
         grew=sql.Literal(RANGE_GREW),
         limit=sql.Literal(transaction_seconds),
@@ -286,9 +280,9 @@ def keyed_update(table: TargetTable) -> sql.Composed:
     Parameters: those of :func:`_update` and ``keys`` (texts of JSON arrays).
     """
     old_rows = sql.SQL("SELECT keys.*, {} FROM {} ORDER BY {}").format(
-        _old_values(table), rows_with_keys(table), table.key_columns_of("keys")
+        _old_values(table), rows_with_keys(table), table.key_columns("keys")
     )
-    condition = sql.SQL("({}) = ({})").format(table.key_columns_of(ROW), table.key_columns_of(_OLD))
+    condition = sql.SQL("({}) = ({})").format(table.key_columns(ROW), table.key_columns(_OLD))
     return _update(table, old_rows, condition)
 
 
@@ -316,8 +310,8 @@ def rows_with_keys(table: TargetTable) -> sql.Composable:
         decoded=table.decoded(sql.SQL("rotator_key::jsonb"), named=True),
         position=identifier(_POSITION),
         row=table.row,
-        row_key=table.key_columns_of(ROW),
-        key_of_keys=table.key_columns_of("keys"),
+        row_key=table.key_columns(ROW),
+        key_of_keys=table.key_columns("keys"),
     )
 
 
@@ -341,7 +335,7 @@ def _is_at_place(table: TargetTable, alias: str) -> sql.Composable:
         identifier(ROW, "ctid"),
         identifier(ROW, "tableoid"),
         identifier(ROW, "xmin"),
-        table.key_json_of(ROW),
+        table.key_json(ROW),
         alias=identifier(alias),
     )
 

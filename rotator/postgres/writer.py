@@ -121,7 +121,7 @@ class RangeUpdate:
         self._placed_update = placed_update(table).as_bytes()
         self._enter_values = ledger and enter_values(ledger, table, placed_rows(table)).as_bytes()
         self._count_writes = count_writes(table).as_bytes()
-        self._digests = sql.SQL("{}, {}").format(table.key_json_of(ROW), table.digests)
+        self._digests = sql.SQL("{}, {}").format(table.key_json(ROW), table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
         self._reads_digests = False
         self._plan_settings = _MERGE if isinstance(source, InBulk) else _LOOK_UP
@@ -266,11 +266,11 @@ class RangeUpdate:
             while True:
                 locked = await connection.execute(
                     sql.SQL("SELECT {} FROM {} WHERE {}{} ORDER BY {} LIMIT {} FOR UPDATE").format(
-                        self.table.key_json,
+                        self.table.key_json(),
                         self.table.row,
                         self.table.within(after_is_known=rest.after is not None),
                         self.table.and_matches,
-                        self.table.key_columns,
+                        self.table.key_columns(),
                         sql.Literal(SLICE_ROWS),
                     ),
                     {"after": rest.after, "through": rest.through},

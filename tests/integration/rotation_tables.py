@@ -191,7 +191,7 @@ class Database:
     def values(self, table: TargetTable = TICKETS) -> dict[str, Any]:
         """The rotated column's values by their rows' keys, in the key's order."""
         query = sql.SQL("SELECT {}, {} FROM {} ORDER BY {}").format(
-            table.key_json, identifier(table.columns[0].name), table.name, table.key_columns
+            table.key_json(), identifier(table.columns[0].name), table.name, table.key_columns()
         )
         return dict(self.execute(query, ()))
 
@@ -207,7 +207,7 @@ class Database:
             sql.SQL(
                 "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql AS $body$ BEGIN"
                 " INSERT INTO {} SELECT {} FROM updated; RETURN NULL; END $body$"
-            ).format(function, _UPDATES, table.key_json),
+            ).format(function, _UPDATES, table.key_json()),
             (),
         )
         self.execute(
