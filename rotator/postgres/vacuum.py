@@ -24,10 +24,12 @@ STOPPED: Final = "a stop was requested"
 SCATTERED_CORRELATION: Final = 0.1
 # The default of autovacuum_vacuum_cost_delay.
 SLOW_DELAY_MILLISECONDS: Final = 2
-_MAINTAIN_SINCE: Final = 170_000
 # vacuum_is_permitted_for_relation() in the server's src/backend/commands/vacuum.c.
-_OWNS: Final = (
+_MAY_VACUUM: Final = (
     "SELECT pg_has_role(c.relowner, 'USAGE') OR pg_has_role(d.datdba, 'USAGE')"
+    # Older servers do not have this privilege.
+    " OR CASE WHEN current_setting('server_version_num')::integer >= 170000"
+    " THEN has_table_privilege(c.oid, 'MAINTAIN') ELSE false END"
     " FROM pg_class c, pg_database d WHERE c.oid = %s::regclass AND d.datname = current_database()"
 )
 # ANALYZE locks the partitioned table itself, too.
@@ -35,7 +37,6 @@ _MEMBERS: Final = sql.SQL(
     "(SELECT %(table)s::regclass::oid AS oid"
     " UNION SELECT relid::oid FROM pg_partition_tree(%(table)s::regclass))"
 )
-_MAINTAINS: Final = "SELECT has_table_privilege(%s::regclass, 'MAINTAIN')"
 
 
 async def read_storage(connection: AsyncConnection, table: TargetTable) -> Storage:
@@ -64,13 +65,8 @@ async def read_storage(connection: AsyncConnection, table: TargetTable) -> Stora
 
 async def may_vacuum(connection: AsyncConnection, table: TargetTable) -> bool:
     """Return whether this role may vacuum and analyze the table; else the server skips it with a warning."""
-    queries = [_OWNS]
-    if connection.info.server_version >= _MAINTAIN_SINCE:
-        queries.append(_MAINTAINS)
-    for query in queries:
-        if await fetch_column(connection, query, (table.regclass,)) == (True,):
-            return True
-    return False
+    (is_permitted,) = await fetch_column(connection, _MAY_VACUUM, (table.regclass,))
+    return bool(is_permitted)
 
 
 async def is_scattered(connection: AsyncConnection, table: TargetTable) -> bool:
