@@ -4,7 +4,7 @@
 own, such as the page in Django's admin.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -97,18 +97,14 @@ async def record(connection: AsyncConnection, rotation: int, measured: Measured)
         await connection.execute(
             "INSERT INTO rotator_measurement (rotation_id, at, rows_done, state, held_by, is_change, workers,"
             " commit_seconds, baseline_seconds, waiting_sessions, replica_lags, horizon_holders)"
-            " VALUES (%s, clock_timestamp(), %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-            (
-                rotation,
-                measured.rows_done,
-                measured.state,
-                "\n".join(measured.held_by),
-                measured.is_change,
-                measured.workers,
-                measured.commit_seconds,
-                measured.baseline_seconds,
-                measured.waiting_sessions,
-                Jsonb(measured.replica_lags),
-                Jsonb(list(measured.horizon_holders)),
-            ),
+            " VALUES (%(rotation)s, clock_timestamp(), %(rows_done)s, %(state)s, %(held_by)s, %(is_change)s,"
+            " %(workers)s, %(commit_seconds)s, %(baseline_seconds)s, %(waiting_sessions)s, %(replica_lags)s,"
+            " %(horizon_holders)s)",
+            {
+                **asdict(measured),
+                "rotation": rotation,
+                "held_by": "\n".join(measured.held_by),
+                "replica_lags": Jsonb(measured.replica_lags),
+                "horizon_holders": Jsonb(measured.horizon_holders),
+            },
         )
