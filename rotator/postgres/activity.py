@@ -55,7 +55,7 @@ _BLOCKING: Final = (
     " chain (depth, pid, blockers) AS (SELECT 1, pid, pg_blocking_pids(pid) FROM ours"
     " UNION ALL SELECT depth + 1, next.pid, pg_blocking_pids(next.pid) FROM chain,"
     " LATERAL (SELECT pid FROM waits WHERE pid = ANY (blockers) ORDER BY waitstart LIMIT 1) AS next"
-    " WHERE depth < %s)"
+    " WHERE depth < 5)"
     " SELECT DISTINCT COALESCE('prepared ' || p.gid, (SELECT v.virtualtransaction FROM pg_locks v"
     " WHERE v.pid = b.pid AND v.virtualxid = v.virtualtransaction))"
     " FROM chain c JOIN waits w USING (pid) CROSS JOIN unnest(c.blockers) AS b (pid)"
@@ -65,7 +65,6 @@ _BLOCKING: Final = (
     " WHERE b.pid NOT IN (SELECT pid FROM waits)"
     " AND h.application_name IS DISTINCT FROM current_setting('application_name')"
 )
-_LONGEST_CHAIN: Final = 5
 _OPEN: Final = (
     "SELECT v.virtualtransaction, 'pid ' || v.pid || COALESCE(', ' || NULLIF(h.application_name, ''), '')"
     # Without pg_read_all_stats, these are NULL for other roles' sessions.
@@ -81,7 +80,7 @@ _OPEN: Final = (
 
 async def blocking_transactions(connection: AsyncConnection) -> frozenset[str]:
     """Return the transactions of other sessions for which the rotator's sessions wait just now."""
-    return frozenset(await fetch_column(connection, _BLOCKING, (_LONGEST_CHAIN,))) - {None}
+    return frozenset(await fetch_column(connection, _BLOCKING)) - {None}
 
 
 async def open_transactions(connection: AsyncConnection, transactions: Iterable[str]) -> Mapping[str, str]:
@@ -109,9 +108,8 @@ _HORIZON_HOLDERS: Final = (
     " UNION ALL SELECT 'slot ' || slot_name, 'replication slot ' || slot_name"
     " || CASE WHEN active THEN '' ELSE ' (not active)' END, xmin::text, age(xmin)"
     " FROM pg_replication_slots WHERE xmin IS NOT NULL"
-    ") AS held ORDER BY age DESC LIMIT %s"
+    ") AS held ORDER BY age DESC LIMIT 20"
 )
-_HORIZON_HOLDERS_READ: Final = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +129,7 @@ class HorizonHolder:
 
 async def horizon_holders(connection: AsyncConnection) -> tuple[HorizonHolder, ...]:
     """Return what holds the xmin horizon now, the oldest first; most of it for a moment only."""
-    holder = class_row(HorizonHolder)
-    return tuple(await fetch_as(connection, holder, _HORIZON_HOLDERS, (_HORIZON_HOLDERS_READ,)))
+    return tuple(await fetch_as(connection, class_row(HorizonHolder), _HORIZON_HOLDERS))
 
 
 # A number comes before the names in parentheses; one standby confirms where there is none. The view's

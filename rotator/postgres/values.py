@@ -90,11 +90,6 @@ class FromRows:
     make: Callable[[Sequence[Key]], Awaitable[tuple[list[Key], tuple[Values, ...]]]]
     make_at: Callable[[Sequence[Place]], Awaitable[tuple[list[Place], tuple[Values, ...]]]]
 
-    async def parameters(self, keys: Sequence[Key]) -> dict[str, object]:
-        """Make the values of the rows with these keys, and return the parameters of their update."""
-        found, values = await self.make(keys)
-        return {"keys": [str(key) for key in found], **named(values)}
-
 
 ValueSource = InBulk | FromRows
 

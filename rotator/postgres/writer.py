@@ -281,8 +281,9 @@ class RangeUpdate:
                 if cursors and time.monotonic() - began > self.limits.transaction_seconds:
                     raise RangeTooSlowError(TOO_LONG)
                 making_since = time.monotonic()
-                parameters = await source.parameters(keys)
+                found, values = await source.make(keys)
                 making_seconds += time.monotonic() - making_since
+                parameters = {"keys": [str(key) for key in found], **named(values)}
                 cursors.append(await connection.execute(self._keyed_update, parameters))
                 count += len(keys)
                 if len(keys) < SLICE_ROWS:

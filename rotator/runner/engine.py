@@ -144,7 +144,7 @@ class Engine:
                 if key_range.through == interval.through:
                     break
                 rest = KeyInterval(after=key_range.through, through=interval.through)
-        await queue.close()
+        await queue.put(None)
 
     async def _work(self, queue: WorkQueue) -> None:
         while (attempt := await queue.take()) is not None:

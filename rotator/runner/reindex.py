@@ -76,7 +76,7 @@ class Reindexing:
         if not connection.is_direct:
             self._skip("", "REINDEX needs a direct connection to the server, without a pooler")
             return
-        await self._drop_leftovers(builder, control, table)
+        await self._drop_leftovers(builder, table)
         stale = await find_stale_indexes(control, table, rotation)
         if stale:
             self._context.notify(ReindexStarted(indexes=len(stale)))
@@ -84,7 +84,7 @@ class Reindexing:
             if drain.is_set():
                 return
             started = time.monotonic()
-            reason = await self._rebuild(builder, control, table, index.name)
+            reason = await self._rebuild(builder, table, index.name)
             if reason:
                 self._skip(index.name, reason)
                 continue
@@ -97,13 +97,11 @@ class Reindexing:
                 )
             )
 
-    async def _rebuild(
-        self, builder: IndexBuilder, control: AsyncConnection, table: TargetTable, name: str
-    ) -> str:
+    async def _rebuild(self, builder: IndexBuilder, table: TargetTable, name: str) -> str:
         """Rebuild an index; return the reason where it was not rebuilt, else an empty text."""
         delays_seconds = iter(DELAYS_SECONDS)
         while reason := await builder.rebuild(name):
-            await self._drop_leftovers(builder, control, table)
+            await self._drop_leftovers(builder, table)
             delay_seconds = next(delays_seconds, None)
             if reason != BUSY or delay_seconds is None:
                 break
@@ -111,10 +109,8 @@ class Reindexing:
                 return STOPPED
         return reason
 
-    async def _drop_leftovers(
-        self, builder: IndexBuilder, control: AsyncConnection, table: TargetTable
-    ) -> None:
-        for leftover in await find_leftovers(control, table):
+    async def _drop_leftovers(self, builder: IndexBuilder, table: TargetTable) -> None:
+        for leftover in await find_leftovers(builder.control, table):
             if reason := await builder.drop(leftover):
                 self._skip(leftover, f"this invalid index could not be dropped, {reason}")
 

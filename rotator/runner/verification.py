@@ -132,7 +132,7 @@ class Verifier:
             repaired=search.repaired,
             coverage=await self._cover(facts),
             controls=controls,
-            guard_hits=await self._guard_hits(facts, ledger),
+            guard_hits=facts.guard_hits + (await count_hits(self._connection, ledger) if ledger else 0),
             false_matches=0.0 if ledger is None else float(ledger.entries * search.rows) / 2.0**DIGEST_BITS,
             vacuumed_at=vacuumed.at,
             dead_rows=vacuumed.dead_rows,
@@ -143,9 +143,6 @@ class Verifier:
         )
         keys = await survivors.finish_search(self._connection, search, verified.to_json())
         return replace(verified, survivor_keys=keys)
-
-    async def _guard_hits(self, facts: RotationFacts, ledger: Ledger | None) -> int:
-        return facts.guard_hits + (await count_hits(self._connection, ledger) if ledger else 0)
 
     async def _begin(self, *, repairs: bool) -> Search:
         """Resume an interrupted search, or begin one."""

@@ -55,13 +55,9 @@ class WorkQueue:
         """Whether the maximum number of ranges wait for a retry."""
         return len(self._waiting) >= self._waiting_ranges
 
-    async def put(self, key_range: KeyRange) -> None:
-        """Add a planned range, as soon as there is room."""
+    async def put(self, key_range: KeyRange | None) -> None:
+        """Add a planned range, as soon as there is room; None where no more follow."""
         await self._queue.put(key_range)
-
-    async def close(self) -> None:
-        """Add the end: no more planned ranges follow."""
-        await self._queue.put(None)
 
     def requeue(self, attempt: Attempt, *, delay_seconds: float) -> None:
         """Add a range that is due for a retry after a delay."""
