@@ -286,10 +286,13 @@ _SCHEMA: Final = (
     "SELECT quote_ident(n.nspname), has_schema_privilege(n.oid, 'CREATE') FROM pg_class c"
     " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('rotator_ledger')"
 )
-_HAS: Final = (
-    "SELECT COALESCE(has_table_privilege(to_regclass(%(table)s)::oid, %(privilege)s), true)"
-    " OR %(column)s::text IS NOT NULL"
-    " AND has_column_privilege(to_regclass(%(table)s)::oid, %(column)s, %(privilege)s)"
+_MISSING: Final = (
+    "SELECT name, string_agg(privilege || COALESCE(' (\"' || replace(field, '\"', '\"\"') || '\")', ''), ', '"
+    " ORDER BY place) FROM unnest(%(tables)s::text[], %(privileges)s::text[], %(columns)s::text[])"
+    " WITH ORDINALITY AS needed (name, privilege, field, place)"
+    " WHERE NOT COALESCE(has_table_privilege(to_regclass(name)::oid, privilege), true)"
+    " AND (field IS NULL OR NOT has_column_privilege(to_regclass(name)::oid, field, privilege))"
+    " GROUP BY name ORDER BY min(place)"
 )
 
 
@@ -305,24 +308,16 @@ async def missing_grants(
         guards: Whether a guard is added to the table.
     """
     ((role,),) = await fetch_rows(connection, "SELECT quote_ident(current_user)")
-    needed: dict[str, list[tuple[str, str | None]]] = {
-        table.regclass: [("SELECT", None), *(("UPDATE", column.name) for column in table.columns)]
-    }
+    needed: list[tuple[str, str, str | None]] = [(table.regclass, "SELECT", None)]
+    needed += [(table.regclass, "UPDATE", column.name) for column in table.columns]
     if guards:
-        needed[table.regclass].append(("TRIGGER", None))
+        needed.append((table.regclass, "TRIGGER", None))
     for name, privileges in (_OWN_TABLES | (_PROOF_TABLES if proves else {})).items():
-        needed[name] = [(privilege, None) for privilege in privileges]
-    grants = []
-    for name, wanted in needed.items():
-        missing = []
-        for privilege, column in wanted:
-            parameters = {"table": name, "privilege": privilege, "column": column}
-            ((is_granted,),) = await fetch_rows(connection, _HAS, parameters)
-            if not is_granted:
-                quoted = "" if column is None else f" ({sql.Identifier(column).as_string()})"
-                missing.append(f"{privilege}{quoted}")
-        if missing:
-            grants.append(f"GRANT {', '.join(missing)} ON {name} TO {role};")
+        needed += [(name, privilege, None) for privilege in privileges]
+    tables, rights, columns = map(list, zip(*needed, strict=True))
+    parameters = {"tables": tables, "privileges": rights, "columns": columns}
+    missing = await fetch_rows(connection, _MISSING, parameters)
+    grants = [f"GRANT {privileges} ON {name} TO {role};" for name, privileges in missing]
     if proves:
         grants += [
             f"GRANT CREATE ON SCHEMA {schema} TO {role};"
