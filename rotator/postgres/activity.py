@@ -150,9 +150,7 @@ _MISSING_STANDBYS: Final = (
 async def missing_standbys(connection: AsyncConnection, *, counts_waits: bool) -> str:
     """Return why each commit waits for ever; empty where the synchronous standbys confirm commits.
 
-    Args:
-        connection: The connection.
-        counts_waits: Whether a commit of the rotator that waits for 5 s is reason enough.
+    With ``counts_waits``, a commit of the rotator that waits for 5 s is reason enough.
     """
     row = await fetch_row(connection, _MISSING_STANDBYS, {"counts_waits": counts_waits})
     if row is None:

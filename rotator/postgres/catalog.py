@@ -299,14 +299,7 @@ _MISSING: Final = (
 async def missing_grants(
     connection: AsyncConnection, table: TargetTable, *, proves: bool = False, guards: bool = False
 ) -> tuple[str, ...]:
-    """Return the GRANT statements that the role still needs; empty where it has all privileges.
-
-    Args:
-        connection: The connection.
-        table: The target's table.
-        proves: Whether the rotation has a ledger.
-        guards: Whether a guard is added to the table.
-    """
+    """Return the GRANT statements that the role still needs; empty where it has all privileges."""
     ((role,),) = await fetch_rows(connection, "SELECT quote_ident(current_user)")
     needed: list[tuple[str, str, str | None]] = [(table.regclass, "SELECT", None)]
     needed += [(table.regclass, "UPDATE", column.name) for column in table.columns]

@@ -74,13 +74,9 @@ def _body(ledger: Ledger, table: TargetTable, action: str) -> str:
 
 
 async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTable, action: str) -> None:
-    """Add the trigger, or replace it by one with another action.
+    """Add the trigger, or replace it by one with another action: ``refuse`` or ``keep``.
 
-    Args:
-        connection: The connection.
-        ledger: The ledger, which must be ready.
-        table: The target's table.
-        action: ``refuse`` or ``keep``.
+    The ledger must be ready.
 
     Raises:
         RowsLockedError: Other sessions use the table; a retry can succeed.

@@ -109,12 +109,7 @@ async def count_last_writers(
 ) -> LastWriters:
     """Count the rows to rotate by the session that wrote them last; read the whole table once.
 
-    Args:
-        connection: A connection that no other task uses.
-        table: The target's table.
-        rotation: The rotation's id.
-        started_xid: The transaction that began it.
-        rewritten: The oids of the leaves whose files have changed since the start.
+    ``rewritten`` are the oids of the leaves whose files have changed since the start.
     """
     parameters = {
         "rotation": rotation,

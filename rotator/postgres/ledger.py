@@ -175,13 +175,7 @@ async def load_range(
 ) -> None:
     """Enter the values of a range of rows, and the progress in the same transaction.
 
-    Args:
-        connection: The connection.
-        lease: The permission to write.
-        table: The target's table.
-        ledger: The ledger.
-        key_range: The range.
-        before: Is set once the range before it is committed, for which the commit waits; None for the first.
+    The commit waits for ``before``, which is set once the range before it is committed; None for the first.
 
     Raises:
         RowsLockedError: Another session has locked the table.
@@ -214,10 +208,7 @@ async def load_range(
 def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
     """Return the statement that enters the values of some rows, and counts the entries.
 
-    Args:
-        ledger: The ledger.
-        table: The target's table.
-        rows: A FROM clause and its conditions, with the table under the alias :data:`ROW`.
+    ``rows`` is a FROM clause and its conditions, with the table under the alias :data:`ROW`.
     """
     return sql.SQL(
         "WITH entered AS ({} RETURNING 1)"
@@ -255,12 +246,9 @@ async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger
 
 
 async def finish_ledger(connection: AsyncConnection, ledger: Ledger, control_rows: int) -> Ledger:
-    """Mark a ledger as ready, and return it.
+    """Mark a ledger that is loaded and indexed as ready, and return it.
 
-    Args:
-        connection: The connection.
-        ledger: The ledger, which is loaded and indexed.
-        control_rows: The number of rows of a sample that were found in it.
+    ``control_rows`` is the number of rows of a sample that were found in it.
     """
     async with translate_errors(connection):
         await connection.execute(

@@ -30,17 +30,10 @@ _BLOCKS: Final = "SELECT pg_relation_size(%s::oid::regclass) / current_setting('
 async def find_older_rows(
     connection: AsyncConnection, table: TargetTable, *, rotation: int, started_xid: int, batch: int
 ) -> AsyncGenerator[list[OlderRow], None]:
-    """Read the table once, in the order of its blocks, and yield at most ``batch`` rows at a time.
+    """Read the table once, in the order of its blocks, and yield at most ``batch`` rows of a leaf at a time.
 
     Rows above the bound are older rows, too. A row that any session writes in the meantime moves to a place
-    where it is not found again.
-
-    Args:
-        connection: A connection in autocommit mode, for this search and what writes its rows.
-        table: The target's table.
-        rotation: The rotation's id.
-        started_xid: The transaction that began it.
-        batch: The largest number of rows at a time, all of one leaf.
+    where it is not found again. What writes the rows may use the same connection.
     """
     leaves = await fetch_rows(connection, _LEAVES, {"table": table.regclass, "started_xid": started_xid})
     for schema, name, leaf, attached_xid in leaves:

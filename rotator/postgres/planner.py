@@ -50,11 +50,8 @@ class IndexPlanner:
     ) -> None:
         """Take a connection for this planner's use alone.
 
-        Args:
-            connection: The connection.
-            table: The target's table.
-            seconds: The server's limit for each statement. By default, this process takes the server for
-                lost first.
+        The server's limit for each statement is ``seconds``. By default, this process takes the server for
+        lost first.
         """
         self._connection = connection
         self._settings = {**_PLANNING_SETTINGS, "statement_timeout": f"{seconds * 1000:.0f}ms"}

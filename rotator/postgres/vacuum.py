@@ -125,11 +125,6 @@ async def analyze(connection: OwnConnection, control: AsyncConnection, table: Ta
 
     The old ones, in ``pg_stats`` and ``pg_stats_ext``, hold values from before the rotation.
 
-    Args:
-        connection: A connection for the statement alone.
-        control: Another connection, for watching the lock queue.
-        table: The table.
-
     Returns:
         The reason why statistics may still hold old values; empty where they do not.
     """

@@ -168,11 +168,8 @@ class RangeUpdate:
     ) -> Written:
         """Begin a transaction, update rows, and check that each of them has a new value.
 
-        Args:
-            connection: In autocommit mode.
-            lease: The lease; None where the caller rolls the transaction back.
-            rows: The rows.
-            count: The number of values to make, where they are made in bulk.
+        Without a lease, the caller rolls the transaction back. ``count`` is the number of values to make,
+        where they are made in bulk.
 
         Raises:
             RangeGrewError: A range holds more rows than that.
@@ -417,13 +414,7 @@ async def write_placed(
 
     Rows that were deleted, or written by another session since they were found, are left out.
 
-    Args:
-        connection: A connection in autocommit mode.
-        update: The update of the rows.
-        lease: The permission to write.
-        on_commit: Is awaited after the commit; None without receivers.
-        rows: The rows.
-        verification: The id of the verification that found them as survivors; None where none did.
+    ``verification`` is the id of the verification that found them as survivors; None where none did.
 
     Raises:
         RotatorError: An error of :meth:`RangeUpdate.write`; nothing was written.

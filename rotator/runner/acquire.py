@@ -51,12 +51,6 @@ async def acquire(
 ) -> Acquired:
     """Acquire the unfinished rotation of the target, or start a new one where there is none.
 
-    Args:
-        connection: A connection in autocommit mode.
-        table: The target's table.
-        context: The run.
-        findings: The findings about a new rotation; None without a preflight.
-
     Raises:
         OwnedElsewhereError: Its owner is alive, or has just completed it; or another unfinished rotation has
             some of the same fields.

@@ -39,15 +39,7 @@ async def wait_for_older_writers(
 ) -> bool:
     """Wait for the transactions that wrote to the target before the rotation began, or for a stop.
 
-    Args:
-        connection: A connection in autocommit mode.
-        table: The target's table.
-        started_xid: The transaction that began the rotation.
-        context: The run.
-        seconds: The maximum wait.
-
-    Returns:
-        Whether they have ended.
+    Return whether they have ended.
     """
     waited = 0.0
     is_waiting = False

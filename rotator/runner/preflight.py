@@ -45,15 +45,8 @@ async def measured_update(
 ) -> RangeUpdate:
     """Return the update of the ranges, with a higher limit where the server takes long to plan it.
 
-    The server keeps its plan where the table has neither partitions nor triggers.
-
-    Args:
-        connection: In autocommit mode.
-        table: The target's table.
-        target: The target.
-        limits: The limits of the options.
-        key: Any key of the table.
-        notify: The observer of :class:`LimitRaised`.
+    The server keeps its plan where the table has neither partitions nor triggers. ``key`` is any key of the
+    table.
     """
     if not table.is_partitioned:
         has_triggers = bool(await read_update_triggers(connection, table))
@@ -119,15 +112,7 @@ async def examine(
     *,
     counts: bool = False,
 ) -> Findings:
-    """Return the findings of the preflight.
-
-    Args:
-        connection: A connection in autocommit mode.
-        table: The target's table.
-        server: The server, for the connections of the sample.
-        target: The target.
-        options: The options of the rotation.
-        counts: Whether to count the rows, within a time limit.
+    """Return the findings of the preflight, with the rows counted, for a limited time, or only estimated.
 
     Raises:
         RotatorError: The server cannot be asked.

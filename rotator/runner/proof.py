@@ -54,14 +54,7 @@ class Proof:
         table: TargetTable,
         context: RunContext,
     ) -> None:
-        """Take connections in autocommit mode.
-
-        Args:
-            connection: A connection that no other task uses.
-            pool: The connections of the workers, which are idle until the ledger is complete.
-            table: The target's table.
-            context: The run.
-        """
+        """Take a connection that no other task uses, and those of the workers, which are idle now."""
         self.ledger: Ledger | None = None
         self._connection = connection
         self._pool = pool

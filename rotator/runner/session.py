@@ -55,15 +55,7 @@ class Session:
         acquired: Acquired,
         context: RunContext,
     ) -> None:
-        """Take connections in autocommit mode.
-
-        Args:
-            connection: A connection that no other task uses.
-            pool: The connections of the workers.
-            table: The target's table.
-            acquired: The rotation that this process owns.
-            context: The run.
-        """
+        """Take a connection that no other task uses, and those of the workers."""
         self._connection = connection
         self._pool = pool
         self._table = table

@@ -240,13 +240,7 @@ class Throttles:
             self._apply(budget, await read(control, rotation), gate)
 
     async def watch(self, control: AsyncConnection, rotation: int, gate: Gate) -> None:
-        """Read every signal again and again until cancelled.
-
-        Args:
-            control: A connection in autocommit mode; it may be shared.
-            rotation: The rotation's id.
-            gate: The gate to hold or release.
-        """
+        """Read every signal again and again until cancelled; the connection may be shared."""
         try:
             with unwrap_group():
                 async with asyncio.TaskGroup() as tasks:

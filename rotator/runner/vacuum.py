@@ -47,13 +47,7 @@ class Vacuuming:
     async def run_during_rotation(
         self, control: AsyncConnection, table: TargetTable, *, rows_total: int
     ) -> None:
-        """Vacuum after each part of the table's rows, until cancelled.
-
-        Args:
-            control: A connection in autocommit mode; it may be shared.
-            table: The target's table.
-            rows_total: The number of rows of the rotation.
-        """
+        """Vacuum after each part of the table's rows, until cancelled; the connection may be shared."""
         if not self._vacuums:
             return
         stats = self._context.stats

@@ -56,14 +56,7 @@ class Verifier:
         rotation: int,
         context: RunContext,
     ) -> None:
-        """Prepare it.
-
-        Args:
-            connection: A connection in autocommit mode, for this object's use alone.
-            table: The target's table.
-            rotation: The rotation's id.
-            context: The run.
-        """
+        """Take a connection in autocommit mode, for this object's use alone."""
         self._connection = connection
         self._table = table
         self._rotation = rotation
