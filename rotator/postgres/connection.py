@@ -86,25 +86,17 @@ class Server:
             ) from None
         return replace(self, parameters=parameters).arguments()
 
-    async def configure(self, connection: AsyncConnection) -> None:
+    async def configure(self, connection: "OwnConnection") -> None:
         """Apply the rotator's settings to a new connection; refuse a server that is read-only."""
         try:
-            await self._configure(connection)
+            await connection.configure(self.settings)
+            # Transaction poolers keep this setting for each client.
+            if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
+                await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))
         except BaseException:
             # The pool does not close it.
             await connection.close()
             raise
-
-    async def _configure(self, connection: AsyncConnection) -> None:
-        wanted = self.settings
-        # The driver reads times only in this style.
-        if not (connection.info.parameter_status("DateStyle") or "ISO").startswith("ISO"):
-            wanted["DateStyle"] = "ISO"
-        if isinstance(connection, OwnConnection):
-            await connection.configure(wanted)
-        # Transaction poolers keep this setting for each client.
-        if self.time_zone and connection.info.parameter_status("TimeZone") != self.time_zone:
-            await connection.execute("SELECT set_config('TimeZone', %s, false)", (self.time_zone,))
 
 
 @asynccontextmanager
@@ -224,6 +216,9 @@ class OwnConnection(AsyncConnection):
         values.register(self)
         await self.set_isolation_level(IsolationLevel.READ_COMMITTED)
         settings = _SETTINGS | dict(wanted)
+        # The driver reads times only in this style.
+        if not (self.info.parameter_status("DateStyle") or "ISO").startswith("ISO"):
+            settings["DateStyle"] = "ISO"
         cursor = await self.execute(
             _CONFIGURE,
             {

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from rotator.postgres.connection import Server, connected, pooled
+from rotator.postgres.connection import OwnConnection, Server, connected, pooled
 from rotator.postgres.fence import Lease
 from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.planner import IndexPlanner, last_key
@@ -61,7 +61,7 @@ def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 class _ExplainedServer(Server):
     plans: Plans
 
-    async def configure(self, connection: psycopg.AsyncConnection) -> None:
+    async def configure(self, connection: OwnConnection) -> None:
         await super().configure(connection)
         connection.add_notice_handler(self.plans.hear)
 
