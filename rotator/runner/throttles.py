@@ -84,15 +84,12 @@ class Budget:
 
     def judge(self, found: Reading, now: float) -> str:
         """Return the reason to hold the rotation after a reading; empty where there is none."""
-        if found.problem:
-            self._is_held, self._clear_since = True, None
-            return f"{self.name} unknown: {found.problem}; ends when it can be read"
         if reason := self._excess(found):
             self._is_held, self._clear_since = True, None
             return reason
         if not self._is_held:
             return ""
-        if not self._is_clear(found):
+        if self._limit is not None and found.value >= RESUME_PART * self._limit:
             self._clear_since = None
         elif self._clear_since is None:
             self._clear_since = now
@@ -102,6 +99,8 @@ class Budget:
         return self._waiting(found)
 
     def _excess(self, found: Reading) -> str:
+        if found.problem:
+            return f"{self.name} unknown: {found.problem}; ends when it can be read"
         if self._limit is None:
             return f"{self.name}: {found.detail}; ends when it returns None" if found.detail else ""
         if found.value <= self._limit:
@@ -110,9 +109,6 @@ class Budget:
             f"{self._signal(found)} {self._show(found.value)} > {self._show(self._limit)}; "
             f"ends below {self._show(RESUME_PART * self._limit)}"
         )
-
-    def _is_clear(self, found: Reading) -> bool:
-        return self._limit is None or found.value < RESUME_PART * self._limit
 
     def _waiting(self, found: Reading) -> str:
         if self._limit is None:
