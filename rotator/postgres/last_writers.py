@@ -7,13 +7,14 @@ rows, with the recorded ids. See docs/decisions/0008.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from rotator.postgres.connection import fetch_as, fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
+from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
 from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 
 _STARTED: Final = sql.SQL("%(started_xid)s::text::xid8::xid")
@@ -135,6 +136,28 @@ async def count_last_writers(
         older=sum(leaf["older"] for leaf in leaves),
         renewed=tuple(leaf["leaf"] for leaf in leaves if leaf["is_renewed"]),
     )
+
+
+async def count_unless_changed(
+    connection: AsyncConnection,
+    table: TargetTable,
+    *,
+    rotation: int,
+    started_xid: int,
+    identity: Mapping[str, Any],
+) -> LastWriters | str:
+    """Count the same on the target with this identity, as JSON types; or return how the target has changed.
+
+    Where every row was rewritten, it is unknown which rows have new values.
+    """
+    saved, now = TargetIdentity.from_json(identity), await read_identity(connection, table)
+    if saved and (difference := saved.difference(now)):
+        return difference
+    rewritten = saved.rewritten(now) if saved else ()
+    writers = await count_last_writers(
+        connection, table, rotation=rotation, started_xid=started_xid, rewritten=rewritten
+    )
+    return REWRITTEN if writers.renewed else writers
 
 
 async def _count_mixed(

@@ -10,8 +10,8 @@ from psycopg_pool import AsyncConnectionPool
 from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed, StopReason
 from rotator.exceptions import RotatorError
 from rotator.postgres import rotations
-from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
-from rotator.postgres.last_writers import LastWriters, count_last_writers
+from rotator.postgres.identity import changed_target
+from rotator.postgres.last_writers import LastWriters, count_unless_changed
 from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import Figures, RotationState
@@ -229,19 +229,13 @@ class Session:
                 )
 
     async def _count_last_writers(self, owned: RotationState) -> LastWriters:
-        rewritten: tuple[int, ...] = ()
-        if saved := TargetIdentity.from_json(owned.identity):
-            now = await read_identity(self._connection, self._table)
-            rewritten = saved.rewritten(now)
-            if difference := saved.difference(now):
-                raise changed_target(owned.lease.rotation, self._context.target.label, difference)
-        writers = await count_last_writers(
+        found = await count_unless_changed(
             self._connection,
             self._table,
             rotation=owned.lease.rotation,
             started_xid=owned.started_xid,
-            rewritten=rewritten,
+            identity=owned.identity,
         )
-        if writers.renewed:
-            raise changed_target(owned.lease.rotation, self._context.target.label, REWRITTEN)
-        return writers
+        if isinstance(found, str):
+            raise changed_target(owned.lease.rotation, self._context.target.label, found)
+        return found

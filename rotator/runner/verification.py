@@ -19,8 +19,7 @@ from rotator.events import (
 from rotator.exceptions import OptionError, RangeTooSlowError, RowsLockedError
 from rotator.postgres import survivors
 from rotator.postgres.guard import count_hits
-from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
-from rotator.postgres.last_writers import count_last_writers
+from rotator.postgres.last_writers import count_unless_changed
 from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledger
 from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
@@ -240,32 +239,23 @@ class Verifier:
         left: list[KeyInterval] = []
         if facts.bound is not None:
             left = await gaps(connection, table, self._rotation, facts.bound)
-        confirmed = others = older = None
-        unknown, rewritten = "", tuple[int, ...]()
-        saved, now = TargetIdentity.from_json(facts.identity), await read_identity(connection, table)
-        if saved is not None:
-            unknown, rewritten = saved.difference(now), saved.rewritten(now)
-        if not unknown:
-            writers = await count_last_writers(
-                connection,
-                table,
-                rotation=self._rotation,
-                started_xid=facts.started_xid,
-                rewritten=rewritten,
-            )
-            if writers.renewed:
-                unknown = REWRITTEN
-            else:
-                confirmed, others, older = writers.confirmed, writers.others, writers.older
+        found = await count_unless_changed(
+            connection,
+            table,
+            rotation=self._rotation,
+            started_xid=facts.started_xid,
+            identity=facts.identity,
+        )
+        writers = None if isinstance(found, str) else found
         table_rows, excluded, null, blank = await survivors.count_left_out(connection, table)
         return Coverage(
             status=facts.status,
             gaps=tuple(left[:GAPS_NAMED]),
             gap_rows=await survivors.count_rows_of(connection, table, left),
-            confirmed_rows=confirmed,
-            unconfirmed_rows=others,
-            older_rows=older,
-            unknown=unknown,
+            confirmed_rows=writers.confirmed if writers else None,
+            unconfirmed_rows=writers.others if writers else None,
+            older_rows=writers.older if writers else None,
+            unknown=found if isinstance(found, str) else "",
             rejected_keys=tuple((Key(key), reason) for key, reason in facts.rejected_keys),
             table_rows=table_rows,
             excluded_rows=excluded,
