@@ -4,9 +4,8 @@ Every function takes connections in autocommit mode.
 """
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Final, LiteralString, TypeAlias
 
 from psycopg import AsyncConnection, AsyncCursor, sql
@@ -67,10 +66,6 @@ class OlderRow:
 
 Rows: TypeAlias = KeyRange | Sequence[OlderRow]
 """The rows of one transaction: a range, or rows of one partition at their places."""
-
-_Update: TypeAlias = Callable[[AsyncConnection], Awaitable[tuple[int, list[AsyncCursor], float]]]
-"""Sends the updates of one attempt, and returns the number of expected rows, the updates' cursors, and the
-seconds in which the server waited for new values."""
 
 
 class RewriteError(Exception):
@@ -177,7 +172,7 @@ class RangeUpdate:
             RotatorError: Every other error of :meth:`write`.
         """
         try:
-            update = await self._prepare(connection, rows, count)
+            updates = await self._prepare(connection, rows, count)
             plan_settings = self._plan_settings if isinstance(rows, KeyRange) else _LOOK_UP
             async with rolled_back_on_error(connection):
                 async with connection.pipeline():
@@ -188,7 +183,14 @@ class RangeUpdate:
                     if self._enter_values and not isinstance(rows, KeyRange):
                         await connection.execute(self._enter_values, _at(rows))
                     writes_before = await self._select_writes(connection)
-                    expected, cursors, making_seconds = await update(connection)
+                    expected, cursors, making_seconds = count, list[AsyncCursor](), 0.0
+                    for statement, parameters in updates:
+                        cursors.append(connection.cursor())
+                        await cursors[-1].executemany(statement, parameters, returning=True)
+                    if isinstance(rows, KeyRange) and isinstance(self._source, FromRows):
+                        expected, cursors, making_seconds = await self._update_from_rows(
+                            connection, rows, self._source
+                        )
                     # Deferred triggers would run in the COMMIT, after the checks.
                     await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
                     writes_after = await self._select_writes(connection)
@@ -211,8 +213,10 @@ class RangeUpdate:
             server_seconds=max(0.0, seconds - making_seconds),
         )
 
-    async def _prepare(self, connection: AsyncConnection, rows: Rows, count: int) -> _Update:
-        """Make new values before the transaction, where this does not need locked rows."""
+    async def _prepare(
+        self, connection: AsyncConnection, rows: Rows, count: int
+    ) -> list[tuple[bytes, list[dict[str, object]]]]:
+        """Make new values, where this does not need locked rows; return statements with their parameters."""
         source = self._source
         if not isinstance(rows, KeyRange):
             at = {row.place: row for row in rows}
@@ -222,9 +226,9 @@ class RangeUpdate:
                 else await source.make_at(list(at))
             )
             parameters = _at([at[place] for place in places]) | named(at_places)
-            return partial(self._update_places, parameters, count)
+            return [(self._placed_update, [parameters])]
         if isinstance(source, FromRows):
-            return partial(self._update_from_rows, rows, source)
+            return []
         values, ends = await source.make(count), list[Key]()
         if count > SLICE_ROWS:
             most = -(-count // SLICE_ROWS) - 1
@@ -240,23 +244,21 @@ class RangeUpdate:
             }
             for start, after, through in zip(starts, [rows.after, *ends], ends, strict=False)
         ]
-        return partial(self._update_in_bulk, slices, count)
-
-    async def _update_in_bulk(
-        self, slices: list[dict[str, object]], count: int, connection: AsyncConnection
-    ) -> tuple[int, list[AsyncCursor], float]:
-        cursors = []
         # The slice at the table's start has no lower bound, and therefore another statement.
-        for known in (False, True):
-            if parameters := [one for one in slices if (one["after"] is not None) == known]:
-                cursors.append(connection.cursor())
-                await cursors[-1].executemany(self._range_updates[known], parameters, returning=True)
-        return count, cursors, 0.0
+        return [
+            (self._range_updates[known], of_statement)
+            for known in (False, True)
+            if (of_statement := [one for one in slices if (one["after"] is not None) == known])
+        ]
 
     async def _update_from_rows(
-        self, key_range: KeyRange, source: FromRows, connection: AsyncConnection
+        self, connection: AsyncConnection, key_range: KeyRange, source: FromRows
     ) -> tuple[int, list[AsyncCursor], float]:
-        """Lock rows in the key's order, make their values, and update them by their keys."""
+        """Lock rows in the key's order, make their values, and update them by their keys.
+
+        Return the number of the rows, the updates' cursors, and the seconds in which the server waited for
+        new values.
+        """
         rest: KeyInterval = key_range
         count, cursors, began, making_seconds = 0, list[AsyncCursor](), time.monotonic(), 0.0
         async with connection.pipeline() as pipeline:
@@ -286,11 +288,6 @@ class RangeUpdate:
                 if len(keys) < SLICE_ROWS:
                     return count, cursors, making_seconds
                 rest = KeyInterval(after=keys[-1], through=key_range.through)
-
-    async def _update_places(
-        self, parameters: Mapping[str, object], count: int, connection: AsyncConnection
-    ) -> tuple[int, list[AsyncCursor], float]:
-        return count, [await connection.execute(self._placed_update, parameters)], 0.0
 
     async def _check_rows(self, connection: AsyncConnection, rows: Rows, written: int) -> None:
         """Refuse rows that were not updated, and rows of a range that only a trigger wrote.
