@@ -353,7 +353,9 @@ class Run:
                     ):
                         heart = tasks.create_task(self._beat(control, acquired), name="rotator heartbeat")
                         owned = await session_work.read_state()
-                        self._notify_started(session_work, owned)
+                        self._notify_outage_ended(owned)
+                        if self._stats.started is None:
+                            self._notify(session_work.start_event(owned))
                         # A pause survives the end of a process: it applies before the first range.
                         await self._beat_once(control, acquired)
                         await self._throttles.look(control, owned.lease.rotation, self._gate)
@@ -363,7 +365,9 @@ class Run:
                             task.cancel()
                 # The heartbeat has ended: it would report a completed rotation as lost.
                 if status != "completed" or await session_work.complete(owned):
-                    self._release_throttles()
+                    # No range follows, and time is no longer throttled.
+                    for source in self._gate.holds:
+                        self._gate.release(source, slowly=False)
                     return status
 
     def _start_others(
@@ -377,11 +381,6 @@ class Run:
             "VACUUM": self._vacuuming.run_during_rotation(control, table, rows_total=owned.rows_total),
         }
         return [tasks.create_task(work, name=f"rotator {name}") for name, work in works.items()]
-
-    def _release_throttles(self) -> None:
-        """End what holds the gate: no range follows, and time is no longer throttled."""
-        for source in self._context.gate.holds:
-            self._context.gate.release(source, slowly=False)
 
     async def _beat(self, control: AsyncConnection, acquired: Acquired) -> None:
         while True:
@@ -441,11 +440,6 @@ class Run:
         self._beat_at = time.monotonic()
         self._throttles.note_beat(beat_at)
         await self._measuring.record_if_due(control, acquired.lease.rotation)
-
-    def _notify_started(self, session_work: Session, owned: RotationState) -> None:
-        self._notify_outage_ended(owned)
-        if self._stats.started is None:
-            self._notify(session_work.start_event(owned))
 
     def _notify_outage_ended(self, owned: RotationState) -> None:
         if self._outage.is_unreachable:
