@@ -12,6 +12,7 @@ from psycopg.rows import class_row
 from rotator.events import ActionKind
 from rotator.postgres.connection import fetch_as
 from rotator.postgres.errors import translate_errors
+from rotator.postgres.owner import this_process
 
 # A rotation that no user has changed has no control row.
 _READ: Final = (
@@ -65,14 +66,13 @@ async def log_action(
     rotation: int,
     kind: ActionKind,
     *,
-    by: str,
     detail: str = "",
     seconds_ago: float = 0.0,
 ) -> None:
-    """Add a line to the log of a rotation, as a part of the open transaction if there is one."""
+    """Add what this process has done to the log of a rotation, in the open transaction if there is one."""
     async with translate_errors(connection):
         await connection.execute(
             "INSERT INTO rotator_action (rotation_id, kind, by, detail, at)"
             " VALUES (%s, %s, %s, %s, now() - make_interval(secs => %s))",
-            (rotation, kind, by, detail, seconds_ago),
+            (rotation, kind, str(this_process()), detail, seconds_ago),
         )

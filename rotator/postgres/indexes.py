@@ -119,7 +119,7 @@ class IndexBuilder:
 
     async def _blocks_others(self) -> bool:
         """Return whether another session waits for a lock on the table or an index, because of this one."""
-        ((blocks,),) = await fetch_rows(
+        (blocks,) = await fetch_column(
             self.control,
             "SELECT EXISTS (SELECT FROM pg_locks w WHERE NOT w.granted AND w.locktype = 'relation'"
             " AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())"

@@ -256,7 +256,7 @@ async def gaps(
     connection: AsyncConnection,
     table: TargetTable,
     rotation: int,
-    bound: Key,
+    bound: Key | None,
     *,
     after: Key | None = None,
     checkpoints_before: int | None = None,
@@ -269,10 +269,12 @@ async def gaps(
         connection: The connection, which may be in a transaction.
         table: The target's table.
         rotation: The rotation's id.
-        bound: The upper bound of the gaps.
+        bound: The upper bound of the gaps; without one, there are none.
         after: The lower bound; None for the table's start.
         checkpoints_before: The id of the last checkpoint that covers nothing of them; None where all may.
     """
+    if bound is None:
+        return []
     order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
     # No checkpoint of the rotation is past its own bound.
     is_whole = after is None and checkpoints_before is None

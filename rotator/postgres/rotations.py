@@ -21,7 +21,7 @@ from rotator.postgres.connection import fetch_as, fetch_row, fetch_rows, first, 
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
-from rotator.postgres.owner import Owner, this_process
+from rotator.postgres.owner import Owner
 from rotator.postgres.planner import gaps
 from rotator.postgres.table import TargetTable
 from rotator.ranges import Key
@@ -277,7 +277,7 @@ async def begin_rotation(
         )
         if row:
             detail = str(given_options(terms.options, terms.selection))
-            await log_action(connection, row[0], ActionKind.STARTED, by=str(this_process()), detail=detail)
+            await log_action(connection, row[0], ActionKind.STARTED, detail=detail)
         if row and not repeats:
             # A rotation that was unfinished at the first check may have been completed since. Now that this
             # row is inserted, no other one is unfinished.
@@ -419,7 +419,7 @@ async def _raise_generation(
         ).format(sql.SQL(assignments), sql.SQL(condition))
         row = await fetch_row(connection, query, {**parameters, "rotation": rotation})
         if row and action is not None:
-            await log_action(connection, rotation, action, by=str(this_process()), detail=detail)
+            await log_action(connection, rotation, action, detail=detail)
     return Lease(rotation=rotation, generation=row[0]) if row else None
 
 
@@ -544,8 +544,7 @@ async def stop(
             },
         )
         detail = stop_reason or error or status
-        by = str(this_process())
-        await log_action(connection, lease.rotation, ActionKind.STOPPED, by=by, detail=detail)
+        await log_action(connection, lease.rotation, ActionKind.STOPPED, detail=detail)
     return rows_done
 
 
@@ -582,8 +581,8 @@ async def complete(
             ).format(_FIGURES, _NOT_HELD, _CONFIRMED_ROWS),
             {"unconfirmed_rows": unconfirmed_rows, **asdict(figures)},
         )
-        await log_action(connection, lease.rotation, ActionKind.COMPLETED, by=str(this_process()))
-        if bound is not None and await gaps(connection, table, lease.rotation, bound):
+        await log_action(connection, lease.rotation, ActionKind.COMPLETED)
+        if await gaps(connection, table, lease.rotation, bound):
             raise Rollback
         return rows_done
     return None

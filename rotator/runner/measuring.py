@@ -50,14 +50,13 @@ class Measuring:
 
     async def log_vacuums(self, connection: AsyncConnection, rotation: int) -> None:
         """Add the VACUUMs since the last call to the log of the rotation."""
-        by = str(self._context.owner)
         while self._vacuums:
             # Removed before the await: the heartbeat and the end of the run can call this at the same time.
             vacuum = self._vacuums.pop(0)
             kind, detail, at = vacuum
             seconds_ago = self._clock() - at
             try:
-                await log_action(connection, rotation, kind, by=by, detail=detail, seconds_ago=seconds_ago)
+                await log_action(connection, rotation, kind, detail=detail, seconds_ago=seconds_ago)
             except BaseException:
                 self._vacuums.insert(0, vacuum)
                 raise

@@ -17,7 +17,6 @@ from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import Figures, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate, write_placed, write_range
-from rotator.ranges import KeyInterval
 from rotator.runner.acquire import Acquired
 from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution
@@ -110,7 +109,9 @@ class Session:
         if self._context.stats.rejected_keys:
             return "failed"
         # Planned rows that were deleted count towards the limit.
-        if options.stop_after_rows is not None and await self._gaps(owned):
+        if options.stop_after_rows is not None and await gaps(
+            self._connection, self._table, owned.lease.rotation, owned.bound
+        ):
             stop_signal.request(StopReason.STOP_AFTER)
             return "interrupted"
         is_confirmed = await self._confirm(owned)
@@ -149,16 +150,12 @@ class Session:
         )
         return replace(owned, bound=bound, rows_total=rows_total, rows_total_is_exact=is_exact)
 
-    async def _gaps(self, owned: RotationState) -> list[KeyInterval]:
-        if owned.bound is None:
-            return []
-        return await gaps(self._connection, self._table, owned.lease.rotation, owned.bound)
-
     async def _rotate_gaps(self, owned: RotationState) -> None:
         options = self._context.options
         limit = options.stop_after_rows
         max_rows = None if limit is None else max(0, limit - self._context.stats.rows_this_run)
-        left, drain = await self._gaps(owned), self._context.stop_signal.drain
+        left = await gaps(self._connection, self._table, owned.lease.rotation, owned.bound)
+        drain = self._context.stop_signal.drain
         planner, notify = IndexPlanner(self._connection, self._table), self._context.notify
         if self._context.ask_for_help is not None:
             distribution = Distribution(

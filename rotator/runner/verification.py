@@ -236,9 +236,7 @@ class Verifier:
 
     async def _cover(self, facts: RotationFacts) -> Coverage:
         connection, table = self._connection, self._table
-        left: list[KeyInterval] = []
-        if facts.bound is not None:
-            left = await gaps(connection, table, self._rotation, facts.bound)
+        left = await gaps(connection, table, self._rotation, facts.bound)
         found = await count_unless_changed(
             connection,
             table,
