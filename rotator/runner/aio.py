@@ -3,9 +3,11 @@
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Final, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Final, TypeVar
+
+from rotator.exceptions import unwrap_group
 
 T = TypeVar("T")
 
@@ -47,6 +49,18 @@ def handled_signals(
         for number, previous in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, default if previous is signal.SIG_DFL else previous)
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Run some work next to the block, which cancels it at its end; an error of the work ends the block."""
+    with unwrap_group():
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(work, name=name)
+            try:
+                yield
+            finally:
+                task.cancel()
 
 
 async def act_when(is_due: Callable[[], bool], act: Callable[[], None]) -> None:

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -56,7 +56,7 @@ from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key, intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire
-from rotator.runner.aio import act_when
+from rotator.runner.aio import act_when, running
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.engine import MAX_FAILED_ROWS
@@ -341,7 +341,7 @@ class Run:
         async with (
             connected(server) as connection,
             pooled(server, concurrency, seconds=seconds) as pool,
-            self._watched_commits(),
+            running(self._watch_commits(), "rotator watch of commits"),
         ):
             session_work = Session(connection, pool, table, acquired, self._context)
             while True:
@@ -388,23 +388,13 @@ class Run:
             await self._beat_once(control, acquired)
             self._notify(Tick())
 
-    @asynccontextmanager
-    async def _watched_commits(self) -> AsyncIterator[None]:
+    async def _watch_commits(self) -> None:
         """Notice within seconds that each commit waits for a synchronous standby.
 
         Raises:
             ServerLostError: Commits wait for a synchronous standby.
         """
         self._beat_at = time.monotonic()
-        with unwrap_group():
-            async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(self._watch_commits(), name="rotator watch of commits")
-                try:
-                    yield
-                finally:
-                    watching.cancel()
-
-    async def _watch_commits(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             if time.monotonic() - self._beat_at < LATE_BEAT_SECONDS:
@@ -491,16 +481,13 @@ class Run:
             RotatorError: The server is unreachable, or the rotation cannot be verified or repaired.
         """
         context = self._context
-        watching = asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop")
-        try:
-            async with (
-                connected(context.server) as connection,
-                lock_holders_named(context.server, self._notify),
-            ):
-                table = await read_target(connection, context.target)
-                return await Verifier(connection, table, rotation, context).verify(repairs=repairs)
-        finally:
-            watching.cancel()
+        async with (
+            running(self._stop_when_due(), "rotator watch for a stop"),
+            connected(context.server) as connection,
+            lock_holders_named(context.server, self._notify),
+        ):
+            table = await read_target(connection, context.target)
+            return await Verifier(connection, table, rotation, context).verify(repairs=repairs)
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
         """Wait before the next attempt; False if the budget is used up or a stop was requested."""

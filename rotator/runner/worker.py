@@ -10,7 +10,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.events import Event, OnCommit, RangeCompleted, ignore
-from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError, unwrap_group
+from rotator.exceptions import RowsLockedError, ServerLostError, SupersededError
 from rotator.options import RunOptions
 from rotator.postgres import spans
 from rotator.postgres.connection import Server, pooled
@@ -22,7 +22,7 @@ from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import write_range
-from rotator.runner.aio import act_when, is_set_within
+from rotator.runner.aio import act_when, is_set_within, running
 from rotator.runner.context import RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
 from rotator.runner.engine import Engine
@@ -96,8 +96,7 @@ class Helper:
             ServerLostError: The server was unreachable for longer than the outage budget.
             RotatorError: This worker cannot rotate the target.
         """
-        watching = asyncio.create_task(act_when(self._should_stop, self._drain.set), name="rotator watch")
-        try:
+        async with running(act_when(self._should_stop, self._drain.set), "rotator watch for a stop"):
             while not self._drain.is_set():
                 try:
                     await self._work_while_connected(identity)
@@ -106,8 +105,6 @@ class Helper:
                     if not self._outage.left_seconds:
                         raise
                     await is_set_within(self._drain, self._outage.delay_seconds())
-        finally:
-            watching.cancel()
         return self._is_wanted
 
     async def _work_while_connected(self, identity: TargetIdentity | None) -> None:
@@ -164,11 +161,8 @@ class Helper:
             # A span without a rotated row is one gap.
             has_rotated = len(claimed.gaps) > 1
             engine = Engine(planner.next_range, write, self._gate, notify=notify, has_rotated=has_rotated)
-            with unwrap_group():
-                async with asyncio.TaskGroup() as tasks:
-                    renewing = tasks.create_task(self._keep_renewed(connection, claimed.lease, stats))
-                    await engine.run(claimed.gaps, self._drain)
-                    renewing.cancel()
+            async with running(self._keep_renewed(connection, claimed.lease, stats), "rotator lease"):
+                await engine.run(claimed.gaps, self._drain)
         if self._drain.is_set():
             await spans.release(connection, claimed.lease, deferrals=stats.deferrals, retries=stats.retries)
         else:
