@@ -16,7 +16,7 @@ from typing import Final
 from psycopg import AsyncConnection, sql
 
 from rotator.exceptions import OptionError
-from rotator.postgres.connection import OwnConnection, set_local
+from rotator.postgres.connection import OwnConnection, fetch_column, fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.ledger import DIGEST_BYTES, digest_of, stored_bytes
 from rotator.postgres.table import PARTITIONS, ROW, Column, TargetTable, identifier
@@ -224,9 +224,9 @@ async def _read_leaves(connection: AsyncConnection, table: TargetTable) -> tuple
     """Return the oldest open transaction, and the leaves; none is rewritten until the commit."""
     # Takes a lock on each of them.
     await connection.execute(sql.SQL("SELECT FROM {} LIMIT 0").format(table.name), {})
-    cursor = await connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
-    ((xid,),) = await cursor.fetchall()
-    cursor = await connection.execute(
+    (xid,) = await fetch_column(connection, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
+    found = await fetch_rows(
+        connection,
         sql.SQL(
             "SELECT n.nspname, c.relname, c.oid::bigint, pg_relation_filenode(c.oid)::bigint,"
             " pg_relation_size(c.oid) / current_setting('block_size')::integer FROM pg_class c"
@@ -237,7 +237,7 @@ async def _read_leaves(connection: AsyncConnection, table: TargetTable) -> tuple
     )
     leaves = [
         _Leaf(name=identifier(schema, name), identity=(oid, file), blocks=blocks)
-        async for schema, name, oid, file, blocks in cursor
+        for schema, name, oid, file, blocks in found
     ]
     return xid, leaves
 
@@ -340,13 +340,12 @@ async def found_rows(connection: AsyncConnection, batch: int) -> AsyncIterator[l
     """Yield the rows of the last search, at most ``batch`` of one leaf at a time."""
     after = 0
     while True:
-        async with translate_errors(connection):
-            cursor = await connection.execute(
-                "SELECT number, leaf, ctid_text, xid, key FROM pg_temp.rotator_leaked_rows"
-                " WHERE number > %s ORDER BY number LIMIT %s",
-                (after, batch),
-            )
-            rows = await cursor.fetchall()
+        rows = await fetch_rows(
+            connection,
+            "SELECT number, leaf, ctid_text, xid, key FROM pg_temp.rotator_leaked_rows"
+            " WHERE number > %s ORDER BY number LIMIT %s",
+            (after, batch),
+        )
         if not rows:
             return
         after = rows[-1][0]

@@ -74,6 +74,8 @@ class OwnerReport:
     """The report of the owner with its heartbeat.
 
     Attributes:
+        rows_done: The completed rows.
+        figures: The figures of all runs.
         applied_revision: The revision of the control row that it has applied.
         throttle_reason: What holds it, except for a pause; empty where nothing does.
         throttled_seconds: The time since which it is held; 0 where it is not.
@@ -81,13 +83,12 @@ class OwnerReport:
             are stored already.
     """
 
+    rows_done: int
+    figures: Figures
     applied_revision: int = 0
     throttle_reason: str = ""
     throttled_seconds: float = 0.0
     rejected_keys: Sequence[tuple[Key, str]] | None = None
-
-
-_NO_REPORT: Final = OwnerReport()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -482,15 +483,8 @@ async def freeze_bound(
     )
 
 
-async def beat(
-    connection: AsyncConnection,
-    lease: Lease,
-    *,
-    rows_done: int,
-    figures: Figures,
-    report: OwnerReport = _NO_REPORT,
-) -> datetime:
-    """Write a heartbeat with the completed rows, and return its time on the database's clock."""
+async def beat(connection: AsyncConnection, lease: Lease, report: OwnerReport) -> datetime:
+    """Write a heartbeat, and return its time on the database's clock."""
     _, beat_at = await _update(
         connection,
         lease,
@@ -504,12 +498,12 @@ async def beat(
             " ELSE clock_timestamp() END"
         ).format(_FIGURES),
         {
-            "rows_done": rows_done,
+            "rows_done": report.rows_done,
             "reason": report.throttle_reason,
             "held": report.throttled_seconds,
             "applied": report.applied_revision,
             "rejected_keys": None if report.rejected_keys is None else _rejected(report.rejected_keys),
-            **asdict(figures),
+            **asdict(report.figures),
         },
     )
     return beat_at

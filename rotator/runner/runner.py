@@ -417,9 +417,9 @@ class Run:
         beat_at = await rotations.beat(
             control,
             acquired.lease,
-            rows_done=self._stats.rows_done,
-            figures=figures_of(self._stats),
-            report=OwnerReport(
+            OwnerReport(
+                rows_done=self._stats.rows_done,
+                figures=figures_of(self._stats),
                 applied_revision=self._live.revision,
                 throttle_reason="; ".join(hold.reason for hold in held),
                 throttled_seconds=time.monotonic() - held[0].since if held else 0.0,

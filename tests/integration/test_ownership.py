@@ -16,6 +16,7 @@ from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import (
     Figures,
     NewSelection,
+    OwnerReport,
     abandon,
     beat,
     complete,
@@ -285,7 +286,7 @@ async def test_the_heartbeat_moves_on_the_database_s_clock(
 ) -> None:
     for _ in range(2):
         before = database.rotation("updated_at")
-        await beat(control, lease, rows_done=12, figures=Figures(active_seconds=3.5))
+        await beat(control, lease, OwnerReport(rows_done=12, figures=Figures(active_seconds=3.5)))
         assert database.rotation("updated_at") > before
     assert (database.rotation("rows_done"), database.rotation("active_seconds")) == (12, 3.5)
 
@@ -300,7 +301,7 @@ async def test_a_stop_stores_the_rows_that_checkpoints_confirm(
         await writer(key_range(10, 12, 2))
     database.execute("UPDATE rotator_rotation SET late_rows = 3")
     # The heartbeat said what was in memory.
-    await beat(control, lease, rows_done=4711, figures=Figures(active_seconds=1))
+    await beat(control, lease, OwnerReport(rows_done=4711, figures=Figures(active_seconds=1)))
     rows_done = await stop(control, lease, status=status, error="because", figures=Figures(active_seconds=2))
     assert rows_done == database.rotation("rows_done") == 10
     assert (database.rotation("status"), database.rotation("error")) == (status, "because")
@@ -308,7 +309,7 @@ async def test_a_stop_stores_the_rows_that_checkpoints_confirm(
 
 
 async def _beat(control: psycopg.AsyncConnection, lease: Lease) -> None:
-    await beat(control, lease, rows_done=1, figures=Figures(active_seconds=1))
+    await beat(control, lease, OwnerReport(rows_done=1, figures=Figures(active_seconds=1)))
 
 
 async def _stop(control: psycopg.AsyncConnection, lease: Lease) -> None:
