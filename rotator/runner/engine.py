@@ -20,6 +20,11 @@ from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.work_queue import Attempt, WorkQueue
 
 MAX_FAILED_ROWS: Final = 1000
+# While the rotation has rotated no row ...
+MAX_FAILED_ROWS_AT_START: Final = 8
+# ... and for the first rows of ranges while no row is rotated in between. With ranges of 100 rows or more,
+# neighbouring rows at fault reach MAX_FAILED_ROWS first. Fewer than the ranges that wait for a retry.
+MAX_FAILED_ROWS_IN_A_ROW: Final = 12
 
 
 PlanRange: TypeAlias = Callable[[KeyInterval, int], Awaitable[KeyRange]]
@@ -47,10 +52,6 @@ class EngineOptions:
         waiting_ranges: The number of ranges that wait for a retry at which workers prefer them.
         retry: The policy for locked and rejected rows.
         max_failed_rows: The rejected rows after which the run gives up.
-        max_failed_rows_at_start: The same while the rotation has rotated no row.
-        max_failed_rows_in_a_row: The same for the first rows of ranges while no row is rotated in between.
-            Fewer than ``waiting_ranges``. With ranges of 100 rows or more, neighbouring rows at fault reach
-            ``max_failed_rows`` first.
         probe_delay_seconds: The delay of the rest of a rejected range, so that other ranges are tried first.
     """
 
@@ -59,8 +60,6 @@ class EngineOptions:
     waiting_ranges: int = 16
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_failed_rows: int = MAX_FAILED_ROWS
-    max_failed_rows_at_start: int = 8
-    max_failed_rows_in_a_row: int = 12
     probe_delay_seconds: float = 1.0
 
 
@@ -112,8 +111,8 @@ class Engine:
 
         Raises:
             RangeRejectedError: More than ``max_failed_rows`` rows were rejected.
-            EveryRowRejectedError: ``max_failed_rows_at_start`` rows were rejected and none was rotated, or
-                ``max_failed_rows_in_a_row`` one after the other.
+            EveryRowRejectedError: ``MAX_FAILED_ROWS_AT_START`` rows were rejected and none was rotated, or
+                ``MAX_FAILED_ROWS_IN_A_ROW`` one after the other.
             Exception: The first error of the planner or the writer; the other workers are cancelled.
         """
         options = self._options
@@ -223,8 +222,7 @@ class Engine:
         self._notify(RowRejected(key=attempt.key_range.through, reason=error.condition))
         if self._failed_rows > self._options.max_failed_rows:
             raise error
-        options = self._options
-        most = options.max_failed_rows_in_a_row if self._has_rotated else options.max_failed_rows_at_start
+        most = MAX_FAILED_ROWS_IN_A_ROW if self._has_rotated else MAX_FAILED_ROWS_AT_START
         if self._failed_rows_in_a_row >= most:
             raise EveryRowRejectedError(self._failed_rows_in_a_row, error.condition)
 
