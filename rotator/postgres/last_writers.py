@@ -146,9 +146,9 @@ async def count_unless_changed(
     started_xid: int,
     identity: Mapping[str, Any],
 ) -> LastWriters | str:
-    """Count the same on the target with this identity, as JSON types; or return how the target has changed.
+    """Return the same counts; or, as a phrase, how the target differs from that at the rotation's start.
 
-    Where every row was rewritten, it is unknown which rows have new values.
+    The identity at the start has JSON types.
     """
     saved, now = TargetIdentity.from_json(identity), await read_identity(connection, table)
     if saved and (difference := saved.difference(now)):
