@@ -176,6 +176,10 @@ async def _maintain(
 
     if "role" in connection.local_settings:
         return f"{verb} cannot assume a role through a connection pooler", warnings
+    if connection.is_direct:
+        async with translate_errors(connection):
+            # Nothing depends on it, so a standby that is gone must not keep the run from ending.
+            await connection.execute("SELECT set_config('synchronous_commit', 'local', false)")
     connection.add_notice_handler(note)
     reason = await execute_until(connection, statement, reason_to_cancel, WATCH_SECONDS)
     if reason is None:

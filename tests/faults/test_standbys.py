@@ -1,5 +1,6 @@
 """Synchronous standbys: a real one that streams, and names of others."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from psycopg.conninfo import conninfo_to_dict
 from core.own_server import OwnReplica, OwnServer
 from rotator.exceptions import ServerLostError
 from rotator.postgres.activity import check_standbys
+from rotator.postgres.catalog import read_table
 from rotator.postgres.connection import Server, connected
+from rotator.postgres.vacuum import analyze
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations
@@ -78,6 +81,20 @@ async def test_fewer_standbys_than_commits_wait_for_are_refused(
 ) -> None:
     with synchronous(server, names), pytest.raises(ServerLostError, match=re.escape(f"is '{names}')")):
         await check(database.url())
+
+
+@pytest.mark.usefixtures("replica")
+async def test_statistics_are_made_while_the_standby_is_gone(server: OwnServer, database: Database) -> None:
+    make_tickets(database, 100)
+    parameters = conninfo_to_dict(database.url())
+    async with (
+        connected(Server(parameters=parameters)) as control,
+        connected(Server(parameters=parameters)) as connection,
+    ):
+        table = await read_table(control, path=("tickets_ticket",), key=("id",), columns=("token",))
+        with synchronous(server, "gone"):
+            async with asyncio.timeout(NOTICED_SECONDS):
+                assert await analyze(connection, control, table) == ""
 
 
 @pytest.mark.slow
