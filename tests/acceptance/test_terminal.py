@@ -3,7 +3,7 @@
 import pytest
 
 from rotator.models import CompletedRange, Rotation
-from tests.acceptance.audit import audited_tickets
+from tests.acceptance.audit import audited_tickets, slow_down
 from tests.acceptance.harness import Commands, wait_for_checkpoints, wait_until
 from tests.acceptance.terminal import (
     CTRL_C,
@@ -17,7 +17,7 @@ from tests.acceptance.terminal import (
 
 pytestmark = pytest.mark.usefixtures("commands")
 
-ROWS = 20_000
+ROWS = 5000
 
 
 def _assert_restored(said: str) -> None:
@@ -28,6 +28,8 @@ def _assert_restored(said: str) -> None:
 @pytest.mark.parametrize("columns", [pytest.param(120, marks=pytest.mark.slow), 40])
 def test_the_bar_fits_and_ends_with_all_of_it(columns: int) -> None:
     audit = audited_tickets(ROWS)
+    # The bar is drawn five times a second.
+    slow_down(0.05)
     with rotating_in_a_terminal("--noinput", "--batch", "50", columns=columns) as terminal:
         status = terminal.wait()
 
@@ -45,6 +47,7 @@ def test_the_bar_fits_and_ends_with_all_of_it(columns: int) -> None:
 
 def test_ctrl_c_drains_and_the_bar_says_so() -> None:
     audit = audited_tickets(ROWS)
+    slow_down(0.1)
     with rotating_in_a_terminal("--noinput", "--batch", "20") as terminal:
         wait_for_checkpoints(10)
         terminal.type(CTRL_C)
@@ -56,14 +59,15 @@ def test_ctrl_c_drains_and_the_bar_says_so() -> None:
     drawn, interrupted, summary = terminal.said.partition("Interrupted: ")
     assert interrupted
     *_, bar, _ = seen(drawn.replace("^C", ""), 120)
-    assert f"{rows:,} of 20,000 rows" in bar
-    assert f"{rows:,} of 20,000 rows have a new value." in summary
+    assert f"{rows:,} of {ROWS:,} rows" in bar
+    assert f"{rows:,} of {ROWS:,} rows have a new value." in summary
     assert summary.splitlines()[-1].startswith("Resume with: ")
     _assert_restored(terminal.said)
 
 
 def test_a_window_that_is_closed_drains_as_a_signal_does() -> None:
     audit = audited_tickets(ROWS)
+    slow_down(0.1)
     with rotating_in_a_terminal("--noinput", "--batch", "20") as terminal:
         wait_for_checkpoints(10)
         terminal.close()
@@ -136,6 +140,7 @@ def test_noinput_asks_nothing(commands: Commands) -> None:
 
 def test_a_second_ctrl_c_leaves_the_terminal_as_it_was() -> None:
     audit = audited_tickets(ROWS)
+    slow_down(0.1)
     with rotating_in_a_terminal("--noinput", "--batch", "20") as terminal:
         wait_for_checkpoints(10)
         terminal.type(CTRL_C + CTRL_C + CTRL_C)

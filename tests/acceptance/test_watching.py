@@ -40,7 +40,7 @@ def test_a_run_is_measured_and_shown_without_values(commands: Commands, client: 
     client.force_login(User.objects.create_superuser("alice"))
     audit = audited_tickets(ROWS)
     values = tokens()
-    slow_down(0.05)
+    slow_down(0.2)
     running = commands.start("--batch=20", "--concurrency=2")
     wait_for_checkpoints(5)
     rotation = Rotation.objects.get()
