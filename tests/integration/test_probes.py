@@ -17,8 +17,8 @@ pytestmark = COMMITTING
 async def test_a_probe_measures_a_commit_and_an_overrun(control: psycopg.AsyncConnection) -> None:
     before = await control.execute("SELECT pg_current_wal_flush_lsn()")
     measured = await probe(control)
-    assert 0 < measured.commit_seconds < 5
-    assert 0 <= measured.overrun_seconds < 5
+    assert measured.commit_seconds > 0
+    assert measured.overrun_seconds >= 0
     after = await control.execute(
         "SELECT pg_current_wal_flush_lsn() > %s::pg_lsn", await before.fetchone() or ("",)
     )
@@ -45,7 +45,7 @@ async def test_a_session_that_waits_for_a_range_is_found_and_no_other(
     database.make_tickets(1, 2)
     ours, other = database.connect(), database.connect()
     # A test that fails must not wait for ever.
-    waiter = database.connect(options="-c lock_timeout=10s")
+    waiter = database.connect(options="-c lock_timeout=60s")
     other.execute("BEGIN")
     other.execute("UPDATE tickets_ticket SET title = 'else' WHERE id = 1")
     ours.execute("BEGIN")
@@ -66,8 +66,8 @@ async def test_a_session_that_waits_for_a_range_is_found_and_no_other(
     await database.until_blocked()
     found = await sessions_that_wait(control, seconds=0.0)
     assert found.sessions == 1
-    assert 0 < found.seconds < 30
-    assert (await sessions_that_wait(control, seconds=60.0)).sessions == 0
+    assert found.seconds > 0
+    assert (await sessions_that_wait(control, seconds=3600.0)).sessions == 0
     execute_all(ours, "COMMIT")
     await waiting
     assert (await sessions_that_wait(control, seconds=0.0)).sessions == 0
@@ -76,7 +76,7 @@ async def test_a_session_that_waits_for_a_range_is_found_and_no_other(
 async def test_a_takeover_that_waits_for_the_ranges_is_not_a_session_that_they_block(
     database: Database, control: psycopg.AsyncConnection
 ) -> None:
-    ours, taker = database.connect(), database.connect(options="-c lock_timeout=10s")
+    ours, taker = database.connect(), database.connect(options="-c lock_timeout=60s")
     ours.execute("BEGIN")
     ours.execute("SELECT pg_advisory_xact_lock_shared(%s::integer, 1)", (LOCK_CLASS,))
     taking = asyncio.create_task(

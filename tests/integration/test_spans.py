@@ -6,7 +6,6 @@ import psycopg
 import pytest
 
 from rotator.exceptions import SupersededError
-from rotator.options import WaitLimits
 from rotator.postgres import spans
 from rotator.postgres.fence import Lease
 from rotator.postgres.rotations import abandon
@@ -15,6 +14,7 @@ from rotator.ranges import Key, KeyInterval
 from rotator.runner.distribution import Distribution, ranges_per_span
 from tests.integration.rotation_tables import (
     COMMITTING,
+    PATIENT,
     TICKETS,
     Database,
     key_range,
@@ -88,8 +88,7 @@ async def test_a_claim_waits_for_the_transaction_of_the_helper_before(
     with database.connect() as other:
         other.execute("SELECT pg_advisory_lock(1)")
         database.make_trigger("PERFORM pg_advisory_xact_lock(1);", each="STATEMENT")
-        limits = WaitLimits(lock_seconds=30, statement_seconds=30, transaction_seconds=60)
-        async with writing(database, first.lease, limits=limits) as writer:
+        async with writing(database, first.lease, limits=PATIENT) as writer:
             writes = asyncio.create_task(writer(key_range(10, 20, 10)))
             await database.until_rotator_waits_for_a_lock()
             _let_leases_expire(database)

@@ -27,6 +27,7 @@ from tests.integration.rotation_tables import (
     COMMITTING,
     ODD,
     PAIRS,
+    PATIENCE_SECONDS,
     PATIENT,
     SCHEMA,
     TICKETS,
@@ -207,7 +208,8 @@ async def test_locked_rows_are_not_waited_for_long(database: Database, lease: Le
     neighbour.execute(f"SELECT FROM tickets_ticket WHERE id = 7 {lock}".encode())
     started = time.monotonic()
     await _refused(database, lease, key_range(None, 20, 20), RowsLockedError)
-    assert 0.1 <= time.monotonic() - started < 5.0
+    # The limit for the wait alone; a machine can be busy.
+    assert 0.1 <= time.monotonic() - started < PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ async def test_a_callable_that_hangs_is_unknown_and_not_called_again(
         assert (await signal.read()).problem == "it did not return within 0 s"
     assert calls == [1]
     hanging.set()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while (await signal.read()).problem:
         assert time.monotonic() < until
     signal.close()
