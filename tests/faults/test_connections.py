@@ -10,8 +10,9 @@ from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 
-ROWS = 20_000
+ROWS = 8000
 CUTS = 4
+CONCURRENCY = 4
 # The client's own deadline for an answer is 30 s.
 NOTICED_SECONDS = 60.0
 
@@ -31,13 +32,14 @@ def test_connections_cut_again_and_again(
 ) -> None:
     chance = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
+    slow_down(database, 0.1)
     running = rotations.rotate(database.url(port=proxy.port), "--batch=50")
     cut = 0
     for _ in range(CUTS):
         done = database.checkpoints()
         wait_until(
-            lambda: database.checkpoints() > done + 3,  # noqa: B023 - over before the next
+            # More than the ranges in flight, which may be committed after the cut.
+            lambda: database.checkpoints() > done + CONCURRENCY,  # noqa: B023 - over before the next
             "more checkpoints",
         )
         time.sleep(chance.random() / 20)
@@ -53,21 +55,21 @@ def test_connections_cut_again_and_again(
 
 def test_single_connections_ended_by_the_server(database: Database, rotations: Rotations) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
+    slow_down(database, 0.1)
     running = rotations.rotate(database.url(), "--batch=50")
     for number in range(CUTS):
         done = database.checkpoints()
         wait_until(
-            lambda: database.checkpoints() > done + 3,  # noqa: B023 - over before the next
+            lambda: database.checkpoints() > done + CONCURRENCY,  # noqa: B023 - over before the next
             "more checkpoints",
         )
-        ended = database.query(
+        end = (
             "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity"
             " WHERE datname = current_database() AND application_name = 'rotator'"
-            " ORDER BY pid OFFSET %s LIMIT 1) AS one",
-            [number],
+            " ORDER BY pid OFFSET %s LIMIT 1) AS one"
         )
-        assert len(ended) == 1
+        # The run may have lost so many connections that it has to open this one again.
+        wait_until(lambda: database.query(end, [number]), "a connection is ended")  # noqa: B023 - the same
     speed_up(database)
 
     assert_completed(running.wait())
@@ -79,11 +81,12 @@ def test_a_range_whose_commit_is_ambiguous(
     database: Database, rotations: Rotations, proxy: Proxy, at: At
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
-    running = rotations.rotate(database.url(port=proxy.port), "--batch=200")
+    slow_down(database, 0.1)
+    running = rotations.rotate(database.url(port=proxy.port), "--batch=50")
     for number in range(1, 3):
         proxy.cut_at_commit(at, containing=RANGE)
         wait_until(lambda: proxy.commits_cut == number, "a commit is cut")  # noqa: B023 - over before the next
+    speed_up(database)
     finished = running.wait()
 
     assert_completed(finished)
@@ -97,14 +100,15 @@ def test_taking_over_from_itself_whose_commit_is_ambiguous(
     database: Database, rotations: Rotations, proxy: Proxy, at: At
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
-    running = rotations.rotate(database.url(port=proxy.port), "--batch=200")
+    slow_down(database, 0.1)
+    running = rotations.rotate(database.url(port=proxy.port), "--batch=50")
     wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
     proxy.cut_at_commit(at, containing=TAKEN_OVER)
     proxy.cut()
+    wait_until(lambda: proxy.commits_cut == 1, "the commit is cut")
+    speed_up(database)
     finished = running.wait()
 
-    assert proxy.commits_cut == 1
     assert_completed(finished)
     audit.assert_rotated_once()
 
@@ -128,7 +132,7 @@ def test_a_silent_connection_is_detected_and_the_run_continues(
     database: Database, rotations: Rotations, proxy: Proxy
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
+    slow_down(database, 0.1)
     running = rotations.rotate(database.url(port=proxy.port), "--batch=50")
     wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
     proxy.go_silent()

@@ -22,7 +22,7 @@ THAWED_SECONDS = 0.7
 
 
 def _wait_in_statements(database: Database) -> None:
-    slow_down(database, 0.1)
+    slow_down(database, 0.2)
 
 
 def _wait_in_commits(database: Database) -> None:

@@ -17,7 +17,8 @@ from tests.faults.roles import documented_grants
 TRANSACTIONS = int(os.environ.get("ROTATOR_TEST_TRANSACTIONS", "1000"))
 ROWS = 6000
 MOST_ROUNDS = 50
-LONGEST_WAIT_SECONDS = 0.5
+# That of a range's transaction, and as long again for a busy machine.
+LONGEST_WAIT_SECONDS = 4.0
 
 
 def test_a_neighbour_that_updates_in_the_opposite_order(database: Database, rotations: Rotations) -> None:
@@ -25,7 +26,7 @@ def test_a_neighbour_that_updates_in_the_opposite_order(database: Database, rota
     neighbour = Neighbour(database)
     rounds = 0
     with neighbour.at_work():
-        # On a fast machine they may well miss each other a few times.
+        # On a fast machine they miss each other a few times.
         while neighbour.transactions < TRANSACTIONS or not (neighbour.waited or rounds == MOST_ROUNDS):
             options = ("--restart", "--batch=1500", "--concurrency=3")
             finished = rotations.rotated(database.url(), *options, seconds=120)

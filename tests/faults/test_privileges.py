@@ -25,13 +25,13 @@ def test_the_documented_grants_are_enough_to_rotate_and_to_take_over(
     database: Database, rotations: Rotations, url: str
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.02)
-    running = rotations.rotate(url, "--batch=100")
+    slow_down(database, 0.1)
+    running = rotations.rotate(url, "--batch=20")
     wait_until(lambda: database.checkpoints() > 10, "some checkpoints")
     running.send(signal.SIGKILL)
     running.wait()
     # A frozen one keeps its locks, so that its backends have to be ended.
-    running = rotations.rotate(url, "--batch=100")
+    running = rotations.rotate(url, "--batch=20")
     done = database.checkpoints()
     wait_until(lambda: database.checkpoints() > done + 10, "more checkpoints")
     running.send(signal.SIGSTOP)

@@ -70,14 +70,14 @@ def test_failures_of_every_kind_show_no_token(
     server: OwnServer, database: Database, rotations: Rotations, proxy: Proxy, tmp_path: Path
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.02)
+    slow_down(database, 0.1)
     database.query(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN RAISE EXCEPTION 'not this one'; END $$;"
         " CREATE TRIGGER refuse BEFORE UPDATE ON tickets_ticket FOR EACH ROW"
         f" WHEN (OLD.id = {REFUSED}) EXECUTE FUNCTION refuse()"
     )
-    options = ("--batch=100", "-v3", "--traceback", f"--report={tmp_path / 'report'}")
+    options = ("--batch=50", "-v3", "--traceback", f"--report={tmp_path / 'report'}")
     url = database.url(port=proxy.port)
     tokens = database.tokens()
     said = []

@@ -19,11 +19,12 @@ from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 
-ROWS = 20_000
+ROWS = 8000
 CRASHES = 3
 SETTLED_SECONDS = 0.1
 # Preallocated WAL is at least 80 MB, and a row takes half a kilobyte.
 ROWS_THAT_FILL_THE_WAL = 250_000
+ROWS_THAT_FILL_THE_DISK = 20_000
 ROOM_FOR_WAL_KILOBYTES = 4096
 PLENTY_KILOBYTES = 4 << 20
 _CP = "/bin/cp"
@@ -37,7 +38,7 @@ def test_crashes_that_lose_acknowledged_commits(
     # Nothing but the heartbeat's commit, once a second, takes the ranges' to the disk.
     with server.configured(wal_writer_delay="10s", wal_writer_flush_after="100MB"):
         audit = make_tickets(database, ROWS)
-        slow_down(database, 0.01)
+        slow_down(database, 0.1)
         running = rotations.rotate(database.url(), "--batch=50")
         lost = 0
         for _ in range(CRASHES):
@@ -53,6 +54,7 @@ def test_crashes_that_lose_acknowledged_commits(
             server.restart("immediate")
             lost += acknowledged - database.checkpoints()
             running.send(signal.SIGCONT)
+        speed_up(database)
         finished = running.wait()
 
         assert lost > 0, "no crash has lost anything, and the test shows nothing"
@@ -65,19 +67,19 @@ def test_away_for_a_moment(
     server: OwnServer, database: Database, rotations: Rotations, tmp_path: Path
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
-    running = rotations.rotate(database.url(), "--batch=100", f"--report={tmp_path / 'report'}")
+    slow_down(database, 0.1)
+    running = rotations.rotate(database.url(), "--batch=50", f"--report={tmp_path / 'report'}")
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
     server.stop()
-    time.sleep(1)
-    assert "outage: " in running.err
+    wait_until(lambda: "outage: " in running.err, "it is noticed")
     server.start()
+    speed_up(database)
     finished = running.wait()
 
     assert_completed(finished)
     assert "the server is reachable again after " in finished.err
     assert "  unreachable  " in finished.out
-    assert 1 < json.loads((tmp_path / "report").read_text())["outage_seconds"] < 20
+    assert json.loads((tmp_path / "report").read_text())["outage_seconds"] > 0
     audit.assert_rotated_once()
 
 
@@ -85,9 +87,9 @@ def test_away_for_longer_than_the_budget(
     server: OwnServer, database: Database, rotations: Rotations, tmp_path: Path
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
+    slow_down(database, 0.1)
     running = rotations.rotate(
-        database.url(), "--batch=100", "--outage-budget=2s", f"--report={tmp_path / 'report'}"
+        database.url(), "--batch=50", "--outage-budget=2s", f"--report={tmp_path / 'report'}"
     )
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
     away_at = time.monotonic()
@@ -96,7 +98,8 @@ def test_away_for_longer_than_the_budget(
     waited = time.monotonic() - away_at
     server.start()
 
-    assert 2 <= waited < 20
+    # Without the option, it would wait for minutes.
+    assert 2 <= waited < 60
     assert finished.status == 1
     assert "Traceback" not in finished.err
     assert finished.out.splitlines()[0].startswith("Interrupted: ")
@@ -163,7 +166,7 @@ def test_a_role_that_may_not_have_so_many_connections(database: Database, rotati
             "CommandError: Cannot open 4 more connections: the server accepts no more. Close some, or raise "
             "the limit of the server, the database or the role."
         )
-        assert took < 30
+        assert took < 60
         assert audit.written() == 0
 
         running = rotations.rotate(url)
@@ -197,8 +200,8 @@ def test_a_synchronous_standby_that_goes_away(
     server: OwnServer, database: Database, rotations: Rotations
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
-    running = rotations.rotate(database.url(), "--batch=100", "--outage-budget=5s")
+    slow_down(database, 0.1)
+    running = rotations.rotate(database.url(), "--batch=50", "--outage-budget=5s")
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
     with server.configured(synchronous_standby_names="away"):
         finished = running.wait()
@@ -227,8 +230,8 @@ def test_a_server_that_is_read_only_for_a_while_is_an_outage(
     database: Database, rotations: Rotations
 ) -> None:
     audit = make_tickets(database, 5000)
-    slow_down(database, 0.01)
-    running = rotations.rotate(database.url(), "--batch=100")
+    slow_down(database, 0.1)
+    running = rotations.rotate(database.url(), "--batch=50")
     wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
     database.query("SET default_transaction_read_only = off")
     database.query("ALTER SYSTEM SET default_transaction_read_only = on")
@@ -238,6 +241,7 @@ def test_a_server_that_is_read_only_for_a_while_is_an_outage(
     finally:
         database.query("ALTER SYSTEM RESET default_transaction_read_only")
         database.query("SELECT pg_reload_conf()")
+    speed_up(database)
 
     assert_completed(running.wait())
     audit.assert_rotated_once()
@@ -262,7 +266,7 @@ def _mounted(folder: Path, account: Account, *, kilobytes: int) -> Iterator[None
 
 @pytest.fixture
 def small_disk(server: OwnServer) -> Iterator[Path]:
-    """A folder with room for a table of 20,000 tickets and a half."""
+    """A folder with room for a table of so many tickets and a half."""
     folder = server.folder / "small"
     folder.mkdir()
     with ExitStack() as stack:
@@ -339,7 +343,7 @@ def test_no_room_for_wal(server: OwnServer, database: Database, rotations: Rotat
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk(database: Database, rotations: Rotations, tmp_path: Path) -> None:
-    audit = make_tickets(database, ROWS)
+    audit = make_tickets(database, ROWS_THAT_FILL_THE_DISK)
     database.query("ALTER TABLE tickets_ticket SET TABLESPACE small")
 
     finished = rotations.rotated(database.url(), "--batch=200", f"--report={tmp_path / 'report'}")
@@ -352,7 +356,7 @@ def test_a_full_disk(database: Database, rotations: Rotations, tmp_path: Path) -
     sentence = "Cannot rotate: the server's disk is full. Free some space, then run the same command again."
     assert finished.out.splitlines()[1] == sentence
     assert json.loads((tmp_path / "report").read_text())["error"] == sentence
-    assert 0 < written < ROWS
+    assert 0 < written < ROWS_THAT_FILL_THE_DISK
     assert database.status() == "failed"
 
     assert_completed(rotations.rotated(database.url()))
@@ -363,20 +367,21 @@ def test_an_outage_ticks_and_shows_the_budget_that_is_left(
     server: OwnServer, database: Database, rotations: Rotations
 ) -> None:
     audit = make_tickets(database, ROWS)
-    slow_down(database, 0.01)
-    options = ("--batch=100", "--outage-budget=60s")
+    slow_down(database, 0.1)
+    options = ("--batch=50", "--outage-budget=120s")
     running = rotations.rotate(database.url(), *options, "--progress=json")
     wait_until(lambda: database.checkpoints() > 20, "some checkpoints")
     server.stop()
     wait_until(lambda: running.out.count('"state": "outage"') >= 3, "the outage ticks")
     server.start()
+    speed_up(database)
     finished = running.wait()
 
     events = [json.loads(line) for line in finished.out.splitlines()]
     outage = [event for event in events if event.get("state") == "outage"]
     left = [event["outage_left_seconds"] for event in outage]
     assert left == sorted(left, reverse=True)
-    assert 50 < left[-1] < left[0] < 60
+    assert 60 < left[-1] < left[0] < 120
     assert {event["eta_seconds"] for event in outage} == {None}
     assert events[-1]["status"] == "completed"
     audit.assert_rotated_once()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.harness import wait_until
-from tests.faults.database import Database, make_tickets, new_role, slow_down
+from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.roles import ROLE_SETTINGS
 
@@ -38,7 +38,8 @@ def test_settings_of_the_role_do_not_reach_a_rotation(
     for of_role in (*settings, "vacuum_cost_delay = '100ms'", "vacuum_cost_limit = 30"):
         database.query(f"ALTER ROLE {ROLE} SET {of_role}")
 
-    finished = rotations.rotated(url)
+    # With the default of 100 ms, the server can cancel a statement of a busy machine.
+    finished = rotations.rotated(url, "--lock-timeout=2s")
 
     assert_completed(finished)
     assert "  retries      0\n" in finished.out
@@ -60,7 +61,7 @@ def test_an_engine_with_an_option_and_a_password_that_is_replaced_during_the_run
     database: Database, rotations: Rotations, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     audit = make_tickets(database, 5000)
-    slow_down(database, 0.01)
+    slow_down(database, 0.1)
     vault = tmp_path / "vault"
     vault.write_text(database.server.password)
     monkeypatch.setenv("TEST_VAULT", str(vault))
@@ -70,6 +71,7 @@ def test_an_engine_with_an_option_and_a_password_that_is_replaced_during_the_run
     vault.write_text("replaced")
     database.query(f"ALTER ROLE {ROLE} PASSWORD 'replaced'")
     ended = database.query(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'")
+    speed_up(database)
 
     finished = running.wait()
 

@@ -32,6 +32,7 @@ from rotator.postgres.throttles import (
 from rotator.runner.context import RunTarget
 from rotator.runner.runner import Run
 from rotator.runner.throttles import ThrottleSources
+from tests.acceptance.harness import wait_until
 from tests.faults.database import (
     Audit,
     Database,
@@ -45,7 +46,7 @@ from tests.integration.rotation_tables import UUIDS
 
 ROWS = 3000
 SEGMENT_BYTES = 16 * 2**20
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 ROLE = "visitor"
 OPTIONS = RunOptions(batch=20, concurrency=2, vacuum=False, listens_to_signals=False)
 
@@ -84,11 +85,20 @@ class Watched:
         await until(
             lambda: any(re.fullmatch(pattern, reason) for reason in self.holds), f"{pattern} in {self.holds}"
         )
-        await asyncio.sleep(0.3)
-        done, (_, beat) = self.database.checkpoints(), self._row()
-        await until(lambda: self._row()[1] > beat and self._row()[0], "the heartbeat with the reason")
-        assert self.database.checkpoints() == done
-        return self._row()[0]
+        seen = self.database.checkpoints(), self._row()
+
+        def is_held() -> bool:
+            """Whether there is another heartbeat, with the reason, and no checkpoint since the last one."""
+            nonlocal seen
+            (done, (_, beat)), (reason, now) = seen, self._row()
+            if now == beat:
+                return False
+            seen = self.database.checkpoints(), (reason, now)
+            return bool(reason) and seen[0] == done
+
+        # The ranges in flight are completed first.
+        await until(is_held, "a heartbeat with the reason and without a checkpoint")
+        return seen[1][0]
 
     async def until_released(self) -> None:
         await until(lambda: isinstance(self.last, ThrottleEnded), "the end of the throttle")
@@ -226,11 +236,10 @@ def archiving(database: Database) -> Iterator[Callable[[str], None]]:
         database.query(sql.SQL("ALTER SYSTEM SET archive_command = {}").format(command).as_string())
         database.query("SELECT pg_reload_conf()")
 
+    ((segment,),) = database.query("SELECT pg_walfile_name(pg_current_wal_lsn())")
     write_wal(database, 1)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not database.query("SELECT 1 FROM pg_stat_archiver WHERE last_archived_wal IS NOT NULL"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    is_archived = "SELECT 1 FROM pg_stat_archiver WHERE last_archived_wal >= %s"
+    wait_until(lambda: database.query(is_archived, [segment]), "the segment is archived")
     yield use
     database.query("ALTER SYSTEM RESET archive_command")
     database.query("SELECT pg_reload_conf()")

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.acceptance.harness import Finished, wait_until
-from tests.faults.database import Database, make_tickets, new_role, slow_down
+from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.roles import documented_grants
 
@@ -122,11 +122,12 @@ def test_a_fault_that_every_row_meets_during_the_run_stops_it_soon(
     database: Database, rotations: Rotations
 ) -> None:
     audit = make_tickets(database, 20_000)
-    slow_down(database, 0.02)
+    slow_down(database, 0.1)
     running = rotations.rotate(database.url(), "--batch=100")
     wait_until(lambda: database.checkpoints() > 5, "some checkpoints")
     body, reason = FAULTS["a missing function"]
     _add_trigger(database, body)
+    speed_up(database)
     finished = running.wait()
 
     assert finished.status == 1
