@@ -70,15 +70,24 @@ def _schema() -> set[str]:
         return {name for (name,) in cursor.fetchall()}
 
 
+@pytest.fixture(scope="session")
+def schema() -> set[str]:
+    """The schema as the latest test has left it; empty before the first test."""
+    return set()
+
+
 @pytest.fixture(autouse=True)
-def unchanged_schema(request: pytest.FixtureRequest) -> Iterator[None]:
+def unchanged_schema(request: pytest.FixtureRequest, schema: set[str]) -> Iterator[None]:
     """Fail the test that leaves a column, an index or a trigger behind, rather than a later one."""
     if "transactional_db" not in request.fixturenames:
         yield
         return
     request.getfixturevalue("transactional_db")
-    before = _schema()
+    schema.update(schema or _schema())
+    before = set(schema)
     yield
     # The test can have broken it.
     connection.close()
-    assert _schema() == before
+    schema.clear()
+    schema.update(_schema())
+    assert schema == before

@@ -60,7 +60,7 @@ def rotate_killed_and_resumed(
 ) -> None:
     """Rotate, die in the middle, and go on."""
     chosen = selection or Selection()
-    options = RunOptions(batch=BATCH, concurrency=2)
+    options = RunOptions(batch=BATCH, concurrency=2, vacuum=False, pace="full")
     name = str(django_connection.settings_dict["NAME"])
     rotate_until_killed(name, list(labels), chosen, options=options, ranges=3)
     done = sum(rows for *_, rows in database.checkpoints())

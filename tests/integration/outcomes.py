@@ -74,8 +74,8 @@ def rotate(
     selection: Selection | None = None,
     **options: object,
 ) -> RotationStopped:
-    """Rotate one target or several, in small ranges, by one worker."""
-    chosen = replace(RunOptions(batch=10, concurrency=1, vacuum=False), **options)  # type: ignore[arg-type] # checked by the class
+    """Rotate one target or several, in small ranges, by one worker, and without probes."""
+    chosen = replace(RunOptions(batch=10, concurrency=1, vacuum=False, pace="full"), **options)  # type: ignore[arg-type] # checked by the class
     names = [labels] if isinstance(labels, str) else labels
     return prepare(names, "default", chosen, selection).rotate(observer or EventRecorder())
 

@@ -1,6 +1,7 @@
 """What "completed" means while triggers and other sessions write to the table."""
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import pytest
@@ -131,8 +132,7 @@ def assert_refused(outcome: RotationStopped, trigger: str, *values: Mapping[str,
 # --- Triggers that keep old values -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("keeping", KEEPING)
+@pytest.mark.parametrize(("keeping", "source"), all_pairs(KEEPING, SOURCES))
 def test_a_trigger_that_keeps_old_values_fails_the_run(database: Database, keeping: str, source: str) -> None:
     database.make_tickets(1, ROWS)
     trigger = KEEPING[keeping](database, TICKETS)
@@ -149,11 +149,11 @@ def test_a_trigger_that_keeps_old_values_fails_the_run(database: Database, keepi
     assert database.changed(before) == before.keys()
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("keeping", "kept"), all_pairs(KEEPING, KEPT))
+@pytest.mark.parametrize(("keeping", "kept_and_source"), all_pairs(KEEPING, product(KEPT, SOURCES)))
 def test_a_trigger_that_keeps_one_of_two_columns_fails_the_run(
-    database: Database, keeping: str, kept: str, source: str
+    database: Database, keeping: str, kept_and_source: tuple[str, str]
 ) -> None:
+    kept, source = kept_and_source
     models.Order.objects.bulk_create(
         models.Order(id=i, api_key=f"leaked {i}", webhook_secret=f"leaked too {i}") for i in range(ROWS)
     )
@@ -184,7 +184,8 @@ def test_a_column_that_stays_null_is_not_one_that_a_trigger_keeps(database: Data
     assert models.ByInteger.objects.filter(nullable=None).count() == ROWS // 2
 
 
-@pytest.mark.parametrize(("keeping", "source"), all_pairs(KEEPING, SOURCES))
+# Each kind of trigger meets the source that it does not meet above.
+@pytest.mark.parametrize(("keeping", "source"), all_pairs(KEEPING, reversed(SOURCES)))
 def test_a_trigger_that_keeps_old_values_of_late_rows_fails_the_run(
     database: Database, keeping: str, source: str
 ) -> None:
@@ -224,24 +225,23 @@ def _older(database: Database) -> Any:  # noqa: ANN401 - a connection
 # --- Triggers that write other rows ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(
-    ("body", "unconfirmed"),
-    [
-        # Each row is written again by its own range.
-        ("UPDATE tickets_ticket SET title = 'touched' WHERE id = NEW.id + 3;", 0),
-        ("UPDATE tickets_ticket SET title = 'touched' WHERE id = NEW.id - 3 AND (id - 1) / 20 = 0;", 3),
-        # The last write of the rows up to 40 is that of the range after theirs.
-        ("UPDATE tickets_ticket SET title = 'touched' WHERE id = NEW.id - 20;", 40),
-        ("UPDATE tickets_ticket SET title = title || '!' WHERE id = 1;", 1),
-        # A subtransaction has an id of its own, which no checkpoint has.
-        (IN_A_SUBTRANSACTION, 60),
-    ],
-    ids=["ahead", "behind", "in the range before", "one row", "in a subtransaction"],
-)
+TOUCHING = {
+    # Each row is written again by its own range.
+    "ahead": ("UPDATE tickets_ticket SET title = 'touched' WHERE id = NEW.id + 3;", 0),
+    "behind": ("UPDATE tickets_ticket SET title = 'touched' WHERE id = NEW.id - 3 AND (id - 1) / 20 = 0;", 3),
+    # The last write of the rows up to 40 is that of the range after theirs.
+    "in the range before": ("UPDATE tickets_ticket SET title = 'touched' WHERE id = NEW.id - 20;", 40),
+    "one row": ("UPDATE tickets_ticket SET title = title || '!' WHERE id = 1;", 1),
+    # A subtransaction has an id of its own, which no checkpoint has.
+    "in a subtransaction": (IN_A_SUBTRANSACTION, 60),
+}
+
+
+@pytest.mark.parametrize(("touching", "source"), all_pairs(TOUCHING, SOURCES))
 def test_rows_that_a_trigger_touches_get_a_new_value_too(
-    database: Database, monkeypatch: pytest.MonkeyPatch, body: str, unconfirmed: int, source: str
+    database: Database, monkeypatch: pytest.MonkeyPatch, touching: str, source: str
 ) -> None:
+    body, unconfirmed = TOUCHING[touching]
     monkeypatch.setattr(writer, "SLICE_ROWS", 7)
     database.make_tickets(1, 60)
     database.make_trigger(body)
@@ -414,8 +414,10 @@ def test_the_run_waits_for_an_older_transaction_that_still_writes(database: Data
 # --- Values that equal the old ones by chance ------------------------------------------------------
 
 
-@pytest.mark.parametrize("generator", ["digit", "digit_for_row"])
-@pytest.mark.parametrize("type_name", ["text", "varchar(5)", "char(5)", "numeric(5, 2)"])
+@pytest.mark.parametrize(
+    ("type_name", "generator"),
+    all_pairs(["text", "varchar(5)", "char(5)", "numeric(5, 2)"], ["digit", "digit_for_row"]),
+)
 def test_each_value_differs_from_the_old_one_even_where_there_are_few(
     database: Database, coded: Callable[[str], TargetTable], type_name: str, generator: str
 ) -> None:

@@ -21,6 +21,7 @@ from tests.integration.outcomes import (
     rotate,
 )
 from tests.integration.rotation_tables import END_THE_ROTATOR, TARGET, Database
+from tests.pairs import all_pairs
 
 pytestmark = SHOP
 
@@ -274,9 +275,9 @@ def test_a_rewrite_between_runs_is_refused(database: Database, script: str) -> N
 
 
 @pytest.mark.usefixtures("table")
-@pytest.mark.parametrize("ranges", [1, 2, 4])
-@pytest.mark.parametrize("script", REWRITES.values(), ids=REWRITES)
-def test_a_rewrite_during_a_run_fails_it(database: Database, script: str, ranges: int) -> None:
+@pytest.mark.parametrize(("rewrite", "ranges"), all_pairs(REWRITES, [1, 2, 4]))
+def test_a_rewrite_during_a_run_fails_it(database: Database, rewrite: str, ranges: int) -> None:
+    script = REWRITES[rewrite]
     outcome = rotate(CODES, EventRecorder(after_range(ranges, lambda: execute_script(database, script))))
     assert_failed(outcome, "another session has rewritten every row")
     assert_resuming_is_refused(database, "another session has rewritten every row")

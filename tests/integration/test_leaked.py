@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def run(
     **selection: Any,  # noqa: ANN401 - attributes of Selection
 ) -> RotationStopped:
     chosen = Selection(**{"generator": GENERATOR, "leaked": str(path), **selection})
-    prepared = prepare([label], "default", options or RunOptions(batch=7), chosen)
+    small = replace(options or RunOptions(batch=7), concurrency=2, vacuum=False, pace="full")
+    prepared = prepare([label], "default", small, chosen)
     return prepared.with_leaked_values().rotate(observer)
 
 

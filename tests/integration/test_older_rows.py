@@ -35,6 +35,7 @@ from tests.integration.rotation_tables import (
     execute_all,
     once_each,
 )
+from tests.pairs import all_pairs
 
 pytestmark = COMMITTING
 
@@ -114,8 +115,7 @@ async def test_what_such_a_transaction_writes_after_the_start_counts_too(
         assert [_keys(rows) async for rows in find(2000)] == [["[3]", "[99]"]]
 
 
-@pytest.mark.parametrize("chunk_blocks", [1, 2, 3, 16_384])
-@pytest.mark.parametrize("batch", [1, 7, 2000])
+@pytest.mark.parametrize(("chunk_blocks", "batch"), all_pairs([1, 2, 3, 16_384], [1, 7, 2000]))
 async def test_the_whole_table_is_walked_whatever_the_chunks_and_batches(
     database: Database,
     control: psycopg.AsyncConnection,

@@ -1,5 +1,7 @@
 """Partitions that come, go and come back while a rotation is under way."""
 
+from itertools import product
+
 import pytest
 from psycopg import errors
 
@@ -9,6 +11,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres.table import Column, TargetTable
 from tests.integration.outcomes import SHOP, EventRecorder, after_range, assert_unconfirmed, at_start, rotate
 from tests.integration.rotation_tables import MONTH, Database, fill
+from tests.pairs import all_pairs
 
 pytestmark = SHOP
 
@@ -56,12 +59,13 @@ def attach(database: Database, name: str, first: int) -> None:
 # --- Attached --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("ranges", [1, 3, 4])
-@pytest.mark.parametrize("kind", ["plain", "partitioned"])
+@pytest.mark.parametrize(
+    ("kind_and_source", "ranges"), all_pairs(product(["plain", "partitioned"], SOURCES), [1, 3, 4])
+)
 def test_old_rows_of_an_attached_table_are_rotated(
-    days: Database, kind: str, ranges: int, source: str
+    days: Database, kind_and_source: tuple[str, str], ranges: int
 ) -> None:
+    kind, source = kind_and_source
     make_february(days, kind)
     fill(days, "shop_february", "2026-02-01")
     recorder = EventRecorder(after_range(ranges, lambda: attach(days, "february", 2)))
@@ -71,8 +75,7 @@ def test_old_rows_of_an_attached_table_are_rotated(
     assert leaked(days) == 0
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("kind", ["plain", "partitioned"])
+@pytest.mark.parametrize(("kind", "source"), all_pairs(["plain", "partitioned"], SOURCES))
 def test_rows_that_were_written_after_the_start_and_before_the_attachment_are_rotated(
     days: Database, kind: str, source: str
 ) -> None:

@@ -3,6 +3,7 @@
 import signal
 import uuid
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -39,8 +40,8 @@ from tests.integration.outcomes import (
     after_range,
     assert_completed,
     make_rotation,
-    rotate_tickets,
 )
+from tests.integration.outcomes import rotate_tickets as rotate_without_probes
 from tests.integration.rotation_tables import (
     COMMITTING,
     END_THE_ROTATOR,
@@ -51,6 +52,9 @@ from tests.integration.rotation_tables import (
 )
 
 pytestmark = COMMITTING
+
+# As the command rotates.
+rotate_tickets = partial(rotate_without_probes, pace="balanced")
 
 
 # --- From the start to the end ---------------------------------------------------------------------

@@ -10,6 +10,7 @@ from rotator.options import Selection
 from rotator.postgres.table import TargetTable
 from tests.integration.outcomes import CODES, SHOP, assert_unconfirmed, rotate
 from tests.integration.rotation_tables import SCHEMA, Database
+from tests.pairs import all_pairs
 
 pytestmark = SHOP
 
@@ -59,8 +60,7 @@ def assert_all_refused(database: Database, table: TargetTable, generator: str, r
     assert database.values(table) == before
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("type_name", TOO_SHORT.values(), ids=TOO_SHORT)
+@pytest.mark.parametrize(("type_name", "source"), all_pairs(TOO_SHORT.values(), SOURCES))
 def test_a_value_that_is_too_long_is_not_cut(
     database: Database, coded: MakeTable, type_name: str, source: str
 ) -> None:
@@ -71,8 +71,7 @@ def test_a_value_that_is_too_long_is_not_cut(
     assert_all_refused(database, table, f"token{source}", "string_data_right_truncation")
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("type_name", [DOMAIN, OVER_DOMAIN], ids=["a domain", "over a domain"])
+@pytest.mark.parametrize(("type_name", "source"), all_pairs([DOMAIN, OVER_DOMAIN], SOURCES))
 def test_a_value_that_a_domain_refuses_is_refused(
     database: Database, coded: MakeTable, type_name: str, source: str
 ) -> None:
@@ -113,11 +112,11 @@ FITTING = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("type_name", "generator", "length"), FITTING.values(), ids=FITTING)
+@pytest.mark.parametrize(("fitting", "source"), all_pairs(FITTING, SOURCES))
 def test_a_value_that_fits_is_stored_as_a_plain_update_stores_it(
-    database: Database, coded: MakeTable, type_name: str, generator: str, length: int | None, source: str
+    database: Database, coded: MakeTable, fitting: str, source: str
 ) -> None:
+    type_name, generator, length = FITTING[fitting]
     make_domains(database, "varchar(30)" if generator == "token" else "numeric(12, 2)")
     table = coded(type_name)
     fill(

@@ -39,7 +39,7 @@ API_KEY = "shop.Order.api_key"
 WEBHOOK = "shop.Order.webhook_secret"
 MADE_BY = "tests.shop.generators."
 TOKEN = Selection(generator=f"{MADE_BY}token")
-OPTIONS = RunOptions(batch=BATCH, concurrency=2)
+OPTIONS = RunOptions(batch=BATCH, concurrency=2, vacuum=False, pace="full")
 
 
 @pytest.fixture
@@ -163,7 +163,6 @@ REFUSED_FILTERS = {
     "is_paid=perhaps": "true or false",
     "status__resembles=active": "Unsupported lookup",
     "id=seven": "expected a number",
-    "status__in=": None,
     "id__in=": "expected a number",
     "webhook_secret__length=3": "Unsupported lookup",
 }
@@ -174,17 +173,17 @@ def test_a_composite_key_is_asked_for_by_its_columns() -> None:
         prepare(["shop.ByPair.as_char"], "default", OPTIONS, Selection(filters=("pk=3",)))
 
 
-@pytest.mark.parametrize(("text", "reason"), [(t, r) for t, r in REFUSED_FILTERS.items() if r])
 @pytest.mark.parametrize("option", ["--filter", "--exclude"])
-def test_what_cannot_be_asked_of_one_table_is_refused(text: str, reason: str, option: str) -> None:
-    selection = Selection(
-        filters=(text,) if option == "--filter" else (),
-        excludes=(text,) if option == "--exclude" else (),
-        generator=TOKEN.generator,
-    )
-    with pytest.raises(OptionError, match=reason) as caught:
-        prepare([API_KEY], "default", OPTIONS, selection)
-    assert option in str(caught.value)
+def test_what_cannot_be_asked_of_one_table_is_refused(option: str) -> None:
+    for text, reason in REFUSED_FILTERS.items():
+        selection = Selection(
+            filters=(text,) if option == "--filter" else (),
+            excludes=(text,) if option == "--exclude" else (),
+            generator=TOKEN.generator,
+        )
+        with pytest.raises(OptionError, match=reason) as caught:
+            prepare([API_KEY], "default", OPTIONS, selection)
+        assert option in str(caught.value)
 
 
 def test_null_stays_null_unless_it_is_asked_for(database: Database) -> None:
@@ -287,13 +286,11 @@ BAD_GENERATORS = {
 }
 
 
-@pytest.mark.parametrize(("name", "reason"), BAD_GENERATORS.items())
-def test_a_bad_generator_is_found_out_before_anything_is_changed(
-    orders: Database, name: str, reason: str
-) -> None:
-    with pytest.raises(ValuesError, match=reason) as caught:
-        run(API_KEY, selection=Selection(generator=MADE_BY + name))
-    assert caught.value.__cause__ is None
+def test_a_bad_generator_is_found_out_before_anything_is_changed(orders: Database) -> None:
+    for name, reason in BAD_GENERATORS.items():
+        with pytest.raises(ValuesError, match=reason) as caught:
+            run(API_KEY, selection=Selection(generator=MADE_BY + name))
+        assert caught.value.__cause__ is None
     assert leaked() == set(range(ROWS))
     assert orders.execute("SELECT id FROM rotator_rotation") == []
 
@@ -337,10 +334,10 @@ REFUSED_GENERATORS = {
 }
 
 
-@pytest.mark.parametrize(("path", "reason"), REFUSED_GENERATORS.items())
-def test_what_cannot_be_called_is_refused(path: str, reason: str) -> None:
-    with pytest.raises(TargetError, match=reason):
-        prepare([API_KEY], "default", OPTIONS, Selection(generator=path))
+def test_what_cannot_be_called_is_refused() -> None:
+    for path, reason in REFUSED_GENERATORS.items():
+        with pytest.raises(TargetError, match=reason):
+            prepare([API_KEY], "default", OPTIONS, Selection(generator=path))
 
 
 def test_a_hash_is_stored_as_the_generator_made_it(database: Database) -> None:
@@ -396,10 +393,10 @@ REFUSED_TARGETS = {
 }
 
 
-@pytest.mark.parametrize(("labels", "reason"), REFUSED_TARGETS.items())
-def test_what_cannot_be_rotated_is_refused_with_the_reason(labels: tuple[str, ...], reason: str) -> None:
-    with pytest.raises(TargetError, match=reason):
-        prepare(labels, "default", OPTIONS)
+def test_what_cannot_be_rotated_is_refused_with_the_reason() -> None:
+    for labels, reason in REFUSED_TARGETS.items():
+        with pytest.raises(TargetError, match=reason):
+            prepare(labels, "default", OPTIONS)
 
 
 def test_the_server_knows_of_what_the_models_do_not_say(database: Database) -> None:
