@@ -145,8 +145,10 @@ async def _without_statistics(control: AsyncConnection, table: TargetTable) -> t
             "SELECT DISTINCT a.attname::text FROM {} AS member JOIN pg_class c ON c.oid = member.oid"
             " JOIN pg_namespace n ON n.oid = c.relnamespace"
             " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attstattarget = 0"
-            " JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname"
-            " AND s.attname = a.attname WHERE a.attname = ANY (%(columns)s::text[]) ORDER BY 1"
+            # A join with the view would read the statistics of all tables.
+            " CROSS JOIN LATERAL (SELECT FROM pg_stats s WHERE s.schemaname = n.nspname"
+            " AND s.tablename = c.relname AND s.attname = a.attname LIMIT 1) AS statistics"
+            " WHERE a.attname = ANY (%(columns)s::text[]) ORDER BY 1"
         ).format(_MEMBERS),
         {"table": table.regclass, "columns": [column.name for column in table.columns]},
     )
