@@ -32,7 +32,9 @@ def _rotated_once(commands: Commands, *options: str) -> int:
     return number
 
 
-@pytest.mark.parametrize("options", ["", "--noinput --no-preflight --take-over --batch 10"])
+@pytest.mark.parametrize(
+    "options", ["--noinput --no-preflight --take-over --batch 10", pytest.param("", marks=pytest.mark.slow)]
+)
 def test_the_same_command_after_completion_is_refused(commands: Commands, audit: Audit, options: str) -> None:
     number = _rotated_once(commands)
 

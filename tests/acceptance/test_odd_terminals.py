@@ -26,17 +26,16 @@ def _assert_completed_in(columns: int, **variables: str) -> str:
 
 
 @pytest.mark.usefixtures("commands")
-@pytest.mark.parametrize("columns", [0, 1001, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 20))])
-def test_any_width(columns: int) -> None:
-    _assert_completed_in(columns)
-
-
-@pytest.mark.usefixtures("commands")
 @pytest.mark.parametrize(
-    "variables", [{"TERM": "dumb", "PYTHONIOENCODING": "ascii"}, {"TERM": "", "COLUMNS": "abc"}]
+    ("columns", "variables"),
+    [
+        (0, {"TERM": "dumb", "PYTHONIOENCODING": "ascii"}),
+        (1001, {"TERM": "", "COLUMNS": "abc"}),
+        *(pytest.param(columns, {}, marks=pytest.mark.slow) for columns in (1, 20)),
+    ],
 )
-def test_any_environment(variables: dict[str, str]) -> None:
-    _assert_completed_in(80, **variables)
+def test_any_width_and_environment(columns: int, variables: dict[str, str]) -> None:
+    _assert_completed_in(columns, **variables)
 
 
 @pytest.mark.usefixtures("commands")

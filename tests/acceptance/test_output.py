@@ -284,16 +284,6 @@ def test_stop_after_a_time(commands: Commands) -> None:
     audit.assert_rotated()
 
 
-def test_stop_after_as_many_rows_as_there_are_completes(commands: Commands) -> None:
-    audit = audited_tickets(5000)
-    assert commands.run("--stop-after", "2500").status == 0
-    finished = commands.run("--stop-after", "2500")
-
-    assert finished.status == 0
-    assert finished.summary[0].startswith("Completed: ")
-    audit.assert_rotated()
-
-
 def test_restart_does_not_ask_without_a_terminal(commands: Commands) -> None:
     audit = audited_tickets(6000)
     commands.run("--stop-after", "2000")

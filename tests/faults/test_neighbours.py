@@ -14,7 +14,7 @@ from tests.faults.neighbour import Neighbour
 from tests.faults.roles import documented_grants
 
 # Ten thousand of them take two minutes.
-TRANSACTIONS = int(os.environ.get("ROTATOR_TEST_TRANSACTIONS", "1000"))
+TRANSACTIONS = int(os.environ.get("ROTATOR_TEST_TRANSACTIONS", "400"))
 ROWS = 6000
 MOST_ROUNDS = 50
 # That of a range's transaction, and as long again for a busy machine.

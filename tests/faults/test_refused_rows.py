@@ -8,8 +8,8 @@ import pytest
 from tests.faults.database import Database, make_tickets
 from tests.faults.harness import Rotations, assert_completed
 
-ROWS = 10_000
-KEYS = (100, 5000, 9998)
+ROWS = 4000
+KEYS = (100, 2000, 3998)
 
 _KEYS_SQL = ", ".join(map(str, KEYS))
 

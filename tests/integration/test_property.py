@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 
 from tests.integration.property_scenarios import Rotate, Scenario, scenarios
@@ -16,22 +17,39 @@ _EXAMPLES = int(os.environ.get("ROTATOR_PROPERTY_EXAMPLES", "0"))
 _SHRINKS = "ROTATOR_PROPERTY_SHRINK" in os.environ
 
 
-@settings(
-    max_examples=_EXAMPLES or 30,
-    derandomize=not _EXAMPLES,
-    deadline=None,
-    print_blob=True,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if _SHRINKS else [])],
-    suppress_health_check=[
-        # Each example makes its own table, and empties the rotator's.
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-        HealthCheck.large_base_example,
-    ],
-)
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=_EXAMPLES or examples,
+        derandomize=not _EXAMPLES,
+        deadline=None,
+        print_blob=True,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if _SHRINKS else [])],
+        suppress_health_check=[
+            # Each example makes its own table, and empties the rotator's.
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.large_base_example,
+        ],
+    )
+
+
+@_settings(10)
 @given(scenario=scenarios())
 def test_no_row_with_an_old_value_is_confirmed(database: Database, scenario: Scenario) -> None:
+    _assert_none_is_confirmed(database, scenario)
+
+
+@pytest.mark.slow
+@_settings(40)
+@given(scenario=scenarios())
+def test_no_row_with_an_old_value_is_confirmed_in_more_scenarios(
+    database: Database, scenario: Scenario
+) -> None:
+    _assert_none_is_confirmed(database, scenario)
+
+
+def _assert_none_is_confirmed(database: Database, scenario: Scenario) -> None:
     with world(database.server, scenario) as new_values:
         for step in scenario.steps:
             if isinstance(step, Rotate):
