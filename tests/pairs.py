@@ -1,4 +1,4 @@
-"""Pairs of parameters, most of which only the slow tests try."""
+"""Parameters, most of which only the slow tests try."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,6 +20,11 @@ def all_pairs(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
         for i, one in enumerate(firsts)
         for j, other in enumerate(seconds)
     ]
+
+
+def quick(*values: Any, slow: Iterable[Any]) -> list[Any]:  # noqa: ANN401 - values of a parameter
+    """Return the values, and those that are marked as slow."""
+    return [*values, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
 
 
 def _name(value: object) -> str:

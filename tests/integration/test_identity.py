@@ -21,7 +21,7 @@ from tests.integration.outcomes import (
     rotate,
 )
 from tests.integration.rotation_tables import END_THE_ROTATOR, TARGET, Database
-from tests.pairs import all_pairs
+from tests.pairs import all_pairs, quick
 
 pytestmark = SHOP
 
@@ -107,8 +107,9 @@ def test_another_table_of_the_same_name_is_refused_between_runs(database: Databa
 
 
 @pytest.mark.usefixtures("table")
-@pytest.mark.parametrize("script", OTHER_TABLES.values(), ids=OTHER_TABLES)
-def test_another_table_of_the_same_name_fails_the_run(database: Database, script: str) -> None:
+@pytest.mark.parametrize("other", quick("dropped and restored", slow=[*OTHER_TABLES][1:]))
+def test_another_table_of_the_same_name_fails_the_run(database: Database, other: str) -> None:
+    script = OTHER_TABLES[other]
     outcome = rotate(CODES, EventRecorder(after_range(2, lambda: execute_script(database, script))))
     assert_failed(outcome, r"table is another one: its oid is \d+ and was \d+")
     assert_resuming_is_refused(database, "table is another one")
@@ -116,7 +117,7 @@ def test_another_table_of_the_same_name_fails_the_run(database: Database, script
 
 
 @pytest.mark.usefixtures("table")
-@pytest.mark.parametrize("type_name", ["integer", "numeric(20, 0)", "text"])
+@pytest.mark.parametrize("type_name", quick("numeric(20, 0)", "text", slow=["integer"]))
 def test_another_type_of_the_key_is_refused(database: Database, type_name: str) -> None:
     rotate(CODES, stop_after_rows=20)
     database.execute(f"ALTER TABLE shop_coded ALTER id TYPE {type_name}")
@@ -285,8 +286,9 @@ def test_a_rewrite_during_a_run_fails_it(database: Database, rewrite: str, range
 
 
 @pytest.mark.usefixtures("table")
-@pytest.mark.parametrize("script", REWRITES.values(), ids=REWRITES)
-def test_a_rewrite_before_the_first_range_hides_nothing(database: Database, script: str) -> None:
+@pytest.mark.parametrize("rewrite", quick("a volatile default", slow=[*REWRITES][1:]))
+def test_a_rewrite_before_the_first_range_hides_nothing(database: Database, rewrite: str) -> None:
+    script = REWRITES[rewrite]
     outcome = rotate(CODES, EventRecorder(at_start(lambda: execute_script(database, script))))
     assert_unconfirmed(outcome, 0)
     assert not leaked(database)

@@ -144,23 +144,21 @@ def test_attached_rows_that_match_no_filter_are_left_alone(days: Database) -> No
 # --- Detached and back -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_between_runs", [False, True])
-@pytest.mark.parametrize(
-    "put_back",
-    [
-        "UPDATE shop_january SET secret = 'leaked ' || number",
-        "UPDATE shop_january SET secret = 'leaked ' || number WHERE number % 3 = 0",
-        # Another file, in which no row has an older transaction.
-        RELOADED,
-    ],
-    ids=["all", "some", "reloaded"],
-)
+PUT_BACK = {
+    "all": "UPDATE shop_january SET secret = 'leaked ' || number",
+    "some": "UPDATE shop_january SET secret = 'leaked ' || number WHERE number % 3 = 0",
+    # Another file, in which no row has an older transaction.
+    "reloaded": RELOADED,
+}
+
+
+@pytest.mark.parametrize(("put_back", "is_between_runs"), all_pairs(PUT_BACK, [False, True]))
 def test_old_values_that_are_put_back_into_a_detached_partition_are_rotated(
     days: Database, put_back: str, *, is_between_runs: bool
 ) -> None:
     def detach_and_attach() -> None:
         days.execute("ALTER TABLE shop_partitioned DETACH PARTITION shop_january")
-        for statement in put_back.split(";"):
+        for statement in PUT_BACK[put_back].split(";"):
             days.execute(statement)
         attach(days, "january", 1)
 
@@ -213,8 +211,7 @@ def test_rows_of_a_new_partition_are_left_as_they_are(days: Database) -> None:
     assert leaked(days) == 0
 
 
-@pytest.mark.parametrize("name", ["january", "march"])
-@pytest.mark.parametrize("ranges", [1, 3])
+@pytest.mark.parametrize(("name", "ranges"), all_pairs(["january", "march"], [1, 3]))
 def test_a_partition_that_is_dropped_is_not_missed(days: Database, name: str, ranges: int) -> None:
     recorder = EventRecorder(after_range(ranges, lambda: days.execute(f"DROP TABLE shop_{name}")))
     assert_unconfirmed(rotate(LABEL, recorder), 0)

@@ -50,6 +50,7 @@ from tests.integration.rotation_tables import (
     assert_new_uuid4s,
     once_each,
 )
+from tests.pairs import quick
 
 pytestmark = COMMITTING
 
@@ -60,8 +61,9 @@ rotate_tickets = partial(rotate_without_probes, pace="balanced")
 # --- From the start to the end ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("concurrency", "batch"), [(1, 1), (1, 1000), (4, 7), (20, 10)])
-def test_every_row_is_rotated_once(database: Database, concurrency: int, batch: int) -> None:
+@pytest.mark.parametrize("workers_and_batch", quick((1, 1), (20, 10), slow=[(1, 1000), (4, 7)]), ids=str)
+def test_every_row_is_rotated_once(database: Database, workers_and_batch: tuple[int, int]) -> None:
+    concurrency, batch = workers_and_batch
     for first, last in ((-3, 40), (100, 119), (1000, 1000)):
         database.make_tickets(first, last)
     database.count_updates()
@@ -115,7 +117,7 @@ def test_a_rotation_inside_somebody_s_transaction_is_refused() -> None:
 # --- Stopping and going on -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 9, 10, 25, 99])
+@pytest.mark.parametrize("rows", quick(10, 25, slow=[1, 9, 99]))
 def test_a_run_ends_after_exactly_as_many_rows_as_it_was_told(database: Database, rows: int) -> None:
     database.make_tickets(1, 100)
     database.count_updates()
@@ -150,7 +152,7 @@ def test_every_run_may_have_another_batch_and_concurrency(database: Database) ->
     assert database.updates() == once_each((1, 100))
 
 
-@pytest.mark.parametrize("deleted", ["> 60", "= 100", "BETWEEN 10 AND 90", "> 0"])
+@pytest.mark.parametrize("deleted", quick("= 100", "> 0", slow=["> 60", "BETWEEN 10 AND 90"]))
 def test_rows_that_are_deleted_between_two_runs_are_not_waited_for(database: Database, deleted: str) -> None:
     database.make_tickets(1, 100)
     database.count_updates()
@@ -508,7 +510,7 @@ def test_a_run_stopped_while_it_waits_for_transactions_can_be_resumed(
 # --- Outages ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [{1}, {5}, {2, 7, 12}])
+@pytest.mark.parametrize("at", quick({1}, {2, 7, 12}, slow=[{5}]))
 def test_lost_connections_are_survived(database: Database, at: set[int]) -> None:
     database.make_tickets(1, 300)
     database.count_updates()

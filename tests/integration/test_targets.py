@@ -31,6 +31,7 @@ from tests.integration.any_model import (
 from tests.integration.killed import rotate_until_killed
 from tests.integration.outcomes import assert_completed
 from tests.integration.rotation_tables import Database
+from tests.pairs import quick
 from tests.shop import models
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=["rotator", "tickets", "tests.shop"])
@@ -246,7 +247,7 @@ def test_columns_that_belong_together(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [models.ByInteger, models.ByPair, models.ByMoment, models.ByDecimal, models.ByUuid]
+    "model", quick(models.ByInteger, models.ByPair, slow=[models.ByMoment, models.ByDecimal, models.ByUuid])
 )
 def test_a_generator_that_wants_the_row(database: Database, model: Any) -> None:  # noqa: ANN401 - any of them
     make_rows(model, KEYS[model])

@@ -40,6 +40,7 @@ from tests.integration.rotation_tables import (
     once_each,
     writing,
 )
+from tests.pairs import all_pairs, quick
 
 pytestmark = COMMITTING
 
@@ -128,7 +129,7 @@ async def test_values_of_other_types_travel_too(database: Database, lease: Lease
     assert database.values(SECRETS) == {f"[{number}]": f"new {number}" for number in range(10)}
 
 
-@pytest.mark.parametrize("slice_rows", [1, 7, 10, 29, 30])
+@pytest.mark.parametrize("slice_rows", quick(7, 30, slow=[1, 10, 29]))
 async def test_a_range_of_several_slices_writes_each_row_once(
     database: Database, lease: Lease, monkeypatch: pytest.MonkeyPatch, slice_rows: int
 ) -> None:
@@ -143,8 +144,9 @@ async def test_a_range_of_several_slices_writes_each_row_once(
     assert database.checkpoints() == [("[5]", "[35]", 30)]
 
 
-@pytest.mark.parametrize("slice_rows", [7, 2000])
-@pytest.mark.parametrize("deleted", ["= 1", "= 20", "BETWEEN 5 AND 16", "> 0"])
+@pytest.mark.parametrize(
+    ("deleted", "slice_rows"), all_pairs(["= 1", "= 20", "BETWEEN 5 AND 16", "> 0"], [7, 2000])
+)
 async def test_rows_that_were_deleted_since_they_were_planned_are_not_missed(
     database: Database, lease: Lease, monkeypatch: pytest.MonkeyPatch, deleted: str, slice_rows: int
 ) -> None:
@@ -159,16 +161,17 @@ async def test_rows_that_were_deleted_since_they_were_planned_are_not_missed(
     assert database.checkpoints() == [(None, "[20]", len(left))]
 
 
-@pytest.mark.parametrize("slice_rows", [7, 2000])
-@pytest.mark.parametrize(("first", "last"), [(1, 1), (15, 15), (10, 30), (15, 30)])
+@pytest.mark.parametrize(
+    ("inserted", "slice_rows"), all_pairs([(1, 1), (15, 15), (10, 30), (15, 30)], [7, 2000])
+)
 async def test_rows_that_were_inserted_since_the_others_were_planned_are_written_too(
     database: Database,
     lease: Lease,
     monkeypatch: pytest.MonkeyPatch,
-    first: int,
-    last: int,
+    inserted: tuple[int, int],
     slice_rows: int,
 ) -> None:
+    first, last = inserted
     monkeypatch.setattr(writing_module, "SLICE_ROWS", slice_rows)
     database.make_tickets(1, 30)
     database.execute(f"DELETE FROM tickets_ticket WHERE id BETWEEN {first} AND {last}")
@@ -183,7 +186,7 @@ async def test_rows_that_were_inserted_since_the_others_were_planned_are_written
     assert database.checkpoints() == [(None, "[30]", 30)]
 
 
-@pytest.mark.parametrize("suppressed", [1, 9, 20])
+@pytest.mark.parametrize("suppressed", quick(9, slow=[1, 20]))
 async def test_a_suppressed_update_is_no_rotation(
     database: Database, lease: Lease, monkeypatch: pytest.MonkeyPatch, suppressed: int
 ) -> None:
