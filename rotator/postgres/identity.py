@@ -1,4 +1,4 @@
-"""The identity of the target: server, database, table, key, and the files of the table."""
+"""The identity of the target: server, database, table, columns, key, and the files of the table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -100,6 +100,8 @@ class TargetIdentity:
         system: The server's system identifier.
         files: The number of the file (``relfilenode``) of each partition, or of the table itself, by its oid
             as a text. A rewrite of the table changes it.
+        columns: The number (``attnum``) of each rotated column. A renamed column keeps it. Empty for a
+            rotation that an older version began.
     """
 
     system: str
@@ -107,6 +109,7 @@ class TargetIdentity:
     table_oid: int
     key: tuple[KeyColumn, ...]
     files: Mapping[str, int]
+    columns: tuple[int, ...] = ()
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "TargetIdentity | None":
@@ -114,7 +117,8 @@ class TargetIdentity:
         if not saved:
             return None
         known = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
-        return cls(**known | {"key": tuple(KeyColumn(**column) for column in saved["key"])})
+        key = tuple(KeyColumn(**column) for column in saved["key"])
+        return cls(**known | {"key": key, "columns": tuple(saved.get("columns", ()))})
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON types."""
@@ -136,6 +140,15 @@ class TargetIdentity:
             return (
                 f"the table is another one: its oid is {now.table_oid} and was {self.table_oid}, as after "
                 "DROP TABLE and a restore"
+            )
+        return self._difference_of_columns(now)
+
+    def _difference_of_columns(self, now: "TargetIdentity") -> str:
+        if self.columns and self.columns != now.columns:
+            return (
+                "the rotated columns are other ones: their numbers in the table (attnum) are "
+                f"{_numbers(now.columns)} and were {_numbers(self.columns)}, as after DROP COLUMN or a "
+                "swap of two columns' names"
             )
         if self._order_of(self.key) != self._order_of(now.key):
             return f"the key is {_phrase(now.key)} and was {_phrase(self.key)}"
@@ -161,6 +174,10 @@ def _phrase(key: Sequence[KeyColumn]) -> str:
         f"{column.name} {column.type}" + (f" COLLATE {column.collation}" if column.collation else "")
         for column in key
     )
+
+
+def _numbers(columns: Sequence[int]) -> str:
+    return ", ".join(map(str, columns))
 
 
 REWRITTEN: Final = (
@@ -194,13 +211,20 @@ _TARGET: Final = sql.SQL(
     " (SELECT oid FROM pg_database WHERE datname = current_database())::bigint AS database_oid,"
     " %(table)s::regclass::oid::bigint AS table_oid,"
     " (SELECT COALESCE(jsonb_object_agg(oid::text, pg_relation_filenode(oid)), '{{}}')"
-    " FROM {} AS leaf) AS files"
+    " FROM {} AS leaf) AS files,"
+    " (SELECT array_agg(a.attnum::integer ORDER BY c.place)"
+    " FROM unnest(%(columns)s::text[]) WITH ORDINALITY AS c (name, place)"
+    " JOIN pg_attribute a ON a.attrelid = %(table)s::regclass AND a.attname = c.name) AS columns"
 ).format(PARTITIONS)
 
 
 async def read_identity(connection: AsyncConnection, table: TargetTable) -> TargetIdentity:
     """Read the present identity of the target."""
-    parameters = {"table": table.regclass, "key": [column.name for column in table.key]}
+    parameters = {
+        "table": table.regclass,
+        "key": [column.name for column in table.key],
+        "columns": [column.name for column in table.columns],
+    }
     key = await fetch_as(connection, class_row(KeyColumn), _KEY, parameters)
     (row,) = await fetch_as(connection, dict_row, _TARGET, parameters)
-    return TargetIdentity(key=tuple(key), **row)
+    return TargetIdentity(**row | {"key": tuple(key), "columns": tuple(row["columns"] or ())})

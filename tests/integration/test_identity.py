@@ -116,6 +116,64 @@ def test_another_table_of_the_same_name_fails_the_run(database: Database, other:
     assert_restart_rotates_all(database)
 
 
+OTHER_COLUMNS = {
+    "two columns that change their names": (
+        "ALTER TABLE shop_coded RENAME secret TO legacy; ALTER TABLE shop_coded RENAME other TO secret"
+    ),
+    "dropped and added with a constant": (
+        "ALTER TABLE shop_coded DROP secret; ALTER TABLE shop_coded ADD secret text DEFAULT 'leaked constant'"
+    ),
+}
+
+
+@pytest.fixture
+def other_column(database: Database, table: TargetTable) -> TargetTable:
+    """A table with a second column of leaked values."""
+    database.execute("ALTER TABLE shop_coded ADD other text DEFAULT 'leaked elsewhere'")
+    return table
+
+
+@pytest.mark.usefixtures("other_column")
+@pytest.mark.parametrize("script", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
+def test_another_column_of_the_same_name_is_refused_between_runs(database: Database, script: str) -> None:
+    rotate(CODES, stop_after_rows=20)
+    execute_script(database, script)
+    assert_resuming_is_refused(database, r"the rotated columns are other ones: .* are [34] and were 2")
+    outcome = rotate(CODES, restart=True)
+    assert_unconfirmed(outcome, 0)
+    assert not leaked(database)
+
+
+@pytest.mark.usefixtures("other_column")
+@pytest.mark.parametrize("script", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
+def test_another_column_of_the_same_name_fails_the_run(database: Database, script: str) -> None:
+    outcome = rotate(CODES, EventRecorder(after_range(2, lambda: execute_script(database, script))))
+    assert_failed(outcome, "the rotated columns are other ones")
+    assert_resuming_is_refused(database, "the rotated columns are other ones")
+
+
+@pytest.mark.usefixtures("other_column")
+def test_another_column_of_the_field_is_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project has another db_column from one release to the next."""
+    from tests.shop.models import Coded  # noqa: PLC0415 - where it is changed
+
+    rotate(CODES, stop_after_rows=20)
+    monkeypatch.setattr(Coded._meta.get_field("secret"), "column", "other")
+    assert_resuming_is_refused(database, "the rotated columns are other ones")
+
+
+@pytest.mark.usefixtures("table")
+def test_a_renamed_column_is_the_same_one(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.shop.models import Coded  # noqa: PLC0415 - where it is changed
+
+    rotate(CODES, stop_after_rows=20)
+    database.execute("ALTER TABLE shop_coded RENAME secret TO renamed")
+    monkeypatch.setattr(Coded._meta.get_field("secret"), "column", "renamed")
+    assert_unconfirmed(rotate(CODES), 0)
+    ((rows,),) = database.execute("SELECT count(*) FROM shop_coded WHERE renamed LIKE 'leaked %'")
+    assert rows == 0
+
+
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("type_name", quick("numeric(20, 0)", "text", slow=["integer"]))
 def test_another_type_of_the_key_is_refused(database: Database, type_name: str) -> None:
