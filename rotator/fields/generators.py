@@ -5,6 +5,7 @@ import math
 import os
 import time
 import uuid
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -187,6 +188,8 @@ class _ValueChecker:
     def _make_unique(self, make_row: MakeRow, seen: set[object]) -> list[object]:
         for _ in range(TRIES):
             values = self._call(make_row)
+            if all(isinstance(value, str | bytes) and not value for value in values):
+                raise self._error("returned an empty value.")
             prepared = [self._prepare(field, value) for field, value in zip(self.fields, values, strict=True)]
             # An encrypting field stores the same value differently each time. Another field may store
             # different values as the same.
@@ -208,7 +211,8 @@ class _ValueChecker:
                 return make_row()
         except (ValuesError, ServerLostError):
             raise
-        except Exception as error:  # noqa: BLE001 - any error of the project's code
+        # The last two would end the run as if it had been stopped.
+        except (Exception, SystemExit, CancelledError) as error:  # noqa: BLE001 - the project's code
             # Neither chained nor quoted, because the message may contain a value.
             raise self._error(f"raised {type(error).__name__}.") from None
 
@@ -228,6 +232,11 @@ class _ValueChecker:
             raise _written_in_sql(field, "get_db_prep_save")
         if isinstance(prepared, str) and "\x00" in prepared:
             raise self._error(f"returned a text with a zero byte for {field.name}.")
+        if isinstance(prepared, str):
+            try:
+                prepared.encode()
+            except UnicodeEncodeError:
+                raise self._error(f"returned a text for {field.name} that is not valid Unicode.") from None
         return prepared
 
     def _check_limits(self, field: AnyField, value: object) -> None:

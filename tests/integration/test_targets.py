@@ -283,6 +283,10 @@ BAD_GENERATORS = {
     "none": "returned None for api_key",
     "too_long": r"over its limit \(max_length 80\)",
     "raising": "raised RuntimeError",
+    "exiting": "raised SystemExit",
+    "cancelling": "raised CancelledError",
+    "empty": "returned an empty value",
+    "half_of_a_character": "for api_key that is not valid Unicode",
     "token_and_checksum": "mapping with checksum, token, but the fields are api_key",
 }
 

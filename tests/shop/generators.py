@@ -1,5 +1,6 @@
 """What the tests name with --generator, good and bad."""
 
+import asyncio
 import hashlib
 import secrets
 import time
@@ -101,6 +102,22 @@ def constant_for_row(_row: Model) -> str:
 
 def wrong_mapping(_row: Model) -> dict[str, str]:
     return {"nothing": token()}
+
+
+def empty() -> str:
+    return ""
+
+
+def half_of_a_character() -> str:
+    return token() + "\ud800"
+
+
+def exiting() -> str:
+    raise SystemExit(token())
+
+
+def cancelling() -> str:
+    raise asyncio.CancelledError(token())
 
 
 def slow() -> str:
