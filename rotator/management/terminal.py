@@ -177,9 +177,7 @@ def writable(path: Path | str | None) -> Path | None:
         if is_new:
             path.unlink()
     except OSError as error:
-        raise OptionError(
-            f"The report cannot be written to {path}: {error.strerror}. Name another file with --report."
-        ) from error
+        raise OptionError(f"Cannot write to the file {path}: {error.strerror}. Name another file.") from error
     return path
 
 

@@ -146,9 +146,7 @@ def test_a_report_that_cannot_be_written(
     finished = commands.run("--report", str(tmp_path / path))
 
     assert finished.status == 1
-    assert finished.complaint == (
-        f"The report cannot be written to {tmp_path / path}: {reason}. Name another file with --report."
-    )
+    assert finished.complaint == (f"Cannot write to the file {tmp_path / path}: {reason}. Name another file.")
     _assert_nothing_happened(audit, finished)
 
 

@@ -218,5 +218,5 @@ def test_a_report_is_not_begun_before_there_is_something_to_report(tmp_path: Pat
 
 
 def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="cannot be written to"):
+    with pytest.raises(OptionError, match="Cannot write to the file"):
         writable(tmp_path / "missing" / "report.json")
