@@ -217,6 +217,8 @@ def test_values_of_each_type(tmp_path: Path, field: str, write: Callable[[Any], 
     before = dict(models.ByInteger.objects.values_list("pk", field))
     path = tmp_path / "leaked"
     path.write_text("".join(f"{write(before[i])}\n" for i in (2, 5)))
+    found = verify(f"shop.ByInteger.{field}", "--leaked", str(path))
+    assert found == ("2 of 2 leaked values found in rows (line 1-2).\n", 1)
     stopped = run(path, f"shop.ByInteger.{field}", generator="")
     after = dict(models.ByInteger.objects.values_list("pk", field))
     assert stopped.status == "completed"

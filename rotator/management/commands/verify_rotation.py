@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Final, TypeAlias, TypedDict, Unpack
+from typing import Final, NoReturn, TypeAlias, TypedDict, Unpack
 
 from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, connections
@@ -20,8 +20,16 @@ from rotator.progress.summary import leaked_report
 from rotator.progress.text import leaked_values
 from rotator.progress.verification import verification_report, verification_summary
 
-# A field without a default needs one, although a check does not call it.
-_GENERATOR: Final = "secrets.token_hex"
+
+def make_no_value(_row: object) -> NoReturn:
+    """Raise an error: a check makes no values.
+
+    A target needs a generator. One that takes rows is not called before the first row is rotated.
+    """
+    raise NotImplementedError
+
+
+_GENERATOR: Final = f"{__name__}.{make_no_value.__name__}"
 
 
 class Options(TypedDict):
@@ -117,7 +125,7 @@ class Command(OwnCommand):
         fields = find_fields(labels)
         # A check makes no values, and looks at all rows.
         selection = Selection(
-            generator=_GENERATOR if rotation is None else rotation.selection["generator"],
+            generator=_GENERATOR,
             include_blank=True,
             ignore_derived=tuple(
                 each.name for each in fields[0].model._meta.concrete_fields if each not in fields
