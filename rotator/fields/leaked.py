@@ -83,12 +83,18 @@ def _read(stream: BinaryIO, path: str, column: str) -> Iterator[bytes]:
         return _read_json(stream, path)
     if path.lower().endswith(".csv"):
         raise OptionError(f"{path} is a CSV file. Name the column with the values with --leaked-column.")
-    return _read_lines(stream)
+    return _read_lines(stream, path)
 
 
-def _read_lines(stream: BinaryIO) -> Iterator[bytes]:
+def _read_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
     first = next(stream, b"")
-    return (line.strip() for line in chain([first.removeprefix(_BYTE_ORDER_MARK)], stream))
+    for number, line in enumerate(chain([first.removeprefix(_BYTE_ORDER_MARK)], stream), 1):
+        # No text of the server has one. In UTF-16, every character of a token does.
+        if b"\0" in line:
+            raise OptionError(
+                f"{_named(path)} has a zero byte in line {number}. Convert it to a text file in UTF-8."
+            )
+        yield line.strip()
 
 
 def _read_csv(stream: BinaryIO, path: str, column: str) -> Iterator[bytes]:
@@ -112,7 +118,7 @@ def _read_csv(stream: BinaryIO, path: str, column: str) -> Iterator[bytes]:
 def _read_json(stream: BinaryIO, path: str) -> Iterator[bytes]:
     try:
         found = json.load(stream)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise OptionError(f"{_named(path)} begins like JSON, but is not valid JSON.") from None
     for entry in found if isinstance(found, list) else [found]:
         value = entry
@@ -122,7 +128,8 @@ def _read_json(stream: BinaryIO, path: str) -> Iterator[bytes]:
             raise OptionError(
                 f"{_named(path)} is not a list of texts, or of objects with a key {' or '.join(_JSON_KEYS)}."
             )
-        yield value.strip().encode()
+        # Half of a character, as "\\ud800", is in no row.
+        yield value.strip().encode(errors="surrogatepass")
 
 
 def _to_bytes(field: AnyField, database: str) -> _ToBytes:

@@ -68,6 +68,8 @@ def test_each_list_has_its_own_salt(tmp_path: Path) -> None:
         ("keys", "", '["secret-1", ', "not valid JSON"),
         ("keys", "", '[{"value": "secret-1"}]', "a key token or secret"),
         ("keys.csv", "key", f'key\n"{"secret-1" * 20_000}"\n', "not a CSV file from line 2"),
+        ("keys", "", f"[{'[' * 100_000}", "not valid JSON"),
+        ("keys", "", "secret-1\ns\0e\0", "has a zero byte in line 2. Convert it to a text file in UTF-8"),
         ("missing", "", None, "No such file"),
     ],
 )
@@ -79,6 +81,13 @@ def test_a_file_that_is_not_valid_is_not_quoted(
     with pytest.raises(OptionError, match=said) as raised:
         read(tmp_path / name, column)
     assert "secret-" not in str(raised.value)
+
+
+def test_half_of_a_character_is_in_no_row(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('["one\\ud800", "two"]')
+    _, two = read(tmp_path / "keys.json").digests
+    assert len(read(tmp_path / "keys.json")) == 2
+    assert two
 
 
 def test_values_have_the_form_that_their_columns_store(tmp_path: Path) -> None:
