@@ -72,12 +72,15 @@ async def check(connection: AsyncConnection, target: RunTarget, options: RunOpti
     """Return the target's table, after the checks that refuse a rotation.
 
     Raises:
+        MissingPrivilegesError: The role lacks a privilege.
         RotatorError: The rotation cannot run; nothing was changed.
     """
     is_paced = read_pace(options.pace).latency_limit is not None
     connections = options.concurrency + OTHER_CONNECTIONS + is_paced
     await check_server(connection, connections=connections, concurrency=options.concurrency)
     table = await read_target(connection, target)
+    if grants := await missing_grants(connection, table, proves=options.prove, guards=bool(options.guard)):
+        raise MissingPrivilegesError(grants)
     await Throttles(options, target.throttles).check(connection)
     if options.prove:
         await check_not_guessable(connection, table)
@@ -150,15 +153,10 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions, notify
     """Return the findings about a target; the rows of a sample are rewritten and rolled back.
 
     Raises:
-        MissingPrivilegesError: The role lacks a privilege.
         RotatorError: The target cannot be rotated, or the server cannot be asked.
     """
     async with connected(server) as connection, lock_holders_named(server, notify):
         table = await check(connection, target, options)
-        if grants := await missing_grants(
-            connection, table, proves=options.prove, guards=bool(options.guard)
-        ):
-            raise MissingPrivilegesError(grants)
         if options.sample and target.selection.generator:
             await check_values(connection, RangeUpdate(table, target.source, options.limits))
         return await examine(connection, table, server, target, options, counts=True)

@@ -50,15 +50,30 @@ def test_without_the_right_to_update_the_column(database: Database, rotations: R
 
     assert finished.status == 1
     assert "Traceback" not in finished.err
-    assert finished.out.splitlines()[1] == (
-        "Cannot rotate: permission denied for table tickets_ticket. Grant what docs/operating.md lists, then "
-        "run the same command again."
+    assert finished.complaint == (
+        "This role lacks a privilege that the rotation needs. Run: "
+        f'GRANT UPDATE ("token") ON "public"."tickets_ticket" TO {ROLE};'
     )
     assert audit.written() == 0
 
     database.query(f"GRANT UPDATE (token) ON tickets_ticket TO {ROLE}")
     assert_completed(rotations.rotated(url))
     audit.assert_rotated_once()
+
+
+def test_the_right_to_read_some_columns_is_refused_before_the_first_row(
+    database: Database, rotations: Rotations, url: str
+) -> None:
+    """The last scan reads ``xmin``, which needs the right to read the table."""
+    audit = make_tickets(database, ROWS)
+    database.query(f"REVOKE SELECT ON tickets_ticket FROM {ROLE}")
+    database.query(f"GRANT SELECT (id, token) ON tickets_ticket TO {ROLE}")
+
+    finished = rotations.rotated(url)
+
+    assert finished.status == 1
+    assert finished.complaint.endswith(f'Run: GRANT SELECT ON "public"."tickets_ticket" TO {ROLE};')
+    assert audit.written() == 0
 
 
 @pytest.mark.parametrize(
