@@ -3,6 +3,7 @@
 import shlex
 from typing import Final, TypeVar
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 from django.db.backends.utils import CursorWrapper
@@ -38,9 +39,9 @@ def read_rotations(database: str, number: int | None = None) -> list[Rotation]:
     found = find_rotations(database)
     try:
         rotations = list(found if number is None else found.filter(pk=number))
-    except Error as error:
+    except (Error, ImproperlyConfigured) as error:
         raise CommandError(
-            f"Cannot read the rotations of the database '{database}': {first_line(error)} "
+            f"Cannot read the rotations of the database '{database}': {first_line(error).rstrip('.')}. "
             "Check that the server runs and that the database is migrated."
         ) from error
     if number is not None and not rotations:
@@ -48,7 +49,7 @@ def read_rotations(database: str, number: int | None = None) -> list[Rotation]:
     return rotations
 
 
-def first_line(error: Error) -> str:
+def first_line(error: Exception) -> str:
     """Return the first line of a database's error."""
     return " ".join(str(error).split("\n", 1)[0].split())
 

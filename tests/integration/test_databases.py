@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from django.core.management import CommandError, call_command
 from django.db import connections
+from django.db.backends.dummy.base import DatabaseWrapper
 from django.test import override_settings
 
 from rotator.api import Target, prepare, rotate_sync
 from rotator.apps import check_databases
 from rotator.exceptions import OptionError
+from rotator.management.rotation import read_rotations
 from rotator.models import CompletedRange, Rotation
 from rotator.options import RunOptions, Selection
 from tests.shop import models
@@ -92,6 +94,16 @@ def test_leaked_values_are_searched_in_the_database_that_the_router_writes_to(tm
     assert "1 of 1 leaked value" in out.getvalue()
     # Another one can still be named.
     call_command("verify_rotation", API_KEY, leaked=str(leaked), database="default", stdout=StringIO())
+
+
+def test_rotations_of_an_alias_without_an_engine_are_refused() -> None:
+    """Projects that route every model leave the database ``default`` empty."""
+    connections["empty"] = DatabaseWrapper({}, "empty")
+    try:
+        with pytest.raises(CommandError, match=r"the database 'empty': settings\.DATABASES .*\. Check that"):
+            read_rotations("empty")
+    finally:
+        del connections["empty"]
 
 
 def test_the_commands_take_the_database() -> None:
