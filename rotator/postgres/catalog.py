@@ -63,8 +63,11 @@ _COLUMNS: Final = (
     " AS is_composite,"
     " EXISTS (SELECT FROM pg_partitioned_table p WHERE p.partrelid = a.attrelid"
     " AND a.attnum = ANY (p.partattrs)) AS is_partition_key,"
-    " (SELECT min(f.conrelid::regclass::text) FROM pg_constraint f WHERE f.contype = 'f'"
-    " AND f.confrelid = a.attrelid AND a.attnum = ANY (f.confkey)) AS referrer"
+    # The column has another number in a partition whose columns have another order.
+    " (SELECT min(f.conrelid::regclass::text) FROM pg_constraint f JOIN pg_attribute r"
+    " ON r.attrelid = f.confrelid AND r.attnum = ANY (f.confkey) WHERE f.contype = 'f'"
+    " AND r.attname = a.attname AND f.confrelid IN (SELECT a.attrelid UNION ALL"
+    " SELECT relid FROM pg_partition_tree(a.attrelid))) AS referrer"
     " FROM pg_attribute a JOIN base b ON b.attnum = a.attnum AND b.typtype <> 'd'"
     " JOIN pg_type t ON t.oid = b.oid"
     " JOIN pg_namespace n ON n.oid = t.typnamespace"

@@ -307,3 +307,13 @@ def test_a_partitioned_table_is_proved_guarded_and_repaired(days: Database) -> N
         assert (verified.repaired, verified.is_verified) == (2, True)
     finally:
         days.execute("DROP TABLE shop_old")
+
+
+def test_a_reference_to_a_partition_is_refused(days: Database) -> None:
+    days.execute("ALTER TABLE shop_january ADD UNIQUE (secret)")
+    days.execute("CREATE TABLE shop_reference (secret varchar REFERENCES shop_january (secret))")
+    try:
+        with pytest.raises(TargetError, match="is referenced by shop_reference"):
+            rotate(LABEL)
+    finally:
+        days.execute("DROP TABLE shop_reference")
