@@ -121,6 +121,8 @@ def test_more_workers_than_the_server_has_connections_for(commands: Commands, au
     ("options", "sentence"),
     [
         ("--batch many", "argument --batch: invalid int value: 'many'"),
+        # An unset shell variable; without the option, all rows would be rotated.
+        ("--leaked=", "argument --leaked: the value is empty. Give one, or leave the option out."),
         # An abbreviation would be repeated in the advice on how to go on.
         ("--rest", "unrecognized arguments: --rest"),
     ],

@@ -14,7 +14,7 @@ from rotator.fields.target import find_fields
 from rotator.management.rotation import read_rotations
 from rotator.management.terminal import INTERRUPTED, OwnCommand, writable, write_report
 from rotator.models import Rotation
-from rotator.options import RunOptions, Selection
+from rotator.options import NotEmpty, RunOptions, Selection
 from rotator.progress.lines import LinesObserver, Sink
 from rotator.progress.summary import leaked_report
 from rotator.progress.text import leaked_values
@@ -79,6 +79,7 @@ class Command(OwnCommand):
         )
         parser.add_argument(
             "--leaked",
+            action=NotEmpty,
             default="",
             metavar="FILE|-",
             help="Only count which of the leaked values of this file, or of the standard input (-), the rows "
@@ -86,6 +87,7 @@ class Command(OwnCommand):
         )
         parser.add_argument(
             "--leaked-column",
+            action=NotEmpty,
             default="",
             metavar="NAME",
             help="The name of the column with the values, if the file of --leaked is a CSV file.",
