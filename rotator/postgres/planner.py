@@ -10,12 +10,13 @@ from contextlib import suppress
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
+from psycopg.abc import Params
 
 from rotator.exceptions import RangeTooSlowError, TargetError
-from rotator.postgres.connection import fetch_column, fetch_row, fetch_rows, set_local
+from rotator.postgres.connection import begin, fetch_column, fetch_row, fetch_rows, set_local
 from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
-from rotator.postgres.fence import KEY_SETTINGS
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier, number
+from rotator.postgres.fence import KEY_SETTINGS, rolled_back_on_error
+from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
 from rotator.ranges import Key, KeyInterval, KeyRange
 
 # The planner plans this far ahead: one round trip to a distant server then plans many ranges.
@@ -99,24 +100,32 @@ class IndexPlanner:
             return planned
 
     async def _plan(self, interval: KeyInterval, batch: int, *, ranges: int) -> list[KeyRange]:
-        connection, is_known = self._connection, interval.after is not None
+        is_known = interval.after is not None
         parameters = {
             "after": interval.after,
             "through": interval.through,
             "skip": batch - 1,
             "ranges": ranges,
         }
-        async with translate_errors(connection), connection.pipeline(), connection.transaction():
-            await set_local(connection, self._settings)
-            cursor = await connection.execute(self._last_keys[is_known], parameters)
-            keys = [_checked(key, survives=survives) for _, key, survives in sorted(await cursor.fetchall())]
-            if not keys:
-                cursor = await connection.execute(self._counts[is_known], parameters)
-                return [KeyRange(after=interval.after, through=interval.through, rows=await number(cursor))]
+        found = await self._fetch(self._last_keys[is_known], parameters)
+        keys = [_checked(key, survives=survives) for _, key, survives in sorted(found)]
+        if not keys:
+            ((rows,),) = await self._fetch(self._counts[is_known], parameters)
+            return [KeyRange(after=interval.after, through=interval.through, rows=rows)]
         return [
             KeyRange(after=after, through=through, rows=batch)
             for after, through in zip([interval.after, *keys], keys, strict=False)
         ]
+
+    async def _fetch(self, query: bytes | sql.Composed, parameters: Params) -> list[tuple[Any, ...]]:
+        """Fetch rows with the planner's settings, in one round trip: no lock of it waits for this process."""
+        connection = self._connection
+        async with rolled_back_on_error(connection), connection.pipeline():
+            await begin(connection)
+            await set_local(connection, self._settings)
+            cursor = await connection.execute(query, parameters)
+            await connection.execute("COMMIT")
+        return await cursor.fetchall()
 
 
 def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
