@@ -18,7 +18,11 @@ OLDEST_VERSION: Final = 150_000
 _OTHER_KINDS: Final = {"v": "view", "m": "materialized view", "f": "foreign table"}
 _RELATION: Final = (
     "SELECT (SELECT format('%%I.%%I', nspname, c.relname) FROM pg_namespace WHERE oid = c.relnamespace)"
-    " AS found_name,"
+    " AS found_name, c.oid::bigint AS oid,"
+    # Bits 1 and 4 of tgtype are BEFORE and UPDATE.
+    " EXISTS (SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgtype & 2 <> 0 AND tgtype & 16 <> 0"
+    " AND tgenabled NOT IN ('D', 'R') AND (tgrelid = c.oid"
+    " OR tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))) AS has_before_triggers,"
     " c.relkind AS kind, c.relhassubclass AS has_children,"
     " EXISTS (SELECT FROM pg_partition_tree(c.oid) tree JOIN pg_class leaf ON leaf.oid = tree.relid"
     " WHERE leaf.relkind = 'f') AS has_foreign_partitions,"
@@ -182,6 +186,8 @@ async def read_table(
         columns=tuple(column(wanted) for wanted in columns),
         condition=condition,
         found_name=relation["found_name"],
+        oid=relation["oid"],
+        has_before_triggers=relation["has_before_triggers"],
         is_partitioned=relation["kind"] == "p",
     )
 

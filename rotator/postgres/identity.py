@@ -137,10 +137,7 @@ class TargetIdentity:
         if self.database_oid != now.database_oid:
             return f"the database is another one: its oid is {now.database_oid} and was {self.database_oid}"
         if self.table_oid != now.table_oid:
-            return (
-                f"the table is another one: its oid is {now.table_oid} and was {self.table_oid}, as after "
-                "DROP TABLE and a restore"
-            )
+            return replaced(oid=now.table_oid, before=self.table_oid)
         return self._difference_of_columns(now)
 
     def _difference_of_columns(self, now: "TargetIdentity") -> str:
@@ -184,6 +181,11 @@ REWRITTEN: Final = (
     "another session has rewritten every row, as ALTER TABLE, TRUNCATE and pg_repack do, so it is unknown "
     "which rows have new values"
 )
+
+
+def replaced(*, oid: int, before: int) -> str:
+    """Return the phrase for a table that has another oid than before."""
+    return f"the table is another one: its oid is {oid} and was {before}, as after DROP TABLE and a restore"
 
 
 def changed_target(rotation: int, target: str, difference: str) -> TargetError:

@@ -310,8 +310,8 @@ async def sample(
         skipped = f"the server rejected a range: {refused.condition}"
     except (RowsLockedError, RangeGrewError):
         skipped = "other sessions wrote to its rows"
-    except RewriteError:
-        skipped = "rows kept their old values, perhaps because of a trigger"
+    except RewriteError as error:
+        skipped = f"{error.condition}, perhaps because of a trigger"
     except (ServerRefusedError, ServerLostError) as error:
         skipped = str(error).rstrip(".")
     return Sample(skipped=skipped)

@@ -17,7 +17,14 @@ from psycopg.types.json import Jsonb
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection, given_options
-from rotator.postgres.connection import fetch_as, fetch_row, fetch_rows, first, set_local
+from rotator.postgres.connection import (
+    APPLICATION_NAME,
+    fetch_as,
+    fetch_row,
+    fetch_rows,
+    first,
+    set_local,
+)
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
@@ -292,13 +299,20 @@ async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> Non
         connection,
         "SELECT id, target FROM rotator_rotation WHERE table_name = %(table_name)s AND target <> %(target)s"
         " AND status IN ('running', 'queued', 'interrupted', 'failed')"
-        " AND string_to_array(target, ' ') && string_to_array(%(target)s, ' ') ORDER BY id LIMIT 1",
-        {"target": terms.target, "table_name": terms.table_name},
+        " AND (string_to_array(target, ' ') && string_to_array(%(target)s, ' ')"
+        # Two models can have the same table.
+        " OR EXISTS (SELECT FROM jsonb_array_elements(identity -> 'columns') AS number"
+        " WHERE %(columns)s::jsonb @> number)) ORDER BY id LIMIT 1",
+        {
+            "target": terms.target,
+            "table_name": terms.table_name,
+            "columns": Jsonb(terms.identity.get("columns", [])),
+        },
     )
     if row:
         raise OwnedElsewhereError(
             f"Cannot begin the rotation: rotation {row[0]} of {row[1]} is unfinished and has one of the same "
-            "fields. Finish it, or abandon it with --restart."
+            "columns. Finish it, or abandon it with --restart."
         )
 
 
@@ -627,17 +641,19 @@ async def exclusive_lock(
                         "SELECT pg_advisory_xact_lock(%(class)s::integer, %(number)s::integer)", parameters
                     )
                 break
-            # The backend of a frozen client never exits, and keeps its locks.
+            # The backend of a frozen client never exits, and keeps its locks. A session of the application
+            # that has chosen the same number is left alone.
             await connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
-                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-                " AND classid = %(class)s::oid AND objid = %(number)s::oid AND objsubid = 2"
-                " AND pid <> pg_backend_pid()",
-                parameters,
+                "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+                " WHERE locktype = 'advisory' AND granted AND datname = current_database()"
+                " AND database = datid AND classid = %(class)s::oid AND objid = %(number)s::oid"
+                " AND objsubid = 2 AND pid <> pg_backend_pid() AND starts_with(application_name, %(own)s)",
+                parameters | {"own": APPLICATION_NAME},
             )
         else:
             raise RowsLockedError(
-                "Cannot acquire the rotation: transactions of its previous owner hold its lock and cannot be "
-                "terminated. End their sessions, then run the same command again."
+                "Cannot acquire the rotation: other sessions hold its advisory lock (classid "
+                f"{lock_class}, objid {number} in pg_locks) and cannot be terminated. End them, then run the "
+                "same command again."
             )
         yield

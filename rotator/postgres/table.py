@@ -112,6 +112,8 @@ class TargetTable:
         condition: The condition for the rotated rows; None for all rows.
         found_name: The table's name and schema as the server quotes them, for every alias and search path.
         is_partitioned: Whether the rows are in partitions.
+        oid: The table's oid; 0 where it was not read.
+        has_before_triggers: Whether an update fires triggers that can change the new values.
     """
 
     path: tuple[str, ...]
@@ -120,6 +122,8 @@ class TargetTable:
     condition: Condition | None = None
     found_name: str = ""
     is_partitioned: bool = False
+    oid: int = 0
+    has_before_triggers: bool = False
 
     @property
     def name(self) -> sql.Composable:
@@ -216,16 +220,20 @@ async def number(cursor: AsyncCursor) -> int:
 
 
 def count_writes(table: TargetTable) -> sql.Composed:
-    """Count the row versions that this session has written to the table, and the transaction's seconds.
+    """Count the row versions that this session has written to the table.
 
-    Only the difference of counts within a transaction has a meaning. Takes the parameter ``table``.
+    Only the difference of counts within a transaction has a meaning. The second column is the transaction's
+    seconds, and the third one the table's oid. Takes the parameter ``table``.
     """
     writes = sql.SQL("pg_stat_get_xact_tuples_inserted({0}) + pg_stat_get_xact_tuples_updated({0})")
-    age = sql.SQL("extract(epoch FROM clock_timestamp() - transaction_timestamp())::float8")
+    more = sql.SQL(
+        "extract(epoch FROM clock_timestamp() - transaction_timestamp())::float8,"
+        " %(table)s::regclass::oid::bigint"
+    )
     if not table.is_partitioned:
-        return sql.SQL("SELECT {}, {}").format(writes.format(sql.SQL("%(table)s::regclass")), age)
+        return sql.SQL("SELECT {}, {}").format(writes.format(sql.SQL("%(table)s::regclass")), more)
     return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint, {} FROM {} AS leaf").format(
-        writes.format(sql.SQL("oid")), age, PARTITIONS
+        writes.format(sql.SQL("oid")), more, PARTITIONS
     )
 
 

@@ -12,17 +12,26 @@ from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.events import OnCommit, RowsRotated
-from rotator.exceptions import OldValuesKeptError, RangeRejectedError, RangeTooSlowError, ValuesError
+from rotator.exceptions import (
+    EqualValuesError,
+    OldValuesKeptError,
+    RangeRejectedError,
+    RangeTooSlowError,
+    TableReplacedError,
+    ValuesError,
+)
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeGrewError, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
+from rotator.postgres.identity import replaced
 from rotator.postgres.ledger import Ledger, enter_values
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
     ROW,
     TargetTable,
     count_writes,
+    identifier,
     keyed_update,
     number,
     placed_rows,
@@ -39,6 +48,7 @@ _ATTEMPTS: Final = 5
 _GREW: Final = "other sessions keep inserting rows into the range"
 _KEPT: Final = "rows still have their old values after the update"
 _REPEATED: Final = "new values are equal to the old ones"
+_EQUAL: Final = "rows have the same value after the update"
 _UNCOMPARED: Final = "triggers wrote to the table, and the old values were not read before"
 _WRITTEN_BY_TRIGGER: Final = "a trigger wrote other rows of the range"
 
@@ -132,6 +142,8 @@ class RangeUpdate:
             RowsLockedError: Another session has locked some of the rows.
             RangeRejectedError: The server rejected the rows.
             OldValuesKeptError: Triggers restore the old values.
+            EqualValuesError: A trigger stores the same value in several rows.
+            TableReplacedError: Another table has the name now.
             ValuesError: The new values are invalid.
             RotatorError: Every other error of :func:`translate_errors`.
         """
@@ -146,14 +158,15 @@ class RangeUpdate:
                     count = await number(await self._select(connection, rows, sql.SQL("count(*)")))
             except RewriteError as error:
                 # Once can be chance, where the server rounds a value.
-                if error.condition == _KEPT and was_kept:
+                if error.condition == _EQUAL or (error.condition == _KEPT and was_kept):
                     where = (
                         f"in the range {rows}"
                         if isinstance(rows, KeyRange)
                         else f"at the keys {rows[0].key} to {rows[-1].key}"
                     )
                     triggers = await read_update_triggers(connection, self.table)
-                    raise OldValuesKeptError(where, triggers) from None
+                    cause = EqualValuesError if error.condition == _EQUAL else OldValuesKeptError
+                    raise cause(where, triggers) from None
                 was_kept = was_kept or error.condition == _KEPT
                 condition = error.condition
         raise RangeRejectedError(condition, retryable=True)
@@ -196,15 +209,20 @@ class RangeUpdate:
                     writes_after = await self._select_writes(connection)
                 results = [await result.fetchone() for cursor in cursors async for result in cursor.results()]
                 written, kept, repeated = map(sum, zip(*filter(None, results), strict=True))
+                after, seconds, oid = await writes_after.fetchone() or (0, 0.0, 0)
+                # By now the table is locked, so its name stays the same.
+                if self.table.oid not in (0, oid):
+                    raise TableReplacedError(replaced(oid=oid, before=self.table.oid))
                 if kept or repeated:
                     raise RewriteError(_KEPT if kept else _REPEATED)
-                after, seconds = await writes_after.fetchone() or (0, 0.0)
                 table_writes = after - await number(writes_before)
                 has_other_writes = table_writes != written
                 if written < expected or has_other_writes:
                     await self._check_rows(connection, rows, written)
                 if has_other_writes:
                     await self._check_digests(connection, rows, digests)
+                if self.table.has_before_triggers:
+                    await self._check_distinct(connection, rows)
         except ValuesError as error:
             raise (error.of(rows) if isinstance(rows, KeyRange) else error) from None
         return Written(
@@ -317,6 +335,28 @@ class RangeUpdate:
             if any(was is not None and was == now for was, now in pairs):
                 raise RewriteError(_KEPT)
 
+    async def _check_distinct(self, connection: AsyncConnection, rows: Rows) -> None:
+        """Refuse equal values, since those that were assigned are different: a trigger has stored others.
+
+        Rows at places have left them, and are too few to tell.
+        """
+        values = sql.SQL("ROW({})").format(
+            sql.SQL(", ").join(identifier(ROW, column.name) for column in self.table.columns)
+        )
+        columns = sql.SQL(
+            "count(*) FILTER (WHERE {is_own}), count(DISTINCT {values}::text) FILTER (WHERE {is_own})"
+        ).format(
+            is_own=sql.SQL("{} = pg_current_xact_id()::xid AND NOT {} IS NULL").format(
+                identifier(ROW, "xmin"), values
+            ),
+            values=values,
+        )
+        # A row that has an empty text now matches no more.
+        cursor = await self._select(connection, rows, columns, and_matches=sql.SQL(""))
+        stored, distinct = await cursor.fetchone() or (0, 0)
+        if distinct < stored:
+            raise RewriteError(_EQUAL)
+
     async def _select(
         self,
         connection: AsyncConnection,
@@ -324,6 +364,7 @@ class RangeUpdate:
         columns: sql.Composable,
         *,
         keys: list[str] | None = None,
+        and_matches: sql.Composable | None = None,
     ) -> AsyncCursor:
         """Select columns of the rows; by these keys where the rows have left their places."""
         table = self.table
@@ -336,7 +377,10 @@ class RangeUpdate:
         else:
             found, parameters = rows_with_keys(table), {"keys": keys}
         return await connection.execute(
-            sql.SQL("SELECT {} FROM {}{}").format(columns, found, table.and_matches), parameters
+            sql.SQL("SELECT {} FROM {}{}").format(
+                columns, found, table.and_matches if and_matches is None else and_matches
+            ),
+            parameters,
         )
 
     async def _select_writes(self, connection: AsyncConnection) -> AsyncCursor:

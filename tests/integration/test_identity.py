@@ -116,6 +116,20 @@ def test_another_table_of_the_same_name_fails_the_run(database: Database, other:
     assert_restart_rotates_all(database)
 
 
+@pytest.mark.usefixtures("table")
+def test_no_row_of_another_table_of_the_same_name_is_written(database: Database) -> None:
+    script = (
+        "CREATE TABLE shop_other (LIKE shop_coded INCLUDING ALL);"
+        " INSERT INTO shop_other SELECT id, 'fresh ' || id FROM shop_coded;"
+        " ALTER TABLE shop_coded RENAME TO shop_old; ALTER TABLE shop_other RENAME TO shop_coded"
+    )
+    outcome = rotate(CODES, EventRecorder(after_range(2, lambda: execute_script(database, script))))
+    assert_failed(outcome, r"table is another one: its oid is \d+ and was \d+")
+    ((fresh,),) = database.execute("SELECT count(*) FROM shop_coded WHERE secret LIKE 'fresh %'")
+    assert fresh == ROWS
+    database.execute("DROP TABLE shop_old")
+
+
 OTHER_COLUMNS = {
     "two columns that change their names": (
         "ALTER TABLE shop_coded RENAME secret TO legacy; ALTER TABLE shop_coded RENAME other TO secret"

@@ -146,3 +146,29 @@ def test_a_type_of_an_extension(database: Database, coded: MakeTable, source: st
     selection = Selection(generator=f"{GENERATORS}token{source}")
     assert_unconfirmed(rotate(CODES, selection=selection), 0)
     assert database.changed(before, table) == before.keys()
+
+
+@pytest.mark.parametrize("stored", ["'one for all'", "''"])
+def test_a_trigger_that_stores_equal_values_ends_the_run(
+    database: Database, coded: MakeTable, stored: str
+) -> None:
+    table = coded("text")
+    fill(database)
+    before = database.values(table)
+    name = database.before_update(f"NEW.secret := {stored}; RETURN NEW;", table)
+    outcome = rotate(CODES)
+    assert (outcome.status, outcome.exit_status) == ("failed", 1)
+    assert outcome.error.startswith("Rows in the range ")
+    assert "have the same value after the update" in outcome.error
+    assert name.strip('"') in outcome.error
+    assert database.values(table) == before
+
+
+@pytest.mark.parametrize("stored", ["md5(NEW.secret)", "CASE WHEN NEW.id % 2 = 0 THEN NEW.secret END"])
+def test_a_trigger_may_store_other_values(database: Database, coded: MakeTable, stored: str) -> None:
+    table = coded("text")
+    fill(database)
+    before = database.values(table)
+    database.before_update(f"NEW.secret := {stored}; RETURN NEW;", table)
+    assert rotate(CODES).status == "completed"
+    assert database.changed(before, table) == before.keys()

@@ -474,7 +474,7 @@ def test_another_selection_does_not_go_on(orders: Database) -> None:
 def test_another_rotation_with_the_same_field_has_to_wait(orders: Database) -> None:
     name = str(django_connection.settings_dict["NAME"])
     rotate_until_killed(name, [API_KEY], TOKEN, options=OPTIONS, ranges=2)
-    with pytest.raises(OwnedElsewhereError, match="has one of the same fields"):
+    with pytest.raises(OwnedElsewhereError, match="has one of the same columns"):
         run(API_KEY, WEBHOOK, selection=Selection(generator=f"{MADE_BY}two_keys"))
     assert leaked("webhook_secret") == set(range(ROWS))
     assert_completed(run(WEBHOOK, selection=Selection()), rows=ROWS)
