@@ -25,6 +25,11 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 # The names that GitHub's secret scanning uses, to partners and in its API.
 _JSON_KEYS: Final = ("token", "secret")
 _HEX_PREFIX: Final = "\\x"
+# What surrounds the value in each line of some files: none of these values would be found.
+_DECORATIONS: Final = {
+    "quotes around each value": re.compile(rb"""(["']).*\1"""),
+    "NAME=value in each line": re.compile(rb"[A-Za-z_]\w*=[^=].*"),
+}
 _UUID: Final = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 _ToBytes: TypeAlias = Callable[[bytes], bytes | None]
@@ -87,14 +92,19 @@ def _read(stream: BinaryIO, path: str, column: str) -> Iterator[bytes]:
 
 
 def _read_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
-    first = next(stream, b"")
+    first, decorations, is_empty = next(stream, b""), list(_DECORATIONS), True
     for number, line in enumerate(chain([first.removeprefix(_BYTE_ORDER_MARK)], stream), 1):
         # No text of the server has one. In UTF-16, every character of a token does.
         if b"\0" in line:
             raise OptionError(
                 f"{_named(path)} has a zero byte in line {number}. Convert it to a text file in UTF-8."
             )
-        yield line.strip()
+        if value := line.strip():
+            is_empty = False
+            decorations = [each for each in decorations if _DECORATIONS[each].fullmatch(value)]
+        yield value
+    if decorations and not is_empty:
+        raise OptionError(f"{_named(path)} has {decorations[0]}. Write the values alone, one in each line.")
 
 
 def _read_csv(stream: BinaryIO, path: str, column: str) -> Iterator[bytes]:

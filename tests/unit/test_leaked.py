@@ -49,6 +49,12 @@ def test_formats(tmp_path: Path, name: str, column: str, content: bytes, lines: 
     assert values.lines(found=False, most=9) == []
 
 
+@pytest.mark.parametrize("stored", [("c2VjcmV0LTE=", "c2VjcmV0MQ=="), ('"one"', "two"), ("KEY=one", "=two")])
+def test_values_may_have_quotes_and_equals_signs(tmp_path: Path, stored: tuple[str, str]) -> None:
+    (tmp_path / "keys").write_text("\n".join(stored))
+    assert_has(read(tmp_path / "keys"), *stored)
+
+
 def test_the_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"one\ntwo\n"))))
     assert_has(read("-"), "one", "two")
@@ -70,6 +76,13 @@ def test_each_list_has_its_own_salt(tmp_path: Path) -> None:
         ("keys.csv", "key", f'key\n"{"secret-1" * 20_000}"\n', "not a CSV file from line 2"),
         ("keys", "", f"[{'[' * 100_000}", "not valid JSON"),
         ("keys", "", "secret-1\ns\0e\0", "has a zero byte in line 2. Convert it to a text file in UTF-8"),
+        (
+            "keys",
+            "",
+            "\nKEY_1=secret-1\nKEY_2=secret-2=\n",
+            "has NAME=value in each line. Write the values alone",
+        ),
+        ("keys", "", "\"secret-1\"\n'secret-2'\n", "has quotes around each value. Write the values alone"),
         ("missing", "", None, "No such file"),
     ],
 )
