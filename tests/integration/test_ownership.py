@@ -10,7 +10,7 @@ import pytest
 from rotator.events import ActionKind, EndStatus
 from rotator.exceptions import RotationRepeatedError, RowsLockedError, SupersededError
 from rotator.postgres import rotations
-from rotator.postgres.connection import connected
+from rotator.postgres.connection import APPLICATION_NAME, connected
 from rotator.postgres.fence import LOCK_CLASS, Lease
 from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import (
@@ -62,9 +62,11 @@ async def _take(
     )
 
 
-def _in_a_range(database: Database, lease: Lease) -> psycopg.Connection:
+def _in_a_range(
+    database: Database, lease: Lease, application_name: str = f"{APPLICATION_NAME} shop"
+) -> psycopg.Connection:
     """A connection in the middle of a range's transaction."""
-    opened = database.connect()
+    opened = database.connect(application_name=application_name)
     opened.execute("BEGIN")
     opened.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, lease.rotation))
     return opened
@@ -257,6 +259,19 @@ async def test_a_session_that_keeps_the_lock_is_terminated(
         with pytest.raises(psycopg.OperationalError):
             ended.execute("SELECT")
     bystander.execute("COMMIT")
+
+
+async def test_a_session_of_the_application_with_the_same_lock_is_left_alone(
+    database: Database,
+    control: psycopg.AsyncConnection,
+    lease: Lease,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rotations, "_TAKE_OVER_LOCK_SECONDS", 0.01)
+    holding = _in_a_range(database, lease, "shop")
+    with pytest.raises(RowsLockedError, match=rf"classid {LOCK_CLASS}, objid {lease.rotation} in pg_locks"):
+        await _take(control, lease)
+    holding.execute("COMMIT")
 
 
 async def test_a_lock_that_cannot_be_released_is_an_error(

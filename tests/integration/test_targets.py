@@ -482,6 +482,16 @@ def test_another_rotation_with_the_same_field_has_to_wait(orders: Database) -> N
     assert len(orders.execute("SELECT id FROM rotator_rotation")) == 2
 
 
+def test_another_model_of_the_same_column_has_to_wait(orders: Database) -> None:
+    name = str(django_connection.settings_dict["NAME"])
+    rotate_until_killed(name, [API_KEY], TOKEN, options=OPTIONS, ranges=2)
+    # As a second model with the same db_table names it.
+    orders.execute("UPDATE rotator_rotation SET target = 'twin.Order.api_key'")
+    with pytest.raises(OwnedElsewhereError, match=r"of twin\.Order\.api_key is unfinished"):
+        run(API_KEY)
+    assert_completed(run(WEBHOOK, selection=Selection()), rows=ROWS)
+
+
 # --- Those who want to know ------------------------------------------------------------------------
 
 
