@@ -22,6 +22,10 @@ _STOP_LIMIT_SECONDS: Final = 300
 _LAUNCHES: Final = 6
 _RELAUNCH_PAUSE_SECONDS: Final = 0.2
 _POLL_SECONDS: Final = 0.02
+_EXEC_POLLS: Final = 100
+_EXEC_POLL_SECONDS: Final = 0.002
+# The states of a zombie and of a process that is being removed, in proc(5).
+_ENDED: Final = (b"Z", b"X", b"x")
 
 # The shell ends at once, so the server is no child of ours: it outlives us, and leaves us no zombie.
 _IN_THE_BACKGROUND: Final = ("/bin/sh", "-c", '"$@" >&2 & echo $!', "sh")
@@ -144,11 +148,22 @@ def command_line(pid: int) -> str:
     Empty where there is no such process, or only a zombie of it.
     """
     if Path("/proc/self/cmdline").exists():
-        try:
-            return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" "))
-        except (FileNotFoundError, ProcessLookupError):
-            return ""
+        return _command_line_of_proc(Path(f"/proc/{pid}"))
     listed = subprocess.run(  # noqa: S603 -- a number is all that varies
         ["/bin/ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, check=False
     )
     return os.fsdecode(listed.stdout.rstrip(b"\n") + b" ")
+
+
+def _command_line_of_proc(process: Path) -> str:
+    try:
+        for _ in range(_EXEC_POLLS):
+            arguments = (process / "cmdline").read_bytes()
+            state = (process / "stat").read_bytes().rpartition(b")")[2].split()[0]
+            if arguments or state in _ENDED:
+                return os.fsdecode(arguments.replace(b"\0", b" "))
+            # In the middle of exec, there are none for a moment. A thread of the kernel never has any.
+            time.sleep(_EXEC_POLL_SECONDS)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return ""

@@ -36,3 +36,10 @@ def test_a_zombie_counts_as_gone() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert not command_line(child.pid).strip()
+
+
+def test_a_process_that_has_just_begun_is_not_taken_for_one_that_is_gone() -> None:
+    for _ in range(200):
+        with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as child:
+            assert command_line(child.pid)
+            child.kill()
