@@ -151,15 +151,12 @@ class EqualValuesError(RotatorError):
     """Rows of a range had the same value after the update; the range was rolled back."""
 
     def __init__(self, where: str, triggers: tuple[str, ...]) -> None:
+        named = f" ({', '.join(triggers)})" if triggers else ""
         super().__init__(
             f"Rows {where} have the same value after the update, which was rolled back. One of the triggers "
-            f"that an update fires ({', '.join(triggers)}) stores it. Disable the cause during the rotation, "
-            "or let it accept new values. Then run the same command again."
+            f"that an update fires{named} stores it. Disable the cause during the rotation, or let it accept "
+            "new values. Then run the same command again."
         )
-
-
-class TableReplacedError(RotatorError):
-    """Another table has the name of the target's table; the range was rolled back."""
 
 
 class ValuesError(RotatorError):

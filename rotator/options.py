@@ -451,10 +451,9 @@ def given_options(options: Mapping[str, Any], selection: Mapping[str, Any]) -> R
     return replace(saved, concurrency=_DEFAULTS.concurrency) if selection.get("leaked") else saved
 
 
+# The command shows the sentences on the attributes, too, as its help.
 class RotateOptions(TypedDict, total=False):
     """The options of ``rotate`` and ``rotate_sync``; the same as those of the command.
-
-    The command shows these sentences too, as its help.
 
     Attributes:
         concurrency: The maximum number of workers that write at the same time. Each has its own connection

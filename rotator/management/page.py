@@ -136,7 +136,7 @@ def _left_out(rotation: Rotation) -> list[str]:
 
 
 def _fields(rotation: Rotation) -> list[AnyField]:
-    """Return the fields of the target, without those that the project has no more."""
+    """Return the fields of the target, without those that could not be rotated any more."""
     found = list[AnyField]()
     for label in rotation.target.split():
         with suppress(TargetError):

@@ -8,7 +8,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
 from rotator.exceptions import ServerLostError
-from rotator.postgres.connection import fetch_as, fetch_column, fetch_row, fetch_rows
+from rotator.postgres.connection import IS_OWN_SESSION, fetch_as, fetch_column, fetch_row, fetch_rows
 from rotator.postgres.table import PARTITIONS, TargetTable
 
 
@@ -46,10 +46,10 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
 # A blocker may wait itself, e.g. for the same row: the one that waits longest leads to the holder.
 # Every role sees the virtual transactions of all sessions. A prepared transaction has none.
 _BLOCKING: Final = (
-    "WITH RECURSIVE ours AS MATERIALIZED (SELECT DISTINCT l.pid FROM pg_locks l"
+    "WITH RECURSIVE ours AS MATERIALIZED (SELECT DISTINCT l.pid FROM pg_locks l"  # noqa: S608 - our own text
     # The view's wait_event is NULL for the sessions of another role, and that is any one after SET ROLE.
     " JOIN pg_stat_activity a ON a.pid = l.pid WHERE NOT l.granted AND a.datname = current_database()"
-    " AND a.application_name = current_setting('application_name')),"
+    f" AND a.{IS_OWN_SESSION}),"
     " waits AS MATERIALIZED (SELECT pid, transactionid, waitstart FROM pg_locks"
     " WHERE NOT granted AND EXISTS (SELECT FROM ours)),"
     " chain (depth, pid, blockers) AS (SELECT 1, pid, pg_blocking_pids(pid) FROM ours"
@@ -63,7 +63,7 @@ _BLOCKING: Final = (
     " LEFT JOIN pg_prepared_xacts p ON b.pid = 0 AND p.database = current_database()"
     " AND p.transaction = COALESCE(w.transactionid, p.transaction)"
     " WHERE b.pid NOT IN (SELECT pid FROM waits)"
-    " AND h.application_name IS DISTINCT FROM current_setting('application_name')"
+    f" AND (h.{IS_OWN_SESSION}) IS NOT TRUE"
 )
 _OPEN: Final = (
     "SELECT v.virtualtransaction, 'pid ' || v.pid || COALESCE(', ' || NULLIF(h.application_name, ''), '')"
@@ -92,7 +92,7 @@ async def open_transactions(connection: AsyncConnection, transactions: Iterable[
 # replica has no database. A worker of autovacuum ignores its own snapshot while it vacuums, and so does a
 # VACUUM of the rotator.
 _HORIZON_HOLDERS: Final = (
-    "SELECT name, xmin, phrase FROM ("
+    "SELECT name, xmin, phrase FROM ("  # noqa: S608 - our own text
     " SELECT 'pid ' || pid AS name, CASE WHEN datname IS NULL"
     " THEN 'replica ' || COALESCE(NULLIF(application_name, ''), '?') || ' (hot_standby_feedback)'"
     " ELSE 'pid ' || pid || COALESCE(', ' || NULLIF(application_name, ''), '') || COALESCE(', ' || state, '')"
@@ -101,7 +101,7 @@ _HORIZON_HOLDERS: Final = (
     " GREATEST(age(backend_xmin), age(backend_xid)) AS age FROM pg_stat_activity"
     " WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)"
     " AND (datname IS NULL OR datname = current_database())"
-    " AND application_name IS DISTINCT FROM current_setting('application_name')"
+    f" AND ({IS_OWN_SESSION}) IS NOT TRUE"
     " AND backend_type IS DISTINCT FROM 'autovacuum worker'"
     " UNION ALL SELECT 'prepared ' || gid, 'prepared transaction ' || gid, transaction::text,"
     " age(transaction) FROM pg_prepared_xacts WHERE database = current_database()"
@@ -135,7 +135,7 @@ async def horizon_holders(connection: AsyncConnection) -> tuple[HorizonHolder, .
 # A number comes before the names in parentheses; one standby confirms where there is none. The view's
 # sync_state is NULL without pg_read_all_stats.
 _MISSING_STANDBYS: Final = (
-    "SELECT names FROM current_setting('synchronous_standby_names') AS names WHERE names <> ''"
+    "SELECT names FROM current_setting('synchronous_standby_names') AS names WHERE names <> ''"  # noqa: S608 - our own text
     " AND ((SELECT count(*) FROM pg_stat_replication"
     " WHERE sync_state IN ('sync', 'quorum') OR sync_state IS NULL)"
     " < COALESCE(substring(names FROM '(?i)^\\s*(?:first|any)?\\s*(\\d+)\\s*\\(')::int, 1)"
@@ -143,7 +143,7 @@ _MISSING_STANDBYS: Final = (
     " AND state = 'active'"
     # A short wait is part of each commit.
     " AND query_start < clock_timestamp() - interval '5 s'"
-    " AND datname = current_database() AND application_name = current_setting('application_name'))))"
+    f" AND datname = current_database() AND {IS_OWN_SESSION})))"
 )
 
 

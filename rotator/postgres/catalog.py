@@ -10,7 +10,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from rotator.exceptions import OptionError, TargetError
-from rotator.postgres.connection import fetch_as, fetch_column, fetch_rows, first
+from rotator.postgres.connection import IS_OWN_SESSION, fetch_as, fetch_column, fetch_rows, first
 from rotator.postgres.errors import read_only
 from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 
@@ -98,14 +98,13 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
     """
     ((number, version, is_read_only, allowed, others),) = await fetch_rows(
         connection,
-        "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"
+        "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"  # noqa: S608 - our own text
         " current_setting('transaction_read_only')::boolean,"
         " current_setting('max_connections')::integer"
         " - current_setting('superuser_reserved_connections')::integer,"
         # A previous owner's are closed when this run needs them.
         " (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-        " AND pid <> pg_backend_pid() AND application_name IS DISTINCT FROM"
-        " current_setting('application_name'))",
+        f" AND pid <> pg_backend_pid() AND ({IS_OWN_SESSION}) IS NOT TRUE)",
     )
     if number < OLDEST_VERSION:
         raise TargetError(f"Cannot rotate on PostgreSQL {version}: version 15 or later is required.")

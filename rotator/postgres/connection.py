@@ -20,6 +20,8 @@ T = TypeVar("T")
 Query: TypeAlias = LiteralString | bytes | sql.SQL | sql.Composed
 
 APPLICATION_NAME: Final = "rotator"
+IS_OWN_SESSION: Final = f"application_name ~ '^{APPLICATION_NAME}( |$)'"
+"""A condition in SQL: the session is of any process of the rotator, whose project may have added a name."""
 CONNECT_SECONDS: Final = 10
 OPEN_SECONDS: Final = 20.0
 # On a direct connection, a statement is prepared when it has been sent this many times.

@@ -47,7 +47,7 @@ _PERMANENT: Final[dict[type[psycopg.Error], tuple[str, str]]] = {
         "Restore it, or upgrade a server older than PostgreSQL 15",
     ),
 }
-# Functions of the server whose messages contain no values of rows.
+# Functions of the server whose messages contain only names.
 _NAMES_ALONE: Final = (
     "varchar",
     "bpchar",
@@ -193,7 +193,7 @@ def condition(error: psycopg.Error) -> str:
 
 
 def _has_names_alone(error: psycopg.Error) -> bool:
-    """Return whether the server's message contains names, but no values of rows."""
+    """Return whether the server's message can be shown: it has no values of rows."""
     return error.diag.source_function in _NAMES_ALONE
 
 

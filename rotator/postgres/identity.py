@@ -138,9 +138,9 @@ class TargetIdentity:
             return f"the database is another one: its oid is {now.database_oid} and was {self.database_oid}"
         if self.table_oid != now.table_oid:
             return replaced(oid=now.table_oid, before=self.table_oid)
-        return self._difference_of_columns(now)
+        return self._difference_within_table(now)
 
-    def _difference_of_columns(self, now: "TargetIdentity") -> str:
+    def _difference_within_table(self, now: "TargetIdentity") -> str:
         if self.columns and self.columns != now.columns:
             return (
                 "the rotated columns are other ones: their numbers in the table (attnum) are "

@@ -118,7 +118,7 @@ class IndexPlanner:
         ]
 
     async def _fetch(self, query: bytes | sql.Composed, parameters: Params) -> list[tuple[Any, ...]]:
-        """Fetch rows with the planner's settings, in one round trip: no lock of it waits for this process."""
+        """Fetch rows with the planner's settings, in one round trip: a busy process delays no lock."""
         connection = self._connection
         async with rolled_back_on_error(connection), connection.pipeline():
             await begin(connection)

@@ -311,7 +311,7 @@ async def sample(
     except (RowsLockedError, RangeGrewError):
         skipped = "other sessions wrote to its rows"
     except RewriteError as error:
-        skipped = f"{error.condition}, perhaps because of a trigger"
+        skipped = error.condition
     except (ServerRefusedError, ServerLostError) as error:
         skipped = str(error).rstrip(".")
     return Sample(skipped=skipped)

@@ -18,7 +18,7 @@ from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection, given_options
 from rotator.postgres.connection import (
-    APPLICATION_NAME,
+    IS_OWN_SESSION,
     fetch_as,
     fetch_row,
     fetch_rows,
@@ -254,7 +254,7 @@ async def begin_rotation(
         after: The completed rotation that it can repeat; None for no rotation.
 
     Raises:
-        OwnedElsewhereError: Another unfinished rotation has some of the same fields.
+        OwnedElsewhereError: Another unfinished rotation has some of the same columns.
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
     selection = Selection.from_json(terms.selection)
@@ -294,19 +294,20 @@ async def begin_rotation(
 
 
 async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> None:
-    """Refuse a target that shares a field with another one's unfinished rotation."""
+    """Refuse a target that shares a column with another one's unfinished rotation."""
     row = await fetch_row(
         connection,
         "SELECT id, target FROM rotator_rotation WHERE table_name = %(table_name)s AND target <> %(target)s"
         " AND status IN ('running', 'queued', 'interrupted', 'failed')"
         " AND (string_to_array(target, ' ') && string_to_array(%(target)s, ' ')"
         # Two models can have the same table.
-        " OR EXISTS (SELECT FROM jsonb_array_elements(identity -> 'columns') AS number"
-        " WHERE %(columns)s::jsonb @> number)) ORDER BY id LIMIT 1",
+        " OR (identity -> 'table_oid' = %(identity)s::jsonb -> 'table_oid' AND EXISTS ("
+        "SELECT FROM jsonb_array_elements(identity -> 'columns') AS number"
+        " WHERE %(identity)s::jsonb -> 'columns' @> number))) ORDER BY id LIMIT 1",
         {
             "target": terms.target,
             "table_name": terms.table_name,
-            "columns": Jsonb(terms.identity.get("columns", [])),
+            "identity": Jsonb(dict(terms.identity)),
         },
     )
     if row:
@@ -642,18 +643,20 @@ async def exclusive_lock(
                     )
                 break
             # The backend of a frozen client never exits, and keeps its locks. A session of the application
-            # that has chosen the same number is left alone.
+            # that has chosen the same number is left alone. Some poolers give each session the same name.
             await connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+                "SELECT pg_terminate_backend(pid) FROM pg_locks AS held JOIN pg_stat_activity USING (pid)"  # noqa: S608 - our own text
                 " WHERE locktype = 'advisory' AND granted AND datname = current_database()"
                 " AND database = datid AND classid = %(class)s::oid AND objid = %(number)s::oid"
-                " AND objsubid = 2 AND pid <> pg_backend_pid() AND starts_with(application_name, %(own)s)",
-                parameters | {"own": APPLICATION_NAME},
+                " AND objsubid = 2 AND pid <> pg_backend_pid()"
+                f" AND ({IS_OWN_SESSION} OR EXISTS (SELECT FROM pg_locks AS used WHERE used.pid = held.pid"
+                " AND used.relation = 'rotator_rotation'::regclass))",
+                parameters,
             )
         else:
             raise RowsLockedError(
-                "Cannot acquire the rotation: other sessions hold its advisory lock (classid "
-                f"{lock_class}, objid {number} in pg_locks) and cannot be terminated. End them, then run the "
-                "same command again."
+                "Cannot acquire the rotation: sessions that are not the rotator's, or that this role cannot "
+                f"terminate, hold its advisory lock (classid {lock_class}, objid {number} in pg_locks). End "
+                "them, then run the same command again."
             )
         yield

@@ -17,14 +17,14 @@ from rotator.exceptions import (
     OldValuesKeptError,
     RangeRejectedError,
     RangeTooSlowError,
-    TableReplacedError,
+    TargetError,
     ValuesError,
 )
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeGrewError, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
-from rotator.postgres.identity import replaced
+from rotator.postgres.identity import changed_target, replaced
 from rotator.postgres.ledger import Ledger, enter_values
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
@@ -143,7 +143,7 @@ class RangeUpdate:
             RangeRejectedError: The server rejected the rows.
             OldValuesKeptError: Triggers restore the old values.
             EqualValuesError: A trigger stores the same value in several rows.
-            TableReplacedError: Another table has the name now.
+            TargetError: Another table has the name now.
             ValuesError: The new values are invalid.
             RotatorError: Every other error of :func:`translate_errors`.
         """
@@ -212,7 +212,7 @@ class RangeUpdate:
                 after, seconds, oid = await writes_after.fetchone() or (0, 0.0, 0)
                 # By now the table is locked, so its name stays the same.
                 if self.table.oid not in (0, oid):
-                    raise TableReplacedError(replaced(oid=oid, before=self.table.oid))
+                    raise self._replaced(lease, oid)
                 if kept or repeated:
                     raise RewriteError(_KEPT if kept else _REPEATED)
                 table_writes = after - await number(writes_before)
@@ -221,7 +221,10 @@ class RangeUpdate:
                     await self._check_rows(connection, rows, written)
                 if has_other_writes:
                     await self._check_digests(connection, rows, digests)
-                if self.table.has_before_triggers:
+                # A source that makes values from rows makes different ones for each slice.
+                if self.table.has_before_triggers and (
+                    count <= SLICE_ROWS or isinstance(self._source, InBulk)
+                ):
                     await self._check_distinct(connection, rows)
         except ValuesError as error:
             raise (error.of(rows) if isinstance(rows, KeyRange) else error) from None
@@ -335,24 +338,37 @@ class RangeUpdate:
             if any(was is not None and was == now for was, now in pairs):
                 raise RewriteError(_KEPT)
 
-    async def _check_distinct(self, connection: AsyncConnection, rows: Rows) -> None:
-        """Refuse equal values, since those that were assigned are different: a trigger has stored others.
+    def _replaced(self, lease: Lease | None, oid: int) -> TargetError:
+        """Return the error for another table that has the target's name now."""
+        difference = replaced(oid=oid, before=self.table.oid)
+        if lease is None:
+            return TargetError(
+                f"Cannot rotate {self.table.found_name}: {difference}. Run the same command again."
+            )
+        return changed_target(lease.rotation, self.table.found_name, difference)
 
-        Rows at places have left them, and are too few to tell.
+    async def _check_distinct(self, connection: AsyncConnection, rows: Rows) -> None:
+        """Refuse equal values: those that were assigned are different, so a trigger has stored others.
+
+        With several columns, the new values of a row are different together. A row that keeps a NULL or an
+        empty text in one of them is left out.
         """
-        values = sql.SQL("ROW({})").format(
-            sql.SQL(", ").join(identifier(ROW, column.name) for column in self.table.columns)
-        )
+        names = [identifier(ROW, column.name) for column in self.table.columns]
+        values = sql.SQL("ROW({})").format(sql.SQL(", ").join(names))
+        has_all = [sql.SQL("{} IS NOT NULL").format(name) for name in names]
+        if len(names) > 1:
+            has_all += [sql.SQL("{}::text <> ''").format(name) for name in names]
         columns = sql.SQL(
             "count(*) FILTER (WHERE {is_own}), count(DISTINCT {values}::text) FILTER (WHERE {is_own})"
         ).format(
-            is_own=sql.SQL("{} = pg_current_xact_id()::xid AND NOT {} IS NULL").format(
-                identifier(ROW, "xmin"), values
+            is_own=sql.SQL(" AND ").join(
+                [sql.SQL("{} = pg_current_xact_id()::xid").format(identifier(ROW, "xmin")), *has_all]
             ),
             values=values,
         )
+        keys = None if isinstance(rows, KeyRange) else [str(row.key) for row in rows]
         # A row that has an empty text now matches no more.
-        cursor = await self._select(connection, rows, columns, and_matches=sql.SQL(""))
+        cursor = await self._select(connection, rows, columns, keys=keys, and_matches=sql.SQL(""))
         stored, distinct = await cursor.fetchone() or (0, 0)
         if distinct < stored:
             raise RewriteError(_EQUAL)

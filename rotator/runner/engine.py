@@ -19,10 +19,11 @@ from rotator.runner.gate import Gate
 from rotator.runner.retry import NextStep, RetryPolicy
 from rotator.runner.work_queue import Attempt, WorkQueue
 
+# The rejected rows of a run, after which it gives up.
 MAX_FAILED_ROWS: Final = 1000
-# While the rotation has rotated no row ...
+# The same while the rotation has rotated no row.
 MAX_FAILED_ROWS_AT_START: Final = 8
-# ... and for the first rows of ranges while no row is rotated in between. With ranges of 100 rows or more,
+# The same for the first rows of ranges, if no row is rotated in between. With ranges of 100 rows or more,
 # neighbouring rows at fault reach MAX_FAILED_ROWS first. Fewer than the ranges that wait for a retry.
 MAX_FAILED_ROWS_IN_A_ROW: Final = 12
 

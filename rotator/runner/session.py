@@ -8,7 +8,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.events import ConfirmationStarted, EndStatus, RotationStarted, RowsConfirmed, StopReason
-from rotator.exceptions import RotatorError, TableReplacedError
+from rotator.exceptions import RotatorError
 from rotator.postgres import rotations
 from rotator.postgres.identity import changed_target
 from rotator.postgres.last_writers import LastWriters, count_unless_changed
@@ -181,10 +181,7 @@ class Session:
                 options=EngineOptions(max_rows=max_rows),
                 has_rotated=owned.rows_done > 0,
             )
-            try:
-                await engine.run(left, drain)
-            except TableReplacedError as error:
-                raise changed_target(owned.lease.rotation, self._context.target.label, str(error)) from None
+            await engine.run(left, drain)
 
     async def _confirm(self, owned: RotationState) -> bool:
         """Rotate every row that no session has written since the rotation began.

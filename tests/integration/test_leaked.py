@@ -20,6 +20,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres import leaked
 from rotator.postgres.connection import OwnConnection, connected
 from rotator.postgres.leaked import LeakedValues
+from tests.integration.outcomes import ORDERS
 from tests.integration.rotation_tables import END_THE_ROTATOR, Database
 from tests.shop import models
 
@@ -97,6 +98,16 @@ def test_only_rows_with_leaked_values_are_rotated(orders: Database, path: Path) 
     assert (rotation.status, rotation.rows_done) == ("completed", ROWS // 3)
     assert rotation.selection["leaked"] == str(path)
     assert not orders.execute("SELECT FROM pg_class WHERE relname LIKE 'rotator_leaked%'")
+
+
+def test_a_trigger_that_stores_equal_values_ends_the_run(orders: Database, tmp_path: Path) -> None:
+    orders.execute("UPDATE shop_order SET webhook_secret = 'hook ' || id")
+    path = tmp_path / "hooks"
+    path.write_text("".join(f"hook {i}\n" for (i,) in orders.execute("SELECT id FROM shop_order LIMIT 9")))
+    orders.before_update("NEW.webhook_secret := 'one for all'; RETURN NEW;", ORDERS)
+    stopped = run(path, "shop.Order.webhook_secret")
+    assert (stopped.status, stopped.rows) == ("failed", 0)
+    assert "have the same value after the update" in stopped.error
 
 
 @pytest.mark.parametrize("array_values", [leaked.ARRAY_VALUES, 0])

@@ -1,6 +1,7 @@
 """Columns whose type limits or changes values: they hold what a plain UPDATE would store, or are refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -8,7 +9,7 @@ from psycopg.sql import Identifier
 
 from rotator.options import Selection
 from rotator.postgres.table import TargetTable
-from tests.integration.outcomes import CODES, SHOP, assert_unconfirmed, rotate
+from tests.integration.outcomes import CODED, CODES, SHOP, assert_unconfirmed, rotate
 from tests.integration.rotation_tables import SCHEMA, Database
 from tests.pairs import all_pairs
 
@@ -172,3 +173,17 @@ def test_a_trigger_may_store_other_values(database: Database, coded: MakeTable, 
     database.before_update(f"NEW.secret := {stored}; RETURN NEW;", table)
     assert rotate(CODES).status == "completed"
     assert database.changed(before, table) == before.keys()
+
+
+def test_one_of_several_values_may_be_equal(database: Database) -> None:
+    """A row that keeps an empty text gets only the other value, of which there are few."""
+    database.execute(
+        "INSERT INTO shop_checked (token, checksum, changed_at)"
+        " SELECT CASE WHEN i % 2 = 0 THEN '' ELSE 'leaked ' || i END, 'leaked', now()"
+        f" FROM generate_series(1, {ROWS}) AS i"
+    )
+    table = replace(CODED, path=("shop_checked",))
+    database.before_update("RETURN NEW;", table)
+    chosen = Selection(generator=f"{GENERATORS}token_and_digit")
+    assert rotate(["shop.Checked.token", "shop.Checked.checksum"], selection=chosen).status == "completed"
+    assert not database.execute("SELECT FROM shop_checked WHERE token LIKE 'leaked%' OR checksum = 'leaked'")

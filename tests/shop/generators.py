@@ -59,6 +59,10 @@ def token_for_row(_row: Model) -> str:
     return token()
 
 
+def token_and_digit() -> dict[str, str]:
+    return {"token": token(), "checksum": digit()}
+
+
 def two_keys_for_row(_row: Model) -> dict[str, str]:
     return two_keys()
 
