@@ -21,11 +21,11 @@ MAX_GROWTH: Final = 1.5
 FIXED_SECONDS: Final = 0.002
 # Smaller ranges would spend too much of their time on that cost.
 MAX_FIXED_SHARE: Final = 0.2
-MIN_RANGE_SECONDS: Final = FIXED_SECONDS / MAX_FIXED_SHARE
 # The ratio of two sizes below which noise would pass for a fixed cost.
 MIN_SPREAD: Final = 2
 
-# Workers.
+# Workers. Next to an application, shorter ranges of the only worker lower no latency.
+LOWEST_LEVEL: Final = 1
 WINDOW_SECONDS: Final = 2.0
 MIN_SAMPLES: Final = 10
 SAMPLES_OF_ONE_STEP: Final = 20
@@ -187,11 +187,10 @@ class _Trial:
 
 
 class Controller:
-    """Moves a level up and down while other sessions are at work.
+    """Moves a level, the number of workers, up and down while other sessions are at work.
 
-    A level above zero is a number of workers. Each level below one halves the time that the ranges of the
-    only worker take. A level that was too much, or gained too little, is blocked for a minute, then for two,
-    and so on. Otherwise the level would swing between two values all the time.
+    A level that was too much, or gained too little, is blocked for a minute, then for two, and so on.
+    Otherwise the level would swing between two values all the time.
 
     Each ``now`` is a monotonic clock's value in seconds and never smaller than the one before.
 
@@ -209,14 +208,12 @@ class Controller:
             now: The time.
         """
         self.pace = pace
-        self._range_seconds = pace.range_seconds or math.inf
         self._latency_limit = pace.latency_limit or math.inf
         self._max_workers = max_workers
-        self._lowest = 1 - max(0, int(math.log2(self._range_seconds / MIN_RANGE_SECONDS)))
         self.baseline: float | None = None
         self._samples = deque[tuple[float, float]]()
         self._blocks = dict[int, _Block]()
-        self._level = 1
+        self._level = LOWEST_LEVEL
         self._changed_at = now
         self._mark: _Mark | None = None
         self._trial: _Trial | None = None
@@ -227,8 +224,7 @@ class Controller:
     @property
     def allowance(self) -> Allowance:
         """What is allowed now."""
-        share = 2.0 ** min(0, self._level - 1)
-        return Allowance(workers=max(1, self._level), range_seconds=self._range_seconds * share)
+        return Allowance(workers=self._level, range_seconds=self.pace.range_seconds)
 
     @property
     def reason(self) -> str:
@@ -238,7 +234,7 @@ class Controller:
     @property
     def is_lowest(self) -> bool:
         """Whether it can go no lower."""
-        return self._level <= self._lowest
+        return self._level <= LOWEST_LEVEL
 
     @property
     def is_over(self) -> bool:
@@ -314,28 +310,26 @@ class Controller:
         if self.is_lowest:
             return
         if p90 > FAR_ABOVE * limit:
-            lower = self._level // 2 if self._level > 1 else self._level - 2
+            lower = self._level // 2
         elif len(self._samples) >= SAMPLES_OF_ONE_STEP and now - self._changed_at >= DOWN_SECONDS:
             lower = self._level - 1
         else:
             return
         self._block(self._level, now)
-        self._level = max(self._lowest, lower if self._trial is None else self._trial.level_before)
+        self._level = lower if self._trial is None else self._trial.level_before
         self._doubles, self._trial, self._knee = False, None, ""
 
     def _go_up(self, p90: float, limit: float, progress: Progress, now: float) -> None:
-        if not self._is_measured(progress, now) or progress.busy < BUSY * max(1, self._level):
+        if not self._is_measured(progress, now) or progress.busy < BUSY * self._level:
             return
         for higher in [2 * self._level, self._level + 1] if self._doubles else [self._level + 1]:
             if not self._level < higher <= self._max_workers or self._is_blocked(higher, now):
                 continue
-            # What our load adds grows with the workers, and somewhat with the size of a range.
-            factor = higher / self._level if self._level >= 1 else MAX_GROWTH
+            # What our load adds grows with the workers.
             baseline = self.baseline or 0.0
-            if baseline + max(0.0, p90 - baseline) * factor > limit:
+            if baseline + max(0.0, p90 - baseline) * higher / self._level > limit:
                 continue
-            if higher > 1:
-                self._trial = _Trial(level_before=self._level, rate_before=self._rate(progress, now))
+            self._trial = _Trial(level_before=self._level, rate_before=self._rate(progress, now))
             self._level = higher
             return
 
