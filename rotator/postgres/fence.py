@@ -28,7 +28,7 @@ KEY_SETTINGS: Final = {
 IDLE_SECONDS: Final = 10
 # A setting of the transactions that write for a rotation: its id.
 OWN_ROTATION: Final = "rotator.rotation"
-# A transaction with these settings neither blocks other sessions for long nor logs new values.
+# The settings of each writing transaction, except for its time limits.
 SETTINGS: Final = {
     "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
     "client_connection_check_interval": "1s",

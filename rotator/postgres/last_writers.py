@@ -146,7 +146,7 @@ async def count_unless_changed(
     started_xid: int,
     identity: Mapping[str, Any],
 ) -> LastWriters | str:
-    """Return the same counts; or, as a phrase, how the target differs from that at the rotation's start.
+    """Return the counts of :func:`count_last_writers`; or, as a phrase, how the target has changed.
 
     The identity at the start has JSON types.
     """

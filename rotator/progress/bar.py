@@ -162,7 +162,7 @@ class BarObserver:
                 self._show()
             case RotationStopped():
                 self._finish(event)
-            case RangeCompleted() | WorkersProgressed() if not self._timer.is_due():
+            case RangeCompleted() | WorkersProgressed() if not self._timer.restart_if_due():
                 pass
             case _:
                 self._show()

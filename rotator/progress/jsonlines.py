@@ -76,7 +76,7 @@ class JsonObserver:
                 stopped_at = event.stopped_at and _iso(event.stopped_at)
                 self._write("started", {**asdict(event), "stopped_at": stopped_at, "resumed": event.resumed})
             case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._stats.started and self._timer.is_due():
+                if self._stats.started and self._timer.restart_if_due():
                     self._write("progress", figures(self._stats))
             case (
                 RangeDeferred()

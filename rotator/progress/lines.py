@@ -48,8 +48,8 @@ class Timer:
         self._clock = clock
         self._due_at = clock() + seconds
 
-    def is_due(self) -> bool:
-        """Return whether ``seconds`` have passed since it was last due, or since its creation."""
+    def restart_if_due(self) -> bool:
+        """Return whether ``seconds`` have passed since its last start, and if so, start again."""
         now = self._clock()
         if now < self._due_at:
             return False
@@ -115,10 +115,10 @@ class NotableEvents(ABC):
         self._stats.take(event)
         match event:
             case RangeCompleted() | WorkersProgressed() | Tick():
-                if self._stats.started and self._timer.is_due():
+                if self._stats.started and self._timer.restart_if_due():
                     text = figures(self._stats)
             case VerificationProgressed():
-                if self._timer.is_due():
+                if self._timer.restart_if_due():
                     text = f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
             case RotationStopped():
                 text = self.ended(event)
