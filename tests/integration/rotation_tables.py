@@ -39,6 +39,12 @@ MONTH: Final = "FOR VALUES FROM ('2026-{0:02}-01') TO ('2026-{1:02}-01')"
 _UPDATES: Final = identifier(SCHEMA, "updates")
 # Only a test that fails waits so long.
 PATIENCE_SECONDS: Final = 60.0
+# Autovacuum holds the strongest lock for a moment, when it truncates a table.
+WAITS_FOR_A_LOCK: Final = (
+    "datname = current_database() AND wait_event_type = 'Lock' AND NOT EXISTS ("
+    "SELECT FROM unnest(pg_blocking_pids(waiting.pid)) AS blocking (pid)"
+    " JOIN pg_stat_activity AS holder USING (pid) WHERE holder.backend_type = 'autovacuum worker')"
+)
 
 
 PAIRS: Final = TargetTable(
@@ -300,15 +306,14 @@ class Database:
     async def until_blocked(self, sessions: int = 1) -> None:
         """Wait until so many sessions of this database wait for locks."""
         await self.until(
-            f"{sessions} = (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND wait_event_type = 'Lock')"
+            f"{sessions} = (SELECT count(*) FROM pg_stat_activity AS waiting WHERE {WAITS_FOR_A_LOCK})"
         )
 
     async def until_rotator_waits_for_a_lock(self, *, backends: int = 1) -> None:
         """Wait until so many of the rotator's own backends wait for a lock."""
         await self.until(
-            f"{backends} = (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'rotator'"
-            " AND datname = current_database() AND wait_event_type = 'Lock')"
+            f"{backends} = (SELECT count(*) FROM pg_stat_activity AS waiting"
+            f" WHERE application_name = 'rotator' AND {WAITS_FOR_A_LOCK})"
         )
 
 
