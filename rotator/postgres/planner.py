@@ -118,7 +118,7 @@ class IndexPlanner:
         ]
 
     async def _fetch(self, query: bytes | sql.Composed, parameters: Params) -> list[tuple[Any, ...]]:
-        """Fetch rows with the planner's settings, in one round trip: a busy process delays no lock."""
+        """Fetch rows with the planner's settings, in one round trip, so no lock outlasts it."""
         connection = self._connection
         async with rolled_back_on_error(connection), connection.pipeline():
             await begin(connection)

@@ -221,7 +221,7 @@ class RangeUpdate:
                     await self._check_rows(connection, rows, written)
                 if has_other_writes:
                     await self._check_digests(connection, rows, digests)
-                # A source that makes values from rows makes different ones for each slice.
+                # Values that are made from rows are different within a slice only.
                 if self.table.has_before_triggers and (
                     count <= SLICE_ROWS or isinstance(self._source, InBulk)
                 ):
