@@ -41,7 +41,29 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist ships no ty
     """Hands out single tests, except for some files, which one process runs from first to last.
 
     ``--dist=loadgroup`` does the same, but has no effect with pytest 9.2: pytest-xdist's issue 1386.
+    A process that dies is replaced, and the tests that it had still to run are run. LoadScopeScheduling as it
+    comes would run the test again that ended the process, give a new process a single test, which then waits
+    for the next one for ever, and fail where two processes are new.
     """
+
+    def remove_node(self, node: Any) -> str | None:  # noqa: ANN401
+        work = self.assigned_work.pop(node)
+        pending = [test for unit in work.values() for test, is_done in unit.items() if not is_done]
+        if not pending:
+            return None
+        crashed: str = pending[0]
+        work[self._split_scope(crashed)][crashed] = True
+        self.workqueue.update({scope: unit for scope, unit in work.items() if False in unit.values()})
+        for other in self.assigned_work:
+            self._reschedule(other)
+        return crashed
+
+    def _reschedule(self, node: Any) -> None:  # noqa: ANN401
+        if node not in self.registered_collections:
+            return
+        super()._reschedule(node)
+        if not node.shutting_down and self._pending_of(self.assigned_work[node]) == 1:
+            super()._reschedule(node)
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, _ = nodeid.partition("::")
