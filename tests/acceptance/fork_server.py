@@ -104,12 +104,14 @@ def _serve() -> list[str]:
     statuses: dict[int, Path] = {}
 
     def reap(_number: int, _frame: FrameType | None) -> None:
-        while statuses and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            file = statuses.pop(ended[0])
-            # A reader never sees half of it.
-            part = file.with_suffix(".part")
-            part.write_text(str(os.waitstatus_to_exitcode(ended[1])))
-            part.rename(file)
+        # None is left, perhaps since a signal within this handler came for the last one.
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                file = statuses.pop(ended[0])
+                # A reader never sees half of it.
+                part = file.with_suffix(".part")
+                part.write_text(str(os.waitstatus_to_exitcode(ended[1])))
+                part.rename(file)
 
     signal.signal(signal.SIGCHLD, reap)
     for line in sys.stdin:

@@ -20,7 +20,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
 
 from core.own_server import OwnServer
 from core.proxy import At, Proxy
-from tests.acceptance.harness import MANAGE, Running
+from tests.acceptance.harness import MANAGE, Running, wait_until
 from tests.faults.database import TABLE, Audit, Database, make_tickets, slow_down, speed_up
 from tests.faults.harness import Rotations
 from tests.faults.neighbour import Neighbour
@@ -230,8 +230,17 @@ class Soak:
         time.sleep(self._chance.uniform(0, 3))
         self._signal(running, signal.SIGKILL)
         self._reap()
+        # The server can still commit what the killed process has sent.
+        wait_until(lambda: not self._database.backends(), "the backends are gone")
+        paused = (
+            "SELECT count(*) FROM rotator_control JOIN rotator_rotation r ON r.id = rotation_id"
+            " WHERE paused AND status NOT IN ('completed', 'abandoned')"
+        )
+        if not self._database.number(paused):
+            # There was no row to pause yet, or the rotation has completed.
+            return
         done = self._database.checkpoints()
-        running = self._run()
+        self._run()
         time.sleep(self._chance.uniform(0, 3))
         if self._database.checkpoints() > done:
             self.findings.violations.append("a run that resumed a paused rotation did not wait")
