@@ -7,6 +7,7 @@ from core.settings import *  # noqa: F403 - all of them
 from core.settings import INSTALLED_APPS as PROJECT_APPS
 
 INSTALLED_APPS = [*PROJECT_APPS, "tests.shop"]
+ROOT_URLCONF = "tests.urls"
 
 # Not DATABASE_URL: that may be exported for a server on which no test is to run.
 _DATABASE = database_from(os.environ.get("TEST_DATABASE_URL", ""))

@@ -10,7 +10,7 @@ from django.core.wsgi import get_wsgi_application
 
 if __name__ == "__main__":
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
-    settings.ROOT_URLCONF = "rotator.urls"
+    settings.ROOT_URLCONF = "tests.urls"
     django.setup()
     with make_server("127.0.0.1", 0, get_wsgi_application()) as server:
         sys.stdout.write(f"{server.server_port}\n")

@@ -35,7 +35,7 @@ class Site:
     def __init__(self, commands: Commands) -> None:
         process = commands.start(program=(sys.executable, "-m", "tests.acceptance.metrics_site"))
         wait_until(lambda: process.out.endswith("\n"), "the site has a port")
-        self._address = f"http://127.0.0.1:{int(process.out)}/metrics"
+        self._address = f"http://127.0.0.1:{int(process.out)}/rotator/metrics"
 
     def text(self) -> str:
         with urlopen(self._address) as response:  # noqa: S310 - our own address

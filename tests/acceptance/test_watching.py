@@ -5,9 +5,8 @@ import json
 import pytest
 from django.contrib.auth.models import User
 from django.test import Client
-from django.urls import include, path, reverse
+from django.urls import reverse
 
-from core.urls import urlpatterns as project_urls
 from rotator.events import ActionKind
 from rotator.models import Control, Measurement, Rotation
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
@@ -15,7 +14,6 @@ from tests.acceptance.harness import Commands, query, wait_for_checkpoints, wait
 
 parser = pytest.importorskip("prometheus_client.parser", reason="The extra metrics is not installed.")
 
-urlpatterns = [*project_urls, path("rotator/", include("rotator.urls"))]
 ROWS = 2_000
 
 
@@ -35,7 +33,6 @@ def shown(client: Client, rotation: Rotation) -> str:
     return "\n".join(page.content.decode() for page in pages)
 
 
-@pytest.mark.urls(__name__)
 def test_a_run_is_measured_and_shown_without_values(commands: Commands, client: Client) -> None:
     client.force_login(User.objects.create_superuser("alice"))
     audit = audited_tickets(ROWS)

@@ -230,8 +230,13 @@ class Soak:
         time.sleep(self._chance.uniform(0, 3))
         self._signal(running, signal.SIGKILL)
         self._reap()
-        # The server can still commit what the killed process has sent.
-        wait_until(lambda: not self._database.backends(), "the backends are gone")
+        # The server can still commit what the killed run has sent. Sessions that were cut at a COMMIT stay.
+        time.sleep(_SETTLED_SECONDS)
+        active = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND backend_type = 'client backend' AND application_name <> 'tests' AND state = 'active'"
+        )
+        wait_until(lambda: not self._database.number(active), "no statement of a rotation is active")
         paused = (
             "SELECT count(*) FROM rotator_control JOIN rotator_rotation r ON r.id = rotation_id"
             " WHERE paused AND status NOT IN ('completed', 'abandoned')"

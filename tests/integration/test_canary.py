@@ -8,9 +8,8 @@ import pytest
 from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.test import Client, override_settings
-from django.urls import include, path, reverse
+from django.urls import reverse
 
-from core.urls import urlpatterns as project_urls
 from rotator.models import Measurement, Rotation
 from rotator.progress.log import LogObserver
 from tests.integration.outcomes import rotate_tickets
@@ -18,9 +17,7 @@ from tests.integration.rotation_tables import Database
 
 pytest.importorskip("prometheus_client", reason="The extra metrics is not installed.")
 
-urlpatterns = [*project_urls, path("rotator/", include("rotator.urls"))]
-
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.urls(__name__)]
+pytestmark = pytest.mark.django_db(transaction=True)
 
 REFUSED = 48_151_623
 

@@ -15,7 +15,7 @@ from rotator.models import CompletedRange, Helper, Ledger, Measurement, Rotation
 parser = pytest.importorskip("prometheus_client.parser", reason="The extra metrics is not installed.")
 PROMTOOL = shutil.which("promtool")
 
-pytestmark = [pytest.mark.django_db, pytest.mark.urls("rotator.urls")]
+pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def searched(survivors: int) -> dict[str, object]:
 
 
 def scrape(client: Client) -> dict[tuple[str, ...], float]:
-    response = client.get("/metrics")
+    response = client.get("/rotator/metrics")
     assert response.status_code == 200
     assert response["Content-Type"].startswith("text/plain; version=0.0.4")
     return {
@@ -102,7 +102,7 @@ def test_they_equal_the_database(client: Client, rotation: Rotation) -> None:
 def test_promtool_has_no_complaint(client: Client, rotation: Rotation) -> None:
     Ledger.objects.create(rotation=rotation, salt=b"salt", started_xid=1)
     Verification.objects.create(rotation=rotation, finished_at=timezone.now(), result=searched(0))
-    text = client.get("/metrics").content
+    text = client.get("/rotator/metrics").content
     assert b"rotator_survivors{" in text
     checked = subprocess.run(
         [str(PROMTOOL), "check", "metrics"], input=text, capture_output=True, check=False
@@ -174,4 +174,4 @@ def test_old_rotations_are_left_out(client: Client, rotation: Rotation) -> None:
 
 def test_no_key_is_a_label(client: Client, rotation: Rotation) -> None:
     Rotation.objects.filter(pk=rotation.pk).update(error="row [48151623] is rejected", bound=[48_151_623])
-    assert b"48151623" not in client.get("/metrics").content
+    assert b"48151623" not in client.get("/rotator/metrics").content
