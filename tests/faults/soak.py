@@ -259,7 +259,7 @@ class Soak:
             time.sleep(self._chance.uniform(0, 2))
 
     def _set_limits(self, _running: Running) -> None:
-        self._request(concurrency=self._chance.randint(1, 8), batch=self._chance.choice((10, 700, 5000)))
+        self._request(concurrency=self._chance.randint(1, 8), batch=self._chance.choice((50, 700, 5000)))
 
     def _cancel(self, running: Running) -> None:
         # It ends like Ctrl-C.

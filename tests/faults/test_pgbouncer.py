@@ -47,7 +47,8 @@ def bouncer_port(server: OwnServer) -> Iterator[int]:
     started = server.account.run([program, "--daemon", configuration])
     assert started.returncode == 0, started.stdout
     pid_file = folder / "pid"
-    wait_until(pid_file.exists, "PgBouncer has started")
+    # It is empty for a moment.
+    wait_until(lambda: pid_file.exists() and pid_file.read_text().strip(), "PgBouncer has started")
     pid = int(pid_file.read_text())
     try:
         yield port
