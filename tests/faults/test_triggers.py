@@ -108,7 +108,8 @@ def test_a_fault_that_every_row_meets_stops_the_run_soon(
         f"The server rejected the last 8 rows that were tried, and rotated none in between: {reason}, in the "
         "function theirs(). They keep their values. Remove the cause, then run the same command again."
     )
-    assert finished.err.count(" is rejected: ") == 8
+    # Other workers can have met it too, before the run stopped.
+    assert 8 <= finished.err.count(" is rejected: ") < 12
     assert _retries(finished) < 20
     assert database.status() == "failed"
     assert audit.written() == 0

@@ -303,6 +303,13 @@ class Database:
             assert time.monotonic() < deadline, f"in vain: {condition}"
             await asyncio.sleep(0.005)
 
+    async def until_the_tickets_are_older(self) -> None:
+        """Wait until no open transaction of any database could have written them, as controls require."""
+        await self.until(
+            "(SELECT bool_and(age(xmin) > age(pg_snapshot_xmin(pg_current_snapshot())::xid))"
+            " FROM tickets_ticket)"
+        )
+
     async def until_blocked(self, sessions: int = 1) -> None:
         """Wait until so many sessions of this database wait for locks."""
         await self.until(

@@ -63,13 +63,7 @@ def _assert_verified(outcome: RotationStopped) -> None:
 
 def test_every_old_value_is_in_it_before_the_first_row_is_rotated(database: Database) -> None:
     database.make_tickets(1, ROWS)
-    # The control leaves out rows that a transaction of any database, still open, could have written.
-    asyncio.run(
-        database.until(
-            "(SELECT bool_and(age(xmin) > age(pg_snapshot_xmin(pg_current_snapshot())::xid))"
-            " FROM tickets_ticket)"
-        )
-    )
+    asyncio.run(database.until_the_tickets_are_older())
     before = database.values()
     entered = list[set[int]]()
 

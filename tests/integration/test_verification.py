@@ -1,5 +1,6 @@
 """What a verification finds, what it repairs, and when it says that it knows nothing."""
 
+import asyncio
 import json
 import os
 import signal
@@ -181,6 +182,7 @@ def test_a_failed_control_before_the_rotation_rotates_nothing(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database.make_tickets(1, ROWS)
+    asyncio.run(database.until_the_tickets_are_older())
     before = database.values()
     monkeypatch.setattr(survivors, "is_in_ledger", _match_nothing)
 
