@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 # Only here, not in pyproject.toml: one test file starts faster in one process.
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES)
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-celery demo-page test test-slow test-page test-foreign test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
@@ -64,7 +64,9 @@ test: .venv/test ## Run the test suite, except for what is slow
 	$(PYTEST) -m "not slow and not foreign"
 
 test-slow: .venv/test ## Run the slow tests: long faults, browsers, fresh environments, and further variants
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --ignore=tests/acceptance/test_install.py
+	@# One process makes its virtual environments once.
+	$(BIN)/python -m pytest -m slow tests/acceptance/test_install.py
 
 test-page: .venv/test ## Run the tests of the page in Chromium
 	$(BIN)/python -m pytest -m slow tests/acceptance/test_page.py
