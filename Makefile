@@ -10,6 +10,8 @@ PIP_QUIETLY := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 INSTALL := $(PIP_QUIETLY) $(BIN)/pip install --quiet -c constraints.txt
 # Only here, not in pyproject.toml: one test file starts faster in one process.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal
+# In seconds; pyproject.toml has the limit of the other tests.
+SLOW_LIMIT := -o faulthandler_timeout=1800
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-celery demo-page test test-slow test-page test-foreign test-installed lint types contract compose docs current wheel check format benchmarks lock clean always
@@ -64,15 +66,15 @@ test: .venv/test ## Run the test suite, except for what is slow
 	$(PYTEST) -m "not slow and not foreign"
 
 test-slow: .venv/test ## Run the slow tests: long faults, browsers, fresh environments, and further variants
-	$(PYTEST) -m slow --ignore=tests/acceptance/test_install.py
+	$(PYTEST) $(SLOW_LIMIT) -m slow --ignore=tests/acceptance/test_install.py
 	@# One process makes its virtual environments once.
-	$(BIN)/python -m pytest -m slow tests/acceptance/test_install.py
+	$(BIN)/python -m pytest $(SLOW_LIMIT) -m slow tests/acceptance/test_install.py
 
 test-page: .venv/test ## Run the tests of the page in Chromium
 	$(BIN)/python -m pytest -m slow tests/acceptance/test_page.py
 
 test-foreign: .venv/test ## Rotate the models of foreign packages, which are installed for that
-	$(BIN)/python -m pytest -m foreign
+	$(BIN)/python -m pytest $(SLOW_LIMIT) -m foreign
 
 # What depends on the server's version, build and locales; the rest behaves the same on the embedded server.
 INSTALLED := $(addprefix tests/integration/test_,any_model.py key_settings.py stored_values.py sessions.py \
