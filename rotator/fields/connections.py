@@ -15,7 +15,7 @@ from django.db import Error, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import TransactionStatus
 
-from rotator.exceptions import OptionError, ServerLostError, TargetError
+from rotator.exceptions import OptionError, RotatorError, ServerLostError, TargetError
 from rotator.postgres.column_samples import BEGIN_READING, LOCK_SECONDS, STATEMENT_SECONDS
 from rotator.postgres.errors import connection_lost
 
@@ -98,6 +98,25 @@ def reading_rows(database: str) -> Iterator[None]:
             limits = [f"{seconds * 1000:.0f}ms" for seconds in (STATEMENT_SECONDS, LOCK_SECONDS)]
             cursor.execute(BEGIN_READING, limits)
         yield
+
+
+@contextmanager
+def reading_times(database: str) -> Iterator[None]:
+    """Raise RotatorError where the session returns times in a style that the driver cannot read."""
+    try:
+        yield
+    except NotImplementedError:
+        info = connections[database].connection.info
+        dates, intervals = (info.parameter_status(name) or "" for name in ("DateStyle", "IntervalStyle"))
+        if dates.startswith("ISO") and intervals == "postgres":
+            # An error of the project's code.
+            raise
+        # Not chained, because the message contains a value.
+        raise RotatorError(
+            f"Django cannot read the times of the database '{database}', whose sessions have DateStyle = "
+            f"{dates} and IntervalStyle = {intervals}. Set DateStyle = ISO and IntervalStyle = postgres for "
+            "the role, the database or the connection."
+        ) from None
 
 
 def check_no_running_loop() -> None:

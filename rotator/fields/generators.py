@@ -31,7 +31,7 @@ from rotator.exceptions import (
     ValuesError,
 )
 from rotator.fields.advice import advice, suitable_generator
-from rotator.fields.connections import lost_is_an_outage, unlogged
+from rotator.fields.connections import lost_is_an_outage, reading_times, unlogged
 from rotator.fields.derivation import comparable, is_expression, overrides, sql_hook, transforms
 from rotator.fields.model import AnyField, fetch_instances, fetch_instances_at, field_label
 from rotator.postgres.values import UUID_BYTES, FromRows, InBulk, UuidBlock, Values, ValueSource
@@ -114,7 +114,7 @@ def _from_generator(fields: Sequence[AnyField], path: str, database: str) -> Val
     def from_rows(fetch: Fetch[T]) -> Callable[[Sequence[T]], tuple[list[T], tuple[Values, ...]]]:
         def make(wanted: Sequence[T]) -> tuple[list[T], tuple[Values, ...]]:
             with unlogged(database):
-                with lost_is_an_outage():
+                with lost_is_an_outage(), reading_times(database):
                     rows = fetch(fields[0].model, wanted, database)
                 make_rows = [
                     partial(lambda row: checker.in_order(generator(row)), row) for row in rows.values()

@@ -6,11 +6,17 @@ from typing import Final
 
 from django.apps import apps
 from django.conf import settings
-from django.db import Error, connections, router
+from django.db import Error, ProgrammingError, connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.exceptions import NoDefaultError, OptionError, RotatorError, TargetError
-from rotator.fields.connections import check_postgresql, is_in_transaction, reading_rows, run_in_new_loop
+from rotator.fields.connections import (
+    check_postgresql,
+    is_in_transaction,
+    reading_rows,
+    reading_times,
+    run_in_new_loop,
+)
 from rotator.fields.model import AnyField, field_label, key_fields
 from rotator.fields.secret_rules import (
     HASH_FORMAT,
@@ -140,7 +146,7 @@ def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearc
     _check(connection)
     with reading_rows(database):
         session = read_session(connection, ("pg_class",))
-        found = Rotation.objects.using(database).filter(pk=rotation).first()
+        found = _find_rotation(database, rotation)
     server = server_of(connection, session.search_path)
     if found is None:
         raise OptionError(f"There is no rotation {rotation} in the database '{database}'.")
@@ -158,6 +164,17 @@ def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearc
             )
 
     return run_in_new_loop(search)
+
+
+def _find_rotation(database: str, rotation: int) -> Rotation | None:
+    try:
+        with reading_times(database):
+            return Rotation.objects.using(database).filter(pk=rotation).first()
+    except ProgrammingError as error:
+        raise OptionError(
+            f"The rotator's tables cannot be read in the database '{database}'. Check that the database is "
+            "migrated."
+        ) from error
 
 
 def _column(label: str, table: StoredTable, finding: Finding) -> SecretColumn:
@@ -279,7 +296,7 @@ def _last_rotations(database: str) -> Mapping[tuple[str, str], Rotation]:
     """Return the latest completed rotations by column and table; none where the app is not migrated."""
     completed = Rotation.objects.using(database).filter(status=Rotation.Status.COMPLETED).order_by("pk")
     try:
-        with reading_rows(database):
+        with reading_rows(database), reading_times(database):
             rotations = list(completed)
     except Error:
         return {}

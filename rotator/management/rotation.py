@@ -7,11 +7,12 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 from django.db.backends.utils import CursorWrapper
-from django.db.models import DurationField, ExpressionWrapper, F, Model, QuerySet
-from django.db.models.functions import Now
+from django.db.models import DurationField, ExpressionWrapper, F, FloatField, Model, QuerySet
+from django.db.models.functions import Extract, Now
 
 from rotator.apps import hides_keys
 from rotator.events import ActionKind, StopReason
+from rotator.fields.connections import reading_times
 from rotator.models import Action, Control, Ledger, Rotation, Verification
 from rotator.options import DEFAULT_OPTIONS, SETTINGS, RunOptions, Selection, given_options
 from rotator.postgres.owner import SILENT_SECONDS, Owner
@@ -25,7 +26,9 @@ _JUST_ENDED_SECONDS: Final = 3.0
 
 def find_rotations(database: str) -> QuerySet[Rotation]:
     """Return the rotations of a database, the latest first, for the functions of this module."""
-    silence = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
+    elapsed = ExpressionWrapper(Now() - F("updated_at"), output_field=DurationField())
+    # The driver reads an interval only in one of the styles that a session can have.
+    silence = Extract(elapsed, "epoch", output_field=FloatField())
     rotations = Rotation.objects.using(database).select_related("control", "ledger").defer("ledger__salt")
     return rotations.annotate(silence=silence).order_by("-pk")
 
@@ -38,7 +41,8 @@ def read_rotations(database: str, number: int | None = None) -> list[Rotation]:
     """
     found = find_rotations(database)
     try:
-        rotations = list(found if number is None else found.filter(pk=number))
+        with reading_times(database):
+            rotations = list(found if number is None else found.filter(pk=number))
     except (Error, ImproperlyConfigured) as error:
         raise CommandError(
             f"Cannot read the rotations of the database '{database}': {first_line(error).rstrip('.')}. "
@@ -95,7 +99,7 @@ def owner_of(rotation: Rotation) -> Owner:
 
 def silent_seconds(rotation: Rotation) -> float:
     """Return the time since the last heartbeat, on the database's clock."""
-    return max(0.0, float(vars(rotation)["silence"].total_seconds()))
+    return max(0.0, float(vars(rotation)["silence"]))
 
 
 def is_silent(rotation: Rotation) -> bool:

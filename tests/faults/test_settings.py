@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.harness import wait_until
+from tests.acceptance.harness import COMMAND, MANAGE, wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
 from tests.faults.roles import ROLE_SETTINGS
@@ -79,3 +79,42 @@ def test_an_engine_with_an_option_and_a_password_that_is_replaced_during_the_run
     assert_completed(finished)
     assert "password" not in finished.err
     audit.assert_rotated_once()
+
+
+@pytest.mark.parametrize("style", ["iso_8601", "sql_standard", "postgres_verbose"])
+def test_sessions_with_another_style_of_intervals(
+    database: Database, rotations: Rotations, url: str, style: str
+) -> None:
+    audit = make_tickets(database, 200)
+    database.query(f"ALTER ROLE {ROLE} SET IntervalStyle = {style}")
+
+    assert_completed(rotations.rotated(url))
+    listed = rotations.start_on(url, *MANAGE, "rotations").wait()
+
+    assert listed.status == 0, listed.err
+    assert "completed" in listed.out
+    audit.assert_rotated_once()
+
+
+def test_sessions_whose_times_django_cannot_read(database: Database, rotations: Rotations, url: str) -> None:
+    audit = make_tickets(database, 200)
+    database.query(f"ALTER ROLE {ROLE} SET DateStyle = German")
+
+    assert_completed(rotations.rotated(url, "--prove"))
+    audit.assert_rotated_once()
+    number = database.number("SELECT id FROM rotator_rotation")
+    for command in (
+        ("rotations",),
+        ("verify_rotation", f"{number}"),
+        ("find_secrets",),
+        ("find_secrets", f"--copies-of={number}"),
+        # It reads the times of the rows.
+        (COMMAND, "--restart", "--generator=tests.shop.generators.uuid_for_row"),
+    ):
+        refused = rotations.start_on(url, *MANAGE, *command).wait()
+        assert refused.status == 1
+        assert refused.complaint == (
+            "Django cannot read the times of the database 'default', whose sessions have DateStyle = German, "
+            "DMY and IntervalStyle = postgres. Set DateStyle = ISO and IntervalStyle = postgres for the "
+            "role, the database or the connection."
+        )
