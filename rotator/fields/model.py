@@ -22,6 +22,13 @@ def key_fields(model: type[Model]) -> list[AnyField]:
     return list(model._meta.pk_fields)
 
 
+def _own_name(model: type[Model], name: str) -> str:
+    """Return the name of an attribute that no instance of the model has."""
+    while hasattr(model, name):
+        name += "_"
+    return name
+
+
 def fetch_instances(model: type[Model], keys: Sequence[Key], database: str) -> Mapping[Key, Model]:
     """Return the rows with these keys, except those that were deleted.
 
@@ -37,10 +44,11 @@ def fetch_instances(model: type[Model], keys: Sequence[Key], database: str) -> M
         cursor.execute(texts, [list(keys)])
         keys_by_text = {text: Key(key) for text, key in cursor.fetchall()}
     rows: QuerySet[Model] = QuerySet(model, using=database)
+    name = _own_name(model, "rotator_key")
     found = rows.extra(  # noqa: S610 - quoted names and types
-        select={"rotator_key": key_text}, where=[are_wanted], params=[list(keys)]
+        select={name: key_text}, where=[are_wanted], params=[list(keys)]
     )
-    return {keys_by_text[vars(row)["rotator_key"]]: row for row in found}
+    return {keys_by_text[vars(row)[name]]: row for row in found}
 
 
 def fetch_instances_at(model: type[Model], places: Sequence[Place], database: str) -> Mapping[Place, Model]:
@@ -49,10 +57,11 @@ def fetch_instances_at(model: type[Model], places: Sequence[Place], database: st
     # Django looks for placeholders in these texts.
     table = connections[database].ops.quote_name(model._meta.db_table).replace("%", "%%")
     at_places, place = places_of(table)
+    name = _own_name(model, "rotator_place")
     found = {
-        vars(row)["rotator_place"]: row
+        vars(row)[name]: row
         for row in rows.extra(  # noqa: S610 - the table's quoted name
-            select={"rotator_place": place},
+            select={name: place},
             where=[at_places],
             params=[places[0].leaf, [each.ctid for each in places]],
         )

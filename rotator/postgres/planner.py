@@ -136,6 +136,7 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     Parameters: ``after`` and ``through`` (keys), ``skip`` (the rows of a range, less one) and ``ranges`` (the
     largest number of ranges).
     """
+    text = table.own_name(_TEXT)
     following = sql.SQL("({}) > ({}) AND {}").format(
         table.key_columns(ROW),
         table.key_columns(_PLANNED),
@@ -152,13 +153,13 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     ).format(
         planned=identifier(_PLANNED),
         next=identifier(_NEXT),
-        position=identifier(_POSITION),
+        position=table.own_name(_POSITION),
         key=table.key_columns(),
         next_key=table.key_columns(_NEXT),
         row_key=table.key_columns(ROW),
         json=table.key_json(),
-        text=identifier(_TEXT),
-        survives=table.survives_as_text(sql.SQL("{}::jsonb").format(identifier(_TEXT))),
+        text=text,
+        survives=table.survives_as_text(sql.SQL("{}::jsonb").format(text)),
         table=table.name,
         row=table.row,
         within=table.within(after_is_known=after_is_known),
@@ -183,6 +184,7 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
     descending = sql.SQL(", ").join(
         sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key
     )
+    text = table.own_name(_TEXT)
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, KEY_SETTINGS)
         row = await fetch_row(
@@ -191,8 +193,8 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
                 "SELECT {text}, {survives} FROM (SELECT *, {json} AS {text} FROM"
                 " (SELECT {key} FROM {table} ORDER BY {descending} LIMIT 1) AS {last}) AS {last}"
             ).format(
-                text=identifier(_TEXT),
-                survives=table.survives_as_text(sql.SQL("{}::jsonb").format(identifier(_TEXT))),
+                text=text,
+                survives=table.survives_as_text(sql.SQL("{}::jsonb").format(text)),
                 json=table.key_json(),
                 key=table.key_columns(),
                 table=table.name,

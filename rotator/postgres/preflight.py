@@ -272,7 +272,7 @@ async def check_values(connection: AsyncConnection, update: RangeUpdate) -> None
     with suppress(RangeRejectedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
         table = update.table
         query = sql.SQL("SELECT {} FROM {} WHERE true{} ORDER BY {} LIMIT {}").format(
-            table.key_json(), table.row, table.and_matches, table.key_columns(), sql.Literal(TRIED_ROWS)
+            table.key_json(), table.row, table.and_matches, table.key_columns(ROW), sql.Literal(TRIED_ROWS)
         )
         keys = [Key(key) for (key,) in await fetch_within(connection, TRY_SECONDS, query, {}) or []]
         if keys:
@@ -336,8 +336,13 @@ async def _plan(
     query = sql.SQL(
         "SELECT {json} FROM (SELECT {key} FROM (SELECT {key} FROM {table}"
         " TABLESAMPLE SYSTEM (%(percent)s)) AS read ORDER BY random() LIMIT %(ranges)s) AS chosen"
-        " ORDER BY {key}"
-    ).format(json=table.key_json(), key=table.key_columns(), table=table.name)
+        " ORDER BY {chosen_key}"
+    ).format(
+        json=table.key_json(),
+        key=table.key_columns(),
+        table=table.name,
+        chosen_key=table.key_columns("chosen"),
+    )
     parameters = {"percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)), "ranges": ranges}
     keys = [Key(key) for key in await fetch_column(connection, query, parameters)]
     last = await last_key(connection, table)

@@ -157,6 +157,13 @@ class TargetTable:
         """The condition of :attr:`matches`, to follow another one."""
         return sql.SQL("") if self.matches is None else sql.SQL(" AND {}").format(self.matches)
 
+    def own_name(self, name: str) -> sql.Composable:
+        """Return the quoted name of a column that a subquery has next to those of the key."""
+        taken = {column.name for column in self.key}
+        while name in taken:
+            name += "_"
+        return identifier(name)
+
     def key_columns(self, *alias: str) -> sql.Composable:
         """Return the key's columns, separated by commas; those of an alias, if given."""
         return sql.SQL(", ").join(identifier(*alias, column.name) for column in self.key)
@@ -256,7 +263,7 @@ def range_update(table: TargetTable, *, after_is_known: bool, transaction_second
     ).format(
         key=table.key_columns(),
         old_values=_old_values(table),
-        position=identifier(_POSITION),
+        position=table.own_name(_POSITION),
         row=table.row,
         within=table.within(after_is_known=after_is_known),
         and_matches=table.and_matches,
@@ -274,7 +281,7 @@ def range_update(table: TargetTable, *, after_is_known: bool, transaction_second
             for column in table.key
         ),
         within=table.within(ROW, after_is_known=after_is_known),
-        position=identifier(_OLD, _POSITION),
+        position=_of_old(table, _POSITION),
         grew=sql.Literal(RANGE_GREW),
         limit=sql.Literal(transaction_seconds),
         too_long=sql.Literal(TOO_LONG),
@@ -316,7 +323,7 @@ def rows_with_keys(table: TargetTable) -> sql.Composable:
         " AS texts (rotator_key, {position})) AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
     ).format(
         decoded=table.decoded(sql.SQL("rotator_key::jsonb"), named=True),
-        position=identifier(_POSITION),
+        position=table.own_name(_POSITION),
         row=table.row,
         row_key=table.key_columns(ROW),
         key_of_keys=table.key_columns("keys"),
@@ -328,7 +335,7 @@ def rows_at_places(table: TargetTable) -> sql.Composable:
     return sql.SQL(
         "unnest(%(leaves)s::bigint[]::oid[], %(ctids)s::text[]::tid[], %(xids)s::text[]::xid[],"
         " %(keys)s::text[]) WITH ORDINALITY AS places (leaf, place, xid, rotator_key, {}) JOIN {} ON {}"
-    ).format(identifier(_POSITION), table.row, _is_at_place(table, "places"))
+    ).format(table.own_name(_POSITION), table.row, _is_at_place(table, "places"))
 
 
 def _is_at_place(table: TargetTable, alias: str) -> sql.Composable:
@@ -350,9 +357,13 @@ def _is_at_place(table: TargetTable, alias: str) -> sql.Composable:
 
 def _old_values(table: TargetTable) -> sql.Composable:
     return sql.SQL(", ").join(
-        sql.SQL("{} AS {}").format(identifier(ROW, column.name), identifier(f"rotator_old_{at}"))
+        sql.SQL("{} AS {}").format(identifier(ROW, column.name), table.own_name(f"rotator_old_{at}"))
         for at, column in enumerate(table.columns)
     )
+
+
+def _of_old(table: TargetTable, name: str) -> sql.Composable:
+    return sql.SQL("{}.{}").format(identifier(_OLD), table.own_name(name))
 
 
 def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composable) -> sql.Composed:
@@ -368,11 +379,11 @@ def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composa
     assignments, outcomes = [], []
     for at, column in enumerate(table.columns):
         name, current = identifier(column.name), identifier(ROW, column.name)
-        old = identifier(_OLD, f"rotator_old_{at}")
+        old = _of_old(table, f"rotator_old_{at}")
         new = sql.SQL("({}::{}[])[{}]").format(
             sql.Placeholder(values_name(at), format=PyFormat.BINARY),
             column.type,
-            identifier(_OLD, _POSITION),
+            _of_old(table, _POSITION),
         )
         # The type of the column, into which an assignment rounds a value, or pads it with blanks.
         stored = sql.SQL(column.stored_type.replace("%", "%%")) if column.stored_type else column.type

@@ -290,7 +290,8 @@ class RangeUpdate:
                         self.table.row,
                         self.table.within(after_is_known=rest.after is not None),
                         self.table.and_matches,
-                        self.table.key_columns(),
+                        # Not the column of the JSON, which has a name too.
+                        self.table.key_columns(ROW),
                         sql.Literal(SLICE_ROWS),
                     ),
                     {"after": rest.after, "through": rest.through},

@@ -15,7 +15,7 @@ from django.db.models import Model
 from psycopg.sql import SQL, Identifier
 
 from rotator.api import prepare
-from rotator.events import Event, LimitRaised, RangeDeferred
+from rotator.events import Event, LimitRaised, RangeCompleted, RangeDeferred
 from rotator.exceptions import TargetError
 from rotator.options import RunOptions, Selection, WaitLimits
 from rotator.postgres.table import TargetTable, identifier
@@ -30,6 +30,7 @@ from tests.integration.any_model import (
     table_of,
 )
 from tests.integration.killed import rotate_until_killed
+from tests.integration.outcomes import assert_completed
 from tests.integration.rotation_tables import SCHEMA, Database
 from tests.pairs import all_pairs
 from tests.shop import models
@@ -347,3 +348,39 @@ def test_random_keys_while_others_insert_a_thousand_a_second(database: Database)
     after = database.values(table)
     assert all(after[key] != value for key, value in before.items())
     assert len(after) == len(before) + inserted
+
+
+@pytest.mark.parametrize("generator", ["", "tests.shop.generators.uuid_for_namesake"])
+@pytest.mark.parametrize("proves", [False, True])
+def test_columns_with_the_names_of_our_own(database: Database, generator: str, *, proves: bool) -> None:
+    key = ("rotator_position", "rotator_old_0", "rotator_key", "rotator_text", "jsonb_build_array")
+    database.execute(
+        f"CREATE TABLE shop_namesake ({', '.join(f'{name} integer' for name in key)},"
+        f" rotator_place integer, digest uuid, PRIMARY KEY ({', '.join(key)}))"
+    )
+    insert = "INSERT INTO shop_namesake SELECT i, 2, 3, -i, i, 5, gen_random_uuid() FROM generate_series"
+    late = database.connect()
+
+    def commit(event: Event) -> None:
+        if isinstance(event, RangeCompleted) and late.info.transaction_status:
+            late.execute("COMMIT")
+
+    try:
+        database.execute(f"{insert}(1, {ROWS}) AS i")
+        late.execute("BEGIN")
+        late.execute(f"{insert}({ROWS + 1}, {ROWS + 5}) AS i".encode())
+        if proves:
+            # The ledger waits for such transactions.
+            late.execute("COMMIT")
+        before = database.execute("SELECT digest FROM shop_namesake")
+        options = RunOptions(batch=BATCH, concurrency=2, vacuum=False, pace="full", prove=proves)
+        prepared = prepare(["shop.Namesake.digest"], "default", options, Selection(generator=generator))
+        stopped = prepared.rotate(commit)
+        after = database.execute("SELECT digest FROM shop_namesake")
+    finally:
+        late.close()
+        database.execute("DROP TABLE shop_namesake")
+
+    assert_completed(stopped, rows=ROWS + 5)
+    assert len(after) == ROWS + 5
+    assert set(after).isdisjoint(before)

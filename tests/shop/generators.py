@@ -55,6 +55,13 @@ def uuid_for_row(_row: Model) -> uuid.UUID:
     return uuid.uuid4()
 
 
+def uuid_for_namesake(row: Model) -> uuid.UUID:
+    """A value that is made only if the row has its own values."""
+    if vars(row)["rotator_key"] != 3 or vars(row)["rotator_place"] != 5:
+        raise ValueError
+    return uuid.uuid4()
+
+
 def token_for_row(_row: Model) -> str:
     return token()
 

@@ -139,6 +139,24 @@ class Partitioned(models.Model):
         managed = False
 
 
+class Namesake(models.Model):
+    """Columns with the names that the rotator's own statements use. Made by SQL."""
+
+    pk = models.CompositePrimaryKey(
+        "rotator_position", "rotator_old_0", "rotator_key", "rotator_text", "jsonb_build_array"
+    )
+    rotator_position = models.IntegerField()
+    rotator_old_0 = models.IntegerField()
+    rotator_key = models.IntegerField()
+    rotator_text = models.IntegerField()
+    jsonb_build_array = models.IntegerField()
+    rotator_place = models.IntegerField()
+    digest = models.UUIDField(default=uuid.uuid4)
+
+    class Meta:
+        managed = False
+
+
 class Word(models.Model):
     """Made by SQL, under the collation that a test is about."""
 
