@@ -172,8 +172,13 @@ def writable(path: Path | str | None) -> Path | None:
     try:
         # A run that ends before its summary leaves an older report as it is, and begins no new one.
         is_new = not path.exists()
-        with path.open("a"):
-            pass
+        # Opening one waits for its reader. /dev/stdout and /dev/fd/63 are open already.
+        found = path.resolve()
+        if found.is_fifo() and not found.is_relative_to("/dev"):
+            raise OptionError(f"Cannot write to the file {path}: it is a named pipe. Name another file.")
+        with path.open("ab", buffering=0) as file:
+            # A full device refuses even this.
+            file.write(b"")
         if is_new:
             path.unlink()
     except OSError as error:

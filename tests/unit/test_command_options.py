@@ -1,5 +1,6 @@
 """The options: their checks, their defaults, and the command to resume a run with."""
 
+import os
 import shlex
 from datetime import timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ from django.core.management import CommandParser
 
 from rotator.exceptions import OptionError
 from rotator.management.commands.async_rotate import Command, _run_options
-from rotator.management.terminal import resume_command, writable
+from rotator.management.terminal import resume_command, writable, write_report
 from rotator.options import (
     COMMAND_OPTIONS,
     DEFAULT_OPTIONS,
@@ -220,3 +221,26 @@ def test_a_report_is_not_begun_before_there_is_something_to_report(tmp_path: Pat
 def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="Cannot write to the file"):
         writable(tmp_path / "missing" / "report.json")
+    with pytest.raises(OptionError, match="No space left on device"):
+        writable("/dev/full")
+
+
+def test_a_named_pipe_is_refused_without_waiting_for_its_reader(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(OptionError, match=f"the file {path}: it is a named pipe. Name another file."):
+            writable(path)
+
+
+def test_devices_and_pipes_of_the_shell_are_written() -> None:
+    reader, writer = os.pipe()
+    try:
+        for path in (Path("/dev/null"), Path(f"/dev/fd/{writer}")):
+            assert writable(path) == path
+            write_report(path, {"status": "completed"})
+        assert os.read(reader, 1000) == b'{\n  "status": "completed"\n}\n'
+    finally:
+        os.close(reader)
+        os.close(writer)
