@@ -96,10 +96,10 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
         ServerLostError: The server is a replica, or read-only for another reason.
         OptionError: The server has too few free connections.
     """
-    ((number, version, is_read_only, allowed, others),) = await fetch_rows(
+    ((number, version, is_read_only, is_standby, allowed, others),) = await fetch_rows(
         connection,
         "SELECT current_setting('server_version_num')::integer, current_setting('server_version'),"  # noqa: S608 - our own text
-        " current_setting('transaction_read_only')::boolean,"
+        " current_setting('transaction_read_only')::boolean, pg_is_in_recovery(),"
         " current_setting('max_connections')::integer"
         " - current_setting('superuser_reserved_connections')::integer,"
         # A previous owner's are closed when this run needs them.
@@ -109,7 +109,7 @@ async def check_server(connection: AsyncConnection, *, connections: int, concurr
     if number < OLDEST_VERSION:
         raise TargetError(f"Cannot rotate on PostgreSQL {version}: version 15 or later is required.")
     if is_read_only:
-        raise read_only()
+        raise read_only(is_standby=is_standby)
     if connections > allowed - others:
         most = allowed - others - connections + concurrency
         advice = f"Use at most --concurrency {most}" if most > 0 else "Close some, or raise max_connections"

@@ -191,7 +191,7 @@ _CONFIGURE: Final = (
     " AND NOT (w.name = 'default_transaction_read_only' AND session.is_read_only)),"
     " changed AS (SELECT d.name, CASE WHEN session.is_direct THEN set_config(d.name, d.setting, false) END"
     " FROM deviating d, session)"
-    " SELECT session.is_direct, session.is_read_only OR pg_is_in_recovery(),"
+    " SELECT session.is_direct, session.is_read_only, pg_is_in_recovery(),"
     " (SELECT array_agg(c.name) FROM (SELECT * FROM changed OFFSET 0) AS c) FROM session"
 )
 
@@ -230,9 +230,10 @@ class OwnConnection(AsyncConnection):
                 "settings": list(settings.values()),
             },
         )
-        self.is_direct, is_read_only, names = await cursor.fetchone() or (True, False, None)
-        if is_read_only:
-            raise read_only()
+        row = await cursor.fetchone()
+        self.is_direct, is_read_only, is_standby, names = row or (True, False, False, None)
+        if is_read_only or is_standby:
+            raise read_only(is_standby=is_standby)
         if self.is_direct:
             # Prepared statements are planned with their real values, unless a transaction keeps its plans.
             await self.execute("SELECT set_config('plan_cache_mode', 'force_custom_plan', false)")

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from core.embedded.account import Account
-from core.own_server import OwnServer
+from core.own_server import OwnReplica, OwnServer
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations, assert_completed
@@ -213,14 +213,30 @@ def test_a_synchronous_standby_that_goes_away(
     audit.assert_rotated_once()
 
 
-def test_a_server_that_is_read_only(database: Database, rotations: Rotations) -> None:
-    audit = make_tickets(database, 1000)
-
-    finished = rotations.rotated(database.url(options="-c default_transaction_read_only=on"))
+def test_a_standby(database: Database, replica: OwnReplica, rotations: Rotations) -> None:
+    finished = rotations.rotated(replica.url(database.name))
 
     assert finished.status == 1
     assert finished.complaint == (
         "Cannot rotate: the server is read-only. Connect to the primary, then run the same command again."
+    )
+
+
+@pytest.mark.parametrize("kind", ["connection", "database"])
+def test_a_primary_whose_sessions_are_read_only(database: Database, rotations: Rotations, kind: str) -> None:
+    audit = make_tickets(database, 1000)
+    setting, url = "default_transaction_read_only", database.url()
+    if kind == "connection":
+        url = database.url(options=f"-c {setting}=on")
+    else:
+        database.query(f"ALTER DATABASE {database.name} SET {setting} = on")
+
+    finished = rotations.rotated(url)
+
+    assert finished.status == 1
+    assert finished.complaint == (
+        "Cannot rotate: the session is read-only, because default_transaction_read_only is on for the "
+        "connection, the database or the server. Turn it off, then run the same command again."
     )
     assert audit.written() == 0
     assert database.number("SELECT count(*) FROM rotator_rotation") == 0
