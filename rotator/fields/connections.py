@@ -13,6 +13,7 @@ import psycopg
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import Error, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg.errors import QueryCanceled
 from psycopg.pq import TransactionStatus
 
 from rotator.exceptions import OptionError, RotatorError, ServerLostError, TargetError
@@ -98,6 +99,21 @@ def reading_rows(database: str) -> Iterator[None]:
             limits = [f"{seconds * 1000:.0f}ms" for seconds in (STATEMENT_SECONDS, LOCK_SECONDS)]
             cursor.execute(BEGIN_READING, limits)
         yield
+
+
+@contextmanager
+def naming_timeouts(database: str) -> Iterator[None]:
+    """Raise ServerLostError where the server cancels a statement of Django's own connection."""
+    try:
+        yield
+    except Error as error:
+        if not isinstance(error.__cause__, QueryCanceled):
+            raise
+        reason = error.__cause__.diag.message_primary
+        raise ServerLostError(
+            f"The server canceled a statement of Django's own session on the database '{database}': "
+            f"{reason}. Raise the statement_timeout of the role, the database or the connection."
+        ) from error
 
 
 @contextmanager

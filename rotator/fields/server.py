@@ -16,7 +16,7 @@ from psycopg.pq import Conninfo
 from psycopg.sql import Identifier
 
 from rotator.exceptions import MissingPrivilegesError, RotatorError, ServerLostError
-from rotator.fields.connections import lost_is_an_outage, unlogged
+from rotator.fields.connections import lost_is_an_outage, naming_timeouts, unlogged
 from rotator.postgres.connection import Server
 from rotator.postgres.identity import SESSION_QUERY, SessionIdentity, check_same_session
 from rotator.postgres.values import FromRows
@@ -34,7 +34,8 @@ _PARAMETERS: Final = frozenset(option.keyword.decode() for option in Conninfo.ge
 def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> SessionIdentity:
     """Return the identity of the session and the table that one of Django's own connections uses."""
     name = Identifier(*path).as_string()
-    with unlogged(connection.alias), connection.cursor() as cursor:
+    alias = connection.alias
+    with unlogged(alias), naming_timeouts(alias), connection.cursor() as cursor:
         cursor.execute(SESSION_QUERY, (name, name))
         names = [column.name for column in cursor.description]
         return SessionIdentity(**dict(zip(names, cursor.fetchone(), strict=True)))
@@ -68,8 +69,9 @@ def check_migrations(connection: BaseDatabaseWrapper) -> None:
     try:
         recorder = MigrationRecorder(connection)
         # Without their times, which the driver cannot read in every session.
-        names = recorder.migration_qs.values_list("app", "name") if recorder.has_table() else ()
-        applied = set(names)
+        with naming_timeouts(connection.alias):
+            names = recorder.migration_qs.values_list("app", "name") if recorder.has_table() else ()
+            applied = set(names)
     except DatabaseError as error:
         if isinstance(error.__cause__, InsufficientPrivilege):
             role = connection.settings_dict["USER"]

@@ -12,7 +12,7 @@ from django.db.models.functions import Extract, Now
 
 from rotator.apps import hides_keys
 from rotator.events import ActionKind, StopReason
-from rotator.fields.connections import reading_times
+from rotator.fields.connections import naming_timeouts, reading_times
 from rotator.models import Action, Control, Ledger, Rotation, Verification
 from rotator.options import DEFAULT_OPTIONS, SETTINGS, RunOptions, Selection, given_options
 from rotator.postgres.owner import SILENT_SECONDS, Owner
@@ -41,7 +41,7 @@ def read_rotations(database: str, number: int | None = None) -> list[Rotation]:
     """
     found = find_rotations(database)
     try:
-        with reading_times(database):
+        with reading_times(database), naming_timeouts(database):
             rotations = list(found if number is None else found.filter(pk=number))
     except (Error, ImproperlyConfigured) as error:
         raise CommandError(

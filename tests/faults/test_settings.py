@@ -118,3 +118,25 @@ def test_sessions_whose_times_django_cannot_read(database: Database, rotations: 
             "DMY and IntervalStyle = postgres. Set DateStyle = ISO and IntervalStyle = postgres for the "
             "role, the database or the connection."
         )
+
+
+def test_a_statement_timeout_that_is_too_short_for_djangos_own_session(
+    database: Database, rotations: Rotations, url: str
+) -> None:
+    audit = make_tickets(database, 200)
+    database.query(f"ALTER ROLE {ROLE} SET statement_timeout = '200ms'")
+
+    with database.connect() as other:
+        # Each read of these tables waits for longer than the timeout.
+        other.execute("BEGIN")
+        other.execute("LOCK TABLE django_migrations, rotator_rotation")
+        for command in (COMMAND, "rotations"):
+            refused = rotations.start_on(url, *MANAGE, command).wait()
+            assert refused.status == 1
+            assert refused.complaint == (
+                "The server canceled a statement of Django's own session on the database 'default': "
+                "canceling statement due to statement timeout. Raise the statement_timeout of the role, the "
+                "database or the connection."
+            )
+        other.execute("ROLLBACK")
+    assert audit.written() == 0
