@@ -5,7 +5,8 @@ import inspect
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -125,8 +126,9 @@ def read_rows_or_duration(name: str, value: Duration | None) -> tuple[int | None
     """Check the value of an option that is a number of rows or a duration, and return rows and seconds."""
     if value is None:
         return None, None
-    if isinstance(value, int) or (isinstance(value, str) and re.fullmatch(r"[0-9_]+", value)):
-        return _in_range(name, int(value)), None
+    rows = _number(value) if isinstance(value, str) else value
+    if isinstance(rows, int):
+        return _in_range(name, rows), None
     if _seconds(value) is None:
         raise OptionError(
             f"{_flag(name)} must be a number of rows (5000) or a duration (90s, 30m, 2h), not '{value}'."
@@ -161,9 +163,33 @@ def read_setting(name: str, text: str) -> object:
         return "" if text == "default" else read_pace(text).name
     if text == "default":
         return None
-    if not re.fullmatch(r"[0-9_]+", text):
+    number = _number(text)
+    if number is None:
         raise OptionError(f"{name} must be a number or default, not '{text}'.")
-    return _in_range(name, int(text))
+    return _in_range(name, number)
+
+
+def is_id(text: str) -> bool:
+    """Return whether a text is the id of a row."""
+    return text.isascii() and text.isdecimal()
+
+
+def whole_number(text: str) -> int:
+    """Return the number of an argument of a command, as ``argparse`` calls it."""
+    number = _number(text.removeprefix("-"))
+    if number is None:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}")
+    return -number if text.startswith("-") else number
+
+
+def _number(text: str) -> int | None:
+    """Return the number that a text in ASCII digits means, e.g. ``5_000``; None for any other text."""
+    if not re.fullmatch(r"[0-9]+(?:_[0-9]+)*", text):
+        return None
+    # Python reads no more than some thousand digits.
+    with suppress(ValueError):
+        return int(text)
+    return None
 
 
 def _seconds(value: Duration) -> float | None:
@@ -517,7 +543,9 @@ def _switch(text: str) -> dict[str, Any]:
     return {"action": "store_true", "help": text}
 
 
-def _value(metavar: str, text: str, *, kind: type = str, default: object = None) -> dict[str, Any]:
+def _value(
+    metavar: str, text: str, *, kind: Callable[[str], object] = str, default: object = None
+) -> dict[str, Any]:
     return {"metavar": metavar, "help": text, "type": kind, "default": default}
 
 
@@ -547,8 +575,8 @@ def _list(metavar: str, text: str) -> dict[str, Any]:
 
 
 COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "concurrency": _value("N", _HELP["concurrency"], kind=int, default=_DEFAULTS.concurrency),
-    "batch": _value("ROWS", _HELP["batch"], kind=int, default=_DEFAULTS.batch),
+    "concurrency": _value("N", _HELP["concurrency"], kind=whole_number, default=_DEFAULTS.concurrency),
+    "batch": _value("ROWS", _HELP["batch"], kind=whole_number, default=_DEFAULTS.batch),
     "pace": {"choices": tuple(PACES), "default": _DEFAULTS.pace, "help": _HELP["pace"]},
     "database": {
         "help": "The alias of the database that holds the target (default: the one that the project's "

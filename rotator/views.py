@@ -19,7 +19,7 @@ from rotator.management.control import Request, read_request, send
 from rotator.management.page import page_state
 from rotator.management.rotation import control_of, find_rotations, has_owner
 from rotator.models import Rotation
-from rotator.options import PACES, SETTINGS, RunOptions
+from rotator.options import PACES, SETTINGS, RunOptions, is_id
 
 if TYPE_CHECKING:
     from django.contrib.admin import ModelAdmin
@@ -66,7 +66,7 @@ def find(number: str) -> Rotation:
         Http404: There is none with this id.
     """
     rotations = find_rotations(router.db_for_write(Rotation))
-    found = rotations.filter(pk=number).first() if number.isdecimal() else None
+    found = rotations.filter(pk=number).first() if is_id(number) else None
     if found is None:
         raise Http404(f"There is no rotation {number}.")
     return found
@@ -181,7 +181,7 @@ def _request(admin: "_Admin", request: HttpRequest, rotation: Rotation) -> str:
     if not has_owner(rotation):
         raise RotatorError("No process works on this rotation, so nothing would answer.")
     revision = request.POST.get("revision", "")
-    if not revision.isdecimal():
+    if not is_id(revision):
         raise RotatorError("The form has no revision. Reload the page.")
     by = request.user.get_username()
     try:

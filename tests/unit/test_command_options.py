@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from django.core.management import CommandParser
+from django.core.management import CommandError, CommandParser
 
 from rotator.exceptions import OptionError
 from rotator.management.commands.async_rotate import Command, _run_options
@@ -20,8 +20,11 @@ from rotator.options import (
     RunOptions,
     Selection,
     given_options,
+    is_id,
     read_duration,
     read_rows_or_duration,
+    read_setting,
+    read_size,
 )
 
 
@@ -59,7 +62,7 @@ def test_rows_are_whole_numbers_and_durations_are_not() -> None:
     assert read_rows_or_duration("stop_after", None) == (None, None)
 
 
-@pytest.mark.parametrize("text", ["-5", "many", "5k"])
+@pytest.mark.parametrize("text", ["-5", "many", "5k", "_", "5_", "\u0663", "9" * 5000])
 def test_neither_rows_nor_a_duration_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match=r"^--stop-after must be a number of rows "):
         read_rows_or_duration("stop_after", text)
@@ -71,6 +74,24 @@ def test_numbers_have_a_range(name: str, number: int) -> None:
     option = name.replace("_", "-")
     with pytest.raises(OptionError, match=f"^--{option} must be from 1 to 2,147,483,647, not {number}"):
         RunOptions.checked(**{name: number})  # type: ignore[arg-type] # each is a number
+
+
+def test_only_ascii_digits_are_numbers() -> None:
+    parser = Command().create_parser("manage.py", "async_rotate")
+    for name in ("--batch", "--concurrency"):
+        assert vars(parser.parse_args([name, "1_000"]))[name.removeprefix("--")] == 1000
+        for text in ("\u0663", "\uff14", "+4", " 4", "_", "9" * 5000):
+            with pytest.raises(CommandError, match=f"argument {name}: invalid int value: "):
+                parser.parse_args([name, text])
+    for text in ("\u0663", "_", "9" * 5000):
+        with pytest.raises(OptionError, match=r"^batch must be a number or default, not "):
+            read_setting("batch", text)
+    with pytest.raises(OptionError, match=r"^--lock-timeout must be a duration "):
+        read_duration("lock_timeout", "\u0663s")
+    with pytest.raises(OptionError, match=r"^--max-slot-wal must be a size "):
+        read_size("max_slot_wal", "\u0663GB")
+    assert is_id("5")
+    assert not is_id("\u0663")
 
 
 # --- One set for the command, the API and Celery ---------------------------------------------------

@@ -11,6 +11,7 @@ from rotator.exceptions import OptionError
 from rotator.fields.secret_columns import Inventory, SecretColumn, search_copies, take_inventory
 from rotator.fields.secret_rules import Kind
 from rotator.management.terminal import OwnCommand
+from rotator.options import whole_number
 from rotator.postgres.copies import CopySearch
 from rotator.progress.text import count, moment, plural
 
@@ -49,7 +50,7 @@ class Command(OwnCommand):
         parser.add_argument("--json", action="store_true", help="Print JSON.")
         parser.add_argument(
             "--copies-of",
-            type=int,
+            type=whole_number,
             metavar="ID",
             help="Search all tables of the database for old values of this rotation, which must have a "
             "ledger (async_rotate --prove).",

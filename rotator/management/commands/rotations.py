@@ -35,6 +35,7 @@ from rotator.management.rotation import (
 )
 from rotator.management.terminal import INTERRUPTED, OwnCommand, writable
 from rotator.models import Action, Ledger, Rotation
+from rotator.options import is_id, whole_number
 from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
 from rotator.progress.text import (
@@ -111,7 +112,7 @@ class Command(OwnCommand):
         )
         parser.add_argument(
             "--revision",
-            type=int,
+            type=whole_number,
             metavar="N",
             help="With a request: refuse it if another user has changed the rotation since this revision.",
         )
@@ -257,7 +258,7 @@ class Command(OwnCommand):
 def _read_words(options: Options) -> tuple[int | None, Request | None]:
     """Return the id of the rotation and the request; None where the command line has none."""
     words = [*([options["rotation"]] if options["rotation"] else []), *options["request"]]
-    number = int(words.pop(0)) if words and words[0].isdecimal() else None
+    number = int(words.pop(0)) if words and is_id(words[0]) else None
     if options["all"]:
         if number is not None or words not in (["pause"], ["resume"]):
             raise OptionError("--all is for one of these: rotations pause --all, rotations resume --all.")

@@ -14,7 +14,7 @@ from rotator.fields.target import find_fields
 from rotator.management.rotation import read_rotations
 from rotator.management.terminal import INTERRUPTED, OwnCommand, writable, write_report
 from rotator.models import Rotation
-from rotator.options import NotEmpty, RunOptions, Selection
+from rotator.options import NotEmpty, RunOptions, Selection, is_id
 from rotator.progress.lines import LinesObserver, Sink
 from rotator.progress.summary import leaked_report
 from rotator.progress.text import leaked_values
@@ -165,7 +165,7 @@ class Command(OwnCommand):
 def _find(options: Options) -> Rotation | None:
     """Return the rotation; None where a field is named instead of an id."""
     name = options["rotation"]
-    if not name.isdecimal():
+    if not is_id(name):
         return None
     (rotation,) = read_rotations(_database(options), int(name))
     return rotation
