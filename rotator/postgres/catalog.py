@@ -15,6 +15,7 @@ from rotator.postgres.errors import read_only
 from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
+_NAME_BYTES: Final = 63
 _OTHER_KINDS: Final = {"v": "view", "m": "materialized view", "f": "foreign table"}
 _RELATION: Final = (
     "SELECT (SELECT format('%%I.%%I', nspname, c.relname) FROM pg_namespace WHERE oid = c.relnamespace)"
@@ -154,6 +155,12 @@ async def read_table(
     found = {row["name"]: row for row in await fetch_as(connection, dict_row, _COLUMNS, {"table": name})}
     _check_relation(named, relation)
     for wanted in (*key, *columns):
+        short = wanted.encode()[:_NAME_BYTES].decode(errors="ignore")
+        if wanted not in found and short in found:
+            raise TargetError(
+                f"PostgreSQL has shortened the name of the column {wanted} of {named} to {_NAME_BYTES} "
+                f"bytes. Set db_column = '{short}' in the model, then run the same command again."
+            )
         if wanted not in found:
             raise TargetError(f"The table {named} has no column {wanted}. Run `manage.py migrate`.")
     for wanted in key:

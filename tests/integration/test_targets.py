@@ -5,8 +5,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import connection as django_connection
 from django.db.models.signals import post_save
@@ -18,6 +20,7 @@ from rotator.events import Event, RangeCompleted, RangeRetried, RotationStarted,
 from rotator.exceptions import OptionError, OwnedElsewhereError, RotatorError, TargetError, ValuesError
 from rotator.fields import generators
 from rotator.options import RunOptions, Selection
+from rotator.postgres.catalog import read_table
 from rotator.signals import range_rotated
 from tests.integration.any_model import (
     BATCH,
@@ -602,3 +605,23 @@ async def test_what_it_cannot_do_it_raises(orders: Database) -> None:
     assert 8 <= len(caught.value.stopped.rejected_keys) < ROWS
     assert "the last 8 rows that were tried" in str(caught.value)
     assert isinstance(caught.value, RotatorError)
+
+
+async def test_a_name_that_postgresql_has_shortened_is_refused(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    # The last of the 63 bytes would be the first half of a character.
+    long, short = "a" * 62 + "\u00e4b", "a" * 62
+    database.execute(f'CREATE TABLE shop_orderview (id bigint PRIMARY KEY, "{long}" text)')
+    try:
+        read = partial(read_table, control, path=("shop_orderview",), key=("id",))
+        assert (await read(columns=(short,))).oid
+        with pytest.raises(TargetError) as refused:
+            await read(columns=(long,))
+    finally:
+        database.execute("DROP TABLE shop_orderview")
+
+    assert str(refused.value) == (
+        f"PostgreSQL has shortened the name of the column {long} of shop_orderview to 63 bytes. Set "
+        f"db_column = '{short}' in the model, then run the same command again."
+    )
