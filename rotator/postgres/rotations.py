@@ -130,6 +130,7 @@ class Completed:
     """A completed rotation in the database, and the time since then, on the database's clock."""
 
     id: int
+    target: str
     finished_at: datetime
     seconds_ago: float
 
@@ -200,37 +201,64 @@ class NewRotation:
 
 
 async def find_last_completed(
-    connection: AsyncConnection, target: str, table_name: str, selection: Selection
+    connection: AsyncConnection,
+    target: str,
+    table_name: str,
+    selection: Selection,
+    identity: Mapping[str, Any],
 ) -> Completed | None:
-    """Return the latest completed rotation of the same fields, rows and values."""
+    """Return the latest completed rotation of the same fields, rows and values.
+
+    Two models can have the same table. So a rotation of the same columns is one of the same fields.
+
+    Args:
+        connection: The connection.
+        target: The names of the fields.
+        table_name: The table's name, with its schema.
+        selection: The rows and the source of their values.
+        identity: The identity of the target, as JSON types.
+    """
     if selection.leaked:
         # The file may have other values, and rows that were rotated since have none of them.
         return None
     rows = await fetch_rows(
         connection,
-        "SELECT id, selection, finished_at,"
+        "SELECT id, target, selection, finished_at,"
         " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision"
-        " FROM rotator_rotation WHERE target = %s AND table_name = %s AND status = 'completed'"
+        " FROM rotator_rotation WHERE status = 'completed' AND table_name = %(table_name)s"
+        " AND (target = %(target)s OR (%(identity)s::jsonb ? 'table_oid'"
+        " AND identity -> 'system' = %(identity)s::jsonb -> 'system'"
+        " AND identity -> 'table_oid' = %(identity)s::jsonb -> 'table_oid'"
+        " AND identity -> 'columns' @> (%(identity)s::jsonb -> 'columns')"
+        " AND identity -> 'columns' <@ (%(identity)s::jsonb -> 'columns')))"
         " ORDER BY id DESC",
-        (target, table_name),
+        {"target": target, "table_name": table_name, "identity": Jsonb(dict(identity))},
     )
-    for rotation, saved, finished_at, seconds_ago in rows:
+    for rotation, label, saved, finished_at, seconds_ago in rows:
         if Selection.from_json(saved) == selection:
-            return Completed(id=rotation, finished_at=finished_at, seconds_ago=seconds_ago)
+            return Completed(id=rotation, target=label, finished_at=finished_at, seconds_ago=seconds_ago)
     return None
 
 
 async def check_repetition(
-    connection: AsyncConnection, target: str, table_name: str, selection: Selection, *, after: int | None
+    connection: AsyncConnection,
+    target: str,
+    table_name: str,
+    selection: Selection,
+    identity: Mapping[str, Any],
+    *,
+    after: int | None,
 ) -> None:
     """Refuse to repeat a completed rotation, except the one with the id ``after``.
+
+    See :func:`find_last_completed` for the other arguments.
 
     Raises:
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
-    completed = await find_last_completed(connection, target, table_name, selection)
+    completed = await find_last_completed(connection, target, table_name, selection, identity)
     if completed is not None and completed.id != after:
-        raise RotationRepeatedError(completed.id, target, completed.finished_at)
+        raise RotationRepeatedError(completed.id, completed.target, completed.finished_at)
 
 
 async def begin_rotation(
@@ -257,11 +285,10 @@ async def begin_rotation(
         OwnedElsewhereError: Another unfinished rotation has some of the same columns.
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
-    selection = Selection.from_json(terms.selection)
     async with exclusive_lock(connection, _NO_ROTATION):
         await _check_overlap(connection, terms)
         if not repeats:
-            await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
+            await _check_repetition_of(connection, terms, after)
         row = await fetch_row(
             connection,
             "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
@@ -289,8 +316,13 @@ async def begin_rotation(
         if row and not repeats:
             # A rotation that was unfinished at the first check may have been completed since. Now that this
             # row is inserted, no other one is unfinished.
-            await check_repetition(connection, terms.target, terms.table_name, selection, after=after)
+            await _check_repetition_of(connection, terms, after)
     return Lease(rotation=row[0], generation=1) if row else None
+
+
+async def _check_repetition_of(connection: AsyncConnection, terms: NewRotation, after: int | None) -> None:
+    selection = Selection.from_json(terms.selection)
+    await check_repetition(connection, terms.target, terms.table_name, selection, terms.identity, after=after)
 
 
 async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> None:

@@ -18,7 +18,7 @@ from rotator.postgres.catalog import (
 )
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.entropy import check_not_guessable
-from rotator.postgres.identity import check_session
+from rotator.postgres.identity import check_session, read_identity
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
 from rotator.postgres.rotations import Completed, Unfinished
 from rotator.postgres.table import TargetTable
@@ -182,8 +182,11 @@ async def find_earlier(server: Server, target: RunTarget, notify: Observer) -> E
         RotatorError: The target cannot be rotated, or the server is unreachable.
     """
     async with connected(server) as connection, lock_holders_named(server, notify):
-        name = (await read_target(connection, target)).found_name
+        table = await read_target(connection, target)
+        name, identity = table.found_name, (await read_identity(connection, table)).to_json()
         return Earlier(
             unfinished=await rotations.find_unfinished(connection, target.label, name),
-            completed=await rotations.find_last_completed(connection, target.label, name, target.selection),
+            completed=await rotations.find_last_completed(
+                connection, target.label, name, target.selection, identity
+            ),
         )

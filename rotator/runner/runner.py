@@ -41,6 +41,7 @@ from rotator.postgres import rotations
 from rotator.postgres.activity import check_standbys, missing_standbys
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.control import read_requested
+from rotator.postgres.identity import read_identity
 from rotator.postgres.ledger import find_ledger
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import count_table, gaps
@@ -321,8 +322,14 @@ class Run:
         if is_new:
             if not options.restart:
                 # Acquiring the rotation checks this too, but only after the report.
+                identity = (await read_identity(control, table)).to_json()
                 await rotations.check_repetition(
-                    control, target.label, table.found_name, target.selection, after=options.after
+                    control,
+                    target.label,
+                    table.found_name,
+                    target.selection,
+                    identity,
+                    after=options.after,
                 )
             self._findings = await examine(control, table, self._context.server, target, options)
             self._notify(Preflighted(findings=self._findings))

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -17,7 +18,14 @@ from django.test import override_settings
 
 from rotator.api import RotationUnfinishedError, Target, prepare, rotate, rotate_sync
 from rotator.events import Event, RangeCompleted, RangeRetried, RotationStarted, RotationStopped
-from rotator.exceptions import OptionError, OwnedElsewhereError, RotatorError, TargetError, ValuesError
+from rotator.exceptions import (
+    OptionError,
+    OwnedElsewhereError,
+    RotationRepeatedError,
+    RotatorError,
+    TargetError,
+    ValuesError,
+)
 from rotator.fields import generators
 from rotator.options import RunOptions, Selection
 from rotator.postgres.catalog import read_table
@@ -493,6 +501,28 @@ def test_another_model_of_the_same_column_has_to_wait(orders: Database) -> None:
     with pytest.raises(OwnedElsewhereError, match=r"of twin\.Order\.api_key is unfinished"):
         run(API_KEY)
     assert_completed(run(WEBHOOK, selection=Selection()), rows=ROWS)
+
+
+@pytest.mark.parametrize("preflight", [False, True])
+def test_a_completed_rotation_of_another_model_of_the_same_columns_is_not_repeated(
+    orders: Database, *, preflight: bool
+) -> None:
+    selection = Selection(generator=f"{MADE_BY}two_keys")
+    assert_completed(run(API_KEY, WEBHOOK, selection=selection), rows=ROWS)
+    # As a second model with the same db_table names them, in another order.
+    orders.execute("UPDATE rotator_rotation SET target = 'twin.Order.a twin.Order.key'")
+
+    prepared = prepare([API_KEY, WEBHOOK], "default", replace(OPTIONS, preflight=preflight), selection)
+    earlier = prepared.earlier(lambda _event: None)
+    assert earlier.completed is not None
+    with pytest.raises(RotationRepeatedError, match=r"of twin\.Order\.a twin\.Order\.key completed at"):
+        prepared.rotate(lambda _event: None)
+
+    # One of the columns is not the same as both.
+    assert_completed(run(API_KEY, selection=TOKEN), rows=ROWS)
+    options = replace(OPTIONS, after=earlier.completed.id)
+    repeated = prepare([API_KEY, WEBHOOK], "default", options, selection).rotate(lambda _event: None)
+    assert_completed(repeated, rows=ROWS)
 
 
 # --- Those who want to know ------------------------------------------------------------------------
