@@ -50,17 +50,28 @@ def read_leaked(path: str, column: str, fields: Sequence[AnyField], database: st
         OptionError: The file cannot be read, or has no values. No message contains a part of it.
         TargetError: A field stores the same value differently each time.
     """
-    forms = list({type(each): _to_bytes(each, database) for each in fields}.values())
+    of_types = {type(each): each for each in fields}
+    forms = [_to_bytes(each, database) for each in of_types.values()]
+    # Hexadecimal digits can be base64, too, so each value has both forms.
+    forms += [_from_hex(each, database) for each in of_types.values() if isinstance(each, BinaryField)]
     # The first line of a CSV file has the names of its columns.
-    values = LeakedValues(first=2 if column else 1, forms=len(forms))
+    values, is_storable = LeakedValues(first=2 if column else 1, forms=len(forms)), False
     with _opened(path) as stream:
         for value in _read(stream, path, column):
             if value:
-                values.add([form(value) for form in forms])
+                stored = [form(value) for form in forms]
+                is_storable = is_storable or any(each is not None for each in stored)
+                values.add(stored)
             else:
                 values.skip()
     if not len(values):
         raise OptionError(f"{_named(path)} has no values.")
+    if not is_storable:
+        labels = " or ".join(f"{field_label(each)} ({type(each).__name__})" for each in fields)
+        raise OptionError(
+            f"{_named(path)} has no value in a form that {labels} can store. Write each value as the "
+            "application shows it, and those of binary fields as hexadecimal digits or base64."
+        )
     return values
 
 
@@ -145,25 +156,13 @@ def _read_json(stream: BinaryIO, path: str) -> Iterator[bytes]:
 def _to_bytes(field: AnyField, database: str) -> _ToBytes:
     if type(field) in (CharField, TextField):
         return _as_it_is
-    connection = connections[database]
-
     is_uuid = type(field) is UUIDField
 
     def stored(value: bytes) -> bytes | None:
         # Most files have UUIDs in this form, and converting them by the field takes five times as long.
         if is_uuid and _UUID.fullmatch(value):
             return value
-        text = value.decode(errors="replace")
-        try:
-            made = (
-                bytes.fromhex(text.removeprefix(_HEX_PREFIX))
-                if isinstance(field, BinaryField) and text.startswith(_HEX_PREFIX)
-                else field.to_python(text)
-            )
-            prepared = field.get_db_prep_save(made, connection)
-        except Exception:  # noqa: BLE001 - any error of a custom field
-            return None
-        return _bytes_of(prepared)
+        return _stored(field, value, field.to_python, database)
 
     if stores_randomly(field, database):
         raise TargetError(
@@ -171,6 +170,23 @@ def _to_bytes(field: AnyField, database: str) -> _ToBytes:
             "time, so --leaked cannot find its rows. Rotate all of them."
         )
     return stored
+
+
+def _from_hex(field: AnyField, database: str) -> _ToBytes:
+    """Return the function for values that are written as hexadecimal digits, with their prefix or not."""
+
+    def read(text: str) -> bytes:
+        return bytes.fromhex(text.removeprefix(_HEX_PREFIX))
+
+    return lambda value: _stored(field, value, read, database)
+
+
+def _stored(field: AnyField, value: bytes, read: Callable[[str], object], database: str) -> bytes | None:
+    try:
+        prepared = field.get_db_prep_save(read(value.decode(errors="replace")), connections[database])
+    except Exception:  # noqa: BLE001 - any error of a custom field
+        return None
+    return _bytes_of(prepared)
 
 
 def _as_it_is(value: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """Rotations of only those rows whose values are in a list of leaked values."""
 
 import asyncio
+import base64
 import json
 import signal
 from collections.abc import Callable
@@ -217,6 +218,8 @@ def test_rows_of_partitions_get_values_that_are_made_from_them(days: Database, t
     [
         ("as_uuid", lambda value: value.hex.upper()),
         ("as_bytes", lambda value: f"\\x{value.hex()}"),
+        ("as_bytes", lambda value: value.hex()),
+        ("as_bytes", lambda value: base64.b64encode(value).decode()),
         ("as_custom", str),
         ("as_hex", str),
         ("as_big_integer", str),

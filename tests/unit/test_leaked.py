@@ -114,9 +114,26 @@ def test_values_have_the_form_that_their_columns_store(tmp_path: Path) -> None:
     path.write_text("secret\n")
     assert_has(read(path, fields=(ByInteger._meta.get_field("as_custom"),)), "<terces")
     path.write_text("\\x0a0b\nCgs=\n")
-    assert_has(read(path, fields=(ByInteger._meta.get_field("as_bytes"),)), b"\n\x0b", b"\n\x0b")
+    values = read(path, fields=(ByInteger._meta.get_field("as_bytes"),))
+    assert [values.digests.count(digest_of(b"\n\x0b", values.salt)), values.forms] == [2, 2]
+    path.write_text("0a0b\n")
+    values = read(path, fields=(ByInteger._meta.get_field("as_bytes"),))
+    # The digits are base64, too.
+    assert set(values.digests) == {digest_of(each, values.salt) for each in (b"\n\x0b", b"\xd1\xad\x1b")}
     path.write_text("0042\n")
     assert_has(read(path, fields=(ByInteger._meta.get_field("as_integer"),)), "42")
+
+
+def test_values_in_a_form_that_no_column_stores_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("secret\nsecret too\n")
+    fields = tuple(each for each in ByInteger._meta.concrete_fields if each.name in ("as_uuid", "as_bytes"))
+    with pytest.raises(OptionError) as refused:
+        read(tmp_path / "keys", fields=fields)
+    assert str(refused.value) == (
+        f"The file {tmp_path / 'keys'} has no value in a form that shop.ByInteger.as_uuid (UUIDField) or "
+        "shop.ByInteger.as_bytes (BinaryField) can store. Write each value as the application shows it, and "
+        "those of binary fields as hexadecimal digits or base64."
+    )
 
 
 def test_a_value_has_a_digest_for_each_kind_of_field(tmp_path: Path) -> None:
