@@ -23,7 +23,10 @@ from tests.acceptance.harness import (
 
 ROWS = 20_000
 COUNTED = "Counted: 20,000 of 20,000 tickets have a new token, and 20,000 tokens are distinct."
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
+WAITING = (
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE %s"
+)
 LEFT = "SELECT count(*) FROM pg_class WHERE relname LIKE 'demo%'"
 
 

@@ -313,7 +313,7 @@ def test_a_writer_commits_while_an_index_is_rebuilt(indexed: Database) -> None:
         rows = writer.execute(
             b"SELECT DISTINCT l.mode FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
             b" WHERE a.application_name = 'rotator' AND l.locktype = 'relation'"
-            b" AND l.relation = 'tickets_ticket'::regclass"
+            b" AND l.relation = 'tickets_ticket'::regclass AND a.datname = current_database()"
         )
         locks.extend(mode for (mode,) in rows)
         holder.execute(b"COMMIT")
