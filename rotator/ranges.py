@@ -34,12 +34,14 @@ class Written:
     Attributes:
         rows: The number of rows that have new values.
         has_other_writes: Whether a trigger wrote other rows of the table in the same transaction.
+        entered: The number of old values that entered the ledger with a range.
         server_seconds: The time from the transaction's start to the end of its updates, on the server's
             clock, without the time in which the server waited for new values.
     """
 
     rows: int
     has_other_writes: bool
+    entered: int = 0
     server_seconds: float
 
 

@@ -16,7 +16,7 @@ from rotator.options import WaitLimits
 from rotator.postgres.connection import fetch_as, fetch_rows, first, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
-from rotator.postgres.table import ROW, Column, TargetTable, identifier
+from rotator.postgres.table import PARTITIONS, ROW, Column, TargetTable, identifier, range_rows
 from rotator.ranges import Key, KeyInterval
 
 DIGEST_BYTES: Final = 8
@@ -57,6 +57,14 @@ def digest_of(value: str | bytes, salt: bytes) -> int:
     """Return the same digest of a value that this process has, e.g. of a line of a file."""
     encoded = value.encode() if isinstance(value, str) else value
     return int.from_bytes(hashlib.sha256(salt + encoded).digest()[:DIGEST_BYTES], "big", signed=True)
+
+
+COUNT_ENTRIES: Final = "UPDATE rotator_ledger SET entries = entries + %s WHERE rotation_id = %s"
+# The leaves that became partitions, or whose parents did, since a transaction of this age.
+_ATTACHED_LEAVES: Final = sql.SQL(
+    "SELECT leaf.oid FROM {partitions} AS leaf, pg_partition_ancestors(leaf.oid) AS ancestor"
+    " JOIN pg_inherits i ON i.inhrelid = ancestor.relid WHERE age(i.xmin) <= {age}"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +190,7 @@ async def load_range(
         RangeTooSlowError: The range is too large.
         RotatorError: Every other error of :func:`translate_errors`; nothing was entered.
     """
-    within = table.within(ROW, after_is_known=key_range.after is not None)
-    rows = sql.SQL("{} WHERE {}{}").format(table.row, within, table.and_matches)
+    rows = range_rows(table, after_is_known=key_range.after is not None)
     async with rolled_back_on_error(connection, seconds=LOAD_LIMITS.transaction_seconds):
         async with connection.pipeline():
             await begin_fenced(connection, lease, LOAD_LIMITS, {})
@@ -217,6 +224,25 @@ def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sq
         _insert(ledger, table, rows),
         identifier(ledger.schema, "rotator_ledger"),
         sql.Literal(ledger.rotation),
+    )
+
+
+def enter_newer_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
+    """Return the statement that enters the values of rows that the loaded ledger may lack.
+
+    Another session has written them since loading began, or their partition was attached since then: they can
+    have come into the range, or into the selection. It returns a row for each entry, and takes the parameter
+    ``table``. ``rows`` is that of :func:`enter_values`.
+    """
+    started = sql.SQL("age({}::xid8::xid)").format(sql.Literal(str(ledger.started_xid)))
+    # In a transaction, the age of an even newer row is negative.
+    is_newer = sql.SQL("age({}) <= {}").format(identifier(ROW, "xmin"), started)
+    if table.is_partitioned:
+        is_newer = sql.SQL("({} OR {} = ANY (ARRAY({})))").format(
+            is_newer, identifier(ROW, "tableoid"), _ATTACHED_LEAVES.format(partitions=PARTITIONS, age=started)
+        )
+    return sql.SQL("{} RETURNING 1").format(
+        _insert(ledger, table, sql.SQL("{} AND {}").format(rows, is_newer))
     )
 
 

@@ -249,10 +249,23 @@ def values_name(at: int) -> str:
     return f"values_{at}"
 
 
-def range_update(table: TargetTable, *, after_is_known: bool, transaction_seconds: float) -> sql.Composed:
+def range_rows(table: TargetTable, *, after_is_known: bool) -> sql.Composable:
+    """Return the FROM clause and the conditions for the rows of a range."""
+    return sql.SQL("{} WHERE {}{}").format(
+        table.row, table.within(ROW, after_is_known=after_is_known), table.and_matches
+    )
+
+
+def range_update(
+    table: TargetTable,
+    *,
+    after_is_known: bool,
+    transaction_seconds: float,
+    entering: sql.Composable | None = None,
+) -> sql.Composed:
     """Update the rows of one slice of a range; see docs/decisions/0001.
 
-    It fails when the transaction is older than ``transaction_seconds``.
+    It fails when the transaction is older than ``transaction_seconds``. For ``entering`` see :func:`_update`.
 
     Parameters: those of :func:`_update`, ``after``, ``through`` and ``rows``: the number of new values. More
     rows than that are an error.
@@ -286,19 +299,19 @@ def range_update(table: TargetTable, *, after_is_known: bool, transaction_second
         limit=sql.Literal(transaction_seconds),
         too_long=sql.Literal(TOO_LONG),
     )
-    return _update(table, old_rows, sql.SQL("{}{}").format(condition, table.and_matches))
+    return _update(table, old_rows, sql.SQL("{}{}").format(condition, table.and_matches), entering)
 
 
-def keyed_update(table: TargetTable) -> sql.Composed:
+def keyed_update(table: TargetTable, entering: sql.Composable | None = None) -> sql.Composed:
     """Update the rows with some keys, which are locked in the key's order.
 
-    Parameters: those of :func:`_update` and ``keys`` (texts of JSON arrays).
+    Parameters: those of :func:`_update` and ``keys`` (texts of JSON arrays). For ``entering`` see there, too.
     """
     old_rows = sql.SQL("SELECT keys.*, {} FROM {} ORDER BY {}").format(
         _old_values(table), rows_with_keys(table), table.key_columns("keys")
     )
     condition = sql.SQL("({}) = ({})").format(table.key_columns(ROW), table.key_columns(_OLD))
-    return _update(table, old_rows, condition)
+    return _update(table, old_rows, condition, entering)
 
 
 def placed_update(table: TargetTable) -> sql.Composed:
@@ -366,12 +379,21 @@ def _of_old(table: TargetTable, name: str) -> sql.Composable:
     return sql.SQL("{}.{}").format(identifier(_OLD), table.own_name(name))
 
 
-def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composable) -> sql.Composed:
+def _update(
+    table: TargetTable,
+    old_rows: sql.Composable,
+    condition: sql.Composable,
+    entering: sql.Composable | None = None,
+) -> sql.Composed:
     """Update :data:`ROW`, joined with a subquery that has the old values and a position for each row.
 
     It returns one row: the number of updated rows, of rows that still have an old value although another one
-    was assigned (a trigger restored it), and of rows with a new value that is equal to the old one. Stored
-    bytes are compared (``*=``): other operators treat some different values as equal, or do not exist.
+    was assigned (a trigger restored it), of rows with a new value that is equal to the old one, and of
+    entries. Stored bytes are compared (``*=``): other operators treat some different values as equal, or do
+    not exist.
+
+    ``entering`` is a statement that enters old values into the ledger, and returns a row for each entry. Both
+    see the same snapshot.
 
     Parameters: ``values_0`` and so on, one array for each column; a row takes the element at its position.
     """
@@ -404,10 +426,11 @@ def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composa
             )
         )
     return sql.SQL(
-        "WITH written AS (UPDATE {row} SET {assignments} FROM ({old_rows}) AS {old} WHERE {condition}"
+        "WITH {entered}written AS"
+        " (UPDATE {row} SET {assignments} FROM ({old_rows}) AS {old} WHERE {condition}"
         " RETURNING GREATEST({outcomes}) AS outcome)"
         " SELECT count(*), count(*) FILTER (WHERE outcome = {kept}),"
-        " count(*) FILTER (WHERE outcome = {repeated}) FROM written"
+        " count(*) FILTER (WHERE outcome = {repeated}), {number_entered} FROM written"
     ).format(
         row=table.row,
         assignments=sql.SQL(", ").join(assignments),
@@ -417,4 +440,6 @@ def _update(table: TargetTable, old_rows: sql.Composable, condition: sql.Composa
         outcomes=sql.SQL(", ").join(outcomes),
         kept=sql.Literal(_KEPT),
         repeated=sql.Literal(_REPEATED),
+        entered=sql.SQL("" if entering is None else "entered AS ({}), ").format(entering),
+        number_entered=sql.SQL("0" if entering is None else "(SELECT count(*) FROM entered)"),
     )

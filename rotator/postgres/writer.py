@@ -25,7 +25,7 @@ from rotator.postgres.catalog import read_update_triggers
 from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeGrewError, translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.identity import changed_target, replaced
-from rotator.postgres.ledger import Ledger, enter_values
+from rotator.postgres.ledger import COUNT_ENTRIES, Ledger, enter_newer_values, enter_values
 from rotator.postgres.planner import slice_ends
 from rotator.postgres.table import (
     ROW,
@@ -36,6 +36,7 @@ from rotator.postgres.table import (
     number,
     placed_rows,
     placed_update,
+    range_rows,
     range_update,
     rows_at_places,
     rows_with_keys,
@@ -108,21 +109,29 @@ class RangeUpdate:
             table: The target's table.
             source: The source of the new values.
             limits: The limits of each transaction.
-            ledger: The ledger that old values of rows at places enter first; None where they are in it.
+            ledger: The ledger, which values enter that it may lack; None where it has all, or there is none.
             keeps_plan: Whether the server keeps the plan of a range's update instead of making it for each
                 range. A kept plan locks all partitions, and the queries of triggers get kept plans too.
         """
         self.table = table
         self._source = source
         self.limits = limits
+
+        def entering(rows: sql.Composable) -> sql.Composed | None:
+            return None if ledger is None else enter_newer_values(ledger, table, rows)
+
         # Formatted once: formatting a statement takes as long as sending it.
         self._range_updates = {
             known: range_update(
-                table, after_is_known=known, transaction_seconds=limits.transaction_seconds
+                table,
+                after_is_known=known,
+                transaction_seconds=limits.transaction_seconds,
+                entering=entering(range_rows(table, after_is_known=known)),
             ).as_bytes()
             for known in (False, True)
         }
-        self._keyed_update = keyed_update(table).as_bytes()
+        with_keys = sql.SQL("{} WHERE true").format(rows_with_keys(table))
+        self._keyed_update = keyed_update(table, entering(with_keys)).as_bytes()
         self._placed_update = placed_update(table).as_bytes()
         self._enter_values = ledger and enter_values(ledger, table, placed_rows(table)).as_bytes()
         self._count_writes = count_writes(table).as_bytes()
@@ -208,7 +217,7 @@ class RangeUpdate:
                     await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
                     writes_after = await self._select_writes(connection)
                 results = [await result.fetchone() for cursor in cursors async for result in cursor.results()]
-                written, kept, repeated = map(sum, zip(*filter(None, results), strict=True))
+                written, kept, repeated, entered = map(sum, zip(*filter(None, results), strict=True))
                 after, seconds, oid = await writes_after.fetchone() or (0, 0.0, 0)
                 # By now the table is locked, so its name stays the same.
                 if self.table.oid not in (0, oid):
@@ -231,6 +240,7 @@ class RangeUpdate:
         return Written(
             rows=written,
             has_other_writes=has_other_writes,
+            entered=entered,
             server_seconds=max(0.0, seconds - making_seconds),
         )
 
@@ -261,6 +271,7 @@ class RangeUpdate:
                 "after": after,
                 "through": through,
                 "rows": max(0, min(SLICE_ROWS, count - start)),
+                "table": self.table.regclass,
                 **named(tuple(part(of_column, start, start + SLICE_ROWS) for of_column in values)),
             }
             for start, after, through in zip(starts, [rows.after, *ends], ends, strict=False)
@@ -304,7 +315,8 @@ class RangeUpdate:
                 making_since = time.monotonic()
                 found, values = await source.make(keys)
                 making_seconds += time.monotonic() - making_since
-                parameters = {"keys": [str(key) for key in found], **named(values)}
+                keys_found = [str(key) for key in found]
+                parameters = {"keys": keys_found, "table": self.table.regclass, **named(values)}
                 cursors.append(await connection.execute(self._keyed_update, parameters))
                 count += len(keys)
                 if len(keys) < SLICE_ROWS:
@@ -408,7 +420,8 @@ class RangeUpdate:
         is_bulk = isinstance(self._source, InBulk)
         statement = self._range_updates[True] if is_bulk else self._keyed_update
         no_values = named(tuple([] for _ in self.table.columns))
-        parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
+        position = {"after": key, "through": key, "rows": 0, "keys": [], "table": self.table.regclass}
+        parameters = position | no_values
         limits = replace(self.limits, statement_seconds=ANSWER_SECONDS)
         async with rolled_back_on_error(connection):
             await begin_fenced(connection, None, limits, self._plan_settings)
@@ -452,6 +465,9 @@ async def write_range(
                     written.has_other_writes,
                 ),
             )
+            if written.entered:
+                # Last, since all ranges that enter values update the same row.
+                await connection.execute(COUNT_ENTRIES, (written.entered, rotation))
             await connection.execute("COMMIT")
     if on_commit is not None:
         after, through = key_range.after, key_range.through

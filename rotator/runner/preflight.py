@@ -19,6 +19,7 @@ from rotator.postgres.catalog import (
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.entropy import check_not_guessable
 from rotator.postgres.identity import check_session, read_identity
+from rotator.postgres.ledger import Ledger
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
 from rotator.postgres.rotations import Completed, Unfinished
 from rotator.postgres.table import TargetTable
@@ -42,16 +43,18 @@ async def measured_update(
     limits: WaitLimits,
     key: Key,
     notify: Observer,
+    *,
+    ledger: Ledger | None = None,
 ) -> RangeUpdate:
     """Return the update of the ranges, with a higher limit where the server takes long to plan it.
 
     The server keeps its plan where the table has neither partitions nor triggers. ``key`` is any key of the
-    table.
+    table. ``ledger`` is that of the rotation; None where the ranges enter no values.
     """
     if not table.is_partitioned:
         has_triggers = bool(await read_update_triggers(connection, table))
-        return RangeUpdate(table, target.source, limits, keeps_plan=not has_triggers)
-    update = RangeUpdate(table, target.source, limits)
+        return RangeUpdate(table, target.source, limits, ledger, keeps_plan=not has_triggers)
+    update = RangeUpdate(table, target.source, limits, ledger)
     seconds = await update.planning_seconds(connection, key)
     if seconds < limits.statement_seconds * MIN_PART_OF_LIMIT:
         return update
@@ -65,7 +68,7 @@ async def measured_update(
         statement_seconds=statement_seconds,
         transaction_seconds=limits.transaction_seconds + more_seconds,
     )
-    return RangeUpdate(table, target.source, limits)
+    return RangeUpdate(table, target.source, limits, ledger)
 
 
 async def check(connection: AsyncConnection, target: RunTarget, options: RunOptions) -> TargetTable:

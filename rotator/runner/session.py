@@ -170,7 +170,13 @@ class Session:
             await distribution.run(left, drain, rows_left=rows_left, max_rows=max_rows)
         elif owned.bound is not None:
             update = await measured_update(
-                self._connection, self._table, self._context.target, options.limits, owned.bound, notify
+                self._connection,
+                self._table,
+                self._context.target,
+                options.limits,
+                owned.bound,
+                notify,
+                ledger=self._proof.ledger,
             )
             self._limits = update.limits
             engine = Engine(

@@ -17,6 +17,7 @@ from rotator.postgres.connection import Server, pooled
 from rotator.postgres.control import read_requested
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity, changed_target, read_identity
+from rotator.postgres.ledger import find_ledger
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
@@ -155,7 +156,13 @@ class Helper:
 
         if claimed.gaps:
             update = await measured_update(
-                connection, table, self._target, self._options.limits, claimed.gaps[0].through, notify
+                connection,
+                table,
+                self._target,
+                self._options.limits,
+                claimed.gaps[0].through,
+                notify,
+                ledger=await find_ledger(connection, claimed.lease.rotation),
             )
             write = partial(write_range, pool, update, claimed.lease, self._on_commit)
             # A span without a rotated row is one gap.

@@ -286,7 +286,7 @@ def test_one_partition_that_is_rewritten_is_noticed(days: Database, *, is_betwee
 
 
 def test_a_partitioned_table_is_proved_guarded_and_repaired(days: Database) -> None:
-    days.execute("UPDATE shop_partitioned SET secret = md5(secret)")
+    days.execute("UPDATE shop_partitioned SET secret = md5(secret || day)")
     days.execute("CREATE TABLE shop_old AS SELECT * FROM shop_partitioned")
     stale = (
         "UPDATE shop_partitioned p SET secret = o.secret FROM shop_old o WHERE o.day = p.day"
@@ -305,6 +305,31 @@ def test_a_partitioned_table_is_proved_guarded_and_repaired(days: Database) -> N
             EventRecorder(), outcome.rotation, repairs=True
         )
         assert (verified.repaired, verified.is_verified) == (2, True)
+    finally:
+        days.execute("DROP TABLE shop_old")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"), [("plain", "in bulk"), ("partitioned", "in bulk"), ("plain", "from rows")]
+)
+def test_old_rows_of_an_attached_table_enter_the_ledger(days: Database, kind: str, source: str) -> None:
+    make_february(days, kind)
+    fill(days, "shop_february", "2026-02-01")
+    days.execute("UPDATE shop_partitioned SET secret = md5(secret || day)")
+    days.execute("UPDATE shop_february SET secret = md5(secret || day)")
+    days.execute("CREATE TABLE shop_old AS SELECT * FROM shop_february")
+    try:
+        recorder = EventRecorder(after_range(1, lambda: attach(days, "february", 2)))
+        outcome = rotate(LABEL, recorder, selection=SOURCES[source], prove=True)
+        assert_unconfirmed(outcome, 0)
+        days.execute(
+            "UPDATE shop_partitioned p SET secret = o.secret FROM shop_old o WHERE o.day = p.day"
+            " AND o.number = p.number AND o.number < 7"
+        )
+        verified = prepare([LABEL], "default", RunOptions(), SOURCES[source]).verify(
+            EventRecorder(), outcome.rotation, repairs=False
+        )
+        assert verified.survivors == 7
     finally:
         days.execute("DROP TABLE shop_old")
 

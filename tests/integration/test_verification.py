@@ -16,7 +16,14 @@ from django.core.management import CommandError, call_command
 from psycopg import sql
 
 from rotator.api import prepare
-from rotator.events import Event, RotationStopped, VacuumStarted, VerificationProgressed, Verified
+from rotator.events import (
+    Event,
+    LedgerProgressed,
+    RotationStopped,
+    VacuumStarted,
+    VerificationProgressed,
+    Verified,
+)
 from rotator.exceptions import OptionError, RotatorError, ServerRefusedError
 from rotator.models import Ledger, Rotation, Verification
 from rotator.options import RunOptions, Selection
@@ -24,9 +31,9 @@ from rotator.postgres import survivors
 from rotator.postgres.errors import ANSWER_SECONDS
 from rotator.postgres.table import TargetTable
 from rotator.progress.verification import verification_summary
-from rotator.runner import verification
+from rotator.runner import proof, verification
 from tests.integration.killed import kill_itself, until_killed
-from tests.integration.outcomes import SHOP, EventRecorder, rotate_tickets
+from tests.integration.outcomes import SHOP, EventRecorder, after_range, rotate_tickets
 from tests.integration.rotation_tables import Database
 
 pytestmark = SHOP
@@ -191,6 +198,41 @@ def test_a_failed_control_before_the_rotation_rotates_nothing(
     assert stopped.exit_status == 1
     assert "The control of the ledger failed: 0 of 60 rows" in stopped.error
     assert database.changed(before) == set()
+
+
+def test_a_row_that_comes_into_the_selection_during_the_run_enters_the_ledger(database: Database) -> None:
+    database.make_tickets(1, ROWS)
+    database.execute("UPDATE tickets_ticket SET title = CASE WHEN id < 40 THEN 'on' ELSE 'off' END")
+    before = database.values()
+    change = "UPDATE tickets_ticket SET title = 'on' WHERE id = 55"
+    recorder = EventRecorder(after_range(1, lambda: database.execute(change)))
+
+    outcome = rotate_tickets(recorder, prove=True, selection=Selection(filters=("title=on",)), concurrency=1)
+
+    assert (outcome.rows, outcome.exit_status) == (40, 0)
+    assert Ledger.objects.get().entries == 41
+    database.execute("UPDATE tickets_ticket SET token = %s WHERE id = 55", (before["[55]"],))
+    assert _verify().survivor_keys == ("[55]",)
+
+
+def test_a_row_whose_key_changes_while_the_ledger_is_loaded_enters_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "LOAD_ROWS", 7)
+    database.make_tickets(1, ROWS)
+    before = database.values()
+    changes = iter([f"UPDATE tickets_ticket SET id = -1 WHERE id = {ROWS - 1}"])
+
+    def change(event: Event) -> None:
+        if isinstance(event, LedgerProgressed):
+            for statement in changes:
+                database.execute(statement)
+
+    outcome = rotate_tickets(EventRecorder(change), prove=True)
+
+    assert (outcome.rows, outcome.exit_status) == (ROWS, 0)
+    database.execute("UPDATE tickets_ticket SET token = %s WHERE id = -1", (before[f"[{ROWS - 1}]"],))
+    assert _verify().survivor_keys == ("[-1]",)
 
 
 def test_without_a_ledger_survivors_are_unknown(database: Database) -> None:
