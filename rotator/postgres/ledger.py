@@ -234,7 +234,8 @@ def enter_newer_values(ledger: Ledger, table: TargetTable, rows: sql.Composable)
     have come into the range, or into the selection. It returns a row for each entry, and takes the parameter
     ``table``. ``rows`` is that of :func:`enter_values`.
     """
-    started = sql.SQL("age({}::xid8::xid)").format(sql.Literal(str(ledger.started_xid)))
+    # In a subquery, it is evaluated once.
+    started = sql.SQL("(SELECT age({}::xid8::xid))").format(sql.Literal(str(ledger.started_xid)))
     # In a transaction, the age of an even newer row is negative.
     is_newer = sql.SQL("age({}) <= {}").format(identifier(ROW, "xmin"), started)
     if table.is_partitioned:
