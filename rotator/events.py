@@ -783,7 +783,7 @@ class Coverage:
         unknown: Why the last writers of the rows are unknown; empty where they are known.
         rejected_keys: The keys of rows that the server rejected, with the reason.
         table_rows: The rows of the table.
-        excluded_rows: The rows that a filter leaves out.
+        excluded_rows: The rows that do not match the filters now.
         null_rows: The rows of which a value is NULL and stays NULL.
         blank_rows: The rows of which a value is the empty string and stays so.
     """

@@ -121,7 +121,7 @@ def _reasons(
         f"The server rejected the new values of {rejected} rows, which keep old values.": rejected,
         f"{in_gaps} rows are in gaps that the rotation has not written.": in_gaps,
         f"{not_written} rows have not been written since the rotation began.": not_written,
-        f"Filters excluded {excluded} rows, which keep their values.": excluded,
+        f"{excluded} rows do not match the filters now, so they may have old values.": excluded,
         f"The last writers of the rows are unknown: {unknown}.": unknown,
     }
     return [sentence for sentence, is_true in found.items() if is_true]

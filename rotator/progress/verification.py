@@ -77,7 +77,7 @@ def _covered(coverage: Coverage) -> list[tuple[str, str]]:
         *facts,
         ("in gaps", f"{plural(coverage.gap_rows, 'row')}{f': {gaps}' if gaps else ''}"),
         ("rejected", "; ".join([plural(len(coverage.rejected_keys), "row"), *rejected])),
-        ("excluded", f"{plural(coverage.excluded_rows, 'row')} that the filters leave out"),
+        ("excluded", f"{plural(coverage.excluded_rows, 'row')} that do not match the filters now"),
         ("kept", f"{plural(coverage.null_rows, 'row')} with NULL, {count(coverage.blank_rows)} with ''"),
     ]
 

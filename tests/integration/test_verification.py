@@ -482,7 +482,9 @@ def test_the_evidence_says_first_what_is_not_proved(database: Database, tmp_path
         assert (first["rejected_rows"], first["excluded_rows"], first["survivors"]) == (1, 10, 2)
         assert [rejected["key"] for rejected in first["rejected_keys"]] == ["[9]"]
         assert first["rows_in_gaps"] == 1
-        assert any(sentence.startswith("Filters excluded 10 rows") for sentence in first["reasons"])
+        assert any(
+            sentence.startswith("10 rows do not match the filters now") for sentence in first["reasons"]
+        )
         assert any("rejected the new values of 1 rows" in sentence for sentence in first["reasons"])
 
         database.execute(f"DROP TRIGGER {trigger} ON tickets_ticket")
@@ -490,7 +492,9 @@ def test_the_evidence_says_first_what_is_not_proved(database: Database, tmp_path
         assert _verify(repairs=True).is_verified
         facts = _evidence(tmp_path)
         assert facts["NOT_PROVED"]["is_verified"] is True
-        assert facts["NOT_PROVED"]["reasons"] == ["Filters excluded 10 rows, which keep their values."]
+        assert facts["NOT_PROVED"]["reasons"] == [
+            "10 rows do not match the filters now, so they may have old values."
+        ]
         assert [each["survivors"] for each in facts["verification"]["over_time"]] == [2, 1, 1, 0]
         shown = (tmp_path / "evidence.json").read_text()
         secrets = [str(token) for token in database.values().values()]

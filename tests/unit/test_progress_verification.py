@@ -25,7 +25,7 @@ def test_a_verified_rotation() -> None:
         "  not written  0 rows since the start",
         "  in gaps      0 rows",
         "  rejected     0 rows",
-        "  excluded     0 rows that the filters leave out",
+        "  excluded     0 rows that do not match the filters now",
         "  kept         0 rows with NULL, 0 with ''",
         "  searched     1,000 rows",
         "  survivors    0 rows",
