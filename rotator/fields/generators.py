@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from numbers import Number
 from pkgutil import resolve_name
 from typing import Final, TypeAlias, TypeVar
 
@@ -18,7 +19,7 @@ from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
 from django.core.validators import BaseValidator
 from django.db import connections
-from django.db.models import Model, UUIDField, Value
+from django.db.models import BinaryField, Model, UUIDField, Value
 from django.db.models.fields import NOT_PROVIDED
 from django.db.models.sql import Query
 from django.utils.module_loading import import_string
@@ -56,6 +57,9 @@ ROWS_SECONDS: Final = 0.5
 """The same for values that are made while their rows are locked."""
 
 _TRIALS_OF_DEFAULT: Final = 5
+
+# The text of a value with one of these methods is Python's notation, for example of bytes, a tuple or a dict.
+_NOTATIONS: Final = (object.__str__, bytes.__str__, bytearray.__str__)
 
 # RFC 9562, section 5.4: version 4 in the high half of byte 6, variant 10 in the top two bits of byte 8.
 _SET_VERSION: Final = bytes(byte & 0x0F | 0x40 for byte in range(256))
@@ -221,6 +225,10 @@ class _ValueChecker:
             raise self._error(f"returned None for {field.name}.")
         if hasattr(value, "resolve_expression"):
             raise self._error(f"returned an SQL expression for {field.name}. It must return values.")
+        if self._stores_repr(field, value):
+            raise self._error(
+                f"returned {type(value).__name__} for {field_label(field)}, which stores text. Return a str."
+            )
         self._check_limits(field, value)
         try:
             prepared = field.get_db_prep_save(value, connections[self.database])
@@ -238,6 +246,22 @@ class _ValueChecker:
             except UnicodeEncodeError:
                 raise self._error(f"returned a text for {field.name} that is not valid Unicode.") from None
         return prepared
+
+    def _stores_repr(self, field: AnyField, value: object) -> bool:
+        """Return whether the field stores Python's notation of a value that is no text, e.g. ``b'...'``."""
+        is_text = type(value).__str__ not in _NOTATIONS or isinstance(value, Number)
+        if is_text or isinstance(field, BinaryField):
+            return False
+        connection = connections[self.database]
+        # If the conversion fails, saving fails too, or the field stores no text.
+        with suppress(Exception):
+            stored = field.get_db_prep_save(value, connection)
+            if comparable(stored) == comparable(field.get_db_prep_save(str(value), connection)):
+                return True
+            # Encryption may store the same text differently each time.
+            read = field.from_db_value(getattr(stored, "obj", stored), None, connection)  # type: ignore[attr-defined]
+            return bool(read == str(value))
+        return False
 
     def _check_limits(self, field: AnyField, value: object) -> None:
         # The stored form of the value counts, e.g. the text of a UUID. If the conversion fails, saving fails

@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -299,6 +301,14 @@ BAD_GENERATORS = {
     "empty": "returned an empty value",
     "half_of_a_character": "for api_key that is not valid Unicode",
     "token_and_checksum": "mapping with checksum, token, but the fields are api_key",
+    "blob": r"blob returned bytes for shop\.Order\.api_key, which stores text\. Return a str\.",
+    "in_memory": "returned memoryview for",
+    "pair": "returned tuple for",
+    "pair_for_row": "returned tuple for",
+    "in_list": "returned list for",
+    "in_set": "returned set for",
+    "in_mapping": "returned dict for",
+    "no_text": "returned object for",
 }
 
 
@@ -309,6 +319,38 @@ def test_a_bad_generator_is_found_out_before_anything_is_changed(orders: Databas
         assert caught.value.__cause__ is None
     assert leaked() == set(range(ROWS))
     assert orders.execute("SELECT id FROM rotator_rotation") == []
+
+
+@pytest.mark.parametrize("name", ["number", "uuid_for_row", "lazy_text"])
+def test_a_generator_can_return_what_has_a_text_of_its_own(orders: Database, name: str) -> None:
+    run(API_KEY, selection=Selection(generator=MADE_BY + name))
+    assert leaked() == set()
+    assert orders.execute("SELECT FROM shop_order WHERE api_key !~ '^[A-Za-z0-9_-]+$'") == []
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize(
+    "label", ["shop.ByInteger.as_text", "shop.ByInteger.as_custom", "shop.Client.encrypted"]
+)
+def test_bytes_are_no_text_for_any_field_that_stores_text(label: str) -> None:
+    with pytest.raises(ValuesError, match=r"returned bytes for .*, which stores text"):
+        run(label, selection=Selection(generator=f"{MADE_BY}blob"))
+
+
+@pytest.mark.usefixtures("database")
+def test_a_default_that_makes_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.ByInteger._meta.get_field("as_text"), "default", partial(os.urandom, 8))
+    with pytest.raises(ValuesError, match=r"The default of .* returned bytes for shop\.ByInteger\.as_text"):
+        run("shop.ByInteger.as_text", selection=Selection())
+
+
+@pytest.mark.usefixtures("database")
+def test_bytes_for_a_field_that_decodes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    models.ByInteger.objects.create(id=1)
+    field = models.ByInteger._meta.get_field("as_custom")
+    monkeypatch.setattr(field, "get_prep_value", lambda value: value if value is None else value.hex())
+    run("shop.ByInteger.as_custom", selection=Selection(generator=f"{MADE_BY}few_bytes"))
+    assert re.fullmatch("[0-9a-f]{16}", models.ByInteger.objects.get().as_custom[::-1])
 
 
 def test_a_later_failure_names_the_range_and_the_rotation_can_be_resumed(orders: Database) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from django.db.models import Model
 from django.utils.crypto import get_random_string
+from django.utils.functional import lazystr
 
 
 def token() -> str:
@@ -121,6 +122,42 @@ def empty() -> str:
 
 def half_of_a_character() -> str:
     return token() + "\ud800"
+
+
+def in_memory() -> memoryview:
+    return memoryview(blob())
+
+
+def pair() -> tuple[str, str]:
+    return token(), token()
+
+
+def pair_for_row(_row: Model) -> tuple[str, str]:
+    return pair()
+
+
+def in_list() -> list[str]:
+    return [token()]
+
+
+def in_set() -> set[str]:
+    return {token()}
+
+
+def no_text() -> object:
+    return object()
+
+
+def in_mapping() -> dict[str, dict[str, str]]:
+    return {"api_key": {"key": token()}}
+
+
+def lazy_text() -> object:
+    return lazystr(token())
+
+
+def few_bytes() -> bytes:
+    return secrets.token_bytes(8)
 
 
 def exiting() -> str:
