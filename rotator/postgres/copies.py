@@ -92,7 +92,7 @@ class CopySearch:
 
     Attributes:
         found: The columns with old values.
-        columns: The number of columns that were searched.
+        columns: The number of columns that were searched, without those that could not be.
         problems: The columns that could not be searched completely, one phrase each.
     """
 
@@ -135,7 +135,7 @@ async def find_copies(
             f"Rotation {rotation} has no ledger of its old values, so copies cannot be found. Only rotations "
             "with --prove have one."
         )
-    search = CopySearch(columns=len(stored))
+    search = CopySearch()
     pauses = Pauses()
     for each in stored:
         found = await fetch_or_reason(connection, server, _sample(ledger, each), {})
@@ -144,7 +144,9 @@ async def find_copies(
             found = await _search(connection, server, ledger, each, pauses)
         if isinstance(found, str):
             search.problems.append(f"{each.table}.{each.column} could not be searched: {found}")
-        elif found[0][1]:
+            continue
+        search.columns += 1
+        if found[0][1]:
             search.found.append(
                 ColumnCopies(table=each.table, column=each.column, searched=found[0][0], rows=found[0][1])
             )

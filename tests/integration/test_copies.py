@@ -112,13 +112,30 @@ def find(*options: str) -> str:
     return out.getvalue()
 
 
+def find_some(*options: str) -> str:
+    """Return the output of a search that could not search all columns."""
+    out = StringIO()
+    with pytest.raises(SystemExit) as exited:
+        call_command("find_secrets", *options, stdout=out)
+    assert exited.value.code == 1
+    return out.getvalue()
+
+
 def test_the_command(database: Database, rotation: int) -> None:
     database.execute("UPDATE tickets_ticket SET title = token::text WHERE id <= 3")
+    every = json.loads(find("--copies-of", str(rotation), "--json"))["columns_searched"]
     locker = database.connect()
     locker.execute("BEGIN")
     locker.execute("LOCK TABLE shop_client")
-    assert "  public.tickets_ticket.title: 3 of 50 rows\n" in find("--copies-of", str(rotation))
-    facts = json.loads(find("--copies-of", str(rotation), "--all", "--json"))
+    text = find_some("--copies-of", str(rotation))
+    assert "  public.tickets_ticket.title: 3 of 50 rows\n" in text
+    facts = json.loads(find_some("--copies-of", str(rotation), "--all", "--json"))
+    skipped = len(facts["problems"])
+    assert facts["columns_searched"] == every - skipped
+    assert text.endswith(
+        f"Searched {every - skipped} columns for old values of rotation {rotation}: 1 has copies. "
+        f"{skipped} columns could not be searched, and can have copies.\n"
+    )
     assert facts["copies"] == [
         {"table": "public.tickets_ticket", "column": "title", "rows": 3, "rows_searched": 50}
     ]

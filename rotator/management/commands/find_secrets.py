@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from typing import Final, TypedDict, Unpack
 
 from django.core.management import CommandParser
@@ -69,10 +70,14 @@ class Command(OwnCommand):
                 raise OptionError("--all needs a rotation: find_secrets --copies-of ID --all.")
             inventory = take_inventory(database)
             facts, text = _facts(inventory, database), _text(inventory, database)
+            exit_status = 0
         else:
             search = search_copies(database, rotation, every_row=options["all"])
             facts, text = _copy_facts(search, rotation), _copy_text(search, rotation)
+            exit_status = int(bool(search.problems))
         self.stdout.write(json.dumps(facts, indent=2) if options["json"] else text)
+        if exit_status:
+            sys.exit(exit_status)
 
 
 def _facts(inventory: Inventory, database: str) -> dict[str, object]:
@@ -129,10 +134,13 @@ def _copy_text(search: CopySearch, rotation: int) -> str:
     if search.problems:
         blocks.append("\n".join(["Not searched completely:", *(f"  {each}" for each in search.problems)]))
     found = len(search.found)
-    blocks.append(
+    last = (
         f"Searched {plural(search.columns, 'column')} for old values of rotation {rotation}: "
         f"{count(found) if found else 'none'} {'has' if found == 1 else 'have'} copies."
     )
+    if search.problems:
+        last += f" {plural(len(search.problems), 'column')} could not be searched, and can have copies."
+    blocks.append(last)
     return "\n\n".join(blocks)
 
 
