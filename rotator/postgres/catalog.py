@@ -61,7 +61,10 @@ _COLUMNS: Final = (
     " CASE WHEN l.collprovider = 'd' THEN d.datcollversion ELSE l.collversion END AS recorded_version,"
     " CASE WHEN l.collprovider = 'd' THEN pg_database_collation_actual_version(d.oid)"
     " ELSE pg_collation_actual_version(l.oid) END AS actual_version,"
-    " a.attnotnull AS not_null, a.attgenerated <> '' OR a.attidentity = 'a' AS is_generated,"
+    # Since PostgreSQL 18, attnotnull is also true for NOT NULL ... NOT VALID: older rows may have NULL.
+    " a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint v WHERE v.conrelid = a.attrelid"
+    " AND v.contype = 'n' AND NOT v.convalidated AND v.conkey = ARRAY[a.attnum]) AS not_null,"
+    " a.attgenerated <> '' OR a.attidentity = 'a' AS is_generated,"
     " format_type(a.atttypid, a.atttypmod) AS stored_type,"
     " t.typcategory = 'S' OR t.typname = 'bytea' AS can_be_blank,"
     " t.typcategory = 'A' AS is_array, t.typtype = 'c' OR t.typname IN ('json', 'jsonb', 'xml')"

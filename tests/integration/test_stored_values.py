@@ -99,6 +99,21 @@ def test_a_number_that_is_too_large_is_refused(database: Database, coded: MakeTa
     assert_all_refused(database, table, f"large_number{source}", "numeric_value_out_of_range")
 
 
+def test_null_is_kept_if_not_null_is_not_validated(database: Database, coded: MakeTable) -> None:
+    if database.connect().info.server_version < 180_000:
+        pytest.skip("this server validates NOT NULL")
+    coded("text")
+    fill(database)
+    database.execute("UPDATE shop_coded SET secret = NULL WHERE id <= 4")
+    database.execute("ALTER TABLE shop_coded ADD CONSTRAINT filled NOT NULL secret NOT VALID")
+    selection = Selection(generator=f"{GENERATORS}token")
+    rotate(CODES, selection=selection)
+    kept = database.execute(
+        "SELECT id FROM shop_coded WHERE secret IS NULL OR secret LIKE 'leaked%' ORDER BY 1"
+    )
+    assert kept == [(1,), (2,), (3,), (4,)]
+
+
 # --- What fits -------------------------------------------------------------------------------------
 
 FITTING = {
