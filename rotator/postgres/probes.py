@@ -9,7 +9,7 @@ from typing import Final
 from psycopg import AsyncConnection
 from psycopg.rows import class_row
 
-from rotator.postgres.connection import begin, execute_alone, fetch_as
+from rotator.postgres.connection import IS_OWN_SESSION, begin, execute_alone, fetch_as
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import LOCK_CLASS, SPAN_LOCK_CLASS
 
@@ -74,16 +74,19 @@ class Activity:
         commits: The commits of all sessions of this database.
         ranges: The ranges of all rotations in it, those of the ledgers included.
         writes: The other writes to the rotator's tables.
+        recent_sessions: The other sessions that have done something a moment ago, which the counts may not
+            show yet. Sessions that the role may not see are included.
     """
 
     at: float
     commits: int
     ranges: int
     writes: int
+    recent_sessions: int = 0
 
 
 _ACTIVITY: Final = (
-    "SELECT extract(epoch FROM clock_timestamp())::float8 AS at,"
+    "SELECT extract(epoch FROM clock_timestamp())::float8 AS at,"  # noqa: S608 - our own text
     " pg_stat_get_db_xact_commit((SELECT oid FROM pg_database WHERE datname = current_database()))"
     " AS commits,"
     " pg_stat_get_tuples_inserted('rotator_completedrange'::regclass)"
@@ -91,7 +94,10 @@ _ACTIVITY: Final = (
     " pg_stat_get_tuples_updated('rotator_rotation'::regclass)"
     " + pg_stat_get_tuples_inserted('rotator_span'::regclass)"
     " + pg_stat_get_tuples_updated('rotator_span'::regclass)"
-    " + pg_stat_get_tuples_updated('rotator_helper'::regclass) AS writes"
+    " + pg_stat_get_tuples_updated('rotator_helper'::regclass) AS writes,"
+    " (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    f" AND COALESCE(backend_type = 'client backend' AND NOT ({IS_OWN_SESSION})"
+    " AND state_change > clock_timestamp() - interval '250 ms', true)) AS recent_sessions"
 )
 
 

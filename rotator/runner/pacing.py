@@ -44,6 +44,8 @@ BASELINES: Final = 3
 # Sessions add to the statistics once a second. So the commits of a short time can contain those of the second
 # before, and it takes more of them to be sure that they are not our own.
 MIN_ACTIVITY_SECONDS: Final = 0.3
+# Until then, the sessions that were seen may not have added their commits.
+ADDED_SECONDS: Final = 1.2
 ACTIVE_WINDOWS: Final = ((1.0, 0.5), (3.0, 0.2))
 QUIET_SECONDS: Final = 5.0
 SHARE_WHEN_ACTIVE: Final = 0.1
@@ -93,8 +95,10 @@ class OtherSessions:
     @property
     def are_known(self) -> bool:
         """Whether the counts cover enough time to say whether they are active."""
-        counts = self._counts
-        return bool(counts) and counts[-1].activity.at - counts[0].activity.at >= MIN_ACTIVITY_SECONDS
+        if not self._counts:
+            return False
+        first, last = self._counts[0].activity, self._counts[-1].activity
+        return last.at - first.at >= (ADDED_SECONDS if last.recent_sessions else MIN_ACTIVITY_SECONDS)
 
     def add(self, activity: Activity, *, ranges: int, own_commits: int) -> None:
         """Take the counts.

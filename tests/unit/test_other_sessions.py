@@ -39,7 +39,9 @@ class _Server:
                 self._ranges += session[1] if name.startswith("worker") else 0.0
                 session[:] = [self.at + 1.0, 0.0]
         self.ranges += self.ranges_per_second * STEP_SECONDS
-        return Activity(at=self.at, commits=int(self._commits), ranges=int(self._ranges), writes=0)
+        return Activity(
+            at=self.at, commits=int(self._commits), ranges=int(self._ranges), writes=0, recent_sessions=0
+        )
 
 
 def _seconds_until(others: OtherSessions, server: _Server, *, active: bool, limit: float = 60.0) -> float:
@@ -90,7 +92,11 @@ def test_the_queries_of_a_start_are_not_other_sessions() -> None:
 def test_as_many_queries_at_once_are_other_sessions_later() -> None:
     others = OtherSessions()
     for step in range(40):
-        others.add(Activity(at=step / 4, commits=1000, ranges=0, writes=0), ranges=0, own_commits=0)
+        others.add(
+            Activity(at=step / 4, commits=1000, ranges=0, writes=0),
+            ranges=0,
+            own_commits=0,
+        )
     others.add(Activity(at=11.4, commits=1110, ranges=8, writes=2), ranges=0, own_commits=10)
     assert others.are_active
 
@@ -104,3 +110,14 @@ def test_our_probes_are_not_other_sessions() -> None:
             own_commits=20 * step,
         )
     assert not others.are_active
+
+
+@pytest.mark.parametrize(("recent_sessions", "seconds"), [(0, 0.3), (1, 1.2)])
+def test_sessions_that_were_seen_have_a_second_to_add_their_commits(
+    recent_sessions: int, seconds: float
+) -> None:
+    others = OtherSessions()
+    for at, is_known in ((0.0, False), (seconds - 0.01, False), (seconds, True)):
+        counts = Activity(at=at, commits=0, ranges=0, writes=0, recent_sessions=recent_sessions)
+        others.add(counts, ranges=0, own_commits=0)
+        assert others.are_known == is_known
