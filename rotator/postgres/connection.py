@@ -1,6 +1,7 @@
 """Connections to the server: how they are opened, their settings, and poolers."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -116,11 +117,23 @@ async def connected(server: Server) -> AsyncIterator["OwnConnection"]:
         yield connection
 
 
+class _LastReturnedFirst(deque[AsyncConnection]):
+    """The idle connections of a pool, which takes them from the left and returns them to the right."""
+
+    def popleft(self) -> AsyncConnection:
+        """Return the connection that was returned last."""
+        return self.pop()
+
+
 @asynccontextmanager
 async def pooled(
     server: Server, size: int, *, seconds: float = OPEN_SECONDS
 ) -> AsyncIterator[AsyncConnectionPool]:
     """Open a pool of ``size`` connections in autocommit mode, all of them at once.
+
+    The connection that was returned last is used first. So one worker uses one session of the server. If its
+    sessions took turns, each of them would have slept when its turn came, and the scheduler of the server's
+    system would prefer it to the sessions of the application.
 
     Raises:
         ServerLostError: The connections could not be opened in time.
@@ -136,6 +149,7 @@ async def pooled(
         configure=server.configure,
         name="rotator workers",
     )
+    pool._pool = _LastReturnedFirst()  # noqa: SLF001 - the pool has no option for it
     async with translate_errors():
         try:
             await pool.open(wait=True, timeout=seconds)

@@ -11,6 +11,7 @@ from psycopg.sql import SQL, Identifier
 
 from rotator.exceptions import TargetError
 from rotator.options import Selection
+from rotator.postgres.connection import pooled
 from tests.integration.outcomes import SHOP, EventRecorder, assert_unconfirmed, each_connection, rotate
 from tests.integration.rotation_tables import SCHEMA, TARGET, Database
 
@@ -207,3 +208,12 @@ _USERS = Identifier(SCHEMA, "users").as_string()
 def _users(database: Database) -> str:
     database.execute(f"CREATE TABLE {_USERS} (name text)")
     return _USERS
+
+
+async def test_one_worker_uses_one_session(database: Database) -> None:
+    used = set[int]()
+    async with pooled(database.server, 3) as pool:
+        for _ in range(6):
+            async with pool.connection() as connection:
+                used.add(connection.info.backend_pid)
+    assert len(used) == 1
