@@ -242,9 +242,9 @@ def enter_newer_values(ledger: Ledger, table: TargetTable, rows: sql.Composable)
         is_newer = sql.SQL("({} OR {} = ANY (ARRAY({})))").format(
             is_newer, identifier(ROW, "tableoid"), _ATTACHED_LEAVES.format(partitions=PARTITIONS, age=started)
         )
-    return sql.SQL("{} RETURNING 1").format(
-        _insert(ledger, table, sql.SQL("{} AND {}").format(rows, is_newer))
-    )
+    return sql.SQL(
+        "{} AND NOT EXISTS (SELECT FROM {} AS entry WHERE entry.digest = rotator_values.digest) RETURNING 1"
+    ).format(_insert(ledger, table, sql.SQL("{} AND {}").format(rows, is_newer)), ledger.name)
 
 
 def _insert(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
