@@ -13,6 +13,7 @@ from psycopg import sql
 
 from rotator.postgres.connection import OwnConnection, Server, connected, pooled
 from rotator.postgres.fence import Lease
+from rotator.postgres.ledger import create_ledger, index_ledger
 from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.planner import IndexPlanner, last_key
 from rotator.postgres.table import Condition, TargetTable
@@ -152,6 +153,37 @@ async def test_ranges_are_updated_by_merging_two_scans_of_the_index(
                 " WHERE statement LIKE 'WITH written AS (UPDATE%'"
             )
             assert await kept.fetchone() == (4, 0)
+
+
+@tables(50, 30_000)
+async def test_values_that_the_ledger_may_lack_are_looked_up_by_its_index(
+    database: Database,
+    explained: _ExplainedServer,
+    side: psycopg.AsyncConnection,
+    table: TargetTable,
+    lease: Lease,
+) -> None:
+    planner = IndexPlanner(side, table)
+    bound = await last_key(side, table)
+    assert bound is not None
+    ledger = await create_ledger(side, lease)
+    fill = sql.SQL("INSERT INTO {} SELECT * FROM generate_series(1, 100000)")
+    await side.execute(fill.format(ledger.name))
+    await index_ledger(side, lease, ledger)
+    rest, batch = KeyInterval(after=None, through=bound), len(database.values(table)) // 15
+    async with pooled(explained, 1) as pool:
+        update_range = RangeUpdate(table, UUIDS, PATIENT, ledger, keeps_plan=True)
+        for is_analyzed in (False, False, True, True):
+            if is_analyzed:
+                analyze(database, table)
+                await side.execute(sql.SQL("ANALYZE {}").format(ledger.name))
+            key_range = await planner.next_range(rest, batch)
+            explained.plans.kinds()
+            await write_range(pool, update_range, lease, None, key_range)
+            (update,) = explained.plans.kinds()
+            assert "Merge Join" in update
+            assert not update & UNWANTED
+            rest = KeyInterval(after=key_range.through, through=bound)
 
 
 @pytest.fixture
