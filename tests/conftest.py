@@ -1,11 +1,12 @@
 """The set-up that all tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Final
 
 import pytest
 from django.db import connection
 
+from tests.acceptance.harness import Commands
 from tests.signals import stop_ignoring_signals
 
 _STARTING_PROCESSES: Final = ("tests/acceptance/", "tests/faults/")
@@ -39,6 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     waiting = [file for file in ordered if not file.startswith(_STARTING_PROCESSES)]
     places = {file: place / len(files) for files in (starting, waiting) for place, file in enumerate(files)}
     items[:] = [item for file in sorted(ordered, key=places.__getitem__) for item in ordered[file]]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failed test what the processes that it started have said."""
+    report = yield
+    if report.failed and isinstance(item, pytest.Function):
+        for value in item.funcargs.values():
+            if isinstance(value, Commands):
+                report.sections += value.said
+    return report
 
 
 def _schema() -> set[str]:

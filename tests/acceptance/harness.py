@@ -204,6 +204,14 @@ class Commands:
         """Run what a summary advises, with more options behind it."""
         return self.start(*options, program=finished.resume_command).wait()
 
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        """A title and the text for each process: what it has said so far."""
+        return [
+            (f"process {number}, {'alive' if running.is_alive else 'ended'}", running.out + running.err)
+            for number, running in enumerate(self._running)
+        ]
+
     def end(self) -> None:
         for running in self._running:
             if running.is_alive:

@@ -2,6 +2,9 @@
 
 from tests.acceptance.harness import COMMAND, MANAGE, Commands, Finished, Running
 
+# What only the transaction of a range sends. Others read the same table.
+RANGE = b"INTO rotator_completedrange"
+
 
 class Rotations(Commands):
     """Starts ``async_rotate`` with any DATABASE_URL, and ends what is left when the test is over."""

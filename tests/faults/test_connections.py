@@ -8,7 +8,7 @@ import pytest
 from core.proxy import At, Proxy
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, slow_down, speed_up
-from tests.faults.harness import Rotations, assert_completed
+from tests.faults.harness import RANGE, Rotations, assert_completed
 
 ROWS = 8000
 CUTS = 4
@@ -16,7 +16,6 @@ CONCURRENCY = 4
 # The client's own deadline for an answer is 30 s.
 NOTICED_SECONDS = 60.0
 
-RANGE = b"INTO rotator_completedrange"
 TAKEN_OVER = b"generation = generation + 1"
 COMPLETED = b"status = 'completed', finished_at"
 

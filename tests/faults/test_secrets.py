@@ -14,7 +14,7 @@ from core.own_server import OwnServer
 from core.proxy import At, Proxy
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
-from tests.faults.harness import Rotations, assert_completed
+from tests.faults.harness import RANGE, Rotations, assert_completed
 
 ROWS = 6000
 REFUSED = 4000
@@ -94,7 +94,7 @@ def test_failures_of_every_kind_show_no_token(
         running = rotations.rotate(url, *options)
         done = database.checkpoints()
         wait_until(lambda: database.checkpoints() > done + 5, "more checkpoints")
-        proxy.cut_at_commit(At.AFTER, containing=b"rotator_completedrange")
+        proxy.cut_at_commit(At.AFTER, containing=RANGE)
         wait_until(lambda: proxy.commits_cut == 1, "a commit is cut")
         database.query(
             "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'rotator'"
