@@ -41,6 +41,19 @@ MAX_BATCH: Final = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RangeLimit:
+    """A limit on the size of ranges.
+
+    Attributes:
+        seconds: The time on the server that a range may take.
+        rows: The rows that it may have, unless most of its time does not depend on them.
+    """
+
+    seconds: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
     """A limit on what the rotation costs other sessions.
 
@@ -48,19 +61,19 @@ class Pace:
         name: The value of ``--pace``.
         latency_limit: The limit of a commit's duration, as a multiple of that without the rotation; None for
             no limit.
-        range_seconds: The time on the server that a range may take; None for no limit.
+        range_limit: The limit on the size of ranges; None for no limit.
     """
 
     name: str
     latency_limit: float | None = None
-    range_seconds: float | None = None
+    range_limit: RangeLimit | None = None
 
 
 PACES: Final = {
     pace.name: pace
     for pace in (
-        Pace(name="gentle", latency_limit=1.5, range_seconds=0.010),
-        Pace(name="balanced", latency_limit=2.5, range_seconds=0.025),
+        Pace(name="gentle", latency_limit=1.5, range_limit=RangeLimit(seconds=0.010, rows=100)),
+        Pace(name="balanced", latency_limit=2.5, range_limit=RangeLimit(seconds=0.025, rows=750)),
         Pace(name="full"),
     )
 }

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from rotator.options import Pace
+from rotator.options import Pace, RangeLimit
 
 # Rows per range.
 COMPLETED_BEFORE_GROWTH: Final = 64
 MIN_ROWS: Final = 16
-START_ROWS: Final = 500
+# The first ranges are smaller, so that ranges of different sizes show the fixed cost.
+START_SHARE: Final = 1 / 3
 RECENT_RANGES: Final = 16
 MAX_GROWTH: Final = 1.5
 # What a range costs on the server whatever its size, without triggers; benchmarks/speed.py prints it.
@@ -55,9 +56,9 @@ def percentile(values: Iterable[float], share: float) -> float:
 class RangeSizer:
     """The rows of the next range.
 
-    A range that is too slow halves them, and many that are not double them. A target of server time limits
-    them further: the slowest tenth of the recent ranges must still reach it. So they shrink at once, and grow
-    at most ``MAX_GROWTH`` times. They do not shrink where that would hardly make a range shorter, e.g.
+    A range that is too slow halves them, and many that are not double them. A pace limits them further: the
+    slowest tenth of the recent ranges must still reach its target of server time. So they shrink at once, and
+    grow at most ``MAX_GROWTH`` times. They do not shrink where that would hardly make a range shorter, e.g.
     because a trigger takes most of its time. What a row costs in itself is that of the fastest tenth: where
     other sessions take the CPU, fewer rows do not make a range faster.
     """
@@ -89,19 +90,21 @@ class RangeSizer:
         self._rows = max_rows if self._rows == self._max_rows else min(self._rows, max_rows)
         self._max_rows = max_rows
 
-    def rows(self, range_seconds: float | None) -> int:
-        """Return the rows of the next range, which should take at most this time; None for any time."""
-        if range_seconds is None:
+    def rows(self, limit: RangeLimit | None) -> int:
+        """Return the rows of the next range; without a limit, its time does not matter."""
+        if limit is None:
             return self._rows
+        most = min(self._rows, max(limit.rows, int(self._rows_half_fixed / 2)))
+        least = min(MIN_ROWS, most)
         if not self._recent:
-            return min(self._rows, START_ROWS)
+            return max(least, int(most * START_SHARE))
         row_seconds = [max(0.0, seconds - FIXED_SECONDS) / rows for rows, seconds in self._recent]
-        fitting = _quotient(max(0.0, range_seconds - FIXED_SECONDS), percentile(row_seconds, 0.9))
+        fitting = _quotient(max(0.0, limit.seconds - FIXED_SECONDS), percentile(row_seconds, 0.9))
         cheapest = _quotient(FIXED_SECONDS * (1 / MAX_FIXED_SHARE - 1), percentile(row_seconds, 0.1))
         worthwhile = max(cheapest, self._rows_half_fixed)
-        largest = max(rows for rows, _ in self._recent) * MAX_GROWTH
-        wanted = min(max(fitting, worthwhile), largest)
-        return max(min(MIN_ROWS, self._rows), min(self._rows, int(wanted)))
+        grown = max(rows for rows, _ in self._recent) * MAX_GROWTH
+        wanted = min(max(fitting, worthwhile), grown)
+        return max(least, min(most, int(wanted)))
 
 
 def _quotient(seconds: float, row_seconds: float) -> float:
@@ -139,11 +142,11 @@ class Allowance:
 
     Attributes:
         workers: The number of workers; None for the upper limit.
-        range_seconds: The time on the server that a range may take; None for any.
+        range_limit: The limit on the size of ranges; None for no limit.
     """
 
     workers: int | None = None
-    range_seconds: float | None = None
+    range_limit: RangeLimit | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +227,7 @@ class Controller:
     @property
     def allowance(self) -> Allowance:
         """What is allowed now."""
-        return Allowance(workers=self._level, range_seconds=self.pace.range_seconds)
+        return Allowance(workers=self._level, range_limit=self.pace.range_limit)
 
     @property
     def reason(self) -> str:
@@ -254,7 +257,7 @@ class Controller:
         """The 90th percentile of the commits at the present level; None while there are too few."""
         if len(self._samples) < MIN_SAMPLES:
             return None
-        return percentile((seconds for _, seconds in self._samples), 0.9)
+        return self._percentile(0.9)
 
     def set_max_workers(self, workers: int) -> None:
         """Change the upper limit of workers."""
@@ -298,7 +301,7 @@ class Controller:
             self._go_down(p90, limit, now)
         elif self._trial is not None and self._is_measured(progress, now):
             self._end_trial(self._trial, progress, now)
-        elif p90 < LOW_MARK * limit and self._trial is None:
+        elif self._percentile(0.95) < LOW_MARK * limit and self._trial is None:
             self._go_up(p90, limit, progress, now)
         if self._level == level:
             return False
@@ -361,6 +364,9 @@ class Controller:
         is_repeated = block is not None and now - self._changed_at < BLOCKED_SECONDS
         seconds = min(MAX_BLOCKED_SECONDS, 2 * block.seconds) if block and is_repeated else BLOCKED_SECONDS
         self._blocks[level] = _Block(until=now + seconds, seconds=seconds)
+
+    def _percentile(self, share: float) -> float:
+        return percentile((seconds for _, seconds in self._samples), share)
 
     def _is_blocked(self, level: int, now: float) -> bool:
         return any(blocked <= level and now < block.until for blocked, block in self._blocks.items())

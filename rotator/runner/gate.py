@@ -83,11 +83,11 @@ class Gate:
     @property
     def rows(self) -> int:
         """The number of rows in the next range."""
-        return self._sizer.rows(self._allowance.range_seconds)
+        return self._sizer.rows(self._allowance.range_limit)
 
     def is_too_large(self, rows: int) -> bool:
         """Return whether a range of so many rows was planned before the pace allowed much fewer."""
-        return self._allowance.range_seconds is not None and rows > MAX_OVERSIZE * self.rows
+        return self._allowance.range_limit is not None and rows > MAX_OVERSIZE * self.rows
 
     @property
     def is_open(self) -> bool:

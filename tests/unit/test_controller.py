@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from rotator.options import PACES
+from rotator.options import PACES, RangeLimit
 from rotator.runner.controller import (
     BLOCKED_SECONDS,
     MIN_ROWS,
     RECENT_RANGES,
-    START_ROWS,
+    START_SHARE,
+    Allowance,
     Controller,
     Progress,
     RangeSizer,
@@ -20,6 +21,14 @@ from rotator.runner.controller import (
 
 STEP_SECONDS = 0.05
 DECISION_STEPS = 5
+
+
+def _limit(seconds: float, rows: int = 2000) -> RangeLimit:
+    return RangeLimit(seconds=seconds, rows=rows)
+
+
+def _seconds(allowed: Allowance) -> float:
+    return allowed.range_limit.seconds if allowed.range_limit else 0.0
 
 
 def _noise(seed: int) -> random.Random:
@@ -80,7 +89,7 @@ class _Run:
         while self.now < until:
             self.now += STEP_SECONDS
             allowed = self.controller.allowance
-            workers, range_seconds = allowed.workers or 0, allowed.range_seconds or 0.0
+            workers, range_seconds = allowed.workers or 0, _seconds(allowed)
             self.rows += self.server.rows_per_second(workers, range_seconds) * STEP_SECONDS
             self.ranges += workers / range_seconds * STEP_SECONDS
             self.controller.add_commit(self.server.commit_seconds(workers, range_seconds), self.now)
@@ -88,7 +97,7 @@ class _Run:
             progress = Progress(rows=int(self.rows), ranges=int(self.ranges), busy=float(workers))
             if next(self._steps) % DECISION_STEPS == 0 and self.controller.decide(progress, self.now):
                 allowed = self.controller.allowance
-                self.changes.append((self.now, allowed.workers or 0, allowed.range_seconds or 0.0))
+                self.changes.append((self.now, allowed.workers or 0, _seconds(allowed)))
 
     def changes_after(self, seconds: float) -> list[tuple[float, int, float]]:
         return [change for change in self.changes if change[0] > seconds]
@@ -116,7 +125,7 @@ def test_it_finds_the_knee_within_30_seconds_and_stays_there(knee: int, seed: in
 
 
 def test_workers_that_gain_nothing_are_given_up_although_no_commit_is_slower() -> None:
-    run = _Run(_Server(knee=2, queued_ms=0.0))
+    run = _Run(_Server(knee=2, added_ms=0.6, queued_ms=0.0))
     run.run(30)
     assert run.last_workers == 2
     assert "3 workers instead of 2 changed rows/s by" in run.controller.reason
@@ -128,7 +137,7 @@ def test_a_slow_disk_means_one_worker_and_never_a_stop(pace: str) -> None:
     run.run(30)
     allowed = run.controller.allowance
     assert allowed.workers == 1
-    assert allowed.range_seconds == PACES[pace].range_seconds
+    assert allowed.range_limit == PACES[pace].range_limit
     assert run.controller.is_lowest
     assert run.controller.is_over
     run.run(60)
@@ -168,6 +177,15 @@ def test_noise_does_not_move_it() -> None:
     run.run(30)
     run.run(300)
     assert len(run.changes_after(30)) <= 12
+
+
+def test_slow_commits_now_and_then_are_a_reason_against_more_workers() -> None:
+    controller = Controller(PACES["balanced"], max_workers=4, now=0.0)
+    controller.set_baseline(0.001)
+    for step in range(1, 400):
+        # The 90th percentile stays at the baseline.
+        controller.add_commit(0.004 if step % 12 == 0 else 0.001, step / 20)
+        assert not controller.decide(Progress(rows=step * 1000, ranges=step, busy=1.0), step / 20)
 
 
 def test_no_measurements_hold_the_level() -> None:
@@ -216,36 +234,37 @@ def _sizer(
 ) -> RangeSizer:
     sizer = RangeSizer(max_rows)
     for _ in range(ranges):
-        rows = sizer.rows(target)
+        rows = sizer.rows(_limit(target))
         sizer.count_completed(rows, fixed + rows * seconds_per_row)
     return sizer
 
 
 def test_ranges_grow_at_most_by_half_until_they_take_the_target() -> None:
     sizer = RangeSizer(2000)
-    assert sizer.rows(0.025) == START_ROWS
-    sizer.count_completed(START_ROWS, 0.0032 + START_ROWS * 14e-6)
-    assert sizer.rows(0.025) == 750
-    rows = _sizer(14e-6, ranges=60, target=0.025).rows(0.025)
+    first = int(2000 * START_SHARE)
+    assert sizer.rows(_limit(0.025)) == first
+    sizer.count_completed(first, 0.0032 + first * 14e-6)
+    assert sizer.rows(_limit(0.025)) == int(first * 1.5)
+    rows = _sizer(14e-6, ranges=60, target=0.025).rows(_limit(0.025))
     assert 0.0032 + rows * 14e-6 == pytest.approx(0.025, rel=0.05)
 
 
 def test_ranges_shrink_at_once_where_the_target_changes() -> None:
     sizer = _sizer(14e-6, ranges=60, target=0.025)
-    assert 0.0032 + sizer.rows(0.020) * 14e-6 == pytest.approx(0.020, rel=0.05)
+    assert 0.0032 + sizer.rows(_limit(0.020)) * 14e-6 == pytest.approx(0.020, rel=0.05)
 
 
 def test_ranges_shrink_where_the_server_has_become_slower() -> None:
     sizer = _sizer(14e-6, ranges=60, target=0.025)
     for _ in range(16):
-        rows = sizer.rows(0.025)
+        rows = sizer.rows(_limit(0.025))
         sizer.count_completed(rows, 0.0032 + rows * 200e-6)
-    assert sizer.rows(0.025) < 150
+    assert sizer.rows(_limit(0.025)) < 150
 
 
 @pytest.mark.parametrize("target", [0.005, 0.010, 0.025])
 def test_at_most_a_fifth_of_the_time_of_a_range_is_its_fixed_cost(target: float) -> None:
-    rows = _sizer(14e-6, ranges=60, target=target, fixed=0.002).rows(target)
+    rows = _sizer(14e-6, ranges=60, target=target, fixed=0.002).rows(_limit(target))
     assert 0.002 / (0.002 + rows * 14e-6) <= 0.201
 
 
@@ -253,33 +272,43 @@ def test_ranges_do_not_shrink_to_nothing_next_to_sessions_that_take_the_cpu() ->
     sizer, chance = RangeSizer(2000), _noise(1)
     sizes = []
     for _ in range(200):
-        rows = sizer.rows(0.010)
+        rows = sizer.rows(_limit(0.010))
         sizes.append(rows)
         # Most ranges wait for the CPU, for a time that does not depend on their rows.
         sizer.count_completed(rows, 0.002 + rows * 14e-6 + max(0.0, chance.gauss(0.015, 0.015)))
     assert min(sizes[RECENT_RANGES:]) >= 200
 
 
-def test_ranges_do_not_shrink_where_that_makes_them_hardly_shorter() -> None:
+@pytest.mark.parametrize("most", [100, 750, 2000])
+def test_ranges_do_not_shrink_where_that_makes_them_hardly_shorter(most: int) -> None:
     sizer = RangeSizer(2000)
     for _ in range(60):
-        rows = sizer.rows(0.025)
+        rows = sizer.rows(_limit(0.025, most))
         # E.g. a trigger that sleeps.
         sizer.count_completed(rows, 0.150 + rows * 14e-6)
-    assert sizer.rows(0.025) == 2000
+    assert sizer.rows(_limit(0.025, most)) == 2000
+
+
+@pytest.mark.parametrize("most", [100, 750])
+def test_short_ranges_have_no_more_rows_than_the_pace_allows(most: int) -> None:
+    sizer = RangeSizer(2000)
+    for _ in range(60):
+        rows = sizer.rows(_limit(0.025, most))
+        sizer.count_completed(rows, 0.001 + rows * 7e-6)
+    assert sizer.rows(_limit(0.025, most)) == most
 
 
 def test_one_slow_range_among_many_does_not_shrink_them() -> None:
     sizer = _sizer(14e-6, ranges=60, target=0.025)
-    before = sizer.rows(0.025)
+    before = sizer.rows(_limit(0.025))
     sizer.count_completed(before, 0.100)
-    assert sizer.rows(0.025) == pytest.approx(before, rel=0.1)
+    assert sizer.rows(_limit(0.025)) == pytest.approx(before, rel=0.1)
 
 
 def test_the_batch_is_the_upper_limit_and_some_rows_are_always_planned() -> None:
-    assert _sizer(1e-7, ranges=60, target=0.025).rows(0.025) == 2000
-    assert _sizer(1.0, ranges=60, target=0.025).rows(0.025) == MIN_ROWS
-    assert RangeSizer(4).rows(0.025) == 4
+    assert _sizer(1e-7, ranges=60, target=0.025).rows(_limit(0.025)) == 2000
+    assert _sizer(1.0, ranges=60, target=0.025).rows(_limit(0.025)) == MIN_ROWS
+    assert RangeSizer(4).rows(_limit(0.025)) == 4
 
 
 def test_without_a_target_the_time_on_the_server_does_not_matter() -> None:

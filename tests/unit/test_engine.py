@@ -10,6 +10,7 @@ import pytest
 
 from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
+from rotator.options import PACES
 from rotator.ranges import Key, KeyInterval, KeyRange, Written
 from rotator.runner.controller import Allowance
 from rotator.runner.engine import Engine, EngineOptions
@@ -391,7 +392,7 @@ async def test_ranges_that_were_planned_larger_than_the_pace_allows_are_cut() ->
         await asyncio.sleep(0)
     for _ in range(16):
         gate.count_completed(100, 100 * ROW_SECONDS)
-    gate.allow(Allowance(workers=1, range_seconds=0.025))
+    gate.allow(Allowance(workers=1, range_limit=PACES["balanced"].range_limit))
     rows.gate.set()
     await running
     assert rows.written == Counter(range(1, 2001))

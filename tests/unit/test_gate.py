@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from rotator.events import Event, Throttled, ThrottleEnded
+from rotator.options import PACES
 from rotator.runner.controller import Allowance
 from rotator.runner.gate import SLOW_SECONDS, Gate
 
@@ -57,11 +58,11 @@ def _gate(events: list[Event] | None = None, clock: _Clock | None = None, *, con
 
 async def test_at_most_the_allowed_workers_write_and_the_others_follow_in_order() -> None:
     gate = _gate()
-    gate.allow(Allowance(workers=2, range_seconds=0.025))
+    gate.allow(Allowance(workers=2, range_limit=PACES["balanced"].range_limit))
     workers = _Workers(gate)
     await workers.start(1, 2, 3, 4)
     assert workers.began == [1, 2]
-    assert (gate.busy, gate.workers, gate.rows) == (2, 2, 500)
+    assert (gate.busy, gate.workers, gate.rows) == (2, 2, 250)
     await workers.let_leave(2)
     assert workers.began == [1, 2, 3]
     gate.allow(Allowance())

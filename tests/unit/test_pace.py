@@ -8,7 +8,7 @@ import pytest
 
 from rotator.events import Event, PaceChanged, Throttled, ThrottleEnded
 from rotator.exceptions import OptionError
-from rotator.options import PACES, RunOptions
+from rotator.options import PACES, RangeLimit, RunOptions
 from rotator.progress.bar import bar_text
 from rotator.progress.jsonlines import JsonObserver
 from rotator.progress.lines import figures
@@ -37,9 +37,9 @@ def _stats(clock: Clock, *events: Event) -> Stats:
 
 
 def test_the_limits_of_the_paces() -> None:
-    assert {name: (pace.latency_limit, pace.range_seconds) for name, pace in PACES.items()} == {
-        "gentle": (1.5, 0.010),
-        "balanced": (2.5, 0.025),
+    assert {name: (pace.latency_limit, pace.range_limit) for name, pace in PACES.items()} == {
+        "gentle": (1.5, RangeLimit(seconds=0.010, rows=100)),
+        "balanced": (2.5, RangeLimit(seconds=0.025, rows=750)),
         "full": (None, None),
     }
 
