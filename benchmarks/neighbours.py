@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, Self
 
 from harness import (
@@ -116,6 +117,21 @@ class Latencies:
         at = [ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.95, 0.99)]
         return cls(count=len(ordered), p50=at[0], p90=at[1], p95=at[2], p99=at[3], worst=ordered[-1])
 
+    @classmethod
+    def median_of(cls, repetitions: Sequence["Latencies"]) -> "Latencies":
+        """Return the median of each percentile, and the worst of all."""
+        p50, p90, p95, p99 = (
+            median(getattr(one, name) for one in repetitions) for name in ("p50", "p90", "p95", "p99")
+        )
+        return cls(
+            count=sum(one.count for one in repetitions),
+            p50=p50,
+            p90=p90,
+            p95=p95,
+            p99=p99,
+            worst=max(one.worst for one in repetitions),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
@@ -134,6 +150,17 @@ class Measurement:
     commit: Latencies
     overrun: Latencies
     rows_per_second: float
+
+    @classmethod
+    def median_of(cls, repetitions: Sequence["Measurement"]) -> "Measurement":
+        """Sum up the repetitions of one load."""
+        return cls(
+            name=repetitions[0].name,
+            application=Latencies.median_of([one.application for one in repetitions]),
+            commit=Latencies.median_of([one.commit for one in repetitions]),
+            overrun=Latencies.median_of([one.overrun for one in repetitions]),
+            rows_per_second=median(one.rows_per_second for one in repetitions),
+        )
 
 
 class Application:
@@ -286,6 +313,7 @@ def _measure(server: Server, options: argparse.Namespace) -> bool:
     found = list[Measurement]()
     if {"frontier", "paces"} & set(options.parts):
         found = _measure_loads(server, original, options)
+        print(f"medians of {options.repetitions} repetitions, and the worst of all:")
         print(_shown(found))
         print(_prediction(found))
     if "paces" in options.parts:
@@ -334,12 +362,13 @@ def _loads(parts: Sequence[str]) -> Iterator[Load]:
 
 
 def _measure_loads(server: Server, original: Database, options: argparse.Namespace) -> list[Measurement]:
-    found = list[Measurement]()
-    for load in _loads(options.parts):
-        say(load.name)
-        with server.copied(original) as database:
-            found.append(_measure_load(database, load, options))
-    return found
+    found = dict[str, list[Measurement]]()
+    for repetition in range(options.repetitions):
+        for load in _loads(options.parts):
+            say(f"{load.name}, repetition {repetition + 1}")
+            with server.copied(original) as database:
+                found.setdefault(load.name, []).append(_measure_load(database, load, options))
+    return [Measurement.median_of(repetitions) for repetitions in found.values()]
 
 
 def _measure_load(database: Database, load: Load, options: argparse.Namespace) -> Measurement:
