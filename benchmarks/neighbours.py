@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -70,6 +71,7 @@ _SCRIPT: Final = (
     f"SELECT title FROM {TABLE} WHERE id = :id;\n"
     f"UPDATE {TABLE} SET title = 'neighbour ' || :id WHERE id = :id;\n"
 )
+_OLD_SNAPSHOT: Final = "balanced, old snapshot"
 _PATCH: Final = (
     "import sys; from rotator.postgres import fence; fence.SETTINGS['synchronous_commit'] = 'on'; "
 )
@@ -83,11 +85,13 @@ class Load:
         name: Its name in the table.
         options: The options of ``async_rotate``; None for no rotation.
         is_synchronous: Whether the ranges commit synchronously.
+        has_old_snapshot: Whether another session keeps a snapshot from before the rotation.
     """
 
     name: str
     options: tuple[str, ...] | None = None
     is_synchronous: bool = False
+    has_old_snapshot: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,6 +362,7 @@ def _loads(parts: Sequence[str]) -> Iterator[Load]:
     if "paces" in parts:
         for pace in ("full", "balanced", "gentle"):
             yield Load(name=f"pace {pace}", options=(f"--pace={pace}",))
+        yield Load(name=_OLD_SNAPSHOT, options=("--pace=balanced",), has_old_snapshot=True)
     yield Load(name="idle again")
 
 
@@ -375,7 +380,11 @@ def _measure_load(database: Database, load: Load, options: argparse.Namespace) -
     application = Application(database, options.rows)
     try:
         running = application.start(options.rate, LEAD_SECONDS + options.seconds + 10)
-        with Prober(database.url) as prober:
+        with Prober(database.url) as prober, ExitStack() as stack:
+            if load.has_old_snapshot:
+                reader = stack.enter_context(database.connection())
+                reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+                reader.execute(f"SELECT FROM {TABLE} LIMIT 1".encode())
             time.sleep(LEAD_SECONDS)
             began, rate = time.time(), 0.0
             if load.options is None:
@@ -476,6 +485,9 @@ def _check_paces(found: Sequence[Measurement]) -> dict[str, bool]:
         checks[f"{pace}: worst {one.application.worst:.0f} ms, below {WORST_MS:.0f}"] = (
             one.application.worst < WORST_MS
         )
+    factor = by_name[_OLD_SNAPSHOT].application.p99 / idle.application.p99
+    multiple, _ = PROMISED["balanced"]
+    checks[f"{_OLD_SNAPSHOT}: p99 {factor:.1f} times idle, at most {multiple}"] = factor <= multiple
     frontier = [
         one
         for one in found
