@@ -696,7 +696,7 @@ class LeakedValuesFound:
         values: The number of values in the list of leaked values.
         found: The number of them that rows had in a search of this run.
         found_lines: The lines of these values, e.g. ``("5", "17-19")``; at most 10,000 ranges.
-        other_lines: The lines of the others, in the same form.
+        other_lines: The lines of the others, in the same form. Earlier runs can have rotated their rows.
     """
 
     values: int

@@ -185,7 +185,7 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     throttles = event.throttled_seconds.items()
     facts = [
         ("rows", rows),
-        ("leaked", leaked_values(event.leaked) if event.leaked else ""),
+        ("leaked", _leaked(event)),
         ("keys", one_line(_keys(event)) if event.spans else ""),
         ("ranges", "" if event.leaked else ranges),
         ("workers", count(event.concurrency)),
@@ -200,6 +200,13 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
         ("peak memory", size(event.peak_memory_bytes) if event.peak_memory_bytes else ""),
     ]
     return [(label, value) for label, value in facts if value]
+
+
+def _leaked(event: RotationStopped) -> str:
+    if event.leaked is None:
+        return ""
+    earlier = "; earlier runs have rotated rows with other values" if event.rows > event.rows_this_run else ""
+    return f"{leaked_values(event.leaked)}{earlier}"
 
 
 def _pace(event: RotationStopped) -> str:

@@ -21,6 +21,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres import leaked
 from rotator.postgres.connection import OwnConnection, connected
 from rotator.postgres.leaked import LeakedValues
+from rotator.progress.summary import summary
 from tests.integration.outcomes import ORDERS
 from tests.integration.rotation_tables import END_THE_ROTATOR, Database
 from tests.shop import models
@@ -151,6 +152,8 @@ def test_a_stopped_rotation_is_resumed_with_the_same_list(path: Path, batch: int
     second = run(path)
 
     assert (second.status, second.rows, second.rows_this_run) == ("completed", 20, 10)
+    assert "; earlier runs have rotated rows with other values\n" in summary(second)
+    assert "earlier runs" not in summary(first)
     assert kept() == NOT_LEAKED
     assert len(set(models.Order.objects.values_list("api_key", flat=True))) == ROWS
 
