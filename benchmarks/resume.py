@@ -112,6 +112,12 @@ def _interrupted(server: Server, checkpoints: int, rest: int) -> Database:
 
 def _resume(server: Server, original: Database, checkpoints: int, options: argparse.Namespace) -> Measurement:
     with server.copied(original) as database:
+        # A rotation refuses to continue in another database.
+        database.run(
+            "UPDATE rotator_rotation SET identity ="
+            " jsonb_set(identity, '{database_oid}', to_jsonb(oid::bigint))"
+            " FROM pg_database WHERE datname = current_database()"
+        )
         started = time.time()
         run = database.rotate(concurrency=options.concurrency, batch=options.batch, rows=options.rest)
         (committed,) = database.fetch(
