@@ -97,7 +97,7 @@ class RangeSizer:
         most = min(self._rows, max(limit.rows, int(self._rows_half_fixed / 2)))
         least = min(MIN_ROWS, most)
         if not self._recent:
-            return max(least, int(most * START_SHARE))
+            return min(most, int(limit.rows * START_SHARE))
         row_seconds = [max(0.0, seconds - FIXED_SECONDS) / rows for rows, seconds in self._recent]
         fitting = _quotient(max(0.0, limit.seconds - FIXED_SECONDS), percentile(row_seconds, 0.9))
         cheapest = _quotient(FIXED_SECONDS * (1 / MAX_FIXED_SHARE - 1), percentile(row_seconds, 0.1))

@@ -233,7 +233,7 @@ class Pacing:
         """Keep the pace until the block ends."""
         if self._pace.latency_limit is not None and not self._other_sessions.are_known:
             self._is_cautious = True
-            self._gate.allow(Allowance(workers=1, range_limit=self._pace.range_limit))
+            self._gate.allow(Allowance(workers=1))
         keeping = asyncio.create_task(self.run(), name="rotator pace")
         try:
             yield

@@ -370,7 +370,7 @@ def test_while_a_range_waits_for_a_lock_the_eta_is_unknown(commands: Commands) -
     slow_down(0.15)
     with psycopg.connect(url_of()) as other:
         other.execute("SELECT FROM tickets_ticket WHERE id = (SELECT max(id) FROM tickets_ticket) FOR UPDATE")
-        running = commands.start("--batch", "100", "--progress", "json")
+        running = commands.start("--batch", "100", "--pace", "full", "--progress", "json")
         wait_for_checkpoints(79)
         said = running.out.count('"progress"')
         wait_until(lambda: running.out.count('"progress"') > said + 5, "progress while it waits")

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from rotator.models import Rotation
+from rotator.runner.controller import MIN_ROWS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
 from tests.acceptance.harness import (
     COMMAND,
@@ -23,6 +24,7 @@ from tests.acceptance.harness import (
 )
 
 ROWS = 10_000
+CHECKPOINTS = 20
 # Far less than what the process was doing would take, and enough on a busy machine.
 PROMPT_SECONDS = 30.0
 
@@ -41,13 +43,13 @@ def test_a_signal_drains_and_the_advised_command_resumes(
     audit = audited_tickets(ROWS)
     slow_down(0.1)
     running = commands.start("--batch", "50")
-    wait_for_checkpoints(20)
+    wait_for_checkpoints(CHECKPOINTS)
     running.send(sent)
     finished = running.wait()
 
     assert finished.status == status
     rows = audit.assert_checkpoints_and_tokens_agree()
-    assert 1000 <= rows < ROWS
+    assert CHECKPOINTS * MIN_ROWS <= rows < ROWS
     rotation = Rotation.objects.get()
     assert (rotation.status, rotation.rows_done) == ("interrupted", rows)
     assert finished.summary[0] == (

@@ -279,14 +279,15 @@ def test_ranges_do_not_shrink_to_nothing_next_to_sessions_that_take_the_cpu() ->
     assert min(sizes[RECENT_RANGES:]) >= 200
 
 
+@pytest.mark.parametrize("batch", [50, 100, 2000])
 @pytest.mark.parametrize("most", [100, 750, 2000])
-def test_ranges_do_not_shrink_where_that_makes_them_hardly_shorter(most: int) -> None:
-    sizer = RangeSizer(2000)
+def test_ranges_do_not_shrink_where_that_makes_them_hardly_shorter(most: int, batch: int) -> None:
+    sizer = RangeSizer(batch)
     for _ in range(60):
         rows = sizer.rows(_limit(0.025, most))
         # E.g. a trigger that sleeps.
         sizer.count_completed(rows, 0.150 + rows * 14e-6)
-    assert sizer.rows(_limit(0.025, most)) == 2000
+    assert sizer.rows(_limit(0.025, most)) == batch
 
 
 @pytest.mark.parametrize("most", [100, 750])

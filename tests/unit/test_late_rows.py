@@ -53,7 +53,7 @@ async def test_a_transaction_has_as_many_rows_as_a_range() -> None:
     gate.allow(Allowance(workers=1, range_limit=PACES["balanced"].range_limit))
     assert await _late_rows(placed, gate).rotate_all(_found(200, 200)) == 400
     assert sum(placed.sizes) == 400
-    assert placed.sizes[0] == 66
+    assert placed.sizes[0] == 200
     # 25 ms, less the 2 ms of an empty one.
     assert max(placed.sizes[1:]) <= 23
     assert (gate.rows_completed, gate.ranges_completed) == (400, len(placed.sizes))
