@@ -1,24 +1,29 @@
-"""What viewers of the page cost a rotation, in rows per second."""
+"""What viewers of the page cost a rotation, in rows per second and in CPU time."""
 
 import argparse
-import http.client
 import os
+import re
 import secrets
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from statistics import mean
 from typing import Final
 
+import psycopg
 from harness import (
     PROJECT,
     BenchmarkError,
     Database,
     Server,
     at_least_one,
-    interleaved,
     parser_for,
     run_script,
     say,
@@ -29,18 +34,64 @@ MOST_COST: Final = 0.02
 EVERY_SECONDS: Final = 2.0
 _PORT: Final = 8791
 _START_SECONDS: Final = 20.0
+_LOWEST_PRIORITY: Final = 19
+# Each copy of the database has one rotation, with the first id.
+_STATE: Final = "/admin/rotator/rotation/1/state/"
+_HEAD: Final = re.compile(rb"HTTP/1.1 (\d+).*?\r\nContent-Length: (\d+)\r\n.*?\r\n\r\n", re.DOTALL)
 _LOG_IN: Final = (
     "from django.contrib.auth.models import User; from django.test import Client; c = Client();"
     " c.force_login(User.objects.create_superuser('viewer')); print('session', c.cookies['sessionid'].value)"
 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A web process that viewers read the page from.
+
+    Attributes:
+        name: Its name in the output.
+        port: Its port.
+        process: The process.
+    """
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+
+
+@dataclass(kw_only=True, slots=True)
+class Watched:
+    """What was measured of the viewers of one site.
+
+    Attributes:
+        costs: The part of the rows/s that each time with viewers has cost.
+        answers: The seconds of each answer.
+        seconds: The time with viewers.
+        web_seconds: The CPU time of the web process in that time.
+        backend_seconds: The CPU time of its backends in that time.
+        viewer_seconds: The CPU time of the viewers themselves.
+    """
+
+    costs: list[float] = field(default_factory=list)
+    answers: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    web_seconds: float = 0.0
+    backend_seconds: float = 0.0
+    viewer_seconds: float = 0.0
+
+
+# The site whose viewers read in a time, with its start and its end; None without viewers.
+Times = list[tuple[Site | None, float, float]]
+
+
 def main() -> None:
     """Read the options and run."""
     parser = parser_for(
-        "Compare the rows per second of a rotation with and without viewers of its page, in turns. Each "
-        "viewer reads the JSON view every 2 s, as the page's script does.",
+        "Compare the rows per second of a rotation with and without viewers of its page. Viewers come and "
+        "go while it runs: each time with them is compared with those before and after it. Each viewer "
+        "reads the JSON view every 2 s over a connection that it keeps, as the page's script does.",
         repetitions=3,
+        rows=3_000_000,
     )
     parser.add_argument("--viewers", type=at_least_one, default=20, metavar="N", help="the number of viewers")
     parser.add_argument("--pace", default="balanced", help="async_rotate's --pace (default: %(default)s)")
@@ -50,6 +101,15 @@ def main() -> None:
         default=0,
         help="the priority of the web process: 19 stands for one on another host (default: %(default)s)",
     )
+    parser.add_argument(
+        "--seconds", type=at_least_one, default=4, metavar="N", help="of each time with or without viewers"
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="FOLDER",
+        help="another working copy of this project: a site with its code is watched in turns, too",
+    )
     options = parser.parse_args()
     run_script(lambda server: _compare(server, options), server=options.server)
 
@@ -57,135 +117,204 @@ def main() -> None:
 def _compare(server: Server, options: argparse.Namespace) -> bool:
     machine = Machine.of(server)
     print(machine)
-    # Both processes of the site have the same.
+    # All processes of the sites have the same.
     os.environ["SECRET_KEY"] = secrets.token_hex(30)
     original = server.tickets(options.rows)
-    answers = list[float]()
-
-    def alone() -> float:
-        with server.copied(original) as database, _site(database, options.nice):
-            return _rotate(database, options)
-
-    def watched() -> float:
-        with (
-            server.copied(original) as database,
-            _site(database, options.nice) as cookie,
-            _viewers(database, cookie, options.viewers, answers),
-        ):
-            return _rotate(database, options)
-
-    found = interleaved(options.repetitions, {"alone": alone, "watched": watched})
-    costs = [1 - seen / own for own, seen in zip(found["alone"], found["watched"], strict=True)]
-    spread = Spread.of(costs)
-    for name, rates in found.items():
-        print(f"{name}: {Spread.of(rates).shown(',.0f')} rows/s")
-    holds = spread.median <= MOST_COST
-    print(
-        f"{options.viewers} viewers, {len(answers)} answers, {Spread.of(answers).shown('.3f')} s each; they"
-        f" cost {spread.shown('.1%')}, limit {MOST_COST:.0%}: {'holds' if holds else 'does not hold'}"
-    )
+    folders = {"now": PROJECT} | ({"before": options.before.resolve()} if options.before else {})
+    found = {name: Watched() for name in folders}
+    for repetition in range(1, options.repetitions + 1):
+        say(f"repetition {repetition} of {options.repetitions}")
+        with server.copied(original) as database, ExitStack() as open_sites:
+            cookie = database.manage("shell", "-c", _LOG_IN).output.partition("session ")[2].split()[0]
+            sites = [
+                open_sites.enter_context(_site(database, name, folder, _PORT + place, options.nice))
+                for place, (name, folder) in enumerate(folders.items())
+            ]
+            _measure(database, sites, cookie, options, found)
+    if not all(watched.costs for watched in found.values()):
+        raise BenchmarkError("The rotation was too short. Give it more --rows, or fewer --seconds.")
+    for name, watched in found.items():
+        _print(name, watched, options, machine)
     write_json(options.json, machine, rows=options.rows, measurements=found)
-    return holds
+    return Spread.of(found["now"].costs).median <= MOST_COST
 
 
-def _rotate(database: Database, options: argparse.Namespace) -> float:
-    run = database.rotate(
-        concurrency=options.concurrency,
-        batch=options.batch,
-        rows=options.rows,
-        vacuum=False,
-        more=(f"--pace={options.pace}",),
+def _print(name: str, watched: Watched, options: argparse.Namespace, machine: Machine) -> None:
+    answers, costs = watched.answers, Spread.of(watched.costs)
+    milliseconds = [
+        1000 * each / len(answers)
+        for each in (watched.web_seconds, watched.backend_seconds, watched.viewer_seconds)
+    ]
+    share = (watched.web_seconds + watched.backend_seconds) / (watched.seconds * machine.cores)
+    print(
+        f"{name}: {options.viewers} viewers, {len(answers)} answers in {watched.seconds:.0f} s,"
+        f" {Spread.of(answers).shown('.3f')} s each\n"
+        f"  CPU time of an answer: {milliseconds[0]:.1f} ms of the web process, {milliseconds[1]:.1f} ms of"
+        f" its backends; together {share:.1%} of the time of {machine.cores} cores. The viewers themselves"
+        f" (lowest priority): {milliseconds[2]:.1f} ms, not included\n"
+        f"  rows/s: they cost {mean(watched.costs):.1%} on average, median {costs.shown('.1%')} of"
+        f" {len(watched.costs)} times of {options.seconds} s; limit {MOST_COST:.0%}:"
+        f" {'holds' if costs.median <= MOST_COST else 'does not hold'}"
     )
-    limited = run.report["limited_seconds"]
-    say(f"{run.report['rows_per_second']:,.0f} rows/s, {limited:.1f} s of them limited by the pace")
-    return float(run.report["rows_per_second"])
+
+
+def _measure(
+    database: Database,
+    sites: list[Site],
+    cookie: str,
+    options: argparse.Namespace,
+    found: dict[str, Watched],
+) -> None:
+    """Rotate once, with and without viewers in turns."""
+    over, times = threading.Event(), Times()
+    turns = [turn for site in sites for turn in (None, site)]
+
+    def watch() -> None:
+        # On Linux, a thread has a priority of its own.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        # One connection: each new one counts as a commit of another session.
+        with database.connection() as connection, ExitStack() as opened:
+            viewers = {
+                site.port: [opened.enter_context(_connection(site)) for _ in range(options.viewers)]
+                for site in sites
+            }
+            while not over.wait(0.2) and not _number(
+                connection, "SELECT count(*) FROM rotator_completedrange"
+            ):
+                pass
+            for turn in cycle(turns):
+                began = time.time()
+                if over.is_set():
+                    return
+                if turn is None:
+                    over.wait(options.seconds)
+                else:
+                    with _measured(connection, turn, found[turn.name]) as watched:
+                        _read(viewers[turn.port], cookie, over, options.seconds, watched.answers)
+                times.append((turn, began, time.time()))
+
+    viewing = threading.Thread(target=watch)
+    viewing.start()
+    try:
+        run = database.rotate(
+            concurrency=options.concurrency,
+            batch=options.batch,
+            rows=options.rows,
+            vacuum=False,
+            more=(f"--pace={options.pace}",),
+        )
+    finally:
+        over.set()
+        viewing.join()
+    say(
+        f"{run.report['rows_per_second']:,.0f} rows/s,"
+        f" {run.report['limited_seconds']:.1f} s of them limited by the pace"
+    )
+    with database.connection() as connection:
+        # The last time ended with the rotation.
+        rates = [(turn, _rate(connection, began, ended)) for turn, began, ended in times[:-1]]
+    for (_, earlier), (turn, rate), (_, later) in zip(rates, rates[1:], rates[2:], strict=False):
+        if turn is not None:
+            found[turn.name].costs.append(1 - rate / mean((earlier, later)))
+
+
+def _rate(connection: psycopg.Connection, began: float, ended: float) -> float:
+    """Return the rows/s that a rotation has committed between two times of this host's clock."""
+    rows = _number(
+        connection,
+        "SELECT COALESCE(sum(rows), 0) FROM rotator_completedrange"
+        f" WHERE committed_at >= to_timestamp({began}) AND committed_at < to_timestamp({ended})",
+    )
+    return rows / (ended - began)
+
+
+def _number(connection: psycopg.Connection, query: str) -> float:
+    return float(connection.execute(query.encode()).fetchall()[0][0])
 
 
 @contextmanager
-def _site(database: Database, nice: int) -> Iterator[str]:
-    """Start a web process, and yield the cookie of a session."""
-    manage = [sys.executable, str(PROJECT / "manage.py")]
-    cookie = database.manage("shell", "-c", _LOG_IN).output.partition("session ")[2].split()[0]
-    site = subprocess.Popen(
-        [
-            "/usr/bin/nice",
-            "-n",
-            str(nice),
-            *manage,
-            "runserver",
-            "--noreload",
-            "--insecure",
-            f"127.0.0.1:{_PORT}",
-        ],
-        env={**os.environ, "DATABASE_URL": database.url, "PYTHONPATH": str(PROJECT)},
+def _site(database: Database, name: str, folder: Path, port: int, nice: int) -> Iterator[Site]:
+    """Start a web process."""
+    process = subprocess.Popen(
+        ["/usr/bin/nice", "-n", str(nice), sys.executable, str(PROJECT / "benchmarks/serving.py"), str(port)],
+        cwd=folder,
+        env={
+            **os.environ,
+            "DATABASE_URL": database.url,
+            "PYTHONPATH": str(folder),
+            "PGAPPNAME": f"site {name}",
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
         until = time.monotonic() + _START_SECONDS
-        with closing(_connection()) as first:
-            while not _answers(first, "/admin/", cookie):
-                if time.monotonic() > until or site.poll() is not None:
-                    raise BenchmarkError("The site did not start.")
-                time.sleep(0.1)
-        yield cookie
+        while True:
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            if time.monotonic() > until or process.poll() is not None:
+                raise BenchmarkError("The site did not start.")
+            time.sleep(0.1)
+        yield Site(name=name, port=port, process=process)
     finally:
-        site.terminate()
-        site.wait()
+        process.terminate()
+        process.wait()
 
 
 @contextmanager
-def _viewers(database: Database, cookie: str, number: int, answers: list[float]) -> Iterator[None]:
-    """Read the page from so many threads; add the seconds of each answer."""
-    over, has_begun = threading.Event(), threading.Event()
-
-    def find() -> None:
-        # One connection: each new one counts as a commit of another session.
-        with database.connection() as connection:
-            while not over.wait(0.2):
-                if connection.execute("SELECT FROM rotator_rotation").fetchall():
-                    has_begun.set()
-                    return
-
-    def watch(place: int) -> None:
-        has_begun.wait()
-        # Each copy of the database has one rotation, with the first id.
-        path = "/admin/rotator/rotation/1/state/"
-        over.wait(EVERY_SECONDS * place / number)
-        # A browser keeps its connection too.
-        with closing(_connection()) as site:
-            while not over.wait(EVERY_SECONDS):
-                began = time.perf_counter()
-                if _answers(site, path, cookie):
-                    answers.append(time.perf_counter() - began)
-
-    threads = [threading.Thread(target=find)]
-    threads += [threading.Thread(target=watch, args=(place,)) for place in range(number)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        has_begun.set()
-        for thread in threads:
-            thread.join()
+def _connection(site: Site) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:
+        yield connection
 
 
-def _connection() -> http.client.HTTPConnection:
-    return http.client.HTTPConnection("127.0.0.1", _PORT, timeout=10)
+def _read(
+    viewers: list[socket.socket], cookie: str, over: threading.Event, seconds: float, answers: list[float]
+) -> None:
+    """Read the page by each viewer in turns, each every 2 s; add the seconds of each answer.
+
+    A client of a few lines, since one that parses headers would cost a third of what is measured.
+    """
+    request = f"GET {_STATE} HTTP/1.1\r\nHost: localhost\r\nCookie: sessionid={cookie}\r\n\r\n".encode()
+    pause, began = EVERY_SECONDS / len(viewers), time.monotonic()
+    for number, viewer in enumerate(cycle(viewers)):
+        due = began + number * pause
+        if due >= began + seconds or over.wait(max(0.0, due - time.monotonic())):
+            return
+        asked = time.perf_counter()
+        viewer.sendall(request)
+        answer = b""
+        while not (head := _HEAD.match(answer)) or len(answer) < head.end() + int(head[2]):
+            answer += viewer.recv(65536)
+        if head[1] != b"200":
+            raise BenchmarkError(f"The site answers with status {head[1].decode()}.")
+        answers.append(time.perf_counter() - asked)
 
 
-def _answers(site: http.client.HTTPConnection, path: str, cookie: str) -> bool:
-    try:
-        site.request("GET", path, headers={"Cookie": f"sessionid={cookie}"})
-        response = site.getresponse()
-        response.read()
-    except OSError:
-        # The next request opens a new connection.
-        site.close()
-        return False
-    return response.status == http.HTTPStatus.OK
+@contextmanager
+def _measured(connection: psycopg.Connection, site: Site, watched: Watched) -> Iterator[Watched]:
+    """Add the time, and the CPU time of the site, of its backends and of this thread."""
+
+    def now() -> tuple[float, float, float, float]:
+        pids = connection.execute(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = %s", (f"site {site.name}",)
+        )
+        backends = sum(_cpu_seconds(pid) for (pid,) in pids)
+        return time.monotonic(), _cpu_seconds(site.process.pid), backends, time.thread_time()
+
+    before = now()
+    yield watched
+    seconds, web, backends, viewers = (late - early for early, late in zip(before, now(), strict=True))
+    watched.seconds += seconds
+    watched.web_seconds += web
+    watched.backend_seconds += backends
+    watched.viewer_seconds += viewers
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the CPU time of all threads of a process of this host."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
 if __name__ == "__main__":
