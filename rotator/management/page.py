@@ -52,6 +52,9 @@ from rotator.progress.text import (
 _LONGEST_LOG: Final = 50
 _BANDS_SHOWN: Final = 60
 _PAUSE: Final = "pause"
+_MOST_CHARTS: Final = 20
+# The chart of a rotation, with the measurement up to which it was drawn.
+_charts: dict[tuple[str | None, int], tuple[object, dict[str, object]]] = {}
 
 Facts = list[tuple[str, str]]
 
@@ -85,13 +88,13 @@ def page_state(rotation: Rotation) -> dict[str, object]:
             "eta": _eta(rotation, motion, speed),
         },
         "left_out": [one_line(each) for each in _left_out(rotation)],
-        "server": _server_facts(rotation, latest),
+        "server": _server_facts(rotation, latest, actions),
         "run": _run_facts(rotation),
         "log": [_line(each) for each in actions],
         "rejected": _rejected(rotation),
         "proof": _proof_facts(rotation),
         "preflight": _preflight_facts(rotation),
-        "chart": chart_of(rotation),
+        "chart": _chart_through(rotation, latest),
     }
 
 
@@ -144,13 +147,13 @@ def _fields(rotation: Rotation) -> list[AnyField]:
     return found
 
 
-def _server_facts(rotation: Rotation, latest: Measurement | None) -> Facts:
+def _server_facts(rotation: Rotation, latest: Measurement | None, actions: list[Action]) -> Facts:
     facts = [
         ("throttled or paused", f"{duration(rotation.throttled_seconds)} over all runs"),
         ("deferrals", f"{count(rotation.deferrals)} (rows locked by other sessions)"),
         ("retries", count(rotation.retries)),
         ("late rows", count(rotation.late_rows)),
-        ("VACUUM", _vacuums(rotation)),
+        ("VACUUM", _vacuums(rotation, actions)),
     ]
     if latest is None or rotation.status != Rotation.Status.RUNNING:
         return facts
@@ -167,14 +170,14 @@ def _server_facts(rotation: Rotation, latest: Measurement | None) -> Facts:
     return facts
 
 
-def _vacuums(rotation: Rotation) -> str:
-    runs = rotation.actions.filter(kind=ActionKind.VACUUMED)
-    found = runs.aggregate(number=Count("pk"), latest=Max("at"))
-    return (
-        f"{plural(found['number'], 'run')}, the latest {moment(found['latest'])}"
-        if found["number"]
-        else "no run"
-    )
+def _vacuums(rotation: Rotation, actions: list[Action]) -> str:
+    """Return the number of VACUUM runs and the time of the latest, without a query if the log is short."""
+    found = [each.at for each in actions if each.kind == ActionKind.VACUUMED]
+    number, latest = len(found), max(found, default=None)
+    if len(actions) == _LONGEST_LOG:
+        runs = rotation.actions.filter(kind=ActionKind.VACUUMED)
+        number, latest = runs.aggregate(number=Count("pk"), latest=Max("at")).values()
+    return f"{plural(number, 'run')}, the latest {moment(latest)}" if latest else "no run"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -248,6 +251,20 @@ def _public_facts(rotation: Rotation, speed: Speed) -> dict[str, object]:
     if hides_keys():
         del facts["selection"]
     return facts
+
+
+def _chart_through(rotation: Rotation, latest: Measurement | None) -> dict[str, object]:
+    """Return the chart of a rotation, which changes only with its latest measurement."""
+    if latest is None:
+        return chart_of(rotation)
+    key, through = (rotation._state.db, rotation.pk), (latest.pk, latest.at)  # noqa: SLF001 - documented by Django
+    drawn_through, chart = _charts.get(key, (None, {}))
+    if drawn_through != through:
+        chart = chart_of(rotation)
+        if len(_charts) >= _MOST_CHARTS:
+            _charts.clear()
+        _charts[key] = through, chart
+    return chart
 
 
 def chart_of(rotation: Rotation) -> dict[str, object]:

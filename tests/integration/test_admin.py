@@ -18,6 +18,7 @@ from django.utils import timezone
 
 from rotator import views
 from rotator.events import ActionKind, Findings, Sample, ServerFindings, TableFindings
+from rotator.management.page import page_state
 from rotator.management.rotation import facts_of, find_rotations
 from rotator.models import Action, CompletedRange, Control, Ledger, Measurement, Rotation, Verification
 from rotator.options import RunOptions, Selection
@@ -265,6 +266,24 @@ def test_a_label_does_not_cover_the_next_band(admin: Client, rotation: Rotation)
     assert [band["label"] for band in chart["bands"]] == ["", "b"]
 
 
+def test_a_chart_is_read_again_only_after_another_measurement(rotation: Rotation) -> None:
+    def measure(rows_done: int) -> None:
+        Measurement.objects.create(rotation=rotation, rows_done=rows_done, state="rotating", workers=4)
+
+    def queries_of_chart() -> int:
+        with CaptureQueriesContext(connection) as queries:
+            summary = page_state(find_rotations("default").get())["chart"]["summary"]  # type: ignore[index] # a dictionary
+        summaries.append(summary)
+        return sum("generate_series" in each["sql"] for each in queries.captured_queries)
+
+    summaries = list[str]()
+    measure(0)
+    assert [queries_of_chart(), queries_of_chart()] == [1, 0]
+    measure(5_000)
+    assert [queries_of_chart(), queries_of_chart()] == [1, 0]
+    assert summaries[0] == summaries[1] != summaries[2] == summaries[3]
+
+
 def test_pause_is_requested_logged_and_shown(
     admin: Client, rotation: Rotation, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -398,6 +417,10 @@ def test_findings_vacuums_and_survivors_are_shown(admin: Client, rotation: Rotat
     assert shown["replicas"] == "r1, 2 s behind"
     assert str(KEY) not in str(found["preflight"])
     assert shown["VACUUM"].startswith("2 runs, the latest ")
+    Action.objects.bulk_create(Action(rotation=rotation, kind="paused") for _ in range(60))
+    found_later = dict(state_of(admin, rotation)["server"])  # type: ignore[call-overload] # pairs
+    # The log that is shown has none of them any more.
+    assert found_later["VACUUM"] == shown["VACUUM"]
     assert shown["ledger"] == "ready, 34,000 entries"
     assert shown["guard"] == "no guard"
     assert shown["survivors"].startswith("2 in 20,000 rows so far, since ")
