@@ -6,6 +6,7 @@
   if (!page) return;
 
   const EVERY = 2000;
+  const EVERY_WITHOUT_OWNER = 5000;
   const EVERY_WHEN_FINISHED = 30000;
   const LONGEST = 60000;
   const TIMEOUT = 10000;
@@ -112,7 +113,9 @@
     fill(one("[data-log]"), () => state.log.map(row), JSON.stringify(state.log));
     showChart(state.chart);
     showControls(state);
-    wait = state.is_unfinished ? EVERY : EVERY_WHEN_FINISHED;
+    /* Where no process works on it, nothing moves until a user resumes it. */
+    const everyUnfinished = state.can_answer ? EVERY : EVERY_WITHOUT_OWNER;
+    wait = state.is_unfinished ? everyUnfinished : EVERY_WHEN_FINISHED;
     shownAt = Date.now();
     problem = "";
     page.dataset.revision = state.revision;
