@@ -29,6 +29,7 @@ from harness import (
     say,
 )
 from presenting import Machine, Spread, write_json
+from serving import LOGIN_ONLY
 
 MOST_COST: Final = 0.02
 EVERY_SECONDS: Final = 2.0
@@ -50,11 +51,13 @@ class Site:
 
     Attributes:
         name: Its name in the output.
+        path: The path that they read.
         port: Its port.
         process: The process.
     """
 
     name: str
+    path: str
     port: int
     process: subprocess.Popen[bytes]
 
@@ -89,7 +92,8 @@ def main() -> None:
     parser = parser_for(
         "Compare the rows per second of a rotation with and without viewers of its page. Viewers come and "
         "go while it runs: each time with them is compared with those before and after it. Each viewer "
-        "reads the JSON view every 2 s over a connection that it keeps, as the page's script does.",
+        "reads the JSON view every 2 s over a connection that it keeps, as the page's script does. In other "
+        "times, they read a constant that needs the same login: what Django itself costs.",
         repetitions=3,
         rows=3_000_000,
     )
@@ -120,15 +124,17 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
     # All processes of the sites have the same.
     os.environ["SECRET_KEY"] = secrets.token_hex(30)
     original = server.tickets(options.rows)
-    folders = {"now": PROJECT} | ({"before": options.before.resolve()} if options.before else {})
-    found = {name: Watched() for name in folders}
+    chosen = {"page": (PROJECT, _STATE), "login only": (PROJECT, f"/{LOGIN_ONLY}")}
+    if options.before:
+        chosen["page before"] = (options.before.resolve(), _STATE)
+    found = {name: Watched() for name in chosen}
     for repetition in range(1, options.repetitions + 1):
         say(f"repetition {repetition} of {options.repetitions}")
         with server.copied(original) as database, ExitStack() as open_sites:
             cookie = database.manage("shell", "-c", _LOG_IN).output.partition("session ")[2].split()[0]
             sites = [
-                open_sites.enter_context(_site(database, name, folder, _PORT + place, options.nice))
-                for place, (name, folder) in enumerate(folders.items())
+                open_sites.enter_context(_site(database, name, *choice, _PORT + place, options.nice))
+                for place, (name, choice) in enumerate(chosen.items())
             ]
             _measure(database, sites, cookie, options, found)
     if not all(watched.costs for watched in found.values()):
@@ -136,7 +142,9 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
     for name, watched in found.items():
         _print(name, watched, options, machine)
     write_json(options.json, machine, rows=options.rows, measurements=found)
-    return Spread.of(found["now"].costs).median <= MOST_COST
+    holds = Spread.of(found["page"].costs).median <= MOST_COST
+    print(f"The page costs at most {MOST_COST:.0%} of the rows/s: {'holds' if holds else 'does not hold'}")
+    return holds
 
 
 def _print(name: str, watched: Watched, options: argparse.Namespace, machine: Machine) -> None:
@@ -153,8 +161,7 @@ def _print(name: str, watched: Watched, options: argparse.Namespace, machine: Ma
         f" its backends; together {share:.1%} of the time of {machine.cores} cores. The viewers themselves"
         f" (lowest priority): {milliseconds[2]:.1f} ms, not included\n"
         f"  rows/s: they cost {mean(watched.costs):.1%} on average, median {costs.shown('.1%')} of"
-        f" {len(watched.costs)} times of {options.seconds} s; limit {MOST_COST:.0%}:"
-        f" {'holds' if costs.median <= MOST_COST else 'does not hold'}"
+        f" {len(watched.costs)} times of {options.seconds} s"
     )
 
 
@@ -167,6 +174,9 @@ def _measure(
 ) -> None:
     """Rotate once, with and without viewers in turns."""
     over, times = threading.Event(), Times()
+    # Checkpoints come at much the same times of each rotation: each site must meet them by chance.
+    chance = secrets.SystemRandom()
+    chance.shuffle(sites)
     turns = [turn for site in sites for turn in (None, site)]
 
     def watch() -> None:
@@ -182,7 +192,9 @@ def _measure(
                 connection, "SELECT count(*) FROM rotator_completedrange"
             ):
                 pass
+            over.wait(chance.uniform(0, 2 * options.seconds))
             for turn in cycle(turns):
+                request = _request(turn.path, cookie) if turn else b""
                 began = time.time()
                 if over.is_set():
                     return
@@ -190,7 +202,7 @@ def _measure(
                     over.wait(options.seconds)
                 else:
                     with _measured(connection, turn, found[turn.name]) as watched:
-                        _read(viewers[turn.port], cookie, over, options.seconds, watched.answers)
+                        _read(viewers[turn.port], request, over, options.seconds, watched.answers)
                 times.append((turn, began, time.time()))
 
     viewing = threading.Thread(target=watch)
@@ -233,7 +245,7 @@ def _number(connection: psycopg.Connection, query: str) -> float:
 
 
 @contextmanager
-def _site(database: Database, name: str, folder: Path, port: int, nice: int) -> Iterator[Site]:
+def _site(database: Database, name: str, folder: Path, path: str, port: int, nice: int) -> Iterator[Site]:
     """Start a web process."""
     process = subprocess.Popen(
         ["/usr/bin/nice", "-n", str(nice), sys.executable, str(PROJECT / "benchmarks/serving.py"), str(port)],
@@ -256,10 +268,14 @@ def _site(database: Database, name: str, folder: Path, port: int, nice: int) -> 
             if time.monotonic() > until or process.poll() is not None:
                 raise BenchmarkError("The site did not start.")
             time.sleep(0.1)
-        yield Site(name=name, port=port, process=process)
+        yield Site(name=name, path=path, port=port, process=process)
     finally:
         process.terminate()
         process.wait()
+
+
+def _request(path: str, cookie: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nCookie: sessionid={cookie}\r\n\r\n".encode()
 
 
 @contextmanager
@@ -269,13 +285,12 @@ def _connection(site: Site) -> Iterator[socket.socket]:
 
 
 def _read(
-    viewers: list[socket.socket], cookie: str, over: threading.Event, seconds: float, answers: list[float]
+    viewers: list[socket.socket], request: bytes, over: threading.Event, seconds: float, answers: list[float]
 ) -> None:
     """Read the page by each viewer in turns, each every 2 s; add the seconds of each answer.
 
     A client of a few lines, since one that parses headers would cost a third of what is measured.
     """
-    request = f"GET {_STATE} HTTP/1.1\r\nHost: localhost\r\nCookie: sessionid={cookie}\r\n\r\n".encode()
     pause, began = EVERY_SECONDS / len(viewers), time.monotonic()
     for number, viewer in enumerate(cycle(viewers)):
         due = began + number * pause
