@@ -13,7 +13,7 @@ from django.core.exceptions import (
     ValidationError,
 )
 from django.db import NotSupportedError
-from django.db.models import BooleanField, DateTimeField, Field, Model, Q, QuerySet
+from django.db.models import BinaryField, BooleanField, DateTimeField, Field, Model, Q, QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.utils import timezone
 
@@ -22,6 +22,17 @@ from rotator.fields.model import AnyField, key_fields
 from rotator.options import Selection
 from rotator.postgres.table import ROW, Condition
 
+# What lookups raise for a value or a field that they cannot compare, when they are made or compiled.
+_INVALID: Final = (
+    FieldError,
+    ValidationError,
+    NotSupportedError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -34,15 +45,27 @@ def row_condition(
         OptionError: A lookup is not valid, or it needs another table.
     """
     rows: QuerySet[Model] = QuerySet(model, using=database)
+    condition: Condition | None = None
     for option, texts in (("--filter", selection.filters), ("--exclude", selection.excludes)):
         for text in texts:
-            rows = _restrict(rows, option, text, _lookup(model, option, text, rotated))
+            lookup = Q(**_lookup(model, option, text, rotated))
+            try:
+                rows = rows.filter(lookup) if option == "--filter" else rows.exclude(lookup)
+                # All of them, so that the latest one is named if a value does not fit.
+                condition = _compiled(rows, database)
+            except _INVALID as error:
+                reason = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
+                raise OptionError(
+                    f"{option} {text} is not a valid filter of this model: {reason.rstrip('.')}."
+                ) from None
+    return condition
+
+
+def _compiled(rows: QuerySet[Model], database: str) -> Condition | None:
     query = rows.query
-    if not query.where:
-        return None
+    if sum(1 for uses in query.alias_refcount.values() if uses) > 1:
+        raise OptionError("A filter needs another table. Use only columns of the rotated table.")
     try:
-        if sum(1 for uses in query.alias_refcount.values() if uses) > 1:
-            raise OptionError("A filter needs another table. Use only columns of the rotated table.")
         alias = query.get_initial_alias()
         compiler = query.get_compiler(using=database)
         text, parameters = compiler.compile(query.where.relabeled_clone({alias: ROW}))
@@ -50,8 +73,6 @@ def row_condition(
         return None
     except EmptyResultSet:
         raise OptionError("No row can match these filters. Change them.") from None
-    except NotSupportedError as error:
-        raise OptionError(f"A filter cannot be expressed on this database: {error}") from None
     return Condition(text, tuple(parameters))
 
 
@@ -105,11 +126,19 @@ def _value(field: AnyField, lookups: list[str], option: str, name: str, text: st
             raise OptionError(f"{option} {name} must be true or false, not '{text}'.")
         return _TRUTHS[text.lower()]
     if last in ("in", "range"):
-        return [_single(field, lookups[:-1], option, name, part) for part in text.split(",")]
+        parts = text.split(",")
+        if last == "range" and len(parts) != len(("first", "last")):
+            raise OptionError(f"{option} {name} needs the first and the last value. Write it as {name}=1,9.")
+        return [_single(field, lookups[:-1], option, name, part) for part in parts]
     return _single(field, lookups, option, name, text)
 
 
 def _single(field: AnyField, lookups: list[str], option: str, name: str, text: str) -> object:
+    if isinstance(field, BinaryField):
+        try:
+            return bytes.fromhex(text.removeprefix("\\x"))
+        except ValueError:
+            raise OptionError(f"{option} {name} must be hexadecimal digits, not '{text}'.") from None
     if not isinstance(field, DateTimeField) or (lookups and field.get_lookup(lookups[0]) is None):
         return text
     try:
@@ -121,13 +150,3 @@ def _single(field: AnyField, lookups: list[str], option: str, name: str, text: s
     if settings.USE_TZ and timezone.is_naive(moment):
         raise OptionError(f"{option} {name} lacks a time zone. Write it as 2026-11-01T00:00:00Z.")
     return moment
-
-
-def _restrict(rows: QuerySet[Model], option: str, text: str, lookup: dict[str, Any]) -> QuerySet[Model]:
-    try:
-        return rows.filter(Q(**lookup)) if option == "--filter" else rows.exclude(Q(**lookup))
-    except (FieldError, ValidationError, ValueError, TypeError) as error:
-        reason = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
-        raise OptionError(
-            f"{option} {text} is not a valid filter of this model: {reason.rstrip('.')}."
-        ) from None
