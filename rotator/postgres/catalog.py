@@ -4,7 +4,7 @@ Every function takes a connection in autocommit mode.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
@@ -17,12 +17,19 @@ from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
 OLDEST_VERSION: Final = 150_000
 _NAME_BYTES: Final = 63
 _OTHER_KINDS: Final = {"v": "view", "m": "materialized view", "f": "foreign table"}
+# 'D' is disabled, 'O' fires in ordinary sessions alone, and 'R' in those of replicas.
+_FIRES: Final = (
+    "tgenabled NOT IN ('D', CASE current_setting('session_replication_role') WHEN 'replica' THEN 'O'"
+    " ELSE 'R' END)"
+)
 _RELATION: Final = (
     "SELECT (SELECT format('%%I.%%I', nspname, c.relname) FROM pg_namespace WHERE oid = c.relnamespace)"
     " AS found_name, c.oid::bigint AS oid,"
     # Bits 1 and 4 of tgtype are BEFORE and UPDATE.
     " EXISTS (SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgtype & 2 <> 0 AND tgtype & 16 <> 0"
-    " AND tgenabled NOT IN ('D', 'R') AND (tgrelid = c.oid"
+    # As in _FIRES.
+    " AND tgenabled NOT IN ('D', CASE current_setting('session_replication_role') WHEN 'replica' THEN 'O'"
+    " ELSE 'R' END) AND (tgrelid = c.oid"
     " OR tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))) AS has_before_triggers,"
     " c.relkind AS kind, c.relhassubclass AS has_children,"
     " EXISTS (SELECT FROM pg_partition_tree(c.oid) tree JOIN pg_class leaf ON leaf.oid = tree.relid"
@@ -84,12 +91,12 @@ _COLUMNS: Final = (
     " LEFT JOIN pg_namespace ln ON ln.oid = l.collnamespace"
     " WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped"
 )
-# Bit 4 of tgtype is UPDATE; 'D' is disabled and 'R' fires on replicas alone.
+# Bit 4 of tgtype is UPDATE.
 _UPDATE_TRIGGERS: Final = sql.SQL(
     "SELECT DISTINCT tgname FROM pg_trigger"
     " WHERE tgrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND NOT tgisinternal"
-    " AND tgtype & 16 <> 0 AND tgenabled NOT IN ('D', 'R') ORDER BY 1"
-).format(PARTITIONS)
+    " AND tgtype & 16 <> 0 AND {} ORDER BY 1"
+)
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
@@ -202,8 +209,20 @@ async def read_table(
 
 
 async def read_update_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
-    """Return the names of the enabled triggers that an update of the table fires."""
-    return await fetch_column(connection, _UPDATE_TRIGGERS, {"table": table.regclass})
+    """Return the names of the enabled triggers that an update of the table by this session fires."""
+    return await _read_triggers(connection, table, _FIRES)
+
+
+async def read_skipped_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
+    """Return the names of the triggers that only updates by other sessions fire."""
+    return await _read_triggers(connection, table, f"tgenabled = 'O' AND NOT {_FIRES}")
+
+
+async def _read_triggers(
+    connection: AsyncConnection, table: TargetTable, condition: LiteralString
+) -> tuple[str, ...]:
+    query = _UPDATE_TRIGGERS.format(PARTITIONS, sql.SQL(condition))
+    return await fetch_column(connection, query, {"table": table.regclass})
 
 
 async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:

@@ -19,7 +19,7 @@ from rotator.exceptions import (
     ServerRefusedError,
     unwrap_group,
 )
-from rotator.postgres.catalog import read_update_triggers
+from rotator.postgres.catalog import read_skipped_triggers, read_update_triggers
 from rotator.postgres.connection import Server, fetch_column, fetch_rows, pooled
 from rotator.postgres.errors import RangeGrewError, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
@@ -173,6 +173,7 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         heap_bytes=heap_bytes,
         indexes=indexes,
         triggers=await read_update_triggers(connection, table),
+        skipped_triggers=await read_skipped_triggers(connection, table),
         writing_triggers=await fetch_column(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
         subscriptions=await fetch_column(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
         refusing_publications=await fetch_column(connection, _PUBLICATIONS, {"table": table.regclass}),

@@ -137,6 +137,7 @@ def _table(findings: Findings) -> list[tuple[str, list[str]]]:
 def _writers(table: TableFindings) -> list[tuple[str, list[str]]]:
     """Return the lines on what each update fires, and on what else writes to the table."""
     fired, writing = ", ".join(table.triggers), ", ".join(table.writing_triggers)
+    skipped = f"session_replication_role is replica: updates do not fire {', '.join(table.skipped_triggers)}"
     subscriptions, publications = ", ".join(table.subscriptions), ", ".join(table.refusing_publications)
     by_triggers = [f"the triggers {writing} write to this table:", _NOT_CONFIRMED]
     by_subscriptions = [
@@ -146,6 +147,7 @@ def _writers(table: TableFindings) -> list[tuple[str, list[str]]]:
     refused = f"by {publications}, WITHOUT A REPLICA IDENTITY: set one, or the server rejects updates"
     return [
         ("triggers", [f"each update fires {fired}"] if fired else []),
+        ("warning", [skipped] if table.skipped_triggers else []),
         ("warning", by_triggers if writing else []),
         ("warning", by_subscriptions if subscriptions else []),
         ("published", [refused] if publications else []),

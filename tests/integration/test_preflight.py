@@ -43,6 +43,20 @@ async def test_the_table(database: Database, control: psycopg.AsyncConnection) -
     assert [f'"{name}"' for name in found.triggers] == [trigger]
 
 
+async def test_triggers_that_a_session_of_a_replica_does_not_fire_are_named(
+    database: Database, control: psycopg.AsyncConnection
+) -> None:
+    trigger = database.before_update("RETURN NEW;")
+    await control.execute("SET session_replication_role = replica")
+
+    found = await examine_table(control, TICKETS, counts=False)
+    assert (found.triggers, [f'"{name}"' for name in found.skipped_triggers]) == ((), [trigger])
+
+    database.execute(f"ALTER TABLE tickets_ticket ENABLE REPLICA TRIGGER {trigger}")
+    found = await examine_table(control, TICKETS, counts=False)
+    assert ([f'"{name}"' for name in found.triggers], found.skipped_triggers) == ([trigger], ())
+
+
 async def test_triggers_that_write_to_the_table_are_named(
     database: Database, control: psycopg.AsyncConnection
 ) -> None:
