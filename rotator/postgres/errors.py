@@ -31,6 +31,8 @@ _CHECKPOINTED: Final = ("rotator_range_begins_once", "rotator_range_ends_once")
 
 ANSWER_SECONDS: Final = 30.0
 
+_CONNECTION_LOST: Final = "The connection to the server was lost"
+
 _LOST_CLASSES: Final = ("08", "57P")
 _LOST: Final = (errors.TooManyConnections, errors.IdleInTransactionSessionTimeout, errors.ProtocolViolation)
 # What is wrong, where the server's message cannot be shown, and what to do.
@@ -58,7 +60,10 @@ _NAMES_ALONE: Final = (
     "find_option",
     "GetConfigOptionByName",
     "aclcheck_error",
+    "ProcessInterrupts",
 )
+# The driver's error where a lost connection or a cancelled task leaves a pipeline with results.
+_PIPELINE_LEFT: Final = "cannot exit pipeline mode"
 _RETRYABLE: Final = (
     errors.DeadlockDetected,
     errors.SerializationFailure,
@@ -221,8 +226,14 @@ def _is_lost(error: Exception, connection: psycopg.AsyncConnection | None) -> bo
 
 
 def _lost_message(error: Exception) -> str:
+    if str(error).startswith(_PIPELINE_LEFT):
+        # It follows from another error, and replaces it.
+        cause = error.__context__
+        if isinstance(cause, psycopg.Error) and _is_lost(cause, None):
+            return _lost_message(cause)
+        return f"{_CONNECTION_LOST}."
     if isinstance(error, psycopg.Error) and error.sqlstate is not None:
-        return f"The connection to the server was lost: {condition(error)}."
+        return f"{_CONNECTION_LOST}: {condition(error)}."
     # libpq's messages contain hosts and system errors, but no values of rows.
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"The server cannot be reached: {first_line.rstrip('.')}."

@@ -153,7 +153,7 @@ async def test_a_locked_table_has_the_reason(database: Database) -> None:
         other.execute(sql.SQL("LOCK TABLE {}").format(TABLE))
         found = await sample_column(connection, database.server, table, COLUMN, PATTERNS)
         other.execute("ROLLBACK")
-        assert found == "lock_not_available (55P03)"
+        assert found == "lock_not_available (55P03): canceling statement due to lock timeout"
         # The connection is still usable.
         assert isinstance(
             await sample_column(connection, database.server, table, COLUMN, PATTERNS), ColumnSample

@@ -139,7 +139,8 @@ def test_the_command(database: Database, rotation: int) -> None:
     assert facts["copies"] == [
         {"table": "public.tickets_ticket", "column": "title", "rows": 3, "rows_searched": 50}
     ]
-    assert "public.shop_client.secret could not be searched: lock_not_available (55P03)" in facts["problems"]
+    reason = "lock_not_available (55P03): canceling statement due to lock timeout"
+    assert f"public.shop_client.secret could not be searched: {reason}" in facts["problems"]
 
 
 @pytest.mark.usefixtures("database")
