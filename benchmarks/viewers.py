@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -205,26 +206,28 @@ def _measure(
                         _read(viewers[turn.port], request, over, options.seconds, watched.answers)
                 times.append((turn, began, time.time()))
 
-    viewing = threading.Thread(target=watch)
-    viewing.start()
-    try:
-        run = database.rotate(
-            concurrency=options.concurrency,
-            batch=options.batch,
-            rows=options.rows,
-            vacuum=False,
-            more=(f"--pace={options.pace}",),
-        )
-    finally:
-        over.set()
-        viewing.join()
+    with ThreadPoolExecutor(1) as executor:
+        viewing = executor.submit(watch)
+        try:
+            run = database.rotate(
+                concurrency=options.concurrency,
+                batch=options.batch,
+                rows=options.rows,
+                vacuum=False,
+                more=(f"--pace={options.pace}",),
+            )
+        finally:
+            over.set()
+        viewing.result()
     say(
         f"{run.report['rows_per_second']:,.0f} rows/s,"
         f" {run.report['limited_seconds']:.1f} s of them limited by the pace"
     )
     with database.connection() as connection:
-        # The last time ended with the rotation.
-        rates = [(turn, _rate(connection, began, ended)) for turn, began, ended in times[:-1]]
+        latest = _number(
+            connection, "SELECT extract(epoch FROM max(committed_at))::float8 FROM rotator_completedrange"
+        )
+        rates = [(turn, _rate(connection, began, ended)) for turn, began, ended in times if ended <= latest]
     for (_, earlier), (turn, rate), (_, later) in zip(rates, rates[1:], rates[2:], strict=False):
         if turn is not None:
             found[turn.name].costs.append(1 - rate / mean((earlier, later)))
@@ -300,7 +303,10 @@ def _read(
         viewer.sendall(request)
         answer = b""
         while not (head := _HEAD.match(answer)) or len(answer) < head.end() + int(head[2]):
-            answer += viewer.recv(65536)
+            received = viewer.recv(65536)
+            if not received:
+                raise BenchmarkError("The site closed a connection.")
+            answer += received
         if head[1] != b"200":
             raise BenchmarkError(f"The site answers with status {head[1].decode()}.")
         answers.append(time.perf_counter() - asked)

@@ -61,7 +61,8 @@ class TableFindings:
         heap_bytes: The size without indexes.
         indexes: All indexes, the largest first.
         triggers: The names of the triggers that each update fires.
-        skipped_triggers: Those that it does not fire, because ``session_replication_role`` is ``replica``.
+        skipped_triggers: The names of those that no update fires while ``session_replication_role`` is
+            ``replica``.
         writing_triggers: Triggers, of this or another table, whose functions write to it, one phrase each.
         subscriptions: The names of the subscriptions that write to it.
         refusing_publications: Publications for which the server rejects every update, since the table has no

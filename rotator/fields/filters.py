@@ -33,6 +33,8 @@ _INVALID: Final = (
     TypeError,
     ValueError,
 )
+# Others make a text of the value.
+_OF_BYTES: Final = ("exact", "gt", "gte", "lt", "lte")
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -55,9 +57,8 @@ def row_condition(
                 condition = _compiled(rows, database)
             except _INVALID as error:
                 reason = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
-                raise OptionError(
-                    f"{option} {text} is not a valid filter of this model: {reason.rstrip('.')}."
-                ) from None
+                sentence = f"{option} {text} is not a valid filter of this model: {reason.rstrip('.')}."
+                raise OptionError(_one_line(sentence)) from None
     return condition
 
 
@@ -77,6 +78,8 @@ def _compiled(rows: QuerySet[Model], database: str) -> Condition | None:
 
 
 def _lookup(model: type[Model], option: str, text: str, rotated: Sequence[str]) -> dict[str, Any]:
+    if "\0" in text:
+        raise OptionError(f"{option}: a filter with a zero byte matches no row.")
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise OptionError(
@@ -123,7 +126,7 @@ def _value(field: AnyField, lookups: list[str], option: str, name: str, text: st
     last = lookups[-1] if lookups else ""
     if last == "isnull" or (isinstance(field, BooleanField) and not lookups):
         if text.lower() not in _TRUTHS:
-            raise OptionError(f"{option} {name} must be true or false, not '{text}'.")
+            raise OptionError(f"{option} {name} must be true or false, not '{_one_line(text)}'.")
         return _TRUTHS[text.lower()]
     if last in ("in", "range"):
         parts = text.split(",")
@@ -135,10 +138,17 @@ def _value(field: AnyField, lookups: list[str], option: str, name: str, text: st
 
 def _single(field: AnyField, lookups: list[str], option: str, name: str, text: str) -> object:
     if isinstance(field, BinaryField):
+        if lookups and lookups[-1] not in _OF_BYTES:
+            raise OptionError(
+                f"{option} {name}: a binary field has only these lookups: exact, in, isnull, range, "
+                f"{', '.join(_OF_BYTES[1:])}."
+            )
         try:
             return bytes.fromhex(text.removeprefix("\\x"))
         except ValueError:
-            raise OptionError(f"{option} {name} must be hexadecimal digits, not '{text}'.") from None
+            raise OptionError(
+                f"{option} {name} must be hexadecimal digits, not '{_one_line(text)}'."
+            ) from None
     if not isinstance(field, DateTimeField) or (lookups and field.get_lookup(lookups[0]) is None):
         return text
     try:
@@ -150,3 +160,7 @@ def _single(field: AnyField, lookups: list[str], option: str, name: str, text: s
     if settings.USE_TZ and timezone.is_naive(moment):
         raise OptionError(f"{option} {name} lacks a time zone. Write it as 2026-11-01T00:00:00Z.")
     return moment
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

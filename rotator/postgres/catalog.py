@@ -18,18 +18,18 @@ OLDEST_VERSION: Final = 150_000
 _NAME_BYTES: Final = 63
 _OTHER_KINDS: Final = {"v": "view", "m": "materialized view", "f": "foreign table"}
 # 'D' is disabled, 'O' fires in ordinary sessions alone, and 'R' in those of replicas.
-_FIRES: Final = (
+TRIGGER_FIRES: Final = (
     "tgenabled NOT IN ('D', CASE current_setting('session_replication_role') WHEN 'replica' THEN 'O'"
     " ELSE 'R' END)"
 )
+"""A condition about pg_trigger: an update by this session fires the trigger."""
+
 _RELATION: Final = (
-    "SELECT (SELECT format('%%I.%%I', nspname, c.relname) FROM pg_namespace WHERE oid = c.relnamespace)"
+    "SELECT (SELECT format('%%I.%%I', nspname, c.relname) FROM pg_namespace WHERE oid = c.relnamespace)"  # noqa: S608 - our own text
     " AS found_name, c.oid::bigint AS oid,"
     # Bits 1 and 4 of tgtype are BEFORE and UPDATE.
     " EXISTS (SELECT FROM pg_trigger WHERE NOT tgisinternal AND tgtype & 2 <> 0 AND tgtype & 16 <> 0"
-    # As in _FIRES.
-    " AND tgenabled NOT IN ('D', CASE current_setting('session_replication_role') WHEN 'replica' THEN 'O'"
-    " ELSE 'R' END) AND (tgrelid = c.oid"
+    f" AND {TRIGGER_FIRES} AND (tgrelid = c.oid"
     " OR tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))) AS has_before_triggers,"
     " c.relkind AS kind, c.relhassubclass AS has_children,"
     " EXISTS (SELECT FROM pg_partition_tree(c.oid) tree JOIN pg_class leaf ON leaf.oid = tree.relid"
@@ -210,12 +210,12 @@ async def read_table(
 
 async def read_update_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
     """Return the names of the enabled triggers that an update of the table by this session fires."""
-    return await _read_triggers(connection, table, _FIRES)
+    return await _read_triggers(connection, table, TRIGGER_FIRES)
 
 
 async def read_skipped_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
     """Return the names of the triggers that only updates by other sessions fire."""
-    return await _read_triggers(connection, table, f"tgenabled = 'O' AND NOT {_FIRES}")
+    return await _read_triggers(connection, table, f"tgenabled = 'O' AND NOT {TRIGGER_FIRES}")
 
 
 async def _read_triggers(

@@ -229,9 +229,11 @@ def _lost_message(error: Exception) -> str:
     if str(error).startswith(_PIPELINE_LEFT):
         # It follows from another error, and replaces it.
         cause = error.__context__
-        if isinstance(cause, psycopg.Error) and _is_lost(cause, None):
+        if not isinstance(cause, psycopg.Error):
+            return f"{_CONNECTION_LOST}."
+        if _is_lost(cause, None):
             return _lost_message(cause)
-        return f"{_CONNECTION_LOST}."
+        return f"The connection to the server was closed after an error: {condition(cause)}."
     if isinstance(error, psycopg.Error) and error.sqlstate is not None:
         return f"{_CONNECTION_LOST}: {condition(error)}."
     # libpq's messages contain hosts and system errors, but no values of rows.

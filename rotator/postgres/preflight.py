@@ -19,7 +19,7 @@ from rotator.exceptions import (
     ServerRefusedError,
     unwrap_group,
 )
-from rotator.postgres.catalog import read_skipped_triggers, read_update_triggers
+from rotator.postgres.catalog import TRIGGER_FIRES, read_skipped_triggers, read_update_triggers
 from rotator.postgres.connection import Server, fetch_column, fetch_rows, pooled
 from rotator.postgres.errors import RangeGrewError, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
@@ -62,17 +62,17 @@ _SUBSCRIPTIONS: Final = sql.SQL(
 _WRITING_TRIGGERS: Final = sql.SQL(
     "SELECT DISTINCT t.tgname || ' on ' || t.tgrelid::regclass FROM pg_trigger t"
     " JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = %(table)s::regclass"
-    " WHERE NOT t.tgisinternal AND t.tgenabled NOT IN ('D', 'R')"
+    " WHERE NOT t.tgisinternal AND {fire}"
     " AND p.prosrc ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
     " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\s|$)') ORDER BY 1"
-)
+).format(fire=sql.SQL(TRIGGER_FIRES))
 # A history of whole rows, as text or JSON, has no column of the same name.
 _COPIES: Final = sql.SQL(
     "WITH own AS (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass),"
     " target AS (SELECT oid, relname, relnamespace FROM pg_class WHERE oid = %(table)s::regclass),"
     " written AS (SELECT string_agg(p.prosrc, ' ') AS source FROM pg_trigger t"
     " JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid IN (SELECT oid FROM own) AND NOT t.tgisinternal"
-    " AND t.tgenabled NOT IN ('D', 'R')),"
+    " AND {fire}),"
     " others AS (SELECT c.oid, c.relname, c.relnamespace <> target.relnamespace"
     " AND c.relname = target.relname AS is_namesake,"
     " EXISTS (SELECT FROM pg_attribute a JOIN pg_attribute mine ON mine.attrelid = target.oid"
@@ -91,7 +91,7 @@ _COPIES: Final = sql.SQL(
     " SELECT kind, (array_agg(oid::regclass::text ORDER BY oid::regclass::text))[:%(most)s], count(*)"
     " FROM kinds WHERE kind IS NOT NULL GROUP BY kind"
     " ORDER BY array_position(ARRAY['trigger', 'history', 'schema', 'name'], kind)"
-).format(PARTITIONS)
+).format(PARTITIONS, fire=sql.SQL(TRIGGER_FIRES))
 _SETTINGS: Final = (
     "SELECT pg_size_bytes(current_setting('max_wal_size')),"
     " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"

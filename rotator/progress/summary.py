@@ -205,7 +205,7 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
 def _leaked(event: RotationStopped) -> str:
     if event.leaked is None:
         return ""
-    earlier = "; earlier runs have rotated rows with other values" if event.rows > event.rows_this_run else ""
+    earlier = "; earlier runs rotated rows, too" if event.rows > event.rows_this_run else ""
     return f"{leaked_values(event.leaked)}{earlier}"
 
 

@@ -22,10 +22,12 @@ MAX_GROWTH: Final = 1.5
 FIXED_SECONDS: Final = 0.002
 # Smaller ranges would spend too much of their time on that cost.
 MAX_FIXED_SHARE: Final = 0.2
+# Of the rows of which half of a range's time is fixed: with fewer, four fifths of it would be.
+MIN_HALF_SHARE: Final = 1 / 4
 # The ratio of two sizes below which noise would pass for a fixed cost.
 MIN_SPREAD: Final = 2
 
-# Workers. Shorter ranges of the only worker cost rows/s, and hardly change the latency: see decision 11.
+# Workers.
 LOWEST_LEVEL: Final = 1
 WINDOW_SECONDS: Final = 2.0
 MIN_SAMPLES: Final = 10
@@ -94,7 +96,7 @@ class RangeSizer:
         """Return the rows of the next range; without a limit, its time does not matter."""
         if limit is None:
             return self._rows
-        most = min(self._rows, max(limit.rows, int(self._rows_half_fixed / 2)))
+        most = min(self._rows, max(limit.rows, int(self._rows_half_fixed * MIN_HALF_SHARE)))
         least = min(MIN_ROWS, most)
         if not self._recent:
             return min(most, int(limit.rows * START_SHARE))

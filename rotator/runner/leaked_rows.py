@@ -96,7 +96,7 @@ class LeakedRows:
     async def _batches(self) -> AsyncIterator[list[OlderRow]]:
         """Yield the rows that were found, until the limit of this run."""
         options, stats = self._context.options, self._context.stats
-        async for rows in leaked.found_rows(self._connection, self._context.gate.rows):
+        async for rows in leaked.found_rows(self._connection, self._context.gate.max_rows):
             limit = options.stop_after_rows
             left = len(rows) if limit is None else limit - stats.rows_this_run
             if left > 0:

@@ -218,7 +218,7 @@ class Session:
                 self._table,
                 rotation=owned.lease.rotation,
                 started_xid=owned.started_xid,
-                batch=self._context.gate.rows,
+                batch=self._context.gate.max_rows,
             )
             rotated = await LateRows(write, self._context.gate, stop_signal, notify).rotate_all(found)
             if stop_signal.drain.is_set() or self._context.stats.rejected_keys:

@@ -184,14 +184,12 @@ class Soak:
         # On a busy machine the other one takes longer to start.
         while self._database.number(owned) and self._running.is_alive and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
-        # If its connection is cut before it has taken over, it has ended, and the frozen one is the owner.
-        is_overtaken = self._running.is_alive or not self._could_not_begin(self._running.err)
+        # If its connection is cut before it has taken over, it ends, and the frozen one is still the owner.
+        is_overtaken = self._running.is_alive or not self._database.number(owned)
         running.send(signal.SIGCONT)
         self._ended(running)
         finished = running.wait()
-        if not is_overtaken:
-            return
-        if finished.status != 1 or "Traceback" in finished.err:
+        if (is_overtaken and finished.status != 1) or "Traceback" in finished.err:
             self.findings.violations.append(
                 f"thawed with status {finished.status}: {finished.err}the other: {self._running.err}"
             )

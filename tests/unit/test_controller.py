@@ -290,12 +290,13 @@ def test_ranges_do_not_shrink_where_that_makes_them_hardly_shorter(most: int, ba
     assert sizer.rows(_limit(0.025, most)) == batch
 
 
+@pytest.mark.parametrize(("fixed", "row"), [(0.001, 7e-6), (0.002, 7e-6), (0.0032, 14e-6), (0.004, 20e-6)])
 @pytest.mark.parametrize("most", [100, 750])
-def test_short_ranges_have_no_more_rows_than_the_pace_allows(most: int) -> None:
+def test_short_ranges_have_no_more_rows_than_the_pace_allows(most: int, fixed: float, row: float) -> None:
     sizer = RangeSizer(2000)
     for _ in range(60):
         rows = sizer.rows(_limit(0.025, most))
-        sizer.count_completed(rows, 0.001 + rows * 7e-6)
+        sizer.count_completed(rows, fixed + rows * row)
     assert sizer.rows(_limit(0.025, most)) == most
 
 

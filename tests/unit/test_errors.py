@@ -32,7 +32,10 @@ def pipeline_error(cause: BaseException) -> psycopg.Error:
             "The server cannot be reached: the connection is closed.",
         ),
         (asyncio.CancelledError(), f"{LOST}."),
-        (errors.SerializationFailure(), f"{LOST}."),
+        (
+            errors.SerializationFailure(),
+            "The connection to the server was closed after an error: serialization_failure (40001).",
+        ),
     ],
 )
 def test_the_error_of_a_pipeline_does_not_replace_its_cause(cause: BaseException, message: str) -> None:

@@ -44,6 +44,8 @@ VALUES = (
     "9" * 23,
     "(",
     str(uuid.UUID(int=1)),
+    "a\0b",
+    "x\ny",
 )
 
 
@@ -95,6 +97,10 @@ def test_every_lookup_gives_a_condition_or_one_sentence(name: str) -> None:
         ),
         ("date__range=1,2,6", "date__range needs the first and the last value. Write it as date__range=1,9."),
         ("binary=x", "binary must be hexadecimal digits, not 'x'."),
+        (
+            "binary__contains=00",
+            "binary__contains: a binary field has only these lookups: exact, in, isnull, ",
+        ),
         ("array__in={1,2}", "array__in={1,2} is not a valid filter of this model: "),
         ("ip=10.0.0.0/8", "ip=10.0.0.0/8 is not a valid filter of this model: "),
     ],

@@ -113,7 +113,7 @@
     fill(one("[data-log]"), () => state.log.map(row), JSON.stringify(state.log));
     showChart(state.chart);
     showControls(state);
-    /* Where no process works on it, nothing moves until a user resumes it. */
+    /* Where no process works on it, the figures do not change until a user resumes the rotation. */
     const everyUnfinished = state.can_answer ? EVERY : EVERY_WITHOUT_OWNER;
     wait = state.is_unfinished ? everyUnfinished : EVERY_WHEN_FINISHED;
     shownAt = Date.now();
