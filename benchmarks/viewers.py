@@ -96,7 +96,7 @@ def main() -> None:
         "reads the JSON view every 2 s over a connection that it keeps, as the page's script does. In other "
         "times, they read a constant that needs the same login: what Django itself costs.",
         repetitions=3,
-        rows=3_000_000,
+        rows=5_000_000,
     )
     parser.add_argument("--viewers", type=at_least_one, default=20, metavar="N", help="the number of viewers")
     parser.add_argument("--pace", default="balanced", help="async_rotate's --pace (default: %(default)s)")
