@@ -142,7 +142,6 @@ benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows,
 	$(call measure,gaps, --vacuum full,-after-vacuum-full)
 	$(call measure,proof)
 	$(call measure,viewers)
-	$(call measure,viewers, --nice 19,-nice)
 	$(call measure,neighbours, --rows 3000000 --plot docs/pictures/neighbours.svg)
 	$(call measure,distributed)
 	@test ! -e build/benchmarks/failed || { echo 'Some limits do not hold: see above.'; exit 1; }
