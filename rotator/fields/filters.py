@@ -33,6 +33,7 @@ _INVALID: Final = (
     TypeError,
     ValueError,
 )
+_ENDS_OF_RANGE: Final = 2
 # Others make a text of the value.
 _OF_BYTES: Final = ("exact", "gt", "gte", "lt", "lte")
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
@@ -130,7 +131,7 @@ def _value(field: AnyField, lookups: list[str], option: str, name: str, text: st
         return _TRUTHS[text.lower()]
     if last in ("in", "range"):
         parts = text.split(",")
-        if last == "range" and len(parts) != len(("first", "last")):
+        if last == "range" and len(parts) != _ENDS_OF_RANGE:
             raise OptionError(f"{option} {name} needs the first and the last value. Write it as {name}=1,9.")
         return [_single(field, lookups[:-1], option, name, part) for part in parts]
     return _single(field, lookups, option, name, text)
