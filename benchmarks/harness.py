@@ -271,6 +271,8 @@ class Server:
         page's first change writes a full image, for each contestant alike.
         """
         copy = self._create(original.name, "STRATEGY FILE_COPY")
+        # What earlier measurements left to the kernel would delay the WAL of this one.
+        os.sync()
         try:
             yield copy
         finally:
