@@ -185,10 +185,14 @@ async def control_ledger(
     table: TargetTable,
     ledger: Ledger,
     *,
+    started_xid: int,
     bound: Key,
     rows: int,
 ) -> tuple[int, int]:
-    """Search for a sample of rows that no session has written since loading began, before the rotation.
+    """Search for a sample of rows that no session has written since the rotation's start.
+
+    Call it before the first row is rotated. Loading began later, after the end of every transaction that
+    could still have committed such a row.
 
     Returns:
         The number of rows in the sample, and the number of them that the search found.
@@ -209,7 +213,7 @@ async def control_ledger(
     parameters = {
         "percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)),
         "through": bound,
-        "started_xid": ledger.started_xid,
+        "started_xid": started_xid,
     }
     ((sampled, found),) = await fetch_rows(connection, query, parameters, seconds=None)
     return int(sampled), int(found)

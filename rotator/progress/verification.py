@@ -93,8 +93,11 @@ def _survivors(event: Verified) -> str:
 
 def _controlled(controls: Controls) -> str:
     known = "" if controls.is_salt_right else "; the salt is NOT the one of its entries"
+    sampled = f"{count(controls.sampled)} of {count(controls.sampled)} sampled rows found"
+    if not controls.sampled:
+        sampled = "no row was unchanged since the start, to be sampled,"
     return (
-        f"{count(controls.sampled)} of {count(controls.sampled)} sampled rows found before the rotation; "
+        f"{sampled} before the rotation; "
         f"{count(controls.planted_found)} of {count(controls.planted)} planted values found; "
         f"{count(controls.entries_found)} of {count(controls.entries)} entries in the ledger{known}"
     )

@@ -112,12 +112,17 @@ class Proof:
             return None
         if bound is not None:
             rows, found = await control_ledger(
-                self._connection, self._table, ledger, bound=bound, rows=owned.rows_total
+                self._connection,
+                self._table,
+                ledger,
+                started_xid=owned.started_xid,
+                bound=bound,
+                rows=owned.rows_total,
             )
             if found < rows:
                 raise RotatorError(
                     f"The control of the ledger failed: {found:,} of {rows:,} rows that were not written "
-                    "since loading began were found. No row was rotated. Begin again with --restart."
+                    "since the rotation began were found. No row was rotated. Begin again with --restart."
                 )
         ledger = await finish_ledger(self._connection, ledger, rows)
         context.notify(LedgerReady(seconds=time.monotonic() - started, control_rows=rows))

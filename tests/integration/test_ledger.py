@@ -278,6 +278,19 @@ def test_it_is_loaded_after_older_transactions_have_ended(database: Database) ->
     assert _entries(database) >= _expected(database, "00000000-0000-4000-8000-00000000ffff")
 
 
+def test_its_control_has_rows_while_an_older_transaction_is_open_elsewhere(database: Database) -> None:
+    older = database.connect()
+    execute_all(older, "BEGIN", "SELECT pg_current_xact_id()")
+    database.make_tickets(1, ROWS)
+
+    outcome = rotate_tickets(prove=True)
+
+    _assert_verified(outcome)
+    assert outcome.verification is not None
+    assert outcome.verification.controls is not None
+    assert outcome.verification.controls.sampled == ROWS
+
+
 def test_a_rotation_that_has_begun_cannot_get_one(database: Database) -> None:
     database.make_tickets(1, ROWS)
     assert rotate_tickets(stop_after_rows=20).status == "interrupted"
