@@ -141,6 +141,7 @@ benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows,
 	$(call measure,gaps)
 	$(call measure,gaps, --vacuum full,-after-vacuum-full)
 	$(call measure,proof)
+	$(call measure,page)
 	$(call measure,viewers)
 	$(call measure,neighbours, --rows 3000000 --plot docs/pictures/neighbours.svg)
 	$(call measure,distributed)

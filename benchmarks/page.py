@@ -2,47 +2,64 @@
 
 import argparse
 import os
-import sys
 import time
-from pathlib import Path
-from statistics import median
 from typing import Final
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "core.settings")
-
 import django
-from django.db import connection, transaction
+from django.db import connection
+from harness import Server, add_numbers, at_least_one, parser_for, run_script
+from presenting import Machine, Spread, write_json
 
 LIMIT_SECONDS: Final = 0.2
 LIMIT_BYTES: Final = 100_000
+_MILLISECONDS: Final = 1000
+_KILOBYTE: Final = 1000
 _USER: Final = "page-benchmark"
 
 
-def main() -> int:
-    """Print the figures, and return 1 where a limit is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoints", type=int, default=500_000)
-    parser.add_argument("--hours", type=int, default=168, help="the time of the rotation, measured every 5 s")
-    parser.add_argument("--repetitions", type=int, default=20)
-    options = parser.parse_args()
-    django.setup()
-    # Everything is rolled back.
-    with transaction.atomic():
-        seconds, state_bytes, page_bytes = measure(options)
-        transaction.set_rollback(True)
-    is_met = seconds <= LIMIT_SECONDS and page_bytes <= LIMIT_BYTES
-    print(
-        f"{options.checkpoints:,} checkpoints, {options.hours} h of measurements: the JSON view takes"
-        f" {seconds * 1000:.0f} ms (median of {options.repetitions}; limit {LIMIT_SECONDS * 1000:.0f} ms)"
-        f" and has {state_bytes / 1000:.0f} kB; the page has {page_bytes / 1000:.0f} kB"
-        f" (limit {LIMIT_BYTES / 1000:.0f} kB). {'Met.' if is_met else 'MISSED.'}"
+def main() -> None:
+    """Read the options and run."""
+    parser = parser_for(
+        "Measure the page of a rotation that has many checkpoints and has run for long: the time of its JSON "
+        "view, in the process that measures, and the size of both answers.",
+        repetitions=20,
+        rows=None,
     )
-    return 0 if is_met else 1
+    add_numbers(
+        parser,
+        at_least_one,
+        ("checkpoints", 500_000, "N", "the number of checkpoints"),
+        ("hours", 168, "N", "the time of the rotation, measured every 5 s"),
+    )
+    options = parser.parse_args()
+    run_script(lambda server: _compare(server, options), server=options.server)
 
 
-def measure(options: argparse.Namespace) -> tuple[float, int, int]:
-    """Return the median of the JSON view's seconds, its bytes, and the bytes of the page."""
+def _compare(server: Server, options: argparse.Namespace) -> bool:
+    machine = Machine.of(server)
+    print(machine)
+    os.environ["DATABASE_URL"] = server.tickets(1).url
+    os.environ["DJANGO_SETTINGS_MODULE"] = "core.settings"
+    django.setup()
+    times, state_bytes, page_bytes = measure(options)
+    connection.close()
+    seconds = Spread.of(times)
+    print(
+        f"{options.checkpoints:,} checkpoints, {options.hours} h of measurements: the JSON view has "
+        f"{state_bytes / _KILOBYTE:.0f} kB, the page {page_bytes / _KILOBYTE:.0f} kB"
+    )
+    checks = (
+        ("the JSON view, ms", seconds.median * _MILLISECONDS, LIMIT_SECONDS * _MILLISECONDS),
+        ("the page, kB", page_bytes / _KILOBYTE, LIMIT_BYTES / _KILOBYTE),
+    )
+    for name, found, limit in checks:
+        print(f"{name}: {found:.0f}, limit {limit:.0f}: {'holds' if found <= limit else 'does not hold'}")
+    write_json(options.json, machine, seconds=times, state_bytes=state_bytes, page_bytes=page_bytes)
+    return all(found <= limit for _, found, limit in checks)
+
+
+def measure(options: argparse.Namespace) -> tuple[list[float], int, int]:
+    """Return the seconds of each answer of the JSON view, its bytes, and the bytes of the page."""
     from django.conf import settings  # noqa: PLC0415 - after django.setup()
     from django.contrib.auth.models import User  # noqa: PLC0415
     from django.test import Client  # noqa: PLC0415
@@ -78,7 +95,7 @@ def measure(options: argparse.Namespace) -> tuple[float, int, int]:
     page = client.get(reverse("admin:rotator_rotation_change", args=[rotation.pk]))
     if (found.status_code, page.status_code) != (200, 200):
         raise SystemExit(f"The site answers with {found.status_code} and {page.status_code}.")
-    return median(times), len(found.content), len(page.content)
+    return times, len(found.content), len(page.content)
 
 
 def fill(rotation: int, checkpoints: int, seconds: int) -> None:
@@ -104,4 +121,4 @@ def fill(rotation: int, checkpoints: int, seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -17,6 +17,7 @@ SMALL = {
     "keys": "--rows 3000",
     "memory": "--rows 2000 4000",
     "neighbours": "--rows 20000 --seconds 2 --parts paces quiet",
+    "page": "--checkpoints 2000 --hours 2",
     "proof": "--rows 3000 --lines 20",
     "reindex": "--rows 3000",
     "resume": "--checkpoints 10 100 --rest 2000",
