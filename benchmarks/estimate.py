@@ -63,7 +63,8 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
 
 def _measure(server: Server, original: Database, options: argparse.Namespace) -> Measurement:
     with server.copied(original) as database:
-        shown = database.manage("async_rotate", "--dry-run", f"--concurrency={options.concurrency}").output
+        limits = (f"--concurrency={options.concurrency}", f"--batch={options.batch}")
+        shown = database.manage("async_rotate", "--dry-run", *limits).output
         rate = re.search(r"rewritten at ([0-9,]+) rows/s", shown)
         if rate is None:
             raise BenchmarkError("The dry run gave no estimate.")

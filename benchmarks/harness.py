@@ -327,6 +327,8 @@ def run_script(measure: Callable[[Server], bool], *, server: str) -> NoReturn:
     The process exits with 0 if what the benchmark returns is true, 1 if not, 2 if it could not be run, and
     128 and the signal's number if one ended it.
     """
+    # The settings that may be exported are those of another project.
+    os.environ["DJANGO_SETTINGS_MODULE"] = "core.settings"
     for number in _SIGNALS:
         signal.signal(number, _raise_signalled)
     try:

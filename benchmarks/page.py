@@ -39,7 +39,6 @@ def _compare(server: Server, options: argparse.Namespace) -> bool:
     machine = Machine.of(server)
     print(machine)
     os.environ["DATABASE_URL"] = server.tickets(1).url
-    os.environ["DJANGO_SETTINGS_MODULE"] = "core.settings"
     django.setup()
     times, state_bytes, page_bytes = measure(options)
     connection.close()
