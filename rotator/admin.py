@@ -11,14 +11,7 @@ from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, path
 
-from rotator.management.rotation import (
-    age_of,
-    find_rotations,
-    owner_of,
-    percent_of_rotation,
-    rows_of,
-    status_of,
-)
+from rotator.management.rotation import age_of, find_rotations, rows_of, status_of
 from rotator.models import Rotation
 from rotator.progress.text import moment
 
@@ -41,47 +34,34 @@ class RotationAdmin(_ModelAdmin):
     actions = ()
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Rotation]:  # noqa: ARG002 - Django's interface
-        """Return the rotations with the age of their heartbeats."""
         # Not from a replica, where heartbeats arrive late.
         return find_rotations(router.db_for_write(Rotation))
 
     @admin.display(description="rotation", ordering="id")
     def rotation(self, rotation: Rotation) -> str:
-        """Return the id and the target."""
         return f"{rotation.pk}: {rotation.target}"
 
     @admin.display(description="status", ordering="status")
     def shown_status(self, rotation: Rotation) -> str:
-        """Return the status, or what holds it."""
         return status_of(rotation)
 
     @admin.display(description="%")
     def percent(self, rotation: Rotation) -> str:
-        """Return the percentage of rows done."""
-        return f"{percent_of_rotation(rotation)}%"
+        return f"{rotation.percent}%"
 
     @admin.display(description="rows done")
     def rows(self, rotation: Rotation) -> str:
-        """Return the rows done and the total."""
         return rows_of(rotation)
-
-    @admin.display(description="owner")
-    def owner(self, rotation: Rotation) -> str:
-        """Return the process that owns the rotation, or the last one that did."""
-        return str(owner_of(rotation))
 
     @admin.display(description="last heartbeat", ordering="updated_at")
     def heartbeat(self, rotation: Rotation) -> str:
-        """Return the age of the heartbeat while the rotation runs, and its time afterwards."""
         return age_of(rotation) if rotation.status == "running" else moment(rotation.updated_at)
 
     @admin.display(description="started", ordering="started_at")
     def started(self, rotation: Rotation) -> str:
-        """Return the time of the start, in UTC as everywhere."""
         return moment(rotation.started_at)
 
     def get_urls(self) -> list[URLPattern]:
-        """Add the page's JSON and the buttons."""
         # Imported here, so that commands do not import what only web processes need.
         from rotator import views  # noqa: PLC0415
 
@@ -107,7 +87,6 @@ class RotationAdmin(_ModelAdmin):
         form_url: str = "",  # noqa: ARG002 - Django's signature
         extra_context: dict[str, Any] | None = None,  # noqa: ARG002 - Django's signature
     ) -> HttpResponse:
-        """Show the page of one rotation."""
         from rotator import views  # noqa: PLC0415 - as above
 
         if request.method not in ("GET", "HEAD"):
@@ -117,7 +96,6 @@ class RotationAdmin(_ModelAdmin):
     def changelist_view(
         self, request: HttpRequest, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
-        """Show the list, with buttons for users that may control rotations."""
         may_control = request.user.has_perm("rotator.control_rotation")
         return super().changelist_view(request, {**(extra_context or {}), "may_control": may_control})
 

@@ -1,6 +1,7 @@
 """The tables of the rotator, with the constraints that its SQL relies on."""
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import ClassVar, Final
 
 from django.db import models, transaction
@@ -9,8 +10,11 @@ from django.db.models.functions import Now
 
 from rotator.events import ActionKind
 from rotator.exceptions import RevisionError
-from rotator.options import Selection
+from rotator.options import RunOptions, Selection
+from rotator.postgres.owner import SILENT_SECONDS, Owner
+from rotator.stats import percent_of
 
+_JUST_ENDED_SECONDS: Final = 3.0
 _UNFINISHED: Final = ("running", "queued", "interrupted", "failed")
 
 
@@ -123,8 +127,6 @@ class Rotation(models.Model):
     )
 
     class Meta:
-        """Allow one unfinished rotation of a target, and only consistent rows."""
-
         permissions: ClassVar = [("control_rotation", "Can pause, resume, cancel and change rotations")]
 
         constraints: ClassVar = [
@@ -158,13 +160,91 @@ class Rotation(models.Model):
         ]
 
     def __str__(self) -> str:
-        """Return its name in messages."""
         return f"rotation {self.pk} of {self.target}"
 
     @property
     def is_filtered(self) -> bool:
         """Whether options exclude some rows of the table."""
         return Selection.from_json(self.selection).is_filtered
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the same command resumes it."""
+        return self.status in _UNFINISHED
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a process works on it, or Celery workers will, by its status alone."""
+        return self.status in (self.Status.RUNNING, self.Status.QUEUED)
+
+    @property
+    def control_row(self) -> "Control":
+        """The requests of users; an empty row where there are none."""
+        return getattr(self, "control", None) or Control(rotation=self)
+
+    @property
+    def ledger_row(self) -> "Ledger | None":
+        """The ledger, forgotten or not; None where it never had one."""
+        return getattr(self, "ledger", None)
+
+    @property
+    def owner(self) -> Owner:
+        """The process that owns it, or the last one that did."""
+        return Owner(
+            host=self.owner_host,
+            pid=self.owner_pid or 0,
+            process=self.owner_process,
+            user=self.owner_user,
+            version=self.version,
+        )
+
+    @property
+    def silent_seconds(self) -> float:
+        """The time since the last heartbeat on the database's clock, as ``find_rotations()`` has read it."""
+        return max(0.0, float(vars(self)["silence"]))
+
+    @property
+    def read_at(self) -> datetime:
+        """The time at which ``find_rotations()`` has read it, on the database's clock."""
+        return self.updated_at + timedelta(seconds=self.silent_seconds)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it runs, and its owner sends no heartbeat."""
+        return self.status == self.Status.RUNNING and self.silent_seconds > SILENT_SECONDS
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it runs, and its owner has ended, or is silent for too long."""
+        # A process that has just ended may have completed the rotation after it was read.
+        if self.status != self.Status.RUNNING or self.silent_seconds < _JUST_ENDED_SECONDS:
+            return False
+        budget_seconds = RunOptions.from_json(self.options).outage_budget_seconds
+        return self.owner.is_gone() or self.silent_seconds > budget_seconds + SILENT_SECONDS
+
+    @property
+    def has_owner(self) -> bool:
+        """Whether a process works on it, or Celery workers will."""
+        return self.is_active and not self.is_silent and not self.is_dead
+
+    @property
+    def held_by(self) -> str:
+        """What holds it while it runs; empty where nothing does."""
+        if self.status != self.Status.RUNNING:
+            return ""
+        control = self.control_row
+        paused = f"paused by {control.paused_by}" if control.paused else ""
+        return "; ".join(filter(None, [paused, self.throttle_reason]))
+
+    @property
+    def percent(self) -> int:
+        """The percentage of rows done, rounded down."""
+        if self.status == self.Status.COMPLETED:
+            return 100
+        if self.bound is None and not self.rows_total:
+            # The rows are not counted yet.
+            return 0
+        return percent_of(self.rows_done, self.rows_total, is_exact=self.rows_total_is_exact)
 
 
 class Span(models.Model):
@@ -188,7 +268,6 @@ class Span(models.Model):
     finished_at = models.DateTimeField(null=True)
 
     def __str__(self) -> str:
-        """Return the half-open interval of keys."""
         return f"({self.after or 'start'}, {self.through}]"
 
 
@@ -206,7 +285,6 @@ class Helper(models.Model):
     error = models.TextField(default="", blank=True, help_text="One sentence, never a value of the column.")
 
     def __str__(self) -> str:
-        """Return its name in logs."""
         return f"helper {self.pk}"
 
 
@@ -227,8 +305,6 @@ class CompletedRange(models.Model):
     committed_at = models.DateTimeField(db_default=Now())
 
     class Meta:
-        """Reject a second checkpoint with the same start or the same end."""
-
         constraints: ClassVar = [
             models.UniqueConstraint(
                 fields=["rotation", "after"], nulls_distinct=False, name="rotator_range_begins_once"
@@ -243,7 +319,6 @@ class CompletedRange(models.Model):
         ]
 
     def __str__(self) -> str:
-        """Return the half-open interval of keys."""
         return f"({self.after or 'start'}, {self.through}]"
 
 
@@ -256,7 +331,6 @@ class LateTransaction(models.Model):
     committed_at = models.DateTimeField(db_default=Now())
 
     def __str__(self) -> str:
-        """Return its name in logs."""
         return f"transaction {self.xid}"
 
 
@@ -284,7 +358,6 @@ class Control(models.Model):
     changed_at = models.DateTimeField(db_default=Now())
 
     def __str__(self) -> str:
-        """Return its name in messages."""
         return f"revision {self.revision} of the control of rotation {self.pk}"
 
     @classmethod
@@ -297,7 +370,7 @@ class Control(models.Model):
         by: str,
         revision: int | None = None,
     ) -> "Control":
-        """Change the control row of a rotation in a transaction of its own, and log it.
+        """Change the control row of a rotation in a transaction of its own, log it, and return the row.
 
         Args:
             rotation: The rotation.
@@ -306,29 +379,23 @@ class Control(models.Model):
             by: The user.
             revision: The revision that the user has seen; None to change any.
 
-        Returns:
-            The changed row.
-
         Raises:
             RevisionError: Another user has changed the row since that revision.
         """
-        database = rotation._state.db  # noqa: SLF001 - documented by Django
+        database = rotation._state.db
         with transaction.atomic(using=database):
             rows = cls.objects.using(database)
-            rows.get_or_create(rotation=rotation)
             # Locks the row: two users at once get different revisions.
-            present = rows.select_for_update().get(rotation=rotation)
+            present, _ = rows.select_for_update().get_or_create(rotation=rotation)
             if revision is not None and present.revision != revision:
                 raise RevisionError(rotation.pk, revision, present.revision, present.changed_by)
             following = present.revision + 1
-            signed: dict[str, object] = {}
+            changes = {**values, "revision": following, "changed_by": by, "changed_at": Now()}
             if action is ActionKind.PAUSED:
-                signed = {"paused_by": by}
+                changes["paused_by"] = by
             elif action is ActionKind.CANCELLED:
-                signed = {"cancelled_by": by, "cancel_revision": following}
-            rows.filter(rotation=rotation).update(
-                **values, **signed, revision=following, changed_by=by, changed_at=Now()
-            )
+                changes |= {"cancelled_by": by, "cancel_revision": following}
+            rows.filter(rotation=rotation).update(**changes)
             Action.objects.using(database).create(
                 rotation=rotation,
                 kind=action,
@@ -348,7 +415,6 @@ class Action(models.Model):
     at = models.DateTimeField(db_default=Now())
 
     def __str__(self) -> str:
-        """Return the action and the user."""
         return f"{self.kind} by {self.by}"
 
 
@@ -369,7 +435,7 @@ class Ledger(models.Model):
         FORGOTTEN = "forgotten"
 
     class Guard(models.TextChoices):
-        """The action of the guard's trigger on an old value."""
+        """What the guard's trigger does with a write of an old value."""
 
         NONE = ""
         REFUSE = "refuse"
@@ -397,7 +463,6 @@ class Ledger(models.Model):
     forgotten_at = models.DateTimeField(null=True)
 
     def __str__(self) -> str:
-        """Return its name in messages."""
         return f"ledger of rotation {self.rotation_id}"
 
 
@@ -420,8 +485,14 @@ class Verification(models.Model):
     finished_at = models.DateTimeField(null=True)
 
     def __str__(self) -> str:
-        """Return its name in messages."""
         return f"verification {self.pk} of rotation {self.rotation_id}"
+
+    @property
+    def proved_survivors(self) -> int | None:
+        """The survivors that it found at its end; None without a ledger, or where a control failed."""
+        controls = self.result.get("controls")
+        found: int | None = self.result.get("survivors")
+        return found if controls and controls["have_passed"] else None
 
 
 class Measurement(models.Model):
@@ -454,8 +525,6 @@ class Measurement(models.Model):
     )
 
     class Meta:
-        """Find the measurements of a rotation by time, and the changes among them."""
-
         indexes: ClassVar = [
             models.Index(fields=["rotation", "at"], name="rotator_measurement_at"),
             models.Index(
@@ -464,5 +533,4 @@ class Measurement(models.Model):
         ]
 
     def __str__(self) -> str:
-        """Return its name in logs."""
         return f"measurement of rotation {self.rotation_id} at {self.at}"

@@ -13,11 +13,10 @@ from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import render
 from django.urls import reverse
 
-from rotator.events import ActionKind
 from rotator.exceptions import RevisionError, RotatorError
-from rotator.management.control import Request, read_request, send
+from rotator.management.control import read_request, send
 from rotator.management.page import page_state
-from rotator.management.rotation import control_of, find_rotations, has_owner
+from rotator.management.rotation import find_rotations
 from rotator.models import Rotation
 from rotator.options import PACES, SETTINGS, RunOptions, is_id
 
@@ -60,11 +59,7 @@ def without_commits(view: View) -> View:
 
 
 def find(number: str) -> Rotation:
-    """Return a rotation of the database that the project's routers choose.
-
-    Raises:
-        Http404: There is none with this id.
-    """
+    """Return a rotation of the database that the project's routers choose, or answer with status 404."""
     rotations = find_rotations(router.db_for_write(Rotation))
     found = rotations.filter(pk=number).first() if is_id(number) else None
     if found is None:
@@ -77,16 +72,15 @@ def show(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
     if not admin.has_view_permission(request):
         raise PermissionDenied
     rotation = find(number)
-    state = page_state(rotation)
-    control, options = control_of(rotation), RunOptions.from_json(rotation.options)
+    control, options = rotation.control_row, RunOptions.from_json(rotation.options)
     context: dict[str, Any] = {
         **admin.admin_site.each_context(request),
         "title": f"Rotation {rotation.pk} of {rotation.target}",
         "opts": Rotation._meta,
         "rotation": rotation,
-        "state": state,
+        "state": page_state(rotation),
         "state_url": reverse("admin:rotator_rotation_state", args=[rotation.pk]),
-        "may_control": _may_control(request),
+        "may_control": request.user.has_perm(CONTROL),
         "paces": tuple(PACES),
         "limits": {
             "pace": control.pace or options.pace,
@@ -136,7 +130,7 @@ def control_all(admin: "_Admin", request: HttpRequest) -> HttpResponse:
     asked = read_request([verb])
     number = 0
     for rotation in find_rotations(router.db_for_write(Rotation)).filter(status__in=Rotation.UNFINISHED):
-        if not has_owner(rotation) or control_of(rotation).paused == (verb == "pause"):
+        if not rotation.has_owner or rotation.control_row.paused == (verb == "pause"):
             continue
         send(rotation, asked, by=request.user.get_username(), revision=None)
         admin.log_change(request, rotation, f"Requested: {verb}.")
@@ -147,12 +141,7 @@ def control_all(admin: "_Admin", request: HttpRequest) -> HttpResponse:
 
 @_without_transaction
 def metrics(request: HttpRequest) -> HttpResponse:
-    """Return the metrics of rotations in Prometheus's text format.
-
-    Raises:
-        PermissionDenied: The method is not GET.
-        ImproperlyConfigured: The extra ``metrics`` is not installed.
-    """
+    """Return the metrics of rotations in Prometheus's text format."""
     if request.method != "GET":
         raise PermissionDenied
     try:
@@ -170,31 +159,28 @@ def metrics(request: HttpRequest) -> HttpResponse:
 
 
 def _request(admin: "_Admin", request: HttpRequest, rotation: Rotation) -> str:
-    """Store the request, and return the sentence for the user.
-
-    Raises:
-        RotatorError: It is not valid, or based on an older revision.
-    """
+    """Store the request, and return the sentence for the user."""
     asked = read_request(_words(request))
-    if asked.kind is ActionKind.CANCELLED and request.POST.get("target", "").strip() != rotation.target:
+    if asked.is_cancel and request.POST.get("target", "").strip() != rotation.target:
         raise RotatorError(f"To cancel it, type the name of its target: {rotation.target}.")
-    if not has_owner(rotation):
+    if not rotation.has_owner:
         raise RotatorError("No process works on this rotation, so nothing would answer.")
     revision = request.POST.get("revision", "")
     if not is_id(revision):
         raise RotatorError("The form has no revision. Reload the page.")
-    by = request.user.get_username()
     try:
-        changed = send(rotation, asked, by=by, revision=int(revision))
+        changed = send(rotation, asked, by=request.user.get_username(), revision=int(revision))
     except RevisionError as error:
-        present = control_of(find(str(rotation.pk)))
+        present = find(str(rotation.pk)).control_row
         raise RotatorError(
             f"{present.changed_by} has changed this rotation since you have seen it: revision {revision} was "
             f"shown, and {present.revision} is present. Look at it, then repeat your request."
         ) from error
-    described = _described(asked)
-    admin.log_change(request, rotation, f"Requested: {described} (revision {changed.revision}).")
-    return f"Requested: {described} (revision {changed.revision}). This page shows when it is applied."
+    settings = ", ".join(f"{name} {value or 'default'}" for name, value in asked.values.items())
+    described = f"set {settings}" if asked.verb == "set" else asked.verb
+    text = f"Requested: {described} (revision {changed.revision})."
+    admin.log_change(request, rotation, text)
+    return f"{text} This page shows when it is applied."
 
 
 def _words(request: HttpRequest) -> list[str]:
@@ -204,15 +190,6 @@ def _words(request: HttpRequest) -> list[str]:
     return [verb, *(f"{name}={value}" for name, value in settings.items() if value)]
 
 
-def _described(asked: Request) -> str:
-    settings = ", ".join(f"{name} {value or 'default'}" for name, value in asked.values.items())
-    return f"set {settings}" if asked.verb == "set" else asked.verb
-
-
-def _may_control(request: HttpRequest) -> bool:
-    return request.user.has_perm(CONTROL)
-
-
 def _check_control(request: HttpRequest) -> None:
-    if request.method != "POST" or not _may_control(request):
+    if request.method != "POST" or not request.user.has_perm(CONTROL):
         raise PermissionDenied

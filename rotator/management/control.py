@@ -9,19 +9,18 @@ from django.db.models.functions import Now
 
 from rotator.events import ActionKind, StopReason
 from rotator.exceptions import OptionError, RequestError
-from rotator.management.rotation import (
-    control_of,
-    find_rotations,
-    is_dead,
-    is_silent,
-    owner_of,
-    silent_seconds,
-)
+from rotator.management.rotation import find_rotations
 from rotator.models import Control, Rotation
 from rotator.options import SETTINGS, RunOptions, check_batch, read_setting
 from rotator.progress.text import duration
 
-VERBS: Final = ("pause", "resume", "cancel", "set")
+_KINDS: Final = {
+    "pause": ActionKind.PAUSED,
+    "resume": ActionKind.PAUSE_ENDED,
+    "cancel": ActionKind.CANCELLED,
+    "set": ActionKind.CHANGED,
+}
+VERBS: Final = tuple(_KINDS)
 # The owner reads the control row once a second.
 ANSWER_SECONDS: Final = 5.0
 # The ranges in flight are committed first.
@@ -29,22 +28,24 @@ DRAIN_SECONDS: Final = 15.0
 _POLL_SECONDS: Final = 0.1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Request:
-    """A change of the control row.
-
-    Attributes:
-        verb: One of ``VERBS``.
-        kind: The kind of the action, for the log.
-        values: The new values of the control row, by its fields.
-    """
+    """A change of the control row: one of ``VERBS``, and the new values by the fields of the row."""
 
     verb: str
-    kind: ActionKind
     values: dict[str, object]
 
+    @property
+    def kind(self) -> ActionKind:
+        """The kind of the action, for the log."""
+        return _KINDS[self.verb]
+
+    @property
+    def is_cancel(self) -> bool:
+        """Whether the owner is asked to stop."""
+        return self.verb == "cancel"
+
     def __str__(self) -> str:
-        """Return what a rotation is or has after the change."""
         settings = " ".join(
             f"{name}={'default' if value in (None, '') else value}" for name, value in self.values.items()
         )
@@ -65,13 +66,7 @@ def read_request(words: Sequence[str]) -> Request:
     if verb != "set":
         if rest:
             raise OptionError(f"{verb} takes no value: leave out {' '.join(rest)}.")
-        kinds = {
-            "pause": (ActionKind.PAUSED, {"paused": True}),
-            "resume": (ActionKind.PAUSE_ENDED, {"paused": False}),
-            "cancel": (ActionKind.CANCELLED, {}),
-        }
-        kind, values = kinds[verb]
-        return Request(verb=verb, kind=kind, values=dict[str, object](values))
+        return Request(verb, {} if verb == "cancel" else {"paused": verb == "pause"})
     if not rest:
         raise OptionError(f"set needs one or more of {', '.join(SETTINGS)}, e.g. set concurrency=2.")
     settings = dict[str, object]()
@@ -80,7 +75,7 @@ def read_request(words: Sequence[str]) -> Request:
         if name not in SETTINGS or not is_given:
             raise OptionError(f"'{word}' is not NAME=VALUE with one of the names {', '.join(SETTINGS)}.")
         settings[name] = read_setting(name, value)
-    return Request(verb="set", kind=ActionKind.CHANGED, values=settings)
+    return Request(verb, settings)
 
 
 def send(rotation: Rotation, request: Request, *, by: str, revision: int | None) -> Control:
@@ -91,39 +86,34 @@ def send(rotation: Rotation, request: Request, *, by: str, revision: int | None)
         RevisionError: Another user has changed the control row since that revision.
     """
     name = f"Rotation {rotation.pk} of {rotation.target}"
-    if rotation.status not in Rotation.UNFINISHED:
+    if not rotation.is_unfinished:
         raise RequestError(f"{name} is {rotation.status}, so it cannot be changed.")
-    is_owned = rotation.status in (Rotation.Status.RUNNING, Rotation.Status.QUEUED)
-    if request.kind is ActionKind.CANCELLED and not is_owned:
+    if request.is_cancel and not rotation.is_active:
         raise RequestError(f"{name} is {rotation.status}: no process works on it, so nothing is cancelled.")
-    options, present = RunOptions.from_json(rotation.options), control_of(rotation)
+    options, present = RunOptions.from_json(rotation.options), rotation.control_row
     settings = {"batch": present.batch, "pace": present.pace} | request.values
-    batch, pace = settings["batch"] or options.batch, settings["pace"] or options.pace
-    check_batch(int(str(batch)), str(pace))
+    check_batch(int(str(settings["batch"] or options.batch)), str(settings["pace"] or options.pace))
     workers = options.concurrency
     wanted = request.values.get("concurrency")
-    if is_owned and isinstance(wanted, int) and wanted > workers:
+    if rotation.is_active and isinstance(wanted, int) and wanted > workers:
         raise RequestError(
             f"{name} runs with --concurrency {workers}, and no more workers can be added while it runs. Use "
             "a lower value, or cancel it and resume it with a higher --concurrency."
         )
     control = Control.change(rotation, request.kind, request.values, by=by, revision=revision)
-    if request.kind is ActionKind.CANCELLED:
-        queued = Rotation.objects.using(rotation._state.db).filter(  # noqa: SLF001 - documented by Django
-            pk=rotation.pk, status=Rotation.Status.QUEUED
-        )
+    if request.is_cancel:
+        rotations = Rotation.objects.using(rotation._state.db)
+        queued = rotations.filter(pk=rotation.pk, status=Rotation.Status.QUEUED)
         # No process owns it. A Celery task that begins to own it at this moment reads the control row.
         queued.update(status=Rotation.Status.INTERRUPTED, stop_reason=StopReason.CANCEL, updated_at=Now())
     return control
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """Whether a request was applied.
+    """Sentences for the user, and whether the request was applied.
 
-    Attributes:
-        text: Sentences for the user.
-        is_applied: False where a process owns the rotation and has not applied it in time.
+    ``is_applied`` is false where a process owns the rotation and has not applied it in time.
     """
 
     text: str
@@ -132,51 +122,42 @@ class Answer:
 
 def await_answer(control: Control, request: Request, database: str) -> Answer:
     """Wait for some seconds until the owner has applied a request."""
-    is_cancel = request.kind is ActionKind.CANCELLED
-    until = time.monotonic() + (DRAIN_SECONDS if is_cancel else ANSWER_SECONDS)
+    until = time.monotonic() + (DRAIN_SECONDS if request.is_cancel else ANSWER_SECONDS)
     while True:
         rotation = find_rotations(database).get(pk=control.pk)
-        answer = _answer(rotation, control, request)
+        stored = f"Rotation {rotation.pk}: the request is stored as revision {control.revision}."
+        answer = _answer(rotation, control, request, stored)
         if answer is not None:
             return answer
         if time.monotonic() >= until:
-            return Answer(
-                text=f"{_stored(rotation, control)} Its owner, {owner_of(rotation)}, has not applied it yet.",
-                is_applied=False,
-            )
+            text = f"{stored} Its owner, {rotation.owner}, has not applied it yet."
+            return Answer(text, is_applied=False)
         time.sleep(_POLL_SECONDS)
 
 
-def _answer(rotation: Rotation, control: Control, request: Request) -> Answer | None:
+def _answer(rotation: Rotation, control: Control, request: Request, stored: str) -> Answer | None:
     """Return the answer as far as it is known now; None where the owner can still apply the request."""
+    name, owner = f"Rotation {rotation.pk}", rotation.owner
     is_running = rotation.status == Rotation.Status.RUNNING
-    if request.kind is ActionKind.CANCELLED and not is_running:
-        text = f"Rotation {rotation.pk} {request}. The same command resumes it."
-        if rotation.status not in (Rotation.Status.INTERRUPTED, Rotation.Status.FAILED):
-            text = f"Rotation {rotation.pk} is {rotation.status}."
-        return Answer(text=text, is_applied=True)
-    if request.kind is not ActionKind.CANCELLED and rotation.applied_revision >= control.revision:
-        held = f" It is still held: {rotation.throttle_reason}." if rotation.throttle_reason else ""
-        return Answer(
-            text=f"Rotation {rotation.pk} {request} (revision {control.revision}): applied by its owner, "
-            f"{owner_of(rotation)}.{held if request.verb == 'resume' else ''}",
-            is_applied=True,
-        )
+    if request.is_cancel and not is_running:
+        if rotation.status in (Rotation.Status.INTERRUPTED, Rotation.Status.FAILED):
+            return Answer(f"{name} {request}. The same command resumes it.", is_applied=True)
+        return Answer(f"{name} is {rotation.status}.", is_applied=True)
+    if not request.is_cancel and rotation.applied_revision >= control.revision:
+        text = f"{name} {request} (revision {control.revision}): applied by its owner, {owner}."
+        if request.verb == "resume" and rotation.throttle_reason:
+            text += f" It is still held: {rotation.throttle_reason}."
+        return Answer(text, is_applied=True)
     if not is_running:
         return Answer(
-            text=f"{_stored(rotation, control)} The rotation is {rotation.status}, so no process answers. "
-            "The request applies when the rotation is resumed.",
+            f"{stored} The rotation is {rotation.status}, so no process answers. The request applies when "
+            "the rotation is resumed.",
             is_applied=True,
         )
-    if is_silent(rotation) or is_dead(rotation) or owner_of(rotation).is_gone():
+    if not rotation.has_owner or owner.is_gone():
         return Answer(
-            text=f"{_stored(rotation, control)} The owner, {owner_of(rotation)}, does not answer: the last "
-            f"heartbeat was {duration(silent_seconds(rotation))} ago. The request applies when the rotation "
-            "is resumed.",
+            f"{stored} The owner, {owner}, does not answer: the last heartbeat was "
+            f"{duration(rotation.silent_seconds)} ago. The request applies when the rotation is resumed.",
             is_applied=False,
         )
     return None
-
-
-def _stored(rotation: Rotation, control: Control) -> str:
-    return f"Rotation {rotation.pk}: the request is stored as revision {control.revision}."

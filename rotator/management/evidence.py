@@ -6,10 +6,11 @@ It contains no digest, no salt, and no value of a column or a filter.
 """
 
 import json
+from datetime import datetime
 from typing import Any, Final
 
-from rotator.management.rotation import ledger_of
-from rotator.models import Rotation, Verification
+from rotator.management.rotation import stored
+from rotator.models import Ledger, Rotation, Verification
 from rotator.options import Selection
 
 FORMAT: Final = "django-async-rotator evidence 1"
@@ -37,7 +38,7 @@ _CONTROLS: Final = ("planted", "planted_found", "sampled", "entries", "entries_f
 
 def evidence(rotation: Rotation) -> str:
     """Return the evidence of a rotation as canonical JSON, with a final line end."""
-    verifications = list(rotation.verifications.filter(finished_at__isnull=False).order_by("pk"))
+    verifications = stored(Verification, rotation).filter(finished_at__isnull=False).order_by("pk")
     searches = [verification.result for verification in verifications if not verification.repairs]
     latest = searches[-1] if searches else {}
     facts = {
@@ -45,7 +46,7 @@ def evidence(rotation: Rotation) -> str:
         "NOT_PROVED": _not_proved(rotation, latest),
         "claims_not_made": list(NOT_CLAIMED),
         "form": {"format": FORMAT, "structure": "NIST SP 800-88 Rev. 1, Appendix G, where it fits"},
-        "ledger": _ledger(rotation),
+        "ledger": _ledger(rotation.ledger_row),
         "media": {
             "media_type": "column of a PostgreSQL table",
             "server": latest.get("server_name", ""),
@@ -56,7 +57,7 @@ def evidence(rotation: Rotation) -> str:
             "vacuumed_at": latest.get("vacuumed_at", ""),
         },
         "sanitization": {
-            "finished_at": rotation.finished_at and rotation.finished_at.isoformat(timespec="seconds"),
+            "finished_at": rotation.finished_at,
             "host": rotation.owner_host,
             "late_rows": rotation.late_rows,
             "method_used": _METHOD,
@@ -66,7 +67,7 @@ def evidence(rotation: Rotation) -> str:
             "rows": rotation.rows_done,
             "rows_total": rotation.rows_total,
             "selection": Selection.from_json(rotation.selection).without_values().to_json(),
-            "started_at": rotation.started_at.isoformat(timespec="seconds"),
+            "started_at": rotation.started_at,
             "status": rotation.status,
             "tool_used": f"django-async-rotator {rotation.version}",
         },
@@ -75,13 +76,18 @@ def evidence(rotation: Rotation) -> str:
             "over_time": [_verification(verification) for verification in verifications],
         },
     }
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_time)
     return f"{text}\n"
+
+
+def _time(at: datetime) -> str:
+    return at.isoformat(timespec="seconds")
 
 
 def _not_proved(rotation: Rotation, latest: dict[str, Any]) -> dict[str, Any]:
     """Return what is left, as counts and sentences, from the latest verification."""
-    coverage = latest.get("coverage") or {}
+    coverage, controls = latest.get("coverage") or {}, latest.get("controls") or {}
+    unknown, ledger = coverage.get("unknown"), rotation.ledger_row
     rejected = coverage.get("rejected_keys") or [
         {"key": key, "reason": reason} for key, reason in rotation.rejected_keys
     ]
@@ -94,50 +100,40 @@ def _not_proved(rotation: Rotation, latest: dict[str, Any]) -> dict[str, Any]:
         "rows_in_gaps": coverage.get("gap_rows"),
         "survivors": latest.get("survivors"),
     }
-    return {
-        "is_verified": bool(latest.get("is_verified")),
-        "reasons": _reasons(rotation, latest, counts, rejected=len(rejected)),
-        "rejected_keys": rejected,
-        "rejected_rows": len(rejected),
-        **counts,
-    }
-
-
-def _reasons(
-    rotation: Rotation, latest: dict[str, Any], counts: dict[str, int | None], *, rejected: int
-) -> list[str]:
-    """Return one sentence for each thing that is not proved."""
-    controls, ledger = latest.get("controls") or {}, ledger_of(rotation)
     survivors, in_gaps = counts["survivors"], counts["rows_in_gaps"]
     not_written, excluded = counts["not_written_rows"], counts["excluded_rows"]
-    unknown = (latest.get("coverage") or {}).get("unknown")
-    found = {
+    reasons = {
         "The rotation is not completed.": rotation.status != Rotation.Status.COMPLETED,
         "The rotation has no ledger, so survivors are unknown.": ledger is None,
         "The ledger was dropped, so survivors are unknown since then.": ledger and ledger.forgotten_at,
         "No verification has finished.": not latest,
         "A control of the verification failed.": not controls.get("have_passed", True),
         f"{survivors} rows have an old value.": survivors,
-        f"The server rejected the new values of {rejected} rows, which keep old values.": rejected,
+        f"The server rejected the new values of {len(rejected)} rows, which keep old values.": rejected,
         f"{in_gaps} rows are in gaps that the rotation has not written.": in_gaps,
         f"{not_written} rows have not been written since the rotation began.": not_written,
         f"{excluded} rows do not match the filters now, so they may have old values.": excluded,
         f"The last writers of the rows are unknown: {unknown}.": unknown,
     }
-    return [sentence for sentence, is_true in found.items() if is_true]
+    return {
+        "is_verified": bool(latest.get("is_verified")),
+        "reasons": [sentence for sentence, is_true in reasons.items() if is_true],
+        "rejected_keys": rejected,
+        "rejected_rows": len(rejected),
+        **counts,
+    }
 
 
-def _ledger(rotation: Rotation) -> dict[str, Any] | None:
-    ledger = ledger_of(rotation)
+def _ledger(ledger: Ledger | None) -> dict[str, Any] | None:
     if ledger is None:
         return None
     return {
         "entries": ledger.entries,
-        "forgotten_at": ledger.forgotten_at and ledger.forgotten_at.isoformat(timespec="seconds"),
+        "forgotten_at": ledger.forgotten_at,
         "guard": ledger.guard,
-        "ready_at": ledger.ready_at and ledger.ready_at.isoformat(timespec="seconds"),
+        "ready_at": ledger.ready_at,
         "rows_of_the_control": ledger.control_rows,
-        "started_at": ledger.created_at.isoformat(timespec="seconds"),
+        "started_at": ledger.created_at,
         "state": ledger.state,
     }
 
@@ -147,7 +143,7 @@ def _verification(verification: Verification) -> dict[str, Any]:
     controls = result.get("controls") or {}
     return {
         "controls": {name: controls.get(name) for name in _CONTROLS} if controls else None,
-        "finished_at": verification.finished_at and verification.finished_at.isoformat(timespec="seconds"),
+        "finished_at": verification.finished_at,
         "guard_hits": result.get("guard_hits"),
         "host": result.get("host"),
         "is_verified": result.get("is_verified"),
@@ -155,7 +151,7 @@ def _verification(verification: Verification) -> dict[str, Any]:
         "person": result.get("user"),
         "repaired_rows": verification.repaired,
         "rows": verification.rows,
-        "started_at": verification.started_at.isoformat(timespec="seconds"),
+        "started_at": verification.started_at,
         "survivors": result.get("survivors"),
     }
 

@@ -2,35 +2,31 @@
 
 from collections import Counter
 from contextlib import suppress
-from datetime import timedelta
-from typing import Final
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 from django.db.models import Count, Max
 
 from rotator.apps import hides_keys
 from rotator.events import ActionKind, Findings
 from rotator.exceptions import TargetError
-from rotator.fields.model import AnyField
 from rotator.fields.target import find_fields
-from rotator.management.motion import Motion, Speed, motion_of, speed_of
 from rotator.management.rotation import (
-    control_of,
+    Speed,
     control_text,
     cursor_of,
     detail_of,
     facts_of,
-    has_owner,
-    ledger_of,
     owner_facts,
-    percent_of_rotation,
+    reason_of,
     resume_command_of,
     rows_of,
     selection_text,
     shown,
-    silent_seconds,
+    speed_of,
     status_of,
     stored,
-    survivors_of,
     target_facts,
 )
 from rotator.models import Action, Measurement, Rotation, Span, Verification
@@ -39,6 +35,7 @@ from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.preflight import preflight_facts
 from rotator.progress.text import (
+    ACTIVITIES,
     GUARD_EFFECTS,
     count,
     duration,
@@ -48,11 +45,12 @@ from rotator.progress.text import (
     rate,
     unconfirmed,
 )
+from rotator.stats import STALL_SECONDS
 
 _LONGEST_LOG: Final = 50
 _BANDS_SHOWN: Final = 60
-_PAUSE: Final = "pause"
 _MOST_CHARTS: Final = 20
+_ACTIVITIES: Final = dict[str, str](ACTIVITIES.items()) | {"late_commits": "waiting for older transactions"}
 # The chart of a rotation, with the measurement up to which it was drawn.
 _charts: dict[tuple[str | None, int], tuple[object, dict[str, object]]] = {}
 
@@ -64,17 +62,17 @@ def page_state(rotation: Rotation) -> dict[str, object]:
     actions = list(stored(Action, rotation).order_by("-pk")[:_LONGEST_LOG])
     latest = stored(Measurement, rotation).order_by("-at", "-pk").first()
     rotation.error = shown(rotation.error)
+    findings = Findings.from_json(rotation.findings) if rotation.findings else None
     speed = speed_of(rotation)
-    motion = motion_of(rotation, speed, latest.state if latest else "", actions)
-    control = control_of(rotation)
+    motion = _motion_of(rotation, speed, latest.state if latest else "", actions)
     return {
         "facts": _public_facts(rotation, speed),
         "tone": motion.tone,
-        "percent": percent_of_rotation(rotation),
-        "revision": control.revision,
-        "is_paused": control.paused,
-        "is_unfinished": rotation.status in Rotation.UNFINISHED,
-        "can_answer": has_owner(rotation),
+        "percent": rotation.percent,
+        "revision": rotation.control_row.revision,
+        "is_paused": rotation.control_row.paused,
+        "is_unfinished": rotation.is_unfinished,
+        "can_answer": rotation.has_owner,
         "text": {
             "headline": motion.headline,
             "status": status_of(rotation),
@@ -82,7 +80,7 @@ def page_state(rotation: Rotation) -> dict[str, object]:
             "ends": motion.ends,
             "command": resume_command_of(rotation, hides_keys=hides_keys()),
             "requested": control_text(rotation),
-            "percent": f"{percent_of_rotation(rotation)}%",
+            "percent": f"{rotation.percent}%",
             "rows": rows_of(rotation),
             "rate": _rate(rotation, motion, speed),
             "eta": _eta(rotation, motion, speed),
@@ -90,22 +88,99 @@ def page_state(rotation: Rotation) -> dict[str, object]:
         "left_out": [one_line(each) for each in _left_out(rotation)],
         "server": _server_facts(rotation, latest, actions),
         "run": _run_facts(rotation),
-        "log": [_line(each) for each in actions],
+        "log": [(moment(each.at), each.kind, each.by, one_line(detail_of(each))) for each in actions],
         "rejected": _rejected(rotation),
         "proof": _proof_facts(rotation),
-        "preflight": _preflight_facts(rotation),
-        "chart": _chart_through(rotation, latest),
+        "preflight": preflight_facts(findings) if findings else [],
+        "chart": _chart(rotation, latest),
     }
 
 
-def _since(rotation: Rotation, motion: Motion) -> str:
+# --- Whether it moves ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Motion:
+    """Whether a rotation moves, and if not, why and what ends that.
+
+    Attributes:
+        tone: ``moving``, ``held``, ``stopped``, ``done`` or ``problem``.
+        headline: One sentence.
+        since: The time since which this is so; None where it moves.
+        ends: What ends it; empty where it moves.
+    """
+
+    tone: str
+    headline: str
+    since: datetime | None = None
+    ends: str = ""
+
+
+def _motion_of(rotation: Rotation, speed: Speed, state: str, actions: list[Action]) -> _Motion:
+    """Return whether the rotation moves, by what its owner does and by its log, the latest first."""
+    status, updated_at = rotation.status, rotation.updated_at
+    if status == Rotation.Status.RUNNING:
+        return _motion_of_running(rotation, speed, state, actions)
+    if status == Rotation.Status.QUEUED:
+        ends = "The next free Celery worker continues it."
+        return _Motion("held", "Not moving: waiting for a worker", updated_at, ends)
+    if status == Rotation.Status.COMPLETED:
+        headline = "Completed for the rows that match the filter" if rotation.is_filtered else "Completed"
+        if rotation.unconfirmed_rows:
+            headline += f", {plural(rotation.unconfirmed_rows, 'row')} not confirmed"
+        return _Motion("done", headline, rotation.finished_at)
+    if status == Rotation.Status.ABANDONED:
+        return _Motion("stopped", "Abandoned: it is never resumed", rotation.finished_at)
+    reason = reason_of(rotation)
+    why = f"{rotation.error.rstrip('.')}. " if rotation.error and not reason else ""
+    return _Motion(
+        "problem" if status == Rotation.Status.FAILED else "stopped",
+        f"Not moving: {status}{f', {reason}' if reason else ''}",
+        updated_at,
+        f"{why}No process works on it. The same command resumes it.",
+    )
+
+
+def _motion_of_running(  # noqa: PLR0911 - one result for each reason
+    rotation: Rotation, speed: Speed, state: str, actions: list[Action]
+) -> _Motion:
+    if not rotation.has_owner:
+        owner = rotation.owner
+        cause = f"The process of {owner} has ended." if owner.is_gone() else f"{owner} does not answer."
+        return _Motion(
+            "problem",
+            f"Not moving: no heartbeat for {duration(rotation.silent_seconds)}",
+            rotation.updated_at,
+            f"{cause} If no process works on it, the same command resumes it.",
+        )
+    if held := rotation.held_by:
+        since = rotation.throttled_since
+        if rotation.control_row.paused:
+            since = next((each.at for each in actions if each.kind == ActionKind.PAUSED), since)
+            return _Motion("held", f"Not moving: {held}", since, "Resume ends the pause.")
+        return _Motion("held", f"Not moving: throttled by {held}", since, "It continues by itself then.")
+    if activity := _ACTIVITIES.get(state):
+        return _Motion("moving", f"Moving: {activity}")
+    if speed.idle_seconds is not None and speed.idle_seconds > STALL_SECONDS:
+        return _Motion(
+            "held",
+            f"Not moving: no range was committed for {duration(speed.idle_seconds)}",
+            rotation.updated_at - timedelta(seconds=speed.idle_seconds),
+            "Its process is alive. Other sessions may hold locks: look at its output.",
+        )
+    if speed.rows_per_second is None:
+        return _Motion("moving", "Starting: the rate is not known yet")
+    return _Motion("moving", f"Moving: {rate(speed.rows_per_second)} rows/s")
+
+
+def _since(rotation: Rotation, motion: _Motion) -> str:
     if motion.since is None:
         return ""
-    now = rotation.updated_at + timedelta(seconds=silent_seconds(rotation))
-    return f"Since {moment(motion.since)} ({duration(max(0.0, (now - motion.since).total_seconds()))})."
+    seconds = max(0.0, (rotation.read_at - motion.since).total_seconds())
+    return f"Since {moment(motion.since)} ({duration(seconds)})."
 
 
-def _rate(rotation: Rotation, motion: Motion, speed: Speed) -> str:
+def _rate(rotation: Rotation, motion: _Motion, speed: Speed) -> str:
     if rotation.status == Rotation.Status.COMPLETED and rotation.active_seconds:
         return f"{rate(rotation.rows_done / rotation.active_seconds)} rows/s on average"
     if motion.tone != "moving" or speed.rows_per_second is None:
@@ -113,7 +188,7 @@ def _rate(rotation: Rotation, motion: Motion, speed: Speed) -> str:
     return f"{rate(speed.rows_per_second)} rows/s"
 
 
-def _eta(rotation: Rotation, motion: Motion, speed: Speed) -> str:
+def _eta(rotation: Rotation, motion: _Motion, speed: Speed) -> str:
     if rotation.status == Rotation.Status.COMPLETED:
         return "completed"
     if motion.tone != "moving" or speed.eta_seconds is None:
@@ -128,7 +203,11 @@ def _left_out(rotation: Rotation) -> list[str]:
     if chosen.is_filtered:
         kept = selection_text(rotation, hides_keys=hides_keys())
         left.append(f"Rows that the filter leaves out keep their values: {kept}")
-    fields = _fields(rotation)
+    fields = []
+    for label in rotation.target.split():
+        # A later version of the project may not have it, or not be able to rotate it.
+        with suppress(TargetError):
+            fields += find_fields([label])
     if not chosen.include_null and any(field.null for field in fields):
         left.append("NULL stays NULL (no --include-null).")
     if not chosen.include_blank and any(field.empty_strings_allowed for field in fields):
@@ -136,15 +215,6 @@ def _left_out(rotation: Rotation) -> list[str]:
     if rotation.unconfirmed_rows:
         left.append(f"{unconfirmed(rotation.unconfirmed_rows)}.")
     return left or ["The options leave out no row."]
-
-
-def _fields(rotation: Rotation) -> list[AnyField]:
-    """Return the fields of the target, without those that could not be rotated any more."""
-    found = list[AnyField]()
-    for label in rotation.target.split():
-        with suppress(TargetError):
-            found += find_fields([label])
-    return found
 
 
 def _server_facts(rotation: Rotation, latest: Measurement | None, actions: list[Action]) -> Facts:
@@ -175,7 +245,7 @@ def _vacuums(rotation: Rotation, actions: list[Action]) -> str:
     found = [each.at for each in actions if each.kind == ActionKind.VACUUMED]
     number, latest = len(found), max(found, default=None)
     if len(actions) == _LONGEST_LOG:
-        runs = rotation.actions.filter(kind=ActionKind.VACUUMED)
+        runs = stored(Action, rotation).filter(kind=ActionKind.VACUUMED)
         number, latest = runs.aggregate(number=Count("pk"), latest=Max("at")).values()
     return f"{plural(number, 'run')}, the latest {moment(latest)}" if latest else "no run"
 
@@ -186,21 +256,13 @@ def _milliseconds(seconds: float) -> str:
 
 def _run_facts(rotation: Rotation) -> Facts:
     options = RunOptions.from_json(rotation.options)
-    facts = [
-        *target_facts(rotation, hides_keys=hides_keys()),
-        (
-            "limits",
-            f"pace {options.pace}, {plural(options.concurrency, 'worker')}, {count(options.batch)} rows",
-        ),
-        *owner_facts(rotation),
-    ]
+    workers = plural(options.concurrency, "worker")
+    facts = target_facts(rotation, hides_keys=hides_keys())
+    facts.append(("limits", f"pace {options.pace}, {workers}, {count(options.batch)} rows"))
+    facts += owner_facts(rotation)
     if rotation.error:
         facts.append(("error", one_line(rotation.error)))
     return facts
-
-
-def _line(action: Action) -> tuple[str, str, str, str]:
-    return (moment(action.at), action.kind, action.by, one_line(detail_of(action)))
 
 
 def _rejected(rotation: Rotation) -> list[tuple[str, str]]:
@@ -216,7 +278,7 @@ def _rejected(rotation: Rotation) -> list[tuple[str, str]]:
 
 def _proof_facts(rotation: Rotation) -> Facts:
     """Return the ledger, the guard and the survivors; empty without a ledger."""
-    ledger = ledger_of(rotation)
+    ledger = rotation.ledger_row
     if ledger is None:
         return []
     facts = [
@@ -229,18 +291,13 @@ def _proof_facts(rotation: Rotation) -> Facts:
     if latest.finished_at is None:
         found = f"{count(latest.survivors)} in {plural(latest.rows, 'row')}"
         return [*facts, ("survivors", f"{found} so far, since {moment(latest.started_at)}")]
-    survivors = survivors_of(latest)
+    survivors = latest.proved_survivors
     known = "unknown" if survivors is None else f"{count(survivors)} in {plural(latest.rows, 'row')}"
     facts.append(("survivors", f"{known}, {moment(latest.finished_at)}"))
     facts.append(("verified", "yes" if latest.result.get("is_verified") else "no"))
     if survivors and latest.survivor_keys and not hides_keys():
         facts.append(("first survivors", ", ".join(map(str, latest.survivor_keys[:_LONGEST_LOG]))))
     return facts
-
-
-def _preflight_facts(rotation: Rotation) -> Facts:
-    findings = Findings.from_json(rotation.findings) if rotation.findings else None
-    return preflight_facts(findings) if findings else []
 
 
 def _public_facts(rotation: Rotation, speed: Speed) -> dict[str, object]:
@@ -253,56 +310,48 @@ def _public_facts(rotation: Rotation, speed: Speed) -> dict[str, object]:
     return facts
 
 
-def _chart_through(rotation: Rotation, latest: Measurement | None) -> dict[str, object]:
+# --- The chart -----------------------------------------------------------------------------------------
+
+
+def _chart(rotation: Rotation, latest: Measurement | None) -> dict[str, object]:
     """Return the chart of a rotation, which changes only with its latest measurement."""
-    if latest is None:
-        return chart_of(rotation)
-    key, through = (rotation._state.db, rotation.pk), (latest.pk, latest.at)  # noqa: SLF001 - documented by Django
+    key, through = (rotation._state.db, rotation.pk), latest and (latest.pk, latest.at)
     drawn_through, chart = _charts.get(key, (None, {}))
-    if drawn_through != through:
-        chart = chart_of(rotation)
+    if latest is None or drawn_through != through:
+        chart = _drawn(rotation)
         if len(_charts) >= _MOST_CHARTS:
             _charts.clear()
         _charts[key] = through, chart
     return chart
 
 
-def chart_of(rotation: Rotation) -> dict[str, object]:
+def _drawn(rotation: Rotation) -> dict[str, object]:
     """Return the chart of a rotation over all of its runs."""
-    ordered = stored(Measurement, rotation).order_by("at").values_list("at")
+    ordered = stored(Measurement, rotation).order_by("at").values_list("at", flat=True)
     first, last = ordered.first(), ordered.last()
     if first is None or last is None:
         return draw([], [], began_at=rotation.started_at, ended_at=rotation.updated_at)
-    span = max((last[0] - first[0]).total_seconds(), 1.0)
+    facts: dict[str, Any] = {
+        "rotation": rotation.pk,
+        "began_at": first,
+        "span": max((last - first).total_seconds(), 1.0),
+        "points": POINTS,
+        "gap": GAP_SECONDS,
+        "limit": _BANDS_SHOWN,
+    }
     with cursor_of(rotation) as cursor:
-        cursor.execute(
-            CHART,
-            {
-                "rotation": rotation.pk,
-                "began_at": first[0],
-                "span": span,
-                "points": POINTS,
-                "gap": GAP_SECONDS,
-            },
-        )
+        cursor.execute(CHART, facts)
         points = [
             Point(at, None if speed is None else float(speed), commit, baseline)
             for at, speed, commit, baseline in cursor.fetchall()
         ]
-        cursor.execute(
-            HELD,
-            {
-                "rotation": rotation.pk,
-                "gap": GAP_SECONDS,
-                "limit": _BANDS_SHOWN,
-            },
-        )
+        cursor.execute(HELD, facts)
         held = [
             Held(names=_names(names), began_at=began_at, ended_at=ended_at)
-            for names, began_at, ended_at in cursor.fetchall()
+            for names, began_at, ended_at in reversed(cursor.fetchall())
         ]
-    return draw(points, held[::-1], began_at=first[0], ended_at=last[0])
+    return draw(points, held, began_at=first, ended_at=last)
 
 
-def _names(stored: str) -> str:
-    return ", ".join("paused" if name == _PAUSE else name for name in stored.split("\n"))
+def _names(held_by: str) -> str:
+    return ", ".join("paused" if name == "pause" else name for name in held_by.split("\n"))

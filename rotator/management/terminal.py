@@ -83,10 +83,8 @@ def can_ask() -> bool:
 
 
 def agrees(question: str) -> bool:
-    """Ask a question on the terminal, and return whether the answer is yes.
-
-    Does not use standard output, which may hold JSON lines.
-    """
+    """Ask a question on the terminal, and return whether the answer is yes."""
+    # Not on standard output, which may hold JSON lines.
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     answer = sys.stdin.readline()
@@ -116,7 +114,7 @@ def _open_closed_streams(command: BaseCommand) -> None:
 def hide_errors_of_lost_connections() -> None:
     """Print no traceback where Python collects what psycopg had left unfinished on a lost connection.
 
-    The run itself has already reported the loss. To be called once in a process of one command.
+    The run itself has already reported the loss.
     """
     before = sys.unraisablehook
 
@@ -134,11 +132,8 @@ def hold_interrupts(*, ends_process: bool) -> Iterator[Callable[[Observer], Obse
     Users press it again when it seems to have no effect, and it may come just after the end. While the run
     works, it handles Ctrl-C itself.
 
-    Args:
-        ends_process: Whether the process ends after the summary; then Ctrl-C does not change its status.
-
-    Yields:
-        A function that wraps an observer to note that the run has begun.
+    If the process ends after the summary, Ctrl-C does not change its status. Yields a function that wraps
+    an observer to note that the run has begun.
     """
     has_begun = False
 

@@ -7,7 +7,7 @@ from urllib.request import urlopen
 import pytest
 from django.db.models.functions import Now
 
-from rotator.management.rotation import find_rotations, silent_seconds
+from rotator.management.rotation import find_rotations
 from rotator.models import Helper, Rotation
 from rotator.postgres.owner import SILENT_SECONDS
 from tests.acceptance.audit import audited_tickets, slow_down, speed_up
@@ -108,9 +108,7 @@ def test_locally_and_after_the_death_of_the_owner(commands: Commands, sites: tup
     assert {site.read()["rotator_workers"] for site in sites} == {2}
 
     running.kill()
-    wait_until(
-        lambda: silent_seconds(find_rotations("default").get()) > SILENT_SECONDS, "the owner is silent"
-    )
+    wait_until(lambda: find_rotations("default").get().silent_seconds > SILENT_SECONDS, "the owner is silent")
     assert_equal(sites, rotator_workers=0)
 
     speed_up()

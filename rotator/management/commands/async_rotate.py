@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 
 class Command(OwnCommand):
-    """Rotates a column, or resumes an interrupted rotation."""
-
     help = (
         "Give every row of a column a new value from the field's own default, or from --generator, while the "
         "site stays up. "
@@ -49,7 +47,6 @@ class Command(OwnCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare the options."""
         # The command to resume with omits some options, which it could not recognise as "--rest".
         parser.allow_abbrev = False
         default = ""
@@ -71,7 +68,6 @@ class Command(OwnCommand):
                 argument.choices = choices[name]
 
     def handle(self, *_args: object, **options: Any) -> None:  # noqa: ANN401 - the values of COMMAND_OPTIONS
-        """Rotate, and exit with the status of the run."""
         if not options["verbosity"]:
             options["progress"] = "none"
         if not self.is_called_by_code:
@@ -192,8 +188,7 @@ class Command(OwnCommand):
 
     def _agrees_to_queue(self, stopped: RotationStopped) -> bool:
         """Ask, after a Ctrl-C on a terminal, whether Celery workers continue."""
-        is_interrupted = stopped.status == "interrupted" and stopped.stop_reason is StopReason.SIGINT
-        if not is_interrupted or not can_ask():
+        if stopped.status != "interrupted" or stopped.stop_reason is not StopReason.SIGINT or not can_ask():
             return False
         try:
             return agrees("Queue the rotation for Celery workers, which continue without this terminal?")
@@ -203,18 +198,14 @@ class Command(OwnCommand):
 
     def _summarize(self, stopped: RotationStopped, options: dict[str, Any], report_file: Path | None) -> None:
         # A program that calls this command has another command line.
-        command = (
-            None
-            if self.is_called_by_code
-            else resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
-        )
-        stream = summary_stream(options["progress"], out=self.out, err=self.err)
-        text = summary(stopped, resume_command=command)
-        if not options["verbosity"]:
-            stream = self.err
-            text = verdict(stopped) if stopped.exit_status else ""
-        if text:
-            Sink(stream).write_line(text)
+        command = None
+        if not self.is_called_by_code:
+            command = resume_command(sys.argv, python=Path(sys.executable), folder=Path.cwd())
+        if options["verbosity"]:
+            stream = summary_stream(options["progress"], out=self.out, err=self.err)
+            Sink(stream).write_line(summary(stopped, resume_command=command))
+        elif stopped.exit_status:
+            Sink(self.err).write_line(verdict(stopped))
         write_report(report_file, report(stopped))
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Final, TypedDict, Unpack
+from typing import Final, TextIO, TypedDict, Unpack
 
 from django.core.management import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
@@ -12,7 +12,6 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections
 from rotator.exceptions import OptionError
 from rotator.management.control import VERBS, Request, await_answer, read_request, send
 from rotator.management.evidence import evidence
-from rotator.management.following import FollowedProgress
 from rotator.management.rotation import (
     age_of,
     control_text,
@@ -20,17 +19,14 @@ from rotator.management.rotation import (
     facts_of,
     find_rotations,
     first_line,
-    held_by,
-    is_dead,
-    ledger_of,
     owner_facts,
-    owner_of,
-    percent_of_rotation,
     read_rotations,
     reason_of,
     resume_command_of,
     rows_of,
+    speed_of,
     status_of,
+    stored,
     target_facts,
 )
 from rotator.management.terminal import INTERRUPTED, OwnCommand, writable
@@ -38,22 +34,18 @@ from rotator.models import Action, Ledger, Rotation
 from rotator.options import is_id, whole_number
 from rotator.postgres.owner import this_process
 from rotator.progress import can_draw
-from rotator.progress.text import (
-    GUARD_EFFECTS,
-    count,
-    duration,
-    moment,
-    one_line,
-    plural,
-    unconfirmed,
-)
+from rotator.progress.bar import fitting, terminal_columns
+from rotator.progress.lines import Sink
+from rotator.progress.text import GUARD_EFFECTS, count, duration, moment, one_line, plural, rate, unconfirmed
 
 _FOLLOW_SECONDS: Final = 1.0
+_CLEAR_REST: Final = "\x1b[K"
+_LONGEST_BAR: Final = 30
+_BAR_PART: Final = 5
+_BORDERS: Final = 4
 
 
 class Options(TypedDict):
-    """The options, as the command line or ``call_command`` gives them."""
-
     rotation: str | None
     request: list[str]
     database: str
@@ -68,8 +60,6 @@ class Options(TypedDict):
 
 
 class Command(OwnCommand):
-    """Lists rotations, and controls those that run."""
-
     help = (
         "List the rotations of a database, the latest first, or show one of them in detail. With a request, "
         "control it while it runs: rotations 5 pause, resume, cancel, or set concurrency=2 pace=gentle "
@@ -77,12 +67,8 @@ class Command(OwnCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare the options."""
         parser.add_argument(
-            "rotation",
-            nargs="?",
-            metavar="ID",
-            help="The id of a rotation: show only this one, in detail.",
+            "rotation", nargs="?", metavar="ID", help="The id of a rotation: show only this one, in detail."
         )
         parser.add_argument(
             "request",
@@ -116,7 +102,6 @@ class Command(OwnCommand):
             metavar="N",
             help="With a request: refuse it if another user has changed the rotation since this revision.",
         )
-
         parser.add_argument(
             "--unguard", action="store_true", help="With an ID: remove the guard that --guard has added."
         )
@@ -134,7 +119,6 @@ class Command(OwnCommand):
         )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Print the rotations."""
         number, request = _read_words(options)
         rotations = read_rotations(options["database"], number)
         if options["unguard"] or options["forget"] or options["evidence"]:
@@ -143,12 +127,16 @@ class Command(OwnCommand):
             self._change_proof(rotations[0], options)
         elif request is not None:
             if options["all"]:
-                rotations = [each for each in rotations if each.status in Rotation.UNFINISHED]
+                rotations = [each for each in rotations if each.is_unfinished]
             self._send(rotations, request, options)
-        elif options["follow"]:
-            self._follow(number, options["database"])
-        elif options["log"]:
-            self._log(number, options)
+        elif options["follow"] or options["log"]:
+            option = "follow" if options["follow"] else "log"
+            if number is None:
+                raise CommandError(f"--{option} needs the ID of a rotation: rotations ID --{option}.")
+            if options["follow"]:
+                self._follow(number, options["database"])
+            else:
+                self._log(rotations[0], options)
         else:
             self._show(rotations, number, options)
 
@@ -183,10 +171,8 @@ class Command(OwnCommand):
         if not all(answer.is_applied for answer in answers):
             sys.exit(1)
 
-    def _log(self, number: int | None, options: Options) -> None:
-        if number is None:
-            raise CommandError("--log needs the ID of a rotation: rotations ID --log.")
-        actions = Action.objects.using(options["database"]).filter(rotation=number).order_by("pk")
+    def _log(self, rotation: Rotation, options: Options) -> None:
+        actions = stored(Action, rotation).order_by("pk")
         if options["json"]:
             facts = [
                 {"at": each.at.isoformat(), "action": each.kind, "by": each.by, "detail": detail_of(each)}
@@ -203,41 +189,35 @@ class Command(OwnCommand):
         from rotator.api import drop_ledger  # noqa: PLC0415 - imports the engine, which a list does not need
 
         name = f"rotation {rotation.pk}"
-        if options["forget"] and rotation.status in Rotation.UNFINISHED:
+        if options["forget"] and rotation.is_unfinished:
             raise CommandError(
                 f"Cannot drop the ledger: {name} is unfinished and needs it. Finish it, or abandon it by "
                 "async_rotate --restart."
             )
         try:
             if options["unguard"]:
-                had_guard = drop_ledger(options["database"], rotation.pk, only_guard=True)
-                self.stdout.write(
-                    f"The guard of {name} is removed." if had_guard else f"{name} has no guard."
-                )
+                had = drop_ledger(options["database"], rotation.pk, only_guard=True)
+                self.stdout.write(f"The guard of {name} is removed." if had else f"{name} has no guard.")
             if options["forget"]:
-                had_ledger = drop_ledger(options["database"], rotation.pk, only_guard=False)
-                self.stdout.write(
-                    f"The ledger of {name} is dropped." if had_ledger else f"{name} has no ledger."
-                )
+                had = drop_ledger(options["database"], rotation.pk, only_guard=False)
+                self.stdout.write(f"The ledger of {name} is dropped." if had else f"{name} has no ledger.")
             if path := writable(options["evidence"]):
                 path.write_text(evidence(rotation), encoding="utf-8")
                 self.stdout.write(f"The evidence of {name} is in {path}.")
         except OSError as error:
             raise CommandError(f"The evidence could not be written: {error}") from error
 
-    def _follow(self, number: int | None, database: str) -> None:
-        if number is None:
-            raise CommandError("--follow needs the ID of a rotation: rotations ID --follow.")
-        progress = FollowedProgress(self.out, is_live=can_draw(self.out))
+    def _follow(self, number: int, database: str) -> None:
+        progress = _FollowedProgress(self.out)
         try:
             while True:
                 rotation = find_rotations(database).get(pk=number)
                 progress.show(rotation)
-                if rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
+                if not rotation.is_active:
                     break
-                if is_dead(rotation):
+                if rotation.is_dead:
                     raise CommandError(
-                        f"The owner of rotation {rotation.pk}, {owner_of(rotation)}, has ended or sends no "
+                        f"The owner of rotation {rotation.pk}, {rotation.owner}, has ended or sends no "
                         "heartbeat, and the rotation is unfinished. Resume with: "
                         f"{resume_command_of(rotation, hides_keys=False)}"
                     )
@@ -255,9 +235,48 @@ class Command(OwnCommand):
             raise CommandError(f"Rotation {rotation.pk} is unfinished: {left}")
 
 
+class _FollowedProgress:
+    """Shows each change of a rotation's progress: redraws a line of a terminal, or writes a new line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._sink = stream, Sink(stream)
+        self._is_live = can_draw(stream)
+        self._written = ""
+
+    def show(self, rotation: Rotation) -> None:
+        held, figures = rotation.held_by, list[str]()
+        if rotation.status == Rotation.Status.RUNNING and not rotation.is_silent and not held:
+            speed = speed_of(rotation)
+            figures = [
+                "unknown rate" if speed.rows_per_second is None else f"{rate(speed.rows_per_second)} rows/s",
+                f"ETA {'unknown' if speed.eta_seconds is None else duration(speed.eta_seconds)}",
+            ]
+        status, percent = status_of(rotation), rotation.percent
+        note = "waiting for a worker" if rotation.status == Rotation.Status.QUEUED else held
+        progress = f"{status}: {rows_of(rotation, ' rows')} ({percent}%)"
+        text = ", ".join(filter(None, [progress, *figures, note]))
+        if self._is_live:
+            short = "  ".join([f"{percent}%", *figures])
+            self._draw([text, f"{status}  {short}", short, f"{percent}%"], percent)
+        elif text != self._written:
+            self._sink.write_line(text)
+        self._written = text
+
+    def close(self) -> None:
+        if self._is_live and self._written:
+            self._sink.write("\n")
+
+    def _draw(self, texts: list[str], percent: int) -> None:
+        columns = terminal_columns(self._stream)
+        length = min(_LONGEST_BAR, columns // _BAR_PART)
+        filled = length * percent // 100
+        bar = f"|{'█' * filled}{' ' * (length - filled)}| "
+        self._sink.write(f"\r{bar}{fitting(texts, columns - length - _BORDERS)}{_CLEAR_REST}")
+
+
 def _read_words(options: Options) -> tuple[int | None, Request | None]:
     """Return the id of the rotation and the request; None where the command line has none."""
-    words = [*([options["rotation"]] if options["rotation"] else []), *options["request"]]
+    words = list(filter(None, [options["rotation"], *options["request"]]))
     number = int(words.pop(0)) if words and is_id(words[0]) else None
     if options["all"]:
         if number is not None or words not in (["pause"], ["resume"]):
@@ -279,9 +298,9 @@ def _table(rotations: list[Rotation]) -> str:
             rotation.target,
             status_of(rotation),
             rows_of(rotation),
-            str(percent_of_rotation(rotation)),
+            str(rotation.percent),
             duration(rotation.active_seconds),
-            str(owner_of(rotation)),
+            str(rotation.owner),
             age_of(rotation),
         )
         for rotation in rotations
@@ -293,18 +312,21 @@ def _table(rotations: list[Rotation]) -> str:
 
 
 def _details(rotation: Rotation) -> str:
-    held, throttled = held_by(rotation), rotation.throttled_seconds
+    held, throttled = rotation.held_by, rotation.throttled_seconds
     since = f", since {moment(rotation.throttled_since)}" if rotation.throttled_since else ""
+    confirmed = ""
+    if rotation.unconfirmed_rows is not None:
+        confirmed = unconfirmed(rotation.unconfirmed_rows) or "every row is confirmed"
     facts = [
         *target_facts(rotation, hides_keys=False),
         ("status", status_of(rotation)),
-        ("rows", f"{rows_of(rotation)} ({percent_of_rotation(rotation)}%)"),
+        ("rows", f"{rows_of(rotation)} ({rotation.percent}%)"),
         ("late rows", count(rotation.late_rows)),
         ("deferrals", count(rotation.deferrals)),
         ("retries", count(rotation.retries)),
         *owner_facts(rotation),
-        ("confirmed", _confirmed(rotation.unconfirmed_rows)),
-        ("ledger", _ledger(ledger_of(rotation))),
+        ("confirmed", confirmed),
+        ("ledger", _ledger(rotation.ledger_row)),
         ("reason", reason_of(rotation)),
         ("error", rotation.error),
         ("throttled", f"{duration(throttled)} over all runs" if throttled else ""),
@@ -314,10 +336,6 @@ def _details(rotation: Rotation) -> str:
     ]
     lines = [f"  {label:<10} {value}" for label, value in facts if value]
     return "\n".join([f"Rotation {rotation.pk}", *lines])
-
-
-def _confirmed(unconfirmed_rows: int | None) -> str:
-    return "" if unconfirmed_rows is None else unconfirmed(unconfirmed_rows) or "every row is confirmed"
 
 
 def _ledger(ledger: Ledger | None) -> str:

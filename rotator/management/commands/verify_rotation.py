@@ -33,8 +33,6 @@ _GENERATOR: Final = f"{__name__}.{make_no_value.__name__}"
 
 
 class Options(TypedDict):
-    """The options, as the command line or ``call_command`` gives them."""
-
     rotation: str
     database: str | None
     repair: bool
@@ -50,8 +48,6 @@ _Result: TypeAlias = tuple[dict[str, object], str, int]
 
 
 class Command(OwnCommand):
-    """Verifies a rotation."""
-
     help = (
         "Verify a rotation: count the rows that it has written and those that it has not, and search the "
         "table for values that are in its ledger (see --prove of async_rotate). The exit status is 0 only if "
@@ -60,7 +56,6 @@ class Command(OwnCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare the options."""
         parser.add_argument(
             "rotation",
             metavar="ID",
@@ -98,7 +93,6 @@ class Command(OwnCommand):
         )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Verify, and exit with 1 while anything is left."""
         try:
             report_file = writable(options["report"])
             verify = self._count_leaked if options["leaked"] else self._verify
