@@ -15,75 +15,65 @@
   const all = (selector) => page.querySelectorAll(selector);
   const one = (selector) => page.querySelector(selector);
   const age = one("[data-age]");
-  const announcement = one("[data-announcement]");
   let wait = EVERY;
   let timer = 0;
   let isReading = false;
   let shownAt = Date.now();
   let problem = "";
-  let tone = page.dataset.tone;
 
   const setText = (element, text) => {
-    if (element && element.textContent !== text) element.textContent = text;
+    if (element.textContent !== text) element.textContent = text;
   };
 
-  const make = (name, text) => {
+  const make = (name, ...children) => {
     const element = document.createElement(name);
-    element.textContent = text;
+    element.append(...children);
     return element;
   };
 
   /* Replaces the children only if they have changed, so that a selection of text survives. */
-  const fill = (element, children, key) => {
-    if (!element || element.dataset.key === key) return;
+  const fill = (element, items, toElements) => {
+    const key = JSON.stringify(items);
+    if (element.dataset.key === key) return;
     element.dataset.key = key;
-    element.replaceChildren(...children());
+    element.replaceChildren(...items.flatMap(toElements));
   };
 
-  const band = (each) => {
-    const outer = document.createElementNS(SVG, "svg");
-    outer.setAttribute("x", each.x);
-    outer.setAttribute("width", each.width);
-    outer.setAttribute("height", "100%");
-    const rect = document.createElementNS(SVG, "rect");
-    rect.setAttribute("width", "100%");
-    rect.setAttribute("height", "100%");
-    const title = document.createElementNS(SVG, "title");
-    title.textContent = each.text;
-    rect.append(title);
-    outer.append(rect);
-    if (each.label) {
-      const text = document.createElementNS(SVG, "text");
-      text.setAttribute("x", "4");
-      text.setAttribute("y", "14");
-      text.textContent = each.label;
-      outer.append(text);
-    }
-    return outer;
+  const makeSvg = (name, attributes, ...children) => {
+    const element = document.createElementNS(SVG, name);
+    for (const [attribute, value] of Object.entries(attributes)) element.setAttribute(attribute, value);
+    element.append(...children);
+    return element;
   };
+
+  const band = ({ x, width, label, text }) => makeSvg(
+    "svg", { x, width, height: "100%" },
+    makeSvg("rect", { width: "100%", height: "100%" }, makeSvg("title", {}, text)),
+    ...(label ? [makeSvg("text", { x: 4, y: 14 }, label)] : []),
+  );
 
   const showChart = (chart) => {
     for (const element of all("[data-chart]")) setText(element, chart[element.dataset.chart]);
     for (const path of all("[data-path]")) path.setAttribute("d", chart[path.dataset.path]);
-    const key = JSON.stringify(chart.bands);
-    fill(one("[data-bands]"), () => chart.bands.map(band), key);
-    fill(one("[data-held-list]"), () => chart.bands.map((each) => make("li", each.text)), key);
-    one("[data-held]").hidden = !chart.bands.length;
-    one("[data-latency]").hidden = !chart.latency_top;
-    fill(one("[data-times]"), () => chart.times.map((time) => make("span", time)), String(chart.times));
+    fill(one("[data-bands]"), chart.bands, band);
+    fill(one("[data-held-list]"), chart.bands, (each) => make("li", each.text));
+    fill(one("[data-times]"), chart.times, (time) => make("span", time));
   };
 
-  const showControls = (state) => {
-    for (const element of all("[data-answered]")) element.hidden = !state.can_answer;
-    for (const element of all("[data-unanswered]")) element.hidden = state.can_answer;
-    for (const element of all("[data-when]")) {
-      element.hidden = (element.dataset.when === "paused") !== state.is_paused;
-    }
-    for (const form of all("form")) {
-      /* What a user has begun to fill in stays based on the revision that the user has seen. */
-      const isBegun = form.dataset.begun === "yes";
-      if (!isBegun && form.elements.revision) form.elements.revision.value = state.revision;
-    }
+  /* Shows the parts of the page that have something to show. */
+  const showParts = (state) => {
+    const has = {
+      answered: state.can_answer,
+      unanswered: !state.can_answer,
+      running: !state.is_paused,
+      paused: state.is_paused,
+      latency: state.chart.latency_top,
+      held: state.chart.bands.length,
+      rejected: state.rejected.length,
+      proof: state.proof.length,
+      preflight: state.preflight.length,
+    };
+    for (const element of all("[data-if]")) element.hidden = !has[element.dataset.if];
   };
 
   const show = (state) => {
@@ -92,33 +82,25 @@
       setText(element, text);
       if (element.matches("pre, p")) element.hidden = !text;
     }
+    if (page.dataset.tone !== state.tone) setText(one("[data-announcement]"), state.text.headline);
     page.dataset.tone = state.tone;
-    if (tone !== state.tone) setText(announcement, state.text.headline);
-    tone = state.tone;
     one("progress").value = state.percent;
-    fill(one("[data-list]"), () => state.left_out.map((each) => make("li", each)), String(state.left_out));
+    fill(one("[data-list]"), state.left_out, (each) => make("li", each));
     for (const list of all("[data-facts]")) {
-      const facts = state[list.dataset.facts];
-      const children = () => facts.flatMap(([label, value]) => [make("dt", label), make("dd", value)]);
-      fill(list, children, JSON.stringify(facts));
+      fill(list, state[list.dataset.facts], ([label, value]) => [make("dt", label), make("dd", value)]);
     }
-    for (const element of all("[data-section]")) {
-      element.hidden = !state[element.dataset.section].length;
-    }
-    const row = (line) => {
-      const element = document.createElement("tr");
-      element.append(...line.map((cell) => make("td", cell)));
-      return element;
-    };
-    fill(one("[data-log]"), () => state.log.map(row), JSON.stringify(state.log));
+    fill(one("[data-log]"), state.log, (line) => make("tr", ...line.map((cell) => make("td", cell))));
     showChart(state.chart);
-    showControls(state);
+    showParts(state);
+    for (const form of all("form")) {
+      /* What a user has begun to fill in stays based on the revision that the user has seen. */
+      if (form.dataset.begun !== "yes") form.elements.revision.value = state.revision;
+    }
     /* Where no process works on it, the figures do not change until a user resumes the rotation. */
     const everyUnfinished = state.can_answer ? EVERY : EVERY_WITHOUT_OWNER;
     wait = state.is_unfinished ? everyUnfinished : EVERY_WHEN_FINISHED;
     shownAt = Date.now();
     problem = "";
-    page.dataset.revision = state.revision;
   };
 
   const showAge = () => {
