@@ -10,7 +10,12 @@ from django.db import connections
 
 from rotator.exceptions import OptionError, TargetError
 
-KEYS: Final = ("DEFAULT_TARGET", "CELERY_APP", "THROTTLES", "HIDE_KEYS")
+KEYS: Final = {
+    "DEFAULT_TARGET": "a string",
+    "CELERY_APP": "a string",
+    "THROTTLES": "a list of dotted paths",
+    "HIDE_KEYS": "True or False",
+}
 
 
 def rotator_setting() -> Mapping[str, Any]:
@@ -22,48 +27,36 @@ def rotator_setting() -> Mapping[str, Any]:
     setting: object = getattr(settings, "ROTATOR", {})
     if not isinstance(setting, dict):
         raise OptionError("The setting ROTATOR is not a dictionary.")
-    unknown = sorted(str(key) for key in setting if key not in KEYS)
-    if unknown:
+    if unknown := sorted(str(key) for key in setting if key not in KEYS):
+        *names, last = KEYS
         raise OptionError(
             f"The setting ROTATOR has an unknown key {', '.join(unknown)}. The keys are "
-            f"{', '.join(KEYS[:-1])} and {KEYS[-1]}."
+            f"{', '.join(names)} and {last}."
         )
     for key, value in setting.items():
-        if key == "THROTTLES":
-            if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
-                raise OptionError('ROTATOR["THROTTLES"] is not a list of dotted paths.')
-        elif key == "HIDE_KEYS":
-            if not isinstance(value, bool):
-                raise OptionError('ROTATOR["HIDE_KEYS"] is not True or False.')
-        elif not isinstance(value, str):
-            raise OptionError(f'ROTATOR["{key}"] is not a string.')
+        if not _fits(key, value):
+            raise OptionError(f'ROTATOR["{key}"] is not {KEYS[key]}.')
     return setting
 
 
-def throttle_paths() -> tuple[str, ...]:
-    """Return the dotted paths of the setting's throttles; empty if the setting has none.
+def _fits(key: str, value: object) -> bool:
+    if key == "THROTTLES":
+        return isinstance(value, list | tuple) and all(isinstance(path, str) for path in value)
+    return isinstance(value, bool if key == "HIDE_KEYS" else str)
 
-    Raises:
-        OptionError: The setting is not valid.
-    """
+
+def throttle_paths() -> tuple[str, ...]:
+    """Return the dotted paths of the setting's throttles; empty if the setting has none."""
     return tuple(rotator_setting().get("THROTTLES", ()))
 
 
 def hides_keys() -> bool:
-    """Return whether the page and log records show no keys of rows.
-
-    Raises:
-        OptionError: The setting is not valid.
-    """
+    """Return whether the page and log records show no keys of rows."""
     return bool(rotator_setting().get("HIDE_KEYS", False))
 
 
 def default_target() -> tuple[str, ...]:
-    """Return the target of the setting ``ROTATOR``; empty if the setting has none.
-
-    Raises:
-        OptionError: The setting is not valid.
-    """
+    """Return the target of the setting ``ROTATOR``; empty if the setting has none."""
     return tuple(rotator_setting().get("DEFAULT_TARGET", "").split())
 
 
@@ -73,21 +66,21 @@ def check_setting(**_: object) -> list[CheckMessage]:
         labels, paths = default_target(), throttle_paths()
     except OptionError as error:
         return [Error(str(error), id="rotator.E001")]
-    if labels:
-        from rotator.fields.target import find_fields  # noqa: PLC0415 - imports the driver
+    if not (labels or paths):
+        return []
+    # They import the driver.
+    from rotator.fields.target import find_fields  # noqa: PLC0415
+    from rotator.fields.throttles import check_callable  # noqa: PLC0415
 
-        try:
-            find_fields(labels)
-        except TargetError as error:
-            return [Error(f'ROTATOR["DEFAULT_TARGET"]: {error}', id="rotator.E002")]
-    if paths:
-        from rotator.fields.throttles import check_callable  # noqa: PLC0415 - imports the driver
-
-        try:
-            for path in paths:
-                check_callable(path)
-        except OptionError as error:
-            return [Error(str(error), id="rotator.E003")]
+    try:
+        find_fields(labels)
+    except TargetError as error:
+        return [Error(f'ROTATOR["DEFAULT_TARGET"]: {error}', id="rotator.E002")]
+    try:
+        for path in paths:
+            check_callable(path)
+    except OptionError as error:
+        return [Error(str(error), id="rotator.E003")]
     return []
 
 
@@ -97,8 +90,7 @@ def check_databases(**_: object) -> list[CheckMessage]:
         return []
     return [
         Warning(
-            "None of the project's databases is PostgreSQL, but rotations need PostgreSQL.",
-            id="rotator.W001",
+            "None of the project's databases is PostgreSQL, but rotations need PostgreSQL.", id="rotator.W001"
         )
     ]
 
