@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
+from string import hexdigits
 from typing import Final
 
 from django.contrib.auth.base_user import AbstractBaseUser
@@ -33,22 +34,16 @@ _HEX_OF_32_BYTES: Final = 64
 _BYTES: Final = 32
 _SAMPLED_VALUES: Final = 20
 _SAMPLED_ROWS: Final = 1000
-_ALPHABETS: Final = (
-    ("digits", re.compile(r"[0-9]+")),
-    ("hexadecimal digits", re.compile(r"[0-9a-f]+")),
-    ("upper-case hexadecimal digits", re.compile(r"[0-9A-F]+")),
-    ("base32 digits", re.compile(r"[A-Z2-7]+")),
-    ("upper-case letters and digits", re.compile(r"[0-9A-Z]+")),
-    ("lower-case letters and digits", re.compile(r"[0-9a-z]+")),
-    ("letters and digits", re.compile(r"[0-9A-Za-z]+")),
-    ("letters, digits, hyphens and underscores", re.compile(r"[0-9A-Za-z_-]+")),
-)
-_WITH_HEX: Final = (
-    "hexadecimal digits",
-    "lower-case letters and digits",
-    "letters and digits",
-    "letters, digits, hyphens and underscores",
-)
+_ALPHABETS: Final = {
+    "digits": re.compile(r"[0-9]+"),
+    "hexadecimal digits": re.compile(r"[0-9a-f]+"),
+    "upper-case hexadecimal digits": re.compile(r"[0-9A-F]+"),
+    "base32 digits": re.compile(r"[A-Z2-7]+"),
+    "upper-case letters and digits": re.compile(r"[0-9A-Z]+"),
+    "lower-case letters and digits": re.compile(r"[0-9a-z]+"),
+    "letters and digits": re.compile(r"[0-9A-Za-z]+"),
+    "letters, digits, hyphens and underscores": re.compile(r"[0-9A-Za-z_-]+"),
+}
 
 
 def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
@@ -58,15 +53,17 @@ def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
         for field in fields
         if TOKEN_CLAIM_NAME.search(field.name)
     ]
-    if len(fields) == 1 and PRIVATE_KEY_NAME.search(fields[0].name):
-        warnings.append(f"{fields[0].name} seems to hold private keys: their public keys stay as they are")
-    # Several fields may be a secret and its hash, which are made together.
-    if len(fields) == 1 and _is_password(fields[0]):
-        warnings.append(f"{fields[0].name} holds hashes of passwords: values are stored as they are made")
-    elif len(fields) == 1 and HASH_NAME.search(fields[0].name):
-        warnings.append(
-            f"the name {fields[0].name} suggests that it holds a hash: values are stored as they are made"
-        )
+    # Several fields may be a secret and its hash, or a pair of keys, which are made together.
+    if len(fields) == 1:
+        name = fields[0].name
+        if PRIVATE_KEY_NAME.search(name):
+            warnings.append(f"{name} seems to hold private keys: their public keys stay as they are")
+        if _is_password(fields[0]):
+            warnings.append(f"{name} holds hashes of passwords: values are stored as they are made")
+        elif HASH_NAME.search(name):
+            warnings.append(
+                f"the name {name} suggests that it holds a hash: values are stored as they are made"
+            )
     return tuple(warnings)
 
 
@@ -75,46 +72,40 @@ def _is_password(field: AnyField) -> bool:
     return field.name == "password" and issubclass(field.model, AbstractBaseUser)
 
 
-def advice(field: AnyField, database: str) -> str:
-    """Return what to do about a field without a default, in one or several sentences."""
+def advice(field: AnyField, database: str) -> tuple[str, str | None]:
+    """Return what to do about a field without a default, and the path of a callable whose values fit it.
+
+    The path is empty where the user has to write one, and None where plain new values would be of no use.
+    """
     if _is_password(field):
         return (
             "It holds hashes of passwords, and no user could log in with a plain text in it. To make users "
             "set new passwords, name a callable with --generator that takes nothing and returns "
             "django.contrib.auth.hashers.make_password(None)."
-        )
+        ), None
     if TOKEN_CLAIM_NAME.search(field.name):
         return (
             "Signed tokens refer to it. With new values, tokens that are revoked by it would become valid "
             "again. Rotate the key of the signature instead."
-        )
+        ), None
     if PRIVATE_KEY_NAME.search(field.name):
         return (
             "Its name suggests that it holds private keys. Name the field of the public key as a target too, "
             "and a --generator that returns a mapping of the fields' names to a new pair of keys."
-        )
+        ), None
     if HASH_NAME.search(field.name):
         return (
             "Its name suggests that it holds a hash, and a plain value in it matches no secret. Name the "
             "field of the secret as a target too, if there is one, and a --generator that returns a mapping "
             "of the fields' names to the values to store."
-        )
+        ), None
     for path in _application_functions(field):
-        return f"The application's {path.rpartition('.')[2]} may make such values: --generator {path}."
-    return f"Name a callable that makes values with --generator{_example(field, _read_form(field, database))}"
-
-
-def suitable_generator(field: AnyField, database: str) -> str | None:
-    """Return the path of a callable whose values fit a field.
-
-    It is empty where the user has to write one, and None where plain new values would be of no use.
-    """
-    if _is_password(field) or any(
-        pattern.search(field.name) for pattern in (TOKEN_CLAIM_NAME, PRIVATE_KEY_NAME, HASH_NAME)
-    ):
-        return None
-    found = next(_application_functions(field), None)
-    return found or _standard_generator(field, _read_form(field, database))
+        name = path.rpartition(".")[2]
+        return f"The application's {name} may make such values: --generator {path}.", path
+    form = _read_form(field, database)
+    standard = _standard_generator(field, form)
+    example = f", e.g. --generator {standard}." if standard else _example(field, form)
+    return f"Name a callable that makes values with --generator{example}", standard
 
 
 # --- The form of the present values --------------------------------------------------------------------
@@ -127,7 +118,6 @@ class _Form:
     Attributes:
         length: The number of characters of each value; None where they differ.
         alphabet: The name of the smallest alphabet of all values; empty where there is none.
-        has_prefix: Whether all values begin with the same characters.
         is_grouped: Whether all values have hyphens at the same places.
     """
 
@@ -139,7 +129,9 @@ class _Form:
     @property
     def fits_hex(self) -> bool:
         """Whether the application can be expected to accept hexadecimal digits."""
-        return self.alphabet in _WITH_HEX and not (self.has_prefix or self.is_grouped)
+        letters = _ALPHABETS.get(self.alphabet)
+        has_hex = letters is not None and letters.fullmatch(hexdigits.lower()) is not None
+        return has_hex and not (self.has_prefix or self.is_grouped)
 
     def __str__(self) -> str:
         letters = self.alphabet or ("characters" if self.length else "")
@@ -163,7 +155,9 @@ def _read_form(field: AnyField, database: str) -> _Form | None:
     hyphens = {tuple(found.start() for found in re.finditer("-", value)) for value in values}
     return _Form(
         length=lengths.pop() if len(lengths) == 1 else None,
-        alphabet=next((name for name, letters in _ALPHABETS if all(map(letters.fullmatch, values))), ""),
+        alphabet=next(
+            (name for name, letters in _ALPHABETS.items() if all(map(letters.fullmatch, values))), ""
+        ),
         # One character can be the same by chance.
         has_prefix=len(values) > 1 and len({value[:2] for value in values}) == 1,
         is_grouped=len(values) > 1 and len(hyphens) == 1 and hyphens != {()},
@@ -221,26 +215,20 @@ def _makes(function: Callable[..., object], name: str, field: AnyField, *argumen
 
 
 def _standard_generator(field: AnyField, form: _Form | None) -> str:
-    length = field.max_length
-    match field:
-        case UUIDField():
-            return "uuid.uuid4"
-        case BinaryField() if length is None or length >= _BYTES:
-            return "secrets.token_bytes"
-        case CharField() | TextField() if _digits(field, form) == _HEX_OF_32_BYTES:
-            return "secrets.token_hex" if _accepts(field, _HEX_OF_32_BYTES) else ""
-        case _:
-            return ""
+    """Return the path of a function whose values fit the field; empty where there is none."""
+    if isinstance(field, UUIDField):
+        return "uuid.uuid4"
+    if isinstance(field, BinaryField) and (field.max_length is None or field.max_length >= _BYTES):
+        return "secrets.token_bytes"
+    fits_hex = isinstance(field, CharField | TextField) and _digits(field, form) == _HEX_OF_32_BYTES
+    return "secrets.token_hex" if fits_hex and _accepts(field, _HEX_OF_32_BYTES) else ""
 
 
 def _example(field: AnyField, form: _Form | None) -> str:
-    """Return the end of the advice: a callable whose values fit the field."""
-    length = field.max_length
-    if path := _standard_generator(field, form):
-        return f", e.g. --generator {path}."
+    """Return the end of the advice where no standard function fits: what the user's callable returns."""
     match field:
         case BinaryField():
-            return f", e.g. one that returns secrets.token_bytes({length})."
+            return f", e.g. one that returns secrets.token_bytes({field.max_length})."
         case IntegerField():
             return ", e.g. one that returns secrets.randbelow(2**31), or less if the field has limits."
         case CharField() | TextField():

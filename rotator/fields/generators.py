@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter
 from numbers import Number
 from pkgutil import resolve_name
 from typing import Final, TypeAlias, TypeVar
@@ -24,14 +25,8 @@ from django.db.models.fields import NOT_PROVIDED
 from django.db.models.sql import Query
 from django.utils.module_loading import import_string
 
-from rotator.exceptions import (
-    NoDefaultError,
-    RangeTooSlowError,
-    ServerLostError,
-    TargetError,
-    ValuesError,
-)
-from rotator.fields.advice import advice, suitable_generator
+from rotator.exceptions import NoDefaultError, RangeTooSlowError, ServerLostError, TargetError, ValuesError
+from rotator.fields.advice import advice
 from rotator.fields.connections import lost_is_an_outage, reading_times, unlogged
 from rotator.fields.derivation import comparable, is_expression, overrides, sql_hook, transforms
 from rotator.fields.model import AnyField, fetch_instances, fetch_instances_at, field_label
@@ -44,20 +39,15 @@ Fetch: TypeAlias = Callable[[type[Model], Sequence[T], str], Mapping[T, Model]]
 MakeRow: TypeAlias = Callable[[], Sequence[object]]
 """Makes the values of one row, in the order of the fields."""
 
+# The number of values that one query of a db_default returns.
 SERVER_VALUES: Final = 500
-"""The number of values that one query of a ``db_default`` returns."""
-
+# The number of attempts to make a value that differs from the others of its range.
 TRIES: Final = 100
-"""The number of attempts to make a value that differs from the others of its range."""
-
+# The longest time to make the values of a range; a slower generator gets smaller ranges ...
 BULK_SECONDS: Final = 2.0
-"""The longest time to make the values of a range; a slower generator gets smaller ranges."""
-
+# ... and the same for values that are made while their rows are locked.
 ROWS_SECONDS: Final = 0.5
-"""The same for values that are made while their rows are locked."""
-
 _TRIALS_OF_DEFAULT: Final = 5
-
 # The text of a value with one of these methods is Python's notation, for example of bytes, a tuple or a dict.
 _NOTATIONS: Final = (object.__str__, bytes.__str__, bytearray.__str__)
 
@@ -115,19 +105,16 @@ def _from_generator(fields: Sequence[AnyField], path: str, database: str) -> Val
     if not _takes_instance(path, generator):
         return _in_bulk(checker, lambda: checker.in_order(generator()))
 
-    def from_rows(fetch: Fetch[T]) -> Callable[[Sequence[T]], tuple[list[T], tuple[Values, ...]]]:
-        def make(wanted: Sequence[T]) -> tuple[list[T], tuple[Values, ...]]:
-            with unlogged(database):
-                with lost_is_an_outage(), reading_times(database):
-                    rows = fetch(fields[0].model, wanted, database)
-                make_rows = [
-                    partial(lambda row: checker.in_order(generator(row)), row) for row in rows.values()
-                ]
-                return list(rows), checker.make_rows(make_rows, seconds=ROWS_SECONDS)
+    def make(fetch: Fetch[T], wanted: Sequence[T]) -> tuple[list[T], tuple[Values, ...]]:
+        with unlogged(database):
+            with lost_is_an_outage(), reading_times(database):
+                rows = fetch(fields[0].model, wanted, database)
+            make_rows = [partial(lambda row: checker.in_order(generator(row)), row) for row in rows.values()]
+            return list(rows), checker.make_rows(make_rows, seconds=ROWS_SECONDS)
 
-        return make
-
-    return FromRows(sync_to_async(from_rows(fetch_instances)), sync_to_async(from_rows(fetch_instances_at)))
+    return FromRows(
+        sync_to_async(partial(make, fetch_instances)), sync_to_async(partial(make, fetch_instances_at))
+    )
 
 
 def check_plain_values(fields: Sequence[AnyField]) -> None:
@@ -238,9 +225,9 @@ class _ValueChecker:
             ) from None
         if is_expression(prepared):
             raise _written_in_sql(field, "get_db_prep_save")
-        if isinstance(prepared, str) and "\x00" in prepared:
-            raise self._error(f"returned a text with a zero byte for {field.name}.")
         if isinstance(prepared, str):
+            if "\x00" in prepared:
+                raise self._error(f"returned a text with a zero byte for {field.name}.")
             try:
                 prepared.encode()
             except UnicodeEncodeError:
@@ -315,22 +302,18 @@ def _resolve(path: str) -> object:
 
 def _takes_instance(path: str, generator: Callable[..., object]) -> bool:
     try:
-        parameters = inspect.signature(generator).parameters.values()
+        signature = inspect.signature(generator)
     except (ValueError, TypeError):
         # A function that is written in C may have no signature.
         return False
-    needed = [
-        parameter
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if len(needed) > 1 or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in needed):
-        raise TargetError(
-            f"The generator {path} needs {_listed(parameter.name for parameter in needed)}. It may take "
-            "no argument, or the row's instance."
-        )
-    return bool(needed)
+    for arguments in ((), (None,)):
+        with suppress(TypeError):
+            signature.bind(*arguments)
+            return bool(arguments)
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    needed = (each for each in signature.parameters.values() if each.kind in kinds)
+    names = _listed(each.name for each in needed if each.default is Parameter.empty)
+    raise TargetError(f"The generator {path} needs {names}. It may take no argument, or the row's instance.")
 
 
 def _listed(names: Iterable[object]) -> str:
@@ -345,34 +328,28 @@ def _default(field: AnyField, database: str) -> Callable[[], object]:
     if overrides(field, "get_default") and _makes_new_values(field.get_default):
         return field.get_default
     default: object = field.default
-    if default is not NOT_PROVIDED and callable(default) and not _is_constant(default):
+    # The trial of the values reports an error.
+    if default is not NOT_PROVIDED and callable(default) and _makes_new_values(default, or_fails=True):
         return default
     server_default = field.db_default
     if hasattr(server_default, "resolve_expression") and not isinstance(server_default, Value):
         evaluate = _evaluate_on_server(field, server_default, database)
         if _makes_new_values(evaluate):
             return evaluate
+    text, generator = advice(field, database)
     raise NoDefaultError(
-        f"{field_label(field)} has no default that makes a new value for each row. {advice(field, database)}",
-        generator=suitable_generator(field, database),
+        f"{field_label(field)} has no default that makes a new value for each row. {text}",
+        generator=generator,
     )
 
 
-def _is_constant(make: Callable[[], object]) -> bool:
-    """Return whether a default, such as ``dict``, makes the same value again."""
+def _makes_new_values(make: Callable[[], object], *, or_fails: bool = False) -> bool:
+    """Return whether a default makes different values, unlike ``dict``."""
     # A short random value, such as a PIN, is the same twice now and then.
     with suppress(Exception):
         first, *others = (make() for _ in range(_TRIALS_OF_DEFAULT))
-        return all(each == first and comparable(each) == comparable(first) for each in others)
-    # The trial of the values reports the error.
-    return False
-
-
-def _makes_new_values(make: Callable[[], object]) -> bool:
-    try:
-        return comparable(make()) != comparable(make())
-    except Exception:  # noqa: BLE001 - any error of the project's code
-        return False
+        return any(each != first or comparable(each) != comparable(first) for each in others)
+    return or_fails
 
 
 def _evaluate_on_server(field: AnyField, default: object, database: str) -> Callable[[], object]:
