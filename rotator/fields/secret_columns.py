@@ -7,7 +7,7 @@ from typing import Final
 from django.apps import apps
 from django.conf import settings
 from django.db import Error, ProgrammingError, connections, router
-from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg import AsyncConnection
 
 from rotator.exceptions import NoDefaultError, OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
@@ -18,15 +18,7 @@ from rotator.fields.connections import (
     run_in_new_loop,
 )
 from rotator.fields.model import AnyField, field_label, key_fields
-from rotator.fields.secret_rules import (
-    HASH_FORMAT,
-    JSON_KEY,
-    TOKEN_FORMATS,
-    Finding,
-    Kind,
-    can_hold_secrets,
-    judge,
-)
+from rotator.fields.secret_rules import PATTERNS, Finding, Kind, can_hold_secrets, judge
 from rotator.fields.server import read_session, server_of
 from rotator.fields.target import find_fields, resolve, table_path
 from rotator.models import Rotation
@@ -34,7 +26,6 @@ from rotator.options import Selection
 from rotator.postgres.catalog import read_table
 from rotator.postgres.column_samples import (
     ColumnSample,
-    Patterns,
     Pauses,
     StoredTable,
     connected_for_reading,
@@ -46,7 +37,6 @@ from rotator.postgres.connection import Server
 from rotator.postgres.copies import CopySearch, find_copies
 from rotator.postgres.errors import translate_errors
 
-_PATTERNS: Final = Patterns(formats=TOKEN_FORMATS, hash_format=HASH_FORMAT, json_key=JSON_KEY)
 # The code of the error for a write in a read-only transaction.
 _READ_ONLY: Final = "25006"
 _DATABASE_CACHE: Final = "django.core.cache.backends.db.DatabaseCache"
@@ -57,37 +47,36 @@ class SecretColumn:
     """A column that looks like a secret.
 
     Attributes:
-        label: The column as ``app.Model.field``; the name of the table where there is no model.
-        table: The table's name and schema, quoted.
-        rows: The number of rows, which may be an estimate.
-        finding: The kind of the column, the reasons and the advice.
+        label: The column as ``app.Model.field``, or the name of a cache.
         options: The options of ``async_rotate`` that rotate it; None where it cannot be rotated.
         refusal: The reason why it cannot be rotated; empty otherwise.
         last_rotation: The latest completed rotation; None where there is none.
     """
 
     label: str
-    table: str
-    rows: int
-    rows_is_exact: bool
+    table: StoredTable
     finding: Finding
     options: tuple[str, ...] | None = None
     refusal: str = ""
     last_rotation: Rotation | None = None
 
+    @property
+    def can_be_rotated(self) -> bool:
+        """Whether a rotation is what to do about it."""
+        return self.finding.kind is Kind.SECRET and not self.finding.advice
+
 
 @dataclass(slots=True)
 class Inventory:
-    """The columns with secrets of one database.
+    """The columns with secrets of one database, in the order of their names.
 
     Attributes:
-        columns: The columns that look like secrets, in the order of their names.
         examined: The number of columns that the rules examined.
         problems: The tables and columns that could not be read, one phrase each.
     """
 
-    columns: list[SecretColumn] = field(default_factory=list)
     examined: int = 0
+    columns: list[SecretColumn] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -99,31 +88,30 @@ def take_inventory(database: str) -> Inventory:
         OptionError: The program has a transaction open.
         ServerLostError: The server cannot be reached.
     """
-    connection = connections[database]
-    _check(connection)
-    fields = list(_stored_fields(database))
-    with reading_rows(database):
-        session = read_session(connection, ("pg_class",))
-    server = server_of(connection, session.search_path)
-    inventory = Inventory(examined=len(fields))
-    caches = _cache_tables()
-    tables, samples = run_in_new_loop(lambda: _read(server, fields, tuple(caches.values()), inventory))
-    found = dict[AnyField, SecretColumn]()
-    for each in fields:
-        table = tables.get(table_path(each.model))
-        finding = judge(each, samples.get(each)) if table else None
-        if table and finding:
-            found[each] = _column(field_label(each), table, finding)
-    for each, column in found.items():
-        if column.finding.kind is Kind.SECRET and not column.finding.advice:
-            _resolve(column, each, database)
-    run_in_new_loop(lambda: _check_tables(server, found))
+    server = _server_for_reading(database)
+    inventory = Inventory()
+    caches = {
+        alias: (str(options.get("LOCATION", "")),)
+        for alias, options in settings.CACHES.items()
+        if options.get("BACKEND") == _DATABASE_CACHE
+    }
+    tables, found = run_in_new_loop(lambda: _examine(server, database, list(caches.values()), inventory))
     rotations = _last_rotations(database)
-    for column in found.values():
-        column.last_rotation = rotations.get((column.label, column.table))
+    for each, column in found.items():
+        if column.can_be_rotated:
+            _resolve(column, each, database)
+        column.last_rotation = rotations.get((column.label, column.table.name))
     inventory.columns += sorted(found.values(), key=lambda column: column.label)
     inventory.columns += [
-        _column(f"cache '{alias}'", tables[path], _cache_finding(alias))
+        SecretColumn(
+            label=f"cache '{alias}'",
+            table=tables[path],
+            finding=Finding(
+                Kind.COPY,
+                ("it is a cache, which can hold copies of rows",),
+                f"Clear it: django.core.cache.caches[{alias!r}].clear().",
+            ),
+        )
         for alias, path in caches.items()
         if path in tables
     ]
@@ -133,21 +121,21 @@ def take_inventory(database: str) -> Inventory:
 def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearch:
     """Search all tables of a database for old values of a rotation, by read-only transactions.
 
-    Args:
-        database: Django's alias of the database.
-        rotation: The id of the rotation, which needs a ledger.
-        every_row: Whether to search all rows of every column, and not a sample first.
+    Without ``every_row`` it searches a sample of each column first.
 
     Raises:
         OptionError: There is no such rotation, or it has no ledger.
         ServerLostError: The server cannot be reached.
     """
-    connection = connections[database]
-    _check(connection)
-    with reading_rows(database):
-        session = read_session(connection, ("pg_class",))
-        found = _find_rotation(database, rotation)
-    server = server_of(connection, session.search_path)
+    server = _server_for_reading(database)
+    try:
+        with reading_rows(database), reading_times(database):
+            found = Rotation.objects.using(database).filter(pk=rotation).first()
+    except ProgrammingError as error:
+        raise OptionError(
+            f"The rotator's tables cannot be read in the database '{database}'. Check that the database is "
+            "migrated."
+        ) from error
     if found is None:
         raise OptionError(f"There is no rotation {rotation} in the database '{database}'.")
     columns = [str(each.column) for each in find_fields(found.target.split())]
@@ -155,41 +143,22 @@ def search_copies(database: str, rotation: int, *, every_row: bool) -> CopySearc
     async def search() -> CopySearch:
         async with connected_for_reading(server) as own:
             return await find_copies(
-                own,
-                server,
-                rotation=rotation,
-                table=found.table_name,
-                columns=columns,
-                every_row=every_row,
+                own, server, rotation=rotation, table=found.table_name, columns=columns, every_row=every_row
             )
 
     return run_in_new_loop(search)
 
 
-def _find_rotation(database: str, rotation: int) -> Rotation | None:
-    try:
-        with reading_times(database):
-            return Rotation.objects.using(database).filter(pk=rotation).first()
-    except ProgrammingError as error:
-        raise OptionError(
-            f"The rotator's tables cannot be read in the database '{database}'. Check that the database is "
-            "migrated."
-        ) from error
-
-
-def _column(label: str, table: StoredTable, finding: Finding) -> SecretColumn:
-    return SecretColumn(
-        label=label, table=table.name, rows=table.rows, rows_is_exact=table.rows_is_exact, finding=finding
-    )
-
-
-def _check(connection: BaseDatabaseWrapper) -> None:
+def _server_for_reading(database: str) -> Server:
+    connection = connections[database]
     check_postgresql(connection)
     if is_in_transaction(connection):
         raise OptionError(
             "Secrets cannot be searched inside a transaction, which would become read-only. Call the command "
             "outside atomic()."
         )
+    with reading_rows(database):
+        return server_of(connection, read_session(connection, ("pg_class",)).search_path)
 
 
 def _stored_fields(database: str) -> Iterator[AnyField]:
@@ -204,38 +173,59 @@ def _stored_fields(database: str) -> Iterator[AnyField]:
                 yield each
 
 
-async def _read(
-    server: Server, fields: Sequence[AnyField], others: Sequence[tuple[str, ...]], inventory: Inventory
-) -> tuple[Mapping[tuple[str, ...], StoredTable], Mapping[AnyField, ColumnSample]]:
-    """Read the tables, and take samples of their columns."""
+async def _examine(
+    server: Server, database: str, others: Sequence[tuple[str, ...]], inventory: Inventory
+) -> tuple[Mapping[tuple[str, ...], StoredTable], Mapping[AnyField, SecretColumn]]:
+    """Read the tables, take samples of their columns, and judge these."""
+    fields = list(_stored_fields(database))
+    inventory.examined = len(fields)
     tables = dict[tuple[str, ...], StoredTable]()
-    samples = dict[AnyField, ColumnSample]()
+    found = dict[AnyField, SecretColumn]()
     pauses = Pauses()
     # Packages have models without a table, and another database can have the table of a cache.
     expected = {table_path(each.model) for each in fields if each.model._meta.managed}
     async with connected_for_reading(server) as connection:
         for path in dict.fromkeys([*(table_path(each.model) for each in fields), *others]):
             table = await read_stored_table(connection, server, path)
-            if table is None and path in expected:
-                inventory.problems.append(f"The database has no table {'.'.join(path)}")
-            elif table is not None:
+            if table is not None:
                 tables[path] = table
+            elif path in expected:
+                inventory.problems.append(f"The database has no table {'.'.join(path)}")
             await pauses.pause()
         for each in fields:
-            stored = tables.get(table_path(each.model))
-            if stored is None or (stored.rows_is_exact and not stored.rows):
+            if (table := tables.get(table_path(each.model))) is None:
                 continue
-            sample = await sample_column(connection, server, stored, str(each.column), _PATTERNS)
-            if isinstance(sample, ColumnSample):
-                samples[each] = sample
-            elif sample is not None:
+            sample: ColumnSample | str | None = None
+            if table.rows or not table.rows_is_exact:
+                sample = await sample_column(connection, server, table, str(each.column), PATTERNS)
+            if isinstance(sample, str):
                 inventory.problems.append(f"{field_label(each)} could not be sampled: {sample}")
+                sample = None
+            if finding := judge(each, sample):
+                found[each] = SecretColumn(label=field_label(each), table=table, finding=finding)
+                if found[each].can_be_rotated:
+                    found[each].refusal = await _table_refusal(connection, server, each)
             await pauses.pause()
-    return tables, samples
+    return tables, found
+
+
+async def _table_refusal(connection: AsyncConnection, server: Server, each: AnyField) -> str:
+    """Return the reason why the table cannot be rotated; empty where it can."""
+    try:
+        async with translate_errors(connection), reading(connection, server):
+            await read_table(
+                connection,
+                path=table_path(each.model),
+                key=tuple(str(key.column) for key in key_fields(each.model)),
+                columns=(str(each.column),),
+            )
+    except TargetError as error:
+        return str(error)
+    return ""
 
 
 def _resolve(column: SecretColumn, each: AnyField, database: str) -> None:
-    """Add the options of the column's rotation, or the reason why it cannot be rotated."""
+    """Add the options of the column's rotation, or the reason of Django's side why it cannot be rotated."""
     # Checked first: an error in a default ends the transaction, so every later check would fail too.
     if refusal := _default_refusal(each, database):
         column.refusal = refusal
@@ -244,17 +234,16 @@ def _resolve(column: SecretColumn, each: AnyField, database: str) -> None:
     try:
         with reading_rows(database):
             resolve([column.label], database, Selection())
-        column.options = options
     except NoDefaultError as error:
         if error.generator is None:
             column.refusal = str(error)
-        else:
-            column.options = ("--generator", error.generator or "DOTTED.PATH", *options)
+        options = ("--generator", error.generator or "DOTTED.PATH", *options)
     except RotatorError as error:
         column.refusal = str(error)
     except Error as error:
         # Other code of the project may write.
         column.refusal = f"It cannot be examined: {type(error).__name__}."
+    column.options = None if column.refusal else options
 
 
 def _default_refusal(each: AnyField, database: str) -> str:
@@ -272,26 +261,6 @@ def _default_refusal(each: AnyField, database: str) -> str:
     return ""
 
 
-async def _check_tables(server: Server, columns: Mapping[AnyField, SecretColumn]) -> None:
-    """Replace the options of columns whose tables cannot be rotated by the reason."""
-    pauses = Pauses()
-    async with connected_for_reading(server) as connection:
-        for each, column in columns.items():
-            if column.options is None:
-                continue
-            try:
-                async with translate_errors(connection), reading(connection, server):
-                    await read_table(
-                        connection,
-                        path=table_path(each.model),
-                        key=tuple(str(key.column) for key in key_fields(each.model)),
-                        columns=(str(each.column),),
-                    )
-            except TargetError as error:
-                column.options, column.refusal = None, str(error)
-            await pauses.pause()
-
-
 def _last_rotations(database: str) -> Mapping[tuple[str, str], Rotation]:
     """Return the latest completed rotations by column and table; none where the app is not migrated."""
     completed = Rotation.objects.using(database).filter(status=Rotation.Status.COMPLETED).order_by("pk")
@@ -303,20 +272,3 @@ def _last_rotations(database: str) -> Mapping[tuple[str, str], Rotation]:
     return {
         (label, rotation.table_name): rotation for rotation in rotations for label in rotation.target.split()
     }
-
-
-def _cache_tables() -> Mapping[str, tuple[str, ...]]:
-    """Return the names of the tables of the project's caches."""
-    return {
-        alias: (str(options.get("LOCATION", "")),)
-        for alias, options in settings.CACHES.items()
-        if options.get("BACKEND") == _DATABASE_CACHE
-    }
-
-
-def _cache_finding(alias: str) -> Finding:
-    return Finding(
-        Kind.COPY,
-        ("it is a cache, which can hold copies of rows",),
-        f"Clear it: django.core.cache.caches[{alias!r}].clear().",
-    )

@@ -1,7 +1,7 @@
 """The rules that find columns with secrets: by name, type, default, package and a sample of values."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -13,7 +13,6 @@ from django.db.models import (
     FileField,
     IntegerField,
     JSONField,
-    Model,
     TextField,
     URLField,
     UUIDField,
@@ -21,9 +20,9 @@ from django.db.models import (
 
 from rotator.fields.advice import HASH_NAME
 from rotator.fields.model import AnyField
-from rotator.postgres.column_samples import ColumnSample
+from rotator.postgres.column_samples import ColumnSample, Patterns
 
-MOST_REASONS: Final = 3
+_MOST_REASONS: Final = 3
 
 
 class Kind(Enum):
@@ -36,11 +35,9 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The reasons why a column seems to hold secrets.
+    """The reasons why a column seems to hold secrets, one phrase each, without any value.
 
     Attributes:
-        kind: The kind of the column.
-        reasons: The reasons, one phrase each, without any value.
         advice: What to do about the column, where that is not a rotation; empty otherwise.
     """
 
@@ -51,6 +48,8 @@ class Finding:
 
 # --- The rules for published packages ------------------------------------------------------------------
 
+_AUDITLOG: Final = "Delete old entries: manage.py auditlogflush."
+_SILK: Final = "Delete old requests: manage.py silk_clear_request_log."
 _NEW_PASSWORDS: Final = "It holds hashes: make users set new passwords."
 _LOG_OUT: Final = "Delete the rows: users log in again and get new tokens."
 _NEW_KEYS: Final = "It holds hashes: issue new keys to their owners, and revoke the old ones."
@@ -100,45 +99,41 @@ _PACKAGES: Final[Mapping[tuple[str, str, str], tuple[Kind, str] | None]] = {
     ("rest_framework_api_key", "APIKey", "id"): (Kind.HASHED, _NEW_KEYS),
     ("rest_framework_api_key", "APIKey", "prefix"): None,
     ("rest_framework_simplejwt", "OutstandingToken", "token"): (Kind.SECRET, _SIGNED),
+    # Copies of whole rows, as text or JSON.
+    ("auditlog", "LogEntry", "changes"): (Kind.COPY, _AUDITLOG),
+    ("auditlog", "LogEntry", "changes_text"): (Kind.COPY, _AUDITLOG),
+    ("auditlog", "LogEntry", "serialized_data"): (Kind.COPY, _AUDITLOG),
+    ("django", "LogEntry", "object_repr"): (
+        Kind.COPY,
+        "Delete the entries of models whose str() shows a secret.",
+    ),
+    ("django", "Session", "session_data"): (Kind.COPY, "Delete the rows: every user logs in again."),
+    ("django_celery_results", "TaskResult", "result"): (Kind.COPY, "Delete old results."),
+    ("django_celery_results", "TaskResult", "task_args"): (Kind.COPY, "Delete old results."),
+    ("django_celery_results", "TaskResult", "task_kwargs"): (Kind.COPY, "Delete old results."),
+    ("easyaudit", "CRUDEvent", "changed_fields"): (Kind.COPY, "Delete old events."),
+    ("easyaudit", "CRUDEvent", "object_json_repr"): (Kind.COPY, "Delete old events."),
+    ("reversion", "Version", "serialized_data"): (
+        Kind.COPY,
+        "Delete old versions: manage.py deleterevisions.",
+    ),
+    ("silk", "Request", "encoded_headers"): (Kind.COPY, _SILK),
+    ("silk", "Request", "raw_body"): (Kind.COPY, _SILK),
+    ("silk", "Response", "encoded_headers"): (Kind.COPY, _SILK),
+    ("silk", "Response", "raw_body"): (Kind.COPY, _SILK),
 }
 
-# Fields that hold copies of whole rows, as text or JSON.
-_COPIES: Final[Mapping[tuple[str, str, str], str]] = {
-    ("auditlog", "LogEntry", "changes"): "Delete old entries: manage.py auditlogflush.",
-    ("auditlog", "LogEntry", "changes_text"): "Delete old entries: manage.py auditlogflush.",
-    ("auditlog", "LogEntry", "serialized_data"): "Delete old entries: manage.py auditlogflush.",
-    ("django", "LogEntry", "object_repr"): "Delete the entries of models whose str() shows a secret.",
-    ("django", "Session", "session_data"): "Delete the rows: every user logs in again.",
-    ("django_celery_results", "TaskResult", "result"): "Delete old results.",
-    ("django_celery_results", "TaskResult", "task_args"): "Delete old results.",
-    ("django_celery_results", "TaskResult", "task_kwargs"): "Delete old results.",
-    ("easyaudit", "CRUDEvent", "changed_fields"): "Delete old events.",
-    ("easyaudit", "CRUDEvent", "object_json_repr"): "Delete old events.",
-    ("reversion", "Version", "serialized_data"): "Delete old versions: manage.py deleterevisions.",
-    ("silk", "Request", "encoded_headers"): "Delete old requests: manage.py silk_clear_request_log.",
-    ("silk", "Request", "raw_body"): "Delete old requests: manage.py silk_clear_request_log.",
-    ("silk", "Response", "encoded_headers"): "Delete old requests: manage.py silk_clear_request_log.",
-    ("silk", "Response", "raw_body"): "Delete old requests: manage.py silk_clear_request_log.",
-}
 _SIMPLE_HISTORY: Final = {"history_id", "history_date", "history_type"}
 _PGHISTORY: Final = {"pgh_id", "pgh_created_at", "pgh_label"}
 
 
 def _names_in_packages(field: AnyField) -> list[tuple[str, str, str]]:
     """Return a field's names under each class of its model, e.g. of a package's abstract model."""
+    classes = [(kind.__module__, kind.__name__) for kind in field.model.__mro__]
     return [
-        (
-            kind.__module__.partition(".")[0],
-            kind.__name__.removeprefix("Abstract").removeprefix("Base"),
-            field.name,
-        )
-        for kind in field.model.__mro__
+        (module.partition(".")[0], name.removeprefix("Abstract").removeprefix("Base"), field.name)
+        for module, name in classes
     ]
-
-
-def _is_history(model: type[Model]) -> bool:
-    names = {field.name for field in model._meta.concrete_fields}
-    return names >= _SIMPLE_HISTORY or names >= _PGHISTORY
 
 
 # --- The rules for names, types and defaults -----------------------------------------------------------
@@ -194,11 +189,8 @@ def can_hold_secrets(field: AnyField) -> bool:
         return False
     if isinstance(field, IntegerField):
         return bool(_NUMBER_NAME.search(_snake(field.name)))
-    return isinstance(field, _SECRET_TYPES) or bool(_type_reason(field)) or _is_array(field)
-
-
-def _is_array(field: AnyField) -> bool:
-    return isinstance(getattr(field, "base_field", None), CharField | TextField)
+    is_array = isinstance(getattr(field, "base_field", None), CharField | TextField)
+    return isinstance(field, _SECRET_TYPES) or bool(_type_reason(field)) or is_array
 
 
 def _type_reason(field: AnyField) -> str:
@@ -227,38 +219,34 @@ def _model_reason(field: AnyField) -> str:
 
 # --- The rules for samples -----------------------------------------------------------------------------
 
-TOKEN_FORMATS: Final[Mapping[str, str]] = {
-    "a GitHub token": r"(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22})",
-    "a GitLab token": r"gl(pat|dt|rt|ptt|cbt)-[A-Za-z0-9_-]{20}",
-    "a Slack token": r"(xox[abeoprs]-[0-9A-Za-z-]{10}|xapp-\d|https://hooks\.slack\.com/services/)",
-    "a Stripe key": r"((sk|rk)_(live|test)_[0-9A-Za-z]{16}|whsec_[0-9A-Za-z]{16})",
-    "an AWS key": r"(AKIA|ASIA)[A-Z2-7]{16}",
-    "a Google key": r"(AIza[0-9A-Za-z_-]{35}|ya29\.[0-9A-Za-z_-]{20}|GOCSPX-[0-9A-Za-z_-]{20})",
-    "an OpenAI or Anthropic key": r"sk-(ant-|proj-)?[0-9A-Za-z_-]{20}",
-    "a SendGrid key": r"SG\.[0-9A-Za-z_-]{16}",
-    "a Mailgun key": r"key-[0-9a-f]{32}",
-    "a Twilio key": r"SK[0-9a-f]{32}",
-    "a Shopify token": r"shp(at|ca|pa|ss)_[0-9a-fA-F]{32}",
-    "an npm, PyPI or Docker token": r"(npm_[0-9A-Za-z]{36}|pypi-AgE|dckr_pat_[0-9A-Za-z_-]{20})",
-    "a Hugging Face token": r"hf_[0-9A-Za-z]{30}",
-    "a Vault token": r"hv[sb]\.[0-9A-Za-z_-]{20}",
-    "a DigitalOcean token": r"do[opr]_v1_[0-9a-f]{40}",
-    "a JSON web token": r"eyJ[0-9A-Za-z_-]{10,}\.eyJ",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
-    "a Fernet ciphertext": r"gAAAA[0-9A-Za-z_-]{30}",
-}
-"""Regular expressions for the start of a value, in PostgreSQL's syntax, by a name for messages."""
-
-HASH_FORMAT: Final = (
-    r"(pbkdf2_[a-z0-9]+\$|argon2|scrypt\$|bcrypt|\$2[abxy]\$|\$argon2|\$[156]\$|(md5|sha1|sha256|sha512)\$)"
+PATTERNS: Final = Patterns(
+    formats={
+        "a GitHub token": r"(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22})",
+        "a GitLab token": r"gl(pat|dt|rt|ptt|cbt)-[A-Za-z0-9_-]{20}",
+        "a Slack token": r"(xox[abeoprs]-[0-9A-Za-z-]{10}|xapp-\d|https://hooks\.slack\.com/services/)",
+        "a Stripe key": r"((sk|rk)_(live|test)_[0-9A-Za-z]{16}|whsec_[0-9A-Za-z]{16})",
+        "an AWS key": r"(AKIA|ASIA)[A-Z2-7]{16}",
+        "a Google key": r"(AIza[0-9A-Za-z_-]{35}|ya29\.[0-9A-Za-z_-]{20}|GOCSPX-[0-9A-Za-z_-]{20})",
+        "an OpenAI or Anthropic key": r"sk-(ant-|proj-)?[0-9A-Za-z_-]{20}",
+        "a SendGrid key": r"SG\.[0-9A-Za-z_-]{16}",
+        "a Mailgun key": r"key-[0-9a-f]{32}",
+        "a Twilio key": r"SK[0-9a-f]{32}",
+        "a Shopify token": r"shp(at|ca|pa|ss)_[0-9a-fA-F]{32}",
+        "an npm, PyPI or Docker token": r"(npm_[0-9A-Za-z]{36}|pypi-AgE|dckr_pat_[0-9A-Za-z_-]{20})",
+        "a Hugging Face token": r"hf_[0-9A-Za-z]{30}",
+        "a Vault token": r"hv[sb]\.[0-9A-Za-z_-]{20}",
+        "a DigitalOcean token": r"do[opr]_v1_[0-9a-f]{40}",
+        "a JSON web token": r"eyJ[0-9A-Za-z_-]{10,}\.eyJ",
+        "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+        "a Fernet ciphertext": r"gAAAA[0-9A-Za-z_-]{30}",
+    },
+    hash_format=(
+        r"(pbkdf2_[a-z0-9]+\$|argon2|scrypt\$|bcrypt|\$2[abxy]\$|\$argon2|\$[156]\$"
+        r"|(md5|sha1|sha256|sha512)\$)"
+    ),
+    json_key=r'"[^"]*(secret|passw|token|api_?key|private_?key|credential|recovery_codes)[^"]*"\s*:\s*["\[{]',
 )
-"""The same for a hash of a password or a key."""
-
-JSON_KEY: Final = (
-    r'"[^"]*(secret|passw|token|api_?key|private_?key|credential|recovery_codes)[^"]*"\s*:\s*["\[{]'
-)
-"""A regular expression for a key of a JSON document that holds secrets."""
-
+_NO_SAMPLE: Final = ColumnSample(values=0, formats={})
 _MIN_VALUES: Final = 20
 _MIN_BITS: Final = 60
 _MIN_DIGIT_CHANGES: Final = 0.2
@@ -267,9 +255,7 @@ _MIN_FORMAT_PART: Final = 0.1
 _MAX_BYTES: Final = 256
 
 
-def _format_reasons(sample: ColumnSample | None) -> list[str]:
-    if sample is None or not sample.values:
-        return []
+def _format_reasons(sample: ColumnSample) -> list[str]:
     return [
         f"{number} of {sample.values} sampled values have the format of {name}"
         for name, number in sample.formats.items()
@@ -277,51 +263,43 @@ def _format_reasons(sample: ColumnSample | None) -> list[str]:
     ]
 
 
-def _is_hashed(sample: ColumnSample | None) -> bool:
-    return sample is not None and sample.values > 0 and sample.hashes * 2 >= sample.values
-
-
-def _json_reason(sample: ColumnSample | None) -> str:
-    if sample is None or not sample.json_keys or sample.json_keys < _MIN_FORMAT_PART * sample.values:
+def _json_reason(sample: ColumnSample) -> str:
+    if not sample.json_keys or sample.json_keys < _MIN_FORMAT_PART * sample.values:
         return ""
     return f"{sample.json_keys} of {sample.values} sampled documents have a key such as token or secret"
 
 
-def _random_reason(sample: ColumnSample | None) -> str:
+def _random_reason(sample: ColumnSample) -> str:
     """Return the reason if most values of a sample are unique, long and look random."""
-    if sample is None or sample.values < _MIN_VALUES or sample.mean_length > _MAX_BYTES:
-        return ""
     looks_random = (
-        sample.bits >= _MIN_BITS
+        sample.values >= _MIN_VALUES
+        and sample.mean_length <= _MAX_BYTES
+        and sample.bits >= _MIN_BITS
         and sample.digit_changes >= _MIN_DIGIT_CHANGES
         and sample.spaced * 10 < sample.values
         and sample.distinct >= _MIN_DISTINCT_PART * sample.values
     )
-    return (
-        f"{sample.distinct} of {sample.values} sampled values are different and look random"
-        if looks_random
-        else ""
-    )
+    reason = f"{sample.distinct} of {sample.values} sampled values are different and look random"
+    return reason if looks_random else ""
 
 
 # --- The judgement -------------------------------------------------------------------------------------
 
 
 def judge(field: AnyField, sample: ColumnSample | None = None) -> Finding | None:
-    """Return why a column seems to hold secrets; None if it does not.
-
-    Args:
-        field: The column's field.
-        sample: A sample of the values; None where there is none.
-    """
+    """Return why a column seems to hold secrets; None if it does not."""
     for name in _names_in_packages(field):
-        if name in _COPIES:
-            return Finding(Kind.COPY, ("it holds copies of other rows",), _COPIES[name])
         if name in _PACKAGES:
-            known = _PACKAGES[name]
-            return known and Finding(known[0], (f"{name[0]} keeps secrets there",), known[1])
-    found = _judge_unknown(field, sample)
-    if found is not None and _is_history(field.model):
+            if (known := _PACKAGES[name]) is None:
+                return None
+            kind, todo = known
+            reason = (
+                "it holds copies of other rows" if kind is Kind.COPY else f"{name[0]} keeps secrets there"
+            )
+            return Finding(kind, (reason,), todo)
+    found = _judge_unknown(field, sample or _NO_SAMPLE)
+    names = {other.name for other in field.model._meta.concrete_fields}
+    if found is not None and (names >= _SIMPLE_HISTORY or names >= _PGHISTORY):
         return Finding(
             Kind.COPY,
             ("it is the history of another table", *found.reasons),
@@ -330,7 +308,7 @@ def judge(field: AnyField, sample: ColumnSample | None = None) -> Finding | None
     return found
 
 
-def _judge_unknown(field: AnyField, sample: ColumnSample | None) -> Finding | None:
+def _judge_unknown(field: AnyField, sample: ColumnSample) -> Finding | None:
     if not can_hold_secrets(field):
         return None
     name = _snake(field.name)
@@ -343,10 +321,10 @@ def _judge_unknown(field: AnyField, sample: ColumnSample | None) -> Finding | No
             strong += [_default_reason(field), _random_reason(sample)]
         if _VAGUE_NAME.search(name):
             strong.append(_model_reason(field))
-    is_hashed = _is_hashed(sample)
+    is_hashed = sample.values > 0 and sample.hashes * 2 >= sample.values
     if is_hashed:
         strong.append("most sampled values have the format of a hash")
-    reasons = _distinct(strong)
+    reasons = tuple(dict.fromkeys(filter(None, strong)))[:_MOST_REASONS]
     if not reasons:
         return None
     if is_hashed or (HASH_NAME.search(name) and not formats):
@@ -356,7 +334,3 @@ def _judge_unknown(field: AnyField, sample: ColumnSample | None) -> Finding | No
     if _SIGNED_NAME.search(name):
         return Finding(Kind.SECRET, reasons, _SIGNED)
     return Finding(Kind.SECRET, reasons)
-
-
-def _distinct(reasons: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(filter(None, reasons)))[:MOST_REASONS]

@@ -3,11 +3,10 @@
 import pytest
 from psycopg import AsyncConnection, errors, sql
 
-from rotator.fields.secret_rules import HASH_FORMAT, JSON_KEY, TOKEN_FORMATS
+from rotator.fields.secret_rules import PATTERNS
 from rotator.postgres import column_samples
 from rotator.postgres.column_samples import (
     ColumnSample,
-    Patterns,
     StoredTable,
     connected_for_reading,
     read_stored_table,
@@ -18,7 +17,6 @@ from tests.integration.rotation_tables import SCHEMA, Database
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-PATTERNS = Patterns(formats=TOKEN_FORMATS, hash_format=HASH_FORMAT, json_key=JSON_KEY)
 TABLE = sql.Identifier(SCHEMA, "100% odd")
 COLUMN = "The %s column"
 HEX = "encode(sha256(random()::text::bytea), 'hex')"

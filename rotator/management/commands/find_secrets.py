@@ -12,6 +12,7 @@ from rotator.exceptions import OptionError
 from rotator.fields.secret_columns import Inventory, SecretColumn, search_copies, take_inventory
 from rotator.fields.secret_rules import Kind
 from rotator.management.terminal import OwnCommand
+from rotator.models import Rotation
 from rotator.options import whole_number
 from rotator.postgres.copies import CopySearch
 from rotator.progress.text import count, moment, plural
@@ -24,8 +25,6 @@ _HEADINGS: Final = {
 
 
 class Options(TypedDict):
-    """The options, as the command line or ``call_command`` gives them."""
-
     database: str
     json: bool
     copies_of: int | None
@@ -33,15 +32,12 @@ class Options(TypedDict):
 
 
 class Command(OwnCommand):
-    """Lists the columns with secrets."""
-
     help = (
         "List the columns of the project that look like secrets: by their names, types and defaults, by the "
         "packages that they belong to, and by a sample of their values. It only reads, and prints no value."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare the options."""
         parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
@@ -63,49 +59,48 @@ class Command(OwnCommand):
         )
 
     def handle(self, *_args: object, **options: Unpack[Options]) -> None:
-        """Print the columns."""
         database, rotation = options["database"], options["copies_of"]
         if rotation is None:
             if options["all"]:
                 raise OptionError("--all needs a rotation: find_secrets --copies-of ID --all.")
             inventory = take_inventory(database)
             facts, text = _facts(inventory, database), _text(inventory, database)
-            exit_status = 0
+            is_complete = True
         else:
             search = search_copies(database, rotation, every_row=options["all"])
             facts, text = _copy_facts(search, rotation), _copy_text(search, rotation)
-            exit_status = int(bool(search.problems))
+            is_complete = not search.problems
         self.stdout.write(json.dumps(facts, indent=2) if options["json"] else text)
-        if exit_status:
-            sys.exit(exit_status)
+        if not is_complete:
+            sys.exit(1)
 
 
 def _facts(inventory: Inventory, database: str) -> dict[str, object]:
     """Return the inventory as JSON types; these keys are an interface and only ever added to."""
+    columns = [
+        {
+            "column": column.label,
+            "table": column.table.name,
+            "kind": column.finding.kind.value,
+            "reasons": column.finding.reasons,
+            "rows": column.table.rows,
+            "rows_is_exact": column.table.rows_is_exact,
+            "command": _command(column),
+            "refusal": column.refusal,
+            "advice": column.finding.advice,
+            "last_rotation": (last := column.last_rotation)
+            and {
+                "rotation": last.pk,
+                "finished_at": last.finished_at and last.finished_at.isoformat(),
+                "is_filtered": last.is_filtered,
+            },
+        }
+        for column in inventory.columns
+    ]
     return {
         "database": database,
         "examined": inventory.examined,
-        "columns": [
-            {
-                "column": column.label,
-                "table": column.table,
-                "kind": column.finding.kind.value,
-                "reasons": column.finding.reasons,
-                "rows": column.rows,
-                "rows_is_exact": column.rows_is_exact,
-                "command": _command(column),
-                "refusal": column.refusal,
-                "advice": column.finding.advice,
-                "last_rotation": column.last_rotation
-                and {
-                    "rotation": column.last_rotation.pk,
-                    "finished_at": column.last_rotation.finished_at
-                    and column.last_rotation.finished_at.isoformat(),
-                    "is_filtered": column.last_rotation.is_filtered,
-                },
-            }
-            for column in inventory.columns
-        ],
+        "columns": columns,
         "problems": inventory.problems,
     }
 
@@ -124,15 +119,14 @@ def _copy_facts(search: CopySearch, rotation: int) -> dict[str, object]:
 
 
 def _copy_text(search: CopySearch, rotation: int) -> str:
-    blocks = []
-    if search.found:
-        lines = [
-            f"  {each.table}.{each.column}: {count(each.rows)} of {plural(each.searched, 'row')}"
-            for each in search.found
-        ]
-        blocks.append("\n".join(["Columns with old values:", *lines]))
-    if search.problems:
-        blocks.append("\n".join(["Not searched completely:", *(f"  {each}" for each in search.problems)]))
+    lines = [
+        f"  {each.table}.{each.column}: {count(each.rows)} of {plural(each.searched, 'row')}"
+        for each in search.found
+    ]
+    blocks = [
+        *_block("Columns with old values", lines),
+        *_block("Not searched completely", [f"  {each}" for each in search.problems]),
+    ]
     found = len(search.found)
     last = (
         f"Searched {plural(search.columns, 'column')} for old values of rotation {rotation}: "
@@ -148,10 +142,8 @@ def _text(inventory: Inventory, database: str) -> str:
     blocks = []
     for kind, heading in _HEADINGS.items():
         columns = [column for column in inventory.columns if column.finding.kind is kind]
-        if columns:
-            blocks.append("\n".join([f"{heading}:", *map(_described, columns)]))
-    if inventory.problems:
-        blocks.append("\n".join(["Not examined:", *(f"  {problem}" for problem in inventory.problems)]))
+        blocks += _block(heading, [_described(column) for column in columns])
+    blocks += _block("Not examined", [f"  {problem}" for problem in inventory.problems])
     found = len(inventory.columns)
     blocks.append(
         f"Examined {plural(inventory.examined, 'column')} of the database '{database}': "
@@ -160,8 +152,12 @@ def _text(inventory: Inventory, database: str) -> str:
     return "\n\n".join(blocks)
 
 
+def _block(heading: str, lines: list[str]) -> list[str]:
+    return ["\n".join([f"{heading}:", *lines])] if lines else []
+
+
 def _described(column: SecretColumn) -> str:
-    rows = plural(column.rows, "row", is_exact=column.rows_is_exact)
+    rows = plural(column.table.rows, "row", is_exact=column.table.rows_is_exact)
     lines = [f"  {column.label}  ({rows})", f"    reason:   {'; '.join(column.finding.reasons)}"]
     if command := _command(column):
         lines.append(f"    rotate:   {command}")
@@ -170,7 +166,7 @@ def _described(column: SecretColumn) -> str:
     if column.finding.advice:
         lines.append(f"    advice:   {column.finding.advice}")
     if column.finding.kind is Kind.SECRET and column.options is not None:
-        lines.append(f"    rotated:  {_last(column)}")
+        lines.append(f"    rotated:  {_rotated(column.last_rotation)}")
     return "\n".join(lines)
 
 
@@ -180,8 +176,7 @@ def _command(column: SecretColumn) -> str:
     return shlex.join(["manage.py", "async_rotate", column.label, *column.options])
 
 
-def _last(column: SecretColumn) -> str:
-    last = column.last_rotation
+def _rotated(last: Rotation | None) -> str:
     if last is None or last.finished_at is None:
         return "never by async_rotate"
     part = ", only a part of the rows" if last.is_filtered else ""
