@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
@@ -37,14 +38,10 @@ _ToBytes: TypeAlias = Callable[[bytes], bytes | None]
 
 
 def read_leaked(path: str, column: str, fields: Sequence[AnyField], database: str) -> LeakedValues:
-    """Read a list of leaked values.
+    """Read a list of leaked values, which are compared with these fields.
 
-    Args:
-        path: The path of the file, or ``-`` for the standard input.
-        column: The name of the column of a CSV file; empty for a file with one value in each line, or with
-            the JSON of GitHub's secret scanning.
-        fields: The fields that the values are compared with.
-        database: Django's alias of their database.
+    The path is that of a file, or ``-`` for the standard input. The column is that of a CSV file; it is empty
+    for a file with one value in each line, or with the JSON of GitHub's secret scanning.
 
     Raises:
         OptionError: The file cannot be read, or has no values. No message contains a part of it.
@@ -53,7 +50,11 @@ def read_leaked(path: str, column: str, fields: Sequence[AnyField], database: st
     of_types = {type(each): each for each in fields}
     forms = [_to_bytes(each, database) for each in of_types.values()]
     # Hexadecimal digits can be base64, too, so each value has both forms.
-    forms += [_from_hex(each, database) for each in of_types.values() if isinstance(each, BinaryField)]
+    forms += [
+        partial(_stored, each, database, _from_hex)
+        for each in of_types.values()
+        if isinstance(each, BinaryField)
+    ]
     # The first line of a CSV file has the names of its columns.
     values, is_storable = LeakedValues(first=2 if column else 1, forms=len(forms)), False
     with _opened(path) as stream:
@@ -155,46 +156,29 @@ def _read_json(stream: BinaryIO, path: str) -> Iterator[bytes]:
 
 def _to_bytes(field: AnyField, database: str) -> _ToBytes:
     if type(field) in (CharField, TextField):
-        return _as_it_is
-    is_uuid = type(field) is UUIDField
-
-    def stored(value: bytes) -> bytes | None:
-        # Most files have UUIDs in this form, and converting them by the field takes five times as long.
-        if is_uuid and _UUID.fullmatch(value):
-            return value
-        return _stored(field, value, field.to_python, database)
-
+        return lambda value: value
     if stores_randomly(field, database):
         raise TargetError(
             f"{field_label(field)} is a {type(field).__name__}, which stores the same value differently each "
             "time, so --leaked cannot find its rows. Rotate all of them."
         )
-    return stored
+    convert = partial(_stored, field, database, field.to_python)
+    if type(field) is UUIDField:
+        # Most files have UUIDs in this form, and converting them by the field takes five times as long.
+        return lambda value: value if _UUID.fullmatch(value) else convert(value)
+    return convert
 
 
-def _from_hex(field: AnyField, database: str) -> _ToBytes:
-    """Return the function for values that are written as hexadecimal digits, with their prefix or not."""
-
-    def read(text: str) -> bytes:
-        return bytes.fromhex(text.removeprefix(_HEX_PREFIX))
-
-    return lambda value: _stored(field, value, read, database)
+def _from_hex(text: str) -> bytes:
+    return bytes.fromhex(text.removeprefix(_HEX_PREFIX))
 
 
-def _stored(field: AnyField, value: bytes, read: Callable[[str], object], database: str) -> bytes | None:
+def _stored(field: AnyField, database: str, read: Callable[[str], object], value: bytes) -> bytes | None:
+    """Return the bytes that the server's digest is made from."""
     try:
         prepared = field.get_db_prep_save(read(value.decode(errors="replace")), connections[database])
     except Exception:  # noqa: BLE001 - any error of a custom field
         return None
-    return _bytes_of(prepared)
-
-
-def _as_it_is(value: bytes) -> bytes:
-    return value
-
-
-def _bytes_of(prepared: object) -> bytes | None:
-    """Return the bytes that the server's digest is made from."""
     # The driver's wrapper of binary values.
     prepared = getattr(prepared, "obj", prepared)
     if isinstance(prepared, bytes | bytearray | memoryview):

@@ -11,7 +11,6 @@ from asgiref.sync import sync_to_async
 from django.db.models import Model
 
 from rotator.events import Observer, OnCommit, ReceiverFailed, RowsRotated
-from rotator.exceptions import ServerLostError
 from rotator.fields.connections import lost_connection
 from rotator.signals import range_rotated
 
@@ -47,34 +46,24 @@ def commit_callback(sender: type[Model], database: str, observer: Observer | Non
             "rows": rotated.rows,
         }
         for receiver, answer in await range_rotated.asend_robust(sender, **facts):
-            error = answer
             for seconds in RETRY_SECONDS:
-                if await _lost(error) is None:
+                # In the thread of the receivers, which has the lost connection.
+                if not isinstance(answer, Exception) or not await sync_to_async(lost_connection)(answer):
                     break
                 await asyncio.sleep(seconds)
-                error = await _answer(receiver, {"signal": range_rotated, "sender": sender, **facts})
-            if isinstance(error, Exception):
-                report(ReceiverFailed(receiver=_name(receiver), error=type(error).__name__))
+                answer = await _answer(receiver, signal=range_rotated, sender=sender, **facts)  # noqa: PLW2901
+            if isinstance(answer, Exception):
+                name = getattr(receiver, "__qualname__", type(receiver).__qualname__)
+                module = getattr(receiver, "__module__", "?")
+                report(ReceiverFailed(receiver=f"{module}.{name}", error=type(answer).__name__))
 
     return on_commit
 
 
-async def _lost(answer: object) -> ServerLostError | None:
-    if not isinstance(answer, Exception):
-        return None
-    # In the thread of the receivers, which has the lost connection.
-    return await sync_to_async(lost_connection)(answer)
-
-
-async def _answer(receiver: Callable[..., Any], named: dict[str, Any]) -> object:
+async def _answer(receiver: Callable[..., Any], **named: object) -> object:
     try:
         if inspect.iscoroutinefunction(receiver):
             return await receiver(**named)
         return await sync_to_async(receiver)(**named)
     except Exception as error:  # noqa: BLE001 - any error of the project's code
         return error
-
-
-def _name(receiver: Callable[..., Any]) -> str:
-    name = getattr(receiver, "__qualname__", type(receiver).__qualname__)
-    return f"{getattr(receiver, '__module__', '?')}.{name}"

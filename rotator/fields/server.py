@@ -93,11 +93,9 @@ def check_migrations(connection: BaseDatabaseWrapper) -> None:
 
 
 def server_of(connection: BaseDatabaseWrapper, search_path: str | None) -> Server:
-    """Return the server that one of Django's connections uses, with the connection's parameters.
+    """Return the server that one of Django's connections uses, which may be a replica.
 
-    Args:
-        connection: The connection, which may be that of a replica.
-        search_path: The search path of Django's session on the primary.
+    The search path is that of Django's session on the primary.
     """
 
     def read_parameters() -> dict[str, Any]:

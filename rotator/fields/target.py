@@ -129,11 +129,7 @@ def _check_references(field: AnyField) -> None:
 
 
 def check_stored_form(fields: Sequence[AnyField], database: str) -> None:
-    """Refuse fields of which a value has another stored form at each save: its digest would never be found.
-
-    Raises:
-        TargetError: A field stores its values in random forms.
-    """
+    """Refuse fields that store a value in another form at each save: its digest would never be found."""
     for field in fields:
         if stores_randomly(field, database):
             raise TargetError(
@@ -172,27 +168,25 @@ def _check_saving(fields: Sequence[AnyField], selection: Selection, database: st
             f"--ignore-derived {unknown[0]}: {model._meta.label} has no such field next to the target. It "
             f"has {', '.join(sorted(others))}."
         )
-    for name, field in others.items():
-        if name not in selection.ignore_derived:
-            _check_derivation(field, fields, derivation(field, fields, model, database))
-
-
-def _check_derivation(field: AnyField, fields: Sequence[AnyField], found: Derivation) -> None:
     names = " and ".join(map(field_label, fields))
-    if found is Derivation.CERTAIN:
-        raise TargetError(
-            f"{field_label(field)} is a {type(field).__name__}, which derives its value from {names} when a "
-            f"row is saved, and would not fit the new values. Name {field_label(field)} as a target too, and "
-            "a --generator that returns a mapping for all of these fields. If the old values may stay, use "
-            f"--ignore-derived {field.name}."
-        )
-    if found is Derivation.UNCLEAR:
-        raise TargetError(
-            f"{field_label(field)} is a {type(field).__name__}, whose value changes with each save, and may "
-            f"be derived from {names}. If it is not, use --ignore-derived {field.name}: the field keeps its "
-            "values. If it is, name it as a target too, and a --generator that returns a mapping for all of "
-            "these fields."
-        )
+    for name, field in others.items():
+        if name in selection.ignore_derived:
+            continue
+        found = derivation(field, fields, model, database)
+        if found is Derivation.CERTAIN:
+            raise TargetError(
+                f"{field_label(field)} is a {type(field).__name__}, which derives its value from {names} "
+                f"when a row is saved, and would not fit the new values. Name {field_label(field)} as a "
+                "target too, and a --generator that returns a mapping for all of these fields. If the old "
+                f"values may stay, use --ignore-derived {name}."
+            )
+        if found is Derivation.UNCLEAR:
+            raise TargetError(
+                f"{field_label(field)} is a {type(field).__name__}, whose value changes with each save, and "
+                f"may be derived from {names}. If it is not, use --ignore-derived {name}: the field keeps "
+                "its values. If it is, name it as a target too, and a --generator that returns a mapping for "
+                "all of these fields."
+            )
 
 
 def table_path(model: type[Model]) -> tuple[str, ...]:
@@ -203,19 +197,15 @@ def table_path(model: type[Model]) -> tuple[str, ...]:
 
 def _bypassed(model: type[Model]) -> tuple[str, ...]:
     """Return the effects of save() that an update by the server does not have, one phrase each."""
-    automatic = [
-        (field.name, "auto_now" if getattr(field, "auto_now", False) else type(field).__name__)
-        for field in model._meta.concrete_fields
-        if getattr(field, "auto_now", False)
-        or (isinstance(field, DateField | TimeField) and overrides(field, "pre_save"))
-    ]
-    signals = [
-        name
-        for name, signal in (("pre_save", pre_save), ("post_save", post_save))
-        if signal.has_listeners(model)
-    ]
-    return tuple(
-        [f"{name} ({kind}) keeps its value" for name, kind in automatic]
-        + [f"receivers of {name} are not called" for name in signals]
-        + ([f"{model.__name__}.save() is not called"] if model.save is not Model.save else [])
-    )
+    effects = []
+    for field in model._meta.concrete_fields:
+        if getattr(field, "auto_now", False):
+            effects.append(f"{field.name} (auto_now) keeps its value")
+        elif isinstance(field, DateField | TimeField) and overrides(field, "pre_save"):
+            effects.append(f"{field.name} ({type(field).__name__}) keeps its value")
+    for name, signal in (("pre_save", pre_save), ("post_save", post_save)):
+        if signal.has_listeners(model):
+            effects.append(f"receivers of {name} are not called")
+    if model.save is not Model.save:
+        effects.append(f"{model.__name__}.save() is not called")
+    return tuple(effects)

@@ -1,6 +1,7 @@
 """The replicas and the callables of the project that throttles read."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from django.db import connections
 from django.utils.module_loading import import_string
@@ -8,16 +9,11 @@ from django.utils.module_loading import import_string
 from rotator.exceptions import OptionError
 from rotator.fields.server import server_of
 from rotator.postgres.connection import Server
-from rotator.runner.throttles import Call, ThrottleSources
+from rotator.runner.throttles import ThrottleSources
 
 
 def find_sources(aliases: Sequence[str], paths: Sequence[str], server: Server) -> ThrottleSources:
-    """Return the replicas and the callables of throttles.
-
-    Args:
-        aliases: Django's aliases of the replicas.
-        paths: The dotted paths of the callables.
-        server: The server that the rotation writes to.
+    """Return the replicas of Django's aliases, and the callables of dotted paths.
 
     Raises:
         OptionError: There is no such alias, or no such callable.
@@ -35,16 +31,12 @@ def find_sources(aliases: Sequence[str], paths: Sequence[str], server: Server) -
         check_callable(path)
     return ThrottleSources(
         replicas={alias: server_of(connections[alias], server.search_path) for alias in aliases},
-        calls={path: _call_of(path) for path in paths},
+        calls={path: partial(_call, path) for path in paths},
     )
 
 
 def check_callable(path: str) -> None:
-    """Refuse a dotted path that names no callable.
-
-    Raises:
-        OptionError: It names none.
-    """
+    """Refuse a dotted path that names no callable."""
     try:
         found = import_string(path)
     except ImportError as error:
@@ -53,13 +45,10 @@ def check_callable(path: str) -> None:
         raise OptionError(f'ROTATOR["THROTTLES"]: {path} is not callable.')
 
 
-def _call_of(path: str) -> Call:
-    def call() -> object:
-        try:
-            # Found again each time: a callable that has vanished is an error of the call.
-            return import_string(path)()
-        finally:
-            # Django's connections belong to a thread, and each call has a new one.
-            connections.close_all()
-
-    return call
+def _call(path: str) -> object:
+    try:
+        # Found again each time: a callable that has vanished is an error of the call.
+        return import_string(path)()
+    finally:
+        # Django's connections belong to a thread, and each call has a new one.
+        connections.close_all()
