@@ -33,12 +33,13 @@ from presenting import Machine, Spread, write_json
 from serving import LOGIN_ONLY
 
 MOST_COST: Final = 0.02
-EVERY_SECONDS: Final = 2.0
+FIRST_SECONDS: Final = 2.0
 _PORT: Final = 8791
 _START_SECONDS: Final = 20.0
 _LOWEST_PRIORITY: Final = 19
 # Each copy of the database has one rotation, with the first id.
 _STATE: Final = "/admin/rotator/rotation/1/state/"
+_EVERY: Final = re.compile(rb'"every_seconds": ([\d.]+)')
 _HEAD: Final = re.compile(rb"HTTP/1.1 (\d+).*?\r\nContent-Length: (\d+)\r\n.*?\r\n\r\n", re.DOTALL)
 _LOG_IN: Final = (
     "from django.contrib.auth.models import User; from django.test import Client; c = Client();"
@@ -93,8 +94,9 @@ def main() -> None:
     parser = parser_for(
         "Compare the rows per second of a rotation with and without viewers of its page. Viewers come and "
         "go while it runs: each time with them is compared with those before and after it. Each viewer "
-        "reads the JSON view every 2 s over a connection that it keeps, as the page's script does. In other "
-        "times, they read a constant that needs the same login: what Django itself costs.",
+        "reads the JSON view over a connection that it keeps, as often as the answers say, as the page's "
+        "script does. In other times, they read a constant that needs the same login as often: what Django "
+        "itself costs.",
         repetitions=3,
         rows=5_000_000,
     )
@@ -189,13 +191,25 @@ def _measure(
                 site.port: [opened.enter_context(_connection(site)) for _ in range(options.viewers)]
                 for site in sites
             }
+            every_seconds = FIRST_SECONDS
+
+            def read(site: Site, seconds: float, answers: list[float]) -> None:
+                nonlocal every_seconds
+                requests = [
+                    (viewer, _request(f"{site.path}?viewer={number}", cookie))
+                    for number, viewer in enumerate(viewers[site.port])
+                ]
+                every_seconds = _read(requests, over, every_seconds, seconds, answers)
+
             while not over.wait(0.2) and not _number(
                 connection, "SELECT count(*) FROM rotator_completedrange"
             ):
                 pass
+            # Each web process gets to know its viewers.
+            for site in sites:
+                read(site, 2 * every_seconds, [])
             over.wait(chance.uniform(0, 2 * options.seconds))
             for turn in cycle(turns):
-                request = _request(turn.path, cookie) if turn else b""
                 began = time.time()
                 if over.is_set():
                     return
@@ -203,7 +217,7 @@ def _measure(
                     over.wait(options.seconds)
                 else:
                     with _measured(connection, turn, found[turn.name]) as watched:
-                        _read(viewers[turn.port], request, over, options.seconds, watched.answers)
+                        read(turn, options.seconds, watched.answers)
                 times.append((turn, began, time.time()))
 
     with ThreadPoolExecutor(1) as executor:
@@ -288,17 +302,23 @@ def _connection(site: Site) -> Iterator[socket.socket]:
 
 
 def _read(
-    viewers: list[socket.socket], request: bytes, over: threading.Event, seconds: float, answers: list[float]
-) -> None:
-    """Read the page by each viewer in turns, each every 2 s; add the seconds of each answer.
+    requests: list[tuple[socket.socket, bytes]],
+    over: threading.Event,
+    every_seconds: float,
+    seconds: float,
+    answers: list[float],
+) -> float:
+    """Read the page by each viewer in turns, and add the seconds of each answer.
 
     A client of a few lines, since one that parses headers would cost a third of what is measured.
+
+    Returns:
+        The time between two reads of one viewer, as the latest answer says.
     """
-    pause, began = EVERY_SECONDS / len(viewers), time.monotonic()
-    for number, viewer in enumerate(cycle(viewers)):
-        due = began + number * pause
-        if due >= began + seconds or over.wait(max(0.0, due - time.monotonic())):
-            return
+    due, until = time.monotonic(), time.monotonic() + seconds
+    for viewer, request in cycle(requests):
+        if due >= until or over.wait(max(0.0, due - time.monotonic())):
+            break
         asked = time.perf_counter()
         viewer.sendall(request)
         answer = b""
@@ -310,6 +330,10 @@ def _read(
         if head[1] != b"200":
             raise BenchmarkError(f"The site answers with status {head[1].decode()}.")
         answers.append(time.perf_counter() - asked)
+        if said := _EVERY.search(answer):
+            every_seconds = float(said[1])
+        due += every_seconds / len(requests)
+    return every_seconds
 
 
 @contextmanager

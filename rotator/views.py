@@ -1,6 +1,7 @@
 """The pages of a rotation in Django's admin, their buttons, and the metrics."""
 
 import math
+import secrets
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -29,6 +30,18 @@ CONTROL: Final = "rotator.control_rotation"
 # The viewers of a rotation share what is read.
 KEPT_SECONDS = 1.0
 _recent: dict[tuple[str, str], tuple[float, bytes]] = {}
+
+EVERY_SECONDS: Final = 2.0
+# Where no process works on it, the figures do not change until a user resumes the rotation.
+EVERY_WITHOUT_OWNER_SECONDS: Final = 5.0
+EVERY_WHEN_FINISHED_SECONDS: Final = 30.0
+# Each answer takes processor time from a rotation on the same host.
+MOST_ANSWERS_PER_SECOND: Final = 4
+# Longer than the longest wait of the script.
+_VIEWING_SECONDS: Final = 65.0
+_VIEWER_LENGTH: Final = 8
+# When each viewer has read last from this process.
+_viewers: dict[str, float] = {}
 
 View = Callable[..., HttpResponse]
 
@@ -79,7 +92,11 @@ def show(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
         "opts": Rotation._meta,
         "rotation": rotation,
         "state": page_state(rotation),
-        "state_url": reverse("admin:rotator_rotation_state", args=[rotation.pk]),
+        "state_url": reverse(
+            "admin:rotator_rotation_state",
+            args=[rotation.pk],
+            query={"viewer": secrets.token_hex(_VIEWER_LENGTH // 2)},
+        ),
         "may_control": request.user.has_perm(CONTROL),
         "paces": tuple(PACES),
         "limits": {
@@ -99,13 +116,31 @@ def state(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
         raise PermissionDenied
     key, now = (router.db_for_write(Rotation), number), time.monotonic()
     read_at, content = _recent.get(key, (-math.inf, b""))
+    viewers = _count_viewers(request.GET.get("viewer", ""), now)
     if now - read_at >= KEPT_SECONDS:
-        content = JsonResponse(page_state(find(number))).content
+        rotation = find(number)
+        every_seconds = max(_every_seconds(rotation), viewers / MOST_ANSWERS_PER_SECOND)
+        content = JsonResponse(page_state(rotation) | {"every_seconds": every_seconds}).content
         # Keep only the rotations that are viewed now.
         for other in [each for each, (at, _) in list(_recent.items()) if now - at >= KEPT_SECONDS]:
             _recent.pop(other, None)
         _recent[key] = now, content
     return HttpResponse(content, content_type="application/json")
+
+
+def _every_seconds(rotation: Rotation) -> float:
+    """Return the time between two reads of one viewer."""
+    if not rotation.is_unfinished:
+        return EVERY_WHEN_FINISHED_SECONDS
+    return EVERY_SECONDS if rotation.has_owner else EVERY_WITHOUT_OWNER_SECONDS
+
+
+def _count_viewers(viewer: str, now: float) -> int:
+    """Note that a viewer reads, and return the number of those that read from this process."""
+    for other in [each for each, at in list(_viewers.items()) if now - at >= _VIEWING_SECONDS]:
+        _viewers.pop(other, None)
+    _viewers[viewer[:_VIEWER_LENGTH]] = now
+    return len(_viewers)
 
 
 def control(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:

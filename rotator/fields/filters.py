@@ -5,7 +5,14 @@ from datetime import datetime
 from typing import Any, Final
 
 from django.conf import settings
-from django.core.exceptions import EmptyResultSet, FieldDoesNotExist, FullResultSet, ValidationError
+from django.core.exceptions import (
+    EmptyResultSet,
+    FieldDoesNotExist,
+    FieldError,
+    FullResultSet,
+    ValidationError,
+)
+from django.db import NotSupportedError
 from django.db.models import BinaryField, BooleanField, DateTimeField, Field, Model, Q, QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.utils import timezone
@@ -15,6 +22,17 @@ from rotator.fields.model import AnyField, key_fields
 from rotator.options import Selection
 from rotator.postgres.table import ROW, Condition
 
+# What lookups raise for a value or a field that they cannot compare, when they are made or compiled.
+_INVALID: Final = (
+    FieldError,
+    ValidationError,
+    NotSupportedError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 _ENDS_OF_RANGE: Final = 2
 # Others make a text of the value.
 _OF_BYTES: Final = ("exact", "gt", "gte", "lt", "lte")
@@ -38,9 +56,7 @@ def row_condition(
                 rows = rows.filter(lookup) if option == "--filter" else rows.exclude(lookup)
                 # All of them, so that the latest one is named if a value does not fit.
                 condition = _compiled(rows, database)
-            except OptionError:
-                raise
-            except Exception as error:  # noqa: BLE001 - what the lookups of any field raise for a value
+            except _INVALID as error:
                 reason = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
                 sentence = f"{option} {text} is not a valid filter of this model: {reason.rstrip('.')}."
                 raise OptionError(_one_line(sentence)) from None

@@ -49,6 +49,7 @@ def rotation() -> Rotation:
 @pytest.fixture(autouse=True)
 def always_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(views, "_viewers", {})
 
 
 @pytest.fixture
@@ -468,6 +469,18 @@ def test_viewers_share_what_is_read_in_one_transaction_without_a_commit(
     # One without permission gets nothing of what others have read.
     monkeypatch.setattr(views, "KEPT_SECONDS", 3600.0)
     assert viewer("view_user").get(url).status_code == 403
+
+
+@pytest.mark.parametrize(("viewers", "every_seconds"), [(1, 2.0), (8, 2.0), (20, 5.0)])
+def test_many_viewers_read_less_often(
+    admin: Client, rotation: Rotation, viewers: int, every_seconds: float
+) -> None:
+    change(rotation, status="running")
+    url = reverse("admin:rotator_rotation_state", args=[rotation.pk])
+    for read in range(2 * viewers):
+        answer = admin.get(url, {"viewer": read % viewers})
+
+    assert answer.json()["every_seconds"] == every_seconds
 
 
 def test_a_session_lasts_while_the_secret_key_is_rotated(admin: Client, rotation: Rotation) -> None:

@@ -5,9 +5,7 @@
   const page = document.getElementById("rotator");
   if (!page) return;
 
-  const EVERY = 2000;
-  const EVERY_WITHOUT_OWNER = 5000;
-  const EVERY_WHEN_FINISHED = 30000;
+  const FIRST = 2000;
   const LONGEST = 60000;
   const TIMEOUT = 10000;
   const SVG = "http://www.w3.org/2000/svg";
@@ -15,7 +13,7 @@
   const all = (selector) => page.querySelectorAll(selector);
   const one = (selector) => page.querySelector(selector);
   const age = one("[data-age]");
-  let wait = EVERY;
+  let wait = FIRST;
   let timer = 0;
   let isReading = false;
   let shownAt = Date.now();
@@ -96,9 +94,7 @@
       /* What a user has begun to fill in stays based on the revision that the user has seen. */
       if (form.dataset.begun !== "yes") form.elements.revision.value = state.revision;
     }
-    /* Where no process works on it, the figures do not change until a user resumes the rotation. */
-    const everyUnfinished = state.can_answer ? EVERY : EVERY_WITHOUT_OWNER;
-    wait = state.is_unfinished ? everyUnfinished : EVERY_WHEN_FINISHED;
+    wait = state.every_seconds * 1000;
     shownAt = Date.now();
     problem = "";
   };
