@@ -12,15 +12,33 @@ from rotator.ranges import Key, KeyInterval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Index:
-    """An index of the target's table.
+class Event:
+    """What observers get. An event for which they have no case is silent."""
+
+
+Observer: TypeAlias = Callable[[Event], None]
+
+
+def ignore(_event: Event) -> None:
+    """Do nothing: the observer of a run that no one watches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexSize:
+    """The size of an index of the target's table."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Index(IndexSize):
+    """An index as the preflight finds it.
 
     Attributes:
         holds_column: Whether it contains the rotated column, so that new values go to pages all over it.
     """
 
-    name: str
-    size_bytes: int
     holds_column: bool
 
 
@@ -44,7 +62,7 @@ class Copies:
 
     Attributes:
         tables: The names of the first tables, with their schemas where needed.
-        more: The number of other tables.
+        more: The number of all others.
     """
 
     kind: CopyKind
@@ -57,14 +75,9 @@ class TableFindings:
     """The findings of the preflight on the target's table.
 
     Attributes:
-        rows_is_exact: False where ``rows`` is the server's estimate.
-        heap_bytes: The size without indexes.
         indexes: All indexes, the largest first.
-        triggers: The names of the triggers that each update fires.
-        skipped_triggers: The names of those that no update fires while ``session_replication_role`` is
-            ``replica``.
+        skipped_triggers: Those that no update fires while ``session_replication_role`` is ``replica``.
         writing_triggers: Triggers, of this or another table, whose functions write to it, one phrase each.
-        subscriptions: The names of the subscriptions that write to it.
         refusing_publications: Publications for which the server rejects every update, since the table has no
             replica identity.
         kept: The values that stay unchanged, by column; None where they could not be counted in time.
@@ -140,7 +153,6 @@ class Findings:
 
     Attributes:
         target: The target as the user writes it.
-        database: Django's alias of the database.
         server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
         rows_left: The rows that are not yet rotated: all rows of the table for a new rotation.
         unfinished: The id of the rotation that would be resumed; None for a new one.
@@ -228,21 +240,13 @@ class ActionKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IndexSize:
-    """The size of one index, whose name has its schema and is quoted."""
-
-    name: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
     """The disk space of the target's table.
 
     Attributes:
         dead_rows: Row versions that no transaction can see, and whose values are still on disk; an estimate
             of the server.
-        indexes: Each index, in the order of the names.
+        indexes: Each index, in the order of the names, which have schemas and are quoted.
     """
 
     heap_bytes: int
@@ -252,29 +256,20 @@ class Storage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Preflighted:
+class Preflighted(Event):
     """The preflight is complete, and the rotation is about to begin."""
 
     findings: Findings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RotationStarted:
+class RotationStarted(Event):
     """This process owns the rotation and is about to write.
 
     Attributes:
-        target: The target as the user writes it, e.g. ``tickets.Ticket.token``.
         rows_total: Rows up to the frozen upper bound.
-        rows_total_is_exact: False where the total is the server's estimate.
         rows_done: Rows that earlier runs of this rotation have committed, late rows included.
-        seconds_before: Active seconds of earlier runs.
         stopped_at: The last heartbeat of the last run; None for a new rotation.
-        concurrency: The maximum number of workers.
-        batch: The maximum number of rows in a range.
-        pace: The name of the pace.
-        deferrals_before: Deferrals of earlier runs.
-        retries_before: Retries of earlier runs.
-        throttled_seconds_before: The time in which throttles held earlier runs.
     """
 
     rotation: int
@@ -299,7 +294,7 @@ class RotationStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RangeCompleted:
+class RangeCompleted(Event):
     """A range and its checkpoint were committed together.
 
     Attributes:
@@ -311,12 +306,10 @@ class RangeCompleted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WorkersProgressed:
+class WorkersProgressed(Event):
     """Celery workers have committed or deferred ranges since the owner last read the checkpoints.
 
     Attributes:
-        deferrals: The number of deferrals.
-        retries: The number of retries in the spans that were finished.
         seconds: The time since the owner last read the checkpoints.
     """
 
@@ -344,8 +337,12 @@ class RowsRotated:
     rows: int
 
 
+OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
+"""The worker awaits it after each commit of rows, before its next range."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RangeDeferred:
+class RangeDeferred(Event):
     """A range was put back because another session holds a lock.
 
     Attributes:
@@ -356,11 +353,10 @@ class RangeDeferred:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RangeRetried:
+class RangeRetried(Event):
     """The server rejected a range, which will be retried.
 
     Attributes:
-        rows: Rows that the range had when it was planned.
         reason: The server's condition, e.g. ``deadlock_detected``.
         split: Whether it is retried in two parts.
     """
@@ -371,7 +367,7 @@ class RangeRetried:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowRejected:
+class RowRejected(Event):
     """The server rejects the new value of one row; the rotation of the other rows continues.
 
     Attributes:
@@ -383,7 +379,7 @@ class RowRejected:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OutageStarted:
+class OutageStarted(Event):
     """The server is unreachable; the run gives up after ``budget_seconds``."""
 
     reason: str
@@ -391,12 +387,11 @@ class OutageStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OutageEnded:
+class OutageEnded(Event):
     """The server is reachable again, and the progress was read from its checkpoints.
 
     Attributes:
         rows_done: Rows that checkpoints confirm; can be fewer than were reported before.
-        late_rows: Late rows among them.
     """
 
     seconds: float
@@ -405,25 +400,24 @@ class OutageEnded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BrokerUnreachable:
+class BrokerUnreachable(Event):
     """The broker cannot be reached; workers that have received a message continue."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WorkersSilent:
+class WorkersSilent(Event):
     """No Celery worker has worked on the rotation for ``seconds``; another message is sent."""
 
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OwnerWatched:
+class OwnerWatched(Event):
     """Another process owns this rotation; this one watches its heartbeat before it takes over.
 
     Attributes:
-        owner: The user, host and pid of the other process, as a phrase.
         seconds: The longest time that the heartbeat is watched.
     """
 
@@ -432,7 +426,7 @@ class OwnerWatched:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServerLogShowsValues:
+class ServerLogShowsValues(Event):
     """The server is configured to log the new values.
 
     Attributes:
@@ -443,60 +437,51 @@ class ServerLogShowsValues:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LateCommitsAwaited:
-    """Transactions older than the rotation can still commit rows of the target.
-
-    Attributes:
-        holders: One phrase for each of them (pid or prepared id, user, application, start).
-    """
+class LateCommitsAwaited(Event):
+    """Transactions older than the rotation can still commit rows of the target."""
 
     holders: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LateCommitsOver:
+class LateCommitsOver(Event):
     """The last of those transactions has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LateRowsRotated:
+class LateRowsRotated(Event):
     """Late rows were found and rotated: rows that no range has written."""
 
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConfirmationStarted:
+class ConfirmationStarted(Event):
     """Every range is completed, and the table is read once to find the last writer of each row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowsConfirmed:
-    """No row is older than the rotation.
-
-    Attributes:
-        confirmed: Rows that this rotation wrote last.
-        unconfirmed: Rows that other sessions or triggers wrote last.
-    """
+class RowsConfirmed(Event):
+    """No row is older than the rotation."""
 
     confirmed: int
     unconfirmed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VacuumStarted:
+class VacuumStarted(Event):
     """The rotation is completed, and the final VACUUM has started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vacuumed:
+class Vacuumed(Event):
     """A VACUUM of the table has ended, during the rotation or after it."""
 
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VacuumSkipped:
+class VacuumSkipped(Event):
     """The table was not vacuumed, or not completely; the rotation continues.
 
     Attributes:
@@ -508,14 +493,14 @@ class VacuumSkipped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Analyzed:
+class Analyzed(Event):
     """ANALYZE has replaced the table's statistics, which held old values."""
 
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnalyzeSkipped:
+class AnalyzeSkipped(Event):
     """The table's statistics still hold old values, until the user runs the statement."""
 
     reason: str
@@ -523,14 +508,14 @@ class AnalyzeSkipped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReindexStarted:
+class ReindexStarted(Event):
     """The rotation is completed, and this number of indexes is being rebuilt."""
 
     indexes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IndexRebuilt:
+class IndexRebuilt(Event):
     """An index was rebuilt; its name has its schema and is quoted."""
 
     name: str
@@ -540,7 +525,7 @@ class IndexRebuilt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReindexSkipped:
+class ReindexSkipped(Event):
     """An index was not rebuilt, or an invalid one not dropped; the rotation is completed.
 
     Attributes:
@@ -552,11 +537,10 @@ class ReindexSkipped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReceiverFailed:
+class ReceiverFailed(Event):
     """A receiver of the signal raised an exception; reported once for each receiver and type.
 
     Attributes:
-        receiver: The receiver's dotted name.
         error: The name of the exception's type, without its message.
     """
 
@@ -565,7 +549,7 @@ class ReceiverFailed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LimitRaised:
+class LimitRaised(Event):
     """The time limit of a range was raised, because planning the update takes a large part of it."""
 
     planning_seconds: float
@@ -574,7 +558,7 @@ class LimitRaised:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LockHeld:
+class LockHeld(Event):
     """The sessions that have blocked ranges for some seconds; sent about twice a second while there are any.
 
     Attributes:
@@ -587,13 +571,10 @@ class LockHeld:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PaceChanged:
+class PaceChanged(Event):
     """The pace allows another number of workers, or the rows in a range or the reason have changed.
 
     Attributes:
-        workers: The number of workers that may write now.
-        concurrency: Its upper limit.
-        rows: The number of rows in the next range.
         reason: One phrase, e.g. ``commit p90 4.1 ms > 3.0 ms``.
         is_limited: Whether the pace applies: other sessions are at work.
         is_new: False where only the rows in a range or the reason have changed.
@@ -609,11 +590,10 @@ class PaceChanged:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Throttled:
+class Throttled(Event):
     """A throttle holds the rotation: no more ranges begin until it ends.
 
     Attributes:
-        source: The name of the throttle.
         reason: One phrase, e.g. ``replica lag 14 s > 10 s``.
         is_new: False where only the reason of a throttle has changed.
     """
@@ -624,13 +604,8 @@ class Throttled:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ThrottleEnded:
-    """A throttle does not hold the rotation any more; another one may.
-
-    Attributes:
-        source: The name of the throttle.
-        reason: Its last reason.
-    """
+class ThrottleEnded(Event):
+    """A throttle does not hold the rotation any more; another one may."""
 
     source: str
     reason: str
@@ -638,7 +613,7 @@ class ThrottleEnded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LimitsChanged:
+class LimitsChanged(Event):
     """A user has changed the limits of the running rotation."""
 
     concurrency: int
@@ -647,7 +622,7 @@ class LimitsChanged:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HorizonHeld:
+class HorizonHeld(Event):
     """Other sessions, slots, replicas or prepared transactions keep VACUUM from removing dead rows.
 
     Attributes:
@@ -658,7 +633,7 @@ class HorizonHeld:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DrainStarted:
+class DrainStarted(Event):
     """The run stops: ranges in flight are committed, and no new ones start.
 
     Attributes:
@@ -670,17 +645,13 @@ class DrainStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tick:
+class Tick(Event):
     """A second has passed, so that observers without a timer can show their figures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """The user, place and time of a run, and its choice of rows and values.
-
-    Attributes:
-        server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
-    """
+    """The user, place and time of a run, and its choice of rows and values."""
 
     started_at: datetime
     ended_at: datetime
@@ -692,11 +663,10 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeakedValuesFound:
+class LeakedValuesFound(Event):
     """A search has found the leaked values that rows have.
 
     Attributes:
-        values: The number of values in the list of leaked values.
         found: The number of them that rows had in a search of this run.
         found_lines: The lines of these values, e.g. ``("5", "17-19")``; at most 10,000 ranges.
         other_lines: The lines of the others, in the same form. Earlier runs can have rotated their rows.
@@ -709,19 +679,19 @@ class LeakedValuesFound:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LedgerStarted:
+class LedgerStarted(Event):
     """The old values are being entered into the ledger, before the first row is rotated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LedgerProgressed:
+class LedgerProgressed(Event):
     """The values of a range are in the ledger."""
 
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LedgerReady:
+class LedgerReady(Event):
     """Every old value is in the ledger.
 
     Attributes:
@@ -734,24 +704,18 @@ class LedgerReady:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GuardAdded:
-    """A trigger keeps old values from coming back.
-
-    Attributes:
-        action: ``refuse`` or ``keep``.
-    """
+class GuardAdded(Event):
+    """A trigger keeps old values from coming back."""
 
     action: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerificationStarted:
+class VerificationStarted(Event):
     """The table is being searched for values that are in the ledger.
 
     Attributes:
-        rows_total: The server's estimate of the rows of the table.
         rows: The rows that an interrupted verification has searched before.
-        repairs: Whether the survivors get new values.
     """
 
     rows_total: int
@@ -760,13 +724,8 @@ class VerificationStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerificationProgressed:
-    """A range was searched.
-
-    Attributes:
-        rows: The rows that this verification has searched.
-        survivors: The survivors that it has found.
-    """
+class VerificationProgressed(Event):
+    """A range was searched."""
 
     rows: int
     survivors: int
@@ -777,15 +736,12 @@ class Coverage:
     """The rows that a rotation has written, and those that it has not.
 
     Attributes:
-        status: The status of the rotation.
         gaps: The first intervals of keys that no checkpoint covers.
         gap_rows: The rows to rotate in all of these intervals.
         confirmed_rows: The rows that this rotation wrote last; None where unknown.
         unconfirmed_rows: The rows that other sessions or triggers wrote last; None where unknown.
         older_rows: The rows that no session has written since the rotation began; None where unknown.
         unknown: Why the last writers of the rows are unknown; empty where they are known.
-        rejected_keys: The keys of rows that the server rejected, with the reason.
-        table_rows: The rows of the table.
         excluded_rows: The rows that do not match the filters now.
         null_rows: The rows of which a value is NULL and stays NULL.
         blank_rows: The rows of which a value is the empty string and stays so.
@@ -817,7 +773,6 @@ class Controls:
 
     Attributes:
         sampled: The rows of a sample that were searched for before the rotation, and all of them found.
-        entries: The entries that were recorded.
         entries_found: The entries that the ledger has.
         is_salt_right: Whether the first entry, whose text is known, was made with this salt.
         planted: The rows whose present values were entered for a moment.
@@ -840,24 +795,18 @@ class Controls:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verified:
+class Verified(Event):
     """The end of a verification.
 
     Attributes:
         number: The id of the verification; None where it did not begin.
-        rows: The rows that were searched.
         survivors: The rows whose value is in the ledger; None where this is unknown.
         survivor_keys: The keys of the first survivors.
         repaired: The survivors that have new values, in a verification that repairs.
-        controls: The tests of the search; None where there is no ledger.
         guard_hits: How often a guard met an old value.
         false_matches: The expected number of survivors that are none, because only their digests are equal.
         vacuumed_at: The last VACUUM of the table, in ISO 8601; empty where unknown.
         dead_rows: The server's estimate of dead rows, which hold old values until VACUUM removes them.
-        server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
-        server_version: The version of the server.
-        user: The user of the process that verified.
-        host: The host of that process.
         error: One sentence where it did not finish.
     """
 
@@ -914,38 +863,22 @@ class Verified:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RotationStopped:
+class RotationStopped(Event):
     """The end of a run.
 
     Attributes:
-        target: The target as the user writes it.
         rows: Rows rotated in all runs of this rotation; out of date where it is ``superseded``.
-        rows_total: Rows up to the frozen upper bound.
-        rows_total_is_exact: False where the total is the server's estimate.
         late_rows: Rows, among ``rows``, that no range has written, e.g. because they were committed late.
         unconfirmed_rows: Rows that other sessions or triggers wrote last, after the rotation's start; None
             unless it is completed.
-        ranges: Ranges committed by this run.
         seconds: The time of this run, from its start to its end, final VACUUM included.
-        seconds_total: The time of all runs.
         rows_per_second: The rate while writing: rows of this run's ranges, divided by the seconds from the
             start of the first range to the end of the last one.
-        deferrals: How often this run put a range back because another session had locked rows.
-        retries: How often this run retried a range after the server rejected it.
-        outage_seconds: The time that this run waited for the server.
         throttled_seconds: The time that throttles held this run, by the name of the throttle.
         peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
-        batch: The maximum number of rows in a range.
-        pace: The last pace of this run.
         limited_seconds: The time for which the pace applied: other sessions were at work.
-        resumed: Whether an earlier run began this rotation.
-        rejected_keys: Keys of rejected rows, each with the reason.
-        storage_before: The table's disk space when this run began; None where unknown.
-        storage: The table's disk space now; None where unknown.
         stop_reason: The reason of a stop that was requested; None for any other end.
         cancelled_by: The user who cancelled the rotation; empty where no user did.
-        error: One sentence on the error; empty where there was none.
-        superseded: Whether another process has taken the rotation over.
         spans: The key intervals that an unfinished rotation has written, in key order.
         table_rows: The rows of the whole table, if a completed rotation excludes some; None otherwise.
         table_rows_is_exact: False where that is the server's estimate.
@@ -1013,62 +946,3 @@ class RotationStopped:
             # It ends like Ctrl-C.
             return 128 + Signals.SIGINT
         return 128 + Signals[self.stop_reason] if self.stop_reason in Signals.__members__ else 1
-
-
-Event: TypeAlias = (
-    Preflighted
-    | RotationStarted
-    | RangeCompleted
-    | WorkersProgressed
-    | RangeDeferred
-    | RangeRetried
-    | RowRejected
-    | OutageStarted
-    | OutageEnded
-    | BrokerUnreachable
-    | WorkersSilent
-    | OwnerWatched
-    | ServerLogShowsValues
-    | LateCommitsAwaited
-    | LateCommitsOver
-    | LateRowsRotated
-    | ConfirmationStarted
-    | RowsConfirmed
-    | VacuumStarted
-    | Vacuumed
-    | VacuumSkipped
-    | Analyzed
-    | AnalyzeSkipped
-    | ReindexStarted
-    | IndexRebuilt
-    | ReindexSkipped
-    | ReceiverFailed
-    | LimitRaised
-    | LockHeld
-    | PaceChanged
-    | Throttled
-    | ThrottleEnded
-    | LimitsChanged
-    | HorizonHeld
-    | DrainStarted
-    | LedgerStarted
-    | LedgerProgressed
-    | LedgerReady
-    | GuardAdded
-    | LeakedValuesFound
-    | VerificationStarted
-    | VerificationProgressed
-    | Verified
-    | Tick
-    | RotationStopped
-)
-
-Observer: TypeAlias = Callable[[Event], None]
-
-
-def ignore(_event: Event) -> None:
-    """Do nothing: the observer of a run that no one watches."""
-
-
-OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
-"""The worker awaits it after each commit of rows, before its next range."""

@@ -3,13 +3,13 @@
 import re
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, assert_never
+from typing import Final, Literal, TypeAlias
 
 from rotator import events
 from rotator.ranges import Key, KeyInterval
@@ -122,6 +122,7 @@ State: TypeAlias = Literal[
     "loading",
     "verifying",
 ]
+_AFTER_COMPLETION: Final[tuple[State, ...]] = ("vacuuming", "reindexing", "verifying")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,20 +134,15 @@ class Stats:
 
     Attributes:
         clock: Returns monotonic seconds.
-        started: The start of the rotation in this run; None before it.
         rows_done: Rows done in all runs; can exceed the total.
-        retry_reasons: The reasons of the retries, each once.
         outage_since: The start of the current outage; None while the server is reachable.
         outage_budget_seconds: The longest time that the run waits in that outage.
         outage_seconds: The time of all outages before.
         pace: The present pace; None before it has changed.
         throttles: The reasons of the throttles that hold the run now, by their names.
-        throttled_seconds: The time of all throttles that have ended, by their names.
         holders: The transactions that the run waits for.
         lock_holders: The sessions that have blocked ranges for some seconds.
-        loading: Whether old values are being entered into the ledger.
-        loaded_rows: The rows whose values this run has entered.
-        verifying: Whether the table is being searched for old values.
+        loaded_rows: The rows whose old values this run has entered into the ledger.
         table_rows: The rows of the whole table and whether they are counted; None where unknown.
     """
 
@@ -167,16 +163,9 @@ class Stats:
     vacuum_seconds: float = 0.0
     pace: events.PaceChanged | None = None
     throttles: dict[str, str] = field(default_factory=dict)
-    throttled_seconds: dict[str, float] = field(default_factory=dict)
     holders: tuple[str, ...] = ()
     lock_holders: tuple[str, ...] = ()
-    draining: bool = False
-    confirming: bool = False
-    vacuuming: bool = False
-    reindexing: bool = False
-    loading: bool = False
     loaded_rows: int = 0
-    verifying: bool = False
     verification: events.Verified | None = None
     leaked: events.LeakedValuesFound | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -186,9 +175,12 @@ class Stats:
     analyze_statement: str = ""
     reindex_statements: tuple[str, ...] = ()
     table_rows: tuple[int | None, bool] = (None, True)
+    _phase: State = "rotating"
+    _is_draining: bool = False
     _rate: RecentRate = field(default_factory=RecentRate)
     _limited_seconds: float = 0.0
     _pace_at: float = 0.0
+    _throttled_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _throttled_since: dict[str, float] = field(default_factory=dict)
     _held_since: float | None = None
     _held_seconds: float = 0.0
@@ -203,7 +195,7 @@ class Stats:
         self._began_at = self.clock()
 
     def take(self, event: events.Event) -> None:  # noqa: C901, PLR0912, PLR0915 - one case for each event
-        """Count an event."""
+        """Count an event; one without a case changes no figure."""
         match event:
             case events.RotationStarted():
                 self.started = event
@@ -235,7 +227,7 @@ class Stats:
             case events.OutageEnded():
                 self.rows_done, self.late_rows = event.rows_done, event.late_rows
                 self.outage_since, self.outage_seconds = None, self.outage_seconds + event.seconds
-                self.confirming = self.loading = False
+                self._phase = "rotating"
                 # These rows are in gaps, so they are retried.
                 self.rejected_keys.clear()
                 self._rate.restart()
@@ -251,8 +243,7 @@ class Stats:
             case events.ThrottleEnded():
                 self.throttles.pop(event.source, None)
                 self._throttled_since.pop(event.source, None)
-                before = self.throttled_seconds.get(event.source, 0.0)
-                self.throttled_seconds[event.source] = before + event.seconds
+                self._throttled_seconds[event.source] += event.seconds
                 if not self.throttles and self._held_since is not None:
                     self._held_seconds += self.clock() - self._held_since
                     self._held_since = None
@@ -263,56 +254,35 @@ class Stats:
             case events.LateCommitsOver():
                 self.holders = ()
             case events.ConfirmationStarted():
-                self.confirming = True
+                self._phase = "confirming"
             case events.RowsConfirmed():
                 self.unconfirmed_rows = event.unconfirmed
             case events.VacuumStarted():
-                self.vacuuming = True
+                self._phase = "vacuuming"
             case events.Vacuumed():
                 self.vacuums += 1
                 self.vacuum_seconds += event.seconds
             case events.AnalyzeSkipped():
                 self.analyze_statement = event.statement
             case events.ReindexStarted():
-                self.reindexing = True
+                self._phase = "reindexing"
             case events.LedgerStarted():
-                self.loading, self.loaded_rows = True, 0
+                self._phase, self.loaded_rows = "loading", 0
             case events.LedgerProgressed():
                 self.loaded_rows += event.rows
             case events.LedgerReady():
-                self.loading = False
+                self._phase = "rotating"
             case events.VerificationStarted():
-                self.verifying = True
+                self._phase = "verifying"
             case events.Verified():
                 self.verification = event
             case events.LeakedValuesFound():
                 self.leaked = event
             case events.DrainStarted():
-                self.draining = True
+                self._is_draining = True
             case events.RotationStopped():
                 # The database's count, which is that of the checkpoints.
                 self.rows_done, self.late_rows = event.rows, event.late_rows
-            case (
-                events.Preflighted()
-                | events.BrokerUnreachable()
-                | events.WorkersSilent()
-                | events.OwnerWatched()
-                | events.ServerLogShowsValues()
-                | events.VacuumSkipped()
-                | events.Analyzed()
-                | events.IndexRebuilt()
-                | events.ReindexSkipped()
-                | events.ReceiverFailed()
-                | events.LimitRaised()
-                | events.LimitsChanged()
-                | events.HorizonHeld()
-                | events.GuardAdded()
-                | events.VerificationProgressed()
-                | events.Tick()
-            ):
-                pass
-            case _:
-                assert_never(event)
 
     def _add_ranges(self, ranges: int, rows: int, seconds: float) -> None:
         now = self.clock()
@@ -354,14 +324,12 @@ class Stats:
         """The current activity of the run."""
         activities: tuple[tuple[State, bool], ...] = (
             ("outage", self.outage_since is not None),
-            ("verifying", self.verifying),
-            ("reindexing", self.reindexing),
-            ("vacuuming", self.vacuuming),
+            (self._phase, self._phase in _AFTER_COMPLETION),
             ("late_commits", bool(self.holders)),
-            ("draining", self.draining),
-            ("confirming", self.confirming),
+            ("draining", self._is_draining),
+            ("confirming", self._phase == "confirming"),
             ("throttled", bool(self.throttles)),
-            ("loading", self.loading),
+            ("loading", self._phase == "loading"),
             ("finishing", self.rows_total_is_exact and self.rows_done >= self.rows_total),
         )
         return next((state for state, is_current in activities if is_current), "rotating")
@@ -391,10 +359,10 @@ class Stats:
     @property
     def throttled_so_far(self) -> dict[str, float]:
         """The seconds that each throttle has held the run until now, by its name."""
-        now = self.clock()
-        current = {source: now - since for source, since in self._throttled_since.items()}
-        names = [*self.throttled_seconds, *(name for name in current if name not in self.throttled_seconds)]
-        return {name: self.throttled_seconds.get(name, 0.0) + current.get(name, 0.0) for name in names}
+        now, so_far = self.clock(), self._throttled_seconds.copy()
+        for source, since in self._throttled_since.items():
+            so_far[source] += now - since
+        return so_far
 
     @property
     def rows_per_second(self) -> float | None:

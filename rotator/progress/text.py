@@ -1,7 +1,7 @@
 """Formats and sentences that all kinds of progress share."""
 
 from datetime import UTC, datetime
-from typing import Final, assert_never
+from typing import Final
 
 from rotator import events
 from rotator.options import LARGE_BATCH
@@ -103,12 +103,7 @@ ACTIVITIES: Final[dict[State, str]] = {
 
 
 def notice(event: events.Event, stats: Stats) -> str:
-    """Return the line for a notable event, or an empty text.
-
-    Args:
-        event: The event.
-        stats: The figures before it.
-    """
+    """Return the line for a notable event, with the figures before it; empty for any other event."""
     return one_line(_notice(event, stats))
 
 
@@ -216,24 +211,8 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
         case events.DrainStarted():
             cause = stopped_by(event.reason, event.by) if event.by else event.reason
             return f"{cause}: draining; ranges in flight are committed, and no new ones start"
-        case (
-            events.Preflighted()
-            | events.RangeCompleted()
-            | events.WorkersProgressed()
-            | events.RangeDeferred()
-            | events.LateCommitsOver()
-            | events.ConfirmationStarted()
-            | events.Vacuumed()
-            | events.Analyzed()
-            | events.LedgerProgressed()
-            | events.VerificationProgressed()
-            | events.Verified()
-            | events.Tick()
-            | events.RotationStopped()
-        ):
-            return ""
         case _:
-            assert_never(event)
+            return ""
 
 
 def _started(event: events.RotationStarted) -> str:
@@ -347,12 +326,7 @@ def progress_rows(stats: Stats) -> str:
 
 
 def stopped_by(reason: events.StopReason | None, by: str = "") -> str:
-    """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after``; empty without one.
-
-    Args:
-        reason: The reason.
-        by: The user who cancelled the rotation, for ``cancelled by USER``.
-    """
+    """Return the reason of a stop as a phrase, e.g. ``stopped by --stop-after`` or ``cancelled by USER``."""
     if reason is events.StopReason.CANCEL and by:
         return f"cancelled by {by}"
     return f"stopped by {reason}" if reason else ""
