@@ -51,7 +51,7 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity
 from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.values import FromRows
-from rotator.progress.log import LogObserver
+from rotator.progress.lines import LogObserver
 from rotator.progress.text import stopped_by
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.leaked_rows import count_leaked

@@ -35,7 +35,7 @@ from rotator.exceptions import (
 from rotator.models import Helper, Ledger, Rotation
 from rotator.postgres.fence import Lease
 from rotator.postgres.spans import LEASE_SECONDS
-from rotator.progress.log import LogObserver
+from rotator.progress.lines import LogObserver
 from rotator.runner.aio import run_in_daemon_thread
 from rotator.runner.context import AskForHelp, ShouldStop
 from rotator.runner.runner import program_error

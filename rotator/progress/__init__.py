@@ -11,9 +11,7 @@ from typing import Final, Literal, TextIO, TypeAlias, get_args
 
 from rotator.events import Observer, ignore
 from rotator.progress.bar import BAR_CHARACTERS, BarObserver, terminal_columns
-from rotator.progress.jsonlines import JsonObserver
-from rotator.progress.lines import LinesObserver
-from rotator.progress.log import LogObserver
+from rotator.progress.lines import JsonObserver, LinesObserver, LogObserver
 
 ProgressKind: TypeAlias = Literal["auto", "bar", "lines", "json", "log", "none"]
 _MIN_COLUMNS: Final = 20

@@ -204,16 +204,30 @@ class BarObserver:
     def _finish(self, event: RotationStopped) -> None:
         if self._handle is None:
             return
-        if event.status == "completed":
-            self._end(self._stats.rows_total, fitting(completed_texts(event), self._room()))
-        else:
-            self._end_unfinished(f"{event.status} after {duration(event.seconds)}", event.status)
+        total_time = duration(event.seconds)
+        if event.status != "completed":
+            self._end_unfinished(f"{event.status} after {total_time}", event.status)
+            return
+        rows = plural(event.rows, "row")
+        texts = [
+            f"{rows}  100%  in {total_time}, {rate(event.rows_per_second)} rows/s while writing",
+            f"{rows}  100%  in {total_time}",
+            f"100%  in {total_time}",
+            "100%",
+        ]
+        self._end(self._stats.rows_total, fitting(texts, self._room()))
 
     def _end_unfinished(self, how: str, how_in_short: str) -> None:
+        percent = f"{self._stats.percent}%"
+        texts = [
+            f"{progress_rows(self._stats)} rows  {percent}  {how}",
+            f"{percent}  {how}",
+            f"{percent}  {how_in_short}",
+            percent,
+        ]
         # alive-progress marks a bar that ends before its total, so it must not reach it.
         position = min(self._position, self._stats.rows_total - 1)
-        room = self._room() - len(_UNFINISHED_MARK)
-        self._end(position, fitting(unfinished_texts(self._stats, how, how_in_short), room))
+        self._end(position, fitting(texts, self._room() - len(_UNFINISHED_MARK)))
 
     def _end(self, position: int, text: str) -> None:
         self._move(position)
@@ -275,28 +289,6 @@ def _tail(stats: Stats, room: int) -> str:
         ],
         room,
     )
-
-
-def completed_texts(event: RotationStopped) -> list[str]:
-    """Return the texts next to the bar of a completed run, the longest first."""
-    rows, total_time = plural(event.rows, "row"), duration(event.seconds)
-    return [
-        f"{rows}  100%  in {total_time}, {rate(event.rows_per_second)} rows/s while writing",
-        f"{rows}  100%  in {total_time}",
-        f"100%  in {total_time}",
-        "100%",
-    ]
-
-
-def unfinished_texts(stats: Stats, how: str, how_in_short: str) -> list[str]:
-    """Return the texts next to the bar of an unfinished run, the longest first."""
-    percent = f"{stats.percent}%"
-    return [
-        f"{progress_rows(stats)} rows  {percent}  {how}",
-        f"{percent}  {how}",
-        f"{percent}  {how_in_short}",
-        percent,
-    ]
 
 
 def fitting(texts: list[str], room: int) -> str:

@@ -1,38 +1,77 @@
-"""Progress as plain lines."""
+"""Progress as plain lines, as JSON lines, and as log records of ``logging``. docs/output.md has all of them."""
 
+import json
+import logging
 import os
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Final, TextIO
 
 from rotator.events import (
+    AnalyzeSkipped,
+    BrokerUnreachable,
     Event,
+    LedgerProgressed,
+    LockHeld,
+    OutageStarted,
+    PaceChanged,
     Preflighted,
     RangeCompleted,
+    RangeDeferred,
+    RangeRetried,
+    ReceiverFailed,
+    ReindexSkipped,
+    RotationStarted,
     RotationStopped,
+    RowRejected,
+    ServerLogShowsValues,
     Tick,
     VerificationProgressed,
+    Verified,
     WorkersProgressed,
+    WorkersSilent,
 )
-from rotator.progress.preflight import preflight
-from rotator.progress.summary import unchanged_rows
+from rotator.progress.preflight import estimate_wal, preflight
+from rotator.progress.summary import (
+    report,
+    unchanged_rows,
+    verdict,
+    verification_report,
+    verification_verdict,
+)
 from rotator.progress.text import (
+    HIDDEN,
     activity,
     duration,
     notice,
+    one_line,
     pace,
     plural,
     progress_rows,
     rate,
+    stopped_by,
     waiting_for_locks,
 )
+from rotator.ranges import Key
 from rotator.stats import Stats
 
 FIGURES_SECONDS: Final = 30.0
+_WARNINGS: Final = (
+    AnalyzeSkipped
+    | BrokerUnreachable
+    | OutageStarted
+    | ReceiverFailed
+    | ReindexSkipped
+    | RowRejected
+    | ServerLogShowsValues
+    | WorkersSilent
+)
 
 
 def utc_now() -> datetime:
@@ -94,20 +133,19 @@ def _discard(stream: TextIO) -> None:
 
 
 class NotableEvents(ABC):
-    """Writes one text for each notable event, and one with the figures every ``every_seconds``.
+    """Writes one text for each notable event, and one with the figures every ``every_seconds``."""
 
-    Args:
-        clock: Returns monotonic seconds.
-        every_seconds: The time between two texts with figures.
-    """
-
-    def __init__(self, *, clock: Callable[[], float], every_seconds: float) -> None:
+    def __init__(self, clock: Callable[[], float], every_seconds: float = FIGURES_SECONDS) -> None:
         self._timer = Timer(every_seconds, clock)
         self._stats = Stats(clock=clock)
 
     @abstractmethod
     def write(self, text: str, event: Event) -> None:
         """Write a text; figures come with an event that is not notable."""
+
+    @abstractmethod
+    def ended(self, event: RotationStopped) -> str:
+        """Return the text at the end of the run."""
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
@@ -122,14 +160,8 @@ class NotableEvents(ABC):
                     text = f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
             case RotationStopped():
                 text = self.ended(event)
-            case _:
-                pass
         if text:
             self.write(text, event)
-
-    @abstractmethod
-    def ended(self, event: RotationStopped) -> str:
-        """Return the text at the end of the run."""
 
 
 class LinesObserver(NotableEvents):
@@ -139,7 +171,6 @@ class LinesObserver(NotableEvents):
         stream: The raw stream, not one that adds line ends.
         clock: Returns monotonic seconds.
         wall_clock: Returns the time of day with its time zone.
-        every_seconds: The time between two lines of figures.
     """
 
     def __init__(
@@ -150,7 +181,7 @@ class LinesObserver(NotableEvents):
         wall_clock: Callable[[], datetime] = utc_now,
         every_seconds: float = FIGURES_SECONDS,
     ) -> None:
-        super().__init__(clock=clock, every_seconds=every_seconds)
+        super().__init__(clock, every_seconds)
         self._sink = Sink(stream)
         self._wall_clock = wall_clock
 
@@ -175,6 +206,145 @@ class LinesObserver(NotableEvents):
         )
 
 
+class LogObserver(NotableEvents):
+    """Logs notable events, the figures and the result, each with its fields.
+
+    Args:
+        hides_keys: Whether the records contain no keys of rows.
+        clock: Returns monotonic seconds.
+    """
+
+    def __init__(self, *, hides_keys: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
+        self._logger = logging.getLogger("rotator")
+        self._hides_keys = hides_keys
+        self._target = ""
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        if isinstance(event, RotationStarted):
+            self._target = event.target
+        if self._hides_keys and isinstance(event, RowRejected):
+            event = replace(event, key=Key("…"))
+        if self._hides_keys and isinstance(event, RotationStopped | Verified) and event.error:
+            event = replace(event, error=HIDDEN)
+        super().__call__(event)
+        if isinstance(event, Verified):
+            self.write(verification_verdict(event), event)
+
+    def write(self, text: str, event: Event) -> None:
+        """Log one record."""
+        is_failed = isinstance(event, RotationStopped | Verified) and event.exit_status != 0
+        self._logger.log(
+            logging.WARNING if is_failed or isinstance(event, _WARNINGS) else logging.INFO,
+            "%s",
+            text,
+            extra={
+                "event": event_name(type(event)),
+                # A verification that is resumed has no start of a rotation.
+                "rotation": self._stats.rotation or getattr(event, "rotation", None),
+                "target": self._target or getattr(event, "target", ""),
+                "reason": _reason(event),
+                **figures_as_json(self._stats),
+            },
+        )
+
+    def ended(self, event: RotationStopped) -> str:
+        """Return the result with its reason, since no summary follows."""
+        return f"{verdict(event)} {one_line(_reason(event))}".rstrip()
+
+
+def _reason(event: Event) -> str:
+    match event:
+        case RotationStopped():
+            return event.error or stopped_by(event.stop_reason, event.cancelled_by)
+        case Verified():
+            return event.error
+        case _:
+            return str(getattr(event, "reason", ""))
+
+
+class JsonObserver:
+    """Writes one JSON object for each notable event, and one with the figures every ``every_seconds``.
+
+    Every line has ``event``, ``at`` (UTC, ISO 8601) and ``rotation`` (null until it is known). An event
+    without a case has the fields of its class. Keys are only ever added.
+
+    Args:
+        stream: The raw stream, not one that adds line ends.
+        clock: Returns monotonic seconds.
+        wall_clock: Returns the time of day with its time zone.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], datetime] = utc_now,
+        every_seconds: float = 1.0,
+    ) -> None:
+        self._sink = Sink(stream)
+        self._wall_clock = wall_clock
+        self._timer = Timer(every_seconds, clock)
+        self._stats = Stats(clock=clock)
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        self._stats.take(event)
+        match event:
+            case RangeCompleted() | WorkersProgressed() | Tick():
+                if self._stats.started and self._timer.restart_if_due():
+                    self._write(event, figures_as_json(self._stats))
+            case (
+                RangeDeferred()
+                | RangeRetried()
+                | PaceChanged(is_new=False)
+                | LockHeld(is_new=False)
+                | LedgerProgressed()
+                | VerificationProgressed()
+            ):
+                # These are frequent, and the figures contain them.
+                pass
+            case Preflighted(findings=findings):
+                wal = estimate_wal(findings.table, findings.server, findings.rows_left)
+                estimates = {
+                    "wal_bytes": wal.wal_bytes,
+                    "forced_checkpoints": wal.forced_checkpoints,
+                    "estimated_seconds": findings.estimated_seconds,
+                }
+                self._write(event, asdict(findings) | estimates)
+            case RotationStarted():
+                stopped_at = event.stopped_at and _iso(event.stopped_at)
+                self._write(event, asdict(event) | {"stopped_at": stopped_at, "resumed": event.resumed})
+            case Verified():
+                self._write(event, verification_report(event))
+            case RotationStopped():
+                self._write(event, report(event))
+            case _:
+                self._write(event, asdict(event))
+
+    def _write(self, event: Event, facts: dict[str, object]) -> None:
+        head = {
+            "event": event_name(type(event)),
+            "at": _iso(self._wall_clock()),
+            "rotation": self._stats.rotation,
+        }
+        self._sink.write_line(json.dumps(head | facts))
+
+
+def event_name(kind: type[Event]) -> str:
+    """Return the name of a type of event as it is in JSON and in log records, e.g. ``row_rejected``."""
+    if kind in (RangeCompleted, WorkersProgressed, Tick, VerificationProgressed):
+        return "progress"
+    names = {Preflighted: "preflight", RotationStarted: "started", RotationStopped: "stopped"}
+    return names.get(kind) or re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+def _iso(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
 def figures(stats: Stats) -> str:
     """Return the figures as one line."""
     parts = [f"{progress_rows(stats)} rows ({stats.percent}%)"]
@@ -195,3 +365,29 @@ def figures(stats: Stats) -> str:
     if stats.pace is not None and stats.pace.is_limited:
         parts.append(pace(stats.pace))
     return ", ".join(parts)
+
+
+def figures_as_json(stats: Stats) -> dict[str, object]:
+    """Return the figures as JSON types; ``rows_done`` may exceed the total, ``percent`` not 100."""
+    return {
+        "state": stats.state,
+        "rows_done": stats.rows_done,
+        "rows_total": stats.rows_total,
+        "rows_total_is_exact": stats.rows_total_is_exact,
+        "percent": stats.percent,
+        "rows_per_second": _rounded(stats.rows_per_second),
+        "eta_seconds": _rounded(stats.eta_seconds),
+        "late_rows": stats.late_rows,
+        "deferrals": stats.deferrals,
+        "retries": stats.retries,
+        "rejected_rows": len(stats.rejected_keys),
+        "outage_left_seconds": _rounded(stats.outage_left_seconds),
+        "lock_holders": list(stats.lock_holders),
+        "pace": stats.pace and asdict(stats.pace),
+        "throttles": dict(stats.throttles),
+        "throttled_seconds": {name: round(s, 3) for name, s in stats.throttled_so_far.items()},
+    }
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 3)

@@ -1,9 +1,9 @@
-"""The summary of a run, as text and as JSON."""
+"""The results of a run and of a verification, as text and as JSON."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Final
 
-from rotator.events import LeakedValuesFound, RotationStopped, RunFacts
+from rotator.events import Controls, Coverage, RotationStopped, Verified
 from rotator.progress.text import (
     OLD_STATISTICS,
     REJECTED_ROWS_NAMED,
@@ -11,6 +11,7 @@ from rotator.progress.text import (
     count,
     done_of_total,
     duration,
+    fact_lines,
     leaked_values,
     one_line,
     plural,
@@ -19,9 +20,9 @@ from rotator.progress.text import (
     stopped_by,
     unconfirmed,
 )
-from rotator.progress.verification import verification_report, verification_summary
 
 SPANS_NAMED: Final = 5
+KEYS_NAMED: Final = 20
 STATEMENTS_SHOWN: Final = 10
 # The report has them in another form, except for superseded.
 _NOT_REPORTED: Final = ("storage_before", "storage", "run", "stop_reason", "cancelled_by", "superseded")
@@ -30,56 +31,30 @@ _NOT_REPORTED: Final = ("storage_before", "storage", "run", "stop_reason", "canc
 def report(event: RotationStopped) -> dict[str, object]:
     """Return the account of a run as JSON types; these keys are an interface and only ever added to.
 
-    Seconds and rows per second are rounded to a thousandth. ``rows_per_second`` is the rate while writing:
-    from the start of the first range to the end of the last one. ``rejected_keys`` contains objects with the
-    ``key`` (the server's own JSON array text) and the ``reason``. Sizes are null where the server was
-    unreachable.
+    Sizes are null where the server was unreachable.
     """
     figures = {each.name: getattr(event, each.name) for each in fields(event)}
+    before, now, run = event.storage_before, event.storage, event.run
     return {
         name: round(value, 3) if isinstance(value, float) else value
         for name, value in figures.items()
         if name not in _NOT_REPORTED
     } | {
         "throttled_seconds": {name: round(s, 3) for name, s in event.throttled_seconds.items()},
-        "heap_bytes_before": event.storage_before and event.storage_before.heap_bytes,
-        "heap_bytes": event.storage and event.storage.heap_bytes,
-        "index_bytes_before": event.storage_before and event.storage_before.index_bytes,
-        "index_bytes": event.storage and event.storage.index_bytes,
-        "dead_rows": event.storage and event.storage.dead_rows,
+        "heap_bytes_before": before and before.heap_bytes,
+        "heap_bytes": now and now.heap_bytes,
+        "index_bytes_before": before and before.index_bytes,
+        "index_bytes": now and now.index_bytes,
+        "dead_rows": now and now.dead_rows,
         "rejected_keys": [{"key": key, "reason": reason} for key, reason in event.rejected_keys],
         "reason": stopped_by(event.stop_reason, event.cancelled_by),
-        "spans": [{"after": span.after, "through": span.through} for span in event.spans],
-        "indexes": _indexes(event),
+        "spans": [asdict(span) for span in event.spans],
+        "indexes": [
+            {"name": name, "bytes_before": bytes_before, "bytes": bytes_now}
+            for name, bytes_before, bytes_now in _indexes(event)
+        ],
         "reindex_statements": list(event.reindex_statements),
         "unchanged_rows": event.table_rows and max(0, event.table_rows - event.rows),
-        **_run(event.run),
-        "verification": event.verification and verification_report(event.verification),
-        "leaked": event.leaked and leaked_report(event.leaked),
-    }
-
-
-def leaked_report(event: LeakedValuesFound) -> dict[str, object]:
-    """Return the leaked values that rows had as JSON types: numbers of lines, never values."""
-    return {
-        "values": event.values,
-        "found": event.found,
-        "found_lines": list(event.found_lines),
-        "other_lines": list(event.other_lines),
-    }
-
-
-def _indexes(event: RotationStopped) -> list[dict[str, object]]:
-    earlier = event.storage_before.indexes if event.storage_before else ()
-    before = {index.name: index.size_bytes for index in earlier}
-    return [
-        {"name": index.name, "bytes_before": before.get(index.name), "bytes": index.size_bytes}
-        for index in (event.storage.indexes if event.storage else ())
-    ]
-
-
-def _run(run: RunFacts) -> dict[str, object]:
-    return {
         "started_at": run.started_at.isoformat(timespec="milliseconds"),
         "ended_at": run.ended_at.isoformat(timespec="milliseconds"),
         "user": run.user,
@@ -90,16 +65,23 @@ def _run(run: RunFacts) -> dict[str, object]:
         "excludes": list(run.selection.excludes),
         "generator": run.selection.generator,
         "include_null": run.selection.include_null,
+        "verification": event.verification and verification_report(event.verification),
+        "leaked": event.leaked and asdict(event.leaked),
     }
+
+
+def _indexes(event: RotationStopped) -> list[tuple[str, int | None, int]]:
+    """Return the name of each index with its size before the run, where it is known, and now."""
+    earlier = event.storage_before.indexes if event.storage_before else ()
+    before = {index.name: index.size_bytes for index in earlier}
+    indexes = event.storage.indexes if event.storage else ()
+    return [(index.name, before.get(index.name), index.size_bytes) for index in indexes]
 
 
 def summary(event: RotationStopped, *, resume_command: str | None = None) -> str:
     """Return the summary as text of several lines, without a final line end.
 
-    Args:
-        event: The account of the run.
-        resume_command: The command that resumes the rotation; shown only where it is unfinished and no other
-            process owns it.
+    The command that resumes the rotation is shown where it is unfinished and no other process owns it.
     """
     lines = [verdict(event)]
     if event.stop_reason:
@@ -107,7 +89,7 @@ def summary(event: RotationStopped, *, resume_command: str | None = None) -> str
         lines.append(one_line(f"{reason[0].upper()}{reason[1:]}."))
     if event.error:
         lines.append(one_line(event.error))
-    lines += [f"  {label:<12} {value}" for label, value in _facts(event)]
+    lines += fact_lines(_facts(event))
     if event.rejected_keys:
         lines += _rejected(event)
     if event.analyze_statement:
@@ -183,13 +165,19 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
     ranges = f"{count(event.ranges)} of up to {plural(event.batch, 'row')}"
     speed = f"{rate(event.rows_per_second)} rows/s while writing"
     throttles = event.throttled_seconds.items()
-    facts = [
+    leaked = leaked_values(event.leaked) if event.leaked else ""
+    if event.leaked and event.rows > event.rows_this_run:
+        leaked += "; earlier runs rotated rows, too"
+    pace = event.pace
+    if event.limited_seconds:
+        pace += f"; limited for {duration(event.limited_seconds)}: other sessions were at work"
+    return [
         ("rows", rows),
-        ("leaked", _leaked(event)),
+        ("leaked", leaked),
         ("keys", one_line(_keys(event)) if event.spans else ""),
         ("ranges", "" if event.leaked else ranges),
         ("workers", count(event.concurrency)),
-        ("pace", _pace(event)),
+        ("pace", pace),
         ("time", seconds),
         ("rate", "" if event.leaked else speed),
         ("deferrals", count(event.deferrals)),
@@ -199,20 +187,6 @@ def _facts(event: RotationStopped) -> list[tuple[str, str]]:
         *_disk(event),
         ("peak memory", size(event.peak_memory_bytes) if event.peak_memory_bytes else ""),
     ]
-    return [(label, value) for label, value in facts if value]
-
-
-def _leaked(event: RotationStopped) -> str:
-    if event.leaked is None:
-        return ""
-    earlier = "; earlier runs rotated rows, too" if event.rows > event.rows_this_run else ""
-    return f"{leaked_values(event.leaked)}{earlier}"
-
-
-def _pace(event: RotationStopped) -> str:
-    if not event.limited_seconds:
-        return event.pace
-    return f"{event.pace}; limited for {duration(event.limited_seconds)}: other sessions were at work"
 
 
 def _disk(event: RotationStopped) -> list[tuple[str, str]]:
@@ -235,7 +209,7 @@ def _growth(before_bytes: int, now_bytes: int) -> str:
 
 def _reindex(event: RotationStopped) -> list[str]:
     """Return the statements that make the indexes smaller, and what they need."""
-    largest = max((index.size_bytes for index in event.storage.indexes), default=0) if event.storage else 0
+    largest = max((bytes_now for _, _, bytes_now in _indexes(event)), default=0)
     shown = event.reindex_statements[:STATEMENTS_SHOWN]
     lines = [
         (
@@ -252,10 +226,9 @@ def _reindex(event: RotationStopped) -> list[str]:
 
 def _growth_of_index(event: RotationStopped, statement: str) -> str:
     """Return the growth of a statement's index as a comment; empty where it is unknown."""
-    for index in _indexes(event):
-        before, now = index["bytes_before"], index["bytes"]
-        if statement.endswith(f" {index['name']};") and isinstance(before, int) and isinstance(now, int):
-            return f" -- {_growth(before, now)}"
+    for name, bytes_before, bytes_now in _indexes(event):
+        if bytes_before is not None and statement.endswith(f" {name};"):
+            return f" -- {_growth(bytes_before, bytes_now)}"
     return ""
 
 
@@ -266,3 +239,97 @@ def _rejected(event: RotationStopped) -> list[str]:
     if len(keys) > REJECTED_ROWS_NAMED:
         lines.append(f"  and {count(len(keys) - REJECTED_ROWS_NAMED)} more")
     return lines
+
+
+def verification_report(event: Verified) -> dict[str, object]:
+    """Return a verification as JSON types; these keys are an interface and only ever added to."""
+    return {"result": verification_verdict(event), **event.to_json()}
+
+
+def verification_summary(event: Verified) -> str:
+    """Return the result as text of several lines, without a final line end."""
+    facts = _covered(event.coverage) if event.coverage else []
+    if event.survivors is None:
+        facts.append(("survivors", "unknown"))
+    else:
+        facts += [
+            ("searched", plural(event.rows, "row")),
+            ("survivors", _survivors(event)),
+            ("false hits", f"{event.false_matches:.1g} expected among them, by chance"),
+        ]
+    vacuumed = f"{event.vacuumed_at}, about {count(event.dead_rows)} dead rows now"
+    facts += [
+        ("repaired", plural(event.repaired, "row") if event.repaired else ""),
+        ("controls", _controlled(event.controls) if event.controls else ""),
+        ("guard", f"{plural(event.guard_hits, 'write')} of old values stopped" if event.guard_hits else ""),
+        ("vacuumed", vacuumed if event.vacuumed_at else ""),
+    ]
+    return "\n".join([verification_verdict(event), *fact_lines(facts)])
+
+
+def verification_verdict(event: Verified) -> str:
+    """Return the result in one sentence."""
+    name = f"rotation {event.rotation} of {event.target}"
+    if event.error:
+        return (
+            f"Not verified: the verification of {name} did not finish. {one_line(event.error)} "
+            f"Run: manage.py verify_rotation {event.rotation}"
+        )
+    if event.controls is not None and not event.controls.have_passed:
+        return f"Not verified: a control of {name} failed, so its search proves nothing."
+    if event.survivors:
+        return (
+            f"Not verified: {plural(event.survivors, 'row')} of {event.target} "
+            f"{'has' if event.survivors == 1 else 'have'} an old value of rotation {event.rotation}. "
+            f"Run: manage.py verify_rotation {event.rotation} --repair"
+        )
+    if event.coverage is not None and not event.coverage.is_whole:
+        return f"Not verified: {name} has not written every row."
+    if event.survivors is None:
+        return (
+            f"Not verified: it is unknown whether old values of {name} have survived, because it has no "
+            "ledger. Use --prove with the next rotation."
+        )
+    return f"Verified: no row of {event.target} has an old value of rotation {event.rotation}."
+
+
+def _covered(coverage: Coverage) -> list[tuple[str, str]]:
+    facts = [("status", coverage.status)]
+    if coverage.unknown:
+        facts.append(("written", f"unknown: {coverage.unknown}"))
+    else:
+        facts += [
+            ("written", f"{plural(coverage.confirmed_rows or 0, 'row')} confirmed"),
+            ("", unconfirmed(coverage.unconfirmed_rows)),
+            ("not written", f"{plural(coverage.older_rows or 0, 'row')} since the start"),
+        ]
+    gaps = ", ".join(map(str, coverage.gaps[:KEYS_NAMED]))
+    rejected = [f"{key}: {reason}" for key, reason in coverage.rejected_keys[:KEYS_NAMED]]
+    return [
+        *facts,
+        ("in gaps", f"{plural(coverage.gap_rows, 'row')}{f': {gaps}' if gaps else ''}"),
+        ("rejected", "; ".join([plural(len(coverage.rejected_keys), "row"), *rejected])),
+        ("excluded", f"{plural(coverage.excluded_rows, 'row')} that do not match the filters now"),
+        ("kept", f"{plural(coverage.null_rows, 'row')} with NULL, {count(coverage.blank_rows)} with ''"),
+    ]
+
+
+def _survivors(event: Verified) -> str:
+    named = ", ".join(event.survivor_keys[:KEYS_NAMED])
+    more = (event.survivors or 0) - min(KEYS_NAMED, len(event.survivor_keys))
+    return (
+        f"{plural(event.survivors or 0, 'row')}{f': {named}' if named else ''}"
+        f"{f', and {count(more)} more' if more > 0 and named else ''}"
+    )
+
+
+def _controlled(controls: Controls) -> str:
+    known = "" if controls.is_salt_right else "; the salt is NOT the one of its entries"
+    sampled = f"{count(controls.sampled)} of {count(controls.sampled)} sampled rows found"
+    if not controls.sampled:
+        sampled = "no row was unchanged since the start, to be sampled,"
+    return (
+        f"{sampled} before the rotation; "
+        f"{count(controls.planted_found)} of {count(controls.planted)} planted values found; "
+        f"{count(controls.entries_found)} of {count(controls.entries)} entries in the ledger{known}"
+    )

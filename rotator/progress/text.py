@@ -1,5 +1,6 @@
 """Formats and sentences that all kinds of progress share."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -81,6 +82,11 @@ def moment(at: datetime) -> str:
 def one_line(text: str) -> str:
     """Return the text without line ends and control characters, which names and reasons may contain."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+def fact_lines(facts: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each pair of a label and a text that is not empty."""
+    return [f"  {label:<12} {one_line(text)}" for label, text in facts if text]
 
 
 GUARD_EFFECTS: Final = {

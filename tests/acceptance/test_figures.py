@@ -20,8 +20,7 @@ from rotator.events import Event, Observer, RotationStarted, RotationStopped, Ti
 from rotator.models import CompletedRange, Rotation
 from rotator.options import RunOptions
 from rotator.progress.bar import BarObserver
-from rotator.progress.jsonlines import JsonObserver
-from rotator.progress.lines import LinesObserver
+from rotator.progress.lines import JsonObserver, LinesObserver
 from rotator.progress.summary import report, summary
 from rotator.progress.text import count, duration, rate
 from rotator.runner.context import AskForHelp

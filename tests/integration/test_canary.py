@@ -11,7 +11,7 @@ from django.test import Client, override_settings
 from django.urls import reverse
 
 from rotator.models import Measurement, Rotation
-from rotator.progress.log import LogObserver
+from rotator.progress.lines import LogObserver
 from tests.integration.outcomes import rotate_tickets
 from tests.integration.rotation_tables import Database
 

@@ -30,7 +30,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres import survivors
 from rotator.postgres.errors import ANSWER_SECONDS
 from rotator.postgres.table import TargetTable
-from rotator.progress.verification import verification_summary
+from rotator.progress.summary import verification_summary
 from rotator.runner import proof, verification
 from tests.integration.killed import kill_itself, until_killed
 from tests.integration.outcomes import SHOP, EventRecorder, after_range, rotate_tickets

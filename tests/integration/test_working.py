@@ -12,7 +12,7 @@ from rotator.models import CompletedRange, Rotation, Span, Verification
 from rotator.models import Helper as HelperRow
 from rotator.options import RunOptions
 from rotator.postgres import rotations
-from rotator.progress.log import LogObserver
+from rotator.progress.lines import LogObserver
 from rotator.runner.worker import Helper
 from rotator.tasks import coordinate_rotation, help_with_rotation
 from tests.integration.outcomes import rotate_tickets

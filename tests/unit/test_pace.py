@@ -10,8 +10,7 @@ from rotator.events import Event, PaceChanged, Throttled, ThrottleEnded
 from rotator.exceptions import OptionError
 from rotator.options import PACES, RangeLimit, RunOptions
 from rotator.progress.bar import bar_text
-from rotator.progress.jsonlines import JsonObserver
-from rotator.progress.lines import figures
+from rotator.progress.lines import JsonObserver, figures
 from rotator.progress.summary import report, summary
 from rotator.progress.text import notice
 from rotator.stats import Stats

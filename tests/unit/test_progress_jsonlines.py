@@ -26,7 +26,7 @@ from rotator.events import (
     VerificationProgressed,
     WorkersProgressed,
 )
-from rotator.progress.jsonlines import JsonObserver, event_name
+from rotator.progress.lines import JsonObserver, event_name
 from rotator.progress.summary import report
 from rotator.ranges import Key
 from tests.unit.progress_fakes import Clock, completed, resumed, started, stopped

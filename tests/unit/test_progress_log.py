@@ -21,7 +21,7 @@ from rotator.events import (
     VacuumSkipped,
     VerificationStarted,
 )
-from rotator.progress.log import LogObserver
+from rotator.progress.lines import LogObserver
 from rotator.ranges import Key
 from tests.unit.progress_fakes import VERIFIED, Clock, completed, started, stopped
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rotator.progress.verification import verification_report, verification_summary, verification_verdict
+from rotator.progress.summary import verification_report, verification_summary, verification_verdict
 from rotator.ranges import Key, KeyInterval
 from tests.unit.progress_fakes import CONTROLS, COVERAGE, VERIFIED
 

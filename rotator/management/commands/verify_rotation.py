@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypedDict, Unpack
 
@@ -16,9 +17,8 @@ from rotator.management.terminal import INTERRUPTED, OwnCommand, writable, write
 from rotator.models import Rotation
 from rotator.options import NotEmpty, RunOptions, Selection, is_id
 from rotator.progress.lines import LinesObserver, Sink
-from rotator.progress.summary import leaked_report
+from rotator.progress.summary import verification_report, verification_summary
 from rotator.progress.text import leaked_values
-from rotator.progress.verification import verification_report, verification_summary
 
 
 def make_no_value(_row: object) -> NoReturn:
@@ -133,7 +133,7 @@ class Command(OwnCommand):
         )
         found = prepared.count_leaked(options["leaked"], options["leaked_column"])
         facts = {"rotation": rotation and rotation.pk, "target": " ".join(labels)}
-        return facts | leaked_report(found), f"{leaked_values(found)}.", int(found.found > 0)
+        return facts | asdict(found), f"{leaked_values(found)}.", int(found.found > 0)
 
     def _verify(self, options: Options) -> _Result:
         from rotator.api import prepare_again  # noqa: PLC0415 - imports the engine, which --help does not need
