@@ -20,14 +20,7 @@ from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from rotator.apps import default_target, hides_keys, throttle_paths
-from rotator.events import (
-    Findings,
-    LeakedValuesFound,
-    Observer,
-    OnCommit,
-    RotationStopped,
-    Verified,
-)
+from rotator.events import Findings, LeakedValuesFound, Observer, OnCommit, RotationStopped, Verified
 from rotator.exceptions import OptionError, RotatorError, TargetError
 from rotator.fields.connections import (
     borrowed,
@@ -199,9 +192,6 @@ def prepare(
     Without labels the target is that of the setting; without a database, the one that the project's routers
     write the model to. If the rotation has begun, the rotator's tables exist and are not checked. For
     ``keeps_connections`` see :class:`Prepared`.
-
-    Raises:
-        RotatorError: The rotation cannot begin; the text says why.
     """
     check_no_running_loop()
     check_not_patched()
@@ -231,11 +221,7 @@ def prepare(
 
 
 def prepare_again(
-    stored: Rotation,
-    database: str,
-    *,
-    is_begun: bool = False,
-    keeps_connections: bool = False,
+    stored: Rotation, database: str, *, is_begun: bool = False, keeps_connections: bool = False
 ) -> "Prepared":
     """Prepare a stored rotation, with the options of its latest run."""
     return prepare(
@@ -265,11 +251,7 @@ def _connection(labels: Sequence[str], database: str | None) -> BaseDatabaseWrap
 
 
 def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
-    """Drop the ledger of a rotation with its guard, or only the guard; return whether there was one.
-
-    Raises:
-        RotatorError: The server is unreachable, or other sessions held locks at each attempt.
-    """
+    """Drop the ledger of a rotation with its guard, or only the guard; return whether there was one."""
     connection = connections[database]
     server = server_of(connection, read_session(connection, ("rotator_rotation",)).search_path)
 
@@ -371,12 +353,9 @@ class Prepared:
         ask_for_help: AskForHelp | None = None,
         should_stop: ShouldStop | None = None,
     ) -> RotationStopped:
-        """Run until the rotation is completed or the run is stopped.
+        """Run until the rotation is completed, or signals or ``should_stop`` stop the run.
 
-        Args:
-            observer: Is called with each event.
-            ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.
-            should_stop: Is called now and then, and returns whether to drain; None to drain on signals only.
+        With ``ask_for_help``, Celery workers rewrite the ranges instead of this process.
         """
         return self._run(lambda: self.rotate_in_this_loop(observer, ask_for_help, should_stop))
 
@@ -387,24 +366,17 @@ class Prepared:
         should_stop: ShouldStop | None = None,
     ) -> RotationStopped:
         """Do the same in the running event loop."""
-        rotation = self._new_run(observer, ask_for_help, should_stop)
+        run = self._new_run(observer, ask_for_help, should_stop)
         if not self.options.preflight:
             for warning in self.target.warnings:
                 logging.getLogger(__name__).warning("Rotating %s: %s.", self.target.label, warning)
         async with borrowed_in_loop():
-            return await rotation.rotate(self.findings)
+            return await run.rotate(self.findings)
 
     def help(self, lease: Lease, number: int, should_stop: ShouldStop, identity: Mapping[str, Any]) -> bool:
-        """Rewrite spans of a distributed rotation, as a Celery task.
+        """Rewrite spans of a distributed rotation, and return whether another Celery task is to continue.
 
-        Args:
-            lease: The rotation and the generation that it runs with.
-            number: The id of the task's row.
-            should_stop: Returns whether the task has to stop.
-            identity: The identity of the target when the rotation began.
-
-        Returns:
-            Whether another task is to continue.
+        ``number`` is the id of this task's row, and ``identity`` that of the target when the rotation began.
         """
         from rotator.runner.worker import Helper  # noqa: PLC0415 - only Celery workers need it
 

@@ -33,11 +33,7 @@ class IndexSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Index(IndexSize):
-    """An index as the preflight finds it.
-
-    Attributes:
-        holds_column: Whether it contains the rotated column, so that new values go to pages all over it.
-    """
+    """An index. If it holds the rotated column, new values go to pages all over it."""
 
     holds_column: bool
 
@@ -58,12 +54,7 @@ history, it has the same name in another schema, or it has a column of the same 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copies:
-    """Tables that may hold copies of the rotated values.
-
-    Attributes:
-        tables: The names of the first tables, with their schemas where needed.
-        more: The number of all others.
-    """
+    """The first tables that may hold copies of the rotated values, and the number of more."""
 
     kind: CopyKind
     tables: tuple[str, ...]
@@ -135,12 +126,7 @@ class ServerFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Some ranges that were rewritten and rolled back.
-
-    Attributes:
-        rows_per_second: The rate with all workers; 0 where nothing was measured.
-        skipped: The reason why nothing was measured.
-    """
+    """Ranges that all workers rewrote and that were rolled back, or why nothing was measured."""
 
     rows: int = 0
     rows_per_second: float = 0.0
@@ -295,11 +281,7 @@ class RotationStarted(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeCompleted(Event):
-    """A range and its checkpoint were committed together.
-
-    Attributes:
-        seconds: The time from the last attempt's first statement to its commit.
-    """
+    """A range and its checkpoint were committed, ``seconds`` after its last attempt began."""
 
     rows: int
     seconds: float
@@ -307,11 +289,7 @@ class RangeCompleted(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersProgressed(Event):
-    """Celery workers have committed or deferred ranges since the owner last read the checkpoints.
-
-    Attributes:
-        seconds: The time since the owner last read the checkpoints.
-    """
+    """Celery workers have committed or deferred ranges since the owner last read the checkpoints."""
 
     ranges: int
     rows: int
@@ -343,23 +321,14 @@ OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeDeferred(Event):
-    """A range was put back because another session holds a lock.
-
-    Attributes:
-        rows: Rows of the range; 0 where the lock prevented its planning.
-    """
+    """A range was put back because of another session's lock; 0 rows if that prevented its planning."""
 
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeRetried(Event):
-    """The server rejected a range, which will be retried.
-
-    Attributes:
-        reason: The server's condition, e.g. ``deadlock_detected``.
-        split: Whether it is retried in two parts.
-    """
+    """The server rejected a range, which is retried: in two parts if it is ``split``."""
 
     rows: int
     reason: str
@@ -368,11 +337,7 @@ class RangeRetried(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRejected(Event):
-    """The server rejects the new value of one row; the rotation of the other rows continues.
-
-    Attributes:
-        reason: The server's condition and, where there is one, the constraint's name.
-    """
+    """The server rejects the new value of one row; the rotation of the other rows continues."""
 
     key: Key
     reason: str
@@ -388,11 +353,7 @@ class OutageStarted(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutageEnded(Event):
-    """The server is reachable again, and the progress was read from its checkpoints.
-
-    Attributes:
-        rows_done: Rows that checkpoints confirm; can be fewer than were reported before.
-    """
+    """The server is reachable again. Checkpoints can confirm fewer rows than were reported before."""
 
     seconds: float
     rows_done: int
@@ -415,11 +376,7 @@ class WorkersSilent(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnerWatched(Event):
-    """Another process owns this rotation; this one watches its heartbeat before it takes over.
-
-    Attributes:
-        seconds: The longest time that the heartbeat is watched.
-    """
+    """Another process owns this rotation; this one watches its heartbeat for up to ``seconds``."""
 
     owner: str
     seconds: float
@@ -427,11 +384,7 @@ class OwnerWatched(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerLogShowsValues(Event):
-    """The server is configured to log the new values.
-
-    Attributes:
-        settings: The settings that cause it, e.g. ``log_statement = all``.
-    """
+    """The server will log the new values because of settings such as ``log_statement = all``."""
 
     settings: tuple[str, ...]
 
@@ -482,11 +435,7 @@ class Vacuumed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VacuumSkipped(Event):
-    """The table was not vacuumed, or not completely; the rotation continues.
-
-    Attributes:
-        is_once: Whether only this VACUUM was skipped, and the next one is tried.
-    """
+    """The table was not vacuumed, or not completely. The next VACUUM is tried if ``is_once``."""
 
     reason: str
     is_once: bool = False
@@ -526,11 +475,7 @@ class IndexRebuilt(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReindexSkipped(Event):
-    """An index was not rebuilt, or an invalid one not dropped; the rotation is completed.
-
-    Attributes:
-        name: The index's name with its schema, quoted; empty for all indexes.
-    """
+    """An index was not rebuilt, or an invalid one not dropped; all indexes if the name is empty."""
 
     name: str
     reason: str
@@ -538,11 +483,7 @@ class ReindexSkipped(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReceiverFailed(Event):
-    """A receiver of the signal raised an exception; reported once for each receiver and type.
-
-    Attributes:
-        error: The name of the exception's type, without its message.
-    """
+    """A receiver raised an error of this type; reported once for each receiver and type."""
 
     receiver: str
     error: str
@@ -591,12 +532,7 @@ class PaceChanged(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throttled(Event):
-    """A throttle holds the rotation: no more ranges begin until it ends.
-
-    Attributes:
-        reason: One phrase, e.g. ``replica lag 14 s > 10 s``.
-        is_new: False where only the reason of a throttle has changed.
-    """
+    """A throttle holds the rotation: no more ranges begin. If not ``is_new``, only its reason is."""
 
     source: str
     reason: str
@@ -623,22 +559,14 @@ class LimitsChanged(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HorizonHeld(Event):
-    """Other sessions, slots, replicas or prepared transactions keep VACUUM from removing dead rows.
-
-    Attributes:
-        holders: One phrase for each of them, the oldest first.
-    """
+    """Sessions, slots, replicas or prepared transactions keep VACUUM from removing dead rows."""
 
     holders: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted(Event):
-    """The run stops: ranges in flight are committed, and no new ones start.
-
-    Attributes:
-        by: The user who cancelled the rotation; empty for any other reason.
-    """
+    """The run stops: ranges in flight are committed. ``by`` is the user who cancelled the rotation."""
 
     reason: StopReason
     by: str = ""
@@ -692,12 +620,7 @@ class LedgerProgressed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerReady(Event):
-    """Every old value is in the ledger.
-
-    Attributes:
-        seconds: The time of this run for it.
-        control_rows: The rows of a sample, all of which a search in the ledger found.
-    """
+    """Every old value is in the ledger; a search found all ``control_rows`` of a sample in it."""
 
     seconds: float
     control_rows: int
@@ -712,11 +635,7 @@ class GuardAdded(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerificationStarted(Event):
-    """The table is being searched for values that are in the ledger.
-
-    Attributes:
-        rows: The rows that an interrupted verification has searched before.
-    """
+    """The table is searched for old values; an interrupted search has done ``rows`` before."""
 
     rows_total: int
     rows: int
@@ -864,29 +783,18 @@ class Verified(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotationStopped(Event):
-    """The end of a run.
+    """The end of a run. docs/output.md describes its figures, which are those of the report.
 
     Attributes:
         rows: Rows rotated in all runs of this rotation; out of date where it is ``superseded``.
-        late_rows: Rows, among ``rows``, that no range has written, e.g. because they were committed late.
-        unconfirmed_rows: Rows that other sessions or triggers wrote last, after the rotation's start; None
-            unless it is completed.
-        seconds: The time of this run, from its start to its end, final VACUUM included.
         rows_per_second: The rate while writing: rows of this run's ranges, divided by the seconds from the
             start of the first range to the end of the last one.
-        throttled_seconds: The time that throttles held this run, by the name of the throttle.
         peak_memory_bytes: The peak resident memory of this process; 0 where unknown.
-        limited_seconds: The time for which the pace applied: other sessions were at work.
         stop_reason: The reason of a stop that was requested; None for any other end.
-        cancelled_by: The user who cancelled the rotation; empty where no user did.
+        superseded: Whether another process has taken the rotation over.
         spans: The key intervals that an unfinished rotation has written, in key order.
         table_rows: The rows of the whole table, if a completed rotation excludes some; None otherwise.
-        table_rows_is_exact: False where that is the server's estimate.
-        analyze_statement: The statement that removes old values from the statistics; empty where ANALYZE has
-            removed them, or the rotation is unfinished.
         reindex_statements: The statements that make the indexes as small as before, each to be run alone.
-        verification: The verification after a completed rotation; None without a ledger.
-        leaked: The leaked values that rows had; None without a list of leaked values.
     """
 
     rotation: int

@@ -55,14 +55,7 @@ class RangeLimit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """A limit on what the rotation costs other sessions.
-
-    Attributes:
-        name: The value of ``--pace``.
-        latency_limit: The limit of a commit's duration, as a multiple of that without the rotation; None for
-            no limit.
-        range_limit: The limit on the size of ranges; None for no limit.
-    """
+    """A limit on what the rotation costs other sessions; latency is a multiple of a commit's baseline."""
 
     name: str
     latency_limit: float | None = None
@@ -163,15 +156,7 @@ SETTINGS: Final = ("pace", "concurrency", "batch")
 
 
 def read_setting(name: str, text: str) -> object:
-    """Check the value of a setting that a user changes while a rotation runs.
-
-    Args:
-        name: One of ``SETTINGS``.
-        text: The value; ``default`` for that of the run.
-
-    Returns:
-        The value for the control row.
-    """
+    """Return the value of one of ``SETTINGS`` for the control row; ``default`` is the value of the run."""
     if name == "pace":
         return "" if text == "default" else read_pace(text).name
     if text == "default":
@@ -251,26 +236,14 @@ def known_fields(kind: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """The choice of rows and values.
-
-    Attributes:
-        filters: Django lookups with their values, e.g. ``status=active``; rows match all of them.
-        excludes: Django lookups with their values; rows match none of them.
-        generator: The dotted path of the callable that makes the values; empty for the fields' own defaults.
-        include_null: Whether rows whose value is NULL are rotated too.
-        include_blank: Whether rows whose value is the empty text are rotated too.
-        ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
-            They change neither rows nor values, so a run can resume with others.
-        leaked: The path of a file with leaked values, or ``-`` for the standard input; only rows whose
-            present value is in it are rotated. Empty for all rows.
-        leaked_column: The name of the column of a CSV file; empty for a file of another kind.
-    """
+    """The choice of rows and values, as in :class:`rotator.api.Target`."""
 
     filters: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     generator: str = ""
     include_null: bool = False
     include_blank: bool = False
+    # They change neither rows nor values, so a run can resume with others.
     ignore_derived: tuple[str, ...] = field(default=(), compare=False)
     leaked: str = ""
     leaked_column: str = ""
@@ -298,15 +271,23 @@ class Selection:
 
     def __str__(self) -> str:
         """Return the options of the command that choose the same; a phrase where there are none."""
-        words = [word for text in self.filters for word in ("--filter", text)]
-        words += [word for text in self.excludes for word in ("--exclude", text)]
-        words += ["--generator", self.generator] if self.generator else []
-        words += ["--include-null"] if self.include_null else []
-        words += ["--include-blank"] if self.include_blank else []
-        words += [word for name in self.ignore_derived for word in ("--ignore-derived", name)]
-        words += ["--leaked", self.leaked] if self.leaked else []
-        words += ["--leaked-column", self.leaked_column] if self.leaked_column else []
-        return shlex.join(words) or DEFAULT_OPTIONS
+        others = {each.name: getattr(self, each.name) for each in fields(self)}
+        lookups = {"filter": others.pop("filters"), "exclude": others.pop("excludes")}
+        return _command_line(lookups | others)
+
+
+def _command_line(options: Mapping[str, bool | str | Sequence[str]]) -> str:
+    """Return options as the user writes them, without those that are not set; a phrase where none is left."""
+    words = list[str]()
+    for name, value in options.items():
+        match value:
+            case bool():
+                words += [_flag(name)] if value else []
+            case str():
+                words += [_flag(name), value] if value else []
+            case _:
+                words += [word for each in value for word in (_flag(name), each)]
+    return shlex.join(words) or DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,33 +306,17 @@ class WaitLimits:
     statement_seconds: float = 5 * _LOCK_SECONDS
     transaction_seconds: float = 20 * _LOCK_SECONDS
 
-    @classmethod
-    def of_lock_seconds(cls, lock_seconds: float) -> "WaitLimits":
-        """Return the limits in proportion to the longest wait for one lock."""
-        return cls(
-            lock_seconds=lock_seconds,
-            statement_seconds=5 * lock_seconds,
-            transaction_seconds=20 * lock_seconds,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
     """The options of one run: those of the command, checked, and some for other callers.
 
     Attributes:
-        pace: The name of the pace.
         rotation: The id of the only rotation to resume; None for the target's unfinished one, or a new one.
         after: The id of the completed rotation that a new one may repeat; None for no rotation.
+        guard: ``refuse`` or ``keep``; empty for no guard.
         preflight: Whether to report on table and server before a new rotation begins.
-        prove: Whether to enter the old values into a ledger first, and to verify at the end.
-        guard: The action of the guard: ``refuse`` or ``keep``; empty for no guard.
         sample: Whether to measure the speed for that report, by ranges that are rolled back.
-        limits: The limits of a range's transaction.
-        max_lag_seconds: The lag of a replica above which no range begins; None for no limit.
-        lag_of: Django's aliases of these replicas.
-        max_unarchived_wal_bytes: The WAL that waits for the archiver above which no range begins.
-        max_slot_wal_bytes: The WAL that one replication slot keeps above which no range begins.
         celery: Whether the command has --celery; only for the command that resumes the rotation.
         listens_to_signals: Whether SIGINT, SIGTERM and SIGHUP stop the run; else the caller handles them.
     """
@@ -403,7 +368,11 @@ class RunOptions:
             lag_of=read_strings("lag_of", lag_of),
             max_unarchived_wal_bytes=read_size("max_unarchived_wal", max_unarchived_wal),
             max_slot_wal_bytes=read_size("max_slot_wal", max_slot_wal),
-            limits=WaitLimits.of_lock_seconds(lock_seconds),
+            limits=WaitLimits(
+                lock_seconds=lock_seconds,
+                statement_seconds=5 * lock_seconds,
+                transaction_seconds=20 * lock_seconds,
+            ),
             outage_budget_seconds=read_duration("outage_budget", outage_budget),
             stop_after_rows=rows,
             stop_after_seconds=seconds,
@@ -451,16 +420,16 @@ class RunOptions:
         """Return the options of the command that a resumed rotation needs again; a phrase without any."""
         values, defaults = _values(self), _values(_DEFAULTS)
         given = {name: value for name, value in values.items() if value != defaults[name]}
-        words = [word for name, value in given.items() for word in (_flag(name), value)]
-        words += [word for alias in self.lag_of for word in ("--lag-of", alias)]
-        switches = {
-            "--celery": self.celery,
-            "--no-vacuum": not self.vacuum,
-            "--prove": self.prove,
-            "--reindex": self.reindex,
-        }
-        words += [flag for flag, is_set in switches.items() if is_set]
-        return shlex.join(words) or DEFAULT_OPTIONS
+        return _command_line(
+            given
+            | {
+                "lag_of": self.lag_of,
+                "celery": self.celery,
+                "no_vacuum": not self.vacuum,
+                "prove": self.prove,
+                "reindex": self.reindex,
+            }
+        )
 
 
 def _values(options: RunOptions) -> dict[str, str]:

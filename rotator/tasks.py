@@ -47,17 +47,8 @@ def help_with_rotation(database: str, number: int, message: int, should_stop: Sh
     Each message is valid once, so a copy that a broker delivers again ends here. An error that would recur is
     recorded for the rotation's owner, who ends the rotation with it.
 
-    Args:
-        database: Django's alias of the database.
-        number: The rotation's id.
-        message: The id of the message's row.
-        should_stop: Returns whether the task has to stop.
-
     Returns:
         The id of the message to send to the next task; None where none is needed.
-
-    Raises:
-        RotatorError: This worker cannot help.
     """
     rotations, helpers = Rotation.objects.using(database), Helper.objects.using(database)
     if not helpers.filter(pk=message, rotation=number).delete()[0]:
@@ -87,12 +78,7 @@ def coordinate_rotation(
 ) -> bool:
     """Plan and watch a rotation that is queued for Celery workers, and verify it if it has a ledger.
 
-    Args:
-        database: Django's alias of the database.
-        number: The rotation's id; a rotation that is verified or was stopped is left as it is.
-        observer: Is called with each event.
-        ask_for_help: Asks workers to rewrite the ranges.
-        should_stop: Returns whether the worker has to stop.
+    A rotation that is verified or was stopped is left as it is.
 
     Returns:
         Whether another worker has to resume it.
@@ -159,11 +145,7 @@ def _reason(error: Exception) -> str:
 def _resume_verification(
     rotation: Rotation, database: str, observer: Observer, should_stop: ShouldStop
 ) -> bool:
-    """Verify a completed rotation with a ledger, unless a verification has finished.
-
-    Returns:
-        Whether another worker has to resume it.
-    """
+    """Verify a rotation with a ledger, unless that has finished; return whether it has to be resumed."""
     provable = Rotation.objects.using(database).filter(pk=rotation.pk, ledger__state=Ledger.State.READY)
     if not provable.exclude(verifications__finished_at__isnull=False).exists():
         return False
@@ -250,29 +232,17 @@ def _retry_later(task: Task, *, seconds: int) -> NoReturn:
 
 
 async def ask_for_help(database: str, rotation: int, message: int) -> None:
-    """Send a message that asks a worker for help with a rotation.
-
-    Raises:
-        BrokerError: The broker cannot be reached; the message may still have been sent.
-    """
+    """Send a message that asks a worker for help with a rotation."""
     await _send(help_rotation, (database, rotation, message))
 
 
 def hand_over(database: str, rotation: int) -> None:
-    """Send a message that asks a worker to coordinate a rotation.
-
-    Raises:
-        BrokerError: The broker cannot be reached.
-    """
+    """Send a message that asks a worker to coordinate a rotation."""
     asyncio.run(_send(coordinate, (database, rotation)))
 
 
 def load_app() -> None:
-    """Make the project's Celery app the one that sends messages.
-
-    Raises:
-        OptionError: The project has no Celery app.
-    """
+    """Make the project's Celery app the one that sends messages."""
     path = rotator_setting().get("CELERY_APP", "")
     if path:
         try:
@@ -297,7 +267,6 @@ class BrokerCalls:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start without calls."""
         self._clock = clock
         self._running_since: dict[object, float] = {}
 
@@ -333,6 +302,7 @@ _calls = BrokerCalls()
 
 
 async def _send(task: Task, arguments: tuple[object, ...]) -> None:
+    """Send a message; where that raises BrokerError, it may have been sent all the same."""
     # Celery would add the arguments a second time, for its monitors.
     send = partial(task.apply_async, arguments, retry=False, argsrepr="", kwargsrepr="")
     # A call to an unreachable broker may never return.

@@ -27,8 +27,7 @@ def open_progress(
     Args:
         kind: ``auto`` is the bar where ``err`` is a terminal that can draw one, and lines elsewhere; ``bar``
             always draws it.
-        out: Raw standard output (a Django command's ``self.stdout._out``, since the wrapper ends every piece
-            with a line end).
+        out: Raw standard output, which adds no line ends.
         err: Raw standard error.
         hides_keys: Whether log records contain no keys of rows.
     """
@@ -54,17 +53,11 @@ def summary_stream(kind: ProgressKind, *, out: TextIO, err: TextIO) -> TextIO:
 def can_draw(stream: TextIO) -> bool:
     """Return whether a stream is a terminal that can draw a bar."""
     # Some CI runners have terminals without a width.
-    return (
-        stream.isatty()
-        and os.environ.get("TERM") != "dumb"
-        and terminal_columns(stream) >= _MIN_COLUMNS
-        and _can_encode(stream, BAR_CHARACTERS)
-    )
-
-
-def _can_encode(stream: TextIO, characters: str) -> bool:
+    is_terminal = stream.isatty() and terminal_columns(stream) >= _MIN_COLUMNS
+    if not is_terminal or os.environ.get("TERM") == "dumb":
+        return False
     try:
-        characters.encode(stream.encoding)
+        BAR_CHARACTERS.encode(stream.encoding)
     except UnicodeEncodeError:
         return False
     return True

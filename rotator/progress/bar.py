@@ -111,14 +111,7 @@ def terminal_columns(stream: TextIO) -> int:
 
 
 class BarObserver:
-    """Draws a bar until its context ends, and restores the terminal.
-
-    Args:
-        stream: The terminal; the raw stream, not one that adds line ends.
-        clock: Returns monotonic seconds.
-        columns: Returns the terminal's width; by default that of the stream.
-        refresh_seconds: The time between two frames.
-    """
+    """Draws a bar on a terminal's raw stream until its context ends, and restores the terminal."""
 
     def __init__(
         self,

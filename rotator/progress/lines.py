@@ -1,4 +1,4 @@
-"""Progress as plain lines, as JSON lines, and as log records of ``logging``. docs/output.md has all of them."""
+"""Progress as plain lines, as JSON lines, and as log records. docs/output.md has all of them."""
 
 import json
 import logging
@@ -165,13 +165,7 @@ class NotableEvents(ABC):
 
 
 class LinesObserver(NotableEvents):
-    """Writes lines with the time.
-
-    Args:
-        stream: The raw stream, not one that adds line ends.
-        clock: Returns monotonic seconds.
-        wall_clock: Returns the time of day with its time zone.
-    """
+    """Writes lines with the time to a raw stream, i.e. one that adds no line ends."""
 
     def __init__(
         self,
@@ -207,23 +201,15 @@ class LinesObserver(NotableEvents):
 
 
 class LogObserver(NotableEvents):
-    """Logs notable events, the figures and the result, each with its fields.
-
-    Args:
-        hides_keys: Whether the records contain no keys of rows.
-        clock: Returns monotonic seconds.
-    """
+    """Logs notable events, the figures and the result, each with its fields."""
 
     def __init__(self, *, hides_keys: bool, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._logger = logging.getLogger("rotator")
         self._hides_keys = hides_keys
-        self._target = ""
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
-        if isinstance(event, RotationStarted):
-            self._target = event.target
         if self._hides_keys and isinstance(event, RowRejected):
             event = replace(event, key=Key("…"))
         if self._hides_keys and isinstance(event, RotationStopped | Verified) and event.error:
@@ -242,8 +228,8 @@ class LogObserver(NotableEvents):
             extra={
                 "event": event_name(type(event)),
                 # A verification that is resumed has no start of a rotation.
-                "rotation": self._stats.rotation or getattr(event, "rotation", None),
-                "target": self._target or getattr(event, "target", ""),
+                "rotation": getattr(self._stats.started or event, "rotation", None),
+                "target": getattr(self._stats.started or event, "target", ""),
                 "reason": _reason(event),
                 **figures_as_json(self._stats),
             },
@@ -269,11 +255,6 @@ class JsonObserver:
 
     Every line has ``event``, ``at`` (UTC, ISO 8601) and ``rotation`` (null until it is known). An event
     without a case has the fields of its class. Keys are only ever added.
-
-    Args:
-        stream: The raw stream, not one that adds line ends.
-        clock: Returns monotonic seconds.
-        wall_clock: Returns the time of day with its time zone.
     """
 
     def __init__(

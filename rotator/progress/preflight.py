@@ -10,11 +10,9 @@ from rotator.progress.text import GUARD_EFFECTS, count, duration, plural, rate, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WalEstimate:
-    """The WAL that a rotation will write.
+    """The WAL that a rotation will write, and the checkpoints that this forces.
 
     Attributes:
-        wal_bytes: The amount.
-        forced_checkpoints: The number of checkpoints that it forces.
         calm_bytes: The amount without forced checkpoints.
     """
 
@@ -159,15 +157,12 @@ def _kept(findings: Findings) -> list[str]:
     kept = findings.table.kept
     if kept is None:
         return ["values that are NULL or blank; counting them took too long"]
-    lines = []
-    for values in kept:
-        if values.null:
-            lines.append(f"{values.column} stays NULL in {plural(values.null, 'row')} without --include-null")
-        if values.blank:
-            lines.append(
-                f"{values.column} stays blank in {plural(values.blank, 'row')} without --include-blank"
-            )
-    return lines
+    return [
+        f"{values.column} stays {state} in {plural(rows, 'row')} without --include-{state.lower()}"
+        for values in kept
+        for state, rows in (("NULL", values.null), ("blank", values.blank))
+        if rows
+    ]
 
 
 _COPIES: Final[dict[CopyKind, str]] = {
@@ -228,12 +223,10 @@ def _run(findings: Findings) -> list[tuple[str, list[str]]]:
             f"about {duration(seconds)} with {plural(findings.concurrency, 'worker')}: {count(sample.rows)} "
             f"rows were rewritten at {rate(sample.rows_per_second)} rows/s and rolled back"
         )
+    elif sample.skipped:
+        time = f"not measured: {sample.skipped}"
     else:
-        time = (
-            f"not measured: {sample.skipped}"
-            if sample.skipped
-            else "not measured; --dry-run without --no-sample measures it"
-        )
+        time = "not measured; --dry-run without --no-sample measures it"
     durability = [
         "a crash loses a range and its checkpoint together or neither (synchronous_commit = off);",
         "completion waits until all of them are on disk",
