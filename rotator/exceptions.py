@@ -47,18 +47,13 @@ class OptionError(RotatorError):
 
 
 class RotationRepeatedError(OptionError):
-    """A completed rotation had the same fields, rows and values; nothing was changed.
-
-    Attributes:
-        rotation: The id of the completed rotation.
-    """
+    """A completed rotation had the same fields, rows and values; nothing was changed."""
 
     def __init__(self, rotation: int, target: str, finished_at: datetime) -> None:
         super().__init__(
             f"Rotation {rotation} of {target} completed at {finished_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} "
             "UTC. To rotate the same rows again, use --restart (restart=True in Python)."
         )
-        self.rotation = rotation
 
 
 class RequestError(RotatorError):
@@ -131,31 +126,20 @@ class EveryRowRejectedError(RotatorError):
         )
 
 
-class OldValuesKeptError(RotatorError):
-    """Rows of a range still had their old values after the update; the range was rolled back."""
+class ValuesReplacedError(RotatorError):
+    """Rows of a range had their old values, or the same value, after the update; it was rolled back."""
 
-    def __init__(self, where: str, triggers: tuple[str, ...]) -> None:
-        cause = (
-            f"One of the triggers that an update fires ({', '.join(triggers)}) restores them"
-            if triggers
-            else "The server restores them, although the table has no trigger that could"
-        )
-        super().__init__(
-            f"Rows {where} still have their old values after the update, which was rolled back. {cause}. "
-            "Disable the cause during the rotation, or let it accept new values. Then run the same command "
-            "again."
-        )
-
-
-class EqualValuesError(RotatorError):
-    """Rows of a range had the same value after the update; the range was rolled back."""
-
-    def __init__(self, where: str, triggers: tuple[str, ...]) -> None:
+    def __init__(self, where: str, triggers: tuple[str, ...], *, are_equal: bool) -> None:
+        have, does = "still have their old values", "restores them"
+        if are_equal:
+            have, does = "have the same value", "stores it"
         named = f" ({', '.join(triggers)})" if triggers else ""
+        cause = f"One of the triggers that an update fires{named} {does}"
+        if not triggers and not are_equal:
+            cause = "The server restores them, although the table has no trigger that could"
         super().__init__(
-            f"Rows {where} have the same value after the update, which was rolled back. One of the triggers "
-            f"that an update fires{named} stores it. Disable the cause during the rotation, or let it accept "
-            "new values. Then run the same command again."
+            f"Rows {where} {have} after the update, which was rolled back. {cause}. Disable the cause during "
+            "the rotation, or let it accept new values. Then run the same command again."
         )
 
 

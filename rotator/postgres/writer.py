@@ -13,12 +13,11 @@ from psycopg_pool import AsyncConnectionPool
 
 from rotator.events import OnCommit, RowsRotated
 from rotator.exceptions import (
-    EqualValuesError,
-    OldValuesKeptError,
     RangeRejectedError,
     RangeTooSlowError,
     TargetError,
     ValuesError,
+    ValuesReplacedError,
 )
 from rotator.options import WaitLimits
 from rotator.postgres.catalog import read_update_triggers
@@ -150,8 +149,7 @@ class RangeUpdate:
         Raises:
             RowsLockedError: Another session has locked some of the rows.
             RangeRejectedError: The server rejected the rows.
-            OldValuesKeptError: Triggers restore the old values.
-            EqualValuesError: A trigger stores the same value in several rows.
+            ValuesReplacedError: Triggers restore the old values, or store the same value in several rows.
             TargetError: Another table has the name now.
             ValuesError: The new values are invalid.
             RotatorError: Every other error of :func:`translate_errors`.
@@ -174,8 +172,8 @@ class RangeUpdate:
                         else f"at the keys {rows[0].key} to {rows[-1].key}"
                     )
                     triggers = await read_update_triggers(connection, self.table)
-                    cause = EqualValuesError if error.condition == _EQUAL else OldValuesKeptError
-                    raise cause(where, triggers) from None
+                    are_equal = error.condition == _EQUAL
+                    raise ValuesReplacedError(where, triggers, are_equal=are_equal) from None
                 was_kept = was_kept or error.condition == _KEPT
                 condition = error.condition
         raise RangeRejectedError(condition, retryable=True)
