@@ -5,15 +5,20 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from signal import Signals
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, dataclass_transform
 
 from rotator.options import Selection, known_fields
 from rotator.ranges import Key, KeyInterval
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
-    """What observers get. An event for which they have no case is silent."""
+    """What observers get: each subclass is a frozen dataclass. One for which they have no case is silent."""
+
+    def __init_subclass__(cls) -> None:
+        """Make a dataclass of the subclass."""
+        dataclass(frozen=True, kw_only=True)(cls)
 
 
 Observer: TypeAlias = Callable[[Event], None]
@@ -104,13 +109,11 @@ class TableFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerFindings:
-    """The server's settings, and what depends on its WAL and on old row versions.
+    """The server's settings, and phrases on what depends on its WAL and on old row versions.
 
     Attributes:
-        archiving: The state of WAL archiving, as a phrase; empty where it is off.
-        replicas: One phrase for each replica, with its lag.
-        slots: One phrase for each replication slot, with the WAL that it keeps.
-        holders: One phrase for each of the oldest transactions that keep VACUUM from removing row versions.
+        archiving: The state of WAL archiving; empty where it is off.
+        holders: The oldest transactions that keep VACUUM from removing row versions.
         log_settings: The settings that make the server log new values.
     """
 
@@ -138,15 +141,13 @@ class Findings:
     """The results of the preflight.
 
     Attributes:
-        target: The target as the user writes it.
         server_name: The role, the host or socket, the port and the database, as ``app@host:5432/name``.
         rows_left: The rows that are not yet rotated: all rows of the table for a new rotation.
         unfinished: The id of the rotation that would be resumed; None for a new one.
         bypassed: The effects of ``save()`` that the rotation does not have, one phrase each.
         selection: The options that choose rows and values; empty where there are none.
         warnings: Warnings that follow from the names of the fields, one sentence each.
-        proves: Whether the old values enter a ledger first.
-        guard: The action of the guard that will be added: ``refuse`` or ``keep``; empty for no guard.
+        guard: ``refuse`` or ``keep``; empty for no guard.
     """
 
     target: str
@@ -241,14 +242,12 @@ class Storage:
     indexes: tuple[IndexSize, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Preflighted(Event):
     """The preflight is complete, and the rotation is about to begin."""
 
     findings: Findings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RotationStarted(Event):
     """This process owns the rotation and is about to write.
 
@@ -279,7 +278,6 @@ class RotationStarted(Event):
         return self.stopped_at is not None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RangeCompleted(Event):
     """A range and its checkpoint were committed, ``seconds`` after its last attempt began."""
 
@@ -287,7 +285,6 @@ class RangeCompleted(Event):
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersProgressed(Event):
     """Celery workers have committed or deferred ranges since the owner last read the checkpoints."""
 
@@ -319,14 +316,12 @@ OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
 """The worker awaits it after each commit of rows, before its next range."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RangeDeferred(Event):
     """A range was put back because of another session's lock; 0 rows if that prevented its planning."""
 
     rows: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RangeRetried(Event):
     """The server rejected a range, which is retried: in two parts if it is ``split``."""
 
@@ -335,7 +330,6 @@ class RangeRetried(Event):
     split: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RowRejected(Event):
     """The server rejects the new value of one row; the rotation of the other rows continues."""
 
@@ -343,7 +337,6 @@ class RowRejected(Event):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OutageStarted(Event):
     """The server is unreachable; the run gives up after ``budget_seconds``."""
 
@@ -351,7 +344,6 @@ class OutageStarted(Event):
     budget_seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OutageEnded(Event):
     """The server is reachable again. Checkpoints can confirm fewer rows than were reported before."""
 
@@ -360,21 +352,18 @@ class OutageEnded(Event):
     late_rows: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class BrokerUnreachable(Event):
     """The broker cannot be reached; workers that have received a message continue."""
 
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersSilent(Event):
     """No Celery worker has worked on the rotation for ``seconds``; another message is sent."""
 
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OwnerWatched(Event):
     """Another process owns this rotation; this one watches its heartbeat for up to ``seconds``."""
 
@@ -382,38 +371,32 @@ class OwnerWatched(Event):
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerLogShowsValues(Event):
     """The server will log the new values because of settings such as ``log_statement = all``."""
 
     settings: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LateCommitsAwaited(Event):
     """Transactions older than the rotation can still commit rows of the target."""
 
     holders: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LateCommitsOver(Event):
     """The last of those transactions has ended."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LateRowsRotated(Event):
     """Late rows were found and rotated: rows that no range has written."""
 
     rows: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ConfirmationStarted(Event):
     """Every range is completed, and the table is read once to find the last writer of each row."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RowsConfirmed(Event):
     """No row is older than the rotation."""
 
@@ -421,19 +404,16 @@ class RowsConfirmed(Event):
     unconfirmed: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class VacuumStarted(Event):
     """The rotation is completed, and the final VACUUM has started."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Vacuumed(Event):
     """A VACUUM of the table has ended, during the rotation or after it."""
 
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class VacuumSkipped(Event):
     """The table was not vacuumed, or not completely. The next VACUUM is tried if ``is_once``."""
 
@@ -441,14 +421,12 @@ class VacuumSkipped(Event):
     is_once: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Analyzed(Event):
     """ANALYZE has replaced the table's statistics, which held old values."""
 
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class AnalyzeSkipped(Event):
     """The table's statistics still hold old values, until the user runs the statement."""
 
@@ -456,14 +434,12 @@ class AnalyzeSkipped(Event):
     statement: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ReindexStarted(Event):
     """The rotation is completed, and this number of indexes is being rebuilt."""
 
     indexes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class IndexRebuilt(Event):
     """An index was rebuilt; its name has its schema and is quoted."""
 
@@ -473,7 +449,6 @@ class IndexRebuilt(Event):
     bytes_now: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ReindexSkipped(Event):
     """An index was not rebuilt, or an invalid one not dropped; all indexes if the name is empty."""
 
@@ -481,7 +456,6 @@ class ReindexSkipped(Event):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ReceiverFailed(Event):
     """A receiver raised an error of this type; reported once for each receiver and type."""
 
@@ -489,7 +463,6 @@ class ReceiverFailed(Event):
     error: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LimitRaised(Event):
     """The time limit of a range was raised, because planning the update takes a large part of it."""
 
@@ -498,7 +471,6 @@ class LimitRaised(Event):
     statement_seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LockHeld(Event):
     """The sessions that have blocked ranges for some seconds; sent about twice a second while there are any.
 
@@ -511,7 +483,6 @@ class LockHeld(Event):
     is_new: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PaceChanged(Event):
     """The pace allows another number of workers, or the rows in a range or the reason have changed.
 
@@ -530,7 +501,6 @@ class PaceChanged(Event):
     is_new: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Throttled(Event):
     """A throttle holds the rotation: no more ranges begin. If not ``is_new``, only its reason is."""
 
@@ -539,7 +509,6 @@ class Throttled(Event):
     is_new: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ThrottleEnded(Event):
     """A throttle does not hold the rotation any more; another one may."""
 
@@ -548,7 +517,6 @@ class ThrottleEnded(Event):
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsChanged(Event):
     """A user has changed the limits of the running rotation."""
 
@@ -557,14 +525,12 @@ class LimitsChanged(Event):
     by: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class HorizonHeld(Event):
     """Sessions, slots, replicas or prepared transactions keep VACUUM from removing dead rows."""
 
     holders: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DrainStarted(Event):
     """The run stops: ranges in flight are committed. ``by`` is the user who cancelled the rotation."""
 
@@ -572,7 +538,6 @@ class DrainStarted(Event):
     by: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Tick(Event):
     """A second has passed, so that observers without a timer can show their figures."""
 
@@ -590,7 +555,6 @@ class RunFacts:
     selection: Selection
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LeakedValuesFound(Event):
     """A search has found the leaked values that rows have.
 
@@ -606,19 +570,16 @@ class LeakedValuesFound(Event):
     other_lines: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerStarted(Event):
     """The old values are being entered into the ledger, before the first row is rotated."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerProgressed(Event):
     """The values of a range are in the ledger."""
 
     rows: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerReady(Event):
     """Every old value is in the ledger; a search found all ``control_rows`` of a sample in it."""
 
@@ -626,14 +587,12 @@ class LedgerReady(Event):
     control_rows: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class GuardAdded(Event):
     """A trigger keeps old values from coming back."""
 
     action: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class VerificationStarted(Event):
     """The table is searched for old values; an interrupted search has done ``rows`` before."""
 
@@ -642,7 +601,6 @@ class VerificationStarted(Event):
     repairs: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class VerificationProgressed(Event):
     """A range was searched."""
 
@@ -652,18 +610,13 @@ class VerificationProgressed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coverage:
-    """The rows that a rotation has written, and those that it has not.
+    """The rows that a rotation has written, and those that it has not, in the words of docs/glossary.md.
 
     Attributes:
         gaps: The first intervals of keys that no checkpoint covers.
-        gap_rows: The rows to rotate in all of these intervals.
-        confirmed_rows: The rows that this rotation wrote last; None where unknown.
-        unconfirmed_rows: The rows that other sessions or triggers wrote last; None where unknown.
-        older_rows: The rows that no session has written since the rotation began; None where unknown.
-        unknown: Why the last writers of the rows are unknown; empty where they are known.
+        gap_rows: The rows to rotate in all gaps.
+        unknown: Why confirmed, unconfirmed and older rows are unknown, i.e. None; empty where they are known.
         excluded_rows: The rows that do not match the filters now.
-        null_rows: The rows of which a value is NULL and stays NULL.
-        blank_rows: The rows of which a value is the empty string and stays so.
     """
 
     status: str
@@ -713,7 +666,6 @@ class Controls:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Verified(Event):
     """The end of a verification.
 
@@ -781,7 +733,6 @@ class Verified(Event):
         return 0 if self.is_verified else 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RotationStopped(Event):
     """The end of a run. docs/output.md describes its figures, which are those of the report.
 
