@@ -121,8 +121,7 @@ def read_size(name: str, value: str | None) -> int | None:
     if value is None:
         return None
     check_kind(name, value, str)
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(kB|MB|GB|TB)", value)
-    number = int(float(found[1]) * _BYTES[found[2]]) if found else 0
+    number = int(_amount(value, _BYTES) or 0)
     if not _MIN_BYTES <= number <= _MAX_BYTES:
         raise OptionError(f"{_flag(name)} must be a size from 1MB to 1000TB (500MB, 1GB), not '{value}'.")
     return number
@@ -195,10 +194,12 @@ def _seconds(value: Duration) -> float | None:
         return value.total_seconds()
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
-    if not isinstance(value, str):
-        return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", value)
-    return float(found[1]) * _SECONDS[found[2]] if found else None
+    return _amount(value, _SECONDS) if isinstance(value, str) else None
+
+
+def _amount(text: str, units: Mapping[str, float]) -> float | None:
+    found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(units)})", text)
+    return float(found[1]) * units[found[2]] if found else None
 
 
 def _duration(seconds: float) -> str:

@@ -136,7 +136,6 @@ class Stats:
         clock: Returns monotonic seconds.
         rows_done: Rows done in all runs; can exceed the total.
         outage_since: The start of the current outage; None while the server is reachable.
-        outage_budget_seconds: The longest time that the run waits in that outage.
         outage_seconds: The time of all outages before.
         pace: The present pace; None before it has changed.
         throttles: The reasons of the throttles that hold the run now, by their names.

@@ -268,7 +268,7 @@ class BrokerCalls:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._running_since: dict[object, float] = {}
+        self._running_since = list[float]()
 
     @property
     def running(self) -> int:
@@ -278,7 +278,7 @@ class BrokerCalls:
     def check(self) -> None:
         """Raise ``TimeoutError`` if another call would probably hang like the last one."""
         now = self._clock()
-        hanging = [since for since in list(self._running_since.values()) if now - since >= PUBLISH_SECONDS]
+        hanging = [since for since in self._running_since.copy() if now - since >= PUBLISH_SECONDS]
         if hanging:
             wait_seconds = min(MAX_BROKER_WAIT_SECONDS, PUBLISH_SECONDS * 2.0 ** min(len(hanging), 10))
             if now - max(hanging) < wait_seconds:
@@ -288,12 +288,12 @@ class BrokerCalls:
         """Return the same call, counted while it runs."""
 
         def work() -> Any:  # noqa: ANN401 - whatever the call returns
-            number = object()
-            self._running_since[number] = self._clock()
+            since = self._clock()
+            self._running_since.append(since)
             try:
                 return call()
             finally:
-                del self._running_since[number]
+                self._running_since.remove(since)
 
         return work
 

@@ -122,7 +122,7 @@ class BarObserver:
         refresh_seconds: float = REFRESH_SECONDS,
     ) -> None:
         self._screen = Screen(stream)
-        self._width = columns or (lambda: terminal_columns(stream))
+        self._columns = columns or (lambda: terminal_columns(stream) or _DEFAULT_COLUMNS)
         self._refresh_seconds = refresh_seconds
         self._timer = Timer(refresh_seconds, clock)
         self._stats = Stats(clock=clock)
@@ -153,6 +153,8 @@ class BarObserver:
             case RotationStarted():
                 self._start()
                 self._show()
+            case _ if self._handle is None:
+                pass
             case RotationStopped():
                 self._finish(event)
             case RangeCompleted() | WorkersProgressed() if not self._timer.restart_if_due():
@@ -189,14 +191,10 @@ class BarObserver:
             self._handle(self._position, skipped=True)
 
     def _show(self) -> None:
-        if self._handle is None:
-            return
         self._move(self._stats.rows_capped)
         self._handle.text = bar_text(self._stats, self._room())
 
     def _finish(self, event: RotationStopped) -> None:
-        if self._handle is None:
-            return
         total_time = duration(event.seconds)
         if event.status != "completed":
             self._end_unfinished(f"{event.status} after {total_time}", event.status)
@@ -232,9 +230,6 @@ class BarObserver:
         if self._stats.rows_total and position != self._position:
             self._handle(position - self._position)
             self._position = position
-
-    def _columns(self) -> int:
-        return self._width() or _DEFAULT_COLUMNS
 
     def _room(self) -> int:
         # Some terminals wrap a line that fills the last column.

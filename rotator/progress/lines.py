@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, TextIO
 
 from rotator.events import (
@@ -72,11 +73,7 @@ _WARNINGS: Final = (
     | ServerLogShowsValues
     | WorkersSilent
 )
-
-
-def utc_now() -> datetime:
-    """Return the time of day in UTC."""
-    return datetime.now(UTC)
+_utc_now: Final = partial(datetime.now, UTC)
 
 
 class Timer:
@@ -172,7 +169,7 @@ class LinesObserver(NotableEvents):
         stream: TextIO,
         *,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], datetime] = utc_now,
+        wall_clock: Callable[[], datetime] = _utc_now,
         every_seconds: float = FIGURES_SECONDS,
     ) -> None:
         super().__init__(clock, every_seconds)
@@ -241,13 +238,9 @@ class LogObserver(NotableEvents):
 
 
 def _reason(event: Event) -> str:
-    match event:
-        case RotationStopped():
-            return event.error or stopped_by(event.stop_reason, event.cancelled_by)
-        case Verified():
-            return event.error
-        case _:
-            return str(getattr(event, "reason", ""))
+    if isinstance(event, RotationStopped):
+        return event.error or stopped_by(event.stop_reason, event.cancelled_by)
+    return event.error if isinstance(event, Verified) else str(getattr(event, "reason", ""))
 
 
 class JsonObserver:
@@ -262,7 +255,7 @@ class JsonObserver:
         stream: TextIO,
         *,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], datetime] = utc_now,
+        wall_clock: Callable[[], datetime] = _utc_now,
         every_seconds: float = 1.0,
     ) -> None:
         self._sink = Sink(stream)
@@ -335,11 +328,7 @@ def figures(stats: Stats) -> str:
         if stats.rows_per_second is not None:
             parts.append(f"{rate(stats.rows_per_second)} rows/s")
         parts.append(f"ETA {'unknown' if stats.eta_seconds is None else duration(stats.eta_seconds)}")
-    counts = {
-        "deferral": stats.deferrals,
-        "retry": stats.retries,
-        "rejected row": len(stats.rejected_keys),
-    }
+    counts = {"deferral": stats.deferrals, "retry": stats.retries, "rejected row": len(stats.rejected_keys)}
     parts += [plural(number, noun) for noun, number in counts.items() if number]
     if waiting := waiting_for_locks(stats.lock_holders):
         parts.append(waiting)

@@ -67,11 +67,11 @@ def size(number_of_bytes: int) -> str:
         return f"{number_of_bytes} bytes"
     # The server halves last too, so that a half is rounded up.
     halves = number_of_bytes >> 9
-    for unit in _SIZE_UNITS:
-        if halves < _MOST_HALVES or unit == _SIZE_UNITS[-1]:
-            return f"{(halves + 1) // 2} {unit}"
+    unit, *larger_units = _SIZE_UNITS
+    while halves >= _MOST_HALVES and larger_units:
         halves >>= 10
-    raise AssertionError("The last unit is for every larger size.")
+        unit, *larger_units = larger_units
+    return f"{(halves + 1) // 2} {unit}"
 
 
 def moment(at: datetime) -> str:
@@ -116,13 +116,15 @@ def notice(event: events.Event, stats: Stats) -> str:
 def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, PLR0912 - one case for each event
     match event:
         case events.RotationStarted():
-            return _resumed(event) if event.resumed else _started(event)
+            return _started(event)
         case events.RangeRetried():
             parts = " in two parts" if event.split else ""
             line = f"a range of {plural(event.rows, 'row')} is retried{parts}: {event.reason}"
             return "" if event.reason in stats.retry_reasons else line
-        case events.RowRejected():
-            return _rejected(event, len(stats.rejected_keys))
+        case events.RowRejected() if len(stats.rejected_keys) < REJECTED_ROWS_NAMED:
+            return f"row {event.key} is rejected: {event.reason}"
+        case events.RowRejected() if len(stats.rejected_keys) == REJECTED_ROWS_NAMED:
+            return "more rows are rejected; from now on they are only counted"
         case events.OutageStarted():
             return f"outage: {event.reason.rstrip('.')}; waiting for up to {duration(event.budget_seconds)}"
         case events.OutageEnded():
@@ -147,8 +149,13 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
                 f"warning: the server will log the new values, because of {', '.join(event.settings)}: "
                 "set log_parameter_max_length = 0 for this role"
             )
-        case events.LateCommitsAwaited():
-            return "" if event.holders == stats.holders else _awaited(event.holders)
+        case events.LateCommitsAwaited() if event.holders != stats.holders:
+            left = len(event.holders) - HOLDERS_NAMED
+            more = f"; and {count(left)} more" if left > 0 else ""
+            return (
+                f"waiting for {plural(len(event.holders), 'transaction')} older than the rotation, "
+                f"which may still commit rows: {'; '.join(event.holders[:HOLDERS_NAMED])}{more}"
+            )
         case events.LateRowsRotated():
             noun = "row" if stats.leaked else "late row"
             return f"rotated {plural(event.rows, noun)}"
@@ -222,46 +229,22 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
 
 
 def _started(event: events.RotationStarted) -> str:
+    name = f"rotation {event.rotation} of {event.target}"
     rows = plural(event.rows_total, "row", is_exact=event.rows_total_is_exact)
-    return (
-        f"rotation {event.rotation} of {event.target} starts: {rows}, "
-        f"{plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range"
-        f"{_cost(event.batch)}"
+    if event.stopped_at is not None:
+        return (
+            f"{name} resumes: {count(event.rows_done)} of {rows} were done in "
+            f"{duration(event.seconds_before)} when it stopped at {moment(event.stopped_at)}"
+        )
+    text = (
+        f"{name} starts: {rows}, {plural(event.concurrency, 'worker')}, {plural(event.batch, 'row')} a range"
     )
-
-
-def _cost(batch: int) -> str:
-    """Return what ranges of so many rows cost other sessions; empty for a usual number."""
-    if batch <= LARGE_BATCH:
-        return ""
-    seconds = duration(batch * SECONDS_PER_ROW)
-    return f"; warning: with ranges of this size, writers of the same rows may wait for {seconds} or more"
-
-
-def _resumed(event: events.RotationStarted) -> str:
-    rows = plural(event.rows_total, "row", is_exact=event.rows_total_is_exact)
-    stopped = moment(event.stopped_at) if event.stopped_at else "an unknown time"
-    return (
-        f"rotation {event.rotation} of {event.target} resumes: {count(event.rows_done)} of {rows} "
-        f"were done in {duration(event.seconds_before)} when it stopped at {stopped}"
-    )
-
-
-def _rejected(event: events.RowRejected, rejected_before: int) -> str:
-    if rejected_before < REJECTED_ROWS_NAMED:
-        return f"row {event.key} is rejected: {event.reason}"
-    if rejected_before == REJECTED_ROWS_NAMED:
-        return "more rows are rejected; from now on they are only counted"
-    return ""
-
-
-def _awaited(holders: tuple[str, ...]) -> str:
-    named = "; ".join(holders[:HOLDERS_NAMED])
-    more = f"; and {count(len(holders) - HOLDERS_NAMED)} more" if len(holders) > HOLDERS_NAMED else ""
-    return (
-        f"waiting for {plural(len(holders), 'transaction')} older than the rotation, "
-        f"which may still commit rows: {named}{more}"
-    )
+    if event.batch > LARGE_BATCH:
+        seconds = duration(event.batch * SECONDS_PER_ROW)
+        text += (
+            f"; warning: with ranges of this size, writers of the same rows may wait for {seconds} or more"
+        )
+    return text
 
 
 def waiting_for_locks(holders: tuple[str, ...]) -> str:
@@ -319,10 +302,7 @@ def leaked_values(event: events.LeakedValuesFound) -> str:
 
 
 def done_of_total(rows: int, total: int, *, is_exact: bool) -> str:
-    """Return the rows done and the total, e.g. ``412,000 of about 1,000,000``.
-
-    Rows that are added while the rotation runs do not exceed an exact total.
-    """
+    """Return the rows done and the total, e.g. ``412,000 of about 1,000,000``, at most an exact total."""
     return f"{count(min(rows, total) if is_exact else rows)} of {about(total, is_exact=is_exact)}"
 
 
