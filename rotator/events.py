@@ -5,27 +5,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from signal import Signals
-from typing import Any, Literal, TypeAlias, dataclass_transform
+from typing import Any, Literal, TypeAlias
 
 from rotator.options import Selection, known_fields
 from rotator.ranges import Key, KeyInterval
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What observers get: each subclass is a frozen dataclass. One for which they have no case is silent."""
-
-    def __init_subclass__(cls) -> None:
-        """Make a dataclass of the subclass."""
-        dataclass(frozen=True, kw_only=True)(cls)
-
-
-Observer: TypeAlias = Callable[[Event], None]
-
-
-def ignore(_event: Event) -> None:
-    """Do nothing: the observer of a run that no one watches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,13 +225,15 @@ class Storage:
     indexes: tuple[IndexSize, ...] = ()
 
 
-class Preflighted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflighted:
     """The preflight is complete, and the rotation is about to begin."""
 
     findings: Findings
 
 
-class RotationStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotationStarted:
     """This process owns the rotation and is about to write.
 
     Attributes:
@@ -278,14 +263,16 @@ class RotationStarted(Event):
         return self.stopped_at is not None
 
 
-class RangeCompleted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeCompleted:
     """A range and its checkpoint were committed, ``seconds`` after its last attempt began."""
 
     rows: int
     seconds: float
 
 
-class WorkersProgressed(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersProgressed:
     """Celery workers have committed or deferred ranges since the owner last read the checkpoints."""
 
     ranges: int
@@ -316,13 +303,15 @@ OnCommit: TypeAlias = Callable[[RowsRotated], Awaitable[None]]
 """The worker awaits it after each commit of rows, before its next range."""
 
 
-class RangeDeferred(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeDeferred:
     """A range was put back because of another session's lock; 0 rows if that prevented its planning."""
 
     rows: int
 
 
-class RangeRetried(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangeRetried:
     """The server rejected a range, which is retried: in two parts if it is ``split``."""
 
     rows: int
@@ -330,21 +319,24 @@ class RangeRetried(Event):
     split: bool
 
 
-class RowRejected(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRejected:
     """The server rejects the new value of one row; the rotation of the other rows continues."""
 
     key: Key
     reason: str
 
 
-class OutageStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutageStarted:
     """The server is unreachable; the run gives up after ``budget_seconds``."""
 
     reason: str
     budget_seconds: float
 
 
-class OutageEnded(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutageEnded:
     """The server is reachable again. Checkpoints can confirm fewer rows than were reported before."""
 
     seconds: float
@@ -352,95 +344,111 @@ class OutageEnded(Event):
     late_rows: int
 
 
-class BrokerUnreachable(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BrokerUnreachable:
     """The broker cannot be reached; workers that have received a message continue."""
 
     reason: str
 
 
-class WorkersSilent(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersSilent:
     """No Celery worker has worked on the rotation for ``seconds``; another message is sent."""
 
     seconds: float
 
 
-class OwnerWatched(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnerWatched:
     """Another process owns this rotation; this one watches its heartbeat for up to ``seconds``."""
 
     owner: str
     seconds: float
 
 
-class ServerLogShowsValues(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerLogShowsValues:
     """The server will log the new values because of settings such as ``log_statement = all``."""
 
     settings: tuple[str, ...]
 
 
-class LateCommitsAwaited(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LateCommitsAwaited:
     """Transactions older than the rotation can still commit rows of the target."""
 
     holders: tuple[str, ...]
 
 
-class LateCommitsOver(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LateCommitsOver:
     """The last of those transactions has ended."""
 
 
-class LateRowsRotated(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LateRowsRotated:
     """Late rows were found and rotated: rows that no range has written."""
 
     rows: int
 
 
-class ConfirmationStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfirmationStarted:
     """Every range is completed, and the table is read once to find the last writer of each row."""
 
 
-class RowsConfirmed(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsConfirmed:
     """No row is older than the rotation."""
 
     confirmed: int
     unconfirmed: int
 
 
-class VacuumStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VacuumStarted:
     """The rotation is completed, and the final VACUUM has started."""
 
 
-class Vacuumed(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vacuumed:
     """A VACUUM of the table has ended, during the rotation or after it."""
 
     seconds: float
 
 
-class VacuumSkipped(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VacuumSkipped:
     """The table was not vacuumed, or not completely. The next VACUUM is tried if ``is_once``."""
 
     reason: str
     is_once: bool = False
 
 
-class Analyzed(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Analyzed:
     """ANALYZE has replaced the table's statistics, which held old values."""
 
     seconds: float
 
 
-class AnalyzeSkipped(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnalyzeSkipped:
     """The table's statistics still hold old values, until the user runs the statement."""
 
     reason: str
     statement: str
 
 
-class ReindexStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReindexStarted:
     """The rotation is completed, and this number of indexes is being rebuilt."""
 
     indexes: int
 
 
-class IndexRebuilt(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexRebuilt:
     """An index was rebuilt; its name has its schema and is quoted."""
 
     name: str
@@ -449,21 +457,24 @@ class IndexRebuilt(Event):
     bytes_now: int
 
 
-class ReindexSkipped(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReindexSkipped:
     """An index was not rebuilt, or an invalid one not dropped; all indexes if the name is empty."""
 
     name: str
     reason: str
 
 
-class ReceiverFailed(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReceiverFailed:
     """A receiver raised an error of this type; reported once for each receiver and type."""
 
     receiver: str
     error: str
 
 
-class LimitRaised(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitRaised:
     """The time limit of a range was raised, because planning the update takes a large part of it."""
 
     planning_seconds: float
@@ -471,7 +482,8 @@ class LimitRaised(Event):
     statement_seconds: float
 
 
-class LockHeld(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LockHeld:
     """The sessions that have blocked ranges for some seconds; sent about twice a second while there are any.
 
     Attributes:
@@ -483,7 +495,8 @@ class LockHeld(Event):
     is_new: bool = True
 
 
-class PaceChanged(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaceChanged:
     """The pace allows another number of workers, or the rows in a range or the reason have changed.
 
     Attributes:
@@ -501,7 +514,8 @@ class PaceChanged(Event):
     is_new: bool = True
 
 
-class Throttled(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Throttled:
     """A throttle holds the rotation: no more ranges begin. If not ``is_new``, only its reason is."""
 
     source: str
@@ -509,7 +523,8 @@ class Throttled(Event):
     is_new: bool = True
 
 
-class ThrottleEnded(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThrottleEnded:
     """A throttle does not hold the rotation any more; another one may."""
 
     source: str
@@ -517,7 +532,8 @@ class ThrottleEnded(Event):
     seconds: float
 
 
-class LimitsChanged(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsChanged:
     """A user has changed the limits of the running rotation."""
 
     concurrency: int
@@ -525,20 +541,23 @@ class LimitsChanged(Event):
     by: str
 
 
-class HorizonHeld(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HorizonHeld:
     """Sessions, slots, replicas or prepared transactions keep VACUUM from removing dead rows."""
 
     holders: tuple[str, ...]
 
 
-class DrainStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrainStarted:
     """The run stops: ranges in flight are committed. ``by`` is the user who cancelled the rotation."""
 
     reason: StopReason
     by: str = ""
 
 
-class Tick(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tick:
     """A second has passed, so that observers without a timer can show their figures."""
 
 
@@ -555,7 +574,8 @@ class RunFacts:
     selection: Selection
 
 
-class LeakedValuesFound(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeakedValuesFound:
     """A search has found the leaked values that rows have.
 
     Attributes:
@@ -570,30 +590,35 @@ class LeakedValuesFound(Event):
     other_lines: tuple[str, ...]
 
 
-class LedgerStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerStarted:
     """The old values are being entered into the ledger, before the first row is rotated."""
 
 
-class LedgerProgressed(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerProgressed:
     """The values of a range are in the ledger."""
 
     rows: int
 
 
-class LedgerReady(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerReady:
     """Every old value is in the ledger; a search found all ``control_rows`` of a sample in it."""
 
     seconds: float
     control_rows: int
 
 
-class GuardAdded(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardAdded:
     """A trigger keeps old values from coming back."""
 
     action: str
 
 
-class VerificationStarted(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationStarted:
     """The table is searched for old values; an interrupted search has done ``rows`` before."""
 
     rows_total: int
@@ -601,7 +626,8 @@ class VerificationStarted(Event):
     repairs: bool
 
 
-class VerificationProgressed(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationProgressed:
     """A range was searched."""
 
     rows: int
@@ -666,7 +692,8 @@ class Controls:
         )
 
 
-class Verified(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
     """The end of a verification.
 
     Attributes:
@@ -733,7 +760,8 @@ class Verified(Event):
         return 0 if self.is_verified else 1
 
 
-class RotationStopped(Event):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotationStopped:
     """The end of a run. docs/output.md describes its figures, which are those of the report.
 
     Attributes:
@@ -805,3 +833,58 @@ class RotationStopped(Event):
             # It ends like Ctrl-C.
             return 128 + Signals.SIGINT
         return 128 + Signals[self.stop_reason] if self.stop_reason in Signals.__members__ else 1
+
+
+Event: TypeAlias = (
+    Preflighted
+    | RotationStarted
+    | RangeCompleted
+    | WorkersProgressed
+    | RangeDeferred
+    | RangeRetried
+    | RowRejected
+    | OutageStarted
+    | OutageEnded
+    | BrokerUnreachable
+    | WorkersSilent
+    | OwnerWatched
+    | ServerLogShowsValues
+    | LateCommitsAwaited
+    | LateCommitsOver
+    | LateRowsRotated
+    | ConfirmationStarted
+    | RowsConfirmed
+    | VacuumStarted
+    | Vacuumed
+    | VacuumSkipped
+    | Analyzed
+    | AnalyzeSkipped
+    | ReindexStarted
+    | IndexRebuilt
+    | ReindexSkipped
+    | ReceiverFailed
+    | LimitRaised
+    | LockHeld
+    | PaceChanged
+    | Throttled
+    | ThrottleEnded
+    | LimitsChanged
+    | HorizonHeld
+    | DrainStarted
+    | LedgerStarted
+    | LedgerProgressed
+    | LedgerReady
+    | GuardAdded
+    | LeakedValuesFound
+    | VerificationStarted
+    | VerificationProgressed
+    | Verified
+    | Tick
+    | RotationStopped
+)
+
+Observer: TypeAlias = Callable[[Event], None]
+
+
+def ignore(_event: Event) -> None:
+    """Do nothing: the observer of a run that no one watches."""

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, assert_never
 
 from rotator import events
 from rotator.ranges import Key, KeyInterval
@@ -194,7 +194,7 @@ class Stats:
         self._began_at = self.clock()
 
     def take(self, event: events.Event) -> None:  # noqa: C901, PLR0912, PLR0915 - one case for each event
-        """Count an event; one without a case changes no figure."""
+        """Count an event."""
         match event:
             case events.RotationStarted():
                 self.started = event
@@ -282,6 +282,27 @@ class Stats:
             case events.RotationStopped():
                 # The database's count, which is that of the checkpoints.
                 self.rows_done, self.late_rows = event.rows, event.late_rows
+            case (
+                events.Preflighted()
+                | events.BrokerUnreachable()
+                | events.WorkersSilent()
+                | events.OwnerWatched()
+                | events.ServerLogShowsValues()
+                | events.VacuumSkipped()
+                | events.Analyzed()
+                | events.IndexRebuilt()
+                | events.ReindexSkipped()
+                | events.ReceiverFailed()
+                | events.LimitRaised()
+                | events.LimitsChanged()
+                | events.HorizonHeld()
+                | events.GuardAdded()
+                | events.VerificationProgressed()
+                | events.Tick()
+            ):
+                pass
+            case _:
+                assert_never(event)
 
     def _add_ranges(self, ranges: int, rows: int, seconds: float) -> None:
         now = self.clock()

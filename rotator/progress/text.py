@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, assert_never
 
 from rotator import events
 from rotator.options import LARGE_BATCH
@@ -224,8 +224,26 @@ def _notice(event: events.Event, stats: Stats) -> str:  # noqa: C901, PLR0911, P
         case events.DrainStarted():
             cause = stopped_by(event.reason, event.by) if event.by else event.reason
             return f"{cause}: draining; ranges in flight are committed, and no new ones start"
-        case _:
+        case (
+            events.Preflighted()
+            | events.RangeCompleted()
+            | events.WorkersProgressed()
+            | events.RangeDeferred()
+            | events.RowRejected()
+            | events.LateCommitsAwaited()
+            | events.LateCommitsOver()
+            | events.ConfirmationStarted()
+            | events.Vacuumed()
+            | events.Analyzed()
+            | events.LedgerProgressed()
+            | events.VerificationProgressed()
+            | events.Verified()
+            | events.Tick()
+            | events.RotationStopped()
+        ):
             return ""
+        case _:
+            assert_never(event)
 
 
 def _started(event: events.RotationStarted) -> str:
