@@ -1,9 +1,11 @@
 """Streams ranges from the planner through a bounded queue to the workers."""
 
 import asyncio
+import heapq
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from dataclasses import KW_ONLY, dataclass
+from itertools import count
+from typing import Final, NamedTuple, TypeAlias
 
 from rotator.events import Observer, RangeCompleted, RangeDeferred, RangeRetried, RowRejected
 from rotator.exceptions import (
@@ -14,11 +16,18 @@ from rotator.exceptions import (
     unwrap_group,
 )
 from rotator.ranges import KeyInterval, KeyRange, Written
+from rotator.runner import retry
 from rotator.runner.aio import is_set_within
 from rotator.runner.gate import Gate
-from rotator.runner.retry import NextStep, RetryPolicy
-from rotator.runner.work_queue import Attempt, WorkQueue
 
+# The planned ranges in the queue, which caps memory.
+QUEUE_RANGES: Final = 16
+# The ranges that wait for a retry at which workers prefer them.
+WAITING_RANGES: Final = 16
+# The rest of a locked range is not held up by a few rows.
+DEFERRALS_BEFORE_SPLIT: Final = 5
+# The rest of a rejected range waits, so that other ranges are tried first.
+PROBE_DELAY_SECONDS: Final = 1.0
 # The rejected rows of a run, after which it gives up.
 MAX_FAILED_ROWS: Final = 1000
 # The same while the rotation has rotated no row.
@@ -43,61 +52,97 @@ It raises :class:`RowsLockedError` where another session holds rows of the range
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineOptions:
-    """The limits of an engine.
+class Attempt(NamedTuple):
+    """A range, and what has happened to it so far.
+
+    Attributes:
+        deferrals: How often its rows were locked.
+        rejections: How often the server rejected it.
+        is_probed: Whether its first row was tried alone, and other ranges were tried before the rest.
+    """
+
+    key_range: KeyRange
+    deferrals: int = 0
+    rejections: int = 0
+    is_probed: bool = False
+
+
+class WorkQueue:
+    """Hands ranges to workers; those that are due for a retry go before planned ones."""
+
+    def __init__(self, drain: asyncio.Event) -> None:
+        """Make the queue; once ``drain`` is set, workers get no more ranges."""
+        self.drain = drain
+        # None where no more follow.
+        self.planned: asyncio.Queue[KeyRange | None] = asyncio.Queue(QUEUE_RANGES)
+        # When each is due; the numbers keep the order of equal times.
+        self._waiting: list[tuple[float, int, Attempt]] = []
+        self._numbers = count()
+        self._clock = asyncio.get_running_loop().time
+        self._closed = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the maximum number of ranges wait for a retry."""
+        return len(self._waiting) >= WAITING_RANGES
+
+    def requeue(self, attempt: Attempt, *, delay_seconds: float) -> None:
+        """Add a range that is due for a retry after a delay."""
+        heapq.heappush(self._waiting, (self._clock() + delay_seconds, next(self._numbers), attempt))
+
+    async def take(self) -> Attempt | None:
+        """Wait for the next range; None where no work is left for this worker."""
+        while not self.drain.is_set():
+            if self._waiting and (self._closed or self.is_full or self._waiting[0][0] <= self._clock()):
+                due, _, attempt = heapq.heappop(self._waiting)
+                is_drained = await is_set_within(self.drain, due - self._clock())
+                return None if is_drained else attempt
+            if self._closed:
+                return None
+            key_range = await self._get()
+            if key_range is not None:
+                # A gap of one row is often one that was rejected before.
+                return Attempt(key_range, is_probed=key_range.rows == 1)
+        return None
+
+    async def _get(self) -> KeyRange | None:
+        """Wait for a planned range; None where a retry is due first, or the queue was closed."""
+        until = self._waiting[0][0] if self._waiting else None
+        try:
+            async with asyncio.timeout_at(until):
+                key_range = await self.planned.get()
+        except TimeoutError:
+            return None
+        if key_range is None:
+            self._closed = True
+            # For the next worker; there is room, since an item was just taken.
+            self.planned.put_nowait(None)
+        return key_range
+
+
+@dataclass(slots=True)
+class Engine:
+    """Rewrites intervals of keys by a planner, a bounded queue and several workers.
 
     Attributes:
         max_rows: The maximum rows to plan; None for no limit.
-        queue_ranges: The maximum planned ranges in the queue, which caps memory.
-        waiting_ranges: The number of ranges that wait for a retry at which workers prefer them.
-        retry: The policy for locked and rejected rows.
-        max_failed_rows: The rejected rows after which the run gives up.
-        probe_delay_seconds: The delay of the rest of a rejected range, so that other ranges are tried first.
+        has_rotated: Whether the rotation has rotated rows before.
     """
 
+    plan_range: PlanRange
+    write_range: WriteRange
+    gate: Gate
+    _: KW_ONLY
+    notify: Observer
     max_rows: int | None = None
-    queue_ranges: int = 16
-    waiting_ranges: int = 16
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-    max_failed_rows: int = MAX_FAILED_ROWS
-    probe_delay_seconds: float = 1.0
-
-
-class Engine:
-    """Rewrites intervals of keys by a planner, a bounded queue and several workers."""
-
-    def __init__(
-        self,
-        plan: PlanRange,
-        write: WriteRange,
-        gate: Gate,
-        *,
-        notify: Observer,
-        options: EngineOptions | None = None,
-        has_rotated: bool = False,
-    ) -> None:
-        """Prepare it.
-
-        Args:
-            plan: Plans a range.
-            write: Writes a range.
-            gate: Lets a range begin.
-            notify: Is called with each event.
-            options: The limits; None for the usual ones.
-            has_rotated: Whether the rotation has rotated rows before.
-        """
-        self._plan_range = plan
-        self._write_range = write
-        self._gate = gate
-        self._notify = notify
-        self._options = options or EngineOptions()
-        self._failed_rows = 0
-        self._failed_rows_in_a_row = 0
-        self._has_rotated = has_rotated
+    has_rotated: bool = False
+    _failed_rows: int = 0
+    _failed_rows_in_a_row: int = 0
 
     async def run(self, intervals: Iterable[KeyInterval], drain: asyncio.Event) -> None:
         """Rewrite every range of the intervals, except for rows that the server rejects permanently.
+
+        Once ``drain`` is set, no more ranges begin; those in flight are finished.
 
         A range with locked rows is deferred, for as long as it takes. A rejected range is retried where that
         may help, and then split, down to the single row, which is reported as :class:`RowRejected`. A range
@@ -106,57 +151,52 @@ class Engine:
         A fault that affects every row ends the run soon: the first row of each rejected range is tried alone
         before the rest of it.
 
-        Args:
-            intervals: The gaps to rewrite, in the order to plan them.
-            drain: Once set, no more ranges begin; those in flight are finished.
-
         Raises:
-            RangeRejectedError: More than ``max_failed_rows`` rows were rejected.
+            RangeRejectedError: More than ``MAX_FAILED_ROWS`` rows were rejected.
             EveryRowRejectedError: ``MAX_FAILED_ROWS_AT_START`` rows were rejected and none was rotated, or
                 ``MAX_FAILED_ROWS_IN_A_ROW`` one after the other.
             Exception: The first error of the planner or the writer; the other workers are cancelled.
         """
-        options = self._options
-        queue = WorkQueue(drain, queue_ranges=options.queue_ranges, waiting_ranges=options.waiting_ranges)
+        queue = WorkQueue(drain)
         with unwrap_group():
             async with asyncio.TaskGroup() as tasks:
                 planner = tasks.create_task(self._plan(intervals, queue), name="rotator planner")
                 workers = [
                     tasks.create_task(self._work(queue), name=f"rotator worker {number}")
-                    for number in range(1, self._gate.most_workers + 1)
+                    for number in range(1, self.gate.most_workers + 1)
                 ]
                 await asyncio.wait(workers)
                 # After a drain the planner may still wait for room in the queue.
                 planner.cancel()
 
     async def _plan(self, intervals: Iterable[KeyInterval], queue: WorkQueue) -> None:
-        rows_left = self._options.max_rows
+        rows_left = self.max_rows
         for interval in intervals:
             rest = interval
             while not queue.drain.is_set() and rows_left != 0:
-                batch = self._gate.rows if rows_left is None else min(self._gate.rows, rows_left)
+                batch = self.gate.rows if rows_left is None else min(self.gate.rows, rows_left)
                 key_range = await self._next_range(rest, batch, queue)
                 if key_range is None:
                     break
                 if rows_left is not None:
                     rows_left -= key_range.rows
-                await queue.put(key_range)
+                await queue.planned.put(key_range)
                 if key_range.through == interval.through:
                     break
                 rest = KeyInterval(after=key_range.through, through=interval.through)
-        await queue.put(None)
+        await queue.planned.put(None)
 
     async def _work(self, queue: WorkQueue) -> None:
         while (attempt := await queue.take()) is not None:
-            async with self._gate.passage(queue.drain) as may_begin:
+            async with self.gate.passage(queue.drain) as may_begin:
                 if may_begin:
                     await self._write(await self._cut(attempt, queue), queue)
 
     async def _cut(self, attempt: Attempt, queue: WorkQueue) -> Attempt:
         """Return the first part of a range that has become too large, and put the rest back."""
-        if not self._gate.is_too_large(attempt.key_range.rows):
+        if not self.gate.is_too_large(attempt.key_range.rows):
             return attempt
-        first, *rest = await self._split(attempt.key_range, self._gate.rows, queue)
+        first, *rest = await self._split(attempt.key_range, self.gate.rows, queue)
         for part in rest:
             queue.requeue(attempt._replace(key_range=part), delay_seconds=0)
         return attempt._replace(key_range=first)
@@ -165,47 +205,43 @@ class Engine:
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
-            written = await self._write_range(attempt.key_range)
+            written = await self.write_range(attempt.key_range)
         except RowsLockedError:
             await self._defer(attempt, queue)
         except RangeRejectedError as error:
             await self._retry(attempt, error, queue)
         else:
-            self._gate.count_completed(written.rows, written.server_seconds)
+            self.gate.count_completed(written.rows, written.server_seconds)
             if written.rows:
-                self._has_rotated, self._failed_rows_in_a_row = True, 0
-            self._notify(RangeCompleted(rows=written.rows, seconds=clock() - started))
+                self.has_rotated, self._failed_rows_in_a_row = True, 0
+            self.notify(RangeCompleted(rows=written.rows, seconds=clock() - started))
 
     async def _defer(self, attempt: Attempt, queue: WorkQueue) -> None:
-        retry, key_range, deferrals = self._options.retry, attempt.key_range, attempt.deferrals + 1
-        self._notify(RangeDeferred(rows=key_range.rows))
+        key_range, deferrals = attempt.key_range, attempt.deferrals + 1
+        self.notify(RangeDeferred(rows=key_range.rows))
         # The halves of many locked ranges would soon exceed the memory cap of the queue.
-        splits = deferrals >= retry.deferrals_before_split and key_range.rows > 1 and not queue.is_full
+        splits = deferrals >= DEFERRALS_BEFORE_SPLIT and key_range.rows > 1 and not queue.is_full
         parts = await self._split(key_range, key_range.rows // 2, queue) if splits else [key_range]
         for part in parts:
-            queue.requeue(
-                attempt._replace(key_range=part, deferrals=deferrals),
-                delay_seconds=retry.delay_seconds(deferrals),
-            )
+            deferred = attempt._replace(key_range=part, deferrals=deferrals)
+            queue.requeue(deferred, delay_seconds=retry.backoff_seconds(deferrals))
 
     async def _retry(self, attempt: Attempt, error: RangeRejectedError, queue: WorkQueue) -> None:
-        retry, key_range, rejections = self._options.retry, attempt.key_range, attempt.rejections + 1
+        key_range, rejections = attempt.key_range, attempt.rejections + 1
         is_too_slow = isinstance(error, RangeTooSlowError)
         if is_too_slow:
-            self._gate.shrink(key_range.rows)
+            self.gate.shrink(key_range.rows)
         # While no row has been rotated, the parts of the rest are probed again.
-        was_probed = attempt.is_probed and self._has_rotated
-        step = retry.after_rejection(error, rows=key_range.rows, rejections=rejections)
-        if step is NextStep.GIVE_UP:
+        was_probed = attempt.is_probed and self.has_rotated
+        splits = not retry.may_help(error, rows=key_range.rows, rejections=rejections)
+        if splits and key_range.rows <= 1:
             self._give_up(attempt, error)
             return
-        splits = step is NextStep.SPLIT
-        self._notify(RangeRetried(rows=key_range.rows, reason=error.condition, split=splits))
-        delay_seconds = retry.delay_seconds(rejections) if error.retryable else 0.0
+        self.notify(RangeRetried(rows=key_range.rows, reason=error.condition, split=splits))
+        delay_seconds = retry.backoff_seconds(rejections) if error.retryable else 0.0
         if not splits:
-            queue.requeue(
-                attempt._replace(rejections=rejections, is_probed=was_probed), delay_seconds=delay_seconds
-            )
+            rejected = attempt._replace(rejections=rejections, is_probed=was_probed)
+            queue.requeue(rejected, delay_seconds=delay_seconds)
             return
         probes = not (is_too_slow or attempt.is_probed)
         first, *rest = await self._split(key_range, 1 if probes else key_range.rows // 2, queue)
@@ -213,17 +249,17 @@ class Engine:
         for part in rest:
             queue.requeue(
                 Attempt(part, attempt.deferrals, is_probed=probes or was_probed),
-                delay_seconds=self._options.probe_delay_seconds if probes else delay_seconds,
+                delay_seconds=PROBE_DELAY_SECONDS if probes else delay_seconds,
             )
 
     def _give_up(self, attempt: Attempt, error: RangeRejectedError) -> None:
         self._failed_rows += 1
-        if not (self._has_rotated and attempt.is_probed):
+        if not (self.has_rotated and attempt.is_probed):
             self._failed_rows_in_a_row += 1
-        self._notify(RowRejected(key=attempt.key_range.through, reason=error.condition))
-        if self._failed_rows > self._options.max_failed_rows:
+        self.notify(RowRejected(key=attempt.key_range.through, reason=error.condition))
+        if self._failed_rows > MAX_FAILED_ROWS:
             raise error
-        most = MAX_FAILED_ROWS_IN_A_ROW if self._has_rotated else MAX_FAILED_ROWS_AT_START
+        most = MAX_FAILED_ROWS_IN_A_ROW if self.has_rotated else MAX_FAILED_ROWS_AT_START
         if self._failed_rows_in_a_row >= most:
             raise EveryRowRejectedError(self._failed_rows_in_a_row, error.condition)
 
@@ -232,11 +268,11 @@ class Engine:
         attempts = 0
         while True:
             try:
-                return await self._plan_range(interval, batch)
+                return await self.plan_range(interval, batch)
             except RowsLockedError:
                 attempts += 1
-                self._notify(RangeDeferred(rows=0))
-            if await is_set_within(queue.drain, self._options.retry.delay_seconds(attempts)):
+                self.notify(RangeDeferred(rows=0))
+            if await is_set_within(queue.drain, retry.backoff_seconds(attempts)):
                 return None
 
     async def _split(self, key_range: KeyRange, rows: int, queue: WorkQueue) -> list[KeyRange]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -30,52 +30,40 @@ from rotator.postgres.rotations import RotationState
 from rotator.postgres.survivors import control_ledger
 from rotator.postgres.table import TargetTable
 from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.runner import retry
 from rotator.runner.context import RunContext
 from rotator.runner.late_rows import wait_for_older_writers
-from rotator.runner.retry import RetryPolicy
-from rotator.runner.stop import StopSignal
 
 LOAD_ROWS: Final = 20_000
 GUARD_ATTEMPTS: Final = 100
-_RETRY: Final = RetryPolicy()
 
 
+@dataclass(frozen=True, slots=True)
 class Proof:
     """Prepares the ledger and the guard of a rotation; a killed run is resumed where it stopped.
 
-    Attributes:
-        ledger: The ledger, once it is complete and indexed; None where the rotation has none.
+    No other task uses the connection, and the pool, that of the workers, is idle.
     """
 
-    def __init__(
-        self,
-        connection: AsyncConnection,
-        pool: AsyncConnectionPool,
-        table: TargetTable,
-        context: RunContext,
-    ) -> None:
-        """Take a connection that no other task uses, and those of the workers, which are idle now."""
-        self.ledger: Ledger | None = None
-        self._connection = connection
-        self._pool = pool
-        self._table = table
-        self._context = context
-        self._planner = IndexPlanner(connection, table)
+    connection: AsyncConnection
+    pool: AsyncConnectionPool
+    table: TargetTable
+    context: RunContext
 
-    async def prepare(self, owned: RotationState) -> None:
-        """Complete the ledger, unless a stop is requested or the rotation has none, and add the guard.
+    async def prepare(self, owned: RotationState) -> Ledger | None:
+        """Complete the ledger and add the guard, unless a stop is requested; None without a ledger.
 
         Raises:
             OptionError: The rotation has begun without a ledger.
             RotatorError: The control of the ledger failed, or the guard could not be added.
         """
-        options, drain = self._context.options, self._context.stop_signal.drain
+        options, drain = self.context.options, self.context.stop_signal.drain
         rotation = owned.lease.rotation
-        ledger = await find_ledger(self._connection, rotation)
+        ledger = await find_ledger(self.connection, rotation)
         if ledger is None:
             if not options.prove:
-                return
-            if await rotations.has_rows_done(self._connection, rotation):
+                return None
+            if await rotations.has_rows_done(self.connection, rotation):
                 raise OptionError(
                     f"Rotation {rotation} has rotated rows without a ledger, so their old values are "
                     "unknown. Resume it without --prove, or begin again with --restart."
@@ -84,36 +72,31 @@ class Proof:
             ledger = await self._complete(owned, ledger)
         if ledger is not None and options.guard not in ("", ledger.guard) and not drain.is_set():
             await self._add_guard(ledger, options.guard)
-        self.ledger = ledger
+        return ledger
 
     async def _complete(self, owned: RotationState, ledger: Ledger | None) -> Ledger | None:
         """Load the rest of the ledger, index it and test it; return None where a stop was requested."""
-        context, lease = self._context, owned.lease
+        context, lease = self.context, owned.lease
         started = time.monotonic()
         # Otherwise a row that is committed late could be rotated before its value enters the ledger.
-        if not await wait_for_older_writers(self._connection, self._table, owned.started_xid, context):
+        if not await wait_for_older_writers(self.connection, self.table, owned.started_xid, context):
             return None
         context.notify(LedgerStarted())
         if ledger is None:
-            ledger = await create_ledger(self._connection, lease)
+            ledger = await create_ledger(self.connection, lease)
         bound, rows = owned.bound, 0
         if bound is not None:
             await self._load(owned.lease, ledger, bound)
         if context.stop_signal.drain.is_set():
             return None
-        await context.stop_signal.run_until_stop(
-            until_unlocked(
-                partial(index_ledger, self._connection, lease, ledger),
-                context.stop_signal,
-                what="index the ledger",
-            )
-        )
+        indexing = until_unlocked(partial(index_ledger, self.connection, lease, ledger), "index the ledger")
+        await context.stop_signal.run_until_stop(indexing)
         if context.stop_signal.drain.is_set():
             return None
         if bound is not None:
             rows, found = await control_ledger(
-                self._connection,
-                self._table,
+                self.connection,
+                self.table,
                 ledger,
                 started_xid=owned.started_xid,
                 bound=bound,
@@ -124,7 +107,7 @@ class Proof:
                     f"The control of the ledger failed: {found:,} of {rows:,} rows that were not written "
                     "since the rotation began were found. No row was rotated. Begin again with --restart."
                 )
-        ledger = await finish_ledger(self._connection, ledger, rows)
+        ledger = await finish_ledger(self.connection, ledger, rows)
         context.notify(LedgerReady(seconds=time.monotonic() - started, control_rows=rows))
         return ledger
 
@@ -133,35 +116,36 @@ class Proof:
 
         The next ranges are planned in the meantime.
         """
-        rest, drain = KeyInterval(after=ledger.through, through=bound), self._context.stop_signal.drain
+        planner = IndexPlanner(self.connection, self.table)
+        rest, drain = KeyInterval(after=ledger.through, through=bound), self.context.stop_signal.drain
         rows, attempts, planned = LOAD_ROWS, 0, list[KeyRange]()
         while rest.after != bound and not drain.is_set():
             try:
-                async with self._context.gate.passage(drain) as may_begin:
+                async with self.context.gate.passage(drain) as may_begin:
                     if not may_begin:
                         return
-                    planned = planned or await self._plan(rest, rows)
+                    planned = planned or await self._plan(planner, rest, rows)
                     following = replace(rest, after=planned[-1].through)
                     with unwrap_group():
                         async with asyncio.TaskGroup() as tasks:
-                            planning = tasks.create_task(self._plan(following, rows))
+                            planning = tasks.create_task(self._plan(planner, following, rows))
                             tasks.create_task(self._load_ranges(lease, ledger, planned))
                 planned, attempts = planning.result(), 0
             except RowsLockedError:
                 planned, attempts = [], attempts + 1
-                await self._context.stop_signal.wait(_RETRY.delay_seconds(attempts))
+                await self.context.stop_signal.wait(retry.backoff_seconds(attempts))
             except RangeTooSlowError:
                 if rows == 1:
                     raise
                 planned, rows = [], rows // 2
             # Where one range failed, those before it are committed.
-            found = await find_ledger(self._connection, lease.rotation)
+            found = await find_ledger(self.connection, lease.rotation)
             rest = replace(rest, after=None if found is None else found.through)
 
-    async def _plan(self, rest: KeyInterval, rows: int) -> list[KeyRange]:
+    async def _plan(self, planner: IndexPlanner, rest: KeyInterval, rows: int) -> list[KeyRange]:
         planned = list[KeyRange]()
-        while len(planned) < self._pool.max_size and rest.after != rest.through:
-            planned.append(await self._planner.next_range(rest, rows))
+        while len(planned) < self.pool.max_size and rest.after != rest.through:
+            planned.append(await planner.next_range(rest, rows))
             rest = replace(rest, after=planned[-1].through)
         return planned
 
@@ -170,10 +154,10 @@ class Proof:
 
         async def load(at: int) -> None:
             before = committed[at - 1] if at else None
-            async with translate_errors(seconds=None), self._pool.connection() as connection:
-                await load_range(connection, lease, self._table, ledger, planned[at], before)
+            async with translate_errors(seconds=None), self.pool.connection() as connection:
+                await load_range(connection, lease, self.table, ledger, planned[at], before)
             committed[at].set()
-            self._context.notify(LedgerProgressed(rows=planned[at].rows))
+            self.context.notify(LedgerProgressed(rows=planned[at].rows))
 
         with unwrap_group():
             async with asyncio.TaskGroup() as tasks:
@@ -181,13 +165,13 @@ class Proof:
                     tasks.create_task(load(at), name=f"rotator ledger {at + 1}")
 
     async def _add_guard(self, ledger: Ledger, action: str) -> None:
-        await until_unlocked(
-            lambda: add_guard(self._connection, ledger, self._table, action),
-            self._context.stop_signal,
-            what=f"add the guard to {self._table.found_name}",
+        adding = until_unlocked(
+            partial(add_guard, self.connection, ledger, self.table, action),
+            f"add the guard to {self.table.found_name}",
         )
-        if not self._context.stop_signal.drain.is_set():
-            self._context.notify(GuardAdded(action=action))
+        await self.context.stop_signal.run_until_stop(adding)
+        if not self.context.stop_signal.drain.is_set():
+            self.context.notify(GuardAdded(action=action))
 
 
 async def unguard(connection: AsyncConnection, rotation: int) -> bool:
@@ -199,7 +183,7 @@ async def unguard(connection: AsyncConnection, rotation: int) -> bool:
     ledger = await find_ledger(connection, rotation)
     if ledger is None or not ledger.guard:
         return False
-    await until_unlocked(lambda: remove_guard(connection, ledger), None, what="remove the guard")
+    await until_unlocked(partial(remove_guard, connection, ledger), "remove the guard")
     return True
 
 
@@ -213,32 +197,21 @@ async def forget(connection: AsyncConnection, rotation: int) -> bool:
     if ledger is None:
         return False
     await unguard(connection, rotation)
-    await until_unlocked(lambda: forget_ledger(connection, ledger), None, what="drop the ledger")
+    await until_unlocked(partial(forget_ledger, connection, ledger), "drop the ledger")
     return True
 
 
-async def until_unlocked(
-    change: Callable[[], Awaitable[None]], stop_signal: StopSignal | None, *, what: str
-) -> None:
-    """Retry a change of the table that other sessions' locks prevent, until a stop is requested.
-
-    Args:
-        change: The change, which waits for locks only for a short time.
-        stop_signal: The requests to stop; None where there are none.
-        what: The change as a phrase, for the error.
+async def until_unlocked(change: Callable[[], Awaitable[None]], what: str) -> None:
+    """Retry a change of the table that other sessions' locks prevent; it waits for them for a short time.
 
     Raises:
-        RotatorError: The table was locked at each attempt.
+        RotatorError: The table was locked at each attempt to do ``what``.
     """
     for attempt in range(1, GUARD_ATTEMPTS + 1):
         try:
             return await change()
         except RowsLockedError:
-            delay_seconds = _RETRY.delay_seconds(attempt)
-        if stop_signal is None:
-            await asyncio.sleep(delay_seconds)
-        elif await stop_signal.wait(delay_seconds):
-            return None
+            await asyncio.sleep(retry.backoff_seconds(attempt))
     raise RotatorError(
         f"Cannot {what}: in {GUARD_ATTEMPTS} attempts, other sessions held locks on the table. "
         "End the long ones, then run the same command again."

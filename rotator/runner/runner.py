@@ -142,7 +142,7 @@ class Run:
             on_commit=on_commit,
             ask_for_help=ask_for_help,
         )
-        self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
+        self._outage = OutageBudget(seconds=options.outage_budget_seconds)
         self._acquired: Acquired | None = None
         self._table: TargetTable | None = None
         self._throttles = Throttles(options, target.throttles)

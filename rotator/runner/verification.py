@@ -3,6 +3,8 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -24,15 +26,14 @@ from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledge
 from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
 from rotator.postgres.rotations import RotationFacts, read_facts
-from rotator.postgres.survivors import Found, Search
+from rotator.postgres.survivors import Search
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, write_placed
 from rotator.ranges import Key, KeyInterval, KeyRange
+from rotator.runner import retry
 from rotator.runner.context import RunContext
-from rotator.runner.gate import Gate
 from rotator.runner.late_rows import LateRows
 from rotator.runner.preflight import measured_update
-from rotator.runner.retry import RetryPolicy
 from rotator.runner.stop import StopSignal
 
 # A few seconds of several processes of the server; a table of fewer rows is read in one piece.
@@ -42,18 +43,14 @@ PLANNING_SECONDS: Final = 14.0
 CONTROL_ROWS: Final = 1000
 COUNT_SECONDS: Final = 1.0
 GAPS_NAMED: Final = 100
-_RETRY: Final = RetryPolicy()
+_LEAF: Final = attrgetter("place.leaf")
 
 
 class Verifier:
     """One verification of a rotation, which may repair."""
 
     def __init__(
-        self,
-        connection: AsyncConnection,
-        table: TargetTable,
-        rotation: int,
-        context: RunContext,
+        self, connection: AsyncConnection, table: TargetTable, rotation: int, context: RunContext
     ) -> None:
         """Take a connection in autocommit mode, for this object's use alone."""
         self._connection = connection
@@ -61,12 +58,12 @@ class Verifier:
         self._rotation = rotation
         self._context = context
         self._planner = IndexPlanner(connection, table, seconds=PLANNING_SECONDS)
+        self._planted = self._planted_found = 0
 
     async def verify(self, *, repairs: bool = False) -> Verified:
         """Search the table for old values and count what the rotation has written, until a stop is requested.
 
-        Args:
-            repairs: Whether to give the survivors new values; the result is that of a search after it.
+        If ``repairs``, give the survivors new values, and return the result of a search after it.
 
         Raises:
             OptionError: The rotation cannot be repaired.
@@ -95,23 +92,21 @@ class Verifier:
         return replace(await self._verify(facts, ledger, repairs=False), repaired=repaired)
 
     async def _verify(self, facts: RotationFacts, ledger: Ledger | None, *, repairs: bool) -> Verified:
-        started_at, controls, count = datetime.now(UTC), None, None
+        started_at, controls = datetime.now(UTC), None
         if ledger is None or not ledger.is_ready:
             search = await survivors.begin_search(self._connection, self._rotation, None, repairs=repairs)
         else:
             entries, entries_found, is_salt_right = await count_known(self._connection, ledger)
-            search, planted, planted_found = await self._search(
-                ledger, await self._begin(repairs=repairs), repairs=repairs
-            )
+            self._planted = self._planted_found = 0
+            search = await self._search(ledger, repairs=repairs)
             controls = Controls(
                 sampled=ledger.control_rows,
                 entries=entries,
                 entries_found=entries_found,
                 is_salt_right=is_salt_right,
-                planted=planted,
-                planted_found=planted_found,
+                planted=self._planted,
+                planted_found=self._planted_found,
             )
-            count = search.survivors
         vacuumed = await survivors.read_vacuumed(self._connection, self._table)
         verified = Verified(
             rotation=self._rotation,
@@ -120,7 +115,7 @@ class Verifier:
             started_at=started_at,
             ended_at=datetime.now(UTC),
             rows=search.rows,
-            survivors=count,
+            survivors=search.survivors if controls else None,
             repaired=search.repaired,
             coverage=await self._cover(facts),
             controls=controls,
@@ -136,59 +131,49 @@ class Verifier:
         keys = await survivors.finish_search(self._connection, search, verified.to_json())
         return replace(verified, survivor_keys=keys)
 
-    async def _begin(self, *, repairs: bool) -> Search:
-        """Resume an interrupted search, or begin one."""
+    async def _search(self, ledger: Ledger, *, repairs: bool) -> Search:
+        """Search the table, or the rest of it after an interrupted verification."""
         search = await survivors.resume_search(self._connection, self._rotation, repairs=repairs)
         if search is None:
             bound = await last_key(self._connection, self._table)
             search = await survivors.begin_search(self._connection, self._rotation, bound, repairs=repairs)
         rows_total, _ = await count_table(self._connection, self._table, seconds=COUNT_SECONDS)
         self._context.notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
-        return search
-
-    async def _search(self, ledger: Ledger, search: Search, *, repairs: bool) -> tuple[Search, int, int]:
-        """Search the rest of the table; return also the numbers of planted rows and of those found."""
-        placed, planted, planted_found, rows = None, 0, 0, SEARCH_ROWS
-        if repairs and search.bound is not None:
-            placed = await self._late_rows(search, search.bound)
-        while search.bound is not None and search.through != search.bound:
-            rest = KeyInterval(after=search.through, through=search.bound)
-            planned, found, rows = await self._search_range(ledger, rest, rows, plants=not planted)
-            planted, planted_found = planted + found.planted, planted_found + found.planted_found
+        bound, rows = search.bound, SEARCH_ROWS
+        if bound is None:
+            return search
+        placed = await self._late_rows(search, bound) if repairs else None
+        while search.through != bound:
+            rest = KeyInterval(after=search.through, through=bound)
+            planned, found, rows = await self._search_range(ledger, rest, rows)
             if placed is not None:
-                for of_leaf in _by_leaf(found.survivors):
-                    await placed.rotate(of_leaf)
+                for _, of_leaf in groupby(sorted(found, key=_LEAF), _LEAF):
+                    await placed.rotate(list(of_leaf))
             search = await survivors.advance_search(
                 self._connection,
                 search,
                 planned.through,
                 rows=planned.rows,
-                survivors=[row.key for row in found.survivors],
+                survivors=[row.key for row in found],
             )
             self._context.notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
-        if not planted and search.is_resumed and search.bound is not None:
-            planted, planted_found = await self._control(ledger, search.bound)
-        return search, planted, planted_found
-
-    async def _control(self, ledger: Ledger, bound: Key) -> tuple[int, int]:
-        """Plant values where the rest of a resumed search has none; return their rows, and those found."""
+        # The rest of a resumed search may have no values to plant.
         after: Key | None = None
-        while after != bound:
-            planned, found, _ = await self._search_range(
-                ledger, KeyInterval(after=after, through=bound), CONTROL_ROWS, plants=True
-            )
-            if found.planted:
-                return found.planted, found.planted_found
+        while search.is_resumed and not self._planted and after != bound:
+            rest = KeyInterval(after=after, through=bound)
+            planned, _, _ = await self._search_range(ledger, rest, CONTROL_ROWS)
             after = planned.through
-        return 0, 0
+        return search
 
     async def _search_range(
-        self, ledger: Ledger, interval: KeyInterval, rows: int, *, plants: bool
-    ) -> tuple[KeyRange, Found, int]:
-        """Search the first range of an interval; return also the number of rows of the next one.
+        self, ledger: Ledger, interval: KeyInterval, rows: int
+    ) -> tuple[KeyRange, list[OlderRow], int]:
+        """Search the first range of an interval, and plant values until some are planted.
 
-        Many rows can share a planted value, so only a small part of a larger table is searched for one.
+        Return the range, its survivors, and the number of rows of the next one. Many rows can share a planted
+        value, so only a small part of a larger table is searched for one.
         """
+        plants = not self._planted
         while True:
             try:
                 planned = await self._planner.next_range(interval, rows)
@@ -205,13 +190,15 @@ class Verifier:
                     plants=plants,
                 )
             except RowsLockedError:
-                await self._context.stop_signal.wait(_RETRY.delay_seconds(1))
+                await self._context.stop_signal.wait(retry.backoff_seconds(1))
             except RangeTooSlowError:
                 if rows == 1:
                     raise
                 rows //= 2
             else:
-                return planned, found, rows
+                self._planted += found.planted
+                self._planted_found += found.planted_found
+                return planned, found.survivors, rows
 
     async def _late_rows(self, search: Search, key: Key) -> LateRows:
         """Return what rotates the survivors, as the only process that may."""
@@ -224,10 +211,9 @@ class Verifier:
         write = partial(
             write_placed, self._connection, update, lease, context.on_commit, verification=search.id
         )
-        gate = Gate(concurrency=1, rows=context.options.batch, notify=self._notify_repair)
         # A stop cancels the search as a whole: a row that was left out would count as searched.
         never = StopSignal(self._notify_repair)
-        return LateRows(write, gate, never, self._notify_repair)
+        return LateRows(write, context.gate, never, self._notify_repair)
 
     def _notify_repair(self, event: Event) -> None:
         # The verification counts these rows itself.
@@ -244,7 +230,7 @@ class Verifier:
             started_xid=facts.started_xid,
             identity=facts.identity,
         )
-        writers = None if isinstance(found, str) else found
+        writers, unknown = (None, found) if isinstance(found, str) else (found, "")
         table_rows, excluded, null, blank = await survivors.count_left_out(connection, table)
         return Coverage(
             status=facts.status,
@@ -253,7 +239,7 @@ class Verifier:
             confirmed_rows=writers.confirmed if writers else None,
             unconfirmed_rows=writers.others if writers else None,
             older_rows=writers.older if writers else None,
-            unknown=found if isinstance(found, str) else "",
+            unknown=unknown,
             rejected_keys=tuple((Key(key), reason) for key, reason in facts.rejected_keys),
             table_rows=table_rows,
             excluded_rows=excluded,
@@ -265,18 +251,7 @@ class Verifier:
 def unverified(rotation: int, target: str, error: str, *, started_at: datetime | None = None) -> Verified:
     """Return the result of a verification that failed with an error."""
     now = datetime.now(UTC)
+    started_at = started_at or now
     return Verified(
-        rotation=rotation,
-        target=target,
-        number=None,
-        started_at=started_at or now,
-        ended_at=now,
-        error=error,
+        rotation=rotation, target=target, number=None, started_at=started_at, ended_at=now, error=error
     )
-
-
-def _by_leaf(rows: list[OlderRow]) -> list[list[OlderRow]]:
-    leaves: dict[int, list[OlderRow]] = {}
-    for row in rows:
-        leaves.setdefault(row.place.leaf, []).append(row)
-    return list(leaves.values())

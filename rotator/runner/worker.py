@@ -55,17 +55,7 @@ class Helper:
         on_commit: OnCommit | None,
         should_stop: ShouldStop,
     ) -> None:
-        """Prepare it.
-
-        Args:
-            server: The server of the target.
-            target: The target.
-            options: The options of the rotation.
-            lease: The rotation and the generation that it runs with.
-            number: The id of this task's row.
-            on_commit: Is awaited after each commit of rows; None for no receivers.
-            should_stop: Returns whether the task has to stop.
-        """
+        """Prepare it; ``number`` is the id of this task's row."""
         self._server = server
         self._target = target
         self._options = options
@@ -73,7 +63,7 @@ class Helper:
         self._number = number
         self._on_commit = on_commit
         self._should_stop = should_stop
-        self._outage = OutageBudget(seconds=options.outage_budget_seconds, clock=time.monotonic)
+        self._outage = OutageBudget(seconds=options.outage_budget_seconds)
         self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=ignore)
         self._pacing = Pacing(
             server, self._gate, options.pace, ignore, own_per_second=OWN_PER_SECOND_WITH_CELERY
@@ -87,11 +77,7 @@ class Helper:
     async def work(self, identity: TargetIdentity | None) -> bool:
         """Rewrite spans until none is left, the rotation stops, or the task has to stop.
 
-        Args:
-            identity: What the rotation was begun on; None where an older version began it.
-
-        Returns:
-            Whether another task is to continue.
+        Return whether another task is to continue. An older version began a rotation without an identity.
 
         Raises:
             ServerLostError: The server was unreachable for longer than the outage budget.

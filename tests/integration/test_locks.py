@@ -13,8 +13,7 @@ from rotator.events import Event, LockHeld, RangeDeferred
 from rotator.options import WaitLimits
 from rotator.postgres.activity import blocking_transactions, open_transactions
 from rotator.postgres.connection import APPLICATION_NAME, connected
-from rotator.runner import locks
-from rotator.runner.retry import RetryPolicy
+from rotator.runner import locks, retry
 from tests.integration.outcomes import EventRecorder, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, PATIENCE_SECONDS, UPDATE, Database, execute_all
 
@@ -146,7 +145,7 @@ def test_who_holds_a_lock_is_named_between_two_attempts(
     monkeypatch.setattr(locks, "CHECK_SECONDS", 0.1)
     # The second attempt waits long enough to show who holds the row, and the third is far away.
     limits = WaitLimits(lock_seconds=0.5, statement_seconds=5)
-    monkeypatch.setattr(RetryPolicy, "delay_seconds", lambda _, attempt: 0.3 if attempt == 1 else 3.0)
+    monkeypatch.setattr(retry, "backoff_seconds", lambda attempt: 0.3 if attempt == 1 else 3.0)
     database.make_tickets(1, 5)
     holder = database.connect(application_name="psql")
     execute_all(holder, "BEGIN", HOLD_ROW)

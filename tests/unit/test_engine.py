@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 
 import pytest
 
@@ -12,12 +11,17 @@ from rotator.events import Event, RangeCompleted, RangeDeferred, RangeRetried, R
 from rotator.exceptions import EveryRowRejectedError, RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.options import PACES
 from rotator.ranges import Key, KeyInterval, KeyRange, Written
+from rotator.runner import engine as engine_module
+from rotator.runner import retry
 from rotator.runner.controller import Allowance
-from rotator.runner.engine import Engine, EngineOptions
+from rotator.runner.engine import Engine
 from rotator.runner.gate import Gate
-from rotator.runner.retry import RetryPolicy
 
-RETRY = RetryPolicy()
+
+@pytest.fixture(autouse=True)
+def _without_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "backoff_seconds", lambda _attempt: 0.0)
+    monkeypatch.setattr(engine_module, "PROBE_DELAY_SECONDS", 0.0)
 
 
 def _number(key: Key | None) -> int:
@@ -84,27 +88,23 @@ class _Rows:
         )
 
 
-def _engine(  # noqa: PLR0913 - what the tests vary
+def _engine(
     planner: _Numbers,
     writer: _Rows,
     events: list[Event],
-    retry: RetryPolicy = RETRY,
     *,
     concurrency: int = 4,
     batch: int = 2000,
-    probe_delay_seconds: float = 0,
+    max_rows: int | None = None,
     has_rotated: bool = False,
-    **options: int,
 ) -> Engine:
-    retry = replace(retry, first_delay_seconds=0)
-    without_delays = EngineOptions(retry=retry, probe_delay_seconds=probe_delay_seconds, **options)
     gate = Gate(concurrency=concurrency, rows=batch, notify=events.append)
     return Engine(
         planner.next_range,
         writer.rewrite,
         gate,
         notify=events.append,
-        options=without_delays,
+        max_rows=max_rows,
         has_rotated=has_rotated,
     )
 
@@ -125,20 +125,23 @@ async def test_no_span_ends_at_once() -> None:
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_ranges_with_locked_rows_are_written_later(concurrency: int) -> None:
+async def test_ranges_with_locked_rows_are_written_later(
+    concurrency: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "QUEUE_RANGES", 1)
+    monkeypatch.setattr(engine_module, "WAITING_RANGES", 2)
     rows, events = _Rows(locked=dict.fromkeys(range(10, 101, 10), 3)), list[Event]()
-    engine = _engine(
-        _Numbers(), rows, events, concurrency=concurrency, batch=10, queue_ranges=1, waiting_ranges=2
-    )
+    engine = _engine(_Numbers(), rows, events, concurrency=concurrency, batch=10)
     await engine.run([_span(0, 100)], asyncio.Event())
     assert rows.written == Counter(range(1, 101))
     assert sum(isinstance(event, RangeDeferred) for event in events) == 30
 
 
-async def test_the_planner_waits_for_room() -> None:
+async def test_the_planner_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "QUEUE_RANGES", 3)
     planner, rows = _Numbers(), _Rows()
     rows.gate.clear()
-    engine = _engine(planner, rows, [], concurrency=2, batch=1, queue_ranges=3)
+    engine = _engine(planner, rows, [], concurrency=2, batch=1)
     running = asyncio.create_task(engine.run([_span(0, 1000)], asyncio.Event()))
     for _ in range(100):
         await asyncio.sleep(0)
@@ -156,7 +159,8 @@ async def test_a_locked_table_is_waited_for() -> None:
     assert events.count(RangeDeferred(rows=0)) == 3
 
 
-async def test_a_drain_ends_the_waiting_for_a_locked_table() -> None:
+async def test_a_drain_ends_the_waiting_for_a_locked_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "backoff_seconds", lambda _attempt: 1000.0)
     rows, drain = _Rows(), asyncio.Event()
 
     def notify(event: Event) -> None:
@@ -168,16 +172,18 @@ async def test_a_drain_ends_the_waiting_for_a_locked_table() -> None:
         rows.rewrite,
         Gate(concurrency=4, rows=2000, notify=notify),
         notify=notify,
-        options=EngineOptions(retry=RetryPolicy(first_delay_seconds=1000, max_delay_seconds=1000)),
     )
     await engine.run([_span(0, 100)], drain)
     assert rows.written == Counter()
 
 
-async def test_draining_finishes_what_is_in_flight_and_begins_nothing() -> None:
+async def test_draining_finishes_what_is_in_flight_and_begins_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module, "QUEUE_RANGES", 1)
     planner, rows, drain = _Numbers(), _Rows(), asyncio.Event()
     rows.gate.clear()
-    engine = _engine(planner, rows, [], concurrency=2, batch=1, queue_ranges=1)
+    engine = _engine(planner, rows, [], concurrency=2, batch=1)
     running = asyncio.create_task(engine.run([_span(0, 1000)], drain))
     for _ in range(100):
         await asyncio.sleep(0)
@@ -257,16 +263,11 @@ async def test_a_refusal_that_passes_is_tried_again_whole() -> None:
     assert [event.split for event in events if isinstance(event, RangeRetried)] == [False, False]
 
 
-async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
+async def test_a_refusal_that_might_have_passed_is_split_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "ATTEMPTS_OF_RANGE", 2)
+    monkeypatch.setattr(retry, "ATTEMPTS_OF_ROW", 5)
     rows, events = _Refusals({3}, retryable=True), list[Event]()
-    engine = _engine(
-        _Numbers(),
-        rows,
-        events,
-        concurrency=1,
-        batch=4,
-        retry=RetryPolicy(rejections_before_split=2, rejections_of_one_row=5),
-    )
+    engine = _engine(_Numbers(), rows, events, concurrency=1, batch=4)
     await engine.run([_span(0, 4)], asyncio.Event())
     assert Counter(rows.tried) == {
         (0, 4): 2,
@@ -281,9 +282,10 @@ async def test_a_refusal_that_might_have_passed_is_split_in_the_end() -> None:
     assert rows.written == Counter([1, 2, 4])
 
 
-async def test_too_many_rows_at_fault_end_the_run() -> None:
+async def test_too_many_rows_at_fault_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MAX_FAILED_ROWS", 5)
     refused = _Refusals(range(2, 101))
-    engine = _engine(_Numbers(), refused, [], concurrency=2, batch=10, max_failed_rows=5)
+    engine = _engine(_Numbers(), refused, [], concurrency=2, batch=10)
     with pytest.raises(RangeRejectedError, match="check_violation of sober"):
         await engine.run([_span(0, 100)], asyncio.Event())
 
@@ -309,10 +311,13 @@ async def test_a_fault_that_every_row_of_one_range_meets_ends_the_run_too() -> N
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_a_fault_that_every_row_meets_from_some_moment_on_ends_the_run_too(concurrency: int) -> None:
+async def test_a_fault_that_every_row_meets_from_some_moment_on_ends_the_run_too(
+    concurrency: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = _Refusals(range(5001, 100_001))
     # It ends before the rest of the first range is due.
-    engine = _engine(_Numbers(), rows, [], concurrency=concurrency, batch=1000, probe_delay_seconds=1000)
+    monkeypatch.setattr(engine_module, "PROBE_DELAY_SECONDS", 1000.0)
+    engine = _engine(_Numbers(), rows, [], concurrency=concurrency, batch=1000)
     with pytest.raises(EveryRowRejectedError, match=r"the last .* rows .* check_violation of sober"):
         await engine.run([_span(0, 100_000)], asyncio.Event())
     assert sum(rows.written.values()) == 5000
@@ -345,9 +350,12 @@ async def test_neighbouring_rows_at_fault_are_all_named(concurrency: int) -> Non
     assert sum(rows.written.values()) == 10_000 - len(refused)
 
 
-async def test_a_range_that_is_too_slow_is_split_at_once_and_the_next_ones_are_smaller() -> None:
+async def test_a_range_that_is_too_slow_is_split_at_once_and_the_next_ones_are_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module, "QUEUE_RANGES", 1)
     planner, rows = _Numbers(), _Refusals((), slow_rows=40)
-    engine = _engine(planner, rows, [], concurrency=1, batch=128, queue_ranges=1)
+    engine = _engine(planner, rows, [], concurrency=1, batch=128)
     await engine.run([_span(0, 1280)], asyncio.Event())
     assert rows.written == Counter(range(1, 1281))
     assert max(through - after for after, through in rows.tried[-10:]) < 40
@@ -370,11 +378,10 @@ async def test_rows_are_counted_over_all_spans() -> None:
     assert rows.written == Counter([*range(1, 9), *range(21, 25)])
 
 
-async def test_rows_that_stay_locked_hold_up_only_themselves() -> None:
+async def test_rows_that_stay_locked_hold_up_only_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "DEFERRALS_BEFORE_SPLIT", 2)
     rows, events = _Rows(locked={8: 40}), list[Event]()
-    engine = _engine(
-        _Numbers(), rows, events, concurrency=1, batch=8, retry=RetryPolicy(deferrals_before_split=2)
-    )
+    engine = _engine(_Numbers(), rows, events, concurrency=1, batch=8)
     await engine.run([_span(0, 32)], asyncio.Event())
     assert rows.written == Counter(range(1, 33))
     deferred = [event.rows for event in events if isinstance(event, RangeDeferred)]

@@ -1,11 +1,6 @@
 """The budget for an unreachable server, with an injected clock."""
 
-from rotator.runner.retry import (
-    FIRST_RECONNECT_SECONDS,
-    MAX_RECONNECT_SECONDS,
-    STEADY_SECONDS,
-    OutageBudget,
-)
+from rotator.runner.retry import FIRST_RECONNECT_SECONDS, MAX_DELAY_SECONDS, STEADY_SECONDS, OutageBudget
 
 
 class _Clock:
@@ -90,7 +85,7 @@ def test_delays_grow_and_are_capped() -> None:
     assert FIRST_RECONNECT_SECONDS / 2 <= budget.delay_seconds() <= FIRST_RECONNECT_SECONDS
     for _ in range(20):
         budget.lost()
-    assert MAX_RECONNECT_SECONDS / 2 <= budget.delay_seconds() <= MAX_RECONNECT_SECONDS
+    assert MAX_DELAY_SECONDS / 2 <= budget.delay_seconds() <= MAX_DELAY_SECONDS
 
 
 def test_no_delay_is_longer_than_what_is_left() -> None:
