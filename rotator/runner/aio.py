@@ -4,6 +4,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, TypeVar
 
@@ -12,6 +13,7 @@ from rotator.exceptions import unwrap_group
 T = TypeVar("T")
 
 WATCH_SECONDS: Final = 0.25
+CLOSE_SECONDS: Final = 1.0
 
 
 async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
@@ -30,9 +32,7 @@ def handled_signals(
 ) -> Iterator[None]:
     """Handle signals in the running loop, where this is the main thread of a Unix system.
 
-    Args:
-        handlers: The handlers by their signals.
-        default: The handler afterwards for a signal that had the default one before.
+    Afterwards, ``default`` handles those that had the default handler before.
     """
     loop = asyncio.get_running_loop()
     before = {}
@@ -63,6 +63,22 @@ async def running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[N
                 task.cancel()
 
 
+@asynccontextmanager
+async def in_background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Run some work next to the block, which cancels it at its end, and only then raises its error.
+
+    A server that does not answer delays the end for ``CLOSE_SECONDS`` only.
+    """
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task], timeout=CLOSE_SECONDS)
+        if task.done() and not task.cancelled():
+            task.result()
+
+
 async def act_when(is_due: Callable[[], bool], act: Callable[[], None]) -> None:
     """Poll until a condition is true, then act."""
     while not is_due():  # noqa: ASYNC110 - code outside the event loop changes it
@@ -75,22 +91,15 @@ async def run_in_daemon_thread(call: Callable[[], T]) -> T:
 
     When an event loop is closed, it waits for the threads of its own pool, but not for this one.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(act: Callable[[], None]) -> None:
-        # The loop may be closed by now.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(lambda: None if future.done() else act())
+    future = Future[T]()
+    # From now on, only the thread ends it: a caller that is cancelled does not.
+    future.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
-            result = call()
+            future.set_result(call())
         except Exception as error:  # noqa: BLE001 - the caller gets any error
-            failure = error
-            settle(lambda: future.set_exception(failure))
-        else:
-            settle(lambda: future.set_result(result))
+            future.set_exception(error)
 
     threading.Thread(target=work, name="rotator call", daemon=True).start()
-    return await future
+    return await asyncio.wrap_future(future)

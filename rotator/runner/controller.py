@@ -28,7 +28,6 @@ MIN_HALF_SHARE: Final = 1 / 4
 MIN_SPREAD: Final = 2
 
 # Workers.
-LOWEST_LEVEL: Final = 1
 WINDOW_SECONDS: Final = 2.0
 MIN_SAMPLES: Final = 10
 SAMPLES_OF_ONE_STEP: Final = 20
@@ -119,11 +118,8 @@ def rows_half_fixed(ranges: Sequence[tuple[int, float]]) -> float | None:
     The line through the fastest of the smaller ranges and the fastest of the larger ones shows it. The others
     may have waited for the CPU, which is no cost of a range.
 
-    Args:
-        ranges: The rows and the seconds of each range.
-
-    Returns:
-        The number; 0 if the time depends on the rows alone. None if the ranges have similar sizes.
+    ``ranges`` are the rows and the seconds of each range. The result is 0 if the time depends on the rows
+    alone, and None if the ranges have similar sizes.
     """
     ordered, half = sorted(ranges), len(ranges) // 2
     if not half:
@@ -139,113 +135,66 @@ def rows_half_fixed(ranges: Sequence[tuple[int, float]]) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Allowance:
-    """What the controller allows.
-
-    Attributes:
-        workers: The number of workers; None for the upper limit.
-        range_limit: The limit on the size of ranges; None for no limit.
-    """
-
-    workers: int | None = None
-    range_limit: RangeLimit | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """The work of the run so far.
-
-    Attributes:
-        rows: The number of rotated rows.
-        ranges: The number of completed ranges.
-        busy: The mean number of workers that wrote a range, since the last time.
-    """
-
-    rows: int
-    ranges: int
-    busy: float
-
-
-@dataclass(slots=True, kw_only=True)
-class _Block:
-    """A level that failed, and the time of its next trial."""
-
-    until: float
-    seconds: float
-
-
-@dataclass(slots=True, kw_only=True)
-class _Mark:
-    """The progress at some time of a level."""
+    """The rotated rows and the completed ranges of a run, at some time."""
 
     at: float
     rows: int
     ranges: int
 
 
+@dataclass(slots=True, kw_only=True)
+class _Block:
+    """A number of workers that failed, and the time of its next trial."""
+
+    until: float
+    seconds: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Trial:
     """More workers than before, which have to be worth it."""
 
-    level_before: int
+    workers_before: int
     rate_before: float
 
 
 class Controller:
-    """Moves a level, the number of workers, up and down while other sessions are at work.
+    """Moves the number of workers up and down while other sessions are at work, beginning with one.
 
-    A level that was too much, or gained too little, is blocked for a minute, then for two, and so on.
-    Otherwise the level would swing between two values all the time.
-
-    Each ``now`` is a monotonic clock's value in seconds and never smaller than the one before.
+    A number that was too much, or gained too little, is blocked for a minute, then for two, and so on.
+    Otherwise it would swing between two values all the time.
 
     Attributes:
-        pace: The pace.
+        workers: The number of workers that are allowed now.
         baseline: The time of a commit without the rotation, in seconds; None while it is unknown.
     """
 
     def __init__(self, pace: Pace, *, max_workers: int, now: float) -> None:
-        """Begin with one worker.
-
-        Args:
-            pace: A pace with limits.
-            max_workers: The upper limit of workers.
-            now: The time.
-        """
-        self.pace = pace
         self._latency_limit = pace.latency_limit or math.inf
         self._max_workers = max_workers
         self.baseline: float | None = None
         self._samples = deque[tuple[float, float]]()
         self._blocks = dict[int, _Block]()
-        self._level = LOWEST_LEVEL
+        self.workers = 1
         self._changed_at = now
-        self._mark: _Mark | None = None
+        # The progress at some time with this number of workers.
+        self._mark: Progress | None = None
         self._trial: _Trial | None = None
         self._doubles = True
         self._gauge = ""
         self._knee = ""
 
     @property
-    def allowance(self) -> Allowance:
-        """What is allowed now."""
-        return Allowance(workers=self._level, range_limit=self.pace.range_limit)
-
-    @property
     def reason(self) -> str:
-        """The reason of the present level, as a phrase; empty without measurements."""
+        """The reason of the present number of workers, as a phrase; empty without measurements."""
         return "; ".join(filter(None, [self._gauge, self._knee]))
 
     @property
-    def is_lowest(self) -> bool:
-        """Whether it can go no lower."""
-        return self._level <= LOWEST_LEVEL
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the commits take longer than the limit."""
+    def is_stuck(self) -> bool:
+        """Whether commits take longer than the limit even with one worker."""
         p90, limit = self.p90, self.limit
-        return p90 is not None and limit is not None and p90 > limit
+        return self.workers == 1 and p90 is not None and limit is not None and p90 > limit
 
     @property
     def limit(self) -> float | None:
@@ -256,15 +205,13 @@ class Controller:
 
     @property
     def p90(self) -> float | None:
-        """The 90th percentile of the commits at the present level; None while there are too few."""
-        if len(self._samples) < MIN_SAMPLES:
-            return None
-        return self._percentile(0.9)
+        """The 90th percentile of the commits with these workers; None while there are too few."""
+        return self._percentile(0.9) if len(self._samples) >= MIN_SAMPLES else None
 
     def set_max_workers(self, workers: int) -> None:
         """Change the upper limit of workers."""
         self._max_workers = workers
-        self._level = min(self._level, workers)
+        self.workers = min(self.workers, workers)
 
     def set_baseline(self, seconds: float) -> None:
         """Set the 90th percentile of the commits without our own load."""
@@ -276,21 +223,23 @@ class Controller:
         """Count a commit of the probe, which took this time."""
         self._samples.append((now, seconds))
 
-    def interrupt(self, now: float) -> None:
-        """Forget the measurements of this level, since ranges were held back."""
+    def restart(self, now: float) -> None:
+        """Forget the measurements, since the number of workers has changed or ranges were held back."""
         self._samples.clear()
         self._changed_at, self._mark = now, None
 
-    def decide(self, progress: Progress, now: float) -> bool:
-        """Move the level where the measurements ask for it, and return whether it has moved.
+    def decide(self, progress: Progress, *, busy: float) -> bool:
+        """Change the number of workers where the measurements ask for it, and return whether it has changed.
 
-        Too few measurements, or old ones, hold the level.
+        Too few measurements, or old ones, change nothing. ``busy`` is the mean number of workers that wrote a
+        range since the last decision.
         """
+        now = progress.at
         while self._samples and self._samples[0][0] < now - WINDOW_SECONDS:
             self._samples.popleft()
         is_old = self._mark is not None and now - self._mark.at > MARK_SECONDS and self._trial is None
         if is_old or (self._mark is None and now - self._changed_at >= SETTLE_SECONDS):
-            self._mark = _Mark(at=now, rows=progress.rows, ranges=progress.ranges)
+            self._mark = progress
         p90, limit = self.p90, self.limit
         if p90 is None or limit is None:
             return False
@@ -298,77 +247,77 @@ class Controller:
         self._gauge = f"commit p90 {p90 * 1000:.1f} ms {sign} {limit * 1000:.1f} ms"
         if not any(now < block.until for block in self._blocks.values()):
             self._knee = ""
-        level = self._level
+        workers = self.workers
         if p90 > limit:
             self._go_down(p90, limit, now)
-        elif self._trial is not None and self._is_measured(progress, now):
-            self._end_trial(self._trial, progress, now)
+        elif self._trial is not None and self._is_measured(progress):
+            self._end_trial(self._trial, progress)
         elif self._percentile(0.95) < LOW_MARK * limit and self._trial is None:
-            self._go_up(p90, limit, progress, now)
-        if self._level == level:
+            self._go_up(p90, limit, progress, busy)
+        if self.workers == workers:
             return False
-        self._samples.clear()
-        self._changed_at, self._mark = now, None
+        self.restart(now)
         return True
 
     def _go_down(self, p90: float, limit: float, now: float) -> None:
-        if self.is_lowest:
+        if self.workers == 1:
             return
         if p90 > FAR_ABOVE * limit:
-            lower = self._level // 2
+            lower = self.workers // 2
         elif len(self._samples) >= SAMPLES_OF_ONE_STEP and now - self._changed_at >= DOWN_SECONDS:
-            lower = self._level - 1
+            lower = self.workers - 1
         else:
             return
-        self._block(self._level, now)
-        self._level = lower if self._trial is None else self._trial.level_before
+        self._block(now)
+        self.workers = lower if self._trial is None else self._trial.workers_before
         self._doubles, self._trial, self._knee = False, None, ""
 
-    def _go_up(self, p90: float, limit: float, progress: Progress, now: float) -> None:
-        if not self._is_measured(progress, now) or progress.busy < BUSY * self._level:
+    def _go_up(self, p90: float, limit: float, progress: Progress, busy: float) -> None:
+        if not self._is_measured(progress) or busy < BUSY * self.workers:
             return
-        for higher in [2 * self._level, self._level + 1] if self._doubles else [self._level + 1]:
-            if not self._level < higher <= self._max_workers or self._is_blocked(higher, now):
+        for more in [2 * self.workers, self.workers + 1] if self._doubles else [self.workers + 1]:
+            is_blocked = any(n <= more and progress.at < block.until for n, block in self._blocks.items())
+            if is_blocked or not self.workers < more <= self._max_workers:
                 continue
             # What our load adds grows with the workers.
             baseline = self.baseline or 0.0
-            if baseline + max(0.0, p90 - baseline) * higher / self._level > limit:
+            if baseline + max(0.0, p90 - baseline) * more / self.workers > limit:
                 continue
-            self._trial = _Trial(level_before=self._level, rate_before=self._rate(progress, now))
-            self._level = higher
+            self._trial = _Trial(workers_before=self.workers, rate_before=self._rate(progress))
+            self.workers = more
             return
 
-    def _end_trial(self, trial: _Trial, progress: Progress, now: float) -> None:
+    def _end_trial(self, trial: _Trial, progress: Progress) -> None:
         self._trial = None
-        gain = self._rate(progress, now) / trial.rate_before - 1 if trial.rate_before else math.inf
-        needed = MIN_GAIN * (self._level - trial.level_before) / self._level
+        gain = self._rate(progress) / trial.rate_before - 1 if trial.rate_before else math.inf
+        needed = MIN_GAIN * (self.workers - trial.workers_before) / self.workers
         if gain >= needed:
             return
-        self._block(self._level, now)
+        self._block(progress.at)
         self._doubles = False
-        more = f"{self._level} workers instead of {trial.level_before}"
+        more = f"{self.workers} workers instead of {trial.workers_before}"
         self._knee = f"{more} changed rows/s by {gain:+.0%} < {needed:+.0%}"
-        self._level = trial.level_before
+        self.workers = trial.workers_before
 
-    def _is_measured(self, progress: Progress, now: float) -> bool:
-        """Return whether the level has lasted for long enough to compare it."""
-        if self._mark is None or now - self._mark.at < UP_SECONDS - SETTLE_SECONDS:
+    def _is_measured(self, progress: Progress) -> bool:
+        """Return whether this number of workers has lasted for long enough to compare it."""
+        if self._mark is None or progress.at - self._mark.at < UP_SECONDS - SETTLE_SECONDS:
             return False
         return progress.ranges - self._mark.ranges >= TRIAL_RANGES
 
-    def _rate(self, progress: Progress, now: float) -> float:
+    def _rate(self, progress: Progress) -> float:
         mark = self._mark
-        return (progress.rows - mark.rows) / (now - mark.at) if mark and now > mark.at else 0.0
+        return (
+            (progress.rows - mark.rows) / (progress.at - mark.at) if mark and progress.at > mark.at else 0.0
+        )
 
-    def _block(self, level: int, now: float) -> None:
-        block = self._blocks.get(level)
-        # A level that lasted was not the failure of the same trial.
+    def _block(self, now: float) -> None:
+        """Block the present number of workers."""
+        block = self._blocks.get(self.workers)
+        # A number that lasted was not the failure of the same trial.
         is_repeated = block is not None and now - self._changed_at < BLOCKED_SECONDS
         seconds = min(MAX_BLOCKED_SECONDS, 2 * block.seconds) if block and is_repeated else BLOCKED_SECONDS
-        self._blocks[level] = _Block(until=now + seconds, seconds=seconds)
+        self._blocks[self.workers] = _Block(until=now + seconds, seconds=seconds)
 
     def _percentile(self, share: float) -> float:
         return percentile((seconds for _, seconds in self._samples), share)
-
-    def _is_blocked(self, level: int, now: float) -> bool:
-        return any(blocked <= level and now < block.until for blocked, block in self._blocks.items())

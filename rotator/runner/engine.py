@@ -230,7 +230,7 @@ class Engine:
         key_range, rejections = attempt.key_range, attempt.rejections + 1
         is_too_slow = isinstance(error, RangeTooSlowError)
         if is_too_slow:
-            self.gate.shrink(key_range.rows)
+            self.gate.sizer.shrink(key_range.rows)
         # While no row has been rotated, the parts of the rest are probed again.
         was_probed = attempt.is_probed and self.has_rotated
         splits = not retry.may_help(error, rows=key_range.rows, rejections=rejections)

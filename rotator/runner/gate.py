@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rotator.events import Observer, Throttled, ThrottleEnded
+from rotator.options import RangeLimit
 from rotator.runner.aio import is_set_within
-from rotator.runner.controller import Allowance, RangeSizer
+from rotator.runner.controller import RangeSizer
 
 SLOW_SECONDS: Final = 5.0
 EMPTY_POLL_SECONDS: Final = 0.002
@@ -19,12 +20,7 @@ MAX_OVERSIZE: Final = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hold:
-    """The reason of a source that closes the gate.
-
-    Attributes:
-        reason: One phrase, e.g. ``replica lag 14 s > 10 s``.
-        since: The monotonic time at which the source closed it.
-    """
+    """The reason to keep the gate closed, e.g. ``replica lag 14 s > 10 s``, and the monotonic time since."""
 
     reason: str
     since: float
@@ -34,16 +30,15 @@ class Gate:
     """Lets workers begin ranges while no throttle closes it, and at most ``workers`` of them at a time.
 
     Throttles close and open it by ``hold()`` and ``release()``. The options, or an operator, set the upper
-    limits by ``set_limits()``. The controller of the pace allows less than these by ``allow()``. The engine
-    asks it by ``passage()`` and ``rows``.
+    limits by ``set_limits()``. The pace allows less than these by ``allow()``. The engine asks it by
+    ``passage()`` and ``rows``.
 
     Attributes:
         most_workers: The upper limit of workers at the start; no later limit is higher.
         concurrency: The present upper limit of workers.
         max_rows: The upper limit of rows in a range.
+        sizer: The size of the next range.
         busy: The number of workers that write a range now.
-        rows_completed: The rows of all completed ranges.
-        ranges_completed: Their number.
     """
 
     def __init__(
@@ -54,23 +49,16 @@ class Gate:
         notify: Observer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make an open gate.
-
-        Args:
-            concurrency: The upper limit of workers.
-            rows: The upper limit of rows in a range.
-            notify: Is called with :class:`Throttled` and :class:`ThrottleEnded`.
-            clock: Returns monotonic seconds.
-        """
         self.most_workers = self.concurrency = concurrency
         self.max_rows = rows
-        self._allowance = Allowance()
+        self.busy = 0
+        self.rows_completed = self.ranges_completed = 0
+        self._holds = dict[str, Hold]()
         self._notify = notify
         self._clock = clock
-        self._holds = dict[str, Hold]()
-        self._sizer = RangeSizer(rows)
-        self.rows_completed = self.ranges_completed = 0
-        self.busy = 0
+        self._allowed_workers: int | None = None
+        self._range_limit: RangeLimit | None = None
+        self.sizer = RangeSizer(rows)
         self._is_emptied = False
         self._slow_until = 0.0
         self._waiting = deque[asyncio.Future[None]]()
@@ -78,16 +66,16 @@ class Gate:
     @property
     def workers(self) -> int:
         """The number of workers that may write at the same time now."""
-        return min(self.concurrency, self._allowance.workers or self.concurrency)
+        return min(self.concurrency, self._allowed_workers or self.concurrency)
 
     @property
     def rows(self) -> int:
         """The number of rows in the next range."""
-        return self._sizer.rows(self._allowance.range_limit)
+        return self.sizer.rows(self._range_limit)
 
     def is_too_large(self, rows: int) -> bool:
         """Return whether a range of so many rows was planned before the pace allowed much fewer."""
-        return self._allowance.range_limit is not None and rows > MAX_OVERSIZE * self.rows
+        return self._range_limit is not None and rows > MAX_OVERSIZE * self.rows
 
     @property
     def is_open(self) -> bool:
@@ -103,46 +91,37 @@ class Gate:
         """Change the upper limits."""
         self.concurrency = min(concurrency, self.most_workers)
         self.max_rows = rows
-        self._sizer.limit(rows)
+        self.sizer.limit(rows)
         self._admit()
 
-    def allow(self, allowance: Allowance) -> None:
-        """Allow less than the upper limits."""
-        self._allowance = allowance
+    def allow(self, workers: int | None = None, range_limit: RangeLimit | None = None) -> None:
+        """Allow less than the upper limits; None for all of it."""
+        self._allowed_workers, self._range_limit = workers, range_limit
         self._admit()
-
-    def shrink(self, rows: int) -> None:
-        """Plan smaller ranges, since one of this many rows was too slow."""
-        self._sizer.shrink(rows)
 
     def count_completed(self, rows: int, server_seconds: float) -> None:
         """Count a completed range of this many rows, which took this time on the server."""
         self.rows_completed += rows
         self.ranges_completed += 1
-        self._sizer.count_completed(rows, server_seconds)
+        self.sizer.count_completed(rows, server_seconds)
 
-    def hold(self, source: str, reason: str) -> None:
-        """Close the gate: no more ranges begin, and those in flight are finished.
+    def hold(self, source: str, reason: str, *, slowly: bool = True) -> None:
+        """Close the gate for a reason: no more ranges begin, and those in flight are finished.
 
-        Call it again with the same source to change the reason, e.g. because its value has changed.
-
-        Args:
-            source: The name of the throttle, which releases it.
-            reason: One phrase of the form ``signal value > limit``.
+        A source calls it again when its reason changes. An empty reason opens the gate, like ``release()``.
         """
         held = self._holds.get(source)
-        if held is not None and held.reason == reason:
-            return
-        self._holds[source] = Hold(reason=reason, since=self._clock() if held is None else held.since)
-        self._notify(Throttled(source=source, reason=reason, is_new=held is None))
+        if not reason:
+            self.release(source, slowly=slowly)
+        elif held is None or held.reason != reason:
+            self._holds[source] = Hold(reason=reason, since=held.since if held else self._clock())
+            self._notify(Throttled(source=source, reason=reason, is_new=held is None))
 
     def release(self, source: str, *, slowly: bool = True) -> None:
         """Open the gate, unless another source closes it; a source that does not hold it may call this too.
 
-        Args:
-            source: The name of the throttle.
-            slowly: Whether to begin at half speed: for some seconds, each worker pauses after a range for as
-                long as the range took. Pauses lower the WAL and the lag.
+        It opens slowly at half speed: for some seconds, each worker pauses after a range for as long as the
+        range took. Pauses lower the WAL and the lag.
         """
         held = self._holds.pop(source, None)
         if held is None:

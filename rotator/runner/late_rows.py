@@ -94,7 +94,7 @@ class LateRows:
             except RangeRejectedError as error:
                 rejections += 1
                 if isinstance(error, RangeTooSlowError):
-                    self.gate.shrink(len(rows))
+                    self.gate.sizer.shrink(len(rows))
                 splits = not retry.may_help(error, rows=len(rows), rejections=rejections)
                 if splits and len(rows) == 1:
                     self.notify(RowRejected(key=rows[0].key, reason=error.condition))

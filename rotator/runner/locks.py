@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -12,6 +13,7 @@ from rotator.events import Event, LockHeld, Observer, RangeDeferred, WorkersProg
 from rotator.exceptions import RotatorError
 from rotator.postgres.activity import blocking_transactions, open_transactions
 from rotator.postgres.connection import Server, connected
+from rotator.runner.aio import in_background
 
 NAMED_AFTER_SECONDS: Final = 5.0
 # Shorter than the lock timeout of a range, so that a waiting range is seen.
@@ -22,46 +24,36 @@ CHECK_SECONDS: Final = 0.5
 RECENT_SECONDS: Final = 8.0
 # Most statements end sooner, and need no second connection.
 PATIENCE_SECONDS: Final = 1.0
-CLOSE_SECONDS: Final = 1.0
 
 
+@dataclass(slots=True)
 class LockWatch:
     """Reports the transactions of other sessions that have blocked ranges for ``NAMED_AFTER_SECONDS``.
 
     A range waits for a lock for a moment only, and then for its next attempt. So a transaction that was seen
     to block one is remembered until it ends, or until no range is deferred any more.
+
+    Attributes:
+        count_commits: Is called with the number of its queries, each of which is a transaction.
     """
 
-    def __init__(
-        self,
-        notify: Observer,
-        *,
-        count_commits: Callable[[int], None] = lambda _commits: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Prepare it.
-
-        Args:
-            notify: Is called with :class:`LockHeld`.
-            count_commits: Is called with the number of its queries, each of which is a transaction.
-            clock: Returns monotonic seconds.
-        """
-        self._notify = notify
-        self._count_commits = count_commits
-        self._clock = clock
-        self._deferred_at: float | None = None
-        self._since = dict[str, float]()
-        self._named = frozenset[str]()
+    notify: Observer
+    _: KW_ONLY
+    count_commits: Callable[[int], None] = lambda _commits: None
+    clock: Callable[[], float] = time.monotonic
+    _deferred_at: float | None = None
+    _since: dict[str, float] = field(default_factory=dict)
+    _named: frozenset[str] = frozenset()
 
     def take(self, event: Event) -> None:
         """Take an event of the run."""
         if isinstance(event, RangeDeferred) or (isinstance(event, WorkersProgressed) and event.deferrals):
-            self._deferred_at = self._clock()
+            self._deferred_at = self.clock()
 
     @property
     def is_needed(self) -> bool:
         """Whether ranges are deferred now."""
-        return self._deferred_at is not None and self._clock() - self._deferred_at <= RECENT_SECONDS
+        return self._deferred_at is not None and self.clock() - self._deferred_at <= RECENT_SECONDS
 
     async def watch(self, control: AsyncConnection) -> None:
         """Look for holders until cancelled, on a connection that may be shared."""
@@ -72,50 +64,40 @@ class LockWatch:
                     await asyncio.sleep(IDLE_SECONDS)
                     continue
                 await asyncio.sleep(CHECK_SECONDS if self._since else LOOK_SECONDS)
-                self._count_commits(1)
+                self.count_commits(1)
                 self.see(await blocking_transactions(control))
                 if self._since:
-                    self._count_commits(1)
+                    self.count_commits(1)
                     self.report(await open_transactions(control, self._since))
         finally:
             self.report({})
 
     def see(self, transactions: frozenset[str]) -> None:
         """Remember transactions that block a range now."""
-        now = self._clock()
+        now = self.clock()
         for transaction in transactions:
             self._since.setdefault(transaction, now)
 
     def report(self, phrases: Mapping[str, str]) -> None:
-        """Forget the transactions that have ended, and report those that have blocked ranges for long.
+        """Report the transactions that have blocked ranges for long, and forget those without a phrase.
 
-        Args:
-            phrases: A phrase for each transaction that has not ended.
+        They have ended.
         """
-        now = self._clock()
+        now = self.clock()
         self._since = {name: since for name, since in self._since.items() if name in phrases}
         named = frozenset(name for name, since in self._since.items() if now - since >= NAMED_AFTER_SECONDS)
         if named or self._named:
             holders = tuple(phrase for name, phrase in phrases.items() if name in named)
-            self._notify(LockHeld(holders=holders, is_new=bool(named - self._named)))
+            self.notify(LockHeld(holders=holders, is_new=bool(named - self._named)))
         self._named = named
 
 
-@asynccontextmanager
-async def lock_holders_named(server: Server, notify: Observer) -> AsyncIterator[None]:
+def lock_holders_named(server: Server, notify: Observer) -> AbstractAsyncContextManager[None]:
     """Report the sessions for which a statement of the block waits, after ``NAMED_AFTER_SECONDS``.
 
     Unlike a range, a statement of the preflight or of a verification may wait for as long as it takes.
     """
-    naming = asyncio.create_task(_name_lock_holders(server, LockWatch(notify)), name="rotator lock holders")
-    try:
-        yield
-    finally:
-        naming.cancel()
-        await asyncio.wait([naming], timeout=CLOSE_SECONDS)
-        if naming.done() and not naming.cancelled():
-            # An error of the observer.
-            naming.result()
+    return in_background(_name_lock_holders(server, LockWatch(notify)), "rotator lock holders")
 
 
 async def _name_lock_holders(server: Server, watch: LockWatch) -> None:

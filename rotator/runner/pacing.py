@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from statistics import median
 from typing import Final
@@ -17,7 +17,8 @@ from rotator.exceptions import RotatorError
 from rotator.options import read_pace
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.probes import Activity, probe, read_activity, sessions_that_wait
-from rotator.runner.controller import MIN_SAMPLES, Allowance, Controller, Progress, percentile
+from rotator.runner.aio import in_background
+from rotator.runner.controller import MIN_SAMPLES, Controller, Progress, percentile
 from rotator.runner.gate import Gate
 
 PROBE_SECONDS: Final = 0.04
@@ -28,7 +29,6 @@ MOST_COMMITS: Final = 250
 REPORTED_FAILURE: Final = 2
 RETRY_SECONDS: Final = 2.0
 STEADY_SECONDS: Final = 10.0
-CLOSE_SECONDS: Final = 1.0
 
 # A session waits for a range of the usual size for less.
 WAIT_SECONDS: Final = 0.05
@@ -74,23 +74,18 @@ class _Counts:
     own_commits: int
 
 
+@dataclass(slots=True)
 class OtherSessions:
     """Whether other sessions are at work: the database commits more than its rotations do.
 
     Attributes:
-        are_active: Whether they are.
+        own_per_second: The commits of the rotation that no statistics count.
     """
 
-    def __init__(self, own_per_second: float = OWN_PER_SECOND) -> None:
-        """Assume that there are none.
-
-        Args:
-            own_per_second: The commits of the rotation that no statistics count.
-        """
-        self.are_active = False
-        self._own_per_second = own_per_second
-        self._counts = deque[_Counts]()
-        self._began_at = inf
+    own_per_second: float = OWN_PER_SECOND
+    are_active: bool = False
+    _counts: deque[_Counts] = field(default_factory=deque)
+    _began_at: float = inf
 
     @property
     def are_known(self) -> bool:
@@ -101,12 +96,9 @@ class OtherSessions:
         return last.at - first.at >= (ADDED_SECONDS if last.recent_sessions else MIN_ACTIVITY_SECONDS)
 
     def add(self, activity: Activity, *, ranges: int, own_commits: int) -> None:
-        """Take the counts.
+        """Take the statistics, and the commits of the probes so far.
 
-        Args:
-            activity: The statistics.
-            ranges: The ranges that this process has completed; the statistics may not have them yet.
-            own_commits: The commits of the probes so far.
+        The statistics may not have all ``ranges`` yet that this process has completed.
         """
         own_commits += activity.writes
         self._began_at = min(self._began_at, activity.at)
@@ -124,10 +116,7 @@ class OtherSessions:
     def _exceeds(self, seconds: float, share: float, allowed: int) -> bool:
         """Return whether others have committed more, in the last ``seconds``, than we may have ourselves.
 
-        Args:
-            seconds: The time; less where less is known.
-            share: The share of our own commits that may be counted for theirs.
-            allowed: The number of commits that may be ours.
+        A share of our own commits, and the allowed number, may be counted for theirs.
         """
         now = self._counts[-1]
         since = [counts for counts in self._counts if counts.activity.at <= now.activity.at - seconds]
@@ -136,7 +125,7 @@ class OtherSessions:
         ranges = max(now.activity.ranges - before.activity.ranges, now.ranges - before.ranges)
         own = COMMITS_OF_RANGE * ranges + now.own_commits - before.own_commits
         others = now.activity.commits - before.activity.commits - own
-        limit = allowed + (OTHERS_PER_SECOND + self._own_per_second) * elapsed + share * own
+        limit = allowed + (OTHERS_PER_SECOND + self.own_per_second) * elapsed + share * own
         return elapsed >= MIN_ACTIVITY_SECONDS and others > limit
 
 
@@ -156,29 +145,16 @@ class Pacing:
         notify: Observer,
         *,
         own_per_second: float = OWN_PER_SECOND,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare it.
-
-        Args:
-            server: The server, for a connection of its own.
-            gate: The gate whose allowance it moves.
-            pace: The name of the pace.
-            notify: Is called with :class:`PaceChanged`.
-            own_per_second: The commits of the rotation that no statistics count.
-            clock: Returns monotonic seconds.
-        """
+        """Take the server for a connection of its own, and the gate whose allowance it moves."""
         self._server = server
         self._gate = gate
         self._pace = read_pace(pace)
         self._notify = notify
-        self._clock = clock
         self._other_sessions = OtherSessions(own_per_second)
         self._own_commits = 0
         self._controller: Controller | None = None
         self.is_limited = False
-        # One worker, until it is known whether other sessions are at work.
-        self._is_cautious = False
         self._baselines = deque[float](maxlen=BASELINES)
         self._baseline_at = 0.0
         self._look_at = self._report_at = 0.0
@@ -195,7 +171,7 @@ class Pacing:
     @property
     def commit_seconds(self) -> float | None:
         """The 90th percentile of the commits of the last seconds; None where none were measured."""
-        since = self._clock() - RECENT_SECONDS
+        since = time.monotonic() - RECENT_SECONDS
         recent = [seconds for at, seconds in self._commits if at >= since]
         return percentile(recent, 0.9) if recent else None
 
@@ -218,8 +194,8 @@ class Pacing:
         if pace == self._pace:
             return
         self._pace, self._controller = pace, None
-        self.is_limited = self._is_cautious = False
-        self._gate.allow(Allowance())
+        self.is_limited = False
+        self._gate.allow()
         self._announce("the pace was changed")
 
     async def prepare(self, connection: AsyncConnection) -> None:
@@ -232,27 +208,24 @@ class Pacing:
     async def running(self) -> AsyncIterator[None]:
         """Keep the pace until the block ends."""
         if self._pace.latency_limit is not None and not self._other_sessions.are_known:
-            self._is_cautious = True
-            self._gate.allow(Allowance(workers=1))
-        keeping = asyncio.create_task(self.run(), name="rotator pace")
-        try:
+            # Until it is known whether they are at work.
+            self._gate.allow(workers=1)
+        async with in_background(self.run(), "rotator pace"):
             yield
-        finally:
-            keeping.cancel()
-            await asyncio.wait([keeping], timeout=CLOSE_SECONDS)
 
     async def run(self) -> None:
         """Keep the pace until cancelled. Without measurements, the allowance stays what it is."""
         failures = 0
         while True:
-            began = self._clock()
+            began = time.monotonic()
             try:
                 if self._pace.latency_limit is not None:
                     async with connected(self._server) as connection:
                         await self._watch(connection)
             except RotatorError as error:
-                self._end_caution()
-                failures = 1 if self._clock() - began > STEADY_SECONDS else failures + 1
+                if not self.is_limited:
+                    self._gate.allow()
+                failures = 1 if time.monotonic() - began > STEADY_SECONDS else failures + 1
                 # The next attempt may succeed, so the first failure is not reported.
                 if failures == REPORTED_FAILURE:
                     self._announce(f"no measurements: {str(error).rstrip('.')}")
@@ -265,8 +238,8 @@ class Pacing:
     async def _watch(self, connection: AsyncConnection) -> None:
         """Look and probe on this connection until the pace is full."""
         while self._pace.latency_limit is not None:
-            if self._clock() >= self._look_at:
-                self._look_at = self._clock() + LOOK_SECONDS
+            if time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + LOOK_SECONDS
                 await self._look(connection)
                 await self._follow_other_sessions(connection)
             controller = self._controller
@@ -274,7 +247,7 @@ class Pacing:
                 await asyncio.sleep(LOOK_SECONDS)
             elif not self._gate.is_open:
                 await asyncio.sleep(LOOK_SECONDS)
-                controller.interrupt(self._clock())
+                controller.restart(time.monotonic())
             else:
                 await self._measure(connection, controller)
                 await asyncio.sleep(PROBE_SECONDS)
@@ -283,11 +256,9 @@ class Pacing:
         """Hold while a session waits for a range, and see whether other sessions are at work."""
         waiting = await sessions_that_wait(connection, seconds=WAIT_SECONDS)
         self.waiting_sessions = waiting.sessions
-        if waiting.sessions:
-            longest, limit = waiting.seconds * 1000, WAIT_SECONDS * 1000
-            self._gate.hold(LOCK_WAIT, f"{LOCK_WAIT} of other sessions {longest:.0f} ms > {limit:.0f} ms")
-        else:
-            self._gate.release(LOCK_WAIT, slowly=False)
+        longest, limit = waiting.seconds * 1000, WAIT_SECONDS * 1000
+        reason = f"{LOCK_WAIT} of other sessions {longest:.0f} ms > {limit:.0f} ms"
+        self._gate.hold(LOCK_WAIT, reason if waiting.sessions else "", slowly=False)
         self._own_commits += COMMITS_OF_LOOK
         self._add_activity(await read_activity(connection))
 
@@ -298,70 +269,64 @@ class Pacing:
     async def _follow_other_sessions(self, connection: AsyncConnection) -> None:
         """Limit the rotation while other sessions are at work."""
         if self._other_sessions.are_active and not self.is_limited:
-            now = self._clock()
+            now = time.monotonic()
             if self._controller is None:
                 self._controller = Controller(self._pace, max_workers=self._gate.concurrency, now=now)
             self.is_limited = True
-            self._gate.allow(self._controller.allowance)
+            self._gate.allow(self._controller.workers, self._pace.range_limit)
             self._announce(ACTIVE)
             await self._measure_baseline(connection, self._controller)
         elif self.is_limited and not self._other_sessions.are_active:
             self.is_limited = False
-            self._gate.allow(Allowance())
+            self._gate.allow()
             self._announce(QUIET)
-        elif self._other_sessions.are_known:
-            self._end_caution()
-
-    def _end_caution(self) -> None:
-        if self._is_cautious and not self.is_limited:
-            self._gate.allow(Allowance())
-        self._is_cautious = False
+        elif not self.is_limited and self._other_sessions.are_known:
+            self._gate.allow()
 
     async def _measure(self, connection: AsyncConnection, controller: Controller) -> None:
         """Probe once, and let the controller decide."""
         gate = self._gate
         measured = await probe(connection)
         self._own_commits += COMMITS_OF_PROBE
-        now = self._clock()
+        if controller is not self._controller:
+            # The pace was changed in between.
+            return
+        now = time.monotonic()
         self._busy.append(gate.busy)
         controller.set_max_workers(gate.concurrency)
         controller.add_commit(measured.commit_seconds, now)
         self._commits.append((now, measured.commit_seconds))
-        progress = Progress(
-            rows=gate.rows_completed,
-            ranges=gate.ranges_completed,
-            busy=sum(self._busy) / len(self._busy),
-        )
         if len(self._busy) * PROBE_SECONDS >= LOOK_SECONDS:
+            progress = Progress(at=now, rows=gate.rows_completed, ranges=gate.ranges_completed)
+            busy = sum(self._busy) / len(self._busy)
             self._busy.clear()
-            if controller.decide(progress, now):
-                gate.allow(controller.allowance)
+            if controller.decide(progress, busy=busy):
+                gate.allow(controller.workers, self._pace.range_limit)
                 self._announce(controller.reason or ACTIVE)
         if now >= self._report_at:
             self._announce(controller.reason or ACTIVE, is_new=False)
-        is_stuck = controller.is_lowest and controller.is_over
-        every = BASELINE_AT_LOWEST_SECONDS if is_stuck else BASELINE_EVERY_SECONDS
+        every = BASELINE_AT_LOWEST_SECONDS if controller.is_stuck else BASELINE_EVERY_SECONDS
         if now - self._baseline_at >= every:
             await self._measure_baseline(connection, controller)
 
     async def _measure_baseline(self, connection: AsyncConnection, controller: Controller) -> None:
         """Measure while no range is in flight, so that our own load never becomes the baseline."""
         async with self._gate.emptied(EMPTY_SECONDS) as is_empty:
-            seconds, until = list[float](), self._clock() + BASELINE_SECONDS
-            while is_empty and self._clock() < until:
+            seconds, until = list[float](), time.monotonic() + BASELINE_SECONDS
+            while is_empty and time.monotonic() < until:
                 seconds.append((await probe(connection)).commit_seconds)
         self._own_commits += COMMITS_OF_PROBE * len(seconds)
         if len(seconds) >= MIN_SAMPLES:
             self._baselines.append(percentile(seconds, 0.9))
             # One checkpoint of the server is no new baseline.
             controller.set_baseline(median(self._baselines))
-            self._baseline_at = self._clock()
+            self._baseline_at = time.monotonic()
         else:
-            self._baseline_at = self._clock() - BASELINE_EVERY_SECONDS + BASELINE_AT_LOWEST_SECONDS
-        controller.interrupt(self._clock())
+            self._baseline_at = time.monotonic() - BASELINE_EVERY_SECONDS + BASELINE_AT_LOWEST_SECONDS
+        controller.restart(time.monotonic())
 
     def _announce(self, reason: str, *, is_new: bool = True) -> None:
-        self._report_at = self._clock() + REPORT_SECONDS
+        self._report_at = time.monotonic() + REPORT_SECONDS
         gate = self._gate
         self._notify(
             PaceChanged(

@@ -37,12 +37,7 @@ Call: TypeAlias = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThrottleSources:
-    """The parts of the project that throttles read.
-
-    Attributes:
-        replicas: The servers of the replicas, by Django's aliases.
-        calls: The callables of the setting ``ROTATOR["THROTTLES"]``, by their dotted paths.
-    """
+    """The replicas by Django's aliases, and the callables of ``ROTATOR["THROTTLES"]`` by their paths."""
 
     replicas: Mapping[str, Server] = field(default_factory=dict)
     calls: Mapping[str, Call] = field(default_factory=dict)
@@ -58,6 +53,7 @@ def show_bytes(number: float) -> str:
     return f"{number / 2**20:,.0f} MB"
 
 
+@dataclass(slots=True)
 class Budget:
     """Decides whether a signal holds the rotation.
 
@@ -65,22 +61,15 @@ class Budget:
     ``RESUME_SECONDS``. An unknown value holds the rotation, too.
 
     Attributes:
-        name: The name of the signal.
+        limit: The limit; None where the detail of a reading is the reason, and an empty one ends it.
+        show: Returns a value with its unit.
     """
 
-    def __init__(self, name: str, limit: float | None = None, show: Callable[[float], str] = str) -> None:
-        """Begin below the limit.
-
-        Args:
-            name: The name of the signal.
-            limit: The limit; None where the detail of a reading is the reason, and an empty one ends it.
-            show: Returns a value with its unit.
-        """
-        self.name = name
-        self._limit = limit
-        self._show = show
-        self._is_held = False
-        self._clear_since: float | None = None
+    name: str
+    limit: float | None = None
+    show: Callable[[float], str] = str
+    _is_held: bool = False
+    _clear_since: float | None = None
 
     def judge(self, found: Reading, now: float) -> str:
         """Return the reason to hold the rotation after a reading; empty where there is none."""
@@ -89,7 +78,7 @@ class Budget:
             return reason
         if not self._is_held:
             return ""
-        if self._limit is not None and found.value >= RESUME_PART * self._limit:
+        if self.limit is not None and found.value >= RESUME_PART * self.limit:
             self._clear_since = None
         elif self._clear_since is None:
             self._clear_since = now
@@ -101,41 +90,41 @@ class Budget:
     def _excess(self, found: Reading) -> str:
         if found.problem:
             return f"{self.name} unknown: {found.problem}; ends when it can be read"
-        if self._limit is None:
+        if self.limit is None:
             return f"{self.name}: {found.detail}; ends when it returns None" if found.detail else ""
-        if found.value <= self._limit:
+        if found.value <= self.limit:
             return ""
         return (
-            f"{self._signal(found)} {self._show(found.value)} > {self._show(self._limit)}; "
-            f"ends below {self._show(RESUME_PART * self._limit)}"
+            f"{self._signal(found)} {self.show(found.value)} > {self.show(self.limit)}; "
+            f"ends below {self.show(RESUME_PART * self.limit)}"
         )
 
     def _waiting(self, found: Reading) -> str:
-        if self._limit is None:
+        if self.limit is None:
             return f"{self.name}: ends after {RESUME_SECONDS:.0f} s without a reason"
         return (
-            f"{self._signal(found)} {self._show(found.value)}; "
-            f"ends below {self._show(RESUME_PART * self._limit)} for {RESUME_SECONDS:.0f} s"
+            f"{self._signal(found)} {self.show(found.value)}; "
+            f"ends below {self.show(RESUME_PART * self.limit)} for {RESUME_SECONDS:.0f} s"
         )
 
     def _signal(self, found: Reading) -> str:
         return f"{self.name} {found.detail}" if found.detail else self.name
 
 
+@dataclass(slots=True)
 class CalledSignal:
     """A callable of the project, called in a thread of its own that may never return."""
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._running: asyncio.Task[object] | None = None
+    call: Call
+    _running: asyncio.Task[object] | None = None
 
-    async def read(self) -> Reading:
+    async def read(self, *_run: object) -> Reading:
         """Return the result of the call; a problem where it raises an error or does not return in time.
 
         While a call has not returned, there is no other one.
         """
         if self._running is None:
-            self._running = asyncio.create_task(run_in_daemon_thread(self._call), name="rotator throttle")
+            self._running = asyncio.create_task(run_in_daemon_thread(self.call), name="rotator throttle")
         done, _ = await asyncio.wait([self._running], timeout=READ_SECONDS)
         if not done:
             return Reading(problem=f"it did not return within {READ_SECONDS:.0f} s")
@@ -166,22 +155,17 @@ class Throttles:
         lags: The latest lag of each replica that could be read, in seconds, by Django's aliases.
     """
 
-    def __init__(
-        self,
-        options: RunOptions,
-        sources: ThrottleSources,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._clock = clock
+    def __init__(self, options: RunOptions, sources: ThrottleSources) -> None:
         self._options = options
-        self._replicas = [Replica(alias, server, clock=clock) for alias, server in sources.replicas.items()]
+        self._replicas = [
+            Replica(alias, server, clock=time.monotonic) for alias, server in sources.replicas.items()
+        ]
         self._calls = {path: CalledSignal(call) for path, call in sources.calls.items()}
         self.lags = dict[str, float]()
         self._signals = list[tuple[Budget, Read]]()
         for replica in self._replicas:
             budget = Budget(f"replica lag of {replica.alias}", options.max_lag_seconds, show_seconds)
-            self._signals.append((budget, self._lag_of(replica)))
+            self._signals.append((budget, partial(self._read_lag, replica)))
         if options.max_unarchived_wal_bytes is not None:
             budget = Budget("WAL to archive", options.max_unarchived_wal_bytes, show_bytes)
             self._signals.append((budget, lambda control, _: reading(lambda: read_unarchived_wal(control))))
@@ -189,21 +173,14 @@ class Throttles:
             budget = Budget("WAL kept by slot", options.max_slot_wal_bytes, show_bytes)
             self._signals.append((budget, lambda control, _: reading(lambda: read_slot_wal(control))))
         for path, called in self._calls.items():
-            self._signals.append((Budget(path), self._result_of(called)))
+            self._signals.append((Budget(path), called.read))
 
-    def _lag_of(self, replica: Replica) -> Read:
-        async def read(_control: AsyncConnection, rotation: int) -> Reading:
-            found = await replica.read_lag(rotation)
-            self.lags.pop(replica.alias, None)
-            if not found.problem:
-                self.lags[replica.alias] = found.value
-            return found
-
-        return read
-
-    @staticmethod
-    def _result_of(called: CalledSignal) -> Read:
-        return lambda _connection, _rotation: called.read()
+    async def _read_lag(self, replica: Replica, _control: AsyncConnection, rotation: int) -> Reading:
+        found = await replica.read_lag(rotation)
+        self.lags.pop(replica.alias, None)
+        if not found.problem:
+            self.lags[replica.alias] = found.value
+        return found
 
     async def check(self, control: AsyncConnection) -> None:
         """Refuse a signal that cannot be read, before the rotation begins.
@@ -233,7 +210,7 @@ class Throttles:
     async def look(self, control: AsyncConnection, rotation: int, gate: Gate) -> None:
         """Read every signal once, and hold or release the gate."""
         for budget, read in self._signals:
-            self._apply(budget, await read(control, rotation), gate)
+            gate.hold(budget.name, budget.judge(await read(control, rotation), time.monotonic()))
 
     async def watch(self, control: AsyncConnection, rotation: int, gate: Gate) -> None:
         """Read every signal again and again until cancelled; the connection may be shared."""
@@ -252,10 +229,4 @@ class Throttles:
     async def _keep_looking(self, budget: Budget, read: Callable[[], Awaitable[Reading]], gate: Gate) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            self._apply(budget, await read(), gate)
-
-    def _apply(self, budget: Budget, found: Reading, gate: Gate) -> None:
-        if reason := budget.judge(found, self._clock()):
-            gate.hold(budget.name, reason)
-        else:
-            gate.release(budget.name)
+            gate.hold(budget.name, budget.judge(await read(), time.monotonic()))

@@ -12,7 +12,6 @@ from rotator.runner.controller import (
     MIN_ROWS,
     RECENT_RANGES,
     START_SHARE,
-    Allowance,
     Controller,
     Progress,
     RangeSizer,
@@ -25,10 +24,6 @@ DECISION_STEPS = 5
 
 def _limit(seconds: float, rows: int = 2000) -> RangeLimit:
     return RangeLimit(seconds=seconds, rows=rows)
-
-
-def _seconds(allowed: Allowance) -> float:
-    return allowed.range_limit.seconds if allowed.range_limit else 0.0
 
 
 def _noise(seed: int) -> random.Random:
@@ -74,11 +69,13 @@ class _Run:
     def __init__(self, server: _Server, pace: str = "balanced", *, max_workers: int = 16) -> None:
         self.server = server
         self.now = 0.0
+        limit = PACES[pace].range_limit
+        self.range_seconds = limit.seconds if limit else 0.0
         self.controller = Controller(PACES[pace], max_workers=max_workers, now=0.0)
         self.measure_baseline()
         self.rows = self.ranges = 0.0
         self.workers = list[tuple[float, int]]()
-        self.changes = list[tuple[float, int, float]]()
+        self.changes = list[tuple[float, int]]()
         self._steps = itertools.count(1)
 
     def measure_baseline(self) -> None:
@@ -88,18 +85,16 @@ class _Run:
         until = self.now + seconds
         while self.now < until:
             self.now += STEP_SECONDS
-            allowed = self.controller.allowance
-            workers, range_seconds = allowed.workers or 0, _seconds(allowed)
+            workers, range_seconds = self.controller.workers, self.range_seconds
             self.rows += self.server.rows_per_second(workers, range_seconds) * STEP_SECONDS
             self.ranges += workers / range_seconds * STEP_SECONDS
             self.controller.add_commit(self.server.commit_seconds(workers, range_seconds), self.now)
             self.workers.append((self.now, workers))
-            progress = Progress(rows=int(self.rows), ranges=int(self.ranges), busy=float(workers))
-            if next(self._steps) % DECISION_STEPS == 0 and self.controller.decide(progress, self.now):
-                allowed = self.controller.allowance
-                self.changes.append((self.now, allowed.workers or 0, _seconds(allowed)))
+            progress = Progress(at=self.now, rows=int(self.rows), ranges=int(self.ranges))
+            if next(self._steps) % DECISION_STEPS == 0 and self.controller.decide(progress, busy=workers):
+                self.changes.append((self.now, self.controller.workers))
 
-    def changes_after(self, seconds: float) -> list[tuple[float, int, float]]:
+    def changes_after(self, seconds: float) -> list[tuple[float, int]]:
         return [change for change in self.changes if change[0] > seconds]
 
     def seconds_at(self, workers: int, *, after: float) -> float:
@@ -135,11 +130,8 @@ def test_workers_that_gain_nothing_are_given_up_although_no_commit_is_slower() -
 def test_a_slow_disk_means_one_worker_and_never_a_stop(pace: str) -> None:
     run = _Run(_Server(knee=1, idle_ms=12.0, added_ms=60.0), pace)
     run.run(30)
-    allowed = run.controller.allowance
-    assert allowed.workers == 1
-    assert allowed.range_limit == PACES[pace].range_limit
-    assert run.controller.is_lowest
-    assert run.controller.is_over
+    assert run.controller.workers == 1
+    assert run.controller.is_stuck
     run.run(60)
     assert run.changes_after(30) == []
 
@@ -169,7 +161,7 @@ def test_a_load_far_above_the_limit_halves_the_workers() -> None:
     run.run(30)
     run.server.others = 10.0
     run.run(3)
-    assert [workers for _, workers, _ in run.changes_after(30)][:4] == [8, 4, 2, 1]
+    assert [workers for _, workers in run.changes_after(30)][:4] == [8, 4, 2, 1]
 
 
 def test_noise_does_not_move_it() -> None:
@@ -185,7 +177,7 @@ def test_slow_commits_now_and_then_are_a_reason_against_more_workers() -> None:
     for step in range(1, 400):
         # The 90th percentile stays at the baseline.
         controller.add_commit(0.004 if step % 12 == 0 else 0.001, step / 20)
-        assert not controller.decide(Progress(rows=step * 1000, ranges=step, busy=1.0), step / 20)
+        assert not controller.decide(Progress(at=step / 20, rows=step * 1000, ranges=step), busy=1.0)
 
 
 def test_no_measurements_hold_the_level() -> None:
@@ -194,7 +186,7 @@ def test_no_measurements_hold_the_level() -> None:
     for second in range(1, 60):
         # Long above the limit, but too few.
         controller.add_commit(1.0, float(second))
-        assert not controller.decide(Progress(rows=0, ranges=0, busy=1.0), float(second))
+        assert not controller.decide(Progress(at=float(second), rows=0, ranges=0), busy=1.0)
     assert controller.p90 is None
     assert controller.reason == ""
 
@@ -203,7 +195,7 @@ def test_without_a_baseline_the_level_holds() -> None:
     controller = Controller(PACES["balanced"], max_workers=4, now=0.0)
     for step in range(100):
         controller.add_commit(1.0, step / 20)
-    assert not controller.decide(Progress(rows=0, ranges=0, busy=1.0), 5.0)
+    assert not controller.decide(Progress(at=5.0, rows=0, ranges=0), busy=1.0)
 
 
 def test_idle_workers_are_no_reason_for_more() -> None:
@@ -211,7 +203,7 @@ def test_idle_workers_are_no_reason_for_more() -> None:
     controller.set_baseline(0.001)
     for step in range(1, 400):
         controller.add_commit(0.001, step / 20)
-        assert not controller.decide(Progress(rows=step * 1000, ranges=step, busy=0.5), step / 20)
+        assert not controller.decide(Progress(at=step / 20, rows=step * 1000, ranges=step), busy=0.5)
 
 
 def test_a_fast_disk_tolerates_half_a_millisecond() -> None:
@@ -224,7 +216,7 @@ def test_a_lower_limit_of_workers_applies_at_once() -> None:
     run = _Run(_Server(knee=16))
     run.run(30)
     run.controller.set_max_workers(3)
-    assert run.controller.allowance.workers == 3
+    assert run.controller.workers == 3
     run.run(2 * BLOCKED_SECONDS)
     assert max(workers for _, workers in run.workers[-600:]) == 3
 

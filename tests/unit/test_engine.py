@@ -13,7 +13,6 @@ from rotator.options import PACES
 from rotator.ranges import Key, KeyInterval, KeyRange, Written
 from rotator.runner import engine as engine_module
 from rotator.runner import retry
-from rotator.runner.controller import Allowance
 from rotator.runner.engine import Engine
 from rotator.runner.gate import Gate
 
@@ -399,7 +398,7 @@ async def test_ranges_that_were_planned_larger_than_the_pace_allows_are_cut() ->
         await asyncio.sleep(0)
     for _ in range(16):
         gate.count_completed(100, 100 * ROW_SECONDS)
-    gate.allow(Allowance(workers=1, range_limit=PACES["balanced"].range_limit))
+    gate.allow(workers=1, range_limit=PACES["balanced"].range_limit)
     rows.gate.set()
     await running
     assert rows.written == Counter(range(1, 2001))

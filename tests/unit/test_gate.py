@@ -6,7 +6,6 @@ import pytest
 
 from rotator.events import Event, Throttled, ThrottleEnded
 from rotator.options import PACES
-from rotator.runner.controller import Allowance
 from rotator.runner.gate import SLOW_SECONDS, Gate
 
 
@@ -58,14 +57,14 @@ def _gate(events: list[Event] | None = None, clock: _Clock | None = None, *, con
 
 async def test_at_most_the_allowed_workers_write_and_the_others_follow_in_order() -> None:
     gate = _gate()
-    gate.allow(Allowance(workers=2, range_limit=PACES["balanced"].range_limit))
+    gate.allow(workers=2, range_limit=PACES["balanced"].range_limit)
     workers = _Workers(gate)
     await workers.start(1, 2, 3, 4)
     assert workers.began == [1, 2]
     assert (gate.busy, gate.workers, gate.rows) == (2, 2, 250)
     await workers.let_leave(2)
     assert workers.began == [1, 2, 3]
-    gate.allow(Allowance())
+    gate.allow()
     await settle()
     assert workers.began == [1, 2, 3, 4]
     assert (gate.workers, gate.rows) == (4, 2000)
@@ -75,7 +74,7 @@ async def test_at_most_the_allowed_workers_write_and_the_others_follow_in_order(
 
 async def test_a_lower_limit_wins_over_what_the_controller_allows() -> None:
     gate = _gate()
-    gate.allow(Allowance(workers=3))
+    gate.allow(workers=3)
     gate.set_limits(concurrency=1, rows=200)
     assert (gate.workers, gate.rows) == (1, 200)
     gate.set_limits(concurrency=8, rows=200)

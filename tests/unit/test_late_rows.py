@@ -8,7 +8,6 @@ from rotator.options import PACES
 from rotator.postgres.values import Place
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key, Written
-from rotator.runner.controller import Allowance
 from rotator.runner.gate import Gate
 from rotator.runner.late_rows import LateRows
 from rotator.runner.stop import StopSignal
@@ -50,7 +49,7 @@ def _gate() -> Gate:
 
 async def test_a_transaction_has_as_many_rows_as_a_range() -> None:
     placed, gate = _Placed(), _gate()
-    gate.allow(Allowance(workers=1, range_limit=PACES["balanced"].range_limit))
+    gate.allow(workers=1, range_limit=PACES["balanced"].range_limit)
     assert await _late_rows(placed, gate).rotate_all(_found(200, 200)) == 400
     assert sum(placed.sizes) == 400
     assert placed.sizes[0] == 200
