@@ -106,14 +106,14 @@ class Progress:
         settled_rows: The number of rows in these ranges.
     """
 
-    spans: int
-    deferrals: int
-    claimable: int
+    spans: int = 0
+    deferrals: int = 0
+    claimable: int = 0
     settled: int
-    ranges: int
-    rows: int
-    settled_ranges: int
-    settled_rows: int
+    ranges: int = 0
+    rows: int = 0
+    settled_ranges: int = 0
+    settled_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,10 @@
 """The owner of a distributed rotation: plans spans, asks Celery workers for help, and reads the progress."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -19,7 +21,7 @@ from rotator.exceptions import BrokerError, RangeRejectedError, RowsLockedError,
 from rotator.postgres import spans
 from rotator.postgres.fence import Lease
 from rotator.postgres.planner import IndexPlanner
-from rotator.postgres.spans import FinishedSpan, HelperState, Progress
+from rotator.postgres.spans import HelperState, Progress
 from rotator.ranges import Key, KeyInterval
 from rotator.runner.aio import is_set_within
 from rotator.runner.context import AskForHelp
@@ -39,35 +41,26 @@ MAX_PATIENCE_SECONDS: Final = 300.0
 RETRY_BROKER_SECONDS: Final = 1.0
 
 
+@dataclass(slots=True)
 class Distribution:
-    """One pass over some gaps, by Celery workers that claim the spans in the database."""
+    """One pass over some gaps, by Celery workers that claim the spans in the database.
 
-    def __init__(
-        self,
-        connection: AsyncConnection,
-        planner: IndexPlanner,
-        lease: Lease,
-        ask_for_help: AskForHelp,
-        *,
-        batch: int,
-        notify: Observer,
-    ) -> None:
-        """Take a connection in autocommit mode, for this pass's use alone."""
-        self._connection = connection
-        self._planner = planner
-        self._lease = lease
-        self._ask_for_help = ask_for_help
-        self._batch = batch
-        self._notify = notify
-        self._clock = asyncio.get_running_loop().time
-        self._since = 0
-        self._reported = (0, 0)
-        self._reported_deferrals = 0
-        self._read_at = self._alive_at = self._clock()
-        self._failed_rows = 0
-        self._patience_seconds = PATIENCE_SECONDS
-        self._sending: asyncio.Task[list[int]] | None = None
-        self._is_broker_lost = False
+    No other task uses the connection, which is in autocommit mode.
+    """
+
+    connection: AsyncConnection
+    planner: IndexPlanner
+    lease: Lease
+    ask_for_help: AskForHelp
+    _: KW_ONLY
+    batch: int
+    notify: Observer
+    _read_at: float = field(default_factory=time.monotonic)
+    _alive_at: float = field(default_factory=time.monotonic)
+    _failed_rows: int = 0
+    _patience_seconds: float = PATIENCE_SECONDS
+    _sending: asyncio.Task[list[int]] | None = None
+    _is_broker_lost: bool = False
 
     async def run(
         self,
@@ -77,27 +70,21 @@ class Distribution:
         rows_left: int,
         max_rows: int | None,
     ) -> None:
-        """Have Celery workers rotate the gaps, until a drain begins.
-
-        Args:
-            gaps: The gaps to rotate.
-            drain: Once set, no more spans are planned.
-            rows_left: The approximate number of rows in the gaps.
-            max_rows: The maximum rows to plan; None for no limit.
+        """Have Celery workers rotate the gaps, which have about ``rows_left`` rows, until a drain begins.
 
         Raises:
             ServerRefusedError: A worker met a permanent error.
             RangeRejectedError: More than ``MAX_FAILED_ROWS`` rows were rejected.
             SupersededError: This process does not own the rotation any more.
         """
-        self._since = await spans.clear(self._connection, self._lease)
+        progress = Progress(settled=await spans.clear(self.connection, self.lease))
         left, limit = deque(gaps), max_rows
-        span_rows = self._batch * ranges_per_span(rows_left, self._batch)
+        span_rows = self.batch * ranges_per_span(rows_left, self.batch)
         try:
             while not drain.is_set():
-                progress = await self._read()
+                progress = await self._read(progress)
                 is_sending = await self.is_sending()
-                helpers = await spans.read_helpers(self._connection, self._lease.rotation)
+                helpers = await spans.read_helpers(self.connection, self.lease.rotation)
                 if error := next((helper.error for helper in helpers if helper.error), ""):
                     raise ServerRefusedError(error)
                 if not is_sending and (progress.claimable or (left and not progress.spans)):
@@ -109,7 +96,7 @@ class Distribution:
                         planned += 1
                     except RowsLockedError:
                         is_locked = True
-                        self._notify(RangeDeferred(rows=0))
+                        self.notify(RangeDeferred(rows=0))
                 if not planned and not is_locked:
                     return
                 await is_set_within(drain, POLL_SECONDS)
@@ -119,23 +106,25 @@ class Distribution:
 
     async def _plan(self, left: deque[KeyInterval], span_rows: int, limit: int | None) -> int | None:
         gap = left[0]
-        planned = await self._planner.next_range(gap, span_rows if limit is None else min(span_rows, limit))
+        planned = await self.planner.next_range(gap, span_rows if limit is None else min(span_rows, limit))
         left.popleft()
         if planned.through != gap.through:
             left.appendleft(KeyInterval(after=planned.through, through=gap.through))
-        await spans.plan(self._connection, self._lease, planned)
+        await spans.plan(self.connection, self.lease, planned)
         return None if limit is None else max(0, limit - planned.rows)
 
-    async def _read(self) -> Progress:
+    async def _read(self, before: Progress) -> Progress:
         """Read what the workers have done since the last time, and report it."""
-        finished = await spans.collect_finished(self._connection, self._lease)
-        progress = await spans.read_progress(self._connection, self._lease.rotation, since=self._since)
-        ranges, rows = progress.ranges - self._reported[0], progress.rows - self._reported[1]
-        deferrals = sum(s.deferrals for s in finished) + progress.deferrals - self._reported_deferrals
+        finished = await spans.collect_finished(self.connection, self.lease)
+        progress = await spans.read_progress(self.connection, self.lease.rotation, since=before.settled)
+        # Those that are not settled are counted again.
+        ranges = progress.ranges - (before.ranges - before.settled_ranges)
+        rows = progress.rows - (before.rows - before.settled_rows)
+        deferrals = sum(s.deferrals for s in finished) + progress.deferrals - before.deferrals
         retries = sum(s.retries for s in finished)
-        read_at = self._clock()
+        read_at = time.monotonic()
         if ranges or deferrals or retries:
-            self._notify(
+            self.notify(
                 WorkersProgressed(
                     ranges=ranges,
                     rows=rows,
@@ -144,28 +133,20 @@ class Distribution:
                     seconds=read_at - self._read_at,
                 )
             )
-        self._read_at, self._since = read_at, progress.settled
-        self._reported_deferrals = progress.deferrals
-        self._reported = (
-            progress.ranges - progress.settled_ranges,
-            progress.rows - progress.settled_rows,
-        )
-        self._report_failed_rows(finished)
-        return progress
-
-    def _report_failed_rows(self, finished: Sequence[FinishedSpan]) -> None:
+        self._read_at = read_at
         for key, reason in (failed for span in finished for failed in span.failed_keys):
             self._failed_rows += 1
-            self._notify(RowRejected(key=Key(key), reason=reason))
+            self.notify(RowRejected(key=Key(key), reason=reason))
             if self._failed_rows > MAX_FAILED_ROWS:
                 raise RangeRejectedError(reason, retryable=False)
+        return progress
 
     async def ask(self, helpers: Sequence[HelperState]) -> None:
         """Send more messages while workers answer, and another one instead of one that is lost.
 
         Few messages wait at a time where every worker is busy: one more than there are living helpers.
         """
-        now, alive = self._clock(), sum(helper.is_alive for helper in helpers)
+        now, alive = time.monotonic(), sum(helper.is_alive for helper in helpers)
         if alive:
             self._alive_at, self._patience_seconds = now, PATIENCE_SECONDS
         patience_seconds = MAX_PATIENCE_SECONDS if alive else self._patience_seconds
@@ -179,10 +160,10 @@ class Distribution:
         if not lost and more <= 0:
             return
         if lost and now - self._alive_at >= PATIENCE_SECONDS and not self._is_broker_lost:
-            self._notify(WorkersSilent(seconds=now - self._alive_at))
+            self.notify(WorkersSilent(seconds=now - self._alive_at))
             self._patience_seconds = min(2 * self._patience_seconds, MAX_PATIENCE_SECONDS)
         messages = [
-            await spans.add_helper(self._connection, self._lease, instead_of=helper)
+            await spans.add_helper(self.connection, self.lease, instead_of=helper)
             for helper in [*lost, *[None] * more]
         ]
         self._sending = asyncio.create_task(self._send(messages), name="rotator messages")
@@ -192,11 +173,11 @@ class Distribution:
         sent = list[int]()
         try:
             for message in messages:
-                await self._ask_for_help(self._lease.rotation, message)
+                await self.ask_for_help(self.lease.rotation, message)
                 sent.append(message)
         except BrokerError as error:
             if not self._is_broker_lost:
-                self._notify(BrokerUnreachable(reason=str(error)))
+                self.notify(BrokerUnreachable(reason=str(error)))
             self._is_broker_lost = True
             await asyncio.sleep(RETRY_BROKER_SECONDS)
         else:
@@ -210,7 +191,7 @@ class Distribution:
         if not self._sending.done():
             return True
         sent, self._sending = self._sending.result(), None
-        await spans.mark_sent(self._connection, sent)
+        await spans.mark_sent(self.connection, sent)
         return False
 
 
