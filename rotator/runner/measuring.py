@@ -1,52 +1,87 @@
-"""Stores what the owner measures, for the page and the metrics, which only read the database."""
+"""Stores what the owner measures, for the page and the metrics, and watches the xmin horizon for them."""
 
+import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import ActionKind, Event, Vacuumed, VacuumSkipped
+from rotator.events import ActionKind, Event, HorizonHeld, Observer, Vacuumed, VacuumSkipped
+from rotator.exceptions import RotatorError, ServerLostError
+from rotator.postgres.activity import HorizonHolder, horizon_holders
 from rotator.postgres.control import log_action
 from rotator.postgres.measurements import Measured, record
 from rotator.runner.context import RunContext
-from rotator.runner.horizon import HorizonWatch
 from rotator.runner.throttles import Throttles
 
 EVERY_SECONDS: Final = 5.0
+LOOK_SECONDS: Final = 2.0
+# Shorter transactions hold the horizon for a moment all the time.
+HELD_SECONDS: Final = 5.0
 
 
+@dataclass(slots=True)
+class HorizonWatch:
+    """Reports holders of the xmin horizon that have not advanced for ``HELD_SECONDS``.
+
+    Rows that were deleted or updated after the horizon stay in the table, whatever VACUUM does.
+
+    Attributes:
+        held: One phrase for each holder that has not advanced for long.
+    """
+
+    notify: Observer
+    clock: Callable[[], float] = time.monotonic
+    held: tuple[str, ...] = ()
+    _since: dict[tuple[str, str], float] = field(default_factory=dict)
+    _reported: frozenset[str] = frozenset()
+
+    async def watch(self, control: AsyncConnection) -> None:
+        """Look for holders until cancelled, on a connection that may be shared."""
+        while True:
+            try:
+                self.take(await horizon_holders(control))
+            except ServerLostError:
+                raise
+            except RotatorError:
+                # A role that may not read the views rotates all the same.
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def take(self, holders: tuple[HorizonHolder, ...]) -> None:
+        """Compare the holders, the oldest first, with those that were seen before, and report new ones."""
+        now, seen = self.clock(), self._since
+        self._since = {(each.name, each.xmin): seen.get((each.name, each.xmin), now) for each in holders}
+        held = [each for each in holders if now - self._since[each.name, each.xmin] >= HELD_SECONDS]
+        self.held = tuple(each.phrase for each in held)
+        names = frozenset(each.name for each in held)
+        if names - self._reported:
+            self.notify(HorizonHeld(holders=self.held))
+        self._reported = names
+
+
+@dataclass(slots=True)
 class Measuring:
     """Stores a measurement every few seconds, and when the state or what holds the run changes.
 
     It also adds each VACUUM to the log of the rotation.
     """
 
-    def __init__(
-        self,
-        context: RunContext,
-        throttles: Throttles,
-        horizon: HorizonWatch,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._context = context
-        self._throttles = throttles
-        self._horizon = horizon
-        self._clock = clock
-        self._recorded_at: float | None = None
-        self._before: tuple[str, tuple[str, ...]] | None = None
-        self._vacuums: list[tuple[ActionKind, str, float]] = []
+    context: RunContext
+    throttles: Throttles
+    horizon: HorizonWatch
+    _recorded_at: float = 0.0
+    _before: tuple[str, tuple[str, ...]] | None = None
+    _vacuums: list[tuple[ActionKind, str, float]] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
         """Keep a VACUUM until ``log_vacuums()``; the last one ends after the last heartbeat."""
-        match event:
-            case Vacuumed():
-                self._vacuums.append((ActionKind.VACUUMED, f"{event.seconds:.1f} s", self._clock()))
-            case VacuumSkipped():
-                self._vacuums.append((ActionKind.VACUUM_SKIPPED, event.reason, self._clock()))
-            case _:
-                pass
+        if isinstance(event, Vacuumed):
+            self._vacuums.append((ActionKind.VACUUMED, f"{event.seconds:.1f} s", time.monotonic()))
+        elif isinstance(event, VacuumSkipped):
+            self._vacuums.append((ActionKind.VACUUM_SKIPPED, event.reason, time.monotonic()))
 
     async def log_vacuums(self, connection: AsyncConnection, rotation: int) -> None:
         """Add the VACUUMs since the last call to the log of the rotation."""
@@ -54,7 +89,7 @@ class Measuring:
             # Removed before the await: the heartbeat and the end of the run can call this at the same time.
             vacuum = self._vacuums.pop(0)
             kind, detail, at = vacuum
-            seconds_ago = self._clock() - at
+            seconds_ago = time.monotonic() - at
             try:
                 await log_action(connection, rotation, kind, detail=detail, seconds_ago=seconds_ago)
             except BaseException:
@@ -64,14 +99,12 @@ class Measuring:
     async def record_if_due(self, control: AsyncConnection, rotation: int) -> None:
         """Store a measurement, if one is due, on a connection in autocommit mode."""
         await self.log_vacuums(control, rotation)
-        stats, gate, pacing = self._context.stats, self._context.gate, self._context.pacing
-        now, shown = self._clock(), (stats.state, tuple(gate.holds))
-        is_due = self._recorded_at is None or now - self._recorded_at >= EVERY_SECONDS
-        is_change = shown != self._before
-        if not is_due and not is_change:
+        stats, gate, pacing = self.context.stats, self.context.gate, self.context.pacing
+        now, state, held_by = time.monotonic(), stats.state, tuple(gate.holds)
+        is_change = self._before != (state, held_by)
+        if now - self._recorded_at < EVERY_SECONDS and not is_change:
             return
-        self._recorded_at, self._before = now, shown
-        state, held_by = shown
+        self._recorded_at, self._before = now, (state, held_by)
         await record(
             control,
             rotation,
@@ -84,7 +117,7 @@ class Measuring:
                 commit_seconds=pacing.commit_seconds,
                 baseline_seconds=pacing.baseline_seconds,
                 waiting_sessions=pacing.waiting_sessions,
-                replica_lags=self._throttles.lags,
-                horizon_holders=self._horizon.held,
+                replica_lags=self.throttles.lags,
+                horizon_holders=self.horizon.held,
             ),
         )

@@ -62,9 +62,8 @@ from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import PAUSE, LiveControl, pause_signals
 from rotator.runner.engine import MAX_FAILED_ROWS
 from rotator.runner.gate import Gate
-from rotator.runner.horizon import HorizonWatch
 from rotator.runner.locks import LockWatch, lock_holders_named
-from rotator.runner.measuring import Measuring
+from rotator.runner.measuring import HorizonWatch, Measuring
 from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine, read_target
 from rotator.runner.reindex import Reindexing
