@@ -40,14 +40,11 @@ class RunTarget:
         path: The table's name, after its schema where it has one; unquoted.
         key: The names of the primary key's columns, in its order.
         columns: The names of the rotated columns.
-        source: The source of the new values.
         condition: The condition that rotated rows match; None for all rows.
-        selection: The user's choice of rows and values.
         bypassed: The effects of ``save()`` that the update does not have, one phrase each.
         warnings: The warnings about the names of the fields, one sentence each.
         leaked: The leaked values; only rows that have one of them are rotated. None for all rows.
         session: The identity of Django's own session; None while it is unknown.
-        throttles: The replicas and callables of the project that can hold the rotation.
     """
 
     label: str
@@ -72,10 +69,6 @@ class RunContext:
 
     Attributes:
         owner: This process.
-        stop_signal: The requests to stop.
-        gate: What a worker passes before each range.
-        pacing: What moves the gate's allowance.
-        stats: The statistics of the run.
         notify: Passes an event to the statistics and to the observer.
         on_commit: Is awaited after each commit of rows; None without receivers.
         ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.

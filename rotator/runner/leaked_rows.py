@@ -1,7 +1,7 @@
 """Rotates the rows whose values are in a list of leaked values, or counts them."""
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -19,43 +19,43 @@ from rotator.runner.context import RunContext, RunTarget
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
 from rotator.runner.preflight import read_target
 
+# The lines, or ranges of lines, that are named.
 MOST_LINES: Final = 10_000
-"""The largest number of lines, or ranges of lines, that are named."""
 ATTEMPTS: Final = 5
 
 
+@dataclass(slots=True)
 class LeakedRows:
-    """The rows with leaked values of one generation of a rotation."""
+    """The rows with leaked values of one generation of a rotation.
 
-    def __init__(
-        self, connection: AsyncConnection, table: TargetTable, context: RunContext, values: LeakedValues
-    ) -> None:
-        """Take a connection in autocommit mode, for this object's use alone."""
-        self._connection = connection
-        self._table = table
-        self._context = context
-        self._values = values
-        self._searched = Searched()
+    No other task uses the connection, which is in autocommit mode.
+    """
+
+    connection: AsyncConnection
+    table: TargetTable
+    context: RunContext
+    values: LeakedValues
+    searched: Searched = field(default_factory=Searched)
 
     async def find(self, owned: RotationState) -> RotationState:
         """Send the list, search the table, and return the state with the number of rows.
 
         A stop during the search leaves the state as it is.
         """
-        await leaked.load(self._connection, self._values)
+        await leaked.load(self.connection, self.values)
         found = await self._search()
         if found is None:
             return owned
         rows_total = owned.rows_done + found
         await rotations.freeze_bound(
-            self._connection, owned.lease, bound=None, rows_total=rows_total, is_exact=True
+            self.connection, owned.lease, bound=None, rows_total=rows_total, is_exact=True
         )
         return replace(owned, rows_total=rows_total, rows_total_is_exact=True)
 
     async def _search(self) -> int | None:
         """Search the table, and return the number of rows found; None where a stop cancelled it."""
-        return await self._context.stop_signal.run_until_stop(
-            leaked.search(self._connection, self._table, self._values, self._searched)
+        return await self.context.stop_signal.run_until_stop(
+            leaked.search(self.connection, self.table, self.values, self.searched)
         )
 
     async def rotate(self, owned: RotationState) -> EndStatus:
@@ -64,13 +64,13 @@ class LeakedRows:
         Raises:
             RotatorError: Rows are left that the rotation cannot change.
         """
-        context = self._context
+        context = self.context
         drain, notify = context.stop_signal.drain, context.notify
-        update = RangeUpdate(self._table, context.target.source, context.options.limits)
-        write = partial(write_placed, self._connection, update, owned.lease, context.on_commit)
+        update = RangeUpdate(self.table, context.target.source, context.options.limits)
+        write = partial(write_placed, self.connection, update, owned.lease, context.on_commit)
         attempts = 0
         while not drain.is_set():
-            notify(found_event(self._values))
+            notify(found_event(self.values))
             late_rows = LateRows(write, context.gate, context.stop_signal, notify)
             rotated = await late_rows.rotate_all(self._batches())
             if drain.is_set():
@@ -78,7 +78,7 @@ class LeakedRows:
             if context.stats.rejected_keys:
                 return "failed"
             # A transaction that is still open can commit an old value.
-            await wait_for_older_writers(self._connection, self._table, owned.started_xid, context)
+            await wait_for_older_writers(self.connection, self.table, owned.started_xid, context)
             found = await self._search()
             if found is None or drain.is_set():
                 break
@@ -95,15 +95,15 @@ class LeakedRows:
 
     async def _batches(self) -> AsyncIterator[list[OlderRow]]:
         """Yield the rows that were found, until the limit of this run."""
-        options, stats = self._context.options, self._context.stats
-        async for rows in leaked.found_rows(self._connection, self._context.gate.max_rows):
+        options, stats = self.context.options, self.context.stats
+        async for rows in leaked.found_rows(self.connection, self.context.gate.max_rows):
             limit = options.stop_after_rows
             left = len(rows) if limit is None else limit - stats.rows_this_run
             if left > 0:
                 yield rows[:left]
             # The next search leaves out rows that were read before, so it would not find the rest.
             if left < len(rows):
-                self._context.stop_signal.request(StopReason.STOP_AFTER)
+                self.context.stop_signal.request(StopReason.STOP_AFTER)
                 return
 
 

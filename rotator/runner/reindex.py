@@ -5,17 +5,11 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import IndexRebuilt, IndexSize, ReindexSkipped, ReindexStarted
+from rotator.events import IndexRebuilt, ReindexSkipped, ReindexStarted
 from rotator.exceptions import RotatorError
+from rotator.postgres import indexes
 from rotator.postgres.connection import OwnConnection, connected
-from rotator.postgres.indexes import (
-    IndexBuilder,
-    drop_statement,
-    find_leftovers,
-    find_stale_indexes,
-    read_size,
-    rebuild_statement,
-)
+from rotator.postgres.indexes import IndexBuilder
 from rotator.postgres.table import TargetTable
 from rotator.postgres.vacuum import BUSY, STOPPED
 from rotator.runner.context import RunContext
@@ -52,17 +46,19 @@ class Reindexing:
         self, control: AsyncConnection, table: TargetTable, rotation: int
     ) -> tuple[str, ...]:
         """Return the statements to run: without ``--reindex`` only for indexes that have grown a lot."""
-        stats = self._context.stats
-        stale = await find_stale_indexes(control, table, rotation)
-        if not self._context.options.reindex:
-            before = (
-                {i.name: i.size_bytes for i in stats.storage_before.indexes} if stats.storage_before else {}
+        stale = await indexes.find_stale_indexes(control, table, rotation)
+        if self._context.options.reindex:
+            leftovers = await indexes.find_leftovers(control, table)
+            return (
+                *(indexes.drop_statement(leftover) for leftover in leftovers),
+                *(indexes.rebuild_statement(index.name) for index in stale),
             )
-            stale = tuple(index for index in stale if _has_grown(index, before.get(index.name)))
-        leftovers = await find_leftovers(control, table) if self._context.options.reindex else ()
-        return (
-            *(drop_statement(leftover) for leftover in leftovers),
-            *(rebuild_statement(index.name) for index in stale),
+        storage = self._context.stats.storage_before
+        before = {index.name: index.size_bytes for index in storage.indexes} if storage else {}
+        return tuple(
+            indexes.rebuild_statement(index.name)
+            for index in stale
+            if _has_grown(before.get(index.name, index.size_bytes), index.size_bytes)
         )
 
     async def _rebuild_all(
@@ -77,7 +73,7 @@ class Reindexing:
             self._skip("", "REINDEX needs a direct connection to the server, without a pooler")
             return
         await self._drop_leftovers(builder, table)
-        stale = await find_stale_indexes(control, table, rotation)
+        stale = await indexes.find_stale_indexes(control, table, rotation)
         if stale:
             self._context.notify(ReindexStarted(indexes=len(stale)))
         for index in stale:
@@ -93,24 +89,24 @@ class Reindexing:
                     name=index.name,
                     seconds=time.monotonic() - started,
                     bytes_before=index.size_bytes,
-                    bytes_now=await read_size(control, index.name),
+                    bytes_now=await indexes.read_size(control, index.name),
                 )
             )
 
     async def _rebuild(self, builder: IndexBuilder, table: TargetTable, name: str) -> str:
         """Rebuild an index; return the reason where it was not rebuilt, else an empty text."""
-        delays_seconds = iter(DELAYS_SECONDS)
-        while reason := await builder.rebuild(name):
-            await self._drop_leftovers(builder, table)
-            delay_seconds = next(delays_seconds, None)
-            if reason != BUSY or delay_seconds is None:
-                break
+        for delay_seconds in (0.0, *DELAYS_SECONDS):
             if await self._context.stop_signal.wait(delay_seconds):
                 return STOPPED
-        return reason
+            reason = await builder.rebuild(name)
+            if reason:
+                await self._drop_leftovers(builder, table)
+            if reason != BUSY:
+                return reason
+        return BUSY
 
     async def _drop_leftovers(self, builder: IndexBuilder, table: TargetTable) -> None:
-        for leftover in await find_leftovers(builder.control, table):
+        for leftover in await indexes.find_leftovers(builder.control, table):
             if reason := await builder.drop(leftover):
                 self._skip(leftover, f"this invalid index could not be dropped, {reason}")
 
@@ -118,8 +114,5 @@ class Reindexing:
         self._context.notify(ReindexSkipped(name=name, reason=reason))
 
 
-def _has_grown(index: IndexSize, bytes_before: int | None) -> bool:
-    if bytes_before is None:
-        return False
-    growth_bytes = index.size_bytes - bytes_before
-    return growth_bytes >= MIN_GROWTH_BYTES and index.size_bytes > MIN_GROWTH * bytes_before
+def _has_grown(bytes_before: int, bytes_now: int) -> bool:
+    return bytes_now - bytes_before >= MIN_GROWTH_BYTES and bytes_now > MIN_GROWTH * bytes_before

@@ -25,9 +25,7 @@ class StopSignal:
 
     Attributes:
         drain: Set by the first request: no more ranges begin.
-        reason: The reason of the first request.
         by: The user who cancelled the rotation; empty for any other reason.
-        signal: The first signal, if there was one.
         aborted: Whether a second signal asked to cancel the ranges in flight.
     """
 
