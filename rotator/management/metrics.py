@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from rotator.management.rotation import cursor_of, find_rotations, stored
 from rotator.models import CompletedRange, Helper, Measurement, Rotation, Verification
-from rotator.postgres.measurements import GAP_SECONDS, HELD_SECONDS
+from rotator.postgres.control import GAP_SECONDS, HELD_SECONDS
 
 # A rotation is exported for this long after its end: otherwise the number of series would only grow.
 FINISHED_FOR: Final = timedelta(hours=24)

@@ -31,7 +31,7 @@ from rotator.management.rotation import (
 )
 from rotator.models import Action, Measurement, Rotation, Span, Verification
 from rotator.options import RunOptions, Selection
-from rotator.postgres.measurements import CHART, GAP_SECONDS, HELD
+from rotator.postgres.control import CHART, GAP_SECONDS, HELD
 from rotator.progress.chart import POINTS, Held, Point, draw
 from rotator.progress.preflight import preflight_facts
 from rotator.progress.text import (

@@ -16,7 +16,7 @@ from rotator.events import ActionKind, StopReason
 from rotator.fields.connections import naming_timeouts, reading_times
 from rotator.models import Action, Rotation
 from rotator.options import DEFAULT_OPTIONS, SETTINGS, Selection, given_options
-from rotator.postgres.measurements import RECENT_RANGES
+from rotator.postgres.control import RECENT_RANGES
 from rotator.progress.text import HIDDEN, done_of_total, duration, moment, stopped_by
 from rotator.stats import RecentRate
 

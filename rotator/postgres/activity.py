@@ -1,15 +1,15 @@
 """Other sessions: old transactions, holders of locks and of the xmin horizon, and standbys."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection
 from psycopg.rows import class_row
 
 from rotator.exceptions import ServerLostError
 from rotator.postgres.connection import IS_OWN_SESSION, fetch_as, fetch_column, fetch_row, fetch_rows
-from rotator.postgres.table import PARTITIONS, TargetTable
+from rotator.postgres.table import TargetTable
 
 
 async def holders(connection: AsyncConnection, table: TargetTable, started_xid: int) -> tuple[str, ...]:
@@ -20,7 +20,7 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
     """
     return await fetch_column(
         connection,
-        sql.SQL(
+        table.compose(
             "SELECT DISTINCT COALESCE("
             " 'pid ' || a.pid || ', user ' || COALESCE(a.usename, '?')"
             " || COALESCE(', application ' || NULLIF(a.application_name, ''), '')"
@@ -34,12 +34,12 @@ async def holders(connection: AsyncConnection, table: TargetTable, started_xid: 
             " LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid"
             " WHERE x.locktype = 'transactionid' AND x.granted AND x.mode = 'ExclusiveLock'"
             " AND age(x.transactionid) > age(%(started_xid)s::text::xid8::xid)"
-            " AND t.locktype = 'relation' AND t.granted AND t.relation IN {}"
+            " AND t.locktype = 'relation' AND t.granted AND t.relation IN {partitions}"
             " AND t.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
             " AND t.mode NOT IN ('AccessShareLock', 'RowShareLock')"
             " ORDER BY 1"
-        ).format(PARTITIONS),
-        {"started_xid": started_xid, "table": table.regclass},
+        ),
+        {"started_xid": started_xid},
     )
 
 
@@ -83,7 +83,7 @@ async def blocking_transactions(connection: AsyncConnection) -> frozenset[str]:
     return frozenset(await fetch_column(connection, _BLOCKING)) - {None}
 
 
-async def open_transactions(connection: AsyncConnection, transactions: Iterable[str]) -> Mapping[str, str]:
+async def open_transactions(connection: AsyncConnection, transactions: Iterable[str]) -> dict[str, str]:
     """Return those of these transactions that have not ended, each with a phrase for its session."""
     return dict(await fetch_rows(connection, _OPEN, {"transactions": list(transactions)}))
 
@@ -116,10 +116,7 @@ _HORIZON_HOLDERS: Final = (
 class HorizonHolder:
     """A session, replica, slot or prepared transaction that holds the xmin horizon of the database.
 
-    Attributes:
-        name: What it is.
-        xmin: The oldest transaction whose rows it keeps from VACUUM; it stays the same as long as it does.
-        phrase: What it is and what it does now.
+    ``xmin`` is the oldest transaction whose rows it keeps from VACUUM; it stays the same as long as it does.
     """
 
     name: str

@@ -1,7 +1,4 @@
-"""The target's table, triggers and privileges, as the system catalogs describe them.
-
-Every function takes a connection in autocommit mode.
-"""
+"""The target's table, triggers and privileges, as the system catalogs describe them."""
 
 from collections.abc import Mapping
 from typing import Any, Final, LiteralString
@@ -12,7 +9,7 @@ from psycopg.rows import dict_row
 from rotator.exceptions import OptionError, TargetError
 from rotator.postgres.connection import IS_OWN_SESSION, fetch_as, fetch_column, fetch_rows, first
 from rotator.postgres.errors import read_only
-from rotator.postgres.table import PARTITIONS, Column, Condition, TargetTable
+from rotator.postgres.table import Column, Condition, TargetTable
 
 OLDEST_VERSION: Final = 150_000
 _NAME_BYTES: Final = 63
@@ -91,12 +88,6 @@ _COLUMNS: Final = (
     " LEFT JOIN pg_namespace ln ON ln.oid = l.collnamespace"
     " WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped"
 )
-# Bit 4 of tgtype is UPDATE.
-_UPDATE_TRIGGERS: Final = sql.SQL(
-    "SELECT DISTINCT tgname FROM pg_trigger"
-    " WHERE tgrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND NOT tgisinternal"
-    " AND tgtype & 16 <> 0 AND {} ORDER BY 1"
-)
 
 
 async def check_server(connection: AsyncConnection, *, connections: int, concurrency: int) -> None:
@@ -142,14 +133,7 @@ async def read_table(
 ) -> TargetTable:
     """Read the target's table from the system catalogs.
 
-    Args:
-        connection: The connection.
-        path: The table's name, after its schema where it has one; unquoted.
-        key: The names of the primary key's columns, in its order.
-        columns: The names of the rotated columns.
-        condition: The condition for the rotated rows; None for all rows.
-        include_null: Whether to rotate rows whose value is NULL.
-        include_blank: Whether to rotate rows whose value is an empty text.
+    ``path`` is that of :class:`TargetTable`; ``key`` and ``columns`` are the names of these columns.
 
     Raises:
         TargetError: The table cannot be rotated.
@@ -221,44 +205,40 @@ async def read_skipped_triggers(connection: AsyncConnection, table: TargetTable)
 async def _read_triggers(
     connection: AsyncConnection, table: TargetTable, condition: LiteralString
 ) -> tuple[str, ...]:
-    query = _UPDATE_TRIGGERS.format(PARTITIONS, sql.SQL(condition))
-    return await fetch_column(connection, query, {"table": table.regclass})
+    query = table.compose(
+        "SELECT DISTINCT tgname FROM pg_trigger"
+        " WHERE tgrelid IN (SELECT oid FROM {partitions} AS leaf UNION SELECT {regclass})"
+        # Bit 4 of tgtype is UPDATE.
+        " AND NOT tgisinternal AND tgtype & 16 <> 0 AND {condition} ORDER BY 1",
+        condition=sql.SQL(condition),
+    )
+    return await fetch_column(connection, query)
 
 
 async def count_partitions(connection: AsyncConnection, table: TargetTable) -> int:
     """Return the number of tables that hold the rows."""
-    query = sql.SQL("SELECT count(*)::integer FROM {} AS leaf").format(PARTITIONS)
-    (partitions,) = await fetch_column(connection, query, {"table": table.regclass})
+    query = table.compose("SELECT count(*)::integer FROM {partitions} AS leaf")
+    (partitions,) = await fetch_column(connection, query)
     return int(partitions)
 
 
 def _check_relation(named: str, relation: Mapping[str, Any]) -> None:
     kind = relation["kind"]
-    if kind not in {"r", "p"}:
-        raise TargetError(
-            f"Cannot rotate {named}: it is a {_OTHER_KINDS.get(kind, 'relation of another kind')}. Rotate "
-            "the table that holds its rows."
-        )
-    if kind == "r" and relation["has_children"]:
-        raise TargetError(
-            f"Cannot rotate {named}: other tables inherit from it, and its index does not have their keys. "
-            "Define a model for each of them, and rotate those."
-        )
-    if relation["has_foreign_partitions"]:
-        raise TargetError(
-            f"Cannot rotate {named}: some of its partitions are on other servers, where no checkpoint can be "
-            "committed with them. Rotate them there."
-        )
-    if relation["hides_rows"]:
-        raise TargetError(
-            f"Cannot rotate {named}: row-level security hides rows from this role, and they would keep their "
-            "values. Use a role that owns the table or has BYPASSRLS."
-        )
-    if relation["update_rules"]:
-        raise TargetError(
-            f"Cannot rotate {named}: the rule {relation['update_rules']} rewrites each UPDATE, so updated "
-            "rows cannot be counted. Disable it with ALTER TABLE ... DISABLE RULE during the rotation."
-        )
+    reasons = {
+        f"it is a {_OTHER_KINDS.get(kind, 'relation of another kind')}. Rotate the table that holds its "
+        "rows.": kind not in {"r", "p"},
+        "other tables inherit from it, and its index does not have their keys. Define a model for each of "
+        "them, and rotate those.": kind == "r" and relation["has_children"],
+        "some of its partitions are on other servers, where no checkpoint can be committed with them. Rotate "
+        "them there.": relation["has_foreign_partitions"],
+        "row-level security hides rows from this role, and they would keep their values. Use a role that "
+        "owns the table or has BYPASSRLS.": relation["hides_rows"],
+        f"the rule {relation['update_rules']} rewrites each UPDATE, so updated rows cannot be counted. "
+        "Disable it with ALTER TABLE ... DISABLE RULE during the rotation.": relation["update_rules"],
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise TargetError(f"Cannot rotate {named}: {reason}")
 
 
 def _check_key_column(named: str, row: Mapping[str, Any]) -> None:
@@ -288,21 +268,17 @@ def _check_key_column(named: str, row: Mapping[str, Any]) -> None:
 
 
 def _check_column(named: str, row: Mapping[str, Any]) -> None:
-    where = f"The column {row['name']} of {named}"
-    if row["is_generated"]:
-        raise TargetError(f"{where} is generated by the server. Rotate the columns that it is made from.")
-    if row["is_array"]:
-        raise TargetError(f"{where} is an array: its secrets cannot be replaced one by one.")
-    if row["is_partition_key"]:
-        raise TargetError(
-            f"{where} is part of the partition key: new values would move rows between partitions. Add a "
-            "column for the secret, and rotate that."
-        )
-    if row["referrer"]:
-        raise TargetError(
-            f"{where} is referenced by {row['referrer']}: new values would break these references. Add a "
-            "column for the secret, and rotate that."
-        )
+    reasons = {
+        "is generated by the server. Rotate the columns that it is made from.": row["is_generated"],
+        "is an array: its secrets cannot be replaced one by one.": row["is_array"],
+        "is part of the partition key: new values would move rows between partitions. Add a column for the "
+        "secret, and rotate that.": row["is_partition_key"],
+        f"is referenced by {row['referrer']}: new values would break these references. Add a column for the "
+        "secret, and rotate that.": row["referrer"],
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise TargetError(f"The column {row['name']} of {named} {reason}")
 
 
 _OWN_TABLES: Final = {
@@ -338,10 +314,10 @@ async def missing_grants(
 ) -> tuple[str, ...]:
     """Return the GRANT statements that the role still needs; empty where it has all privileges."""
     ((role,),) = await fetch_rows(connection, "SELECT quote_ident(current_user)")
-    needed: list[tuple[str, str, str | None]] = [(table.regclass, "SELECT", None)]
-    needed += [(table.regclass, "UPDATE", column.name) for column in table.columns]
+    needed: list[tuple[str, str, str | None]] = [(table.quoted_name, "SELECT", None)]
+    needed += [(table.quoted_name, "UPDATE", name) for name in table.column_names]
     if guards:
-        needed.append((table.regclass, "TRIGGER", None))
+        needed.append((table.quoted_name, "TRIGGER", None))
     for name, privileges in (_OWN_TABLES | (_PROOF_TABLES if proves else {})).items():
         needed += [(name, privilege, None) for privilege in privileges]
     tables, rights, columns = map(list, zip(*needed, strict=True))

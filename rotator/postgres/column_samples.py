@@ -1,6 +1,6 @@
 """Columns and small samples of their values, which the server judges: no value leaves it.
 
-Every function takes a connection in autocommit mode, and reads in read-only transactions.
+Every function reads in read-only transactions.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.postgres.connection import Server, fetch_as, first, set_local
+from rotator.postgres.connection import Query, Server, fetch_as, first, set_local
 from rotator.postgres.errors import condition, connection_lost, translate_errors
 from rotator.postgres.table import identifier
 
@@ -43,7 +43,6 @@ class StoredTable:
         path: The table's schema and name, unquoted.
         name: The same, quoted by the server.
         rows: The number of rows; an estimate of the server where there are many.
-        pages: The number of pages, according to the server's statistics.
         categories: The category of the type of each column: ``text``, ``bytea``, ``json``, or another one.
     """
 
@@ -60,8 +59,6 @@ class ColumnSample:
     """The properties of a sample of a column's values, without NULL and blanks.
 
     Attributes:
-        values: The number of values.
-        distinct: The number of different values.
         mean_length: The mean length: characters, or bytes of binary values.
         bits: The Shannon entropy at each position, summed over the first 64.
         digit_changes: The mean number of changes between digits and other characters, for each character.
@@ -86,18 +83,12 @@ class ColumnSample:
 class Patterns:
     """The regular expressions that sampled values are compared with, in PostgreSQL's syntax.
 
-    Attributes:
-        formats: The known formats of tokens at the start of a value, by a name for messages.
-        hash_format: The format of a hash at the start of a value.
-        json_key: A key of a JSON document.
+    ``formats`` and ``hash_format`` are compared with the start of a value, ``json_key`` with a JSON document.
     """
 
     formats: Mapping[str, str]
     hash_format: str
     json_key: str
-
-
-# --- Connections for reading ---------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -140,13 +131,11 @@ class Pauses:
         self._worked_until = time.monotonic()
 
 
-# --- Tables --------------------------------------------------------------------------------------------
-
 _TABLE: Final = (
-    "SELECT n.nspname AS schema, c.relname AS table, format('%%I.%%I', n.nspname, c.relname) AS name,"
-    " (SELECT COALESCE(sum(GREATEST(l.reltuples, 0)), 0)::bigint FROM pg_partition_tree(c.oid) t"
-    " JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf) AS tree_rows, c.relkind AS kind,"
-    " c.reltuples::bigint AS rows, GREATEST(c.relpages, (SELECT COALESCE(sum(l.relpages), 0)"
+    "SELECT ARRAY[n.nspname, c.relname]::text[] AS path, format('%%I.%%I', n.nspname, c.relname) AS name,"
+    " CASE WHEN c.relkind = 'p' THEN (SELECT COALESCE(sum(GREATEST(l.reltuples, 0)), 0)"
+    " FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf)"
+    " ELSE c.reltuples END::bigint AS rows, GREATEST(c.relpages, (SELECT COALESCE(sum(l.relpages), 0)"
     " FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf))::bigint AS pages,"
     " (SELECT jsonb_object_agg(a.attname, CASE WHEN b.typname = 'bytea' THEN 'bytea'"
     " WHEN b.typname IN ('json', 'jsonb') THEN 'json' WHEN b.typcategory = 'S' THEN 'text'"
@@ -160,23 +149,23 @@ _TABLE: Final = (
 async def read_stored_table(
     connection: AsyncConnection, server: Server, path: Sequence[str]
 ) -> StoredTable | None:
-    """Return a table or a view; None where the database has none of that name.
-
-    Raises:
-        ServerLostError: The connection was lost.
-    """
+    """Return a table or a view; None where the database has none of that name."""
     async with translate_errors(connection), reading(connection, server):
         row = first(await fetch_as(connection, dict_row, _TABLE, (sql.Identifier(*path).as_string(),)))
     if row is None:
         return None
-    rows = row["tree_rows"] if row["kind"] == "p" else row["rows"]
-    path = (row["schema"], row["table"])
-    is_exact = False
+    rows, is_exact = row["rows"], False
     # The server has no estimate for views and for tables that were never analyzed.
-    if rows <= _COUNTED_ROWS and (counted := await _count(connection, server, path)) is not None:
-        rows, is_exact = counted, counted <= _COUNTED_ROWS
+    if rows <= _COUNTED_ROWS:
+        query = sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS counted").format(
+            identifier(*row["path"]), _COUNTED_ROWS + 1
+        )
+        counted = await fetch_or_reason(connection, server, query)
+        if not isinstance(counted, str):
+            rows = counted[0][0]
+            is_exact = rows <= _COUNTED_ROWS
     return StoredTable(
-        path=path,
+        path=tuple(row["path"]),
         name=row["name"],
         rows=max(0, rows),
         rows_is_exact=is_exact,
@@ -185,23 +174,10 @@ async def read_stored_table(
     )
 
 
-async def _count(connection: AsyncConnection, server: Server, path: Sequence[str]) -> int | None:
-    """Count up to one row more than are worth counting; return None where that is not possible."""
-    query = sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS counted").format(
-        identifier(*path), sql.Literal(_COUNTED_ROWS + 1)
-    )
-    rows = await fetch_or_reason(connection, server, query, {})
-    return None if isinstance(rows, str) else int(rows[0][0])
-
-
 async def fetch_or_reason(
-    connection: AsyncConnection, server: Server, query: sql.Composed, parameters: Mapping[str, object]
+    connection: AsyncConnection, server: Server, query: Query, parameters: Mapping[str, object] = {}
 ) -> list[tuple[Any, ...]] | str:
-    """Return the rows of a query in a read-only transaction, or the server's name for its error.
-
-    Raises:
-        ServerLostError: The connection was lost.
-    """
+    """Return the rows of a query in a read-only transaction, or the server's name for its error."""
     async with translate_errors(connection):
         try:
             async with reading(connection, server):
@@ -212,17 +188,10 @@ async def fetch_or_reason(
             return condition(error)
 
 
-# --- Samples -------------------------------------------------------------------------------------------
-
-
 async def sample_column(
     connection: AsyncConnection, server: Server, table: StoredTable, column: str, patterns: Patterns
 ) -> ColumnSample | str | None:
-    """Return a sample of a column, the server's name for an error, or None for other types.
-
-    Raises:
-        ServerLostError: The connection was lost.
-    """
+    """Return a sample of a column, the server's name for an error, or None for other types."""
     category = table.categories.get(column)
     if category not in ("text", "bytea", "json"):
         return None
@@ -250,17 +219,19 @@ async def sample_column(
     )
 
 
+def sampled_part(pages: int) -> sql.SQL:
+    """Return the clause that reads about 64 pages of a table with this number of pages."""
+    return sql.SQL(f" TABLESAMPLE SYSTEM ({100 * _PAGES / pages:.6f})" if pages > _PAGES else "")
+
+
 def _sample(table: StoredTable, column: str, category: str) -> sql.Composed:
     name = identifier(column)
-    stored = {
-        "text": sql.SQL("left({}::text, {})").format(name, sql.Literal(_POSITIONS)),
-        "bytea": sql.SQL("encode(substring({}, 1, {}), 'hex')").format(name, sql.Literal(_POSITIONS // 2)),
-        "json": sql.SQL("left({}::text, {})").format(name, sql.Literal(_JSON_CHARACTERS)),
-    }[category]
-    length = {"bytea": sql.SQL("octet_length({})")}.get(category, sql.SQL("length({}::text)")).format(name)
-    part = ""
-    if table.pages > _PAGES:
-        part = f" TABLESAMPLE SYSTEM ({100 * _PAGES / table.pages:.6f})"
+    if category == "bytea":
+        stored = sql.SQL("encode(substring({}, 1, {}), 'hex')").format(name, _POSITIONS // 2)
+    else:
+        characters = _JSON_CHARACTERS if category == "json" else _POSITIONS
+        stored = sql.SQL("left({}::text, {})").format(name, characters)
+    length = sql.SQL("octet_length({})" if category == "bytea" else "length({}::text)").format(name)
     return sql.SQL(
         "WITH sampled AS MATERIALIZED (SELECT v, size FROM (SELECT {stored} AS v, {length} AS size"
         " FROM {table}{part} WHERE {name} IS NOT NULL) AS stored WHERE v <> '' LIMIT {most}),"
@@ -278,8 +249,8 @@ def _sample(table: StoredTable, column: str, category: str) -> sql.Composed:
         stored=stored,
         length=length,
         table=identifier(*table.path),
-        part=sql.SQL(part),
+        part=sampled_part(table.pages),
         name=name,
-        most=sql.Literal(MOST_VALUES),
-        has_positions=sql.SQL("false" if category == "json" else "true"),
+        most=MOST_VALUES,
+        has_positions=category != "json",
     )

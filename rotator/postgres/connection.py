@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, LiteralString, TypeAlias, TypeVar
 
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, IsolationLevel, sql
@@ -64,30 +64,24 @@ class Server:
         wanted = {"role": self.role, "search_path": self.search_path}
         return {name: value for name, value in wanted.items() if value is not None}
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of a connection."""
+    async def read_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of a connection, with the present parameters."""
+        try:
+            parameters = self.parameters if self.read_parameters is None else await self.read_parameters()
+        except Exception as error:  # noqa: BLE001 - any error of the project's code
+            raise ServerLostError(
+                f"Cannot read Django's connection parameters: {type(error).__name__}."
+            ) from None
         # Tells these sessions from those of the application, for which the project may set a name.
-        name = f"{APPLICATION_NAME} {self.parameters.get('application_name') or ''}".rstrip()
+        name = f"{APPLICATION_NAME} {parameters.get('application_name') or ''}".rstrip()
         return {
             **_KEEPALIVE,
-            **self.parameters,
+            **parameters,
             "application_name": name,
             "autocommit": True,
             # Some poolers do not support prepared statements.
             "prepare_threshold": None,
         }
-
-    async def read_arguments(self) -> dict[str, Any]:
-        """Read the parameters again, and return the keyword arguments of a connection."""
-        if self.read_parameters is None:
-            return self.arguments()
-        try:
-            parameters = await self.read_parameters()
-        except Exception as error:  # noqa: BLE001 - any error of the project's code
-            raise ServerLostError(
-                f"Cannot read Django's connection parameters: {type(error).__name__}."
-            ) from None
-        return replace(self, parameters=parameters).arguments()
 
     async def configure(self, connection: "OwnConnection") -> None:
         """Apply the rotator's settings to a new connection; refuse a server that is read-only."""
@@ -177,27 +171,22 @@ _SETTINGS: Final = {
     # The driver writes its literals in this syntax.
     "standard_conforming_strings": "on",
     # The plans that decision 1 and the search for older rows depend on.
-    "enable_seqscan": "on",
-    "enable_indexscan": "on",
-    "enable_indexonlyscan": "on",
-    "enable_tidscan": "on",
-    "enable_bitmapscan": "on",
-    "enable_nestloop": "on",
-    "enable_mergejoin": "on",
-    "enable_hashjoin": "on",
-    "enable_hashagg": "on",
-    "enable_sort": "on",
-    "enable_partition_pruning": "on",
+    **{
+        f"enable_{method}": "on"
+        for method in (
+            *("seqscan", "indexscan", "indexonlyscan", "tidscan", "bitmapscan"),
+            *("nestloop", "mergejoin", "hashjoin", "hashagg", "sort", "partition_pruning"),
+        )
+    },
 }
 _READ_ONLY: Final = "default_transaction_read_only"
-# A default of the role is for its other sessions. A setting of the database, the server or the connection
-# also applies to this session.
-_ROLE_DEFAULTS: Final = ("user", "database user")
 
 _CONFIGURE: Final = (
     "WITH session AS (SELECT pg_backend_pid() = %(pid)s AS is_direct, CASE"
     " WHEN NOT current_setting('default_transaction_read_only')::boolean THEN false"
-    " ELSE (SELECT s.source <> ALL (%(role_defaults)s::text[]) FROM pg_settings s"
+    # A default of the role is for its other sessions. A setting of the database, the server or the
+    # connection also applies to this session.
+    " ELSE (SELECT s.source NOT IN ('user', 'database user') FROM pg_settings s"
     " WHERE s.name = 'default_transaction_read_only') END AS is_read_only),"
     # A setting that this version of the server does not have is NULL.
     " deviating AS (SELECT w.name, w.setting FROM unnest(%(names)s::text[], %(settings)s::text[])"
@@ -235,15 +224,8 @@ class OwnConnection(AsyncConnection):
         # The driver reads times only in this style.
         if not (self.info.parameter_status("DateStyle") or "ISO").startswith("ISO"):
             settings["DateStyle"] = "ISO"
-        cursor = await self.execute(
-            _CONFIGURE,
-            {
-                "pid": self.info.backend_pid,
-                "role_defaults": list(_ROLE_DEFAULTS),
-                "names": list(settings),
-                "settings": list(settings.values()),
-            },
-        )
+        parameters = {"names": list(settings), "settings": list(settings.values())}
+        cursor = await self.execute(_CONFIGURE, {"pid": self.info.backend_pid, **parameters})
         row = await cursor.fetchone()
         self.is_direct, is_read_only, is_standby, names = row or (True, False, False, None)
         if is_read_only or is_standby:
@@ -296,7 +278,7 @@ async def fetch_as(
     connection: AsyncConnection,
     row_factory: BaseRowFactory[T],
     query: Query,
-    parameters: Params | None = None,
+    parameters: Params = (),
     *,
     seconds: float | None = ANSWER_SECONDS,
 ) -> list[T]:
@@ -315,7 +297,7 @@ def first(rows: Sequence[T]) -> T | None:
 async def fetch_rows(
     connection: AsyncConnection,
     query: Query,
-    parameters: Params | None = None,
+    parameters: Params = (),
     *,
     seconds: float | None = ANSWER_SECONDS,
 ) -> list[tuple[Any, ...]]:
@@ -324,15 +306,13 @@ async def fetch_rows(
 
 
 async def fetch_row(
-    connection: AsyncConnection, query: Query, parameters: Params | None = None
+    connection: AsyncConnection, query: Query, parameters: Params = ()
 ) -> tuple[Any, ...] | None:
     """Return the first row of a query; None where it has none."""
     return first(await fetch_rows(connection, query, parameters))
 
 
-async def fetch_column(
-    connection: AsyncConnection, query: Query, parameters: Params | None = None
-) -> tuple[Any, ...]:
+async def fetch_column(connection: AsyncConnection, query: Query, parameters: Params = ()) -> tuple[Any, ...]:
     """Return the values of a query's first column."""
     return tuple(row[0] for row in await fetch_rows(connection, query, parameters))
 

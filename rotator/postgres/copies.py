@@ -8,31 +8,32 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
+from psycopg.rows import class_row
 
 from rotator.exceptions import OptionError
-from rotator.postgres.column_samples import Pauses, fetch_or_reason, reading
-from rotator.postgres.connection import Server
+from rotator.postgres.column_samples import Pauses, fetch_or_reason, reading, sampled_part
+from rotator.postgres.connection import Server, fetch_as
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.ledger import Ledger, digest, find_ledger
 from rotator.postgres.table import identifier
 
 SAMPLED_VALUES: Final = 1000
 CHUNK_BLOCKS: Final = 512
-_SAMPLED_PAGES: Final = 64
 # Texts that contain an old value, e.g. serialized rows, are split into words of at least this length.
 _WORD: Final = "[[:alnum:]_+/=.~-]{16,}"
 _WORDS_CHARACTERS: Final = 100_000
 
 _COLUMNS: Final = (
-    "SELECT n.nspname, c.relname, a.attname, format('%%I.%%I', n.nspname, c.relname),"
+    "SELECT ARRAY[n.nspname, c.relname]::text[] AS path, a.attname AS column,"
+    " format('%%I.%%I', n.nspname, c.relname) AS table,"
     " CASE WHEN b.typname IN ('uuid', 'bytea') THEN b.typname WHEN b.typname IN ('json', 'jsonb') THEN 'json'"
-    " ELSE 'text' END,"
-    " ARRAY(SELECT ARRAY[ln.nspname, l.relname] FROM pg_class l"
+    " ELSE 'text' END AS category,"
+    " ARRAY(SELECT ARRAY[ln.nspname, l.relname]::text[] FROM pg_class l"
     " JOIN pg_namespace ln ON ln.oid = l.relnamespace"
     " WHERE l.relkind = 'r' AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid)"
-    " WHERE isleaf)) ORDER BY l.oid),"
+    " WHERE isleaf)) ORDER BY l.oid) AS leaves,"
     " GREATEST(c.relpages, (SELECT COALESCE(sum(l.relpages), 0) FROM pg_partition_tree(c.oid) t"
-    " JOIN pg_class l ON l.oid = t.relid))::bigint"
+    " JOIN pg_class l ON l.oid = t.relid))::bigint AS pages"
     " FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace"
     " JOIN pg_type d ON d.oid = a.atttypid"
     " JOIN pg_type b ON b.oid = COALESCE(NULLIF(d.typbasetype, 0), d.oid)"
@@ -41,27 +42,23 @@ _COLUMNS: Final = (
     " AND a.attnum > 0 AND NOT a.attisdropped"
     " AND (b.typcategory = 'S' OR b.typname IN ('uuid', 'bytea', 'json', 'jsonb'))"
     " AND NOT (format('%%I.%%I', n.nspname, c.relname) = %(table)s AND a.attname = ANY (%(columns)s::text[]))"
-    " ORDER BY 1, 2, a.attnum"
+    " ORDER BY n.nspname, c.relname, a.attnum"
 )
-_BLOCKS: Final = sql.SQL(
-    "SELECT pg_relation_size(%(leaf)s::regclass) / current_setting('block_size')::integer"
-)
+_BLOCKS: Final = "SELECT pg_relation_size(%(leaf)s::regclass) / current_setting('block_size')::integer"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredColumn:
     """A column that can hold copies.
 
     Attributes:
         path: The schema and the name of the table, unquoted.
-        column: The name of the column, unquoted.
         table: The name of the table, quoted.
         category: ``text``, ``uuid``, ``bytea`` or ``json``.
         leaves: The schemas and names of the tables that hold the rows: the partitions, or the table.
-        pages: The number of pages, according to the server's statistics.
     """
 
-    path: tuple[str, ...]
+    path: Sequence[str]
     column: str
     table: str
     category: str
@@ -71,14 +68,7 @@ class StoredColumn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnCopies:
-    """The rows of a column that contain old values.
-
-    Attributes:
-        table: The name of the table, quoted.
-        column: The name of the column.
-        rows: The number of rows with an old value.
-        searched: The number of rows that were searched, without NULL.
-    """
+    """The number of rows of a column with an old value, and of those that were searched, without NULL."""
 
     table: str
     column: str
@@ -88,13 +78,7 @@ class ColumnCopies:
 
 @dataclass(slots=True)
 class CopySearch:
-    """The result of a search.
-
-    Attributes:
-        found: The columns with old values.
-        columns: The number of columns that were searched, without those that could not be.
-        problems: The columns that could not be searched completely, one phrase each.
-    """
+    """The columns with old values, the number of searched columns, and a phrase for each other one."""
 
     found: list[ColumnCopies] = field(default_factory=list)
     columns: int = 0
@@ -112,13 +96,7 @@ async def find_copies(
 ) -> CopySearch:
     """Search all columns except the rotated ones: a sample of each, then all rows if the sample has copies.
 
-    Args:
-        connection: A connection for reading.
-        server: The server of the connection.
-        rotation: The id of the rotation.
-        table: The quoted name of its table.
-        columns: The names of the rotated columns.
-        every_row: Whether to search all rows of every column.
+    ``table`` is the quoted name of the rotation's table. With ``every_row``, all rows are always searched.
 
     Raises:
         OptionError: The rotation has no complete ledger.
@@ -126,10 +104,8 @@ async def find_copies(
     """
     async with translate_errors(connection), reading(connection, server):
         ledger = await find_ledger(connection, rotation)
-        cursor = await connection.execute(_COLUMNS, {"table": table, "columns": list(columns)})
-        stored = [
-            StoredColumn((row[0], row[1]), row[2], row[3], row[4], row[5], row[6]) async for row in cursor
-        ]
+        parameters = {"table": table, "columns": list(columns)}
+        stored = await fetch_as(connection, class_row(StoredColumn), _COLUMNS, parameters)
     if ledger is None or not ledger.is_ready:
         raise OptionError(
             f"Rotation {rotation} has no ledger of its old values, so copies cannot be found. Only rotations "
@@ -138,7 +114,9 @@ async def find_copies(
     search = CopySearch()
     pauses = Pauses()
     for each in stored:
-        found = await fetch_or_reason(connection, server, _sample(ledger, each), {})
+        sampled = sql.SQL("{}{} WHERE").format(identifier(*each.path), sampled_part(each.pages))
+        query = _count(ledger, each, sampled, limit=SAMPLED_VALUES)
+        found = await fetch_or_reason(connection, server, query)
         await pauses.pause()
         if not isinstance(found, str) and (every_row or found[0][1]):
             found = await _search(connection, server, ledger, each, pauses)
@@ -160,16 +138,11 @@ async def _search(
     searched = rows = 0
     for leaf in stored.leaves:
         name = sql.Identifier(*leaf).as_string()
-        blocks = await fetch_or_reason(connection, server, sql.Composed([_BLOCKS]), {"leaf": name})
+        blocks = await fetch_or_reason(connection, server, _BLOCKS, {"leaf": name})
         if isinstance(blocks, str):
             return blocks
-        query = _count(
-            ledger,
-            stored,
-            sql.SQL("ONLY {} WHERE ctid >= %(begin)s::tid AND ctid < %(end)s::tid AND").format(
-                identifier(*leaf)
-            ),
-        )
+        part_of_leaf = sql.SQL("ONLY {} WHERE ctid >= %(begin)s::tid AND ctid < %(end)s::tid AND")
+        query = _count(ledger, stored, part_of_leaf.format(identifier(*leaf)))
         for block in range(0, blocks[0][0], CHUNK_BLOCKS):
             part = {"begin": f"({block},0)", "end": f"({block + CHUNK_BLOCKS},0)"}
             found = await fetch_or_reason(connection, server, query, part)
@@ -180,36 +153,24 @@ async def _search(
     return [(searched, rows)]
 
 
-def _sample(ledger: Ledger, stored: StoredColumn) -> sql.Composed:
-    part = ""
-    if stored.pages > _SAMPLED_PAGES:
-        part = f" TABLESAMPLE SYSTEM ({100 * _SAMPLED_PAGES / stored.pages:.6f})"
-    rows = sql.SQL("{}{} WHERE").format(identifier(*stored.path), sql.SQL(part))
-    return _count(ledger, stored, rows, limit=SAMPLED_VALUES)
-
-
 def _count(
     ledger: Ledger, stored: StoredColumn, rows: sql.Composable, *, limit: int | None = None
 ) -> sql.Composed:
     """Return the query that counts the rows, and those that contain a value in the ledger.
 
-    Args:
-        ledger: The ledger.
-        stored: The column.
-        rows: The FROM clause, and the beginning of its conditions.
-        limit: The largest number of rows to read; None for all.
+    ``rows`` is the FROM clause, and the beginning of its conditions. At most ``limit`` rows are read.
     """
     value = sql.SQL("rotator_copy.value")
     return sql.SQL(
         "SELECT count(*), count(*) FILTER (WHERE EXISTS (SELECT FROM {digests} JOIN {ledger} AS entry"
-        " USING (digest))) FROM (SELECT {column} AS value FROM {rows} {column} IS NOT NULL{limit})"
+        " USING (digest))) FROM (SELECT {column} AS value FROM {rows} {column} IS NOT NULL LIMIT {limit})"
         " AS rotator_copy"
     ).format(
         digests=_digests(ledger, value, stored.category),
         ledger=ledger.name,
         column=identifier(stored.column),
         rows=rows,
-        limit=sql.SQL("" if limit is None else f" LIMIT {limit}"),
+        limit=limit,
     )
 
 
@@ -226,7 +187,7 @@ def _digests(ledger: Ledger, value: sql.Composable, category: str) -> sql.Compos
         parts = sql.SQL(
             "SELECT {value}::text UNION"
             " SELECT found[1] FROM regexp_matches(left({value}::text, {most}), {word}, 'g') AS found"
-        ).format(value=value, most=sql.Literal(_WORDS_CHARACTERS), word=sql.Literal(_WORD))
+        ).format(value=value, most=_WORDS_CHARACTERS, word=_WORD)
     return sql.SQL("(SELECT {} AS digest FROM ({}) AS parts (part)) AS own").format(
         digest(sql.SQL("part"), "text", ledger.salt), parts
     )

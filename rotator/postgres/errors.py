@@ -173,19 +173,13 @@ def read_only(*, is_standby: bool | None = None) -> ServerLostError:
 
     A primary is read-only by a setting. ``is_standby`` is None where it is unknown which of them it is.
     """
-    if is_standby is None:
-        return ServerLostError(
-            "Cannot rotate: the server is read-only. Connect to the primary, or turn "
-            "default_transaction_read_only off, then run the same command again."
-        )
-    if is_standby:
-        return ServerLostError(
-            "Cannot rotate: the server is read-only. Connect to the primary, then run the same command again."
-        )
-    return ServerLostError(
-        "Cannot rotate: the session is read-only, because default_transaction_read_only is on for the "
-        "connection, the database or the server. Turn it off, then run the same command again."
-    )
+    reasons = {
+        None: "the server is read-only. Connect to the primary, or turn default_transaction_read_only off",
+        True: "the server is read-only. Connect to the primary",
+        False: "the session is read-only, because default_transaction_read_only is on for the connection, "
+        "the database or the server. Turn it off",
+    }
+    return ServerLostError(f"Cannot rotate: {reasons[is_standby]}, then run the same command again.")
 
 
 def superseded() -> SupersededError:

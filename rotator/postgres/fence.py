@@ -70,7 +70,6 @@ class Lease:
     """The permission of a process to write, valid until another process raises the generation.
 
     Attributes:
-        rotation: The rotation's id.
         generation: The rotation's generation when this process acquired it.
         span: The id of the only span that it can write to; None for all rows.
         span_generation: The span's generation when this process claimed it.
@@ -85,19 +84,16 @@ class Lease:
 
 
 async def begin_fenced(
-    connection: AsyncConnection, lease: Lease | None, limits: WaitLimits, plan_settings: Mapping[str, str]
+    connection: AsyncConnection,
+    lease: Lease | None,
+    limits: WaitLimits,
+    plan_settings: Mapping[str, str] = {},
 ) -> None:
-    """Begin a transaction that only this generation's owner can commit.
+    """Begin a transaction that only this generation's owner can commit; without a lease, it must not commit.
 
     A process that takes over holds the lock in exclusive mode while it raises the generation. So a separate
     statement takes the lock before the fence, and what the fence reads is then true until the commit. The
     fence fails with an error, which in a pipeline also stops a COMMIT that was already sent.
-
-    Args:
-        connection: In autocommit mode.
-        lease: The permission to write; None where the transaction will be rolled back.
-        limits: The longest times to wait.
-        plan_settings: The settings that select the plan of the update.
     """
     settings = {
         **SETTINGS,

@@ -1,7 +1,4 @@
-"""The guard: a trigger that keeps old values from coming back while the ledger exists.
-
-Every function takes a connection in autocommit mode.
-"""
+"""The guard: a trigger that keeps old values from coming back while the ledger exists."""
 
 from typing import Final
 
@@ -14,19 +11,17 @@ from rotator.postgres.ledger import Ledger
 from rotator.postgres.table import TargetTable, identifier
 
 LOCK_TIMEOUT: Final = "100ms"
-# The application gets this SQLSTATE, which is that of a violated constraint.
-SQLSTATE: Final = "23514"
-
-# A sequence counts refused writes too, although they are rolled back, and no session waits for another.
-_COUNT: Final = "PERFORM nextval({sequence});"
 _REFUSE: Final = (
-    "RAISE EXCEPTION USING ERRCODE = {sqlstate}, CONSTRAINT = {trigger}, SCHEMA = TG_TABLE_SCHEMA,"
+    # The application gets the SQLSTATE of a violated constraint.
+    "RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = {trigger}, SCHEMA = TG_TABLE_SCHEMA,"
     " TABLE = TG_TABLE_NAME, COLUMN = {column}, MESSAGE = {message};"
 )
+_KEEP: Final = "IF TG_OP = 'INSERT' THEN {refuse} END IF; NEW.{name} := OLD.{name};"
 _CHECK: Final = (
     "IF (TG_OP = 'INSERT' OR NEW.{name} IS DISTINCT FROM OLD.{name})"
     " AND EXISTS (SELECT FROM {ledger} AS e WHERE e.digest = {digest}) THEN"
-    " {count} {action} END IF;"
+    # A sequence counts refused writes too, although they are rolled back, and no session waits for another.
+    " PERFORM nextval({sequence}::regclass); {action} END IF;"
 )
 
 
@@ -49,25 +44,17 @@ def _body(ledger: Ledger, table: TargetTable, action: str) -> str:
     for column in table.columns:
         name = identifier(column.name)
         refuse = sql.SQL(_REFUSE).format(
-            sqlstate=sql.Literal(SQLSTATE),
-            trigger=sql.Literal(trigger_name(ledger.rotation)),
-            column=sql.Literal(column.name.replace("%", "%%")),
-            message=sql.Literal(
-                f"the new value was replaced by rotation {ledger.rotation} and must not come back"
-            ),
-        )
-        keep = sql.SQL("IF TG_OP = 'INSERT' THEN {refuse} END IF; NEW.{name} := OLD.{name};").format(
-            refuse=refuse, name=name
+            trigger=trigger_name(ledger.rotation),
+            column=column.name.replace("%", "%%"),
+            message=f"the new value was replaced by rotation {ledger.rotation} and must not come back",
         )
         parts.append(
             sql.SQL(_CHECK).format(
                 name=name,
                 ledger=ledger.name,
                 digest=ledger.digest(column, alias="new"),
-                count=sql.SQL(_COUNT).format(
-                    sequence=sql.SQL("{}::regclass").format(sql.Literal(_sequence(ledger).as_string()))
-                ),
-                action=keep if action == "keep" else refuse,
+                sequence=_sequence(ledger).as_string(),
+                action=sql.SQL(_KEEP).format(refuse=refuse, name=name) if action == "keep" else refuse,
             )
         )
     return f"BEGIN {sql.SQL(' ').join(parts).as_string()} RETURN NEW; END"
@@ -86,36 +73,33 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
         "function": _function(ledger),
         "sequence": _sequence(ledger),
         "trigger": identifier(trigger_name(ledger.rotation)),
-        "table": table.name,
-        "setting": sql.Literal(OWN_ROTATION),
-        "rotation": sql.Literal(str(ledger.rotation)),
+        "setting": OWN_ROTATION,
+        "rotation": str(ledger.rotation),
         "columns": sql.SQL(", ").join(identifier(column.name) for column in table.columns),
-        "body": sql.Literal(_body(ledger, table, action)),
+        "body": _body(ledger, table, action),
     }
-    create_function = (
-        # The function's owner may read the ledger; the application's role need not. A fixed search path keeps
-        # other schemas from replacing what it calls.
-        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER"
-        " SET search_path = pg_catalog, pg_temp AS {body}"
-    )
-    create_trigger = (
-        "CREATE OR REPLACE TRIGGER {trigger} BEFORE INSERT OR UPDATE OF {columns} ON {table}"
-        # The verification looks for old values that the rotation itself wrote. Calling the function for its
-        # rows would take several times as long as the update.
-        " FOR EACH ROW WHEN (current_setting({setting}, true) IS DISTINCT FROM {rotation})"
-        " EXECUTE FUNCTION {function}()"
-    )
     statements = (
         "CREATE SEQUENCE IF NOT EXISTS {sequence}",
-        create_function,
+        # The function's owner may read the ledger; the application's role need not. A fixed search path keeps
+        # other schemas from replacing what it calls.
+        (
+            "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER"
+            " SET search_path = pg_catalog, pg_temp AS {body}"
+        ),
         # Otherwise any role could attach it to its own table, to find out what is in the ledger.
         "REVOKE ALL ON FUNCTION {function}() FROM PUBLIC",
-        create_trigger,
+        # The verification looks for old values that the rotation itself wrote. Calling the function for its
+        # rows would take several times as long as the update.
+        (
+            "CREATE OR REPLACE TRIGGER {trigger} BEFORE INSERT OR UPDATE OF {columns} ON {table}"
+            " FOR EACH ROW WHEN (current_setting({setting}, true) IS DISTINCT FROM {rotation})"
+            " EXECUTE FUNCTION {function}()"
+        ),
     )
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, {"lock_timeout": LOCK_TIMEOUT})
         for statement in statements:
-            await connection.execute(sql.SQL(statement).format(**names), {})
+            await connection.execute(table.compose(statement, **names), ())
         await connection.execute(
             "UPDATE rotator_ledger SET guard = %s WHERE rotation_id = %s", (action, ledger.rotation)
         )
@@ -129,23 +113,25 @@ async def remove_guard(connection: AsyncConnection, ledger: Ledger) -> None:
     """
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, {"lock_timeout": LOCK_TIMEOUT})
-        hits = await count_hits(connection, ledger)
+        hits = await count_hits(connection, ledger.rotation)
         # The table may have another name by now, so the trigger goes with its function.
+        drop_function = sql.SQL("DROP FUNCTION IF EXISTS {}() CASCADE").format(_function(ledger))
+        await connection.execute(drop_function, ())
+        await connection.execute(sql.SQL("DROP SEQUENCE IF EXISTS {}").format(_sequence(ledger)), ())
         await connection.execute(
-            sql.SQL("DROP FUNCTION IF EXISTS {}() CASCADE").format(_function(ledger)), {}
-        )
-        await connection.execute(sql.SQL("DROP SEQUENCE IF EXISTS {}").format(_sequence(ledger)), {})
-        await connection.execute(
-            "UPDATE rotator_ledger SET guard = '', guard_hits = guard_hits + %s WHERE rotation_id = %s",
+            "UPDATE rotator_ledger SET guard = '', guard_hits = %s WHERE rotation_id = %s",
             (hits, ledger.rotation),
         )
 
 
-async def count_hits(connection: AsyncConnection, ledger: Ledger) -> int:
-    """Return how often the present guard met an old value."""
-    (hits,) = await fetch_column(
+async def count_hits(connection: AsyncConnection, rotation: int) -> int:
+    """Return how often the guards of a rotation met an old value: earlier ones, and the present one."""
+    hits = await fetch_column(
         connection,
-        "SELECT COALESCE(pg_sequence_last_value(to_regclass(%s)), 0)",
-        (_sequence(ledger).as_string(),),
+        "SELECT l.guard_hits + COALESCE(pg_sequence_last_value(to_regclass(format("
+        "'%%I.rotator_guard_%%s_hits', n.nspname, l.rotation_id))), 0) FROM rotator_ledger l, pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.oid = 'rotator_ledger'::regclass AND l.rotation_id = %s",
+        (rotation,),
     )
-    return int(hits)
+    return sum(hits)

@@ -9,7 +9,7 @@ from psycopg.rows import class_row, dict_row
 
 from rotator.exceptions import TargetError
 from rotator.postgres.connection import fetch_as
-from rotator.postgres.table import PARTITIONS, TargetTable
+from rotator.postgres.table import TargetTable
 
 SESSION_QUERY: Final = (
     "SELECT (SELECT system_identifier FROM pg_control_system())::text AS system,"
@@ -25,15 +25,7 @@ SESSION_QUERY: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionIdentity:
-    """The server and database of one connection, and the tables that it finds there.
-
-    Attributes:
-        system: The server's system identifier.
-        role: The role whose privileges the session has.
-        table_oid: The oid of the target's table; None where there is no table of that name.
-        table_schema: The schema of that table, or None.
-        rotations_oid: The oid of the table of rotations, or None.
-    """
+    """The server and database of one connection, and the tables that it finds there, or None."""
 
     system: str
     database_oid: int
@@ -80,16 +72,17 @@ def check_same_session(path: tuple[str, ...], django: SessionIdentity, rotator: 
 class KeyColumn:
     """The parts of a key column on which the order of its values depends.
 
-    Attributes:
-        type: The type's name, as the server prints it.
-        collation: The collation's schema and name; empty where the type has none.
-        collation_version: The collation's version in the operating system or ICU, or empty.
+    The collation, and its version in the operating system or ICU, are empty where there is none.
     """
 
     name: str
     type: str
     collation: str
     collation_version: str
+
+    def __str__(self) -> str:
+        """Return the name, the type and the collation."""
+        return f"{self.name} {self.type}" + (f" COLLATE {self.collation}" if self.collation else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,11 +137,11 @@ class TargetIdentity:
         if self.columns and self.columns != now.columns:
             return (
                 "the rotated columns are other ones: their numbers in the table (attnum) are "
-                f"{_numbers(now.columns)} and were {_numbers(self.columns)}, as after DROP COLUMN or a "
+                f"{_listed(now.columns)} and were {_listed(self.columns)}, as after DROP COLUMN or a "
                 "swap of two columns' names"
             )
-        if self._order_of(self.key) != self._order_of(now.key):
-            return f"the key is {_phrase(now.key)} and was {_phrase(self.key)}"
+        if _listed(self.key) != _listed(now.key):
+            return f"the key is {_listed(now.key)} and was {_listed(self.key)}"
         for before, after in zip(self.key, now.key, strict=True):
             if before.collation_version != after.collation_version:
                 return (
@@ -161,19 +154,8 @@ class TargetIdentity:
         """Return the oids of the partitions, or of the table, whose files have changed."""
         return tuple(int(oid) for oid, file in now.files.items() if self.files.get(oid, file) != file)
 
-    @staticmethod
-    def _order_of(key: Sequence[KeyColumn]) -> list[tuple[str, str, str]]:
-        return [(column.name, column.type, column.collation) for column in key]
 
-
-def _phrase(key: Sequence[KeyColumn]) -> str:
-    return ", ".join(
-        f"{column.name} {column.type}" + (f" COLLATE {column.collation}" if column.collation else "")
-        for column in key
-    )
-
-
-def _numbers(columns: Sequence[int]) -> str:
+def _listed(columns: Sequence[object]) -> str:
     return ", ".join(map(str, columns))
 
 
@@ -204,29 +186,25 @@ _KEY: Final = (
     " FROM pg_database WHERE datname = current_database())"
     " ELSE pg_collation_actual_version(l.oid) END, '') AS collation_version"
     " FROM unnest(%(key)s::text[]) WITH ORDINALITY AS k (name, place)"
-    " JOIN pg_attribute a ON a.attrelid = %(table)s::regclass AND a.attname = k.name"
+    " JOIN pg_attribute a ON a.attrelid = {regclass} AND a.attname = k.name"
     " LEFT JOIN pg_collation l ON l.oid = a.attcollation LEFT JOIN pg_namespace n ON n.oid = l.collnamespace"
     " ORDER BY k.place"
 )
-_TARGET: Final = sql.SQL(
+_TARGET: Final = (
     "SELECT (SELECT system_identifier FROM pg_control_system())::text AS system,"
     " (SELECT oid FROM pg_database WHERE datname = current_database())::bigint AS database_oid,"
-    " %(table)s::regclass::oid::bigint AS table_oid,"
+    " {regclass}::oid::bigint AS table_oid,"
     " (SELECT COALESCE(jsonb_object_agg(oid::text, pg_relation_filenode(oid)), '{{}}')"
-    " FROM {} AS leaf) AS files,"
+    " FROM {partitions} AS leaf) AS files,"
     " (SELECT array_agg(a.attnum::integer ORDER BY c.place)"
     " FROM unnest(%(columns)s::text[]) WITH ORDINALITY AS c (name, place)"
-    " JOIN pg_attribute a ON a.attrelid = %(table)s::regclass AND a.attname = c.name) AS columns"
-).format(PARTITIONS)
+    " JOIN pg_attribute a ON a.attrelid = {regclass} AND a.attname = c.name) AS columns"
+)
 
 
 async def read_identity(connection: AsyncConnection, table: TargetTable) -> TargetIdentity:
     """Read the present identity of the target."""
-    parameters = {
-        "table": table.regclass,
-        "key": [column.name for column in table.key],
-        "columns": [column.name for column in table.columns],
-    }
-    key = await fetch_as(connection, class_row(KeyColumn), _KEY, parameters)
-    (row,) = await fetch_as(connection, dict_row, _TARGET, parameters)
+    parameters = {"key": [column.name for column in table.key], "columns": table.column_names}
+    key = await fetch_as(connection, class_row(KeyColumn), table.compose(_KEY), parameters)
+    (row,) = await fetch_as(connection, dict_row, table.compose(_TARGET), parameters)
     return TargetIdentity(**row | {"key": tuple(key), "columns": tuple(row["columns"] or ())})

@@ -3,22 +3,31 @@
 A row's ``xmin`` is the transaction that wrote it last, without its epoch. Each checkpoint and each late
 transaction records its own id. One scan of the table counts rows by ``xmin`` and joins these counts, not the
 rows, with the recorded ids. See docs/decisions/0008.
+
+Older rows are those of transactions that committed late, of partitions that were attached, and rows whose
+keys are missing from the index. Therefore they are found by reading the heap, never by the key. A row version
+has a leaf, a ``ctid`` and an ``xmin``; a session that writes the row makes another row version.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.postgres.connection import fetch_as, fetch_rows, set_local
+from rotator.postgres.connection import fetch_as, fetch_column, fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
+from rotator.postgres.table import ROW, TargetTable, identifier
+from rotator.postgres.values import Place
+from rotator.postgres.writer import OlderRow
+from rotator.ranges import Key
 
+# 16 MB: little to read again for each batch of rows, and no snapshot that blocks VACUUM for long.
+CHUNK_BLOCKS: Final = 2048
 _STARTED: Final = sql.SQL("%(started_xid)s::text::xid8::xid")
-RECORDED: Final = sql.SQL(
+_RECORDED: Final = sql.SQL(
     "SELECT xid::text::xid8::xid AS xid, bool_or(has_other_writes) AS has_other_writes FROM"
     " (SELECT xid, has_other_writes FROM rotator_completedrange"
     " WHERE rotation_id = %(rotation)s AND xid IS NOT NULL"
@@ -27,18 +36,15 @@ RECORDED: Final = sql.SQL(
 )
 """The transactions that recorded what they wrote for the rotation; takes the parameter ``rotation``."""
 
-ATTACHED: Final = sql.SQL(
+_ATTACHED: Final = (
     # The latest of the transactions that attached the leaf, or a partition that contains it.
-    "SELECT leaf.oid AS leaf, (array_agg(i.xmin ORDER BY age(i.xmin)))[1] AS xid FROM {} AS leaf,"
+    "SELECT leaf.oid AS leaf, (array_agg(i.xmin ORDER BY age(i.xmin)))[1] AS xid FROM {partitions} AS leaf,"
     " pg_partition_ancestors(leaf.oid) AS ancestor"
-    " JOIN pg_partition_tree(%(table)s::regclass) AS tree ON tree.relid = ancestor.relid AND tree.level > 0"
+    " JOIN pg_partition_tree({regclass}) AS tree ON tree.relid = ancestor.relid AND tree.level > 0"
     " JOIN pg_inherits i ON i.inhrelid = ancestor.relid"
-    " WHERE age(i.xmin) BETWEEN 0 AND age({}) GROUP BY leaf.oid"
-).format(PARTITIONS, _STARTED)
-"""The transaction that made each leaf a partition, if that was since the rotation's start.
-
-Takes the parameters ``table`` and ``started_xid``.
-"""
+    " WHERE age(i.xmin) BETWEEN 0 AND age({started}) GROUP BY leaf.oid"
+)
+"""The transaction that made each leaf a partition, if that was since ``started``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +69,7 @@ def is_older(xid: sql.Composable, attached_xid: sql.Composable) -> sql.Composabl
 
     Evaluate it in autocommit mode: a negative age is that of a row of an earlier epoch, but within a
     transaction newer rows have a negative age, too. The ages of the row and of ``attached_xid`` (the
-    transaction in :data:`ATTACHED`, or NULL) must be read by the same query, since both grow.
+    transaction in :data:`_ATTACHED`, or NULL) must be read by the same query, since both grow.
     """
     return sql.SQL(
         "(age({xid}) NOT BETWEEN 0 AND age({started}) OR COALESCE(age({xid}) >= age({attached_xid}), false))"
@@ -71,7 +77,7 @@ def is_older(xid: sql.Composable, attached_xid: sql.Composable) -> sql.Composabl
 
 
 _COUNT: Final = (
-    "WITH counted AS MATERIALIZED (SELECT {row_name}.tableoid AS leaf, {row_name}.xmin AS xid,"
+    "WITH counted AS MATERIALIZED (SELECT {leaf} AS leaf, {xmin} AS xid,"
     " count(*) AS rows FROM {row} WHERE true{and_matches} GROUP BY 1, 2),"
     " recorded AS ({recorded}), attached AS ({attached}),"
     " classified AS (SELECT c.leaf, c.rows, age(c.xid) AS age,"
@@ -95,8 +101,8 @@ _COUNT: Final = (
 # Where triggers wrote in the same transaction, only the rows of the range are certainly the rotation's.
 _MIXED: Final = (
     "SELECT COALESCE(sum(found.rows), 0)::bigint FROM rotator_completedrange c, LATERAL"
-    " (SELECT count(*) AS rows FROM {row} WHERE {within} AND {row_name}.xmin = c.xid::text::xid8::xid"
-    "{and_matches}) AS found WHERE c.rotation_id = %(rotation)s AND c.has_other_writes AND c.after IS {null}"
+    " (SELECT count(*) AS rows FROM {row} WHERE {within} AND {xmin} = c.xid::text::xid8::xid{and_matches})"
+    " AS found WHERE c.rotation_id = %(rotation)s AND c.has_other_writes AND (c.after IS NULL) = {is_first}"
 )
 
 
@@ -112,24 +118,17 @@ async def count_last_writers(
 
     ``rewritten`` are the oids of the leaves whose files have changed since the start.
     """
-    parameters = {
-        "rotation": rotation,
-        "started_xid": started_xid,
-        "table": table.regclass,
-        "rewritten": list(rewritten),
-    }
-    query = sql.SQL(_COUNT).format(
-        row_name=identifier(ROW),
-        row=table.row,
-        and_matches=table.and_matches,
-        recorded=RECORDED,
-        attached=ATTACHED,
+    parameters = {"rotation": rotation, "started_xid": started_xid, "rewritten": list(rewritten)}
+    query = table.compose(
+        _COUNT,
+        recorded=_RECORDED,
+        attached=table.compose(_ATTACHED, started=_STARTED),
         is_older=is_older(sql.SQL("c.xid"), sql.SQL("a.xid")),
     )
     # It takes as long as the table is large.
     leaves = await fetch_as(connection, dict_row, query, parameters, seconds=None)
     mixed = sum(leaf["mixed"] for leaf in leaves)
-    confirmed_of_mixed = min(mixed, await _count_mixed(connection, table, parameters)) if mixed else 0
+    confirmed_of_mixed = min(mixed, await _count_mixed(connection, table, rotation)) if mixed else 0
     return LastWriters(
         confirmed=sum(leaf["confirmed"] for leaf in leaves) + confirmed_of_mixed,
         others=sum(leaf["others"] for leaf in leaves) + mixed - confirmed_of_mixed,
@@ -160,24 +159,80 @@ async def count_unless_changed(
     return REWRITTEN if writers.renewed else writers
 
 
-async def _count_mixed(
-    connection: AsyncConnection, table: TargetTable, parameters: Mapping[str, object]
-) -> int:
+async def _count_mixed(connection: AsyncConnection, table: TargetTable, rotation: int) -> int:
     """Count the rows that checkpoints with other writes have in their own ranges."""
-    key = sql.SQL("({})").format(table.key_columns(ROW))
-    through = sql.SQL("{} <= ({})").format(key, table.decoded(sql.SQL("c.through")))
-    after = sql.SQL("{} > ({}) AND {}").format(key, table.decoded(sql.SQL("c.after")), through)
+    through, after = table.decoded(sql.SQL("c.through")), table.decoded(sql.SQL("c.after"))
+    to_through = table.compose("({row_key}) <= ({through})", through=through)
+    between = table.compose("({row_key}) > ({after}) AND {to_through}", after=after, to_through=to_through)
     rows = 0
     async with translate_errors(connection, seconds=None), connection.transaction():
         await set_local(connection, {"enable_seqscan": "off"})
-        for within, null in ((through, sql.SQL("NULL")), (after, sql.SQL("NOT NULL"))):
-            query = sql.SQL(_MIXED).format(
-                row=table.row,
-                row_name=identifier(ROW),
-                within=within,
-                and_matches=table.and_matches,
-                null=null,
-            )
-            ((found,),) = await fetch_rows(connection, query, parameters, seconds=None)
+        for within, is_first in ((to_through, True), (between, False)):
+            query = table.compose(_MIXED, within=within, is_first=is_first)
+            ((found,),) = await fetch_rows(connection, query, {"rotation": rotation}, seconds=None)
             rows += int(found)
     return rows
+
+
+_LEAVES: Final = (
+    "SELECT n.nspname, c.relname, c.oid::bigint, a.xid::text FROM pg_class c"
+    " JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN ({attached}) AS a ON a.leaf = c.oid"
+    " WHERE c.oid IN {partitions} AND c.relkind = 'r' ORDER BY c.oid"
+)
+_BLOCKS: Final = "SELECT pg_relation_size(%s::oid::regclass) / current_setting('block_size')::integer"
+
+
+async def find_older_rows(
+    connection: AsyncConnection, table: TargetTable, *, rotation: int, started_xid: int, batch: int
+) -> AsyncGenerator[list[OlderRow], None]:
+    """Read the table once, in the order of its blocks, and yield at most ``batch`` rows of a leaf at a time.
+
+    Rows above the bound are older rows, too. A row that any session writes in the meantime moves to a place
+    where it is not found again. What writes the rows may use the same connection.
+    """
+    leaves = table.compose(_LEAVES, attached=table.compose(_ATTACHED, started=_STARTED))
+    for schema, name, leaf, attached_xid in await fetch_rows(
+        connection, leaves, {"started_xid": started_xid}
+    ):
+        query = _query(table, identifier(schema, name), is_attached=attached_xid is not None)
+        block, after = 0, "(0,0)"
+        # A partition that was dropped in the meantime has no size.
+        while block < ((await fetch_column(connection, _BLOCKS, (leaf,)))[0] or 0):
+            block += CHUNK_BLOCKS
+            parameters = {
+                "end": f"({block},0)",
+                "started_xid": started_xid,
+                "attached_xid": attached_xid,
+                "rotation": rotation,
+                "batch": batch,
+            }
+            while True:
+                found = [
+                    OlderRow(place=Place(leaf=leaf, ctid=ctid), xid=xid, key=Key(key))
+                    for ctid, xid, key in await fetch_rows(connection, query, {"after": after, **parameters})
+                ]
+                if found:
+                    after = found[-1].place.ctid
+                    yield found
+                if len(found) < batch:
+                    break
+            after = f"({block},0)"
+
+
+def _query(table: TargetTable, leaf: sql.Composable, *, is_attached: bool) -> sql.Composed:
+    older = is_older(identifier(ROW, "xmin"), sql.SQL("%(attached_xid)s::xid"))
+    if is_attached:
+        # Rows that the rotation wrote before the partition was attached again are as old as these.
+        older = table.compose(
+            "{older} AND NOT EXISTS (SELECT FROM ({recorded}) AS r WHERE r.xid = {xmin})",
+            older=older,
+            recorded=_RECORDED,
+        )
+    return table.compose(
+        # Under another name, or ORDER BY would mean the text, in which (0,10) comes before (0,2).
+        "SELECT ctid::text AS place, {xmin}::text, {row_json} FROM ONLY {leaf_name} AS {row_name}"
+        " WHERE ctid > %(after)s::tid AND ctid < %(end)s::tid AND {older}{and_matches}"
+        " ORDER BY ctid LIMIT %(batch)s",
+        leaf_name=leaf,
+        older=older,
+    )

@@ -5,7 +5,6 @@ function takes the same connection in autocommit mode, because a temporary table
 """
 
 import secrets
-import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,7 +18,7 @@ from rotator.exceptions import OptionError
 from rotator.postgres.connection import OwnConnection, fetch_column, fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.ledger import DIGEST_BYTES, digest_of, stored_bytes
-from rotator.postgres.table import PARTITIONS, ROW, Column, TargetTable, identifier
+from rotator.postgres.table import ROW, Column, TargetTable, identifier
 from rotator.postgres.values import Place
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key
@@ -31,7 +30,6 @@ ARRAY_VALUES: Final = 100_000
 _COPIED_ROWS: Final = 20_000
 # The planner does not know how long digests take, and would make them in one process.
 _PARALLEL: Final = {"jit": "off", "parallel_setup_cost": "0", "parallel_tuple_cost": "0"}
-_SALT_BYTES: Final = 32
 _SALT: Final = sql.SQL("(SELECT salt FROM pg_temp.rotator_leaked_salt)")
 _TABLES: Final = (
     "DROP TABLE IF EXISTS pg_temp.rotator_leaked_salt, pg_temp.rotator_leaked, pg_temp.rotator_leaked_rows",
@@ -42,32 +40,27 @@ _TABLES: Final = (
         " leaf bigint, ctid_text text, xid text, key text, digests bytea[])"
     ),
 )
-_COLUMNS: Final = sql.SQL("leaf, ctid_text, xid, key, digests")
-# The format of COPY: the number of columns, then the length and the bytes of each.
-_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-_TRAILER: Final = b"\xff\xff"
-_ROW: Final = struct.Struct("!hiqii")
 
 
 class LeakedValues:
     """The digests of a list of leaked values, in the order of the list, and which of them were found.
 
+    A value has as many digests as there are forms in which a column may store it. The salt is new for each
+    list.
+
     Attributes:
-        salt: The salt of the digests, new for each list.
-        forms: The number of digests of each value: one for each form in which a column may store it.
-        digests: The digests: 8 bytes for each.
+        searched_before: The oldest transaction that was open when the last search began, epoch included; None
+            before a search.
+        searched_leaves: The oids of the partitions, or of the table, that it has read, with their files.
     """
 
     def __init__(self, *, first: int = 1, forms: int = 1) -> None:
-        """Create an empty list.
-
-        Args:
-            first: The number of the first line.
-            forms: The number of digests of each value.
-        """
-        self.salt = secrets.token_bytes(_SALT_BYTES)
+        """Create an empty list, with the number of the first line."""
+        self.salt = secrets.token_bytes(32)
         self.forms = forms
         self.digests = array("q")
+        self.searched_before: int | None = None
+        self.searched_leaves = frozenset[tuple[int, int]]()
         self._first = first
         # For each blank line, the number of values before it.
         self._blanks = array("I")
@@ -118,14 +111,11 @@ class LeakedValues:
     def _line(self, position: int) -> int:
         return self._first + position + bisect_right(self._blanks, position)
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the digests and positions in the format of a binary COPY."""
-        yield _HEADER
-        pack, forms, digests = _ROW.pack, self.forms, self.digests
-        for start in range(0, len(digests), _COPIED_ROWS):
-            part = enumerate(digests[start : start + _COPIED_ROWS], start)
-            yield b"".join([pack(2, 8, each, 4, at // forms) for at, each in part])
-        yield _TRAILER
+    def chunks(self) -> Iterator[str]:
+        """Yield the digests and positions as rows of COPY."""
+        for start in range(0, len(self.digests), _COPIED_ROWS):
+            part = enumerate(self.digests[start : start + _COPIED_ROWS], start)
+            yield "".join(f"\\\\x{each % 2**64:016x}\t{at // self.forms}\n" for at, each in part)
 
 
 async def load(connection: AsyncConnection, values: LeakedValues) -> None:
@@ -140,59 +130,45 @@ async def load(connection: AsyncConnection, values: LeakedValues) -> None:
             "--leaked needs the same session of the server for all of its transactions. Connect to the "
             "server directly, not through a pooler."
         )
+    values.searched_before, values.searched_leaves = None, frozenset()
     async with translate_errors(connection, seconds=None):
         for statement in _TABLES:
             await connection.execute(statement)
         cursor = connection.cursor()
-        async with cursor.copy("COPY pg_temp.rotator_leaked_salt FROM STDIN (FORMAT BINARY)") as copy:
-            await copy.write(_HEADER + struct.pack("!hi", 1, len(values.salt)) + values.salt + _TRAILER)
-        async with cursor.copy("COPY pg_temp.rotator_leaked FROM STDIN (FORMAT BINARY)") as copy:
+        async with cursor.copy("COPY pg_temp.rotator_leaked_salt FROM STDIN") as copy:
+            await copy.write_row((values.salt,))
+        async with cursor.copy("COPY pg_temp.rotator_leaked FROM STDIN") as copy:
             for chunk in values.chunks():
                 await copy.write(chunk)
         await connection.execute("CREATE INDEX ON pg_temp.rotator_leaked (digest)")
         await connection.execute("ANALYZE pg_temp.rotator_leaked")
 
 
-@dataclass(slots=True)
-class Searched:
-    """The rows that a search has read: those of some leaves that were written before a transaction.
-
-    Attributes:
-        xid: The oldest transaction that was open when the search began, epoch included; None before a search.
-        leaves: The oids of the partitions, or of the table, each with the number of its file.
-    """
-
-    xid: int | None = None
-    leaves: frozenset[tuple[int, int]] = frozenset()
-
-
-async def search(
-    connection: AsyncConnection, table: TargetTable, values: LeakedValues, searched: Searched
-) -> int:
+async def search(connection: AsyncConnection, table: TargetTable, values: LeakedValues) -> int:
     """Read the table, note the rows whose value is in the list, and return their number.
 
-    Afterwards ``values`` knows which of its values were found, and ``searched`` what was read. Rows that an
-    earlier search has read, and that no session has written since, are left out.
+    Afterwards ``values`` knows which of its values were found. Rows that an earlier search has read, and that
+    no session has written since, are left out.
     """
     async with translate_errors(connection):
         await connection.execute("TRUNCATE pg_temp.rotator_leaked_rows RESTART IDENTITY")
     found = 0
-    if searched.xid is None:
+    if values.searched_before is None:
         async with translate_errors(connection), connection.transaction():
             xid, leaves = await _read_leaves(connection, table)
         # What is missed because a row moves in the meantime is newer, and in the next search.
         for leaf in leaves:
             for begin in range(0, leaf.blocks, CHUNK_BLOCKS):
-                blocks = (begin, begin + CHUNK_BLOCKS) if leaf.blocks > CHUNK_BLOCKS else None
                 async with translate_errors(connection, seconds=None), connection.transaction():
-                    found += await _search(connection, table, leaf, values, searched, blocks)
+                    blocks = (begin, begin + CHUNK_BLOCKS)
+                    found += await _search(connection, table, leaf, values, blocks)
     else:
         # In one snapshot, a row that moves is met once, at its old place.
         async with translate_errors(connection, seconds=None), connection.transaction():
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             xid, leaves = await _read_leaves(connection, table)
             for leaf in leaves:
-                found += await _search(connection, table, leaf, values, searched, None)
+                found += await _search(connection, table, leaf, values, None)
     async with translate_errors(connection, seconds=None):
         cursor = connection.cursor()
         async with cursor.copy(
@@ -201,7 +177,7 @@ async def search(
         ) as copy:
             async for row in copy.rows():
                 values.mark(int(row[0]))
-    searched.xid, searched.leaves = xid, frozenset(leaf.identity for leaf in leaves)
+    values.searched_before, values.searched_leaves = xid, frozenset(leaf.identity for leaf in leaves)
     return found
 
 
@@ -209,10 +185,7 @@ async def search(
 class _Leaf:
     """A table or a partition that holds rows.
 
-    Attributes:
-        name: The quoted name.
-        identity: The oid, and the number of the file, which a rewrite changes.
-        blocks: The number of blocks.
+    ``identity`` is its oid, and the number of its file, which a rewrite changes.
     """
 
     name: sql.Composable
@@ -223,23 +196,18 @@ class _Leaf:
 async def _read_leaves(connection: AsyncConnection, table: TargetTable) -> tuple[int, list[_Leaf]]:
     """Return the oldest open transaction, and the leaves; none is rewritten until the commit."""
     # Takes a lock on each of them.
-    await connection.execute(sql.SQL("SELECT FROM {} LIMIT 0").format(table.name), {})
+    await connection.execute(table.compose("SELECT FROM {table} LIMIT 0"), ())
     (xid,) = await fetch_column(connection, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
-    found = await fetch_rows(
-        connection,
-        sql.SQL(
-            "SELECT n.nspname, c.relname, c.oid::bigint, pg_relation_filenode(c.oid)::bigint,"
-            " pg_relation_size(c.oid) / current_setting('block_size')::integer FROM pg_class c"
-            " JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE c.oid IN {} AND c.relkind = 'r' ORDER BY c.oid"
-        ).format(PARTITIONS),
-        {"table": table.regclass},
+    query = table.compose(
+        "SELECT n.nspname, c.relname, c.oid::bigint, pg_relation_filenode(c.oid)::bigint,"
+        " pg_relation_size(c.oid) / current_setting('block_size')::integer FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.oid IN {partitions} AND c.relkind = 'r' ORDER BY c.oid"
     )
-    leaves = [
+    return xid, [
         _Leaf(name=identifier(schema, name), identity=(oid, file), blocks=blocks)
-        for schema, name, oid, file, blocks in found
+        for schema, name, oid, file, blocks in await fetch_rows(connection, query)
     ]
-    return xid, leaves
 
 
 async def _search(
@@ -247,48 +215,40 @@ async def _search(
     table: TargetTable,
     leaf: _Leaf,
     values: LeakedValues,
-    searched: Searched,
     blocks: tuple[int, int] | None,
 ) -> int:
     """Note the rows of a leaf, or of some of its blocks, whose value is in the list; return their number."""
+    conditions = [_is_in_list(table, is_short=len(values.digests) <= ARRAY_VALUES)]
+    if blocks is not None:
+        conditions.insert(0, table.compose("{ctid} >= %(begin)s::tid AND {ctid} < %(end)s::tid"))
+    if leaf.identity in values.searched_leaves:
+        # A row that is newer than this transaction has a negative age.
+        conditions.insert(0, table.compose("age({xmin}) <= age(%(xid)s::text::xid8::xid)"))
+    begin, end = blocks or (0, 0)
     await set_local(connection, _PARALLEL)
-    begin, end = blocks or (None, None)
     # Unlike INSERT, CREATE TABLE AS can read in parallel.
     await connection.execute(
-        sql.SQL("CREATE TEMPORARY TABLE rotator_leaked_part ON COMMIT DROP AS {}").format(
-            _select_rows(
-                table,
-                leaf.name,
-                is_part=blocks is not None,
-                is_read=leaf.identity in searched.leaves,
-                is_short=len(values.digests) <= ARRAY_VALUES,
-            )
+        table.compose(
+            "CREATE TEMPORARY TABLE rotator_leaked_part ON COMMIT DROP AS SELECT {leaf}::bigint AS leaf,"
+            " {ctid}::text AS ctid_text, {xmin}::text AS xid, {row_json} AS key, ARRAY[{digests}] AS digests"
+            " FROM ONLY {leaf_name} AS {row_name} WHERE {conditions}{and_matches}",
+            digests=sql.SQL(", ").join(_digests(table)),
+            leaf_name=leaf.name,
+            conditions=sql.SQL(" AND ").join(conditions),
         ),
-        {"begin": f"({begin},0)", "end": f"({end},0)", "xid": searched.xid},
+        {"begin": f"({begin},0)", "end": f"({end},0)", "xid": values.searched_before},
     )
     cursor = await connection.execute(
-        sql.SQL(
-            "INSERT INTO pg_temp.rotator_leaked_rows ({columns}) SELECT {columns}"
-            " FROM pg_temp.rotator_leaked_part"
-        ).format(columns=_COLUMNS)
+        "INSERT INTO pg_temp.rotator_leaked_rows (leaf, ctid_text, xid, key, digests)"
+        " SELECT leaf, ctid_text, xid, key, digests FROM pg_temp.rotator_leaked_part"
     )
     await connection.execute("DROP TABLE pg_temp.rotator_leaked_part")
     return cursor.rowcount
 
 
-def _select_rows(
-    table: TargetTable, leaf: sql.Composable, *, is_part: bool, is_read: bool, is_short: bool
-) -> sql.Composed:
-    """Select the rows of a leaf whose value is in the list.
-
-    Args:
-        table: The target's table.
-        leaf: The quoted name of the leaf.
-        is_part: Whether only the blocks between the parameters ``begin`` and ``end`` are read.
-        is_read: Whether an earlier search has read it, before the transaction ``xid``.
-        is_short: Whether the list is short enough for an array.
-    """
-    digests = [_digest(column) for column in table.columns]
+def _is_in_list(table: TargetTable, *, is_short: bool) -> sql.Composed:
+    """Return a condition: one of the row's values is in the list, which may be short enough for an array."""
+    digests = _digests(table)
     if is_short:
         # A plan that reads a temporary table is not parallel, unless it does so before the scan.
         entries = "unnest((SELECT array_agg(digest) FROM pg_temp.rotator_leaked))"
@@ -304,36 +264,19 @@ def _select_rows(
         # An IN in an OR is no join: the server reads a list that exceeds its memory for hashes for each row.
         is_in_list = "EXISTS (SELECT FROM pg_temp.rotator_leaked AS entry WHERE entry.digest = {})"
     is_leaked = sql.SQL(" OR ").join(sql.SQL(is_in_list).format(each) for each in digests)
-    ctid, xmin = identifier(ROW, "ctid"), identifier(ROW, "xmin")
-    conditions = [sql.SQL("({})").format(is_leaked)]
-    if is_part:
-        conditions.insert(0, sql.SQL("{} >= %(begin)s::tid AND {} < %(end)s::tid").format(ctid, ctid))
-    if is_read:
-        # A row that is newer than this transaction has a negative age.
-        conditions.insert(0, sql.SQL("age({}) <= age(%(xid)s::text::xid8::xid)").format(xmin))
-    return sql.SQL(
-        "SELECT {leaf_oid}::bigint AS leaf, {ctid}::text AS ctid_text, {xmin}::text AS xid, {key} AS key,"
-        " ARRAY[{digests}] AS digests FROM ONLY {leaf} AS {row} WHERE {conditions}{and_matches}"
-    ).format(
-        leaf_oid=identifier(ROW, "tableoid"),
-        ctid=ctid,
-        xmin=xmin,
-        key=table.key_json(ROW),
-        digests=sql.SQL(", ").join(digests),
-        leaf=leaf,
-        row=identifier(ROW),
-        conditions=sql.SQL(" AND ").join(conditions),
-        and_matches=table.and_matches,
-    )
+    return sql.SQL("({})").format(is_leaked)
 
 
-def _digest(column: Column) -> sql.Composable:
-    value = identifier(ROW, column.name)
-    # As bytes, because the server takes a third longer to make a number of them.
-    found = sql.SQL("substr(sha256({} || {}), 1, {})").format(
-        _SALT, stored_bytes(value, column.type_name), sql.Literal(DIGEST_BYTES)
-    )
-    return column.null_unless_rotated(value, found)
+def _digests(table: TargetTable) -> list[sql.Composable]:
+    def digest(column: Column) -> sql.Composable:
+        value = identifier(ROW, column.name)
+        # As bytes, because the server takes a third longer to make a number of them.
+        found = sql.SQL("substr(sha256({} || {}), 1, {})").format(
+            _SALT, stored_bytes(value, column.type_name), DIGEST_BYTES
+        )
+        return column.null_unless_rotated(value, found)
+
+    return [digest(column) for column in table.columns]
 
 
 async def found_rows(connection: AsyncConnection, batch: int) -> AsyncIterator[list[OlderRow]]:

@@ -1,22 +1,25 @@
 """The ledger of a rotation: salted digests of the old values, in a table for each rotation.
 
 An entry is the first 8 bytes of ``sha256(salt || value)``, as a bigint. The server computes it from the row,
-and the salt stays in the database. Every function takes a connection in autocommit mode.
+and the salt stays in the database, next to the digests. So it protects only values of which there are too
+many to try: columns whose values can be guessed are refused.
 """
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import asdict, dataclass, replace
+from typing import Final, LiteralString
 
 from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
+from rotator.exceptions import TargetError
 from rotator.options import WaitLimits
 from rotator.postgres.connection import fetch_as, fetch_rows, first, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
-from rotator.postgres.table import PARTITIONS, ROW, Column, TargetTable, identifier, range_rows
+from rotator.postgres.planner import estimate_rows
+from rotator.postgres.table import ROW, Column, TargetTable, identifier, range_rows
 from rotator.ranges import Key, KeyInterval
 
 DIGEST_BYTES: Final = 8
@@ -27,6 +30,33 @@ LOAD_LIMITS: Final = WaitLimits(lock_seconds=0.1, statement_seconds=30.0, transa
 # session that has waited for a second.
 INDEX_LIMITS: Final = WaitLimits(lock_seconds=10.0, statement_seconds=86_400.0, transaction_seconds=60.0)
 FORGET_LOCK_TIMEOUT: Final = "5s"
+
+MIN_BITS: Final = 64
+SAMPLE_ROWS: Final = 1000
+# Below this number of values, the characters at one position say little about those that are possible there.
+MIN_POSITIONAL_VALUES: Final = 256
+MIN_REPEATABLE_VALUES: Final = 20
+MOST_WEAK_PART: Final = 0.01
+MOST_REPEATED_PART: Final = 0.1
+_ROWS_READ: Final = 20_000
+# Other types have at most 2^64 values, or several stored forms of one value.
+_TYPES: Final = ("uuid", "text", "varchar", "bpchar", "citext", "bytea", "numeric")
+
+# Only numbers leave the server.
+_SAMPLE: Final = (
+    'WITH sample AS MATERIALIZED (SELECT {text} COLLATE "C" AS value FROM {row}'
+    " TABLESAMPLE SYSTEM (%(percent)s) WHERE {is_rotated}{and_matches} LIMIT {rows}),"
+    " measured AS (SELECT value, length(value) AS length, log(2, CASE WHEN value ~ '^[0-9]*$' THEN 10"
+    " WHEN value ~* '^[0-9a-f-]*$' THEN 16 ELSE GREATEST(2, CASE WHEN value ~ '[0-9]' THEN 10 ELSE 0 END"
+    " + CASE WHEN value ~ '[a-z]' THEN 26 ELSE 0 END + CASE WHEN value ~ '[A-Z]' THEN 26 ELSE 0 END"
+    " + CASE WHEN value ~ '[^0-9a-zA-Z]' THEN 8 ELSE 0 END) END::numeric) AS bits FROM sample),"
+    " shortest AS (SELECT percentile_disc(0.05) WITHIN GROUP (ORDER BY length) AS length FROM measured),"
+    " positions AS (SELECT count(DISTINCT c.character) AS characters FROM sample,"
+    " LATERAL unnest(string_to_array(value, NULL)) WITH ORDINALITY AS c (character, place)"
+    " WHERE c.place <= (SELECT length FROM shortest) GROUP BY c.place)"
+    " SELECT count(*), count(DISTINCT value), count(*) FILTER (WHERE length * bits < {bits}),"
+    " COALESCE((SELECT sum(log(2, characters::numeric)) FROM positions), 0)::double precision FROM measured"
+)
 
 # The first entry of each ledger is the digest of this text: it shows that salt and table belong together.
 _KNOWN_TEXT: Final = "The first entry of a ledger."
@@ -43,13 +73,10 @@ def stored_bytes(value: sql.Composable, type_name: str) -> sql.Composable:
 def digest(value: sql.Composable, type_name: str, salt: sql.Composable) -> sql.Composable:
     """Return the digest of a value as SQL of type bigint; NULL for NULL.
 
-    Args:
-        value: The value, as SQL.
-        type_name: The name of its type, e.g. ``uuid``; for a domain, the name of the base type.
-        salt: The salt, as SQL of type bytea.
+    ``type_name`` is the name of the value's type, or of the base type of its domain. The salt is a bytea.
     """
     return sql.SQL("('x' || encode(substr(sha256({} || {}), 1, {}), 'hex'))::bit(64)::bigint").format(
-        salt, stored_bytes(value, type_name), sql.Literal(DIGEST_BYTES)
+        salt, stored_bytes(value, type_name), DIGEST_BYTES
     )
 
 
@@ -60,11 +87,6 @@ def digest_of(value: str | bytes, salt: bytes) -> int:
 
 
 COUNT_ENTRIES: Final = "UPDATE rotator_ledger SET entries = entries + %s WHERE rotation_id = %s"
-# The leaves that became partitions, or whose parents did, since a transaction of this age.
-_ATTACHED_LEAVES: Final = sql.SQL(
-    "SELECT leaf.oid FROM {partitions} AS leaf, pg_partition_ancestors(leaf.oid) AS ancestor"
-    " JOIN pg_inherits i ON i.inhrelid = ancestor.relid WHERE age(i.xmin) <= {age}"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +94,10 @@ class Ledger:
     """A ledger that exists.
 
     Attributes:
-        rotation: The rotation's id.
         schema: The schema of the rotator's tables, unquoted.
         is_ready: Whether it is complete and indexed.
         through: The key up to which it is loaded; None before the first range.
         started_xid: The oldest transaction that was open when loading began, epoch included.
-        entries: The number of its entries.
         control_rows: The number of rows of a sample that were found in it before the rotation.
         guard: The action of the guard: ``refuse`` or ``keep``; empty where there is none.
     """
@@ -100,7 +120,7 @@ class Ledger:
     def salt(self) -> sql.Composable:
         """The salt as SQL, which the server reads once for each statement."""
         return sql.SQL("(SELECT salt FROM {} WHERE rotation_id = {})").format(
-            identifier(self.schema, "rotator_ledger"), sql.Literal(self.rotation)
+            identifier(self.schema, "rotator_ledger"), self.rotation
         )
 
     def digest(self, column: Column, alias: str = ROW) -> sql.Composable:
@@ -122,11 +142,10 @@ class Ledger:
         rows = []
         for column in table.columns:
             value = identifier(ROW, column.name)
-            conditions: list[sql.Composable] = [sql.SQL("{} IS NOT NULL").format(value)]
-            if (is_rotated := column.is_rotated(value)) is not None:
-                conditions.append(is_rotated)
-            made = digest(value, column.type_name, self.salt)
-            rows.append(sql.SQL("({}, {})").format(made, sql.SQL(" AND ").join(conditions)))
+            made, is_rotated = digest(value, column.type_name, self.salt), column.is_rotated(value)
+            rows.append(
+                sql.SQL("({}, {} IS NOT NULL AND {})").format(made, value, is_rotated or sql.SQL("true"))
+            )
         return sql.SQL("(VALUES {}) AS rotator_values (digest, is_rotated)").format(sql.SQL(", ").join(rows))
 
 
@@ -160,7 +179,7 @@ async def create_ledger(connection: AsyncConnection, lease: Lease) -> Ledger:
         RotatorError: The server rejected it, e.g. because the role must not create tables.
     """
     async with rolled_back_on_error(connection):
-        await begin_fenced(connection, lease, LOAD_LIMITS, {})
+        await begin_fenced(connection, lease, LOAD_LIMITS)
         (ledger,) = await fetch_as(connection, class_row(Ledger), _CREATE, (lease.rotation,))
         for statement in (
             # A table of the same name can only come from a database that was copied in part.
@@ -191,16 +210,15 @@ async def load_range(
         RotatorError: Every other error of :func:`translate_errors`; nothing was entered.
     """
     rows = range_rows(table, after_is_known=key_range.after is not None)
+    insert, parameters = _insert(ledger, table, rows), asdict(key_range)
     async with rolled_back_on_error(connection, seconds=LOAD_LIMITS.transaction_seconds):
         async with connection.pipeline():
-            await begin_fenced(connection, lease, LOAD_LIMITS, {})
+            await begin_fenced(connection, lease, LOAD_LIMITS)
             # It waits for the range before it, which may take as long as a transaction may.
             await set_local(
                 connection, {"idle_in_transaction_session_timeout": f"{LOAD_LIMITS.transaction_seconds:.0f}s"}
             )
-            cursor = await connection.execute(
-                _insert(ledger, table, rows), {"after": key_range.after, "through": key_range.through}
-            )
+            cursor = await connection.execute(insert, parameters)
         if before is not None:
             await before.wait()
         async with connection.pipeline():
@@ -220,31 +238,31 @@ def enter_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sq
     return sql.SQL(
         "WITH entered AS ({} RETURNING 1)"
         " UPDATE {} SET entries = entries + (SELECT count(*) FROM entered) WHERE rotation_id = {}"
-    ).format(
-        _insert(ledger, table, rows),
-        identifier(ledger.schema, "rotator_ledger"),
-        sql.Literal(ledger.rotation),
-    )
+    ).format(_insert(ledger, table, rows), identifier(ledger.schema, "rotator_ledger"), ledger.rotation)
 
 
 def enter_newer_values(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
     """Return the statement that enters the values of rows that the loaded ledger may lack.
 
     Another session has written them since loading began, or their partition was attached since then: they can
-    have come into the range, or into the selection. It returns a row for each entry, and takes the parameter
-    ``table``. ``rows`` is that of :func:`enter_values`.
+    have come into the range, or into the selection. It returns a row for each entry. ``rows`` is that of
+    :func:`enter_values`.
     """
     # In a subquery, it is evaluated once.
-    started = sql.SQL("(SELECT age({}::xid8::xid))").format(sql.Literal(str(ledger.started_xid)))
+    started = sql.SQL("(SELECT age({}::xid8::xid))").format(str(ledger.started_xid))
     # In a transaction, the age of an even newer row is negative.
-    is_newer = sql.SQL("age({}) <= {}").format(identifier(ROW, "xmin"), started)
+    is_newer: LiteralString = "age({xmin}) <= {started}"
     if table.is_partitioned:
-        is_newer = sql.SQL("({} OR {} = ANY (ARRAY({})))").format(
-            is_newer, identifier(ROW, "tableoid"), _ATTACHED_LEAVES.format(partitions=PARTITIONS, age=started)
+        # Or its leaf, or a parent of that, was attached since then.
+        is_newer = (
+            "(age({xmin}) <= {started} OR {leaf} = ANY (ARRAY(SELECT leaf.oid FROM {partitions} AS leaf,"
+            " pg_partition_ancestors(leaf.oid) AS ancestor JOIN pg_inherits i ON i.inhrelid = ancestor.relid"
+            " WHERE age(i.xmin) <= {started})))"
         )
+    newer_rows = sql.SQL("{} AND {}").format(rows, table.compose(is_newer, started=started))
     return sql.SQL(
         "{} AND NOT EXISTS (SELECT FROM {} AS entry WHERE entry.digest = rotator_values.digest) RETURNING 1"
-    ).format(_insert(ledger, table, sql.SQL("{} AND {}").format(rows, is_newer)), ledger.name)
+    ).format(_insert(ledger, table, newer_rows), ledger.name)
 
 
 def _insert(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Composed:
@@ -261,11 +279,10 @@ async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger
 
     Raises:
         RowsLockedError: Another session has locked the ledger, e.g. autovacuum.
-        RotatorError: Every other error of :func:`translate_errors`.
     """
     index = identifier(f"rotator_ledger_{ledger.rotation}_digest")
     async with rolled_back_on_error(connection, seconds=None):
-        await begin_fenced(connection, lease, INDEX_LIMITS, {})
+        await begin_fenced(connection, lease, INDEX_LIMITS)
         await connection.execute(
             sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (digest)").format(index, ledger.name), {}
         )
@@ -309,9 +326,51 @@ async def count_known(connection: AsyncConnection, ledger: Ledger) -> tuple[int,
         " EXISTS (SELECT FROM {name} WHERE digest = {known})"
     ).format(
         ledgers=identifier(ledger.schema, "rotator_ledger"),
-        rotation=sql.Literal(ledger.rotation),
+        rotation=ledger.rotation,
         name=ledger.name,
         known=ledger.known,
     )
-    ((recorded, found, is_known),) = await fetch_rows(connection, query, {}, seconds=None)
-    return int(recorded), int(found), bool(is_known)
+    ((recorded, found, is_known),) = await fetch_rows(connection, query, seconds=None)
+    return recorded, found, is_known
+
+
+async def check_not_guessable(connection: AsyncConnection, table: TargetTable) -> None:
+    """Refuse a column with fewer than 2^64 possible values, by its type and by a sample.
+
+    Raises:
+        TargetError: The values of a column can be guessed; nothing was changed.
+    """
+    for column in table.columns:
+        reason = await _reason(connection, table, column)
+        if reason:
+            raise TargetError(
+                f"Cannot prove a rotation of the column {column.name} of {table.found_name}: {reason}. Who "
+                "can read the ledger could try all values. Rotate it without --prove."
+            )
+
+
+async def _reason(connection: AsyncConnection, table: TargetTable, column: Column) -> str:
+    """Return why the values of a column can be guessed; an empty text where they cannot."""
+    if column.type_name not in _TYPES:
+        return f"its type {column.type_name} has too few possible values"
+    value = identifier(ROW, column.name)
+    text = "encode({}, 'hex')" if column.type_name == "bytea" else "{}::text"
+    query = table.compose(
+        _SAMPLE,
+        text=sql.SQL(text).format(value),
+        is_rotated=column.is_rotated(value) or sql.SQL("{} IS NOT NULL").format(value),
+        rows=SAMPLE_ROWS,
+        bits=MIN_BITS,
+    )
+    percent = min(100.0, 100 * _ROWS_READ / max(await estimate_rows(connection, table), 1))
+    ((rows, distinct, weak, bits),) = await fetch_rows(connection, query, {"percent": percent})
+    if weak > rows * MOST_WEAK_PART:
+        return (
+            f"{weak:,} of {rows:,} sampled values are so short that there are fewer than 2^{MIN_BITS} "
+            "possible ones"
+        )
+    if rows >= MIN_REPEATABLE_VALUES and rows - distinct > rows * MOST_REPEATED_PART:
+        return f"{rows - distinct:,} of {rows:,} sampled values repeat another one"
+    if distinct >= MIN_POSITIONAL_VALUES and bits < MIN_BITS:
+        return f"its values differ so little that there are about 2^{bits:.0f} possible ones"
+    return ""

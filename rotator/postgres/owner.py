@@ -48,17 +48,26 @@ class Owner:
         machine, _, started = self.process.rpartition(" ")
         if not machine or self.host != socket.gethostname() or machine != _machine():
             return False
-        return _has_ended(self.pid, started)
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            # It exists, and belongs to another user.
+            pass
+        fields = _stat(self.pid)
+        # /proc may hide the processes of other users (hidepid).
+        return bool(fields) and (fields[0] in _ENDED or fields[_START_TIME_FIELD] != started)
 
 
 def this_process() -> Owner:
     """Return this process as an owner."""
     pid = os.getpid()
-    machine, started = _machine(), _started(pid)
+    machine, fields = _machine(), _stat(pid)
     return Owner(
         host=socket.gethostname(),
         pid=pid,
-        process=f"{machine} {started}" if machine and started else "",
+        process=f"{machine} {fields[_START_TIME_FIELD]}" if machine and fields else "",
         user=_user(),
         version=__version__,
     )
@@ -72,26 +81,6 @@ def _machine() -> str:
     except OSError:
         return ""
     return f"{boot} {namespace}" if boot else ""
-
-
-def _started(pid: int) -> str:
-    """Return the start time of the process with this pid; empty where there is none."""
-    fields = _stat(pid)
-    return "" if not fields or fields[0] in _ENDED else fields[_START_TIME_FIELD]
-
-
-def _has_ended(pid: int, started: str) -> bool:
-    """Return whether the process with this pid and start time has ended; False where that is unknown."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        # It exists, and belongs to another user.
-        pass
-    fields = _stat(pid)
-    # /proc may hide the processes of other users (hidepid).
-    return bool(fields) and (fields[0] in _ENDED or fields[_START_TIME_FIELD] != started)
 
 
 def _stat(pid: int) -> list[str]:

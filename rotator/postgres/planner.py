@@ -1,22 +1,20 @@
-"""Plans ranges from the key's index, and reads the gaps that no checkpoint covers.
-
-Every function takes a connection in autocommit mode.
-"""
+"""Plans ranges from the key's index, and reads the gaps that no checkpoint covers."""
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
 from psycopg.abc import Params
+from psycopg.rows import class_row
 
 from rotator.exceptions import RangeTooSlowError, TargetError
-from rotator.postgres.connection import begin, fetch_column, fetch_row, fetch_rows, set_local
+from rotator.postgres.connection import begin, fetch_as, fetch_column, fetch_row, fetch_rows, set_local
 from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS, rolled_back_on_error
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
+from rotator.postgres.table import TargetTable, identifier, range_rows
 from rotator.ranges import Key, KeyInterval, KeyRange
 
 # The planner plans this far ahead: one round trip to a distant server then plans many ranges.
@@ -34,9 +32,9 @@ _PLANNING_SETTINGS: Final = {
     "enable_sort": "off",
     "jit": "off",
 }
-_ESTIMATE: Final = sql.SQL(
-    "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {}"
-).format(PARTITIONS)
+_ESTIMATE: Final = (
+    "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {partitions}"
+)
 _PLANNED: Final = "rotator_planned"
 _NEXT: Final = "rotator_next"
 _POSITION: Final = "rotator_position"
@@ -66,9 +64,9 @@ class IndexPlanner:
             known: last_keys(table, after_is_known=known).as_bytes() for known in (False, True)
         }
         self._counts = {
-            known: sql.SQL("SELECT count(*) FROM {} WHERE {}")
-            .format(table.name, table.within(after_is_known=known))
-            .as_bytes()
+            known: table.compose(
+                "SELECT count(*) FROM {row} WHERE {within}", within=table.within(after_is_known=known)
+            ).as_bytes()
             for known in (False, True)
         }
 
@@ -101,12 +99,7 @@ class IndexPlanner:
 
     async def _plan(self, interval: KeyInterval, batch: int, *, ranges: int) -> list[KeyRange]:
         is_known = interval.after is not None
-        parameters = {
-            "after": interval.after,
-            "through": interval.through,
-            "skip": batch - 1,
-            "ranges": ranges,
-        }
+        parameters = {**asdict(interval), "skip": batch - 1, "ranges": ranges}
         found = await self._fetch(self._last_keys[is_known], parameters)
         keys = [_checked(key, survives=survives) for _, key, survives in sorted(found)]
         if not keys:
@@ -136,35 +129,33 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     Parameters: ``after`` and ``through`` (keys), ``skip`` (the rows of a range, less one) and ``ranges`` (the
     largest number of ranges).
     """
-    text = table.own_name(_TEXT)
-    following = sql.SQL("({}) > ({}) AND {}").format(
-        table.key_columns(ROW),
-        table.key_columns(_PLANNED),
-        table.within(ROW, after_is_known=False),
-    )
-    return sql.SQL(
+    return table.compose(
         "WITH RECURSIVE {planned} ({position}, {key}) AS ("
-        "(SELECT 1, {key} FROM {table} WHERE {within} ORDER BY {key} OFFSET %(skip)s LIMIT 1)"
+        "(SELECT 1, {row_key} FROM {row} WHERE {within} ORDER BY {row_key} OFFSET %(skip)s LIMIT 1)"
         " UNION ALL SELECT {planned}.{position} + 1, {next_key} FROM {planned}, LATERAL ("
-        "SELECT {row_key} FROM {row} WHERE {following} ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS {next}"
+        "SELECT {row_key} FROM {row} WHERE ({row_key}) > ({planned_key}) AND {to_through}"
+        " ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS {next}"
         " WHERE {planned}.{position} < %(ranges)s::integer)"
         # The outer query makes the JSON, because the inner one would make it of every key that it skips.
-        " SELECT {position}, {text}, {survives} FROM (SELECT *, {json} AS {text} FROM {planned}) AS {planned}"
-    ).format(
+        " SELECT {position}, {checked} FROM (SELECT *, {json} AS {text} FROM {planned}) AS {planned}",
         planned=identifier(_PLANNED),
         next=identifier(_NEXT),
         position=table.own_name(_POSITION),
-        key=table.key_columns(),
         next_key=table.key_columns(_NEXT),
-        row_key=table.key_columns(ROW),
+        planned_key=table.key_columns(_PLANNED),
         json=table.key_json(),
-        text=text,
-        survives=table.survives_as_text(sql.SQL("{}::jsonb").format(text)),
-        table=table.name,
-        row=table.row,
+        text=table.own_name(_TEXT),
+        checked=_text_and_survives(table),
         within=table.within(after_is_known=after_is_known),
-        following=following,
+        to_through=table.within(after_is_known=False),
     )
+
+
+def _text_and_survives(table: TargetTable) -> sql.Composed:
+    """Return a key's text, and whether the key is equal to the one that is read from it."""
+    text = table.own_name(_TEXT)
+    decoded = table.decoded(sql.SQL("{}::jsonb").format(text))
+    return table.compose("{text}, ({key}) = ({decoded})", text=text, decoded=decoded)
 
 
 async def slice_ends(
@@ -174,7 +165,7 @@ async def slice_ends(
     statement = last_keys(table, after_is_known=interval.after is not None)
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, _PLANNING_SETTINGS)
-        parameters = {"after": interval.after, "through": interval.through, "skip": rows - 1, "ranges": most}
+        parameters = {**asdict(interval), "skip": rows - 1, "ranges": most}
         found = await fetch_rows(connection, statement, parameters)
     return [_checked(key, survives=survives) for _, key, survives in sorted(found)]
 
@@ -184,25 +175,18 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
     descending = sql.SQL(", ").join(
         sql.SQL("{} DESC").format(identifier(column.name)) for column in table.key
     )
-    text = table.own_name(_TEXT)
+    query = table.compose(
+        "SELECT {checked} FROM (SELECT *, {json} AS {text} FROM"
+        " (SELECT {key} FROM {table} ORDER BY {descending} LIMIT 1) AS {last}) AS {last}",
+        checked=_text_and_survives(table),
+        json=table.key_json(),
+        text=table.own_name(_TEXT),
+        descending=descending,
+        last=identifier(_NEXT),
+    )
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, KEY_SETTINGS)
-        row = await fetch_row(
-            connection,
-            sql.SQL(
-                "SELECT {text}, {survives} FROM (SELECT *, {json} AS {text} FROM"
-                " (SELECT {key} FROM {table} ORDER BY {descending} LIMIT 1) AS {last}) AS {last}"
-            ).format(
-                text=text,
-                survives=table.survives_as_text(sql.SQL("{}::jsonb").format(text)),
-                json=table.key_json(),
-                key=table.key_columns(),
-                table=table.name,
-                descending=descending,
-                last=identifier(_NEXT),
-            ),
-            {},
-        )
+        row = await fetch_row(connection, query)
     return None if row is None else _checked(row[0], survives=row[1])
 
 
@@ -222,9 +206,7 @@ async def count_rows(
 
     After ``seconds``, it is the server's estimate for the table.
     """
-    query = sql.SQL("SELECT count(*) FROM {} WHERE {}{}").format(
-        table.row, table.within(after_is_known=False), table.and_matches
-    )
+    query = sql.SQL("SELECT count(*) FROM {}").format(range_rows(table, after_is_known=False))
     if counted := await fetch_within(connection, seconds, query, {"through": bound}):
         return int(counted[0][0]), True
     return await estimate_rows(connection, table), False
@@ -235,15 +217,15 @@ async def count_table(connection: AsyncConnection, table: TargetTable, *, second
 
     After ``seconds``, it is the server's estimate.
     """
-    query = sql.SQL("SELECT count(*) FROM {}").format(table.name)
-    if counted := await fetch_within(connection, seconds, query, {}):
+    query = table.compose("SELECT count(*) FROM {table}")
+    if counted := await fetch_within(connection, seconds, query):
         return int(counted[0][0]), True
-    (estimated,) = await fetch_column(connection, _ESTIMATE, {"table": table.regclass})
+    (estimated,) = await fetch_column(connection, table.compose(_ESTIMATE))
     return int(estimated), False
 
 
 async def fetch_within(
-    connection: AsyncConnection, seconds: float, query: sql.Composed, parameters: Mapping[str, object]
+    connection: AsyncConnection, seconds: float, query: sql.Composed, parameters: Params = ()
 ) -> list[tuple[Any, ...]] | None:
     """Return the rows of a query; None where it takes longer than ``seconds``."""
     with suppress(RangeTooSlowError):
@@ -255,11 +237,11 @@ async def fetch_within(
 
 async def estimate_rows(connection: AsyncConnection, table: TargetTable) -> int:
     """Return the server's estimate of the rows to rotate; 0 where it has none yet."""
-    (rows,) = await fetch_column(connection, _ESTIMATE, {"table": table.regclass})
+    (rows,) = await fetch_column(connection, table.compose(_ESTIMATE))
     if not rows or table.matches is None:
         return int(rows)
-    query = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} WHERE {}").format(table.row, table.matches)
-    (plan,) = await fetch_column(connection, query, {})
+    query = table.compose("EXPLAIN (FORMAT JSON) SELECT FROM {row} WHERE {matches}", matches=table.matches)
+    (plan,) = await fetch_column(connection, query)
     return int(plan[0]["Plan"]["Plan Rows"])
 
 
@@ -272,51 +254,38 @@ async def gaps(
     after: Key | None = None,
     checkpoints_before: int | None = None,
 ) -> list[KeyInterval]:
-    """Return the intervals up to the bound that no checkpoint covers, in key order.
+    """Return the intervals up to the bound that no checkpoint covers, in key order; none without a bound.
 
-    The server subtracts them, with the key's own order.
-
-    Args:
-        connection: The connection, which may be in a transaction.
-        table: The target's table.
-        rotation: The rotation's id.
-        bound: The upper bound of the gaps; without one, there are none.
-        after: The lower bound; None for the table's start.
-        checkpoints_before: The id of the last checkpoint that covers nothing of them; None where all may.
+    The server subtracts them, with the key's own order. With ``after``, only the gaps after this key are
+    returned. ``checkpoints_before`` is the id of the last checkpoint that covers nothing of them; None where
+    all may. The connection may be in a transaction.
     """
     if bound is None:
         return []
-    order = sql.SQL("ORDER BY {}").format(table.decoded(sql.Identifier("through")))
+    through = table.decoded(sql.Identifier("through"))
+    conditions: list[sql.Composable] = [sql.SQL("rotation_id = %(rotation)s AND id > %(checkpoints_before)s")]
     # No checkpoint of the rotation is past its own bound.
-    is_whole = after is None and checkpoints_before is None
+    if after is not None or checkpoints_before is not None:
+        last = table.decoded(sql.SQL("%(bound)s::jsonb"))
+        conditions.append(sql.SQL("({}) <= ({})").format(through, last))
+    if after is not None:
+        first = table.decoded(sql.SQL("%(after)s::jsonb"))
+        conditions.append(sql.SQL("({}) > ({})").format(through, first))
     query = sql.SQL(
         "WITH completed AS (SELECT after, through, lag(through) OVER ordered AS before,"
-        " row_number() OVER ordered AS position FROM rotator_completedrange"
-        " WHERE rotation_id = %(rotation)s AND id > %(checkpoints_before)s{within}"
-        " WINDOW ordered AS ({order})),"
-        " gaps AS (SELECT COALESCE(before, %(after)s::jsonb) AS after, after AS through, position "
-        "FROM completed UNION ALL SELECT COALESCE((SELECT through FROM completed ORDER BY position "
-        "DESC LIMIT 1), %(after)s::jsonb), %(bound)s::jsonb, NULL)"
+        " row_number() OVER ordered AS position FROM rotator_completedrange WHERE {conditions}"
+        " WINDOW ordered AS (ORDER BY {through})),"
+        " gaps AS (SELECT COALESCE(before, %(after)s::jsonb) AS after, after AS through, position"
+        " FROM completed UNION ALL SELECT COALESCE((SELECT through FROM completed ORDER BY position"
+        " DESC LIMIT 1), %(after)s::jsonb), %(bound)s::jsonb, NULL)"
         " SELECT after::text, through::text FROM gaps"
         " WHERE through IS NOT NULL AND after IS DISTINCT FROM through"
         " ORDER BY position NULLS LAST"
-    ).format(order=order, within=sql.SQL("") if is_whole else _checkpoint_within(table, after))
+    ).format(through=through, conditions=sql.SQL(" AND ").join(conditions))
     parameters = {
         "rotation": rotation,
         "bound": bound,
         "after": after,
         "checkpoints_before": checkpoints_before or 0,
     }
-    found = await fetch_rows(connection, query, parameters)
-    return [
-        KeyInterval(after=Key(after) if after is not None else None, through=Key(through))
-        for after, through in found
-    ]
-
-
-def _checkpoint_within(table: TargetTable, after: Key | None) -> sql.Composable:
-    through = table.decoded(sql.Identifier("through"))
-    within = sql.SQL(" AND ({}) <= ({})").format(through, table.decoded(sql.SQL("%(bound)s::jsonb")))
-    if after is None:
-        return within
-    return within + sql.SQL(" AND ({}) > ({})").format(through, table.decoded(sql.SQL("%(after)s::jsonb")))
+    return await fetch_as(connection, class_row(KeyInterval), query, parameters)

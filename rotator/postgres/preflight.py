@@ -1,7 +1,4 @@
-"""The preflight's queries: the table, the server, and a sample of ranges that is rolled back.
-
-Every function takes a connection in autocommit mode.
-"""
+"""The preflight's queries: the table, the server, and a sample of ranges that is rolled back."""
 
 import asyncio
 import time
@@ -9,6 +6,7 @@ from contextlib import suppress
 from typing import Final
 
 from psycopg import AsyncConnection, sql
+from psycopg.rows import class_row, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.events import Copies, Index, KeptValues, Sample, ServerFindings, TableFindings
@@ -20,10 +18,10 @@ from rotator.exceptions import (
     unwrap_group,
 )
 from rotator.postgres.catalog import TRIGGER_FIRES, read_skipped_triggers, read_update_triggers
-from rotator.postgres.connection import Server, fetch_column, fetch_rows, pooled
+from rotator.postgres.connection import Server, fetch_as, fetch_column, fetch_rows, pooled
 from rotator.postgres.errors import RangeGrewError, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
+from rotator.postgres.table import ROW, TargetTable, identifier
 from rotator.postgres.writer import RangeUpdate, RewriteError
 from rotator.ranges import Key, KeyInterval, KeyRange
 
@@ -33,46 +31,47 @@ COPIES_NAMED: Final = 4
 OLD_SECONDS: Final = 5
 
 _INDEXES: Final = (
-    "SELECT c.relname, (SELECT sum(pg_relation_size(COALESCE(tree.relid, c.oid::regclass)))::bigint"
-    " FROM (SELECT c.oid) AS root LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf),"
+    "SELECT c.relname AS name, (SELECT sum(pg_relation_size(COALESCE(tree.relid, c.oid::regclass)))::bigint"
+    " FROM (SELECT c.oid) AS root LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf)"
+    " AS size_bytes,"
     # An index of expressions may contain the column: they all count, since pg_get_indexdef is hard to parse.
     " i.indkey::int2[] && (SELECT array_agg(attnum) FROM pg_attribute WHERE attrelid = i.indrelid"
     " AND attname = ANY (%(columns)s::text[])) OR 0 = ANY (i.indkey) OR i.indpred IS NOT NULL"
-    " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
-    " WHERE i.indrelid = %(table)s::regclass ORDER BY 2 DESC, 1"
+    " AS holds_column FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+    " WHERE i.indrelid = {regclass} ORDER BY 2 DESC, 1"
 )
 # The server refuses every update of a published table without a replica identity.
-_PUBLICATIONS: Final = sql.SQL(
+_PUBLICATIONS: Final = (
     "SELECT p.pubname FROM pg_publication_tables p JOIN pg_publication d ON d.pubname = p.pubname"
     " JOIN pg_class c ON c.relname = p.tablename JOIN pg_namespace n ON n.oid = c.relnamespace"
     " AND n.nspname = p.schemaname"
-    " WHERE c.oid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND d.pubupdate"
+    " WHERE c.oid IN (SELECT oid FROM {partitions} AS leaf UNION SELECT {regclass}) AND d.pubupdate"
     " AND (c.relreplident = 'n' OR c.relreplident = 'd'"
     " AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)"
     " OR c.relreplident = 'i' AND NOT EXISTS"
     " (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) ORDER BY 1"
-).format(PARTITIONS)
+)
 # Rows that a subscription writes have no new values, and can have old ones.
-_SUBSCRIPTIONS: Final = sql.SQL(
+_SUBSCRIPTIONS: Final = (
     "SELECT DISTINCT s.subname FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid"
-    " WHERE r.srrelid IN (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass) AND s.subenabled"
+    " WHERE r.srrelid IN (SELECT oid FROM {partitions} AS leaf UNION SELECT {regclass}) AND s.subenabled"
     " ORDER BY 1"
-).format(PARTITIONS)
+)
 # The source of a function contains the tables that it writes to, except where it builds its statements.
-_WRITING_TRIGGERS: Final = sql.SQL(
+_WRITING_TRIGGERS: Final = (
     "SELECT DISTINCT t.tgname || ' on ' || t.tgrelid::regclass FROM pg_trigger t"
-    " JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = %(table)s::regclass"
-    " WHERE NOT t.tgisinternal AND {fire}"
+    " JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_class c ON c.oid = {regclass}"
+    " WHERE NOT t.tgisinternal AND {fires}"
     " AND p.prosrc ~* ('\\m(update|insert\\s+into|merge\\s+into)\\s+(only\\s+)?(\\S+\\.)?\"?'"
     " || regexp_replace(c.relname, '(\\W)', '\\\\\\1', 'g') || '\"?(\\s|$)') ORDER BY 1"
-).format(fire=sql.SQL(TRIGGER_FIRES))
+)
 # A history of whole rows, as text or JSON, has no column of the same name.
-_COPIES: Final = sql.SQL(
-    "WITH own AS (SELECT oid FROM {} AS leaf UNION SELECT %(table)s::regclass),"
-    " target AS (SELECT oid, relname, relnamespace FROM pg_class WHERE oid = %(table)s::regclass),"
+_COPIES: Final = (
+    "WITH own AS (SELECT oid FROM {partitions} AS leaf UNION SELECT {regclass}),"
+    " target AS (SELECT oid, relname, relnamespace FROM pg_class WHERE oid = {regclass}),"
     " written AS (SELECT string_agg(p.prosrc, ' ') AS source FROM pg_trigger t"
     " JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid IN (SELECT oid FROM own) AND NOT t.tgisinternal"
-    " AND {fire}),"
+    " AND {fires}),"
     " others AS (SELECT c.oid, c.relname, c.relnamespace <> target.relnamespace"
     " AND c.relname = target.relname AS is_namesake,"
     " EXISTS (SELECT FROM pg_attribute a JOIN pg_attribute mine ON mine.attrelid = target.oid"
@@ -91,31 +90,30 @@ _COPIES: Final = sql.SQL(
     " SELECT kind, (array_agg(oid::regclass::text ORDER BY oid::regclass::text))[:%(most)s], count(*)"
     " FROM kinds WHERE kind IS NOT NULL GROUP BY kind"
     " ORDER BY array_position(ARRAY['trigger', 'history', 'schema', 'name'], kind)"
-).format(PARTITIONS, fire=sql.SQL(TRIGGER_FIRES))
+)
 _SETTINGS: Final = (
-    "SELECT pg_size_bytes(current_setting('max_wal_size')),"
-    " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer,"
-    " current_setting('full_page_writes')::boolean,"
+    "SELECT pg_size_bytes(current_setting('max_wal_size')) AS max_wal_size_bytes,"
+    " EXTRACT(epoch FROM current_setting('checkpoint_timeout')::interval)::integer"
+    " AS checkpoint_timeout_seconds, current_setting('full_page_writes')::boolean AS full_page_writes,"
     " CASE WHEN current_setting('archive_mode') = 'off' THEN '' ELSE COALESCE("
     " 'last archived ' || date_trunc('second', clock_timestamp() - last_archived_time) || ' ago',"
     " 'nothing archived yet')"
     " || CASE WHEN last_failed_time > COALESCE(last_archived_time, '-infinity') THEN"
     " ', FAILING since ' || to_char(last_failed_time AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC' ELSE '' END"
-    " END FROM pg_stat_archiver"
+    " END AS archiving FROM pg_stat_archiver"
 )
-_REPLICAS: Final = sql.SQL(
+_REPLICAS: Final = (
     "SELECT COALESCE(NULLIF(application_name, ''), 'pid ' || pid) || ' (' ||"
     " COALESCE(sync_state || ', ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn))"
     " || ' behind', 'its lag is not visible to this role') || ')'"
     " FROM pg_stat_replication ORDER BY 1"
 )
-_SLOTS: Final = sql.SQL(
+_SLOTS: Final = (
     "SELECT slot_name || ' (' || CASE WHEN active THEN 'active' ELSE 'NOT ACTIVE' END"
     " || COALESCE(', keeps ' || pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)), '')"
-    " || ')'"
-    " FROM pg_replication_slots ORDER BY 1"
+    " || ')' FROM pg_replication_slots ORDER BY 1"
 )
-_HOLDERS: Final = sql.SQL(
+_HOLDERS: Final = (
     "SELECT phrase FROM ("
     " SELECT 'pid ' || pid || COALESCE(', ' || NULLIF(application_name, ''), '')"
     " || COALESCE(', since ' || to_char(xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC', '')"
@@ -157,45 +155,29 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         rows, is_exact = (
             (0, True) if bound is None else await count_rows(connection, table, bound, seconds=COUNT_SECONDS)
         )
-    ((heap_bytes,),) = await fetch_rows(
-        connection,
-        sql.SQL("SELECT sum(pg_relation_size(oid))::bigint FROM {} AS leaf").format(PARTITIONS),
-        {"table": table.regclass},
-    )
-    parameters = {"columns": [column.name for column in table.columns], "table": table.regclass}
-    indexes = tuple(
-        Index(name=name, size_bytes=size, holds_column=holds)
-        for name, size, holds in await fetch_rows(connection, _INDEXES, parameters)
-    )
+    size = table.compose("SELECT sum(pg_relation_size(oid))::bigint FROM {partitions} AS leaf")
+    ((heap_bytes,),) = await fetch_rows(connection, size)
+    parameters = {"columns": table.column_names, "most": COPIES_NAMED}
+    fires = sql.SQL(TRIGGER_FIRES)
+    copies = await fetch_rows(connection, table.compose(_COPIES, fires=fires), parameters)
     return TableFindings(
         rows=rows,
         rows_is_exact=is_exact,
         heap_bytes=heap_bytes,
-        indexes=indexes,
+        indexes=tuple(await fetch_as(connection, class_row(Index), table.compose(_INDEXES), parameters)),
         triggers=await read_update_triggers(connection, table),
         skipped_triggers=await read_skipped_triggers(connection, table),
-        writing_triggers=await fetch_column(connection, _WRITING_TRIGGERS, {"table": table.regclass}),
-        subscriptions=await fetch_column(connection, _SUBSCRIPTIONS, {"table": table.regclass}),
-        refusing_publications=await fetch_column(connection, _PUBLICATIONS, {"table": table.regclass}),
-        kept=await count_kept(connection, table),
-        copies=await _find_copies(connection, table),
+        writing_triggers=await fetch_column(connection, table.compose(_WRITING_TRIGGERS, fires=fires)),
+        subscriptions=await fetch_column(connection, table.compose(_SUBSCRIPTIONS)),
+        refusing_publications=await fetch_column(connection, table.compose(_PUBLICATIONS)),
+        kept=await _count_kept(connection, table),
+        copies=tuple(
+            Copies(kind=kind, tables=tuple(names), more=count - len(names)) for kind, names, count in copies
+        ),
     )
 
 
-async def _find_copies(connection: AsyncConnection, table: TargetTable) -> tuple[Copies, ...]:
-    """Find the tables that may contain copies of the values."""
-    parameters = {
-        "table": table.regclass,
-        "columns": [column.name for column in table.columns],
-        "most": COPIES_NAMED,
-    }
-    return tuple(
-        Copies(kind=kind, tables=tuple(names), more=count - len(names))
-        for kind, names, count in await fetch_rows(connection, _COPIES, parameters)
-    )
-
-
-async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[KeptValues, ...] | None:
+async def _count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[KeptValues, ...] | None:
     """Count the rows whose NULL or empty text is not rotated; return None where that takes too long."""
     columns = [column for column in table.columns if column.keeps_null or column.keeps_blank]
     if not columns:
@@ -209,10 +191,12 @@ async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[K
         for column in columns
         for name in (identifier(ROW, column.name),)
     ]
-    query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
-        sql.SQL(", ").join(counts), table.row, table.condition or sql.SQL("true")
+    query = table.compose(
+        "SELECT {counts} FROM {row} WHERE {condition}",
+        counts=sql.SQL(", ").join(counts),
+        condition=table.condition or sql.SQL("true"),
     )
-    found = await fetch_within(connection, COUNT_SECONDS, query, {})
+    found = await fetch_within(connection, COUNT_SECONDS, query)
     if found is None:
         return None
     return tuple(
@@ -224,13 +208,9 @@ async def count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[K
 
 async def examine_server(connection: AsyncConnection) -> ServerFindings:
     """Return the settings and dependents of the server, as far as this role may see them."""
-    (settings,) = await fetch_rows(connection, _SETTINGS)
-    max_wal_size_bytes, checkpoint_timeout_seconds, full_page_writes, archiving = settings
+    (settings,) = await fetch_as(connection, dict_row, _SETTINGS)
     return ServerFindings(
-        max_wal_size_bytes=max_wal_size_bytes,
-        checkpoint_timeout_seconds=checkpoint_timeout_seconds,
-        full_page_writes=full_page_writes,
-        archiving=archiving,
+        **settings,
         replicas=await fetch_column(connection, _REPLICAS),
         slots=await fetch_column(connection, _SLOTS),
         holders=await fetch_column(connection, _HOLDERS, {"old_seconds": OLD_SECONDS, "most": HOLDERS_NAMED}),
@@ -272,10 +252,11 @@ async def check_values(connection: AsyncConnection, update: RangeUpdate) -> None
     # The rotation handles errors of single rows.
     with suppress(RangeRejectedError, RowsLockedError, RangeGrewError, RewriteError, ServerRefusedError):
         table = update.table
-        query = sql.SQL("SELECT {} FROM {} WHERE true{} ORDER BY {} LIMIT {}").format(
-            table.key_json(), table.row, table.and_matches, table.key_columns(ROW), sql.Literal(TRIED_ROWS)
+        query = table.compose(
+            "SELECT {row_json} FROM {row} WHERE true{and_matches} ORDER BY {row_key} LIMIT {most}",
+            most=TRIED_ROWS,
         )
-        keys = [Key(key) for (key,) in await fetch_within(connection, TRY_SECONDS, query, {}) or []]
+        keys = [Key(key) for (key,) in await fetch_within(connection, TRY_SECONDS, query) or []]
         if keys:
             key_range = KeyRange(after=None, through=keys[-1], rows=len(keys))
             await update.attempt(connection, None, key_range, key_range.rows)
@@ -293,13 +274,7 @@ async def sample(
 ) -> Sample:
     """Measure the rows per second that all workers rewrite together, and leave nothing but dead rows.
 
-    Args:
-        connection: A connection for planning.
-        server: The server to which the workers connect.
-        update: The update of the rotation.
-        rows: The approximate number of rows in the table.
-        batch: The number of rows in a range.
-        concurrency: The number of workers.
+    The connection is for planning. ``rows`` is the approximate number of rows in the table.
     """
     ranges = min(MOST_RANGES, int(rows * MOST_PART / batch))
     if ranges < LEAST_RANGES:
@@ -334,14 +309,11 @@ async def _plan(
     connection: AsyncConnection, table: TargetTable, *, rows: int, batch: int, ranges: int
 ) -> list[KeyRange]:
     """Plan ranges without common rows, from all parts of the table, in no order."""
-    query = sql.SQL(
+    query = table.compose(
         "SELECT {json} FROM (SELECT {key} FROM (SELECT {key} FROM {table}"
         " TABLESAMPLE SYSTEM (%(percent)s)) AS read ORDER BY random() LIMIT %(ranges)s) AS chosen"
-        " ORDER BY {chosen_key}"
-    ).format(
+        " ORDER BY {chosen_key}",
         json=table.key_json(),
-        key=table.key_columns(),
-        table=table.name,
         chosen_key=table.key_columns("chosen"),
     )
     parameters = {"percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)), "ranges": ranges}

@@ -1,7 +1,4 @@
-"""Probes: what other sessions feel of the server, measured on the server's clock.
-
-Every function takes a connection in autocommit mode that no other task uses.
-"""
+"""Probes: what other sessions feel, measured on the server's clock; no other task uses their connection."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -38,9 +35,6 @@ async def probe(connection: AsyncConnection) -> Probe:
     All statements are sent at once, so the time of this process and of the network does not count. The
     transaction writes a message to the WAL instead of a row: where an old snapshot is open, a row that is
     updated many times a second gets slower and slower to find.
-
-    Raises:
-        RotatorError: The server does not answer in time, or refuses a statement.
     """
     async with translate_errors(connection, seconds=PROBE_SECONDS), connection.pipeline():
         began = await connection.execute(_NOW)
@@ -102,23 +96,14 @@ _ACTIVITY: Final = (
 
 
 async def read_activity(connection: AsyncConnection) -> Activity:
-    """Read the counts, which every role may read.
-
-    Raises:
-        RotatorError: The server does not answer, or refuses the statement.
-    """
+    """Read the counts, which every role may read."""
     (activity,) = await fetch_as(connection, class_row(Activity), _ACTIVITY, seconds=PROBE_SECONDS)
     return activity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """The sessions that wait for a lock of a rotation.
-
-    Attributes:
-        sessions: Their number.
-        seconds: The longest time that one of them has waited.
-    """
+    """The number of sessions that wait for a lock of a rotation, and the longest time that one has waited."""
 
     sessions: int
     seconds: float
@@ -143,11 +128,7 @@ _WAITING: Final = (
 
 
 async def sessions_that_wait(connection: AsyncConnection, *, seconds: float) -> Waiting:
-    """Return the sessions that have waited for longer than this for a range of a rotation.
-
-    Raises:
-        RotatorError: The server does not answer, or refuses the statement.
-    """
+    """Return the sessions that have waited for longer than this for a range of a rotation."""
     parameters = {"seconds": seconds, "classes": [LOCK_CLASS, SPAN_LOCK_CLASS]}
     (waiting,) = await fetch_as(connection, class_row(Waiting), _WAITING, parameters, seconds=PROBE_SECONDS)
     return waiting

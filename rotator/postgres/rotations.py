@@ -1,30 +1,23 @@
 """The rotation's row: begin, take over, heartbeat, complete and stop.
 
-Every function takes a connection in autocommit mode. ``read_state``, ``freeze_bound``, ``beat``,
-``stop`` and ``complete`` raise SupersededError where another process owns the rotation.
+``read_state``, ``freeze_bound``, ``beat``, ``stop`` and ``complete`` raise SupersededError where another
+process owns the rotation. Options, selections and identities are mappings of JSON types.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, Rollback, errors, sql
-from psycopg.rows import class_row, dict_row
+from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection, given_options
-from rotator.postgres.connection import (
-    IS_OWN_SESSION,
-    fetch_as,
-    fetch_row,
-    fetch_rows,
-    first,
-    set_local,
-)
+from rotator.postgres.connection import IS_OWN_SESSION, fetch_as, fetch_row, fetch_rows, first, set_local
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
@@ -61,14 +54,7 @@ _NOT_HELD: Final = sql.SQL("throttle_reason = '', throttled_since = NULL")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """The figures of a rotation over all of its runs, as its owner has counted them.
-
-    Attributes:
-        active_seconds: The time of all runs.
-        deferrals: The number of deferrals.
-        retries: The number of retries.
-        throttled_seconds: The time in which throttles held the rotation.
-    """
+    """The figures of a rotation over all of its runs, as its owner has counted them."""
 
     active_seconds: float
     deferrals: int = 0
@@ -81,8 +67,6 @@ class OwnerReport:
     """The report of the owner with its heartbeat.
 
     Attributes:
-        rows_done: The completed rows.
-        figures: The figures of all runs.
         applied_revision: The revision of the control row that it has applied.
         throttle_reason: What holds it, except for a pause; empty where nothing does.
         throttled_seconds: The time since which it is held; 0 where it is not.
@@ -99,17 +83,19 @@ class OwnerReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unfinished:
-    """An unfinished rotation in the database.
+class StoredRotation:
+    """A rotation in the database.
 
     Attributes:
         owner: The latest owner, of this generation.
         owned_since: The time at which the owner acquired it.
         updated_at: The latest heartbeat, on the database's clock.
         rows_done: The completed rows at the latest heartbeat.
-        selection: The rows and the source of their values, as JSON types.
-        identity: The :class:`rotator.postgres.identity.TargetIdentity` at the start, as JSON types.
+        selection: The rows and the source of their values.
+        identity: The :class:`rotator.postgres.identity.TargetIdentity` at the start.
         started_xid: The transaction that began the rotation, epoch included.
+        bound: The upper key bound; None where it is not frozen.
+        rejected_keys: The keys that the server rejected in the latest run, with the reason.
     """
 
     id: int
@@ -123,6 +109,8 @@ class Unfinished:
     selection: Mapping[str, Any]
     identity: Mapping[str, Any]
     started_xid: int
+    bound: Key | None
+    rejected_keys: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,12 +130,10 @@ class RotationState:
     Attributes:
         started_xid: The transaction that began the rotation, epoch included.
         bound: The upper key bound; None where it is not frozen yet, or the table was empty.
-        rows_total: The rows up to the bound.
-        rows_total_is_exact: False where they are an estimate.
+        rows_total: The rows up to the bound, counted or estimated.
         rows_done: The rows that checkpoints and late transactions confirm.
         late_rows: The rows among them that late transactions confirm.
         before: The figures of earlier runs.
-        identity: The target at the start.
     """
 
     lease: Lease
@@ -161,28 +147,36 @@ class RotationState:
     identity: Mapping[str, Any]
 
 
-async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> Unfinished | None:
+async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> StoredRotation | None:
     """Return the unfinished rotation of a target; a constraint allows only one."""
-    found = await fetch_as(
-        connection,
-        dict_row,
+    condition = "target = %s AND table_name = %s AND status IN ('running', 'queued', 'interrupted', 'failed')"
+    return first(await _find(connection, condition, (target, table_name)))
+
+
+async def read_rotation(connection: AsyncConnection, rotation: int) -> StoredRotation:
+    """Return the rotation with this id, which exists."""
+    (found,) = await _find(connection, "id = %s", (rotation,))
+    return found
+
+
+async def _find(
+    connection: AsyncConnection, condition: LiteralString, parameters: Sequence[object]
+) -> list[StoredRotation]:
+    query = sql.SQL(
         "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
-        " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total,"
-        " selection, identity, started_xid"
-        " FROM rotator_rotation"
-        " WHERE target = %s AND table_name = %s"
-        " AND status IN ('running', 'queued', 'interrupted', 'failed')",
-        (target, table_name),
-    )
-    if (row := first(found)) is None:
-        return None
-    owner = Owner(**{name: row.pop(name) for name in ("host", "pid", "process", "user", "version")})
-    return Unfinished(owner=owner, **row)
+        " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total, selection, identity,"
+        " started_xid, bound::text, rejected_keys FROM rotator_rotation WHERE {}"
+    ).format(sql.SQL(condition))
+    of_owner = [each.name for each in fields(Owner)]
+    return [
+        StoredRotation(owner=Owner(**{name: row.pop(name) for name in of_owner}), **row)
+        for row in await fetch_as(connection, dict_row, query, parameters)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NewRotation:
-    """The terms of a new rotation; options, selection and identity as JSON types.
+class Terms:
+    """The terms of a rotation.
 
     Attributes:
         target: The target as the user writes it.
@@ -210,13 +204,6 @@ async def find_last_completed(
     """Return the latest completed rotation of the same fields, rows and values.
 
     Two models can have the same table. So a rotation of the same columns is one of the same fields.
-
-    Args:
-        connection: The connection.
-        target: The names of the fields.
-        table_name: The table's name, with its schema.
-        selection: The rows and the source of their values.
-        identity: The identity of the target, as JSON types.
     """
     if selection.leaked:
         # The file may have other values, and rows that were rotated since have none of them.
@@ -251,8 +238,6 @@ async def check_repetition(
 ) -> None:
     """Refuse to repeat a completed rotation, except the one with the id ``after``.
 
-    See :func:`find_last_completed` for the other arguments.
-
     Raises:
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
@@ -263,7 +248,7 @@ async def check_repetition(
 
 async def begin_rotation(
     connection: AsyncConnection,
-    terms: NewRotation,
+    terms: Terms,
     owner: Owner,
     *,
     repeats: bool = False,
@@ -272,23 +257,18 @@ async def begin_rotation(
     """Insert a new rotation and own it; return None where another process was faster.
 
     Its row stores the transaction that inserted it. A row that an older transaction wrote, however late it
-    commits, was not rotated by this rotation.
-
-    Args:
-        connection: The connection.
-        terms: The terms of the rotation.
-        owner: This process.
-        repeats: Whether it can repeat any completed rotation.
-        after: The completed rotation that it can repeat; None for no rotation.
+    commits, was not rotated by this rotation. With ``repeats``, it can repeat any completed rotation;
+    otherwise only the one with the id ``after``, if given.
 
     Raises:
         OwnedElsewhereError: Another unfinished rotation has some of the same columns.
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
+    target, table_name, selection = terms.target, terms.table_name, Selection.from_json(terms.selection)
     async with exclusive_lock(connection, _NO_ROTATION):
         await _check_overlap(connection, terms)
         if not repeats:
-            await _check_repetition_of(connection, terms, after)
+            await check_repetition(connection, target, table_name, selection, terms.identity, after=after)
         row = await fetch_row(
             connection,
             "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
@@ -299,16 +279,7 @@ async def begin_rotation(
             " pg_current_xact_id()::text::bigint, %(host)s, %(pid)s, %(process)s, %(user)s, %(version)s)"
             " ON CONFLICT (target, table_name) WHERE status IN ('running', 'queued', 'interrupted', 'failed')"
             " DO NOTHING RETURNING id",
-            {
-                "target": terms.target,
-                "table_name": terms.table_name,
-                "database": terms.database,
-                "options": Jsonb(dict(terms.options)),
-                "selection": Jsonb(dict(terms.selection)),
-                "identity": Jsonb(dict(terms.identity)),
-                "findings": terms.findings and Jsonb(asdict(terms.findings)),
-                **asdict(owner),
-            },
+            {**_parameters(terms), **asdict(owner)},
         )
         if row:
             detail = str(given_options(terms.options, terms.selection))
@@ -316,16 +287,15 @@ async def begin_rotation(
         if row and not repeats:
             # A rotation that was unfinished at the first check may have been completed since. Now that this
             # row is inserted, no other one is unfinished.
-            await _check_repetition_of(connection, terms, after)
+            await check_repetition(connection, target, table_name, selection, terms.identity, after=after)
     return Lease(rotation=row[0], generation=1) if row else None
 
 
-async def _check_repetition_of(connection: AsyncConnection, terms: NewRotation, after: int | None) -> None:
-    selection = Selection.from_json(terms.selection)
-    await check_repetition(connection, terms.target, terms.table_name, selection, terms.identity, after=after)
+def _parameters(terms: Terms) -> dict[str, Any]:
+    return {name: Jsonb(value) if isinstance(value, dict) else value for name, value in asdict(terms).items()}
 
 
-async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> None:
+async def _check_overlap(connection: AsyncConnection, terms: Terms) -> None:
     """Refuse a target that shares a column with another one's unfinished rotation."""
     row = await fetch_row(
         connection,
@@ -336,11 +306,7 @@ async def _check_overlap(connection: AsyncConnection, terms: NewRotation) -> Non
         " OR (identity -> 'table_oid' = %(identity)s::jsonb -> 'table_oid' AND EXISTS ("
         "SELECT FROM jsonb_array_elements(identity -> 'columns') AS number"
         " WHERE %(identity)s::jsonb -> 'columns' @> number))) ORDER BY id LIMIT 1",
-        {
-            "target": terms.target,
-            "table_name": terms.table_name,
-            "identity": Jsonb(dict(terms.identity)),
-        },
+        _parameters(terms),
     )
     if row:
         raise OwnedElsewhereError(
@@ -355,32 +321,20 @@ async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
     return bool(found)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NewSelection:
-    """The selection that a rotation is resumed with, as JSON types.
-
-    Attributes:
-        unless_begun: Whether it is valid only while the rotation has no completed rows.
-    """
-
-    saved: Mapping[str, Any]
-    unless_begun: bool = False
-
-
 async def take_over(
     connection: AsyncConnection,
     lease: Lease,
-    *,
-    database: str,
+    terms: Terms,
     owner: Owner,
-    options: dict[str, Any],
-    selection: NewSelection,
+    *,
+    unless_begun: bool = False,
     action: ActionKind,
 ) -> Lease | None:
     """Raise the generation of a rotation and own it; return None where ``lease`` is out of date.
 
     When this returns, no transaction of an older generation can commit: each holds the rotation's lock in
-    shared mode until its end, and this function has waited for the exclusive mode.
+    shared mode until its end, and this function has waited for the exclusive mode. With ``unless_begun``, it
+    returns None if the rotation has completed rows.
 
     Raises:
         RowsLockedError: Another session's transaction holds the lock and could not be terminated.
@@ -393,16 +347,9 @@ async def take_over(
         " owner_host = %(host)s, owner_pid = %(pid)s, owner_process = %(process)s, owner_user = %(user)s,"
         " version = %(version)s, selection = %(selection)s",
         f"generation = %(generation)s AND NOT (%(unless_begun)s AND ({_HAS_ROWS_DONE}))",
-        {
-            "options": Jsonb(options),
-            "database": database,
-            "selection": Jsonb(dict(selection.saved)),
-            "unless_begun": selection.unless_begun,
-            **asdict(lease),
-            **asdict(owner),
-        },
+        {**_parameters(terms), "unless_begun": unless_begun, **asdict(lease), **asdict(owner)},
         action,
-        str(given_options(options, selection.saved)),
+        str(given_options(terms.options, terms.selection)),
     )
 
 
@@ -483,39 +430,6 @@ async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState
         raise superseded()
     before = Figures(**{name: row.pop(name) for name in Figures.__dataclass_fields__})
     return RotationState(lease=lease, before=before, **row)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RotationFacts:
-    """A rotation in any state, for a verification.
-
-    Attributes:
-        started_xid: The transaction that began the rotation, epoch included.
-        bound: The upper key bound; None where it is not frozen.
-        identity: The target at the start.
-        rejected_keys: The keys that the server rejected in the latest run, with the reason.
-        guard_hits: How often earlier guards met an old value.
-    """
-
-    status: str
-    started_xid: int
-    bound: Key | None
-    identity: Mapping[str, Any]
-    rejected_keys: Sequence[Sequence[str]]
-    guard_hits: int
-
-
-async def read_facts(connection: AsyncConnection, rotation: int) -> RotationFacts:
-    """Return the facts about a rotation that exists."""
-    (facts,) = await fetch_as(
-        connection,
-        class_row(RotationFacts),
-        "SELECT r.status, r.started_xid, r.bound::text, r.identity, r.rejected_keys,"
-        " COALESCE(l.guard_hits, 0) AS guard_hits FROM rotator_rotation r"
-        " LEFT JOIN rotator_ledger l ON l.rotation_id = r.id WHERE r.id = %s",
-        (rotation,),
-    )
-    return facts
 
 
 async def freeze_bound(

@@ -1,7 +1,7 @@
 """The spans that a rotation's owner has planned, and the helpers that claim them.
 
-Every function takes a connection in autocommit mode. ``clear``, ``plan``, ``add_helper`` and
-``finish`` raise SupersededError where another process owns the rotation or the span.
+``clear``, ``plan``, ``add_helper`` and ``finish`` raise SupersededError where another process owns the
+rotation or the span.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from rotator.exceptions import SupersededError
 from rotator.postgres.connection import fetch_as, fetch_column, fetch_row
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import SPAN_LOCK_CLASS, Lease, fence
@@ -96,14 +95,10 @@ class Progress:
     """The spans that are left, and the checkpoints since the owner last read them.
 
     Attributes:
-        spans: The number of spans that are left.
-        deferrals: The number of deferrals in these spans.
         claimable: The number of spans among them that no living helper has claimed.
         settled: The id up to which no transaction in flight can add a checkpoint.
         ranges: The number of checkpoints after the given id.
-        rows: The number of rows in these ranges.
         settled_ranges: The number of ranges among them up to the settled id.
-        settled_rows: The number of rows in these ranges.
     """
 
     spans: int = 0
@@ -235,20 +230,12 @@ async def claim(
         row = await cursor.fetchone()
     if row is None:
         return None
-    number, generation, after, through, checkpoints_before = row
-    span = KeyInterval(after=None if after is None else Key(after), through=Key(through))
-    left = [span]
+    number, generation, after, through, before = row
+    left = [KeyInterval(after=after, through=through)]
     if generation > 1:
         async with exclusive_lock(connection, number, lock_class=SPAN_LOCK_CLASS):
             pass
-        left = await gaps(
-            connection,
-            table,
-            lease.rotation,
-            span.through,
-            after=span.after,
-            checkpoints_before=checkpoints_before,
-        )
+        left = await gaps(connection, table, lease.rotation, through, after=after, checkpoints_before=before)
     return ClaimedSpan(lease=replace(lease, span=number, span_generation=generation), gaps=left)
 
 
@@ -295,4 +282,4 @@ async def finish(
             },
         )
     if not cursor.rowcount:
-        raise SupersededError(str(superseded()))
+        raise superseded()

@@ -1,10 +1,7 @@
-"""Survivors: rows whose present value is in the ledger, and the controls of the search.
-
-Every function takes a connection in autocommit mode.
-"""
+"""Survivors: rows whose present value is in the ledger, and the controls of the search."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
@@ -12,20 +9,13 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from rotator.exceptions import RotatorError
-from rotator.postgres.connection import (
-    fetch_as,
-    fetch_column,
-    fetch_row,
-    fetch_rows,
-    first,
-    set_local,
-)
+from rotator.postgres.connection import fetch_as, fetch_column, fetch_row, fetch_rows, first, set_local
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import KEY_SETTINGS, Lease
 from rotator.postgres.last_writers import is_older
 from rotator.postgres.ledger import Ledger
 from rotator.postgres.rotations import exclusive_lock
-from rotator.postgres.table import PARTITIONS, ROW, TargetTable, identifier
+from rotator.postgres.table import ROW, TargetTable, identifier, range_rows
 from rotator.postgres.values import Place
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key, KeyInterval
@@ -67,12 +57,9 @@ def is_in_ledger(ledger: Ledger, table: TargetTable) -> sql.Composable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """The result of a search of an interval.
+    """The rows whose value is in the ledger, whatever row had it before.
 
-    Attributes:
-        survivors: The rows whose value is in the ledger, whatever row had it before.
-        planted: The number of rows whose present values were entered into the ledger for the search.
-        planted_found: The number of these rows that the search found.
+    ``planted`` is the number of rows whose present values were entered for the search.
     """
 
     survivors: list[OlderRow]
@@ -90,23 +77,17 @@ async def find_survivors(
     processes: int,
     plants: bool,
 ) -> Found:
-    """Search an interval for rows whose value is in the ledger.
+    """Search an interval for rows whose value is in the ledger, with this number of the server's processes.
 
-    Args:
-        connection: The connection.
-        table: The target's table.
-        ledger: The ledger.
-        interval: The interval.
-        is_whole: Whether it has all rows of the table.
-        processes: The number of the server's processes that search at the same time.
-        plants: Whether to enter present values of a few rows first, and to remove them after the search.
+    With ``plants``, present values of a few rows are entered first, and removed after the search.
+    ``is_whole`` is whether the interval has all rows of the table.
 
     Raises:
         RowsLockedError: Another session has locked the table.
         RangeTooSlowError: The interval is too large.
     """
-    parameters: dict[str, object] = {"after": interval.after, "through": interval.through}
-    within = table.within(ROW, after_is_known=interval.after is not None)
+    parameters = asdict(interval)
+    within = table.within(after_is_known=interval.after is not None)
     planted = dict[Key, list[int]]()
     async with (
         translate_errors(connection, seconds=FIND_SECONDS),
@@ -147,35 +128,26 @@ def _search(table: TargetTable, ledger: Ledger, within: sql.Composable, *, has_p
         "(SELECT array_agg(digest) FROM {} WHERE is_rotated"
         " HAVING bool_or(digest = ANY(%(planted)s::bigint[])))"
     ).format(ledger.digests(table))
-    return sql.SQL(
-        "SELECT {}::bigint, {}::text, {}::text, {}, {} FROM {} WHERE {} AND {} ORDER BY {}"
-    ).format(
-        identifier(ROW, "tableoid"),
-        identifier(ROW, "ctid"),
-        identifier(ROW, "xmin"),
-        table.key_json(ROW),
-        digests if has_planted else sql.NULL,
-        table.row,
-        within,
-        is_in_ledger(ledger, table),
-        table.key_columns(ROW),
+    return table.compose(
+        "SELECT {leaf}::bigint, {ctid}::text, {xmin}::text, {row_json}, {digests} FROM {row}"
+        " WHERE {within} AND {is_in_ledger} ORDER BY {row_key}",
+        digests=digests if has_planted else None,
+        within=within,
+        is_in_ledger=is_in_ledger(ledger, table),
     )
 
 
 def _plant(table: TargetTable, ledger: Ledger, within: sql.Composable) -> sql.Composed:
     """Enter the present values of a few rows of an interval; return their keys and digests."""
-    return sql.SQL(
-        "WITH chosen AS (SELECT {key} AS key, ARRAY(SELECT digest FROM {digests} WHERE is_rotated)"
+    return table.compose(
+        "WITH chosen AS (SELECT {row_json} AS key, ARRAY(SELECT digest FROM {digests} WHERE is_rotated)"
         " AS digests FROM {row} WHERE {within}),"
         " planted AS (SELECT key, digests FROM chosen WHERE cardinality(digests) > 0 LIMIT {limit}),"
         " entered AS (INSERT INTO {name} SELECT unnest(digests) FROM planted)"
-        " SELECT key, digests FROM planted"
-    ).format(
-        key=table.key_json(ROW),
+        " SELECT key, digests FROM planted",
         digests=ledger.digests(table),
-        row=table.row,
         within=within,
-        limit=sql.Literal(PLANTED_ROWS),
+        limit=PLANTED_ROWS,
         name=ledger.name,
     )
 
@@ -197,18 +169,14 @@ async def control_ledger(
     Returns:
         The number of rows in the sample, and the number of them that the search found.
     """
-    xmin = identifier(ROW, "xmin")
-    query = sql.SQL(
+    query = table.compose(
         "SELECT count(*), count(*) FILTER (WHERE is_found) FROM (SELECT {is_found} AS is_found"
         " FROM {row} TABLESAMPLE SYSTEM (%(percent)s) WHERE {within} AND {is_older}{and_matches}"
-        " LIMIT {limit}) AS sample"
-    ).format(
+        " LIMIT {limit}) AS sample",
         is_found=is_in_ledger(ledger, table),
-        row=table.row,
-        within=table.within(ROW, after_is_known=False),
-        is_older=is_older(xmin, sql.SQL("NULL::xid")),
-        and_matches=table.and_matches,
-        limit=sql.Literal(CONTROL_ROWS),
+        within=table.within(after_is_known=False),
+        is_older=is_older(identifier(ROW, "xmin"), sql.SQL("NULL::xid")),
+        limit=CONTROL_ROWS,
     )
     parameters = {
         "percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)),
@@ -226,9 +194,6 @@ class Search:
     Attributes:
         bound: The highest key when it began; None where the table was empty.
         through: The key up to which it has searched; None before the first range.
-        rows: The number of rows that it has searched.
-        survivors: The number of survivors that it has found.
-        repaired: The number of survivors that have new values.
         is_resumed: Whether an earlier process began it.
     """
 
@@ -323,13 +288,9 @@ async def count_rows_of(
     """Return the number of rows to rotate in some intervals."""
     rows = 0
     for interval in intervals:
-        query = sql.SQL("SELECT count(*) FROM {} WHERE {}{}").format(
-            table.row,
-            table.within(ROW, after_is_known=interval.after is not None),
-            table.and_matches,
-        )
-        parameters = {"after": interval.after, "through": interval.through}
-        ((found,),) = await fetch_rows(connection, query, parameters, seconds=None)
+        of_interval = range_rows(table, after_is_known=interval.after is not None)
+        query = sql.SQL("SELECT count(*) FROM {}").format(of_interval)
+        ((found,),) = await fetch_rows(connection, query, asdict(interval), seconds=None)
         rows += int(found)
     return rows
 
@@ -341,59 +302,37 @@ async def count_left_out(connection: AsyncConnection, table: TargetTable) -> tup
         The number of rows in the table; of those that the filters leave out; of those of which a value is
         NULL and stays NULL; and of those of which a value is the empty string and stays so.
     """
-    condition = sql.SQL("true") if table.condition is None else table.condition
-    nulls = [
-        sql.SQL("{} IS NULL").format(identifier(ROW, column.name))
-        for column in table.columns
-        if column.keeps_null
-    ]
-    blanks = [
-        sql.SQL("{} = ''").format(identifier(ROW, column.name))
-        for column in table.columns
-        if column.keeps_blank
-    ]
-    either = [
-        sql.SQL(" OR ").join(conditions) if conditions else sql.SQL("false") for conditions in (nulls, blanks)
-    ]
-    query = sql.SQL(
+    nulls: list[sql.Composable] = [sql.SQL("false")]
+    blanks: list[sql.Composable] = [sql.SQL("false")]
+    for column in table.columns:
+        value = identifier(ROW, column.name)
+        nulls += [sql.SQL("{} IS NULL").format(value)] if column.keeps_null else []
+        blanks += [sql.SQL("{} = ''").format(value)] if column.keeps_blank else []
+    query = table.compose(
         "SELECT count(*), count(*) FILTER (WHERE ({condition}) IS NOT TRUE),"
         " count(*) FILTER (WHERE ({condition}) AND ({null})),"
-        " count(*) FILTER (WHERE ({condition}) AND ({blank})) FROM {row}"
-    ).format(condition=condition, null=either[0], blank=either[1], row=table.row)
-    ((table_rows, excluded, null, blank),) = await fetch_rows(connection, query, {}, seconds=None)
+        " count(*) FILTER (WHERE ({condition}) AND ({blank})) FROM {row}",
+        condition=table.condition or sql.SQL("true"),
+        null=sql.SQL(" OR ").join(nulls),
+        blank=sql.SQL(" OR ").join(blanks),
+    )
+    ((table_rows, excluded, null, blank),) = await fetch_rows(connection, query, seconds=None)
     return table_rows, excluded, null, blank
 
 
-_VACUUMED: Final = sql.SQL(
-    "SELECT min(GREATEST(last_vacuum, last_autovacuum)), COALESCE(sum(n_dead_tup), 0)::bigint,"
-    " bool_or(GREATEST(last_vacuum, last_autovacuum) IS NULL), current_setting('server_version')"
-    " FROM pg_stat_all_tables WHERE relid IN {}"
-).format(PARTITIONS)
+async def read_vacuumed(connection: AsyncConnection, table: TargetTable) -> tuple[str, int, str]:
+    """Return the end of the latest VACUUM, the estimated dead rows that are left, and the server's version.
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Vacuumed:
-    """The latest VACUUM of the table.
-
-    Attributes:
-        at: Its end in ISO 8601, of the partition that waits for the longest; empty where there was none.
-        dead_rows: The server's estimate of the dead rows that are left.
-        server_version: The version of the server.
+    Dead rows hold old values. The end is in ISO 8601, that of the partition that waits for the longest; empty
+    where there was none.
     """
-
-    at: str
-    dead_rows: int
-    server_version: str
-
-
-async def read_vacuumed(connection: AsyncConnection, table: TargetTable) -> Vacuumed:
-    """Return when VACUUM has last removed dead rows, which hold old values until then."""
-    parameters = {"table": table.regclass}
-    ((at, dead_rows, is_missing, version),) = await fetch_rows(connection, _VACUUMED, parameters)
-    is_known = at is not None and not is_missing
-    return Vacuumed(
-        at=at.isoformat(timespec="seconds") if is_known else "", dead_rows=dead_rows, server_version=version
+    query = table.compose(
+        "SELECT min(GREATEST(last_vacuum, last_autovacuum)), COALESCE(sum(n_dead_tup), 0)::bigint,"
+        " bool_or(GREATEST(last_vacuum, last_autovacuum) IS NULL), current_setting('server_version')"
+        " FROM pg_stat_all_tables WHERE relid IN {partitions}"
     )
+    ((at, dead_rows, is_missing, version),) = await fetch_rows(connection, query)
+    return "" if at is None or is_missing else at.isoformat(timespec="seconds"), dead_rows, version
 
 
 async def own_repair(connection: AsyncConnection, rotation: int) -> Lease:

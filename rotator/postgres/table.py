@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
-from psycopg import AsyncCursor, sql
+from psycopg import sql
 from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat
 
@@ -56,7 +56,6 @@ class Column:
     """A column of the table.
 
     Attributes:
-        name: The column's name, unquoted.
         type_name: The type's name, e.g. ``int8``; for a domain, the name of the base type. Without a length:
             an explicit cast would cut a value, where an assignment is an error.
         collation: The collation's schema and name, unquoted; None where the type has none.
@@ -111,7 +110,6 @@ class TargetTable:
         columns: The rotated columns.
         condition: The condition for the rotated rows; None for all rows.
         found_name: The table's name and schema as the server quotes them, for every alias and search path.
-        is_partitioned: Whether the rows are in partitions.
         oid: The table's oid; 0 where it was not read.
         has_before_triggers: Whether an update fires triggers that can change the new values.
     """
@@ -131,14 +129,45 @@ class TargetTable:
         return identifier(*self.path)
 
     @property
-    def regclass(self) -> str:
-        """The table's quoted name as a parameter to be cast to ``regclass``."""
+    def quoted_name(self) -> str:
+        """The table's quoted name as a value."""
         return sql.Identifier(*self.path).as_string()
 
     @property
-    def row(self) -> sql.Composable:
-        """The table under the alias :data:`ROW`."""
-        return sql.SQL("{} AS {}").format(self.name, identifier(ROW))
+    def column_names(self) -> list[str]:
+        """The names of the rotated columns, unquoted."""
+        return [column.name for column in self.columns]
+
+    def compose(self, text: LiteralString, /, **parts: object) -> sql.Composed:
+        """Compose SQL from a text with names in braces: those of these parts of the table, and others.
+
+        ``table`` is the table's name, ``regclass`` its oid, and ``partitions`` a subquery with the ``oid`` of
+        each leaf partition, or of the table itself. ``row`` is the table under the alias :data:`ROW`, and
+        ``row_name`` this alias. ``leaf``, ``ctid``, ``xmin`` and ``row_key`` are columns of the row,
+        ``row_json`` is its key as the text of a JSON array, and ``key`` has the names of the key's columns.
+        ``and_matches`` restricts a condition to the rows to rotate.
+        """
+        own: dict[str, object] = {
+            "table": self.name,
+            # A cast of a text is evaluated at each execution, also of a statement that is prepared.
+            "regclass": sql.SQL("{}::text::regclass").format(self.quoted_name.replace("%", "%%")),
+            "row": sql.SQL("{} AS {}").format(self.name, identifier(ROW)),
+            "row_name": identifier(ROW),
+            "leaf": identifier(ROW, "tableoid"),
+            "ctid": identifier(ROW, "ctid"),
+            "xmin": identifier(ROW, "xmin"),
+            "key": self.key_columns(),
+            "row_key": self.key_columns(ROW),
+            "row_json": self.key_json(ROW),
+            "and_matches": self.and_matches,
+        }
+        own["partitions"] = sql.SQL(
+            "(SELECT COALESCE(tree.relid, root.oid::regclass)::oid AS oid"
+            " FROM (SELECT {}::oid AS oid) AS root"
+            # A table without partitions has no row there.
+            " LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf)"
+        ).format(own["regclass"])
+        return sql.SQL(text).format(**own | parts)
 
     @property
     def matches(self) -> sql.Composable | None:
@@ -172,30 +201,20 @@ class TargetTable:
         """Return a row's key as JSON array text, from the columns of an alias, if given."""
         return sql.SQL("jsonb_build_array({})::text").format(self.key_columns(*alias))
 
-    def decoded(self, array: sql.Composable, *, named: bool = False) -> sql.Composable:
-        """Return the values of a JSON array in the key's own types, named as the key's columns or not."""
+    def decoded(self, array: sql.Composable) -> sql.Composable:
+        """Return the values of a JSON array in the key's own types."""
         return sql.SQL(", ").join(
-            sql.SQL("({} ->> {}){}{}").format(
-                array,
-                sql.Literal(position),
-                column.cast,
-                sql.SQL(" AS {}").format(identifier(column.name)) if named else sql.SQL(""),
-            )
+            sql.SQL("({} ->> {}){}").format(array, position, column.cast)
             for position, column in enumerate(self.key)
         )
 
-    def survives_as_text(self, array: sql.Composable) -> sql.Composable:
-        """Return a condition: a row's key is equal to the one that is read from its JSON array."""
-        return sql.SQL("({}) = ({})").format(self.key_columns(), self.decoded(array))
-
-    def within(self, *alias: str, after_is_known: bool) -> sql.Composable:
-        """Return a condition: the key lies between the parameters ``after`` and ``through``."""
-        key = sql.SQL("({})").format(self.key_columns(*alias))
-        through = sql.SQL("{} <= ({})").format(key, self.decoded(sql.SQL("%(through)s::jsonb")))
+    def within(self, *, after_is_known: bool) -> sql.Composable:
+        """Return a condition about :data:`ROW`: its key is between ``after`` and ``through``."""
+        through = self.compose("({row_key}) <= ({last})", last=self.decoded(sql.SQL("%(through)s::jsonb")))
         if not after_is_known:
             return through
-        after = sql.SQL("{} > ({})").format(key, self.decoded(sql.SQL("%(after)s::jsonb")))
-        return sql.SQL("{} AND {}").format(after, through)
+        first = self.decoded(sql.SQL("%(after)s::jsonb"))
+        return self.compose("({row_key}) > ({first}) AND {through}", first=first, through=through)
 
     @property
     def digests(self) -> sql.Composable:
@@ -211,36 +230,19 @@ class TargetTable:
         return sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(digests))
 
 
-PARTITIONS: Final = sql.SQL(
-    "(SELECT COALESCE(tree.relid, root.oid::regclass)::oid AS oid"
-    " FROM (SELECT %(table)s::regclass::oid AS oid) AS root"
-    # A table without partitions has no row there.
-    " LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf)"
-)
-"""A subquery: the ``oid`` of each leaf partition, or of the table; takes the parameter ``table``."""
-
-
-async def number(cursor: AsyncCursor) -> int:
-    """Return the number that a query has selected; 0 where it has no row."""
-    row = await cursor.fetchone()
-    return int(row[0]) if row else 0
-
-
 def count_writes(table: TargetTable) -> sql.Composed:
     """Count the row versions that this session has written to the table.
 
     Only the difference of counts within a transaction has a meaning. The second column is the transaction's
-    seconds, and the third one the table's oid. Takes the parameter ``table``.
+    seconds, and the third one the table's oid.
     """
-    writes = sql.SQL("pg_stat_get_xact_tuples_inserted({0}) + pg_stat_get_xact_tuples_updated({0})")
-    more = sql.SQL(
-        "extract(epoch FROM clock_timestamp() - transaction_timestamp())::float8,"
-        " %(table)s::regclass::oid::bigint"
-    )
-    if not table.is_partitioned:
-        return sql.SQL("SELECT {}, {}").format(writes.format(sql.SQL("%(table)s::regclass")), more)
-    return sql.SQL("SELECT COALESCE(sum({}), 0)::bigint, {} FROM {} AS leaf").format(
-        writes.format(sql.SQL("oid")), more, PARTITIONS
+    return table.compose(
+        "SELECT COALESCE(sum(pg_stat_get_xact_tuples_inserted(leaf.oid)"
+        " + pg_stat_get_xact_tuples_updated(leaf.oid)), 0)::bigint,"
+        " extract(epoch FROM clock_timestamp() - transaction_timestamp())::float8, {regclass}::oid::bigint"
+        " FROM {leaves} AS leaf",
+        # Most tables have no partitions to look for.
+        leaves=table.compose("{partitions}" if table.is_partitioned else "(SELECT {regclass}::oid AS oid)"),
     )
 
 
@@ -251,8 +253,8 @@ def values_name(at: int) -> str:
 
 def range_rows(table: TargetTable, *, after_is_known: bool) -> sql.Composable:
     """Return the FROM clause and the conditions for the rows of a range."""
-    return sql.SQL("{} WHERE {}{}").format(
-        table.row, table.within(ROW, after_is_known=after_is_known), table.and_matches
+    return table.compose(
+        "{row} WHERE {within}{and_matches}", within=table.within(after_is_known=after_is_known)
     )
 
 
@@ -270,36 +272,30 @@ def range_update(
     Parameters: those of :func:`_update`, ``after``, ``through`` and ``rows``: the number of new values. More
     rows than that are an error.
     """
-    old_rows = sql.SQL(
-        "SELECT {key}, {old_values}, (row_number() OVER (ORDER BY {key}))::integer AS {position}"
-        " FROM {row} WHERE {within}{and_matches}"
-    ).format(
-        key=table.key_columns(),
+    old_rows = table.compose(
+        "SELECT {key}, {old_values}, (row_number() OVER (ORDER BY {key}))::integer AS {position} FROM {rows}",
         old_values=_old_values(table),
         position=table.own_name(_POSITION),
-        row=table.row,
-        within=table.within(after_is_known=after_is_known),
-        and_matches=table.and_matches,
+        rows=range_rows(table, after_is_known=after_is_known),
     )
-    condition = sql.SQL(
+    condition = table.compose(
         "{same_key} AND {within} AND CASE WHEN {position} <= %(rows)s::integer THEN true"
         # The text includes a column: the planner would evaluate a constant cast, and fail, before any row.
         " ELSE CAST({grew} || ', at row ' || {position} AS boolean) END"
         # Evaluated once, before the first row.
         " AND (SELECT CASE WHEN clock_timestamp() - transaction_timestamp() < make_interval(secs => {limit})"
-        " THEN true ELSE CAST({too_long} || clock_timestamp() AS boolean) END)"
-    ).format(
+        " THEN true ELSE CAST({too_long} || clock_timestamp() AS boolean) END){and_matches}",
         same_key=sql.SQL(" AND ").join(
             sql.SQL("{} = {}").format(identifier(ROW, column.name), identifier(_OLD, column.name))
             for column in table.key
         ),
-        within=table.within(ROW, after_is_known=after_is_known),
+        within=table.within(after_is_known=after_is_known),
         position=_of_old(table, _POSITION),
-        grew=sql.Literal(RANGE_GREW),
-        limit=sql.Literal(transaction_seconds),
-        too_long=sql.Literal(TOO_LONG),
+        grew=RANGE_GREW,
+        limit=transaction_seconds,
+        too_long=TOO_LONG,
     )
-    return _update(table, old_rows, sql.SQL("{}{}").format(condition, table.and_matches), entering)
+    return _update(table, old_rows, condition, entering)
 
 
 def keyed_update(table: TargetTable, entering: sql.Composable | None = None) -> sql.Composed:
@@ -310,7 +306,7 @@ def keyed_update(table: TargetTable, entering: sql.Composable | None = None) -> 
     old_rows = sql.SQL("SELECT keys.*, {} FROM {} ORDER BY {}").format(
         _old_values(table), rows_with_keys(table), table.key_columns("keys")
     )
-    condition = sql.SQL("({}) = ({})").format(table.key_columns(ROW), table.key_columns(_OLD))
+    condition = table.compose("({row_key}) = ({old_key})", old_key=table.key_columns(_OLD))
     return _update(table, old_rows, condition, entering)
 
 
@@ -321,34 +317,31 @@ def placed_update(table: TargetTable) -> sql.Composed:
     row).
     """
     old_rows = sql.SQL("SELECT places.*, {} FROM {}").format(_old_values(table), rows_at_places(table))
-    return _update(table, old_rows, sql.SQL("{}{}").format(_is_at_place(table, _OLD), table.and_matches))
-
-
-def placed_rows(table: TargetTable) -> sql.Composable:
-    """Return the FROM clause and the conditions for rows to rotate at some places."""
-    return sql.SQL("{} WHERE true{}").format(rows_at_places(table), table.and_matches)
+    condition = table.compose("{is_at_place}{and_matches}", is_at_place=_is_at_place(table, _OLD))
+    return _update(table, old_rows, condition)
 
 
 def rows_with_keys(table: TargetTable) -> sql.Composable:
-    """Return the FROM clause for the rows with the keys of the parameter ``keys``."""
-    return sql.SQL(
+    """Return a join with the rows that have the keys of the parameter ``keys``; conditions can follow."""
+    return table.compose(
         "(SELECT {decoded}, {position} FROM unnest(%(keys)s::text[]) WITH ORDINALITY"
-        " AS texts (rotator_key, {position})) AS keys JOIN {row} ON ({row_key}) = ({key_of_keys})"
-    ).format(
-        decoded=table.decoded(sql.SQL("rotator_key::jsonb"), named=True),
+        " AS texts (rotator_key, {position})) AS keys ({key}, {position})"
+        " JOIN {row} ON ({row_key}) = ({key_of_keys})",
+        decoded=table.decoded(sql.SQL("rotator_key::jsonb")),
         position=table.own_name(_POSITION),
-        row=table.row,
-        row_key=table.key_columns(ROW),
         key_of_keys=table.key_columns("keys"),
     )
 
 
 def rows_at_places(table: TargetTable) -> sql.Composable:
-    """Return the FROM clause for the row versions at ``leaves``, ``ctids``, ``xids`` and ``keys``."""
-    return sql.SQL(
+    """Return a join with the row versions at ``leaves``, ``ctids``, ``xids`` and ``keys``, likewise."""
+    return table.compose(
         "unnest(%(leaves)s::bigint[]::oid[], %(ctids)s::text[]::tid[], %(xids)s::text[]::xid[],"
-        " %(keys)s::text[]) WITH ORDINALITY AS places (leaf, place, xid, rotator_key, {}) JOIN {} ON {}"
-    ).format(table.own_name(_POSITION), table.row, _is_at_place(table, "places"))
+        " %(keys)s::text[]) WITH ORDINALITY AS places (leaf, place, xid, rotator_key, {position})"
+        " JOIN {row} ON {is_at_place}",
+        position=table.own_name(_POSITION),
+        is_at_place=_is_at_place(table, "places"),
+    )
 
 
 def _is_at_place(table: TargetTable, alias: str) -> sql.Composable:
@@ -357,13 +350,9 @@ def _is_at_place(table: TargetTable, alias: str) -> sql.Composable:
     With ``xmin``, so that a row's next version does not match, and with the key, so that no other row matches
     that a rewrite of the table has moved there.
     """
-    return sql.SQL(
-        "{} = {alias}.place AND {} = {alias}.leaf AND {} = {alias}.xid AND {} = {alias}.rotator_key"
-    ).format(
-        identifier(ROW, "ctid"),
-        identifier(ROW, "tableoid"),
-        identifier(ROW, "xmin"),
-        table.key_json(ROW),
+    return table.compose(
+        "{ctid} = {alias}.place AND {leaf} = {alias}.leaf AND {xmin} = {alias}.xid"
+        " AND {row_json} = {alias}.rotator_key",
         alias=identifier(alias),
     )
 
@@ -422,24 +411,22 @@ def _update(
         assignments.append(sql.SQL("{} = {}").format(name, new))
         outcomes.append(
             sql.SQL("CASE WHEN {} THEN CASE WHEN {} THEN {} ELSE {} END ELSE 0 END").format(
-                is_unchanged, is_repeated, sql.Literal(_REPEATED), sql.Literal(_KEPT)
+                is_unchanged, is_repeated, _REPEATED, _KEPT
             )
         )
-    return sql.SQL(
+    return table.compose(
         "WITH {entered}written AS"
         " (UPDATE {row} SET {assignments} FROM ({old_rows}) AS {old} WHERE {condition}"
         " RETURNING GREATEST({outcomes}) AS outcome)"
         " SELECT count(*), count(*) FILTER (WHERE outcome = {kept}),"
-        " count(*) FILTER (WHERE outcome = {repeated}), {number_entered} FROM written"
-    ).format(
-        row=table.row,
+        " count(*) FILTER (WHERE outcome = {repeated}), {number_entered} FROM written",
         assignments=sql.SQL(", ").join(assignments),
         old_rows=old_rows,
         old=identifier(_OLD),
         condition=condition,
         outcomes=sql.SQL(", ").join(outcomes),
-        kept=sql.Literal(_KEPT),
-        repeated=sql.Literal(_REPEATED),
+        kept=_KEPT,
+        repeated=_REPEATED,
         entered=sql.SQL("" if entering is None else "entered AS ({}), ").format(entering),
         number_entered=sql.SQL("0" if entering is None else "(SELECT count(*) FROM entered)"),
     )

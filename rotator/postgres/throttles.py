@@ -75,8 +75,7 @@ async def reading(read: Callable[[], Awaitable[Reading]]) -> Reading:
 
 async def read_unarchived_wal(connection: AsyncConnection) -> Reading:
     """Return the bytes of complete WAL segments that wait for the archiver."""
-    cursor = await connection.execute(_UNARCHIVED)
-    row = await cursor.fetchone()
+    row = await (await connection.execute(_UNARCHIVED)).fetchone()
     if row is None:
         return Reading(problem="pg_stat_archiver shows no archived segment")
     return Reading(value=row[0])
@@ -84,17 +83,12 @@ async def read_unarchived_wal(connection: AsyncConnection) -> Reading:
 
 async def read_slot_wal(connection: AsyncConnection) -> Reading:
     """Return the bytes of WAL that the slot keeps that keeps most, and its name."""
-    cursor = await connection.execute(_SLOT)
-    row = await cursor.fetchone()
+    row = await (await connection.execute(_SLOT)).fetchone()
     return Reading() if row is None else Reading(value=row[0], detail=row[1])
 
 
 async def check_archiving(connection: AsyncConnection) -> None:
-    """Refuse a limit of the WAL to archive where nothing can be measured.
-
-    Raises:
-        OptionError: The server does not archive, or has archived nothing yet.
-    """
+    """Refuse a limit of the WAL to archive where the server does not archive, or has archived nothing yet."""
     ((mode,),) = await fetch_rows(connection, "SELECT current_setting('archive_mode')")
     if mode == "off":
         raise OptionError(
@@ -109,24 +103,14 @@ async def check_archiving(connection: AsyncConnection) -> None:
 
 
 async def check_slots(connection: AsyncConnection) -> None:
-    """Refuse a limit of the WAL that slots keep where it cannot be read.
-
-    Raises:
-        OptionError: It cannot be read.
-    """
+    """Refuse a limit of the WAL that slots keep where it cannot be read."""
     found = await reading(lambda: read_slot_wal(connection))
     if found.problem:
         raise OptionError(f"--max-slot-wal: the WAL that slots keep is unknown: {found.problem}.")
 
 
 class Replica:
-    """A replica, whose lag is that of the owner's heartbeat.
-
-    Args:
-        alias: Django's alias of the replica.
-        server: The server behind it.
-        clock: Returns monotonic seconds.
-    """
+    """A replica with Django's alias, whose lag is that of the owner's heartbeat."""
 
     def __init__(self, alias: str, server: Server, *, clock: Callable[[], float]) -> None:
         self.alias = alias
@@ -154,13 +138,12 @@ class Replica:
         now = self._clock()
         if self._began is None or now - self._beats[-1][1] > STALE_SECONDS:
             return Reading(problem="the heartbeat of this process is late")
-        seen_at = found.detail
-        if not seen_at:
+        if not found.detail:
             # The row of a new rotation has not arrived yet.
             lag = now - self._began
             problem = "the row of the rotation is not there" if lag > STALE_SECONDS else ""
             return Reading(value=lag, problem=problem)
-        seen = datetime.fromisoformat(seen_at)
+        seen = datetime.fromisoformat(found.detail)
         while len(self._beats) > 1 and self._beats[0][0] <= seen:
             self._beats.popleft()
         first_at, noted_at = self._beats[0]
@@ -173,11 +156,11 @@ class Replica:
             OptionError: It is the primary itself, a replica of another server, or cannot be read.
         """
         ((system, started_at, _),) = await fetch_rows(primary, _SERVER)
-        same = list[tuple[str, datetime, bool]]()
+        replica = list[tuple[str, datetime, bool]]()
 
         async def look() -> Reading:
             connection = await self._connected()
-            same.extend(await (await connection.execute(_SERVER)).fetchall())
+            replica.extend(await (await connection.execute(_SERVER)).fetchall())
             return await self._read_beat(0)
 
         found = await reading(look)
@@ -187,7 +170,7 @@ class Replica:
                 f"--lag-of {self.alias}: the heartbeat in rotator_rotation cannot be read there: "
                 f"{found.problem}."
             )
-        ((other_system, other_started_at, is_in_recovery),) = same
+        ((other_system, other_started_at, is_in_recovery),) = replica
         if (other_system, other_started_at) == (system, started_at):
             raise OptionError(
                 f"--lag-of {self.alias} is the server that the rotation writes to. Name a replica of it."

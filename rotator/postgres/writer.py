@@ -1,11 +1,8 @@
-"""Gives rows new values: begins a fenced transaction, updates, checks the result and commits.
-
-Every function takes connections in autocommit mode.
-"""
+"""Gives rows new values: begins a fenced transaction, updates, checks the result and commits."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Final, LiteralString, TypeAlias
 
 from psycopg import AsyncConnection, AsyncCursor, sql
@@ -32,8 +29,6 @@ from rotator.postgres.table import (
     count_writes,
     identifier,
     keyed_update,
-    number,
-    placed_rows,
     placed_update,
     range_rows,
     range_update,
@@ -61,13 +56,7 @@ _LOOK_UP: Final = {"enable_mergejoin": "off"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OlderRow:
-    """A row that no session has written since the rotation began.
-
-    Attributes:
-        place: The row's place.
-        xid: The row's ``xmin``.
-        key: The row's key, for messages.
-    """
+    """A row that no session has written since the rotation began; ``xid`` is its ``xmin``."""
 
     place: Place
     xid: str
@@ -104,13 +93,9 @@ class RangeUpdate:
     ) -> None:
         """Prepare the statements.
 
-        Args:
-            table: The target's table.
-            source: The source of the new values.
-            limits: The limits of each transaction.
-            ledger: The ledger, which values enter that it may lack; None where it has all, or there is none.
-            keeps_plan: Whether the server keeps the plan of a range's update instead of making it for each
-                range. A kept plan locks all partitions, and the queries of triggers get kept plans too.
+        Values that the ledger may lack enter it; None where it has all, or there is none. With
+        ``keeps_plan``, the server keeps the plan of a range's update instead of making it for each range. A
+        kept plan locks all partitions, and the queries of triggers get kept plans too.
         """
         self.table = table
         self._source = source
@@ -129,12 +114,12 @@ class RangeUpdate:
             ).as_bytes()
             for known in (False, True)
         }
-        with_keys = sql.SQL("{} WHERE true").format(rows_with_keys(table))
-        self._keyed_update = keyed_update(table, entering(with_keys)).as_bytes()
+        self._keyed_update = keyed_update(table, entering(rows_with_keys(table))).as_bytes()
         self._placed_update = placed_update(table).as_bytes()
-        self._enter_values = ledger and enter_values(ledger, table, placed_rows(table)).as_bytes()
+        placed_rows = table.compose("{placed}{and_matches}", placed=rows_at_places(table))
+        self._enter_values = ledger and enter_values(ledger, table, placed_rows).as_bytes()
         self._count_writes = count_writes(table).as_bytes()
-        self._digests = sql.SQL("{}, {}").format(table.key_json(ROW), table.digests)
+        self._digests = table.compose("{row_json}, {digests}", digests=table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
         self._reads_digests = False
         self._plan_settings = _MERGE if isinstance(source, InBulk) else _LOOK_UP
@@ -152,7 +137,6 @@ class RangeUpdate:
             ValuesReplacedError: Triggers restore the old values, or store the same value in several rows.
             TargetError: Another table has the name now.
             ValuesError: The new values are invalid.
-            RotatorError: Every other error of :func:`translate_errors`.
         """
         condition, was_kept = SUPPRESSED, False
         count = rows.rows if isinstance(rows, KeyRange) else len(rows)
@@ -162,7 +146,8 @@ class RangeUpdate:
             except RangeGrewError:
                 condition = _GREW
                 async with translate_errors(connection):
-                    count = await number(await self._select(connection, rows, sql.SQL("count(*)")))
+                    cursor = await self._select(connection, rows, sql.SQL("count(*)"))
+                    (count,) = await cursor.fetchone() or (0,)
             except RewriteError as error:
                 # Once can be chance, where the server rounds a value.
                 if error.condition == _EQUAL or (error.condition == _KEPT and was_kept):
@@ -189,7 +174,6 @@ class RangeUpdate:
         Raises:
             RangeGrewError: A range holds more rows than that.
             RewriteError: The result must not be committed.
-            RotatorError: Every other error of :meth:`write`.
         """
         try:
             updates = await self._prepare(connection, rows, count)
@@ -202,7 +186,7 @@ class RangeUpdate:
                     )
                     if self._enter_values and not isinstance(rows, KeyRange):
                         await connection.execute(self._enter_values, _at(rows))
-                    writes_before = await self._select_writes(connection)
+                    writes_before = await connection.execute(self._count_writes, ())
                     expected, cursors, making_seconds = count, list[AsyncCursor](), 0.0
                     for statement, parameters in updates:
                         cursors.append(connection.cursor())
@@ -213,17 +197,17 @@ class RangeUpdate:
                         )
                     # Deferred triggers would run in the COMMIT, after the checks.
                     await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
-                    writes_after = await self._select_writes(connection)
+                    writes_after = await connection.execute(self._count_writes, ())
                 results = [await result.fetchone() for cursor in cursors async for result in cursor.results()]
                 written, kept, repeated, entered = map(sum, zip(*filter(None, results), strict=True))
+                before, *_ = await writes_before.fetchone() or (0,)
                 after, seconds, oid = await writes_after.fetchone() or (0, 0.0, 0)
                 # By now the table is locked, so its name stays the same.
                 if self.table.oid not in (0, oid):
                     raise self._replaced(lease, oid)
                 if kept or repeated:
                     raise RewriteError(_KEPT if kept else _REPEATED)
-                table_writes = after - await number(writes_before)
-                has_other_writes = table_writes != written
+                has_other_writes = after - before != written
                 if written < expected or has_other_writes:
                     await self._check_rows(connection, rows, written)
                 if has_other_writes:
@@ -269,7 +253,6 @@ class RangeUpdate:
                 "after": after,
                 "through": through,
                 "rows": max(0, min(SLICE_ROWS, count - start)),
-                "table": self.table.regclass,
                 **named(tuple(part(of_column, start, start + SLICE_ROWS) for of_column in values)),
             }
             for start, after, through in zip(starts, [rows.after, *ends], ends, strict=False)
@@ -294,16 +277,12 @@ class RangeUpdate:
         async with connection.pipeline() as pipeline:
             while True:
                 locked = await connection.execute(
-                    sql.SQL("SELECT {} FROM {} WHERE {}{} ORDER BY {} LIMIT {} FOR UPDATE").format(
-                        self.table.key_json(),
-                        self.table.row,
-                        self.table.within(after_is_known=rest.after is not None),
-                        self.table.and_matches,
-                        # Not the column of the JSON, which has a name too.
-                        self.table.key_columns(ROW),
-                        sql.Literal(SLICE_ROWS),
+                    self.table.compose(
+                        "SELECT {row_json} FROM {rows} ORDER BY {row_key} LIMIT {most} FOR UPDATE",
+                        rows=range_rows(self.table, after_is_known=rest.after is not None),
+                        most=SLICE_ROWS,
                     ),
-                    {"after": rest.after, "through": rest.through},
+                    asdict(rest),
                 )
                 # Only after a sync does the server limit how long the transaction may be idle.
                 await pipeline.sync()
@@ -313,8 +292,7 @@ class RangeUpdate:
                 making_since = time.monotonic()
                 found, values = await source.make(keys)
                 making_seconds += time.monotonic() - making_since
-                keys_found = [str(key) for key in found]
-                parameters = {"keys": keys_found, "table": self.table.regclass, **named(values)}
+                parameters = {"keys": [str(key) for key in found], **named(values)}
                 cursors.append(await connection.execute(self._keyed_update, parameters))
                 count += len(keys)
                 if len(keys) < SLICE_ROWS:
@@ -326,9 +304,7 @@ class RangeUpdate:
 
         Rows that other sessions have deleted since they were planned are not missed.
         """
-        columns = sql.SQL("count(*), count(*) FILTER (WHERE {} = pg_current_xact_id()::xid)").format(
-            sql.Identifier(ROW, "xmin")
-        )
+        columns = self.table.compose("count(*), count(*) FILTER (WHERE {xmin} = pg_current_xact_id()::xid)")
         found, own = await (await self._select(connection, rows, columns)).fetchone() or (0, 0)
         # A row that was updated is not at its place any more.
         if found > (written if isinstance(rows, KeyRange) else 0):
@@ -365,18 +341,13 @@ class RangeUpdate:
         empty text in one of them is left out.
         """
         names = [identifier(ROW, column.name) for column in self.table.columns]
-        values = sql.SQL("ROW({})").format(sql.SQL(", ").join(names))
-        has_all = [sql.SQL("{} IS NOT NULL").format(name) for name in names]
+        conditions: list[sql.Composable] = [self.table.compose("{xmin} = pg_current_xact_id()::xid")]
+        conditions += [sql.SQL("{} IS NOT NULL").format(name) for name in names]
         if len(names) > 1:
-            has_all += [sql.SQL("{}::text <> ''").format(name) for name in names]
+            conditions += [sql.SQL("{}::text <> ''").format(name) for name in names]
         columns = sql.SQL(
-            "count(*) FILTER (WHERE {is_own}), count(DISTINCT {values}::text) FILTER (WHERE {is_own})"
-        ).format(
-            is_own=sql.SQL(" AND ").join(
-                [sql.SQL("{} = pg_current_xact_id()::xid").format(identifier(ROW, "xmin")), *has_all]
-            ),
-            values=values,
-        )
+            "count(*) FILTER (WHERE {is_own}), count(DISTINCT ROW({values})::text) FILTER (WHERE {is_own})"
+        ).format(is_own=sql.SQL(" AND ").join(conditions), values=sql.SQL(", ").join(names))
         keys = None if isinstance(rows, KeyRange) else [str(row.key) for row in rows]
         # A row that has an empty text now matches no more.
         cursor = await self._select(connection, rows, columns, keys=keys, and_matches=sql.SQL(""))
@@ -396,9 +367,9 @@ class RangeUpdate:
         """Select columns of the rows; by these keys where the rows have left their places."""
         table = self.table
         if isinstance(rows, KeyRange):
-            is_within = table.within(after_is_known=rows.after is not None)
-            found: sql.Composable = sql.SQL("{} WHERE {}").format(table.row, is_within)
-            parameters: dict[str, object] = {"after": rows.after, "through": rows.through}
+            within = table.within(after_is_known=rows.after is not None)
+            found: sql.Composable = table.compose("{row} WHERE {within}", within=within)
+            parameters: dict[str, object] = asdict(rows)
         elif keys is None:
             found, parameters = rows_at_places(table), _at(rows)
         else:
@@ -410,24 +381,19 @@ class RangeUpdate:
             parameters,
         )
 
-    async def _select_writes(self, connection: AsyncConnection) -> AsyncCursor:
-        return await connection.execute(self._count_writes, {"table": self.table.regclass})
-
     async def planning_seconds(self, connection: AsyncConnection, key: Key) -> float:
         """Measure the time that the server takes to plan the update of a slice, with any key."""
         is_bulk = isinstance(self._source, InBulk)
         statement = self._range_updates[True] if is_bulk else self._keyed_update
         no_values = named(tuple([] for _ in self.table.columns))
-        position = {"after": key, "through": key, "rows": 0, "keys": [], "table": self.table.regclass}
-        parameters = position | no_values
+        parameters = {"after": key, "through": key, "rows": 0, "keys": [], **no_values}
         limits = replace(self.limits, statement_seconds=ANSWER_SECONDS)
         async with rolled_back_on_error(connection):
             await begin_fenced(connection, None, limits, self._plan_settings)
-            cursor = await connection.execute(b"EXPLAIN (SUMMARY) " + statement, parameters)
-            lines = [str(line) for (line,) in await cursor.fetchall()]
+            cursor = await connection.execute(b"EXPLAIN (SUMMARY, FORMAT JSON) " + statement, parameters)
+            ((plan,),) = await cursor.fetchall()
             await connection.rollback()
-        milliseconds = [line.split()[2] for line in lines if line.startswith("Planning Time:")]
-        return float(milliseconds[0]) / 1000 if milliseconds else 0.0
+        return float(plan[0]["Planning Time"]) / 1000
 
 
 async def write_range(
@@ -485,7 +451,6 @@ async def write_placed(
     """Give rows of one leaf new values, and record the transaction in itself.
 
     Rows that were deleted, or written by another session since they were found, are left out.
-
     ``verification`` is the id of the verification that found them as survivors; None where none did.
 
     Raises:

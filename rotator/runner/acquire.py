@@ -21,7 +21,7 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import count_last_writers
 from rotator.postgres.owner import SILENT_SECONDS
-from rotator.postgres.rotations import NewRotation, NewSelection, Unfinished
+from rotator.postgres.rotations import StoredRotation, Terms
 from rotator.postgres.table import TargetTable
 from rotator.runner.context import RunContext
 
@@ -62,6 +62,15 @@ async def acquire(
     """
     target, options = context.target, context.options
     identity = await read_identity(connection, table)
+    terms = Terms(
+        target=target.label,
+        table_name=table.found_name,
+        database=target.database,
+        options=options.to_json(),
+        selection=target.selection.to_json(),
+        identity=identity.to_json(),
+        findings=findings,
+    )
     while True:
         found = await rotations.find_unfinished(connection, target.label, table.found_name)
         if options.rotation is not None and (found is None or found.id != options.rotation):
@@ -69,15 +78,6 @@ async def acquire(
                 f"Rotation {options.rotation} of {target.label} is not unfinished any more."
             )
         if found is None:
-            terms = NewRotation(
-                target=target.label,
-                table_name=table.found_name,
-                database=target.database,
-                options=options.to_json(),
-                selection=target.selection.to_json(),
-                identity=identity.to_json(),
-                findings=findings,
-            )
             lease = await rotations.begin_rotation(
                 connection, terms, context.owner, repeats=options.restart, after=options.after
             )
@@ -94,15 +94,14 @@ async def acquire(
         if options.restart:
             await rotations.abandon(connection, seen)
             continue
-        selection = await _selection(connection, context, found)
+        unless_begun = await _changes_generator(connection, context, found)
         await _check_target(connection, table, context, found, identity)
         lease = await rotations.take_over(
             connection,
             seen,
-            database=target.database,
-            owner=context.owner,
-            options=options.to_json(),
-            selection=selection,
+            terms,
+            context.owner,
+            unless_begun=unless_begun,
             action=ActionKind.TAKEN_OVER if found.status == "running" else ActionKind.RESUMED,
         )
         if lease is not None:
@@ -110,7 +109,7 @@ async def acquire(
 
 
 async def _is_alive(
-    connection: AsyncConnection, table: TargetTable, context: RunContext, seen: Unfinished
+    connection: AsyncConnection, table: TargetTable, context: RunContext, seen: StoredRotation
 ) -> bool:
     """Watch the heartbeat of the owner for up to ``SILENT_SECONDS``, and return whether it moves."""
     if seen.status != "running" or context.options.take_over or seen.owner.is_gone():
@@ -135,25 +134,25 @@ async def _is_alive(
     return False
 
 
-async def _selection(connection: AsyncConnection, context: RunContext, found: Unfinished) -> NewSelection:
-    """Return the selection to resume with; while no row has a new value, the generator may change."""
+async def _changes_generator(connection: AsyncConnection, context: RunContext, found: StoredRotation) -> bool:
+    """Return whether the generator is another one, as it may be while no row has a new value."""
     chosen, saved = context.target.selection, Selection.from_json(found.selection)
     if chosen == saved:
-        return NewSelection(saved=chosen.to_json())
+        return False
     differs_in_generator = replace(chosen, generator=saved.generator) == saved
     if not differs_in_generator or await rotations.has_rows_done(connection, found.id):
         raise OptionError(
             f"Rotation {found.id} of {context.target.label} was begun with {saved}, and this command has "
             f"{chosen}. Use the same options, or abandon that rotation with --restart."
         )
-    return NewSelection(saved=chosen.to_json(), unless_begun=True)
+    return True
 
 
 async def _check_target(
     connection: AsyncConnection,
     table: TargetTable,
     context: RunContext,
-    found: Unfinished,
+    found: StoredRotation,
     identity: TargetIdentity,
 ) -> None:
     """Refuse to resume on a target to which the checkpoints do not apply."""

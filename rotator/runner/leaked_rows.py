@@ -1,7 +1,7 @@
 """Rotates the rows whose values are in a list of leaked values, or counts them."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -11,7 +11,7 @@ from rotator.events import EndStatus, LeakedValuesFound, StopReason
 from rotator.exceptions import RotatorError
 from rotator.postgres import leaked, rotations
 from rotator.postgres.connection import Server, connected
-from rotator.postgres.leaked import LeakedValues, Searched
+from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, RangeUpdate, write_placed
@@ -35,7 +35,6 @@ class LeakedRows:
     table: TargetTable
     context: RunContext
     values: LeakedValues
-    searched: Searched = field(default_factory=Searched)
 
     async def find(self, owned: RotationState) -> RotationState:
         """Send the list, search the table, and return the state with the number of rows.
@@ -55,7 +54,7 @@ class LeakedRows:
     async def _search(self) -> int | None:
         """Search the table, and return the number of rows found; None where a stop cancelled it."""
         return await self.context.stop_signal.run_until_stop(
-            leaked.search(self.connection, self.table, self.values, self.searched)
+            leaked.search(self.connection, self.table, self.values)
         )
 
     async def rotate(self, owned: RotationState) -> EndStatus:
@@ -126,8 +125,7 @@ async def count_leaked(server: Server, target: RunTarget, values: LeakedValues) 
     async with connected(server) as connection:
         table = await read_target(connection, target)
         await leaked.load(connection, values)
-        searched = Searched()
-        await leaked.search(connection, table, values, searched)
+        await leaked.search(connection, table, values)
         # A row can move from a part that was not read yet to one that was.
-        await leaked.search(connection, table, values, searched)
+        await leaked.search(connection, table, values)
     return found_event(values)

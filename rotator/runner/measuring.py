@@ -11,8 +11,7 @@ from psycopg import AsyncConnection
 from rotator.events import ActionKind, Event, HorizonHeld, Observer, Vacuumed, VacuumSkipped
 from rotator.exceptions import RotatorError, ServerLostError
 from rotator.postgres.activity import HorizonHolder, horizon_holders
-from rotator.postgres.control import log_action
-from rotator.postgres.measurements import Measured, record
+from rotator.postgres.control import Measured, log_action, record
 from rotator.runner.context import RunContext
 from rotator.runner.throttles import Throttles
 

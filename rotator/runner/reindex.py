@@ -7,11 +7,10 @@ from psycopg import AsyncConnection
 
 from rotator.events import IndexRebuilt, ReindexSkipped, ReindexStarted
 from rotator.exceptions import RotatorError
-from rotator.postgres import indexes
+from rotator.postgres import maintenance
 from rotator.postgres.connection import OwnConnection, connected
-from rotator.postgres.indexes import IndexBuilder
+from rotator.postgres.maintenance import BUSY, STOPPED, IndexBuilder
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuum import BUSY, STOPPED
 from rotator.runner.context import RunContext
 
 # The delays before the rebuild of an index is retried that another session's lock has interrupted.
@@ -46,17 +45,17 @@ class Reindexing:
         self, control: AsyncConnection, table: TargetTable, rotation: int
     ) -> tuple[str, ...]:
         """Return the statements to run: without ``--reindex`` only for indexes that have grown a lot."""
-        stale = await indexes.find_stale_indexes(control, table, rotation)
+        stale = await maintenance.find_stale_indexes(control, table, rotation)
         if self._context.options.reindex:
-            leftovers = await indexes.find_leftovers(control, table)
+            leftovers = await maintenance.find_leftovers(control, table)
             return (
-                *(indexes.drop_statement(leftover) for leftover in leftovers),
-                *(indexes.rebuild_statement(index.name) for index in stale),
+                *(maintenance.drop_statement(leftover) for leftover in leftovers),
+                *(maintenance.rebuild_statement(index.name) for index in stale),
             )
         storage = self._context.stats.storage_before
         before = {index.name: index.size_bytes for index in storage.indexes} if storage else {}
         return tuple(
-            indexes.rebuild_statement(index.name)
+            maintenance.rebuild_statement(index.name)
             for index in stale
             if _has_grown(before.get(index.name, index.size_bytes), index.size_bytes)
         )
@@ -73,7 +72,7 @@ class Reindexing:
             self._skip("", "REINDEX needs a direct connection to the server, without a pooler")
             return
         await self._drop_leftovers(builder, table)
-        stale = await indexes.find_stale_indexes(control, table, rotation)
+        stale = await maintenance.find_stale_indexes(control, table, rotation)
         if stale:
             self._context.notify(ReindexStarted(indexes=len(stale)))
         for index in stale:
@@ -89,7 +88,7 @@ class Reindexing:
                     name=index.name,
                     seconds=time.monotonic() - started,
                     bytes_before=index.size_bytes,
-                    bytes_now=await indexes.read_size(control, index.name),
+                    bytes_now=await maintenance.read_size(control, index.name),
                 )
             )
 
@@ -106,7 +105,7 @@ class Reindexing:
         return BUSY
 
     async def _drop_leftovers(self, builder: IndexBuilder, table: TargetTable) -> None:
-        for leftover in await indexes.find_leftovers(builder.control, table):
+        for leftover in await maintenance.find_leftovers(builder.control, table):
             if reason := await builder.drop(leftover):
                 self._skip(leftover, f"this invalid index could not be dropped, {reason}")
 

@@ -43,6 +43,7 @@ from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.control import read_requested
 from rotator.postgres.identity import read_identity
 from rotator.postgres.ledger import find_ledger
+from rotator.postgres.maintenance import read_storage
 from rotator.postgres.owner import this_process
 from rotator.postgres.planner import count_table, gaps
 from rotator.postgres.preflight import (
@@ -53,7 +54,6 @@ from rotator.postgres.preflight import (
 )
 from rotator.postgres.rotations import OwnerReport, RotationState
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuum import read_storage
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key, intervals_between
 from rotator.runner.acquire import Acquired, acquire, reacquire

@@ -12,9 +12,8 @@ from rotator.exceptions import RotatorError
 from rotator.options import WaitLimits
 from rotator.postgres import rotations
 from rotator.postgres.identity import changed_target
-from rotator.postgres.last_writers import count_unless_changed
+from rotator.postgres.last_writers import count_unless_changed, find_older_rows
 from rotator.postgres.ledger import Ledger
-from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.planner import IndexPlanner, count_rows, gaps, last_key
 from rotator.postgres.rotations import Figures, RotationState
 from rotator.postgres.table import TargetTable

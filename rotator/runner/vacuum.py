@@ -10,8 +10,8 @@ from psycopg import AsyncConnection, sql
 from rotator.events import Analyzed, AnalyzeSkipped, Vacuumed, VacuumSkipped, VacuumStarted
 from rotator.exceptions import RotatorError
 from rotator.postgres.connection import connected
+from rotator.postgres.maintenance import BUSY, STOPPED, analyze, is_scattered, may_vacuum, vacuum
 from rotator.postgres.table import TargetTable
-from rotator.postgres.vacuum import BUSY, STOPPED, analyze, is_scattered, may_vacuum, vacuum
 from rotator.runner.context import RunContext
 
 # VACUUM reads every page that changed, and what the last one skipped is read again.

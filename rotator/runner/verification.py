@@ -25,7 +25,7 @@ from rotator.postgres.last_writers import count_unless_changed
 from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledger
 from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
-from rotator.postgres.rotations import RotationFacts, read_facts
+from rotator.postgres.rotations import StoredRotation, read_rotation
 from rotator.postgres.survivors import Search
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, write_placed
@@ -78,7 +78,7 @@ class Verifier:
         return verified
 
     async def _repair_and_verify(self, *, repairs: bool) -> Verified:
-        facts = await read_facts(self._connection, self._rotation)
+        facts = await read_rotation(self._connection, self._rotation)
         ledger = await find_ledger(self._connection, self._rotation)
         if repairs and (ledger is None or not ledger.is_ready or facts.status != "completed"):
             raise OptionError(
@@ -91,7 +91,7 @@ class Verifier:
             repaired = (await self._verify(facts, ledger, repairs=True)).repaired
         return replace(await self._verify(facts, ledger, repairs=False), repaired=repaired)
 
-    async def _verify(self, facts: RotationFacts, ledger: Ledger | None, *, repairs: bool) -> Verified:
+    async def _verify(self, facts: StoredRotation, ledger: Ledger | None, *, repairs: bool) -> Verified:
         started_at, controls = datetime.now(UTC), None
         if ledger is None or not ledger.is_ready:
             search = await survivors.begin_search(self._connection, self._rotation, None, repairs=repairs)
@@ -107,7 +107,7 @@ class Verifier:
                 planted=self._planted,
                 planted_found=self._planted_found,
             )
-        vacuumed = await survivors.read_vacuumed(self._connection, self._table)
+        vacuumed_at, dead_rows, version = await survivors.read_vacuumed(self._connection, self._table)
         verified = Verified(
             rotation=self._rotation,
             target=self._context.target.label,
@@ -119,12 +119,12 @@ class Verifier:
             repaired=search.repaired,
             coverage=await self._cover(facts),
             controls=controls,
-            guard_hits=facts.guard_hits + (await count_hits(self._connection, ledger) if ledger else 0),
+            guard_hits=await count_hits(self._connection, self._rotation),
             false_matches=0.0 if ledger is None else float(ledger.entries * search.rows) / 2.0**DIGEST_BITS,
-            vacuumed_at=vacuumed.at,
-            dead_rows=vacuumed.dead_rows,
+            vacuumed_at=vacuumed_at,
+            dead_rows=dead_rows,
             server_name=await name_server(self._connection),
-            server_version=vacuumed.server_version,
+            server_version=version,
             user=self._context.owner.user,
             host=self._context.owner.host,
         )
@@ -220,7 +220,7 @@ class Verifier:
         if not isinstance(event, LateRowsRotated):
             self._context.notify(event)
 
-    async def _cover(self, facts: RotationFacts) -> Coverage:
+    async def _cover(self, facts: StoredRotation) -> Coverage:
         connection, table = self._connection, self._table
         left = await gaps(connection, table, self._rotation, facts.bound)
         found = await count_unless_changed(

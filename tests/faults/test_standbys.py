@@ -15,7 +15,7 @@ from rotator.exceptions import ServerLostError
 from rotator.postgres.activity import check_standbys
 from rotator.postgres.catalog import read_table
 from rotator.postgres.connection import Server, connected
-from rotator.postgres.vacuum import analyze
+from rotator.postgres.maintenance import analyze
 from tests.acceptance.harness import wait_until
 from tests.faults.database import Database, make_tickets, new_role, slow_down, speed_up
 from tests.faults.harness import Rotations

@@ -21,7 +21,7 @@ from rotator.events import (
 )
 from rotator.fields.generators import uuid4_block
 from rotator.options import RunOptions
-from rotator.postgres import older_rows, writer
+from rotator.postgres import last_writers, writer
 from rotator.postgres.connection import Server
 from rotator.postgres.values import FromRows, InBulk, Place, UuidBlock, Values, ValueSource
 from rotator.ranges import Key
@@ -79,7 +79,7 @@ def scaled_down(slice_rows: int) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, value in (
             (writer, "SLICE_ROWS", slice_rows),
-            (older_rows, "CHUNK_BLOCKS", 1),
+            (last_writers, "CHUNK_BLOCKS", 1),
             # Do not wait for open transactions before the bound is read.
             (session, "OLDER_WRITERS_SECONDS", 0),
             (late_rows, "POLL_SECONDS", 0.02),

@@ -18,7 +18,7 @@ from rotator.options import WaitLimits
 from rotator.postgres.connection import Server, pooled
 from rotator.postgres.fence import Lease
 from rotator.postgres.owner import Owner, this_process
-from rotator.postgres.rotations import NewRotation, begin_rotation
+from rotator.postgres.rotations import Terms, begin_rotation
 from rotator.postgres.table import Column, TargetTable, identifier
 from rotator.postgres.values import InBulk, UuidBlock, Values, ValueSource
 from rotator.postgres.writer import RangeUpdate, write_range
@@ -334,7 +334,7 @@ async def try_to_begin(
     repeats: bool = True,
 ) -> Lease | None:
     """Begin a rotation for an owner."""
-    terms = NewRotation(
+    terms = Terms(
         target=target,
         table_name=table_name,
         database=database,

@@ -18,8 +18,8 @@ from rotator.events import (
     ReindexStarted,
 )
 from rotator.options import RunOptions
-from rotator.postgres import indexes
-from rotator.postgres.indexes import find_leftovers
+from rotator.postgres import maintenance
+from rotator.postgres.maintenance import find_leftovers
 from rotator.postgres.table import TargetTable
 from rotator.progress.summary import report, summary
 from rotator.runner import reindex as runner_reindex
@@ -350,8 +350,8 @@ def test_it_yields_to_ddl_and_tries_again(indexed: Database, monkeypatch: pytest
 def test_an_old_transaction_ends_it_and_the_same_command_resumes(
     indexed: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexes, "LOCK_SECONDS", 0.5)
-    monkeypatch.setattr(indexes, "DROP_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(maintenance, "INDEX_LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(maintenance, "DROP_LOCK_SECONDS", 0.2)
     holder = indexed.connect()
 
     def hold(event: Event) -> None:

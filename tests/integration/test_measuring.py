@@ -24,7 +24,7 @@ from rotator.events import (
 from rotator.exceptions import RotatorError
 from rotator.models import Action, Measurement, Rotation
 from rotator.postgres.connection import connected
-from rotator.postgres.measurements import GAP_SECONDS, HELD, HELD_SECONDS
+from rotator.postgres.control import GAP_SECONDS, HELD, HELD_SECONDS
 from rotator.postgres.owner import this_process
 from rotator.runner import measuring, runner
 from tests.integration.outcomes import EventRecorder, assert_completed, rotate_tickets

@@ -12,10 +12,10 @@ from psycopg import sql
 
 from rotator.exceptions import RangeRejectedError, RotatorError, RowsLockedError, SupersededError
 from rotator.options import WaitLimits
-from rotator.postgres import older_rows as older_rows_module
+from rotator.postgres import last_writers
 from rotator.postgres.connection import connected
 from rotator.postgres.fence import Lease
-from rotator.postgres.older_rows import find_older_rows
+from rotator.postgres.last_writers import find_older_rows
 from rotator.postgres.rotations import abandon, read_state
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, RangeUpdate, write_placed
@@ -123,7 +123,7 @@ async def test_the_whole_table_is_walked_whatever_the_chunks_and_batches(
     batch: int,
     chunk_blocks: int,
 ) -> None:
-    monkeypatch.setattr(older_rows_module, "CHUNK_BLOCKS", chunk_blocks)
+    monkeypatch.setattr(last_writers, "CHUNK_BLOCKS", chunk_blocks)
     database.make_tickets(1, 300)
     # Seven blocks and more, with late rows in the first line of the table, in its last, and in runs.
     database.execute("UPDATE tickets_ticket SET title = repeat('x', 200)")
@@ -145,7 +145,7 @@ async def test_the_whole_table_is_walked_whatever_the_chunks_and_batches(
 async def test_rows_are_rotated_while_they_are_looked_for(
     database: Database, control: psycopg.AsyncConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(older_rows_module, "CHUNK_BLOCKS", 1)
+    monkeypatch.setattr(last_writers, "CHUNK_BLOCKS", 1)
     database.make_tickets(1, 300)
     lease = await begin(control)
     database.count_updates()
@@ -173,7 +173,7 @@ async def test_rows_that_were_written_since_they_were_found_are_left_alone(
 async def test_what_others_write_after_the_attachment_stays_theirs(
     database: Database, control: psycopg.AsyncConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(older_rows_module, "CHUNK_BLOCKS", 1)
+    monkeypatch.setattr(last_writers, "CHUNK_BLOCKS", 1)
     table = TargetTable(
         path=(SCHEMA, "parted"), key=TICKETS.key, columns=TICKETS.columns, is_partitioned=True
     )

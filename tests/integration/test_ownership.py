@@ -15,8 +15,8 @@ from rotator.postgres.fence import LOCK_CLASS, Lease
 from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import (
     Figures,
-    NewSelection,
     OwnerReport,
+    Terms,
     abandon,
     beat,
     complete,
@@ -54,10 +54,15 @@ async def _take(
     return await take_over(
         control,
         lease,
-        database=database,
-        owner=owner,
-        options={"batch": 7},
-        selection=NewSelection(saved={}),
+        Terms(
+            target=TARGET,
+            table_name=TABLE_NAME,
+            database=database,
+            options={"batch": 7},
+            selection={},
+            identity={},
+        ),
+        owner,
         action=ActionKind.TAKEN_OVER,
     )
 

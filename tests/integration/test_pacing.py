@@ -17,7 +17,7 @@ from psycopg import sql
 from rotator.events import Event, PaceChanged, RangeCompleted, Throttled, ThrottleEnded
 from rotator.exceptions import ServerRefusedError
 from rotator.postgres.fence import LOCK_CLASS
-from rotator.postgres.vacuum import vacuum
+from rotator.postgres.maintenance import vacuum
 from rotator.runner import pacing
 from rotator.runner import vacuum as runner_vacuum
 from rotator.runner.gate import Gate

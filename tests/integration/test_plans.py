@@ -13,8 +13,8 @@ from psycopg import sql
 
 from rotator.postgres.connection import OwnConnection, Server, connected, pooled
 from rotator.postgres.fence import Lease
+from rotator.postgres.last_writers import find_older_rows
 from rotator.postgres.ledger import create_ledger, index_ledger
-from rotator.postgres.older_rows import find_older_rows
 from rotator.postgres.planner import IndexPlanner, last_key
 from rotator.postgres.table import Condition, TargetTable
 from rotator.postgres.writer import RangeUpdate, write_placed, write_range

@@ -11,7 +11,7 @@ from psycopg import sql
 
 from rotator.events import Event, Vacuumed, VacuumSkipped, VacuumStarted
 from rotator.postgres.connection import connected
-from rotator.postgres.vacuum import BUSY, may_vacuum, read_storage, vacuum
+from rotator.postgres.maintenance import BUSY, may_vacuum, read_storage, vacuum
 from rotator.runner import vacuum as runner_vacuum
 from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, TICKETS, Database
