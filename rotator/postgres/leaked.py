@@ -13,9 +13,10 @@ from itertools import groupby
 from typing import Final
 
 from psycopg import AsyncConnection, sql
+from psycopg.rows import class_row
 
 from rotator.exceptions import OptionError
-from rotator.postgres.connection import OwnConnection, fetch_column, fetch_rows, set_local
+from rotator.postgres.connection import OwnConnection, fetch_as, fetch_column, fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.ledger import DIGEST_BYTES, digest_of, stored_bytes
 from rotator.postgres.table import ROW, Column, TargetTable, identifier
@@ -177,19 +178,17 @@ async def search(connection: AsyncConnection, table: TargetTable, values: Leaked
         ) as copy:
             async for row in copy.rows():
                 values.mark(int(row[0]))
-    values.searched_before, values.searched_leaves = xid, frozenset(leaf.identity for leaf in leaves)
+    values.searched_before, values.searched_leaves = xid, frozenset((leaf.oid, leaf.file) for leaf in leaves)
     return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Leaf:
-    """A table or a partition that holds rows.
+    """A table or a partition that holds rows; a rewrite changes the number of its file."""
 
-    ``identity`` is its oid, and the number of its file, which a rewrite changes.
-    """
-
-    name: sql.Composable
-    identity: tuple[int, int]
+    path: Sequence[str]
+    oid: int
+    file: int
     blocks: int
 
 
@@ -199,15 +198,13 @@ async def _read_leaves(connection: AsyncConnection, table: TargetTable) -> tuple
     await connection.execute(table.compose("SELECT FROM {table} LIMIT 0"), ())
     (xid,) = await fetch_column(connection, "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
     query = table.compose(
-        "SELECT n.nspname, c.relname, c.oid::bigint, pg_relation_filenode(c.oid)::bigint,"
-        " pg_relation_size(c.oid) / current_setting('block_size')::integer FROM pg_class c"
+        "SELECT ARRAY[n.nspname, c.relname]::text[] AS path, c.oid::bigint AS oid,"
+        " pg_relation_filenode(c.oid)::bigint AS file,"
+        " pg_relation_size(c.oid) / current_setting('block_size')::integer AS blocks FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE c.oid IN {partitions} AND c.relkind = 'r' ORDER BY c.oid"
     )
-    return xid, [
-        _Leaf(name=identifier(schema, name), identity=(oid, file), blocks=blocks)
-        for schema, name, oid, file, blocks in await fetch_rows(connection, query)
-    ]
+    return xid, await fetch_as(connection, class_row(_Leaf), query)
 
 
 async def _search(
@@ -221,7 +218,7 @@ async def _search(
     conditions = [_is_in_list(table, is_short=len(values.digests) <= ARRAY_VALUES)]
     if blocks is not None:
         conditions.insert(0, table.compose("{ctid} >= %(begin)s::tid AND {ctid} < %(end)s::tid"))
-    if leaf.identity in values.searched_leaves:
+    if (leaf.oid, leaf.file) in values.searched_leaves:
         # A row that is newer than this transaction has a negative age.
         conditions.insert(0, table.compose("age({xmin}) <= age(%(xid)s::text::xid8::xid)"))
     begin, end = blocks or (0, 0)
@@ -233,7 +230,7 @@ async def _search(
             " {ctid}::text AS ctid_text, {xmin}::text AS xid, {row_json} AS key, ARRAY[{digests}] AS digests"
             " FROM ONLY {leaf_name} AS {row_name} WHERE {conditions}{and_matches}",
             digests=sql.SQL(", ").join(_digests(table)),
-            leaf_name=leaf.name,
+            leaf_name=identifier(*leaf.path),
             conditions=sql.SQL(" AND ").join(conditions),
         ),
         {"begin": f"({begin},0)", "end": f"({end},0)", "xid": values.searched_before},

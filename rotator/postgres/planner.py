@@ -35,9 +35,6 @@ _PLANNING_SETTINGS: Final = {
 _ESTIMATE: Final = (
     "SELECT COALESCE(sum(GREATEST(reltuples, 0)), 0)::bigint FROM pg_class WHERE oid IN {partitions}"
 )
-_PLANNED: Final = "rotator_planned"
-_NEXT: Final = "rotator_next"
-_POSITION: Final = "rotator_position"
 _TEXT: Final = "rotator_text"
 
 
@@ -130,19 +127,17 @@ def last_keys(table: TargetTable, *, after_is_known: bool) -> sql.Composed:
     largest number of ranges).
     """
     return table.compose(
-        "WITH RECURSIVE {planned} ({position}, {key}) AS ("
+        "WITH RECURSIVE rotator_planned ({position}, {key}) AS ("
         "(SELECT 1, {row_key} FROM {row} WHERE {within} ORDER BY {row_key} OFFSET %(skip)s LIMIT 1)"
-        " UNION ALL SELECT {planned}.{position} + 1, {next_key} FROM {planned}, LATERAL ("
+        " UNION ALL SELECT rotator_planned.{position} + 1, {next_key} FROM rotator_planned, LATERAL ("
         "SELECT {row_key} FROM {row} WHERE ({row_key}) > ({planned_key}) AND {to_through}"
-        " ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS {next}"
-        " WHERE {planned}.{position} < %(ranges)s::integer)"
+        " ORDER BY {row_key} OFFSET %(skip)s LIMIT 1) AS rotator_next"
+        " WHERE rotator_planned.{position} < %(ranges)s::integer)"
         # The outer query makes the JSON, because the inner one would make it of every key that it skips.
-        " SELECT {position}, {checked} FROM (SELECT *, {json} AS {text} FROM {planned}) AS {planned}",
-        planned=identifier(_PLANNED),
-        next=identifier(_NEXT),
-        position=table.own_name(_POSITION),
-        next_key=table.key_columns(_NEXT),
-        planned_key=table.key_columns(_PLANNED),
+        " SELECT {position}, {checked} FROM (SELECT *, {json} AS {text} FROM rotator_planned) AS planned",
+        position=table.own_name("rotator_position"),
+        next_key=table.key_columns("rotator_next"),
+        planned_key=table.key_columns("rotator_planned"),
         json=table.key_json(),
         text=table.own_name(_TEXT),
         checked=_text_and_survives(table),
@@ -177,12 +172,11 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
     )
     query = table.compose(
         "SELECT {checked} FROM (SELECT *, {json} AS {text} FROM"
-        " (SELECT {key} FROM {table} ORDER BY {descending} LIMIT 1) AS {last}) AS {last}",
+        " (SELECT {key} FROM {table} ORDER BY {descending} LIMIT 1) AS last) AS last",
         checked=_text_and_survives(table),
         json=table.key_json(),
         text=table.own_name(_TEXT),
         descending=descending,
-        last=identifier(_NEXT),
     )
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, KEY_SETTINGS)
