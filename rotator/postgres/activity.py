@@ -159,10 +159,6 @@ async def missing_standbys(connection: AsyncConnection, *, counts_waits: bool) -
 
 
 async def check_standbys(connection: AsyncConnection) -> None:
-    """Raise an error if each commit waits for a synchronous standby that is not connected.
-
-    Raises:
-        ServerLostError: Too few synchronous standbys confirm commits.
-    """
+    """Raise ServerLostError if each commit waits for a synchronous standby that is not connected."""
     if reason := await missing_standbys(connection, counts_waits=True):
         raise ServerLostError(reason)

@@ -93,11 +93,7 @@ class Patterns:
 
 @asynccontextmanager
 async def connected_for_reading(server: Server) -> AsyncIterator[AsyncConnection]:
-    """Open a connection in autocommit mode whose transactions are read-only; replicas accept it too.
-
-    Raises:
-        ServerLostError: The server cannot be reached.
-    """
+    """Open a read-only connection in autocommit mode, or raise ServerLostError; replicas accept it too."""
     async with translate_errors():
         connection = await AsyncConnection.connect(**await server.read_arguments())
     async with connection:

@@ -98,11 +98,7 @@ class Server:
 
 @asynccontextmanager
 async def connected(server: Server) -> AsyncIterator["OwnConnection"]:
-    """Open one connection in autocommit mode.
-
-    Raises:
-        ServerLostError: The server cannot be reached.
-    """
+    """Open one connection in autocommit mode, or raise ServerLostError."""
     async with translate_errors():
         connection = await OwnConnection.connect(**await server.read_arguments())
     async with connection:
@@ -123,14 +119,11 @@ class _LastReturnedFirst(deque[AsyncConnection]):
 async def pooled(
     server: Server, size: int, *, seconds: float = OPEN_SECONDS
 ) -> AsyncIterator[AsyncConnectionPool]:
-    """Open a pool of ``size`` connections in autocommit mode, all of them at once.
+    """Open a pool of ``size`` connections in autocommit mode at once, or raise ServerLostError.
 
     The connection that was returned last is used first. So one worker uses one session of the server. If its
     sessions took turns, each of them would have slept when its turn came, and the scheduler of the server's
     system would prefer it to the sessions of the application.
-
-    Raises:
-        ServerLostError: The connections could not be opened in time.
     """
     pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
         connection_class=OwnConnection,

@@ -61,9 +61,7 @@ def _body(ledger: Ledger, table: TargetTable, action: str) -> str:
 
 
 async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTable, action: str) -> None:
-    """Add the trigger, or replace it by one with another action: ``refuse`` or ``keep``.
-
-    The ledger must be ready.
+    """Add the trigger for a ready ledger, or give it another action: ``refuse`` or ``keep``.
 
     Raises:
         RowsLockedError: Other sessions use the table; a retry can succeed.
@@ -106,11 +104,7 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
 
 
 async def remove_guard(connection: AsyncConnection, ledger: Ledger) -> None:
-    """Remove the trigger with its function, and keep its count.
-
-    Raises:
-        RowsLockedError: Other sessions use the table; a retry can succeed.
-    """
+    """Remove the trigger with its function, and keep its count; raise RowsLockedError as add_guard()."""
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, {"lock_timeout": LOCK_TIMEOUT})
         hits = await count_hits(connection, ledger.rotation)

@@ -40,11 +40,7 @@ class SessionIdentity:
 async def check_session(
     connection: AsyncConnection, path: tuple[str, ...], expected: SessionIdentity
 ) -> None:
-    """Refuse a connection of the rotator that does not use the same server and tables as Django's own.
-
-    Raises:
-        TargetError: The server, the database, the role or a table is another one.
-    """
+    """Raise TargetError if this connection does not use the server, role and tables of Django's own."""
     name = sql.Identifier(*path).as_string()
     (found,) = await fetch_as(connection, class_row(SessionIdentity), SESSION_QUERY, (name, name))
     check_same_session(path, expected, found)

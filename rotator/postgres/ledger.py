@@ -273,12 +273,9 @@ def _insert(ledger: Ledger, table: TargetTable, rows: sql.Composable) -> sql.Com
 
 
 async def index_ledger(connection: AsyncConnection, lease: Lease, ledger: Ledger) -> None:
-    """Index a ledger that is loaded.
+    """Index a ledger that is loaded; raise RowsLockedError while another session has locked it.
 
     The index is built now because a new index is smaller than one that has grown.
-
-    Raises:
-        RowsLockedError: Another session has locked the ledger, e.g. autovacuum.
     """
     index = identifier(f"rotator_ledger_{ledger.rotation}_digest")
     async with rolled_back_on_error(connection, seconds=None):
@@ -335,11 +332,7 @@ async def count_known(connection: AsyncConnection, ledger: Ledger) -> tuple[int,
 
 
 async def check_not_guessable(connection: AsyncConnection, table: TargetTable) -> None:
-    """Refuse a column with fewer than 2^64 possible values, by its type and by a sample.
-
-    Raises:
-        TargetError: The values of a column can be guessed; nothing was changed.
-    """
+    """Raise TargetError for a column with fewer than 2^64 possible values, by its type and by a sample."""
     for column in table.columns:
         reason = await _reason(connection, table, column)
         if reason:

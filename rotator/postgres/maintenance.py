@@ -148,8 +148,7 @@ async def _maintain(
 ) -> tuple[str, set[str | None]]:
     """Execute VACUUM or ANALYZE, and cancel it when another session waits for its lock.
 
-    Returns:
-        The reason why it was skipped or cancelled, and the codes of the server's warnings.
+    Return the reason why it was skipped or cancelled, and the codes of the server's warnings.
     """
     warnings = set[str | None]()
 
@@ -192,11 +191,8 @@ async def _execute_until(
 ) -> str | None:
     """Execute a statement that cannot be part of a transaction, and cancel it once there is a reason.
 
-    ``reason_to_cancel`` is called again and again; it returns an empty text where there is none.
-
-    Returns:
-        The reason of the cancellation; empty where the statement finished; None where another process or the
-        server cancelled it.
+    Return the reason of the cancellation; empty where the statement finished; None where another process or
+    the server cancelled it. ``reason_to_cancel`` returns an empty text where there is none.
     """
     executing = asyncio.create_task(_execute(connection, statement), name="rotator maintenance")
     reason = ""

@@ -236,11 +236,7 @@ async def check_repetition(
     *,
     after: int | None,
 ) -> None:
-    """Refuse to repeat a completed rotation, except the one with the id ``after``.
-
-    Raises:
-        RotationRepeatedError: A completed rotation had the same fields, rows and values.
-    """
+    """Raise RotationRepeatedError for a completed rotation of the same, except that with the id ``after``."""
     completed = await find_last_completed(connection, target, table_name, selection, identity)
     if completed is not None and completed.id != after:
         raise RotationRepeatedError(completed.id, completed.target, completed.finished_at)
@@ -358,10 +354,8 @@ async def take_over_from_self(
 ) -> Lease | None:
     """Raise the generation of a rotation that this process owns; return None where it does not.
 
-    The present generation is unknown after a lost reply, which may have been the reply to a takeover.
-
-    Raises:
-        RowsLockedError: Another session's transaction holds the lock and could not be terminated.
+    The present generation is unknown after a lost reply, which may have been the reply to a takeover. It
+    waits, and raises RowsLockedError, as :func:`take_over` does.
     """
     return await _raise_generation(
         connection,

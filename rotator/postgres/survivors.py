@@ -336,11 +336,7 @@ async def read_vacuumed(connection: AsyncConnection, table: TargetTable) -> tupl
 
 
 async def own_repair(connection: AsyncConnection, rotation: int) -> Lease:
-    """Take the right to repair a completed rotation from every earlier process, and return the lease.
-
-    Raises:
-        RotatorError: The rotation is not completed.
-    """
+    """Take the right to repair a completed rotation from every earlier process, and return the lease."""
     async with exclusive_lock(connection, rotation):
         row = await fetch_row(
             connection,

@@ -150,11 +150,7 @@ class Replica:
         return Reading(value=0.0 if first_at <= seen else now - noted_at)
 
     async def check(self, primary: AsyncConnection) -> None:
-        """Refuse an alias that is not a replica with a heartbeat to read.
-
-        Raises:
-            OptionError: It is the primary itself, a replica of another server, or cannot be read.
-        """
+        """Raise OptionError for the primary itself, a replica of another server, and what cannot be read."""
         ((system, started_at, _),) = await fetch_rows(primary, _SERVER)
         replica = list[tuple[str, datetime, bool]]()
 

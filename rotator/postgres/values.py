@@ -105,13 +105,9 @@ def places_of(table: str) -> tuple[str, str]:
 def keys_of(columns: Sequence[str], types: Sequence[str]) -> tuple[str, str, str]:
     """Return the parts of Django's queries for rows with some keys; each takes the keys as ``text[]``.
 
-    Args:
-        columns: The quoted columns of the key, with their table.
-        types: Their types.
-
-    Returns:
-        A condition, the text of a row's key in this session (which takes no parameter), and a query of the
-        keys' texts in this session next to the keys themselves: settings change these texts.
+    They are a condition, the text of a row's key in this session (which takes no parameter), and a query of
+    the keys' texts in this session next to the keys themselves: settings change these texts. The columns are
+    quoted, with their table.
     """
     key = ", ".join(columns)
     decoded = ", ".join(f"(k.key::jsonb ->> {at})::{name}" for at, name in enumerate(types))
