@@ -95,7 +95,7 @@ CHART: Final = (
     " FROM paired ORDER BY point"
 )
 
-# One row for each time in which the same sources held the rotation, the latest first; NULL is no limit.
+# One row for each time in which the same sources held the rotation, the latest first; LIMIT NULL returns all.
 # It ends with the next change, or where the owner ended before that.
 HELD: Final = (
     "SELECT held_by, held.at AS began_at, CASE WHEN following.at < last.at + make_interval(secs => %(gap)s)"
