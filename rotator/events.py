@@ -112,7 +112,11 @@ class ServerFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Ranges that all workers rewrote and that were rolled back, or why nothing was measured."""
+    """Ranges that all workers rewrote and that were rolled back, or why nothing was measured.
+
+    Attributes:
+        rows_per_second: The rate of all workers together; 0 where nothing was measured.
+    """
 
     rows: int = 0
     rows_per_second: float = 0.0
@@ -312,7 +316,11 @@ class RangeDeferred:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RangeRetried:
-    """The server rejected a range, which is retried: in two parts if it is ``split``."""
+    """The server rejected a range, which is retried: in two parts if it is ``split``.
+
+    Attributes:
+        reason: The server's condition, e.g. ``deadlock_detected``; not its message, which may hold values.
+    """
 
     rows: int
     reason: str
@@ -321,7 +329,11 @@ class RangeRetried:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRejected:
-    """The server rejects the new value of one row; the rotation of the other rows continues."""
+    """The server rejects the new value of one row; the rotation of the other rows continues.
+
+    Attributes:
+        reason: The server's condition and, where there is one, the constraint's name; not its message.
+    """
 
     key: Key
     reason: str
@@ -467,7 +479,11 @@ class ReindexSkipped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReceiverFailed:
-    """A receiver raised an error of this type; reported once for each receiver and type."""
+    """A receiver raised an error of this type; reported once for each receiver and type.
+
+    Attributes:
+        error: The name of the type, without the message, which may hold values.
+    """
 
     receiver: str
     error: str

@@ -379,9 +379,10 @@ class Stats:
     @property
     def throttled_so_far(self) -> dict[str, float]:
         """The seconds that each throttle has held the run until now, by its name."""
-        now, so_far = self.clock(), self._throttled_seconds.copy()
+        # A plain dict: the result of a run has it, and dataclasses.asdict() cannot copy any other.
+        now, so_far = self.clock(), dict(self._throttled_seconds)
         for source, since in self._throttled_since.items():
-            so_far[source] += now - since
+            so_far[source] = so_far.get(source, 0.0) + now - since
         return so_far
 
     @property

@@ -37,6 +37,7 @@ EVERY_WITHOUT_OWNER_SECONDS: Final = 5.0
 EVERY_WHEN_FINISHED_SECONDS: Final = 30.0
 # Each answer takes processor time from a rotation on the same host.
 MOST_ANSWERS_PER_SECOND: Final = 4
+MOST_EVERY_SECONDS: Final = 60.0
 # Longer than the longest wait of the script.
 _VIEWING_SECONDS: Final = 65.0
 _VIEWER_LENGTH: Final = 8
@@ -120,6 +121,7 @@ def state(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
     if now - read_at >= KEPT_SECONDS:
         rotation = find(number)
         every_seconds = max(_every_seconds(rotation), viewers / MOST_ANSWERS_PER_SECOND)
+        every_seconds = min(every_seconds, MOST_EVERY_SECONDS)
         content = JsonResponse(page_state(rotation) | {"every_seconds": every_seconds}).content
         # Keep only the rotations that are viewed now.
         for other in [each for each, (at, _) in list(_recent.items()) if now - at >= KEPT_SECONDS]:

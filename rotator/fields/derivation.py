@@ -85,7 +85,7 @@ def transforms(field: AnyField) -> bool:
 def stores_randomly(field: AnyField, database: str) -> bool:
     """Return whether this field stores the same value in another form each time, as encryption can do.
 
-    Tries the field with an example. Returns False for a field that fails.
+    Tries the field with an example. Returns False for a field that fails, because it says nothing.
     """
     with suppress(Exception):
         instance = _with_examples(field.model(), [field], 0)

@@ -89,13 +89,15 @@ def take_inventory(database: str) -> Inventory:
         ServerLostError: The server cannot be reached.
     """
     server = _server_for_reading(database)
-    inventory = Inventory()
+    # Before the event loop, since the project's routers may read from the database.
+    fields = list(_stored_fields(database))
+    inventory = Inventory(examined=len(fields))
     caches = {
         alias: (str(options.get("LOCATION", "")),)
         for alias, options in settings.CACHES.items()
         if options.get("BACKEND") == _DATABASE_CACHE
     }
-    tables, found = run_in_new_loop(lambda: _examine(server, database, list(caches.values()), inventory))
+    tables, found = run_in_new_loop(lambda: _examine(server, fields, list(caches.values()), inventory))
     rotations = _last_rotations(database)
     for each, column in found.items():
         if column.can_be_rotated:
@@ -174,11 +176,9 @@ def _stored_fields(database: str) -> Iterator[AnyField]:
 
 
 async def _examine(
-    server: Server, database: str, others: Sequence[tuple[str, ...]], inventory: Inventory
+    server: Server, fields: Sequence[AnyField], others: Sequence[tuple[str, ...]], inventory: Inventory
 ) -> tuple[Mapping[tuple[str, ...], StoredTable], Mapping[AnyField, SecretColumn]]:
     """Read the tables, take samples of their columns, and judge these."""
-    fields = list(_stored_fields(database))
-    inventory.examined = len(fields)
     tables = dict[tuple[str, ...], StoredTable]()
     found = dict[AnyField, SecretColumn]()
     pauses = Pauses()

@@ -110,7 +110,9 @@ def speed_of(rotation: Rotation) -> Speed:
     now = rotation.read_at.timestamp()
     recent, last = RecentRate(), None
     with cursor_of(rotation) as cursor:
-        cursor.execute(RECENT_RANGES, {"rotation": rotation.pk, "limit": _RECENT_RANGES})
+        # Between two owners, no one worked on it.
+        since = rotation.owned_since
+        cursor.execute(RECENT_RANGES, {"rotation": rotation.pk, "since": since, "limit": _RECENT_RANGES})
         for at, rows, seconds in cursor.fetchall():
             last = min(float(at), now)
             recent.add(int(rows), now=last, seconds=seconds)

@@ -114,7 +114,7 @@ def _open_closed_streams(command: BaseCommand) -> None:
 def hide_errors_of_lost_connections() -> None:
     """Print no traceback where Python collects what psycopg had left unfinished on a lost connection.
 
-    The run itself has already reported the loss.
+    The run itself has already reported the loss. To be called once in a process of one command.
     """
     before = sys.unraisablehook
 

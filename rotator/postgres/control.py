@@ -74,6 +74,8 @@ async def log_action(
         )
 
 
+# The queries of this part are for readers with a connection of their own, such as the page in Django's admin.
+
 # A longer time between two measurements is a time without an owner.
 GAP_SECONDS: Final = 30
 
@@ -119,7 +121,8 @@ HELD_SECONDS: Final = (
 RECENT_RANGES: Final = (
     "SELECT date_part('epoch', max(committed_at)) AS at, sum(rows)::bigint AS rows,"
     " max(seconds) AS seconds FROM (SELECT committed_at, rows, seconds FROM rotator_completedrange"
-    " WHERE rotation_id = %(rotation)s ORDER BY id DESC LIMIT %(limit)s) AS recent"
+    " WHERE rotation_id = %(rotation)s AND committed_at >= %(since)s"
+    " ORDER BY id DESC LIMIT %(limit)s) AS recent"
     " GROUP BY floor(date_part('epoch', committed_at) * 4) ORDER BY 1"
 )
 

@@ -64,16 +64,23 @@ class LastWriters:
     renewed: tuple[int, ...]
 
 
-def is_older(xid: sql.Composable, attached_xid: sql.Composable) -> sql.Composable:
+def is_older(
+    xid: sql.Composable, attached_xid: sql.Composable, *, started: str = "started_xid"
+) -> sql.Composable:
     """Return a condition: a row with this ``xmin`` was written before the start, or before its attachment.
 
     Evaluate it in autocommit mode: a negative age is that of a row of an earlier epoch, but within a
     transaction newer rows have a negative age, too. The ages of the row and of ``attached_xid`` (the
-    transaction in :data:`_ATTACHED`, or NULL) must be read by the same query, since both grow.
+    transaction in :data:`_ATTACHED`, or NULL) must be read by the same query, since both grow. ``started`` is
+    the name of the parameter with the transaction that is the start.
     """
     return sql.SQL(
         "(age({xid}) NOT BETWEEN 0 AND age({started}) OR COALESCE(age({xid}) >= age({attached_xid}), false))"
-    ).format(xid=xid, started=_STARTED, attached_xid=attached_xid)
+    ).format(
+        xid=xid,
+        started=sql.SQL("{}::text::xid8::xid").format(sql.Placeholder(started)),
+        attached_xid=attached_xid,
+    )
 
 
 _COUNT: Final = (

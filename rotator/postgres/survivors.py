@@ -163,25 +163,30 @@ async def control_ledger(
 ) -> tuple[int, int]:
     """Search for a sample of rows that no session has written since the rotation's start.
 
-    Call it before the first row is rotated. Loading began later, after the end of every transaction that
-    could still have committed such a row.
+    Call it before the first row is rotated. A row of the sample that is younger than the oldest transaction
+    that was open when loading began may lack its entry: that transaction may have committed it since. Such a
+    row counts only if it is found.
 
     Returns:
-        The number of rows in the sample, and the number of them that the search found.
+        The number of rows that count, and the number of them that the search found.
     """
+    xmin, never_attached = identifier(ROW, "xmin"), sql.SQL("NULL::xid")
     query = table.compose(
-        "SELECT count(*), count(*) FILTER (WHERE is_found) FROM (SELECT {is_found} AS is_found"
-        " FROM {row} TABLESAMPLE SYSTEM (%(percent)s) WHERE {within} AND {is_older}{and_matches}"
-        " LIMIT {limit}) AS sample",
+        "SELECT count(*) FILTER (WHERE is_found OR was_loaded), count(*) FILTER (WHERE is_found)"
+        " FROM (SELECT {is_found} AS is_found, {was_loaded} AS was_loaded"
+        " FROM {row} TABLESAMPLE SYSTEM (%(percent)s)"
+        " WHERE {within} AND {is_older}{and_matches} LIMIT {limit}) AS sample",
         is_found=is_in_ledger(ledger, table),
         within=table.within(after_is_known=False),
-        is_older=is_older(identifier(ROW, "xmin"), sql.SQL("NULL::xid")),
+        is_older=is_older(xmin, never_attached),
+        was_loaded=is_older(xmin, never_attached, started="loading_xid"),
         limit=CONTROL_ROWS,
     )
     parameters = {
         "percent": min(100.0, 100 * _ROWS_READ / max(rows, 1)),
         "through": bound,
         "started_xid": started_xid,
+        "loading_xid": ledger.started_xid,
     }
     ((sampled, found),) = await fetch_rows(connection, query, parameters, seconds=None)
     return int(sampled), int(found)
@@ -336,7 +341,11 @@ async def read_vacuumed(connection: AsyncConnection, table: TargetTable) -> tupl
 
 
 async def own_repair(connection: AsyncConnection, rotation: int) -> Lease:
-    """Take the right to repair a completed rotation from every earlier process, and return the lease."""
+    """Take the right to repair a completed rotation from every earlier process, and return the lease.
+
+    Raises:
+        SupersededError: The rotation is not completed.
+    """
     async with exclusive_lock(connection, rotation):
         row = await fetch_row(
             connection,

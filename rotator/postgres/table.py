@@ -138,16 +138,16 @@ class TargetTable:
         """The names of the rotated columns, unquoted."""
         return [column.name for column in self.columns]
 
-    def compose(self, text: LiteralString, /, **parts: object) -> sql.Composed:
+    def compose(self, text: LiteralString, /, **parts: sql.Composable | str | float | None) -> sql.Composed:
         """Compose SQL from a text with names in braces: those of these parts of the table, and others.
 
         ``table`` is the table's name, ``regclass`` its oid, and ``partitions`` a subquery with the ``oid`` of
         each leaf partition, or of the table itself. ``row`` is the table under the alias :data:`ROW`, and
         ``row_name`` this alias. ``leaf``, ``ctid``, ``xmin`` and ``row_key`` are columns of the row,
         ``row_json`` is its key as the text of a JSON array, and ``key`` has the names of the key's columns.
-        ``and_matches`` restricts a condition to the rows to rotate.
+        ``and_matches`` restricts a condition to the rows to rotate. A part that is no SQL becomes a literal.
         """
-        own: dict[str, object] = {
+        own: dict[str, sql.Composable] = {
             "table": self.name,
             # A cast of a text is evaluated at each execution, also of a statement that is prepared.
             "regclass": sql.SQL("{}::text::regclass").format(self.quoted_name.replace("%", "%%")),
@@ -167,7 +167,7 @@ class TargetTable:
             # A table without partitions has no row there.
             " LEFT JOIN LATERAL pg_partition_tree(root.oid) AS tree ON tree.isleaf)"
         ).format(own["regclass"])
-        return sql.SQL(text).format(**own | parts)
+        return sql.SQL(text).format(**own, **parts)
 
     @property
     def matches(self) -> sql.Composable | None:

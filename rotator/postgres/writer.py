@@ -278,6 +278,7 @@ class RangeUpdate:
             while True:
                 locked = await connection.execute(
                     self.table.compose(
+                        # Not by {key}: the column of the JSON can have the name of one of the key's.
                         "SELECT {row_json} FROM {rows} ORDER BY {row_key} LIMIT {most} FOR UPDATE",
                         rows=range_rows(self.table, after_is_known=rest.after is not None),
                         most=SLICE_ROWS,

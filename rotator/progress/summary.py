@@ -31,7 +31,8 @@ _NOT_REPORTED: Final = ("storage_before", "storage", "run", "stop_reason", "canc
 def report(event: RotationStopped) -> dict[str, object]:
     """Return the account of a run as JSON types; these keys are an interface and only ever added to.
 
-    Sizes are null where the server was unreachable.
+    Seconds are rounded to a thousandth. A ``key`` is the server's own text of a JSON array. Sizes are null
+    where the server was unreachable.
     """
     figures = {each.name: getattr(event, each.name) for each in fields(event)}
     before, now, run = event.storage_before, event.storage, event.run
@@ -325,11 +326,11 @@ def _survivors(event: Verified) -> str:
 
 def _controlled(controls: Controls) -> str:
     known = "" if controls.is_salt_right else "; the salt is NOT the one of its entries"
-    sampled = f"{count(controls.sampled)} of {count(controls.sampled)} sampled rows found"
+    sampled = f"{count(controls.sampled)} of {count(controls.sampled)} sampled rows found before the rotation"
     if not controls.sampled:
-        sampled = "no row was unchanged since the start, to be sampled,"
+        sampled = "no row could be sampled before the rotation: all had changed since its start"
     return (
-        f"{sampled} before the rotation; "
+        f"{sampled}; "
         f"{count(controls.planted_found)} of {count(controls.planted)} planted values found; "
         f"{count(controls.entries_found)} of {count(controls.entries)} entries in the ledger{known}"
     )

@@ -320,7 +320,8 @@ def leaked_values(event: events.LeakedValuesFound) -> str:
 
 
 def done_of_total(rows: int, total: int, *, is_exact: bool) -> str:
-    """Return the rows done and the total, e.g. ``412,000 of about 1,000,000``, at most an exact total."""
+    """Return the rows done and the total, e.g. ``412,000 of about 1,000,000``."""
+    # Rows that are added while the rotation runs do not exceed an exact total.
     return f"{count(min(rows, total) if is_exact else rows)} of {about(total, is_exact=is_exact)}"
 
 

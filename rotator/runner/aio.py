@@ -67,7 +67,7 @@ async def running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[N
 async def in_background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
     """Run some work next to the block, which cancels it at its end, and only then raises its error.
 
-    A server that does not answer delays the end for ``CLOSE_SECONDS`` only.
+    An error of the block comes first. A server that does not answer delays the end for ``CLOSE_SECONDS``.
     """
     task = asyncio.create_task(work, name=name)
     try:
@@ -75,8 +75,8 @@ async def in_background(work: Coroutine[Any, Any, None], name: str) -> AsyncIter
     finally:
         task.cancel()
         await asyncio.wait([task], timeout=CLOSE_SECONDS)
-        if task.done() and not task.cancelled():
-            task.result()
+    if task.done() and not task.cancelled():
+        task.result()
 
 
 async def act_when(is_due: Callable[[], bool], act: Callable[[], None]) -> None:

@@ -163,7 +163,8 @@ class Controller:
     """Moves the number of workers up and down while other sessions are at work, beginning with one.
 
     A number that was too much, or gained too little, is blocked for a minute, then for two, and so on.
-    Otherwise it would swing between two values all the time.
+    Otherwise it would swing between two values all the time. Times are seconds of a monotonic
+    clock.
 
     Attributes:
         workers: The number of workers that are allowed now.

@@ -71,7 +71,7 @@ class WorkQueue:
     """Hands ranges to workers; those that are due for a retry go before planned ones."""
 
     def __init__(self, drain: asyncio.Event) -> None:
-        """Make the queue; once ``drain`` is set, workers get no more ranges."""
+        """Make the queue in the running loop; once ``drain`` is set, workers get no more ranges."""
         self.drain = drain
         # None where no more follow.
         self.planned: asyncio.Queue[KeyRange | None] = asyncio.Queue(QUEUE_RANGES)

@@ -108,7 +108,8 @@ class Gate:
     def hold(self, source: str, reason: str, *, slowly: bool = True) -> None:
         """Close the gate for a reason: no more ranges begin, and those in flight are finished.
 
-        A source calls it again when its reason changes. An empty reason opens the gate, like ``release()``.
+        The reason is one phrase, ``signal value > limit`` if it is measured, which progress and page show. A
+        source calls it again when its reason changes. An empty reason opens the gate, like ``release()``.
         """
         held = self._holds.get(source)
         if not reason:

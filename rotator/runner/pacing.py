@@ -17,7 +17,7 @@ from rotator.exceptions import RotatorError
 from rotator.options import read_pace
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.probes import Activity, probe, read_activity, sessions_that_wait
-from rotator.runner.aio import in_background
+from rotator.runner.aio import CLOSE_SECONDS
 from rotator.runner.controller import MIN_SAMPLES, Controller, Progress, percentile
 from rotator.runner.gate import Gate
 
@@ -210,8 +210,13 @@ class Pacing:
         if self._pace.latency_limit is not None and not self._other_sessions.are_known:
             # Until it is known whether they are at work.
             self._gate.allow(workers=1)
-        async with in_background(self.run(), "rotator pace"):
+        keeping = asyncio.create_task(self.run(), name="rotator pace")
+        try:
             yield
+        finally:
+            keeping.cancel()
+            # A server that does not answer must not delay the end.
+            await asyncio.wait([keeping], timeout=CLOSE_SECONDS)
 
     async def run(self) -> None:
         """Keep the pace until cancelled. Without measurements, the allowance stays what it is."""

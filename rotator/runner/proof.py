@@ -204,6 +204,8 @@ async def forget(connection: AsyncConnection, rotation: int) -> bool:
 async def until_unlocked(change: Callable[[], Awaitable[None]], what: str) -> None:
     """Retry a change of the table that other sessions' locks prevent; it waits for them for a short time.
 
+    A caller may cancel it: the transaction of the change is rolled back then, or it was committed already.
+
     Raises:
         RotatorError: The table was locked at each attempt to do ``what``.
     """

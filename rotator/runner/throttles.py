@@ -118,7 +118,7 @@ class CalledSignal:
     call: Call
     _running: asyncio.Task[object] | None = None
 
-    async def read(self, *_run: object) -> Reading:
+    async def read(self, _control: AsyncConnection | None = None, _rotation: int = 0) -> Reading:
         """Return the result of the call; a problem where it raises an error or does not return in time.
 
         While a call has not returned, there is no other one.

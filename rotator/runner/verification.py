@@ -4,7 +4,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
-from operator import attrgetter
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -43,7 +42,6 @@ PLANNING_SECONDS: Final = 14.0
 CONTROL_ROWS: Final = 1000
 COUNT_SECONDS: Final = 1.0
 GAPS_NAMED: Final = 100
-_LEAF: Final = attrgetter("place.leaf")
 
 
 class Verifier:
@@ -147,7 +145,7 @@ class Verifier:
             rest = KeyInterval(after=search.through, through=bound)
             planned, found, rows = await self._search_range(ledger, rest, rows)
             if placed is not None:
-                for _, of_leaf in groupby(sorted(found, key=_LEAF), _LEAF):
+                for _, of_leaf in groupby(sorted(found, key=_leaf), _leaf):
                     await placed.rotate(list(of_leaf))
             search = await survivors.advance_search(
                 self._connection,
@@ -255,3 +253,7 @@ def unverified(rotation: int, target: str, error: str, *, started_at: datetime |
     return Verified(
         rotation=rotation, target=target, number=None, started_at=started_at, ended_at=now, error=error
     )
+
+
+def _leaf(row: OlderRow) -> int:
+    return row.place.leaf

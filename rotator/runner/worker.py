@@ -77,7 +77,8 @@ class Helper:
     async def work(self, identity: TargetIdentity | None) -> bool:
         """Rewrite spans until none is left, the rotation stops, or the task has to stop.
 
-        Return whether another task is to continue. An older version began a rotation without an identity.
+        Return whether another task is to continue. ``identity`` is that of the target when the rotation
+        began; None where an older version began it.
 
         Raises:
             ServerLostError: The server was unreachable for longer than the outage budget.

@@ -291,6 +291,31 @@ def test_its_control_has_rows_while_an_older_transaction_is_open_elsewhere(datab
     assert outcome.verification.controls.sampled == ROWS
 
 
+def test_its_control_leaves_out_a_row_that_an_older_transaction_inserts_after_loading(
+    database: Database,
+) -> None:
+    database.make_tickets(1, ROWS)
+    older = database.connect()
+    execute_all(older, "BEGIN", "SELECT pg_current_xact_id()")
+    late = "00000000-0000-4000-8000-00000000ffff"
+
+    def react(event: Event) -> None:
+        if isinstance(event, LedgerProgressed):
+            execute_all(
+                older,
+                f"INSERT INTO tickets_ticket (id, title, created_at, token) VALUES (0, '', now(), '{late}')",
+                "COMMIT",
+            )
+
+    outcome = rotate_tickets(react, prove=True)
+
+    _assert_verified(outcome)
+    assert outcome.verification is not None
+    assert outcome.verification.controls is not None
+    assert outcome.verification.controls.sampled == ROWS
+    assert _entries(database) >= _expected(database, late)
+
+
 def test_a_rotation_that_has_begun_cannot_get_one(database: Database) -> None:
     database.make_tickets(1, ROWS)
     assert rotate_tickets(stop_after_rows=20).status == "interrupted"

@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import pytest
 
 from rotator.events import (
@@ -12,6 +14,8 @@ from rotator.events import (
     RotationStopped,
     RowRejected,
     StopReason,
+    Throttled,
+    ThrottleEnded,
     Vacuumed,
     VacuumStarted,
 )
@@ -177,3 +181,14 @@ def test_a_run_without_ranges_has_no_rate() -> None:
     stats.take(started())
     stats.take(LateRowsRotated(rows=3))
     assert account(stats).rows_per_second == 0
+
+
+def test_the_account_can_be_copied_into_dictionaries() -> None:
+    clock = Clock()
+    stats = Stats(clock=clock)
+    stats.take(started())
+    for seconds in (4, 3):
+        stats.take(Throttled(source="replica lag", reason="replica lag 14 s > 10 s", is_new=True))
+        clock.now += seconds
+        stats.take(ThrottleEnded(source="replica lag", reason="replica lag 14 s > 10 s", seconds=seconds))
+    assert asdict(account(stats))["throttled_seconds"] == {"replica lag": 7}

@@ -24,7 +24,6 @@ from rotator.management.rotation import (
     reason_of,
     resume_command_of,
     rows_of,
-    speed_of,
     status_of,
     stored,
     target_facts,
@@ -37,6 +36,7 @@ from rotator.progress import can_draw
 from rotator.progress.bar import fitting, terminal_columns
 from rotator.progress.lines import Sink
 from rotator.progress.text import GUARD_EFFECTS, count, duration, moment, one_line, plural, rate, unconfirmed
+from rotator.stats import RecentRate
 
 _FOLLOW_SECONDS: Final = 1.0
 _CLEAR_REST: Final = "\x1b[K"
@@ -241,15 +241,26 @@ class _FollowedProgress:
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._sink = stream, Sink(stream)
         self._is_live = can_draw(stream)
+        # Not from the checkpoints, which late and leaked rows have none of.
+        self._rate = RecentRate()
+        self._rows_seen: int | None = None
         self._written = ""
 
     def show(self, rotation: Rotation) -> None:
+        now, rows = time.monotonic(), rotation.rows_done
+        seen = rows if self._rows_seen is None else self._rows_seen
+        if rows > seen:
+            self._rate.add(rows - seen, now=now, seconds=1.0)
+        elif rows < seen:
+            self._rate.restart()
+        self._rows_seen = rows
         held, figures = rotation.held_by, list[str]()
         if rotation.status == Rotation.Status.RUNNING and not rotation.is_silent and not held:
-            speed = speed_of(rotation)
+            speed = self._rate.rows_per_second(now)
+            eta = self._rate.eta_seconds(rotation.rows_total - rows, now)
             figures = [
-                "unknown rate" if speed.rows_per_second is None else f"{rate(speed.rows_per_second)} rows/s",
-                f"ETA {'unknown' if speed.eta_seconds is None else duration(speed.eta_seconds)}",
+                "unknown rate" if speed is None else f"{rate(speed)} rows/s",
+                f"ETA {'unknown' if speed is None or eta is None else duration(eta)}",
             ]
         status, percent = status_of(rotation), rotation.percent
         note = "waiting for a worker" if rotation.status == Rotation.Status.QUEUED else held
@@ -276,7 +287,7 @@ class _FollowedProgress:
 
 def _read_words(options: Options) -> tuple[int | None, Request | None]:
     """Return the id of the rotation and the request; None where the command line has none."""
-    words = list(filter(None, [options["rotation"], *options["request"]]))
+    words = [*filter(None, [options["rotation"]]), *options["request"]]
     number = int(words.pop(0)) if words and is_id(words[0]) else None
     if options["all"]:
         if number is not None or words not in (["pause"], ["resume"]):

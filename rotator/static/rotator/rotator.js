@@ -94,7 +94,8 @@
       /* What a user has begun to fill in stays based on the revision that the user has seen. */
       if (form.dataset.begun !== "yes") form.elements.revision.value = state.revision;
     }
-    wait = state.every_seconds * 1000;
+    /* While the site is updated, another version of it can answer. */
+    wait = state.every_seconds * 1000 || FIRST;
     shownAt = Date.now();
     problem = "";
   };
