@@ -145,6 +145,7 @@ benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows,
 	$(call measure,viewers)
 	$(call measure,neighbours, --rows 4000000 --plot docs/pictures/neighbours.svg)
 	$(call measure,distributed)
+	$(call measure,profiling)
 	@test ! -e build/benchmarks/failed || { echo 'Some limits do not hold: see above.'; exit 1; }
 
 lock: ## Write the newest versions that fit to constraints.txt, to be tested
