@@ -67,7 +67,7 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
         RowsLockedError: Other sessions use the table; a retry can succeed.
         ServerRefusedError: The role must not create triggers on the table.
     """
-    names = {
+    names: dict[str, sql.Composable | str] = {
         "function": _function(ledger),
         "sequence": _sequence(ledger),
         "trigger": identifier(trigger_name(ledger.rotation)),
