@@ -176,11 +176,15 @@ def test_the_reason_of_a_throttle_is_shown(admin: Client, rotation: Rotation) ->
 
 def test_the_rate_is_that_of_the_checkpoints(admin: Client, rotation: Rotation) -> None:
     now = timezone.now()
-    change(rotation, updated_at=now)
+    change(rotation, updated_at=now, owned_since=now - timedelta(seconds=11))
+    # Before its owner, another one had it.
+    CompletedRange.objects.create(
+        rotation=rotation, through=[0], rows=500, seconds=0.1, committed_at=now - timedelta(hours=1)
+    )
     for number in range(40):
         CompletedRange.objects.create(
             rotation=rotation,
-            after=[number] if number else None,
+            after=[number],
             through=[number + 1],
             rows=500,
             seconds=0.1,
