@@ -23,7 +23,8 @@ from rotator.stats import RecentRate
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 # About the checkpoints of the window of a rate.
-_RECENT_RANGES: Final = 1000
+# Some seconds of the smallest ranges: a rate needs two.
+_RECENT_RANGES: Final = 4000
 
 
 def find_rotations(database: str) -> QuerySet[Rotation]:
