@@ -75,7 +75,7 @@ class Target:
             takes no argument, or the row's instance, and returns a value, or a mapping of field names to
             values.
         include_null: Whether rows whose value is NULL are rotated too.
-        include_blank: Whether rows whose value is the empty text are rotated too.
+        include_blank: Whether rows whose value is the empty string are rotated too.
         ignore_derived: The names of fields that derive nothing from the rotated ones, although it looks so.
         leaked: The path of a file with leaked values; only rows whose present value is in it are rotated. It
             is written as on the command line. Empty for all rows.

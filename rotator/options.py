@@ -469,12 +469,12 @@ class RotateOptions(TypedDict, total=False):
             (default: 4).
         batch: The maximum number of rows in a range. Each range is one transaction (default: 2000). More than
             10,000 makes other writers of these rows wait for long.
-        pace: What the rotation may cost other sessions while they are at work: gentle and balanced use fewer
-            workers and smaller ranges then; full does not (default: balanced).
+        pace: How much the rotation may slow other sessions down. While they are at work, gentle and balanced
+            use fewer workers and smaller ranges; full does not (default: balanced).
         restart: Begin a new rotation: abandon the unfinished one, or rotate the same rows again after a
             completed one.
-        take_over: Take the rotation from the process that owns it, even if that process is alive. It will
-            stop.
+        take_over: Take the rotation from the process that owns it, even if that process is alive. That
+            process stops.
         vacuum: Vacuum the table after each eighth of its rows and at the end (default: True).
         reindex: Rebuild the table's indexes after completion, one at a time. This blocks no reads or writes,
             and needs free disk space for a copy of the largest index.
@@ -485,8 +485,8 @@ class RotateOptions(TypedDict, total=False):
         lock_timeout: The longest wait of a range for one lock, before the range is deferred. All of its locks
             together may take five times as long (default: 100ms).
         outage_budget: The longest wait for an unreachable server, before the run stops (default: 5m).
-        max_lag: Begin no range while a replica lags more than this. The lag is that of the rotation's
-            heartbeat.
+        max_lag: Begin no range while a replica of --lag-of lags more than this. The lag is the age of the
+            first heartbeat of the rotation that the replica has not replayed.
         lag_of: The aliases in DATABASES of the replicas that max_lag applies to.
         max_unarchived_wal: Begin no range while more WAL than this, e.g. 1GB, waits for the archiver.
         max_slot_wal: Begin no range while a replication slot keeps more WAL than this.
@@ -577,7 +577,7 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "row's instance, and returns a value, or a mapping of field names to values.",
     ),
     "include_null": _switch("Also rotate rows whose value is NULL."),
-    "include_blank": _switch("Also rotate rows whose value is the empty text."),
+    "include_blank": _switch("Also rotate rows whose value is the empty string."),
     "ignore_derived": _list(
         "FIELD",
         "Rotate although this field seems to derive its value from the target when a row is saved. The "
@@ -593,8 +593,8 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "NAME", "The name of the column with the values, if the file of --leaked is a CSV file."
     ),
     "celery": _switch(
-        "Rotate with the project's Celery workers, each with --concurrency connections. This process plans "
-        "and watches."
+        "Rotate with the project's Celery workers, each with --concurrency connections. This process only "
+        "plans and watches."
     ),
     "detach": _switch(
         "With --celery: let a worker plan and watch too, and return. Watch the rotation with rotations ID "
@@ -617,17 +617,17 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "max_unarchived_wal": _value("SIZE", _HELP["max_unarchived_wal"]),
     "max_slot_wal": _value("SIZE", _HELP["max_slot_wal"]),
     "dry_run": _switch(
-        "Show what the rotation will meet, how long it will take and what cannot be undone, and exit. To "
-        "estimate the time, it rewrites up to a thirtieth of the rows and rolls them back, which leaves dead "
-        "rows and WAL; see --no-sample."
+        "Show the preflight report (table, server, estimated time, what cannot be undone), and exit. To "
+        "estimate the time, this rewrites up to a thirtieth of the rows and rolls them back, which leaves "
+        "dead rows and WAL; see --no-sample."
     ),
     "no_sample": _switch("Do not rewrite rows to estimate the time, before a rotation or with --dry-run."),
     "no_preflight": _switch(
         "Skip the preflight report. Without a terminal, the report has no estimate of the time."
     ),
     "no_vacuum": _switch(
-        "Leave the old row versions, and the space they take, to autovacuum. By default the table is "
-        "vacuumed after each eighth of its rows and at the end."
+        "Do not run VACUUM: autovacuum removes the old row versions later. By default the table is vacuumed "
+        "after each eighth of its rows and at the end."
     ),
     "reindex": _switch(_HELP["reindex"]),
     "prove": _switch(_HELP["prove"]),
@@ -641,7 +641,7 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "progress": {
         "default": "auto",
         "help": "How to show progress: a bar on a terminal and lines elsewhere (auto), JSON lines on "
-        "standard output (json), or log records (log) (default: %(default)s).",
+        "standard output (json), log records (log), or not at all (none) (default: %(default)s).",
     },
     "report": _value("FILE", "Also write the summary to this file, as JSON.", kind=Path),
 }

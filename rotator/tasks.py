@@ -250,7 +250,7 @@ def load_app() -> None:
         except ImportError as error:
             raise OptionError(f'ROTATOR["CELERY_APP"] cannot be imported: {error}.') from error
         if not isinstance(app, Celery):
-            raise OptionError(f'ROTATOR["CELERY_APP"] names {path}, which is no Celery app.')
+            raise OptionError(f'ROTATOR["CELERY_APP"] names {path}, which is not a Celery app.')
         app.set_default()
     elif not current_app.conf.broker_url:
         raise OptionError(

@@ -172,7 +172,7 @@ def control_all(admin: "_Admin", request: HttpRequest) -> HttpResponse:
         send(rotation, asked, by=request.user.get_username(), revision=None)
         admin.log_change(request, rotation, f"Requested: {verb}.")
         number += 1
-    messages.success(request, f"Requested of {number} rotation{'s' * (number != 1)}: {verb}.")
+    messages.success(request, f"Requested for {number} rotation{'s' * (number != 1)}: {verb}.")
     return HttpResponseRedirect(reverse("admin:rotator_rotation_changelist"))
 
 
@@ -201,7 +201,7 @@ def _request(admin: "_Admin", request: HttpRequest, rotation: Rotation) -> str:
     if asked.is_cancel and request.POST.get("target", "").strip() != rotation.target:
         raise RotatorError(f"To cancel it, type the name of its target: {rotation.target}.")
     if not rotation.has_owner:
-        raise RotatorError("No process works on this rotation, so nothing would answer.")
+        raise RotatorError("No process works on this rotation, so the request would have no effect.")
     revision = request.POST.get("revision", "")
     if not is_id(revision):
         raise RotatorError("The form has no revision. Reload the page.")
@@ -211,7 +211,7 @@ def _request(admin: "_Admin", request: HttpRequest, rotation: Rotation) -> str:
         present = find(str(rotation.pk)).control_row
         raise RotatorError(
             f"{present.changed_by} has changed this rotation since you have seen it: revision {revision} was "
-            f"shown, and {present.revision} is present. Look at it, then repeat your request."
+            f"shown, and {present.revision} is the present one. Look at it, then repeat your request."
         ) from error
     settings = ", ".join(f"{name} {value or 'default'}" for name, value in asked.values.items())
     described = f"set {settings}" if asked.verb == "set" else asked.verb

@@ -59,10 +59,10 @@ def name_warnings(fields: Sequence[AnyField]) -> tuple[str, ...]:
         if PRIVATE_KEY_NAME.search(name):
             warnings.append(f"{name} seems to hold private keys: their public keys stay as they are")
         if _is_password(fields[0]):
-            warnings.append(f"{name} holds hashes of passwords: values are stored as they are made")
+            warnings.append(f"{name} holds hashes of passwords: new values are stored without hashing")
         elif HASH_NAME.search(name):
             warnings.append(
-                f"the name {name} suggests that it holds a hash: values are stored as they are made"
+                f"the name {name} suggests that it holds a hash: new values are stored without hashing"
             )
     return tuple(warnings)
 
@@ -255,7 +255,7 @@ def _text_example(field: AnyField, form: _Form | None) -> str:
     if not _accepts(field, digits):
         return f", one whose values have the form that the field's validators accept{limit}."
     if digits == 0:
-        return f", one that returns texts of at most {field.max_length} characters."
+        return f", one that returns strings of at most {field.max_length} characters."
     most = "" if field.max_length is None else f"at most {field.max_length} characters, e.g. "
     return f", one that returns {most}secrets.token_hex({digits // 2})."
 

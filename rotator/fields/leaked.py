@@ -148,7 +148,8 @@ def _read_json(stream: BinaryIO, path: str) -> Iterator[bytes]:
             value = next((entry[key] for key in _JSON_KEYS if key in entry), None)
         if not isinstance(value, str):
             raise OptionError(
-                f"{_named(path)} is not a list of texts, or of objects with a key {' or '.join(_JSON_KEYS)}."
+                f"{_named(path)} is not a list of strings, or of objects with a key "
+                f"{' or '.join(_JSON_KEYS)}."
             )
         # Half of a character, as "\\ud800", is in no row.
         yield value.strip().encode(errors="surrogatepass")

@@ -39,7 +39,7 @@ class _Scrape(Collector):
         of = ["rotation"]
         self.info = Info("rotator", "A rotation, its status and its latest owner.", labels=of)
         self.rows = Counter("rotator_rotated_rows", "Completed rows.", labels=of)
-        self.planned = Gauge("rotator_planned_rows", "Rows up to the upper bound.", labels=of)
+        self.planned = Gauge("rotator_planned_rows", "Rows up to the bound.", labels=of)
         ranges = "Ranges that were completed, deferred or retried."
         self.ranges = Counter("rotator_ranges", ranges, labels=[*of, "outcome"])
         workers = "Workers that may write now; with Celery, tasks that help."

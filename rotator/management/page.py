@@ -158,7 +158,7 @@ def _motion_of_running(  # noqa: PLR0911 - one result for each reason
         if rotation.control_row.paused:
             since = next((each.at for each in actions if each.kind == ActionKind.PAUSED), since)
             return _Motion("held", f"Not moving: {held}", since, "Resume ends the pause.")
-        return _Motion("held", f"Not moving: throttled by {held}", since, "It continues by itself then.")
+        return _Motion("held", f"Not moving: throttled by {held}", since, "The rotation continues by itself.")
     if activity := _ACTIVITIES.get(state):
         return _Motion("moving", f"Moving: {activity}")
     if speed.idle_seconds is not None and speed.idle_seconds > STALL_SECONDS:
@@ -211,7 +211,7 @@ def _left_out(rotation: Rotation) -> list[str]:
     if not chosen.include_null and any(field.null for field in fields):
         left.append("NULL stays NULL (no --include-null).")
     if not chosen.include_blank and any(field.empty_strings_allowed for field in fields):
-        left.append("The empty text stays empty (no --include-blank).")
+        left.append("The empty string stays empty (no --include-blank).")
     if rotation.unconfirmed_rows:
         left.append(f"{unconfirmed(rotation.unconfirmed_rows)}.")
     return left or ["The options leave out no row."]
@@ -228,7 +228,7 @@ def _server_facts(rotation: Rotation, latest: Measurement | None, actions: list[
     if latest is None or rotation.status != Rotation.Status.RUNNING:
         return facts
     if latest.waiting_sessions is not None:
-        facts.append(("sessions that wait for us", count(latest.waiting_sessions)))
+        facts.append(("sessions that wait for ranges", count(latest.waiting_sessions)))
     if latest.commit_seconds is not None:
         baseline = latest.baseline_seconds
         without = f", {_milliseconds(baseline)} without the rotation" if baseline is not None else ""

@@ -46,7 +46,7 @@ def _body(ledger: Ledger, table: TargetTable, action: str) -> str:
         refuse = sql.SQL(_REFUSE).format(
             trigger=trigger_name(ledger.rotation),
             column=column.name.replace("%", "%%"),
-            message=f"the new value was replaced by rotation {ledger.rotation} and must not come back",
+            message=f"this old value was replaced by rotation {ledger.rotation} and is not accepted",
         )
         parts.append(
             sql.SQL(_CHECK).format(

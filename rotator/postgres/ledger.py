@@ -337,8 +337,8 @@ async def check_not_guessable(connection: AsyncConnection, table: TargetTable) -
         reason = await _reason(connection, table, column)
         if reason:
             raise TargetError(
-                f"Cannot prove a rotation of the column {column.name} of {table.found_name}: {reason}. Who "
-                "can read the ledger could try all values. Rotate it without --prove."
+                f"Cannot prove a rotation of the column {column.name} of {table.found_name}: {reason}. A "
+                "user who can read the ledger could try all values. Rotate it without --prove."
             )
 
 

@@ -92,13 +92,13 @@ async def check_archiving(connection: AsyncConnection) -> None:
     ((mode,),) = await fetch_rows(connection, "SELECT current_setting('archive_mode')")
     if mode == "off":
         raise OptionError(
-            "--max-unarchived-wal: the server archives no WAL (archive_mode = off). Leave it out."
+            "--max-unarchived-wal: the server archives no WAL (archive_mode = off). Leave the option out."
         )
     found = await reading(lambda: read_unarchived_wal(connection))
     if found.problem:
         raise OptionError(
             f"--max-unarchived-wal: the WAL to archive is unknown: {found.problem}. Leave the option out, or "
-            "run SELECT pg_switch_wal() as a superuser and try again when the segment is archived."
+            "run SELECT pg_switch_wal() as a superuser, and repeat the command when the segment is archived."
         )
 
 

@@ -196,7 +196,7 @@ def _disk(findings: Findings) -> list[tuple[str, list[str]]]:
     room = size(table.heap_bytes + table.index_bytes)
     return [
         ("WAL", lines),
-        ("disk", [f"up to {room} more for the table, and the WAL; the free space is unknown"]),
+        ("disk", [f"up to {room} more for table and indexes, and the WAL; the free space is unknown"]),
     ]
 
 

@@ -325,7 +325,7 @@ def _survivors(event: Verified) -> str:
 
 
 def _controlled(controls: Controls) -> str:
-    known = "" if controls.is_salt_right else "; the salt is NOT the one of its entries"
+    known = "" if controls.is_salt_right else "; the salt does NOT match the entries"
     sampled = f"{count(controls.sampled)} of {count(controls.sampled)} sampled rows found before the rotation"
     if not controls.sampled:
         sampled = "no row could be sampled before the rotation: all had changed since its start"

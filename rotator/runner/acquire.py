@@ -75,7 +75,7 @@ async def acquire(
         found = await rotations.find_unfinished(connection, target.label, table.found_name)
         if options.rotation is not None and (found is None or found.id != options.rotation):
             raise RotationFinishedError(
-                f"Rotation {options.rotation} of {target.label} is not unfinished any more."
+                f"There is no unfinished rotation {options.rotation} of {target.label}."
             )
         if found is None:
             lease = await rotations.begin_rotation(

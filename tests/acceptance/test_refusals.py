@@ -82,7 +82,7 @@ BAD_INPUT = {
     "--stop-after 0": "--stop-after must be from 1 to 2,147,483,647, not 0.",
     "--detach": "--detach queues the rotation for Celery workers. Use it with --celery.",
     "--celery --detach --stop-after 5": (
-        "--stop-after stops the run of this process, and with --detach there is none. Leave one out."
+        "--stop-after stops the run of this process, but with --detach it has no run. Leave one out."
     ),
     "--lock-timeout 5": "--lock-timeout must be a duration (100ms, 30s, 5m or 2h), not '5'.",
     "--lock-timeout 25h": "--lock-timeout must be from 1ms to 24h, not '25h'.",

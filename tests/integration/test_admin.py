@@ -369,7 +369,7 @@ def test_all_are_paused_and_resumed(admin: Client) -> None:
     )
     url = reverse("admin:rotator_rotation_control_all")
     assert (
-        "Requested of 1 rotation: pause."
+        "Requested for 1 rotation: pause."
         in admin.post(url, {"request": "pause"}, follow=True).content.decode()
     )
     assert Control.objects.get().paused

@@ -141,7 +141,7 @@ class Command(OwnCommand):
             return None
         if options["detach"] and options["stop_after"] is not None:
             raise OptionError(
-                "--stop-after stops the run of this process, and with --detach there is none. Leave one out."
+                "--stop-after stops the run of this process, but with --detach it has no run. Leave one out."
             )
         try:
             from rotator.tasks import ask_for_help, load_app  # noqa: PLC0415 - an optional dependency

@@ -75,8 +75,8 @@ class Command(OwnCommand):
             nargs="*",
             metavar="REQUEST",
             help="pause: begin no more ranges. resume: end a pause. cancel: stop like Ctrl-C; the rotation "
-            "can be resumed. set NAME=VALUE: change concurrency, batch or pace; the value default is that of "
-            "the run.",
+            "can be resumed. set NAME=VALUE: change concurrency, batch or pace; the value default restores "
+            "the option of the run.",
         )
         parser.add_argument(
             "--database",
