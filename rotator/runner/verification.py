@@ -82,7 +82,7 @@ class Verifier:
             raise OptionError(
                 f"Rotation {self._rotation} cannot be repaired: it is {facts.status}"
                 f"{'' if ledger and ledger.is_ready else ' and has no ledger'}. "
-                "Only survivors of a completed rotation with a ledger can be."
+                "Only a completed rotation with a ledger can be repaired."
             )
         repaired = 0
         if repairs and ledger is not None:
