@@ -104,8 +104,8 @@ class Proof:
             )
             if found < rows:
                 raise RotatorError(
-                    f"The control of the ledger failed: only {found:,} of {rows:,} rows were found that must "
-                    "be in it. No row was rotated. Begin again with --restart."
+                    f"The control of the ledger failed: {found:,} of {rows:,} rows were found in it, and all "
+                    "of them must be. No row was rotated. Begin again with --restart."
                 )
         ledger = await finish_ledger(self.connection, ledger, rows)
         context.notify(LedgerReady(seconds=time.monotonic() - started, control_rows=rows))
