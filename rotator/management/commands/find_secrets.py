@@ -34,7 +34,8 @@ class Options(TypedDict):
 class Command(OwnCommand):
     help = (
         "List the columns of the project that look like secrets: by their names, types and defaults, by the "
-        "packages that they belong to, and by a sample of their values. It only reads, and prints no value."
+        "packages that they belong to, and by a sample of their values. The command only reads, and "
+        "prints no value."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
