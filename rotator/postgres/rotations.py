@@ -28,6 +28,16 @@ from rotator.ranges import Key
 
 _TAKE_OVER_LOCK_SECONDS: Final = 2
 _TAKE_OVER_ATTEMPTS: Final = 5
+# A session of the application that has chosen the same number is left alone. Some poolers give each session
+# the same name.
+_END_LOCK_HOLDERS: Final = (
+    "SELECT pg_terminate_backend(pid) FROM pg_locks AS held JOIN pg_stat_activity USING (pid)"  # noqa: S608 - our own text
+    " WHERE locktype = 'advisory' AND granted AND datname = current_database()"
+    " AND database = datid AND classid = %(class)s::oid AND objid = %(number)s::oid"
+    " AND objsubid = 2 AND pid <> pg_backend_pid()"
+    f" AND ({IS_OWN_SESSION} OR EXISTS (SELECT FROM pg_locks AS used WHERE used.pid = held.pid"
+    " AND used.relation = 'rotator_rotation'::regclass))"
+)
 # Ids begin at 1, so the lock of this one is free for the start of a rotation.
 _NO_ROTATION: Final = 0
 
@@ -582,17 +592,11 @@ async def exclusive_lock(
                         "SELECT pg_advisory_xact_lock(%(class)s::integer, %(number)s::integer)", parameters
                     )
                 break
-            # The backend of a frozen client never exits, and keeps its locks. A session of the application
-            # that has chosen the same number is left alone. Some poolers give each session the same name.
-            await connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_locks AS held JOIN pg_stat_activity USING (pid)"  # noqa: S608 - our own text
-                " WHERE locktype = 'advisory' AND granted AND datname = current_database()"
-                " AND database = datid AND classid = %(class)s::oid AND objid = %(number)s::oid"
-                " AND objsubid = 2 AND pid <> pg_backend_pid()"
-                f" AND ({IS_OWN_SESSION} OR EXISTS (SELECT FROM pg_locks AS used WHERE used.pid = held.pid"
-                " AND used.relation = 'rotator_rotation'::regclass))",
-                parameters,
-            )
+            # The backend of a frozen client never exits, and keeps its locks. That of another role may need a
+            # privilege; it may also end by itself until the next attempt.
+            with suppress(errors.InsufficientPrivilege):
+                async with connection.transaction():
+                    await connection.execute(_END_LOCK_HOLDERS, parameters)
         else:
             raise RowsLockedError(
                 "Cannot acquire the rotation: sessions that are not the rotator's, or that this role cannot "

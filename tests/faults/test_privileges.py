@@ -42,6 +42,26 @@ def test_the_documented_grants_are_enough_to_rotate_and_to_take_over(
     assert_completed(rotations.rotated(url, "--restart"))
 
 
+def test_sessions_of_another_role_that_this_one_cannot_end_are_named(
+    database: Database, rotations: Rotations, url: str
+) -> None:
+    audit = make_tickets(database, ROWS)
+    slow_down(database, 0.1)
+    frozen = rotations.rotate(database.url(), "--batch=20")
+    wait_until(lambda: database.checkpoints() > 10, "some checkpoints")
+    frozen.send(signal.SIGSTOP)
+    speed_up(database)
+
+    finished = rotations.rotated(url, "--take-over")
+
+    assert finished.status == 1
+    assert "Traceback" not in finished.err
+    assert "that this role cannot terminate, hold its advisory lock" in finished.err
+    frozen.send(signal.SIGKILL)
+    assert_completed(rotations.rotated(url, "--take-over"))
+    audit.assert_rotated_once()
+
+
 def test_without_the_right_to_update_the_column(database: Database, rotations: Rotations, url: str) -> None:
     audit = make_tickets(database, ROWS)
     database.query(f"REVOKE UPDATE (token) ON tickets_ticket FROM {ROLE}")
