@@ -12,14 +12,7 @@ from contextlib import ExitStack
 from threading import Lock
 from typing import Any, Final, Self, TextIO
 
-from rotator.events import (
-    Event,
-    Preflighted,
-    RangeCompleted,
-    RotationStarted,
-    RotationStopped,
-    WorkersProgressed,
-)
+from rotator import events
 from rotator.progress.lines import Sink, Timer
 from rotator.progress.preflight import preflight
 from rotator.progress.text import (
@@ -140,24 +133,24 @@ class BarObserver:
         if self._handle is not None:
             self._end_unfinished("stopped", "stopped")
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take one event."""
         line = notice(event, self._stats)
         self._stats.take(event)
         if line:
             self._screen.write_above(line, self._columns())
         match event:
-            case Preflighted():
+            case events.Preflighted():
                 for line in preflight(event.findings).splitlines():
                     self._screen.write_above(line, self._columns())
-            case RotationStarted():
+            case events.RotationStarted():
                 self._start()
                 self._show()
             case _ if self._handle is None:
                 pass
-            case RotationStopped():
+            case events.RotationStopped():
                 self._finish(event)
-            case RangeCompleted() | WorkersProgressed() if not self._timer.restart_if_due():
+            case events.RangeCompleted() | events.WorkersProgressed() if not self._timer.restart_if_due():
                 pass
             case _:
                 self._show()
@@ -194,7 +187,7 @@ class BarObserver:
         self._move(self._stats.rows_capped)
         self._handle.text = bar_text(self._stats, self._room())
 
-    def _finish(self, event: RotationStopped) -> None:
+    def _finish(self, event: events.RotationStopped) -> None:
         total_time = duration(event.seconds)
         if event.status != "completed":
             self._end_unfinished(f"{event.status} after {total_time}", event.status)

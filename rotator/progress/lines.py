@@ -14,30 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Final, TextIO
 
-from rotator.events import (
-    AnalyzeSkipped,
-    BrokerUnreachable,
-    Event,
-    LedgerProgressed,
-    LockHeld,
-    OutageStarted,
-    PaceChanged,
-    Preflighted,
-    RangeCompleted,
-    RangeDeferred,
-    RangeRetried,
-    ReceiverFailed,
-    ReindexSkipped,
-    RotationStarted,
-    RotationStopped,
-    RowRejected,
-    ServerLogShowsValues,
-    Tick,
-    VerificationProgressed,
-    Verified,
-    WorkersProgressed,
-    WorkersSilent,
-)
+from rotator import events
 from rotator.progress.preflight import estimate_wal, preflight
 from rotator.progress.summary import (
     report,
@@ -64,14 +41,14 @@ from rotator.stats import Stats
 
 FIGURES_SECONDS: Final = 30.0
 _WARNINGS: Final = (
-    AnalyzeSkipped
-    | BrokerUnreachable
-    | OutageStarted
-    | ReceiverFailed
-    | ReindexSkipped
-    | RowRejected
-    | ServerLogShowsValues
-    | WorkersSilent
+    events.AnalyzeSkipped
+    | events.BrokerUnreachable
+    | events.OutageStarted
+    | events.ReceiverFailed
+    | events.ReindexSkipped
+    | events.RowRejected
+    | events.ServerLogShowsValues
+    | events.WorkersSilent
 )
 _utc_now: Final = partial(datetime.now, UTC)
 
@@ -137,25 +114,25 @@ class NotableEvents(ABC):
         self._stats = Stats(clock=clock)
 
     @abstractmethod
-    def write(self, text: str, event: Event) -> None:
+    def write(self, text: str, event: events.Event) -> None:
         """Write a text; figures come with an event that is not notable."""
 
     @abstractmethod
-    def ended(self, event: RotationStopped) -> str:
+    def ended(self, event: events.RotationStopped) -> str:
         """Return the text at the end of the run."""
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take one event."""
         text = notice(event, self._stats)
         self._stats.take(event)
         match event:
-            case RangeCompleted() | WorkersProgressed() | Tick():
+            case events.RangeCompleted() | events.WorkersProgressed() | events.Tick():
                 if self._stats.started and self._timer.restart_if_due():
                     text = figures(self._stats)
-            case VerificationProgressed():
+            case events.VerificationProgressed():
                 if self._timer.restart_if_due():
                     text = f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
-            case RotationStopped():
+            case events.RotationStopped():
                 text = self.ended(event)
         if text:
             self.write(text, event)
@@ -176,18 +153,18 @@ class LinesObserver(NotableEvents):
         self._sink = Sink(stream)
         self._wall_clock = wall_clock
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take one event; the preflight report is several lines."""
         super().__call__(event)
-        if isinstance(event, Preflighted):
+        if isinstance(event, events.Preflighted):
             for row in preflight(event.findings).splitlines():
                 self.write(row, event)
 
-    def write(self, text: str, event: Event) -> None:  # noqa: ARG002 - the text is enough
+    def write(self, text: str, event: events.Event) -> None:  # noqa: ARG002 - the text is enough
         """Write one line."""
         self._sink.write_line(f"{self._wall_clock().astimezone(UTC):%Y-%m-%dT%H:%M:%SZ} {text}")
 
-    def ended(self, event: RotationStopped) -> str:
+    def ended(self, event: events.RotationStopped) -> str:
         """Return the short result; the summary follows."""
         unchanged = unchanged_rows(event) if event.status == "completed" else ""
         return (
@@ -205,19 +182,19 @@ class LogObserver(NotableEvents):
         self._logger = logging.getLogger("rotator")
         self._hides_keys = hides_keys
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take one event."""
-        if self._hides_keys and isinstance(event, RowRejected):
+        if self._hides_keys and isinstance(event, events.RowRejected):
             event = replace(event, key=Key("…"))
-        if self._hides_keys and isinstance(event, RotationStopped | Verified) and event.error:
+        if self._hides_keys and isinstance(event, events.RotationStopped | events.Verified) and event.error:
             event = replace(event, error=HIDDEN)
         super().__call__(event)
-        if isinstance(event, Verified):
+        if isinstance(event, events.Verified):
             self.write(verification_verdict(event), event)
 
-    def write(self, text: str, event: Event) -> None:
+    def write(self, text: str, event: events.Event) -> None:
         """Log one record."""
-        is_failed = isinstance(event, RotationStopped | Verified) and event.exit_status != 0
+        is_failed = isinstance(event, events.RotationStopped | events.Verified) and event.exit_status != 0
         self._logger.log(
             logging.WARNING if is_failed or isinstance(event, _WARNINGS) else logging.INFO,
             "%s",
@@ -232,15 +209,15 @@ class LogObserver(NotableEvents):
             },
         )
 
-    def ended(self, event: RotationStopped) -> str:
+    def ended(self, event: events.RotationStopped) -> str:
         """Return the result with its reason, since no summary follows."""
         return f"{verdict(event)} {one_line(_reason(event))}".rstrip()
 
 
-def _reason(event: Event) -> str:
-    if isinstance(event, RotationStopped):
+def _reason(event: events.Event) -> str:
+    if isinstance(event, events.RotationStopped):
         return event.error or stopped_by(event.stop_reason, event.cancelled_by)
-    return event.error if isinstance(event, Verified) else str(getattr(event, "reason", ""))
+    return event.error if isinstance(event, events.Verified) else str(getattr(event, "reason", ""))
 
 
 class JsonObserver:
@@ -263,24 +240,24 @@ class JsonObserver:
         self._timer = Timer(every_seconds, clock)
         self._stats = Stats(clock=clock)
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take one event."""
         self._stats.take(event)
         match event:
-            case RangeCompleted() | WorkersProgressed() | Tick():
+            case events.RangeCompleted() | events.WorkersProgressed() | events.Tick():
                 if self._stats.started and self._timer.restart_if_due():
                     self._write(event, figures_as_json(self._stats))
             case (
-                RangeDeferred()
-                | RangeRetried()
-                | PaceChanged(is_new=False)
-                | LockHeld(is_new=False)
-                | LedgerProgressed()
-                | VerificationProgressed()
+                events.RangeDeferred()
+                | events.RangeRetried()
+                | events.PaceChanged(is_new=False)
+                | events.LockHeld(is_new=False)
+                | events.LedgerProgressed()
+                | events.VerificationProgressed()
             ):
                 # These are frequent, and the figures contain them.
                 pass
-            case Preflighted(findings=findings):
+            case events.Preflighted(findings=findings):
                 wal = estimate_wal(findings.table, findings.server, findings.rows_left)
                 estimates = {
                     "wal_bytes": wal.wal_bytes,
@@ -288,17 +265,17 @@ class JsonObserver:
                     "estimated_seconds": findings.estimated_seconds,
                 }
                 self._write(event, asdict(findings) | estimates)
-            case RotationStarted():
+            case events.RotationStarted():
                 stopped_at = event.stopped_at and _iso(event.stopped_at)
                 self._write(event, asdict(event) | {"stopped_at": stopped_at, "resumed": event.resumed})
-            case Verified():
+            case events.Verified():
                 self._write(event, verification_report(event))
-            case RotationStopped():
+            case events.RotationStopped():
                 self._write(event, report(event))
             case _:
                 self._write(event, asdict(event))
 
-    def _write(self, event: Event, facts: dict[str, object]) -> None:
+    def _write(self, event: events.Event, facts: dict[str, object]) -> None:
         head = {
             "event": event_name(type(event)),
             "at": _iso(self._wall_clock()),
@@ -307,11 +284,15 @@ class JsonObserver:
         self._sink.write_line(json.dumps(head | facts))
 
 
-def event_name(kind: type[Event]) -> str:
+def event_name(kind: type[events.Event]) -> str:
     """Return the name of a type of event as it is in JSON and in log records, e.g. ``row_rejected``."""
-    if kind in (RangeCompleted, WorkersProgressed, Tick, VerificationProgressed):
+    if kind in (events.RangeCompleted, events.WorkersProgressed, events.Tick, events.VerificationProgressed):
         return "progress"
-    names = {Preflighted: "preflight", RotationStarted: "started", RotationStopped: "stopped"}
+    names = {
+        events.Preflighted: "preflight",
+        events.RotationStarted: "started",
+        events.RotationStopped: "stopped",
+    }
     return names.get(kind) or re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
