@@ -16,7 +16,6 @@ class KeyInterval:
     through: Key
 
     def __str__(self) -> str:
-        """Return the interval as logs and messages show it."""
         return f"({self.after or 'start'}, {self.through}]"
 
 

@@ -190,7 +190,6 @@ class Stats:
     _last_range_at: float = 0.0
 
     def __post_init__(self) -> None:
-        """Start the run's time."""
         self._began_at = self.clock()
 
     def take(self, event: events.Event) -> None:  # noqa: C901, PLR0912, PLR0915 - one case for each event
@@ -313,11 +312,6 @@ class Stats:
         self._last_range_at = now
         if self._first_range_at is None:
             self._first_range_at = now - seconds
-
-    @property
-    def rotation(self) -> int | None:
-        """The rotation's id; None before its start."""
-        return self.started.rotation if self.started else None
 
     @property
     def rows_total(self) -> int:

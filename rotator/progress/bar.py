@@ -125,7 +125,6 @@ class BarObserver:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        """Return the observer, which draws from the start of the rotation."""
         return self
 
     def __exit__(self, *_: object) -> None:

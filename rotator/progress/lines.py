@@ -279,7 +279,7 @@ class JsonObserver:
         head = {
             "event": event_name(type(event)),
             "at": _iso(self._wall_clock()),
-            "rotation": self._stats.rotation,
+            "rotation": self._stats.started and self._stats.started.rotation,
         }
         self._sink.write_line(json.dumps(head | facts))
 
