@@ -56,10 +56,6 @@ class RotationRepeatedError(OptionError):
         )
 
 
-class RequestError(RotatorError):
-    """A rotation cannot do what a user requests; nothing was changed."""
-
-
 class RevisionError(RotatorError):
     """A change was based on an older revision of the control row; nothing was changed."""
 
@@ -103,7 +99,7 @@ class RangeRejectedError(RotatorError):
         retryable: Whether a retry of the same range can succeed.
     """
 
-    def __init__(self, condition: str, *, retryable: bool) -> None:
+    def __init__(self, condition: str, *, retryable: bool = True) -> None:
         super().__init__(f"The server rejected a range: {condition}.")
         self.condition = condition
         self.retryable = retryable
@@ -111,9 +107,6 @@ class RangeRejectedError(RotatorError):
 
 class RangeTooSlowError(RangeRejectedError):
     """A range took longer than its time limit; smaller ones can succeed."""
-
-    def __init__(self, condition: str) -> None:
-        super().__init__(condition, retryable=True)
 
 
 class EveryRowRejectedError(RotatorError):

@@ -372,12 +372,7 @@ class Control(models.Model):
     ) -> "Control":
         """Change the control row of a rotation in a transaction of its own, log it, and return the row.
 
-        Args:
-            rotation: The rotation.
-            action: The kind of the change.
-            values: The new values, by the names of the fields.
-            by: The user.
-            revision: The revision that the user has seen; None to change any.
+        ``revision`` is the one that the user has seen; None to change any.
 
         Raises:
             RevisionError: Another user has changed the row since that revision.

@@ -268,17 +268,12 @@ class BrokerCalls:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._running_since = list[float]()
-
-    @property
-    def running(self) -> int:
-        """The number of calls that have not returned."""
-        return len(self._running_since)
+        self.running_since = list[float]()
 
     def check(self) -> None:
         """Raise ``TimeoutError`` if another call would probably hang like the last one."""
         now = self._clock()
-        hanging = [since for since in self._running_since.copy() if now - since >= PUBLISH_SECONDS]
+        hanging = [since for since in self.running_since.copy() if now - since >= PUBLISH_SECONDS]
         if hanging:
             wait_seconds = min(MAX_BROKER_WAIT_SECONDS, PUBLISH_SECONDS * 2.0 ** min(len(hanging), 10))
             if now - max(hanging) < wait_seconds:
@@ -289,11 +284,11 @@ class BrokerCalls:
 
         def work() -> Any:  # noqa: ANN401 - whatever the call returns
             since = self._clock()
-            self._running_since.append(since)
+            self.running_since.append(since)
             try:
                 return call()
             finally:
-                self._running_since.remove(since)
+                self.running_since.remove(since)
 
         return work
 

@@ -8,7 +8,7 @@ from typing import Final
 from django.db.models.functions import Now
 
 from rotator.events import ActionKind, StopReason
-from rotator.exceptions import OptionError, RequestError
+from rotator.exceptions import OptionError, RotatorError
 from rotator.management.rotation import find_rotations
 from rotator.models import Control, Rotation
 from rotator.options import SETTINGS, RunOptions, check_batch, read_setting
@@ -82,21 +82,21 @@ def send(rotation: Rotation, request: Request, *, by: str, revision: int | None)
     """Store a request for the owner of a rotation, and return the changed control row.
 
     Raises:
-        RequestError: The rotation cannot do what is requested.
+        RotatorError: The rotation cannot do what is requested.
         RevisionError: Another user has changed the control row since that revision.
     """
     name = f"Rotation {rotation.pk} of {rotation.target}"
     if not rotation.is_unfinished:
-        raise RequestError(f"{name} is {rotation.status}, so it cannot be changed.")
+        raise RotatorError(f"{name} is {rotation.status}, so it cannot be changed.")
     if request.is_cancel and not rotation.is_active:
-        raise RequestError(f"{name} is {rotation.status}: no process works on it, so nothing is cancelled.")
+        raise RotatorError(f"{name} is {rotation.status}: no process works on it, so nothing is cancelled.")
     options, present = RunOptions.from_json(rotation.options), rotation.control_row
     settings = {"batch": present.batch, "pace": present.pace} | request.values
     check_batch(int(str(settings["batch"] or options.batch)), str(settings["pace"] or options.pace))
     workers = options.concurrency
     wanted = request.values.get("concurrency")
     if rotation.is_active and isinstance(wanted, int) and wanted > workers:
-        raise RequestError(
+        raise RotatorError(
             f"{name} runs with --concurrency {workers}, and no more workers can be added while it runs. Use "
             "a lower value, or cancel it and resume it with a higher --concurrency."
         )

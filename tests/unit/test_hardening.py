@@ -48,7 +48,7 @@ def test_a_broker_that_swallows_connections_costs_few_threads() -> None:
                 thread = threading.Thread(target=calls.tracked(over.wait))
                 thread.start()
                 hanging.append(thread)
-                wait_until(lambda: calls.running >= len(hanging), "the call runs")
+                wait_until(lambda: len(calls.running_since) >= len(hanging), "the call runs")
         assert 3 < len(hanging) < 20
     finally:
         over.set()
