@@ -185,13 +185,11 @@ def prepare(
     selection: Selection | None = None,
     *,
     is_begun: bool = False,
-    keeps_connections: bool = False,
 ) -> "Prepared":
     """Check everything that Django's side can check, before anything is changed.
 
     Without labels the target is that of the setting; without a database, the one that the project's routers
-    write the model to. If the rotation has begun, the rotator's tables exist and are not checked. For
-    ``keeps_connections`` see :class:`Prepared`.
+    write the model to. If the rotation has begun, the rotator's tables exist and are not checked.
     """
     check_no_running_loop()
     check_not_patched()
@@ -217,12 +215,10 @@ def prepare(
     server = server_of(connection, session.search_path)
     throttles = find_sources(options.lag_of, throttle_paths(), server)
     target = replace(target, source=source, path=path, session=session, throttles=throttles)
-    return Prepared(target=target, options=options, server=server, keeps_connections=keeps_connections)
+    return Prepared(target=target, options=options, server=server)
 
 
-def prepare_again(
-    stored: Rotation, database: str, *, is_begun: bool = False, keeps_connections: bool = False
-) -> "Prepared":
+def prepare_again(stored: Rotation, database: str, *, is_begun: bool = False) -> "Prepared":
     """Prepare a stored rotation, with the options of its latest run."""
     return prepare(
         stored.target.split(),
@@ -230,7 +226,6 @@ def prepare_again(
         RunOptions.from_json(stored.options),
         Selection.from_json(stored.selection),
         is_begun=is_begun,
-        keeps_connections=keeps_connections,
     )
 
 

@@ -87,11 +87,8 @@ class Command(OwnCommand):
 
         if options["leaked"] and options["celery"]:
             raise OptionError("--leaked rotates in this process. Use it without --celery.")
-        prepared = prepare(
-            options["target"],
-            options["database"],
-            _run_options(options),
-            _selection(options),
+        prepared = replace(
+            prepare(options["target"], options["database"], _run_options(options), _selection(options)),
             keeps_connections=self.is_called_by_code,
         )
         report_file = writable(options["report"])

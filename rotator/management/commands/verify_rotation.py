@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypedDict, Unpack
 
@@ -128,8 +128,8 @@ class Command(OwnCommand):
             ),
         )
         database = options["database"] if rotation is None else _database(options)
-        prepared = prepare(
-            labels, database, RunOptions(), selection, keeps_connections=self.is_called_by_code
+        prepared = replace(
+            prepare(labels, database, RunOptions(), selection), keeps_connections=self.is_called_by_code
         )
         found = prepared.count_leaked(options["leaked"], options["leaked_column"])
         facts = {"rotation": rotation and rotation.pk, "target": " ".join(labels)}
@@ -151,7 +151,9 @@ class Command(OwnCommand):
             raise OptionError(
                 f"Rotation {rotation.pk} rotated only the rows with leaked values. Verify it with --leaked."
             )
-        prepared = prepare_again(rotation, _database(options), keeps_connections=self.is_called_by_code)
+        prepared = replace(
+            prepare_again(rotation, _database(options)), keeps_connections=self.is_called_by_code
+        )
         verified = prepared.verify(observer, rotation.pk, repairs=options["repair"])
         return verification_report(verified), verification_summary(verified), verified.exit_status
 
