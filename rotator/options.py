@@ -179,6 +179,13 @@ def whole_number(text: str) -> int:
     return -number if text.startswith("-") else number
 
 
+def not_empty(text: str) -> str:
+    """Refuse an empty argument, e.g. an unset shell variable: it would mean the same as no option."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty. Give one, or leave the option out.")
+    return text
+
+
 def _number(text: str) -> int | None:
     """Return the number that a text in ASCII digits means, e.g. ``5_000``; None for any other text."""
     if not re.fullmatch(r"[0-9]+(?:_[0-9]+)*", text):
@@ -532,26 +539,6 @@ def _value(
     return {"metavar": metavar, "help": text, "type": kind, "default": default}
 
 
-class NotEmpty(argparse.Action):
-    """Refuse an empty value, e.g. that of an unset shell variable: it would mean the same as no option."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        """Store the value."""
-        if not values:
-            parser.error(f"argument {option_string}: the value is empty. Give one, or leave the option out.")
-        setattr(namespace, self.dest, values)
-
-
-def _text(metavar: str, text: str) -> dict[str, Any]:
-    return {"metavar": metavar, "help": text, "action": NotEmpty, "default": ""}
-
-
 def _list(metavar: str, text: str) -> dict[str, Any]:
     text = f"{text} May be given several times."
     return {"metavar": metavar, "help": text, "action": "append", "default": []}
@@ -571,10 +558,11 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "created_at__lt=2026-11-01T00:00:00Z.",
     ),
     "exclude": _list("LOOKUP=VALUE", "Skip the rows that match this Django lookup."),
-    "generator": _text(
+    "generator": _value(
         "DOTTED.PATH",
         "Make the values with this callable instead of the fields' defaults. It takes no argument, or the "
         "row's instance, and returns a value, or a mapping of field names to values.",
+        kind=not_empty,
     ),
     "include_null": _switch("Also rotate rows whose value is NULL."),
     "include_blank": _switch("Also rotate rows whose value is the empty string."),
@@ -583,14 +571,17 @@ COMMAND_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "Rotate although this field seems to derive its value from the target when a row is saved. The "
         "field keeps its values.",
     ),
-    "leaked": _text(
+    "leaked": _value(
         "FILE|-",
         "Rotate only the rows whose present value is in this file, or on the standard input (-): one value "
         "in each line, a CSV file with --leaked-column, or the JSON of GitHub's secret scanning. The values "
         "are not sent to the server.",
+        kind=not_empty,
     ),
-    "leaked_column": _text(
-        "NAME", "The name of the column with the values, if the file of --leaked is a CSV file."
+    "leaked_column": _value(
+        "NAME",
+        "The name of the column with the values, if the file of --leaked is a CSV file.",
+        kind=not_empty,
     ),
     "celery": _switch(
         "Rotate with the project's Celery workers, each with --concurrency connections. This process only "

@@ -223,12 +223,12 @@ def _selection(options: dict[str, Any]) -> Selection:
     return Selection(
         filters=tuple(options["filter"]),
         excludes=tuple(options["exclude"]),
-        generator=options["generator"],
+        generator=options["generator"] or "",
         include_null=options["include_null"],
         include_blank=options["include_blank"],
         ignore_derived=tuple(options["ignore_derived"]),
-        leaked=options["leaked"],
-        leaked_column=options["leaked_column"],
+        leaked=options["leaked"] or "",
+        leaked_column=options["leaked_column"] or "",
     )
 
 

@@ -15,7 +15,7 @@ from rotator.fields.target import find_fields
 from rotator.management.rotation import read_rotations
 from rotator.management.terminal import INTERRUPTED, OwnCommand, writable, write_report
 from rotator.models import Rotation
-from rotator.options import NotEmpty, RunOptions, Selection, is_id
+from rotator.options import RunOptions, Selection, is_id, not_empty
 from rotator.progress.lines import LinesObserver, Sink
 from rotator.progress.summary import verification_report, verification_summary
 from rotator.progress.text import leaked_values
@@ -36,8 +36,8 @@ class Options(TypedDict):
     rotation: str
     database: str | None
     repair: bool
-    leaked: str
-    leaked_column: str
+    leaked: str | None
+    leaked_column: str | None
     json: bool
     report: Path | None
     verbosity: int
@@ -74,16 +74,14 @@ class Command(OwnCommand):
         )
         parser.add_argument(
             "--leaked",
-            action=NotEmpty,
-            default="",
+            type=not_empty,
             metavar="FILE|-",
             help="Only count which of the leaked values of this file, or of the standard input (-), the rows "
             "have now. Needs no ledger. See --leaked of async_rotate.",
         )
         parser.add_argument(
             "--leaked-column",
-            action=NotEmpty,
-            default="",
+            type=not_empty,
             metavar="NAME",
             help="The name of the column with the values, if the file of --leaked is a CSV file.",
         )
@@ -131,7 +129,7 @@ class Command(OwnCommand):
         prepared = replace(
             prepare(labels, database, RunOptions(), selection), keeps_connections=self.is_called_by_code
         )
-        found = prepared.count_leaked(options["leaked"], options["leaked_column"])
+        found = prepared.count_leaked(options["leaked"] or "", options["leaked_column"] or "")
         facts = {"rotation": rotation and rotation.pk, "target": " ".join(labels)}
         return facts | asdict(found), f"{leaked_values(found)}.", int(found.found > 0)
 
