@@ -31,7 +31,6 @@ class Written:
     """The result of a transaction that gave rows new values.
 
     Attributes:
-        rows: The number of rows that have new values.
         has_other_writes: Whether a trigger wrote other rows of the table in the same transaction.
         entered: The number of old values that entered the ledger with a range.
         server_seconds: The time from the transaction's start to the end of its updates, on the server's

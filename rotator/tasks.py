@@ -92,7 +92,7 @@ def coordinate_rotation(
         rotation = Rotation.objects.using(database).filter(pk=number).first()
         if rotation is not None and rotation.status == Rotation.Status.COMPLETED:
             return _resume_verification(rotation, database, observer, should_stop)
-    if rotation is None or rotation.status not in (Rotation.Status.RUNNING, Rotation.Status.QUEUED):
+    if rotation is None or not rotation.is_active:
         return False
     try:
         with _errors_as_outages(database):

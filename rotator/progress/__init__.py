@@ -24,12 +24,8 @@ def open_progress(
 ) -> Iterator[Observer]:
     """Yield the observer of a run; at the end, restore the terminal.
 
-    Args:
-        kind: ``auto`` is the bar where ``err`` is a terminal that can draw one, and lines elsewhere; ``bar``
-            always draws it.
-        out: Raw standard output, which adds no line ends.
-        err: Raw standard error.
-        hides_keys: Whether log records contain no keys of rows.
+    ``auto`` is the bar where ``err`` is a terminal that can draw one, and lines elsewhere; ``bar`` always
+    draws it. The streams are raw, i.e. they add no line ends. ``hides_keys`` is for log records.
     """
     match kind:
         case "none":
