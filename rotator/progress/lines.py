@@ -117,10 +117,6 @@ class NotableEvents(ABC):
     def write(self, text: str, event: events.Event) -> None:
         """Write a text; figures come with an event that is not notable."""
 
-    @abstractmethod
-    def ended(self, event: events.RotationStopped) -> str:
-        """Return the text at the end of the run."""
-
     def __call__(self, event: events.Event) -> None:
         """Take one event."""
         text = notice(event, self._stats)
@@ -132,8 +128,6 @@ class NotableEvents(ABC):
             case events.VerificationProgressed():
                 if self._timer.restart_if_due():
                     text = f"searched {plural(event.rows, 'row')}, {plural(event.survivors, 'survivor')}"
-            case events.RotationStopped():
-                text = self.ended(event)
         if text:
             self.write(text, event)
 
@@ -156,22 +150,23 @@ class LinesObserver(NotableEvents):
     def __call__(self, event: events.Event) -> None:
         """Take one event; the preflight report is several lines."""
         super().__call__(event)
-        if isinstance(event, events.Preflighted):
-            for row in preflight(event.findings).splitlines():
-                self.write(row, event)
+        match event:
+            case events.Preflighted():
+                for row in preflight(event.findings).splitlines():
+                    self.write(row, event)
+            case events.RotationStopped():
+                # The summary follows.
+                unchanged = unchanged_rows(event) if event.status == "completed" else ""
+                self.write(
+                    f"rotation {event.rotation} of {event.target} {event.status} after "
+                    f"{duration(event.seconds)}: {plural(event.rows_this_run, 'row')} in this run"
+                    f"{f'; {unchanged}' if unchanged else ''}",
+                    event,
+                )
 
     def write(self, text: str, event: events.Event) -> None:  # noqa: ARG002 - the text is enough
         """Write one line."""
         self._sink.write_line(f"{self._wall_clock().astimezone(UTC):%Y-%m-%dT%H:%M:%SZ} {text}")
-
-    def ended(self, event: events.RotationStopped) -> str:
-        """Return the short result; the summary follows."""
-        unchanged = unchanged_rows(event) if event.status == "completed" else ""
-        return (
-            f"rotation {event.rotation} of {event.target} {event.status} after "
-            f"{duration(event.seconds)}: {plural(event.rows_this_run, 'row')} in this run"
-            f"{f'; {unchanged}' if unchanged else ''}"
-        )
 
 
 class LogObserver(NotableEvents):
@@ -189,8 +184,12 @@ class LogObserver(NotableEvents):
         if self._hides_keys and isinstance(event, events.RotationStopped | events.Verified) and event.error:
             event = replace(event, error=HIDDEN)
         super().__call__(event)
-        if isinstance(event, events.Verified):
-            self.write(verification_verdict(event), event)
+        match event:
+            case events.Verified():
+                self.write(verification_verdict(event), event)
+            case events.RotationStopped():
+                # No summary follows.
+                self.write(f"{verdict(event)} {one_line(_reason(event))}".rstrip(), event)
 
     def write(self, text: str, event: events.Event) -> None:
         """Log one record."""
@@ -208,10 +207,6 @@ class LogObserver(NotableEvents):
                 **figures_as_json(self._stats),
             },
         )
-
-    def ended(self, event: events.RotationStopped) -> str:
-        """Return the result with its reason, since no summary follows."""
-        return f"{verdict(event)} {one_line(_reason(event))}".rstrip()
 
 
 def _reason(event: events.Event) -> str:
