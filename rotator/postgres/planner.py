@@ -154,10 +154,12 @@ def _text_and_survives(table: TargetTable) -> sql.Composed:
 
 
 async def slice_ends(
-    connection: AsyncConnection, table: TargetTable, interval: KeyInterval, *, rows: int, most: int
+    connection: AsyncConnection, statement: bytes, interval: KeyInterval, *, rows: int, most: int
 ) -> list[Key]:
-    """Return the keys at which the first ``most`` slices of ``rows`` rows end, in key order."""
-    statement = last_keys(table, after_is_known=interval.after is not None)
+    """Return the keys at which the first ``most`` slices of ``rows`` rows end, in key order.
+
+    The statement is that of :func:`last_keys`.
+    """
     async with translate_errors(connection), connection.transaction():
         await set_local(connection, _PLANNING_SETTINGS)
         parameters = {**asdict(interval), "skip": rows - 1, "ranges": most}

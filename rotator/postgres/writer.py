@@ -22,7 +22,7 @@ from rotator.postgres.errors import ANSWER_SECONDS, SUPPRESSED, TOO_LONG, RangeG
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.identity import changed_target, replaced
 from rotator.postgres.ledger import COUNT_ENTRIES, Ledger, enter_newer_values, enter_values
-from rotator.postgres.planner import slice_ends
+from rotator.postgres.planner import last_keys, slice_ends
 from rotator.postgres.table import (
     ROW,
     TargetTable,
@@ -111,6 +111,18 @@ class RangeUpdate:
                 after_is_known=known,
                 transaction_seconds=limits.transaction_seconds,
                 entering=entering(range_rows(table, after_is_known=known)),
+            ).as_bytes()
+            for known in (False, True)
+        }
+        self._slice_ends = {
+            known: last_keys(table, after_is_known=known).as_bytes() for known in (False, True)
+        }
+        self._locked_keys = {
+            known: table.compose(
+                # Not by {key}: the column of the JSON can have the name of one of the key's.
+                "SELECT {row_json} FROM {rows} ORDER BY {row_key} LIMIT {most} FOR UPDATE",
+                rows=range_rows(table, after_is_known=known),
+                most=SLICE_ROWS,
             ).as_bytes()
             for known in (False, True)
         }
@@ -245,7 +257,8 @@ class RangeUpdate:
         values, ends = await source.make(count), list[Key]()
         if count > SLICE_ROWS:
             most = -(-count // SLICE_ROWS) - 1
-            ends = await slice_ends(connection, self.table, rows, rows=SLICE_ROWS, most=most)
+            statement = self._slice_ends[rows.after is not None]
+            ends = await slice_ends(connection, statement, rows, rows=SLICE_ROWS, most=most)
         ends = [end for end in ends if end != rows.through] + [rows.through]
         starts = range(0, len(ends) * SLICE_ROWS, SLICE_ROWS)
         slices: list[dict[str, object]] = [
@@ -276,15 +289,8 @@ class RangeUpdate:
         count, cursors, began, making_seconds = 0, list[AsyncCursor](), time.monotonic(), 0.0
         async with connection.pipeline() as pipeline:
             while True:
-                locked = await connection.execute(
-                    self.table.compose(
-                        # Not by {key}: the column of the JSON can have the name of one of the key's.
-                        "SELECT {row_json} FROM {rows} ORDER BY {row_key} LIMIT {most} FOR UPDATE",
-                        rows=range_rows(self.table, after_is_known=rest.after is not None),
-                        most=SLICE_ROWS,
-                    ),
-                    asdict(rest),
-                )
+                statement = self._locked_keys[rest.after is not None]
+                locked = await connection.execute(statement, asdict(rest))
                 # Only after a sync does the server limit how long the transaction may be idle.
                 await pipeline.sync()
                 keys = [Key(key) async for (key,) in locked]
