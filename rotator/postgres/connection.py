@@ -310,6 +310,12 @@ async def fetch_column(connection: AsyncConnection, query: Query, parameters: Pa
     return tuple(row[0] for row in await fetch_rows(connection, query, parameters))
 
 
+async def execute(connection: AsyncConnection, statement: Query, parameters: Params = ()) -> int:
+    """Execute a statement that returns no rows, and return the number of rows that it has changed."""
+    async with translate_errors(connection):
+        return (await connection.execute(statement, parameters)).rowcount
+
+
 async def begin(connection: AsyncConnection) -> None:
     """Begin a transaction that the caller ends with COMMIT or a rollback."""
     access = " READ WRITE" if connection.read_only is False else ""

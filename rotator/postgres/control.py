@@ -8,8 +8,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from rotator.events import ActionKind
-from rotator.postgres.connection import fetch_as
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import execute, fetch_as
 from rotator.postgres.owner import this_process
 
 # A rotation that no user has changed has no control row.
@@ -66,12 +65,12 @@ async def log_action(
     seconds_ago: float = 0.0,
 ) -> None:
     """Add what this process has done to the log of a rotation, in the open transaction if there is one."""
-    async with translate_errors(connection):
-        await connection.execute(
-            "INSERT INTO rotator_action (rotation_id, kind, by, detail, at)"
-            " VALUES (%s, %s, %s, %s, now() - make_interval(secs => %s))",
-            (rotation, kind, str(this_process()), detail, seconds_ago),
-        )
+    await execute(
+        connection,
+        "INSERT INTO rotator_action (rotation_id, kind, by, detail, at)"
+        " VALUES (%s, %s, %s, %s, now() - make_interval(secs => %s))",
+        (rotation, kind, str(this_process()), detail, seconds_ago),
+    )
 
 
 # The queries of this part are for readers with a connection of their own, such as the page in Django's admin.
@@ -155,18 +154,18 @@ class Measured:
 
 async def record(connection: AsyncConnection, rotation: int, measured: Measured) -> None:
     """Store what was measured now."""
-    async with translate_errors(connection):
-        await connection.execute(
-            "INSERT INTO rotator_measurement (rotation_id, at, rows_done, state, held_by, is_change, workers,"
-            " commit_seconds, baseline_seconds, waiting_sessions, replica_lags, horizon_holders)"
-            " VALUES (%(rotation)s, clock_timestamp(), %(rows_done)s, %(state)s, %(held_by)s, %(is_change)s,"
-            " %(workers)s, %(commit_seconds)s, %(baseline_seconds)s, %(waiting_sessions)s, %(replica_lags)s,"
-            " %(horizon_holders)s)",
-            {
-                **asdict(measured),
-                "rotation": rotation,
-                "held_by": "\n".join(measured.held_by),
-                "replica_lags": Jsonb(measured.replica_lags),
-                "horizon_holders": Jsonb(measured.horizon_holders),
-            },
-        )
+    await execute(
+        connection,
+        "INSERT INTO rotator_measurement (rotation_id, at, rows_done, state, held_by, is_change, workers,"
+        " commit_seconds, baseline_seconds, waiting_sessions, replica_lags, horizon_holders)"
+        " VALUES (%(rotation)s, clock_timestamp(), %(rows_done)s, %(state)s, %(held_by)s, %(is_change)s,"
+        " %(workers)s, %(commit_seconds)s, %(baseline_seconds)s, %(waiting_sessions)s, %(replica_lags)s,"
+        " %(horizon_holders)s)",
+        {
+            **asdict(measured),
+            "rotation": rotation,
+            "held_by": "\n".join(measured.held_by),
+            "replica_lags": Jsonb(measured.replica_lags),
+            "horizon_holders": Jsonb(measured.horizon_holders),
+        },
+    )

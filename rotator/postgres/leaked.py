@@ -16,7 +16,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
 from rotator.exceptions import OptionError
-from rotator.postgres.connection import OwnConnection, fetch_as, fetch_column, fetch_rows, set_local
+from rotator.postgres.connection import OwnConnection, execute, fetch_as, fetch_column, fetch_rows, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.ledger import DIGEST_BYTES, digest_of, stored_bytes
 from rotator.postgres.table import ROW, Column, TargetTable, identifier
@@ -151,8 +151,7 @@ async def search(connection: AsyncConnection, table: TargetTable, values: Leaked
     Afterwards ``values`` knows which of its values were found. Rows that an earlier search has read, and that
     no session has written since, are left out.
     """
-    async with translate_errors(connection):
-        await connection.execute("TRUNCATE pg_temp.rotator_leaked_rows RESTART IDENTITY")
+    await execute(connection, "TRUNCATE pg_temp.rotator_leaked_rows RESTART IDENTITY")
     found = 0
     if values.searched_before is None:
         async with translate_errors(connection), connection.transaction():

@@ -15,7 +15,7 @@ from psycopg.rows import class_row
 
 from rotator.exceptions import TargetError
 from rotator.options import WaitLimits
-from rotator.postgres.connection import fetch_as, fetch_rows, first, set_local
+from rotator.postgres.connection import execute, fetch_as, fetch_rows, first, set_local
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.planner import estimate_rows
@@ -291,12 +291,12 @@ async def finish_ledger(connection: AsyncConnection, ledger: Ledger, control_row
 
     ``control_rows`` is the number of rows of a sample that were found in it.
     """
-    async with translate_errors(connection):
-        await connection.execute(
-            "UPDATE rotator_ledger SET control_rows = %s, state = 'ready', ready_at = clock_timestamp()"
-            " WHERE rotation_id = %s AND state = 'loading'",
-            (control_rows, ledger.rotation),
-        )
+    await execute(
+        connection,
+        "UPDATE rotator_ledger SET control_rows = %s, state = 'ready', ready_at = clock_timestamp()"
+        " WHERE rotation_id = %s AND state = 'loading'",
+        (control_rows, ledger.rotation),
+    )
     return replace(ledger, is_ready=True, control_rows=control_rows)
 
 

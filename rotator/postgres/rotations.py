@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection, given_options
-from rotator.postgres.connection import IS_OWN_SESSION, fetch_as, fetch_row, fetch_rows, first, set_local
+from rotator.postgres.connection import IS_OWN_SESSION, execute, fetch_as, fetch_row, first, set_local
 from rotator.postgres.control import log_action
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
@@ -218,10 +218,11 @@ async def find_last_completed(
     if selection.leaked:
         # The file may have other values, and rows that were rotated since have none of them.
         return None
-    rows = await fetch_rows(
+    rows = await fetch_as(
         connection,
+        dict_row,
         "SELECT id, target, selection, finished_at,"
-        " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision"
+        " GREATEST(0, EXTRACT(epoch FROM clock_timestamp() - finished_at))::double precision AS seconds_ago"
         " FROM rotator_rotation WHERE status = 'completed' AND table_name = %(table_name)s"
         " AND (target = %(target)s OR (%(identity)s::jsonb ? 'table_oid'"
         " AND identity -> 'system' = %(identity)s::jsonb -> 'system'"
@@ -231,9 +232,9 @@ async def find_last_completed(
         " ORDER BY id DESC",
         {"target": target, "table_name": table_name, "identity": Jsonb(dict(identity))},
     )
-    for rotation, label, saved, finished_at, seconds_ago in rows:
-        if Selection.from_json(saved) == selection:
-            return Completed(id=rotation, target=label, finished_at=finished_at, seconds_ago=seconds_ago)
+    for row in rows:
+        if Selection.from_json(row.pop("selection")) == selection:
+            return Completed(**row)
     return None
 
 
@@ -323,8 +324,7 @@ async def _check_overlap(connection: AsyncConnection, terms: Terms) -> None:
 
 async def has_rows_done(connection: AsyncConnection, rotation: int) -> bool:
     """Return whether the rotation has given any row a new value."""
-    ((found,),) = await fetch_rows(connection, f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation})
-    return bool(found)
+    return await fetch_row(connection, f"SELECT {_HAS_ROWS_DONE}", {"rotation": rotation}) == (True,)
 
 
 async def take_over(
@@ -549,14 +549,11 @@ async def complete(
 
 async def record_figures(connection: AsyncConnection, lease: Lease, *, figures: Figures) -> None:
     """Record the figures of a completed rotation; its time includes the final VACUUM."""
-    async with translate_errors(connection):
-        await connection.execute(
-            sql.SQL(
-                "UPDATE rotator_rotation SET {}"
-                " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'completed'"
-            ).format(_FIGURES),
-            {**asdict(figures), **asdict(lease)},
-        )
+    statement = sql.SQL(
+        "UPDATE rotator_rotation SET {}"
+        " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'completed'"
+    ).format(_FIGURES)
+    await execute(connection, statement, {**asdict(figures), **asdict(lease)})
 
 
 async def _update(

@@ -12,7 +12,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from rotator.postgres.connection import fetch_as, fetch_column, fetch_row
+from rotator.postgres.connection import execute, fetch_as, fetch_column, fetch_row
 from rotator.postgres.errors import superseded, translate_errors
 from rotator.postgres.fence import SPAN_LOCK_CLASS, Lease, fence
 from rotator.postgres.planner import gaps
@@ -101,14 +101,14 @@ class Progress:
         settled_ranges: The number of ranges among them up to the settled id.
     """
 
-    spans: int
-    deferrals: int
-    claimable: int
+    spans: int = 0
+    deferrals: int = 0
+    claimable: int = 0
     settled: int
-    ranges: int
-    rows: int
-    settled_ranges: int
-    settled_rows: int
+    ranges: int = 0
+    rows: int = 0
+    settled_ranges: int = 0
+    settled_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,11 +147,8 @@ async def clear(connection: AsyncConnection, lease: Lease) -> int:
 
 async def plan(connection: AsyncConnection, lease: Lease, span: KeyInterval) -> None:
     """Add a span that helpers can claim."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            _PLAN, {"after": span.after, "through": span.through, **asdict(lease)}
-        )
-    if not cursor.rowcount:
+    parameters = {"after": span.after, "through": span.through, **asdict(lease)}
+    if not await execute(connection, _PLAN, parameters):
         raise superseded()
 
 
@@ -193,10 +190,11 @@ async def add_helper(connection: AsyncConnection, lease: Lease, *, instead_of: i
 
 async def mark_sent(connection: AsyncConnection, messages: Sequence[int]) -> None:
     """Record that messages were sent; a helper that has received one has deleted its row."""
-    async with translate_errors(connection):
-        await connection.execute(
-            "UPDATE rotator_helper SET sent_at = clock_timestamp() WHERE id = ANY (%s)", (list(messages),)
-        )
+    await execute(
+        connection,
+        "UPDATE rotator_helper SET sent_at = clock_timestamp() WHERE id = ANY (%s)",
+        (list(messages),),
+    )
 
 
 async def renew(connection: AsyncConnection, lease: Lease, helper: int) -> bool:
@@ -205,9 +203,7 @@ async def renew(connection: AsyncConnection, lease: Lease, helper: int) -> bool:
     Return False where the helper is no longer needed: the rotation does not run with this generation, or
     another message was sent instead.
     """
-    async with translate_errors(connection):
-        cursor = await connection.execute(_RENEW, {"helper": helper, **asdict(lease)})
-    return cursor.rowcount == 1
+    return await execute(connection, _RENEW, {"helper": helper, **asdict(lease)}) == 1
 
 
 async def claim(
@@ -241,23 +237,13 @@ async def claim(
 
 async def report_deferrals(connection: AsyncConnection, lease: Lease, deferrals: int) -> None:
     """Add deferrals to those of a span that this process works on."""
-    async with translate_errors(connection):
-        await connection.execute(
-            "UPDATE rotator_span SET deferrals = deferrals + %(deferrals)s"
-            " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
-            {"deferrals": deferrals, **asdict(lease)},
-        )
+    await _update_span(connection, lease, "", deferrals=deferrals, retries=0)
 
 
 async def release(connection: AsyncConnection, lease: Lease, *, deferrals: int, retries: int) -> None:
     """Leave the rest of a span to another helper."""
-    async with translate_errors(connection):
-        await connection.execute(
-            "UPDATE rotator_span SET worker = '', lease_expires_at = NULL,"
-            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s"
-            " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
-            {"deferrals": deferrals, "retries": retries, **asdict(lease)},
-        )
+    leave: LiteralString = "worker = '', lease_expires_at = NULL,"
+    await _update_span(connection, lease, leave, deferrals=deferrals, retries=retries)
 
 
 async def finish(
@@ -269,17 +255,20 @@ async def finish(
     failed_keys: Sequence[tuple[Key, str]] = (),
 ) -> None:
     """Record that every row of a span was rotated or has failed."""
-    async with translate_errors(connection):
-        cursor = await connection.execute(
-            "UPDATE rotator_span SET finished_at = clock_timestamp(),"
-            " deferrals = deferrals + %(deferrals)s, retries = retries + %(retries)s,"
-            " failed_keys = %(failed_keys)s WHERE id = %(span)s AND generation = %(span_generation)s",
-            {
-                "deferrals": deferrals,
-                "retries": retries,
-                "failed_keys": Jsonb([[str(key), reason] for key, reason in failed_keys]),
-                **asdict(lease),
-            },
-        )
-    if not cursor.rowcount:
+    failed = Jsonb([[str(key), reason] for key, reason in failed_keys])
+    finish: LiteralString = "finished_at = clock_timestamp(), failed_keys = %(failed)s,"
+    if not await _update_span(connection, lease, finish, deferrals=deferrals, retries=retries, failed=failed):
         raise superseded()
+
+
+async def _update_span(
+    connection: AsyncConnection, lease: Lease, assignments: LiteralString, **values: int | Jsonb
+) -> int:
+    """Change a span, and add to its counts; return 0 where this process does not work on it any more."""
+    return await execute(
+        connection,
+        f"UPDATE rotator_span SET {assignments} deferrals = deferrals + %(deferrals)s,"  # noqa: S608 - our own text
+        " retries = retries + %(retries)s"
+        " WHERE id = %(span)s AND generation = %(span_generation)s AND finished_at IS NULL",
+        {**values, **asdict(lease)},
+    )
