@@ -199,7 +199,6 @@ class Search:
     Attributes:
         bound: The highest key when it began; None where the table was empty.
         through: The key up to which it has searched; None before the first range.
-        is_resumed: Whether an earlier process began it.
     """
 
     id: int
@@ -208,36 +207,30 @@ class Search:
     rows: int
     survivors: int
     repaired: int
-    is_resumed: bool
 
 
-_SEARCH: Final = sql.SQL(
-    "id, bound::text, through::text, rows, survivors, repaired, %(is_resumed)s::boolean AS is_resumed"
-)
+_SEARCH: Final = "id, bound::text, through::text, rows, survivors, repaired"
 
 
 async def resume_search(connection: AsyncConnection, rotation: int, *, repairs: bool) -> Search | None:
     """Return the search of an interrupted verification; None where there is none to resume."""
-    query = sql.SQL(
-        "SELECT {} FROM rotator_verification WHERE rotation_id = %(rotation)s AND repairs = %(repairs)s"
-        " AND finished_at IS NULL AND started_at > clock_timestamp() - make_interval(hours => %(hours)s)"
+    query = (
+        f"SELECT {_SEARCH} FROM rotator_verification WHERE rotation_id = %s AND repairs = %s"  # noqa: S608 - our own text
+        " AND finished_at IS NULL AND started_at > clock_timestamp() - make_interval(hours => %s)"
         " ORDER BY id DESC LIMIT 1"
-    ).format(_SEARCH)
-    parameters = {"rotation": rotation, "repairs": repairs, "hours": RESUMED_HOURS, "is_resumed": True}
-    return first(await fetch_as(connection, class_row(Search), query, parameters))
+    )
+    return first(await fetch_as(connection, class_row(Search), query, (rotation, repairs, RESUMED_HOURS)))
 
 
 async def begin_search(
     connection: AsyncConnection, rotation: int, bound: Key | None, *, repairs: bool
 ) -> Search:
     """Record the start of a verification."""
-    query = sql.SQL(
-        "INSERT INTO rotator_verification (rotation_id, bound, repairs, rows, survivors, survivor_keys,"
-        " repaired, result) VALUES (%(rotation)s, %(bound)s::jsonb, %(repairs)s, 0, 0, '[]', 0, '{{}}')"
-        " RETURNING {}"
-    ).format(_SEARCH)
-    parameters = {"rotation": rotation, "bound": bound, "repairs": repairs, "is_resumed": False}
-    (search,) = await fetch_as(connection, class_row(Search), query, parameters)
+    query = (
+        "INSERT INTO rotator_verification (rotation_id, bound, repairs, rows, survivors, survivor_keys,"  # noqa: S608 - our own text
+        f" repaired, result) VALUES (%s, %s::jsonb, %s, 0, 0, '[]', 0, '{{}}') RETURNING {_SEARCH}"
+    )
+    (search,) = await fetch_as(connection, class_row(Search), query, (rotation, bound, repairs))
     return search
 
 
@@ -249,13 +242,13 @@ async def advance_search(
     Raises:
         RotatorError: Another process has continued the same verification.
     """
-    query = sql.SQL(
-        "UPDATE rotator_verification SET through = %(through)s::jsonb, rows = rows + %(rows)s,"
+    query = (
+        "UPDATE rotator_verification SET through = %(through)s::jsonb, rows = rows + %(rows)s,"  # noqa: S608 - our own text
         " survivors = survivors + %(count)s, survivor_keys = CASE WHEN"
         " jsonb_array_length(survivor_keys) < %(kept)s THEN survivor_keys || %(keys)s ELSE survivor_keys"
         " END WHERE id = %(id)s AND through IS NOT DISTINCT FROM %(before)s::jsonb"
-        " AND finished_at IS NULL RETURNING {}"
-    ).format(_SEARCH)
+        f" AND finished_at IS NULL RETURNING {_SEARCH}"
+    )
     parameters = {
         "through": through,
         "rows": rows,
@@ -264,7 +257,6 @@ async def advance_search(
         "kept": KEYS_KEPT,
         "id": search.id,
         "before": search.through,
-        "is_resumed": search.is_resumed,
     }
     advanced = first(await fetch_as(connection, class_row(Search), query, parameters))
     if advanced is None:

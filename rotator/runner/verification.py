@@ -131,7 +131,7 @@ class Verifier:
 
     async def _search(self, ledger: Ledger, *, repairs: bool) -> Search:
         """Search the table, or the rest of it after an interrupted verification."""
-        search = await survivors.resume_search(self._connection, self._rotation, repairs=repairs)
+        resumed = search = await survivors.resume_search(self._connection, self._rotation, repairs=repairs)
         if search is None:
             bound = await last_key(self._connection, self._table)
             search = await survivors.begin_search(self._connection, self._rotation, bound, repairs=repairs)
@@ -157,7 +157,7 @@ class Verifier:
             self._context.notify(VerificationProgressed(rows=search.rows, survivors=search.survivors))
         # The rest of a resumed search may have no values to plant.
         after: Key | None = None
-        while search.is_resumed and not self._planted and after != bound:
+        while resumed and not self._planted and after != bound:
             rest = KeyInterval(after=after, through=bound)
             planned, _, _ = await self._search_range(ledger, rest, CONTROL_ROWS)
             after = planned.through
