@@ -28,6 +28,7 @@ from rotator.postgres.column_samples import (
     ColumnSample,
     Pauses,
     StoredTable,
+    UnreadableError,
     connected_for_reading,
     read_stored_table,
     reading,
@@ -195,12 +196,12 @@ async def _examine(
         for each in fields:
             if (table := tables.get(table_path(each.model))) is None:
                 continue
-            sample: ColumnSample | str | None = None
-            if table.rows or not table.rows_is_exact:
-                sample = await sample_column(connection, server, table, str(each.column), PATTERNS)
-            if isinstance(sample, str):
-                inventory.problems.append(f"{field_label(each)} could not be sampled: {sample}")
-                sample = None
+            sample: ColumnSample | None = None
+            try:
+                if table.rows or not table.rows_is_exact:
+                    sample = await sample_column(connection, server, table, str(each.column), PATTERNS)
+            except UnreadableError as error:
+                inventory.problems.append(f"{field_label(each)} could not be sampled: {error}")
             if finding := judge(each, sample):
                 found[each] = SecretColumn(label=field_label(each), table=table, finding=finding)
                 if found[each].can_be_rotated:

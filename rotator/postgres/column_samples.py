@@ -6,15 +6,15 @@ Every function reads in read-only transactions.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Final
 
 import psycopg
 from psycopg import AsyncConnection, sql
-from psycopg.rows import dict_row
+from psycopg.rows import BaseRowFactory, class_row, tuple_row
 
-from rotator.postgres.connection import Query, Server, fetch_as, first, set_local
+from rotator.postgres.connection import Query, Server, T, fetch_as, first, set_local
 from rotator.postgres.errors import condition, connection_lost, translate_errors
 from rotator.postgres.table import identifier
 
@@ -46,10 +46,10 @@ class StoredTable:
         categories: The category of the type of each column: ``text``, ``bytea``, ``json``, or another one.
     """
 
-    path: tuple[str, ...]
+    path: Sequence[str]
     name: str
     rows: int
-    rows_is_exact: bool
+    rows_is_exact: bool = False
     pages: int
     categories: Mapping[str, str]
 
@@ -129,13 +129,13 @@ class Pauses:
 
 _TABLE: Final = (
     "SELECT ARRAY[n.nspname, c.relname]::text[] AS path, format('%%I.%%I', n.nspname, c.relname) AS name,"
-    " CASE WHEN c.relkind = 'p' THEN (SELECT COALESCE(sum(GREATEST(l.reltuples, 0)), 0)"
+    " GREATEST(0, CASE WHEN c.relkind = 'p' THEN (SELECT sum(GREATEST(l.reltuples, 0))"
     " FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf)"
-    " ELSE c.reltuples END::bigint AS rows, GREATEST(c.relpages, (SELECT COALESCE(sum(l.relpages), 0)"
+    " ELSE c.reltuples END)::bigint AS rows, GREATEST(c.relpages, (SELECT COALESCE(sum(l.relpages), 0)"
     " FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf))::bigint AS pages,"
-    " (SELECT jsonb_object_agg(a.attname, CASE WHEN b.typname = 'bytea' THEN 'bytea'"
+    " (SELECT COALESCE(jsonb_object_agg(a.attname, CASE WHEN b.typname = 'bytea' THEN 'bytea'"
     " WHEN b.typname IN ('json', 'jsonb') THEN 'json' WHEN b.typcategory = 'S' THEN 'text'"
-    " ELSE 'other' END) FROM pg_attribute a JOIN pg_type d ON d.oid = a.atttypid"
+    " ELSE 'other' END), '{}') FROM pg_attribute a JOIN pg_type d ON d.oid = a.atttypid"
     " JOIN pg_type b ON b.oid = COALESCE(NULLIF(d.typbasetype, 0), d.oid)"
     " WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS categories"
     " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)"
@@ -147,72 +147,63 @@ async def read_stored_table(
 ) -> StoredTable | None:
     """Return a table or a view; None where the database has none of that name."""
     async with translate_errors(connection), reading(connection, server):
-        row = first(await fetch_as(connection, dict_row, _TABLE, (sql.Identifier(*path).as_string(),)))
-    if row is None:
-        return None
-    rows, is_exact = row["rows"], False
+        name = sql.Identifier(*path).as_string()
+        table = first(await fetch_as(connection, class_row(StoredTable), _TABLE, (name,)))
     # The server has no estimate for views and for tables that were never analyzed.
-    if rows <= _COUNTED_ROWS:
+    if table is not None and table.rows <= _COUNTED_ROWS:
         query = sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS counted").format(
-            identifier(*row["path"]), _COUNTED_ROWS + 1
+            identifier(*table.path), _COUNTED_ROWS + 1
         )
-        counted = await fetch_or_reason(connection, server, query)
-        if not isinstance(counted, str):
-            rows = counted[0][0]
-            is_exact = rows <= _COUNTED_ROWS
-    return StoredTable(
-        path=tuple(row["path"]),
-        name=row["name"],
-        rows=max(0, rows),
-        rows_is_exact=is_exact,
-        pages=row["pages"],
-        categories=row["categories"] or {},
-    )
+        with suppress(UnreadableError):
+            ((rows,),) = await fetch_reading(connection, server, tuple_row, query)
+            return replace(table, rows=rows, rows_is_exact=rows <= _COUNTED_ROWS)
+    return table
 
 
-async def fetch_or_reason(
-    connection: AsyncConnection, server: Server, query: Query, parameters: Mapping[str, object] = {}
-) -> list[tuple[Any, ...]] | str:
-    """Return the rows of a query in a read-only transaction, or the server's name for its error."""
+class UnreadableError(Exception):
+    """The server reported an error, whose name is the text, and the connection can be used again."""
+
+
+async def fetch_reading(
+    connection: AsyncConnection,
+    server: Server,
+    row_factory: BaseRowFactory[T],
+    query: Query,
+    parameters: Mapping[str, object] = {},
+) -> list[T]:
+    """Return the rows of a query in a read-only transaction, or raise UnreadableError."""
     async with translate_errors(connection):
         try:
             async with reading(connection, server):
-                return await (await connection.execute(query, parameters)).fetchall()
+                cursor = connection.cursor(row_factory=row_factory)
+                return await (await cursor.execute(query, parameters)).fetchall()
         except psycopg.Error as error:
             if connection_lost(error) or connection.closed:
                 raise
-            return condition(error)
+            raise UnreadableError(condition(error)) from None
 
 
 async def sample_column(
     connection: AsyncConnection, server: Server, table: StoredTable, column: str, patterns: Patterns
-) -> ColumnSample | str | None:
-    """Return a sample of a column, the server's name for an error, or None for other types."""
+) -> ColumnSample | None:
+    """Return a sample of a column; None for a type that is neither text, binary nor JSON.
+
+    Raises:
+        UnreadableError: The server reported an error.
+    """
     category = table.categories.get(column)
     if category not in ("text", "bytea", "json"):
         return None
     opening = '"' if category == "json" else "^"
-    names = list(patterns.formats)
     parameters = {
-        "formats": [opening + patterns.formats[name] for name in names],
+        "names": list(patterns.formats),
+        "formats": [opening + pattern for pattern in patterns.formats.values()],
         "hash_format": opening + patterns.hash_format,
         "json_key": patterns.json_key if category == "json" else "^$",
     }
-    rows = await fetch_or_reason(connection, server, _sample(table, column, category), parameters)
-    if isinstance(rows, str):
-        return rows
-    values, distinct, length, changes, spaced, hashes, json_keys, bits, formats = rows[0]
-    return ColumnSample(
-        values=values,
-        distinct=distinct,
-        mean_length=float(length),
-        digit_changes=float(changes),
-        spaced=spaced,
-        hashes=hashes,
-        json_keys=json_keys,
-        bits=float(bits),
-        formats=dict(zip(names, formats, strict=True)),
-    )
+    query = _sample(table, column, category)
+    (sample,) = await fetch_reading(connection, server, class_row(ColumnSample), query, parameters)
+    return sample
 
 
 def sampled_part(pages: int) -> sql.SQL:
@@ -235,12 +226,16 @@ def _sample(table: StoredTable, column: str, category: str) -> sql.Composed:
         " WHERE {has_positions} GROUP BY at, substr(v, at, 1)),"
         " positions AS (SELECT log(2, sum(n)) - sum(n * log(2, n::numeric)) / sum(n) AS bits FROM counts"
         " GROUP BY at)"
-        " SELECT count(*), count(DISTINCT v), COALESCE(avg(size), 0),"
-        " COALESCE(avg(2.0 * regexp_count(v, '[0-9]+') / length(v)), 0),"
-        " count(*) FILTER (WHERE v ~ '[\\s@]|://'), count(*) FILTER (WHERE v ~ %(hash_format)s),"
-        " count(*) FILTER (WHERE v ~ %(json_key)s), (SELECT COALESCE(sum(bits), 0) FROM positions),"
-        " (SELECT array_agg((SELECT count(*) FROM sampled WHERE v ~ f.pattern) ORDER BY f.place)"
-        " FROM unnest(%(formats)s::text[]) WITH ORDINALITY AS f (pattern, place)) FROM sampled"
+        " SELECT count(*) AS values, count(DISTINCT v) AS distinct,"
+        " COALESCE(avg(size), 0)::float8 AS mean_length,"
+        " COALESCE(avg(2.0 * regexp_count(v, '[0-9]+') / length(v)), 0)::float8 AS digit_changes,"
+        " count(*) FILTER (WHERE v ~ '[\\s@]|://') AS spaced,"
+        " count(*) FILTER (WHERE v ~ %(hash_format)s) AS hashes,"
+        " count(*) FILTER (WHERE v ~ %(json_key)s) AS json_keys,"
+        " (SELECT COALESCE(sum(bits), 0)::float8 FROM positions) AS bits,"
+        " (SELECT json_object_agg(name, (SELECT count(*) FROM sampled WHERE v ~ pattern) ORDER BY place)"
+        " FROM unnest(%(names)s::text[], %(formats)s::text[])"
+        " WITH ORDINALITY AS f (name, pattern, place)) AS formats FROM sampled"
     ).format(
         stored=stored,
         length=length,

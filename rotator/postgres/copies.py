@@ -5,13 +5,13 @@ It reads in read-only transactions, and no value leaves the server.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from psycopg import AsyncConnection, sql
-from psycopg.rows import class_row
+from psycopg.rows import class_row, tuple_row
 
 from rotator.exceptions import OptionError
-from rotator.postgres.column_samples import Pauses, fetch_or_reason, reading, sampled_part
+from rotator.postgres.column_samples import Pauses, UnreadableError, fetch_reading, reading, sampled_part
 from rotator.postgres.connection import Server, fetch_as
 from rotator.postgres.errors import translate_errors
 from rotator.postgres.ledger import Ledger, digest, find_ledger
@@ -114,43 +114,39 @@ async def find_copies(
     search = CopySearch()
     pauses = Pauses()
     for each in stored:
+        await pauses.pause()
         sampled = sql.SQL("{}{} WHERE").format(identifier(*each.path), sampled_part(each.pages))
         query = _count(ledger, each, sampled, limit=SAMPLED_VALUES)
-        found = await fetch_or_reason(connection, server, query)
-        await pauses.pause()
-        if not isinstance(found, str) and (every_row or found[0][1]):
-            found = await _search(connection, server, ledger, each, pauses)
-        if isinstance(found, str):
-            search.problems.append(f"{each.table}.{each.column} could not be searched: {found}")
+        try:
+            ((searched, rows),) = await fetch_reading(connection, server, tuple_row, query)
+            if every_row or rows:
+                searched, rows = await _search(connection, server, ledger, each, pauses)
+        except UnreadableError as error:
+            search.problems.append(f"{each.table}.{each.column} could not be searched: {error}")
             continue
         search.columns += 1
-        if found[0][1]:
-            search.found.append(
-                ColumnCopies(table=each.table, column=each.column, searched=found[0][0], rows=found[0][1])
-            )
+        if rows:
+            found = ColumnCopies(table=each.table, column=each.column, searched=searched, rows=rows)
+            search.found.append(found)
     return search
 
 
 async def _search(
     connection: AsyncConnection, server: Server, ledger: Ledger, stored: StoredColumn, pauses: Pauses
-) -> list[tuple[Any, ...]] | str:
-    """Search all rows of a column, in the order of its blocks."""
+) -> tuple[int, int]:
+    """Search all rows of a column, in the order of its blocks, and return their number and that of copies."""
     searched = rows = 0
     for leaf in stored.leaves:
         name = sql.Identifier(*leaf).as_string()
-        blocks = await fetch_or_reason(connection, server, _BLOCKS, {"leaf": name})
-        if isinstance(blocks, str):
-            return blocks
+        ((blocks,),) = await fetch_reading(connection, server, tuple_row, _BLOCKS, {"leaf": name})
         part_of_leaf = sql.SQL("ONLY {} WHERE ctid >= %(begin)s::tid AND ctid < %(end)s::tid AND")
         query = _count(ledger, stored, part_of_leaf.format(identifier(*leaf)))
-        for block in range(0, blocks[0][0], CHUNK_BLOCKS):
+        for block in range(0, blocks, CHUNK_BLOCKS):
             part = {"begin": f"({block},0)", "end": f"({block + CHUNK_BLOCKS},0)"}
-            found = await fetch_or_reason(connection, server, query, part)
-            if isinstance(found, str):
-                return found
-            searched, rows = searched + found[0][0], rows + found[0][1]
             await pauses.pause()
-    return [(searched, rows)]
+            ((searched_here, rows_here),) = await fetch_reading(connection, server, tuple_row, query, part)
+            searched, rows = searched + searched_here, rows + rows_here
+    return searched, rows
 
 
 def _count(

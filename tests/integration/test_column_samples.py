@@ -8,6 +8,7 @@ from rotator.postgres import column_samples
 from rotator.postgres.column_samples import (
     ColumnSample,
     StoredTable,
+    UnreadableError,
     connected_for_reading,
     read_stored_table,
     reading,
@@ -43,7 +44,7 @@ async def table_of(connection: AsyncConnection, database: Database) -> StoredTab
     return found
 
 
-async def sampled(database: Database) -> ColumnSample | str | None:
+async def sampled(database: Database) -> ColumnSample | None:
     async with connected_for_reading(database.server) as connection:
         table = await table_of(connection, database)
         return await sample_column(connection, database.server, table, COLUMN, PATTERNS)
@@ -149,9 +150,10 @@ async def test_a_locked_table_has_the_reason(database: Database) -> None:
         other = database.connect()
         other.execute("BEGIN")
         other.execute(sql.SQL("LOCK TABLE {}").format(TABLE))
-        found = await sample_column(connection, database.server, table, COLUMN, PATTERNS)
+        reason = r"lock_not_available \(55P03\): canceling statement due to lock timeout"
+        with pytest.raises(UnreadableError, match=reason):
+            await sample_column(connection, database.server, table, COLUMN, PATTERNS)
         other.execute("ROLLBACK")
-        assert found == "lock_not_available (55P03): canceling statement due to lock timeout"
         # The connection is still usable.
         assert isinstance(
             await sample_column(connection, database.server, table, COLUMN, PATTERNS), ColumnSample
