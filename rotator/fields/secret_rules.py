@@ -1,7 +1,7 @@
 """The rules that find columns with secrets: by name, type, default, package and a sample of values."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -62,78 +62,71 @@ _CHECKSUM: Final = "It holds hashes of token: rotate both together."
 _PAIR: Final = "It holds private keys: make a new pair of keys, and publish the new public key."
 
 # By the package, the class without Abstract and Base, and the field; None where a column holds no secret.
-_PACKAGES: Final[Mapping[tuple[str, str, str], tuple[Kind, str] | None]] = {
-    ("allauth", "Authenticator", "data"): (Kind.SECRET, ""),
-    ("allauth", "EmailConfirmation", "key"): (Kind.SECRET, ""),
-    ("allauth", "SocialApp", "key"): (Kind.SECRET, "Get a new key from the provider."),
-    ("allauth", "SocialApp", "secret"): (Kind.SECRET, "Get a new secret from the provider."),
-    ("allauth", "SocialApp", "settings"): (Kind.SECRET, "Get new keys from the provider."),
-    ("allauth", "SocialToken", "token"): (Kind.SECRET, _REVOKE),
-    ("allauth", "SocialToken", "token_secret"): (Kind.SECRET, _REVOKE),
-    ("django", "Session", "session_key"): (Kind.SECRET, "Delete the rows: every user logs in again."),
-    ("django", "User", "password"): (Kind.HASHED, _NEW_PASSWORDS),
-    ("django_otp", "EmailDevice", "token"): (
+_PACKAGES: Final[Mapping[str, tuple[Kind, str] | None]] = {
+    "allauth.Authenticator.data": (Kind.SECRET, ""),
+    "allauth.EmailConfirmation.key": (Kind.SECRET, ""),
+    "allauth.SocialApp.key": (Kind.SECRET, "Get a new key from the provider."),
+    "allauth.SocialApp.secret": (Kind.SECRET, "Get a new secret from the provider."),
+    "allauth.SocialApp.settings": (Kind.SECRET, "Get new keys from the provider."),
+    "allauth.SocialToken.token": (Kind.SECRET, _REVOKE),
+    "allauth.SocialToken.token_secret": (Kind.SECRET, _REVOKE),
+    "django.Session.session_key": (Kind.SECRET, "Delete the rows: every user logs in again."),
+    "django.User.password": (Kind.HASHED, _NEW_PASSWORDS),
+    "django_otp.EmailDevice.token": (
         Kind.SECRET,
         "Set the column to NULL: the codes expire within minutes, and users request new ones.",
     ),
-    ("django_otp", "HOTPDevice", "key"): (Kind.SECRET, ""),
-    ("django_otp", "StaticToken", "token"): (Kind.SECRET, ""),
-    ("django_otp", "TOTPDevice", "key"): (Kind.SECRET, ""),
-    ("invitations", "Invitation", "key"): (Kind.SECRET, ""),
-    ("knox", "AuthToken", "digest"): (Kind.HASHED, f"It holds hashes. {_LOG_OUT}"),
-    ("knox", "AuthToken", "token_key"): None,
-    ("oauth2_provider", "AccessToken", "token"): (Kind.SECRET, ""),
-    ("oauth2_provider", "AccessToken", "token_checksum"): (Kind.HASHED, _CHECKSUM),
-    ("oauth2_provider", "Application", "client_secret"): (
+    "django_otp.HOTPDevice.key": (Kind.SECRET, ""),
+    "django_otp.StaticToken.token": (Kind.SECRET, ""),
+    "django_otp.TOTPDevice.key": (Kind.SECRET, ""),
+    "invitations.Invitation.key": (Kind.SECRET, ""),
+    "knox.AuthToken.digest": (Kind.HASHED, f"It holds hashes. {_LOG_OUT}"),
+    "knox.AuthToken.token_key": None,
+    "oauth2_provider.AccessToken.token": (Kind.SECRET, ""),
+    "oauth2_provider.AccessToken.token_checksum": (Kind.HASHED, _CHECKSUM),
+    "oauth2_provider.Application.client_secret": (
         Kind.HASHED,
         "It holds hashes, unless hash_client_secret is off: issue new secrets to the clients.",
     ),
-    ("oauth2_provider", "DeviceGrant", "device_code"): (Kind.SECRET, _SHORT_LIVED),
-    ("oauth2_provider", "DeviceGrant", "user_code"): (Kind.SECRET, _SHORT_LIVED),
-    ("oauth2_provider", "Grant", "code"): (Kind.SECRET, ""),
-    ("oauth2_provider", "RefreshToken", "token"): (Kind.SECRET, ""),
-    ("oauth2_provider", "RefreshToken", "token_checksum"): (Kind.HASHED, _CHECKSUM),
-    ("oauth2_provider", "RefreshToken", "token_family"): None,
-    ("rest_framework", "Token", "key"): (Kind.SECRET, f"It is the primary key. {_LOG_OUT}"),
-    ("rest_framework_api_key", "APIKey", "hashed_key"): (Kind.HASHED, _NEW_KEYS),
-    ("rest_framework_api_key", "APIKey", "id"): (Kind.HASHED, _NEW_KEYS),
-    ("rest_framework_api_key", "APIKey", "prefix"): None,
-    ("rest_framework_simplejwt", "OutstandingToken", "token"): (Kind.SECRET, _SIGNED),
+    "oauth2_provider.DeviceGrant.device_code": (Kind.SECRET, _SHORT_LIVED),
+    "oauth2_provider.DeviceGrant.user_code": (Kind.SECRET, _SHORT_LIVED),
+    "oauth2_provider.Grant.code": (Kind.SECRET, ""),
+    "oauth2_provider.RefreshToken.token": (Kind.SECRET, ""),
+    "oauth2_provider.RefreshToken.token_checksum": (Kind.HASHED, _CHECKSUM),
+    "oauth2_provider.RefreshToken.token_family": None,
+    "rest_framework.Token.key": (Kind.SECRET, f"It is the primary key. {_LOG_OUT}"),
+    "rest_framework_api_key.APIKey.hashed_key": (Kind.HASHED, _NEW_KEYS),
+    "rest_framework_api_key.APIKey.id": (Kind.HASHED, _NEW_KEYS),
+    "rest_framework_api_key.APIKey.prefix": None,
+    "rest_framework_simplejwt.OutstandingToken.token": (Kind.SECRET, _SIGNED),
     # Copies of whole rows, as text or JSON.
-    ("auditlog", "LogEntry", "changes"): (Kind.COPY, _AUDITLOG),
-    ("auditlog", "LogEntry", "changes_text"): (Kind.COPY, _AUDITLOG),
-    ("auditlog", "LogEntry", "serialized_data"): (Kind.COPY, _AUDITLOG),
-    ("django", "LogEntry", "object_repr"): (
-        Kind.COPY,
-        "Delete the entries of models whose str() shows a secret.",
-    ),
-    ("django", "Session", "session_data"): (Kind.COPY, "Delete the rows: every user logs in again."),
-    ("django_celery_results", "TaskResult", "result"): (Kind.COPY, "Delete old results."),
-    ("django_celery_results", "TaskResult", "task_args"): (Kind.COPY, "Delete old results."),
-    ("django_celery_results", "TaskResult", "task_kwargs"): (Kind.COPY, "Delete old results."),
-    ("easyaudit", "CRUDEvent", "changed_fields"): (Kind.COPY, "Delete old events."),
-    ("easyaudit", "CRUDEvent", "object_json_repr"): (Kind.COPY, "Delete old events."),
-    ("reversion", "Version", "serialized_data"): (
-        Kind.COPY,
-        "Delete old versions: manage.py deleterevisions.",
-    ),
-    ("silk", "Request", "encoded_headers"): (Kind.COPY, _SILK),
-    ("silk", "Request", "raw_body"): (Kind.COPY, _SILK),
-    ("silk", "Response", "encoded_headers"): (Kind.COPY, _SILK),
-    ("silk", "Response", "raw_body"): (Kind.COPY, _SILK),
+    "auditlog.LogEntry.changes": (Kind.COPY, _AUDITLOG),
+    "auditlog.LogEntry.changes_text": (Kind.COPY, _AUDITLOG),
+    "auditlog.LogEntry.serialized_data": (Kind.COPY, _AUDITLOG),
+    "django.LogEntry.object_repr": (Kind.COPY, "Delete the entries of models whose str() shows a secret."),
+    "django.Session.session_data": (Kind.COPY, "Delete the rows: every user logs in again."),
+    "django_celery_results.TaskResult.result": (Kind.COPY, "Delete old results."),
+    "django_celery_results.TaskResult.task_args": (Kind.COPY, "Delete old results."),
+    "django_celery_results.TaskResult.task_kwargs": (Kind.COPY, "Delete old results."),
+    "easyaudit.CRUDEvent.changed_fields": (Kind.COPY, "Delete old events."),
+    "easyaudit.CRUDEvent.object_json_repr": (Kind.COPY, "Delete old events."),
+    "reversion.Version.serialized_data": (Kind.COPY, "Delete old versions: manage.py deleterevisions."),
+    "silk.Request.encoded_headers": (Kind.COPY, _SILK),
+    "silk.Request.raw_body": (Kind.COPY, _SILK),
+    "silk.Response.encoded_headers": (Kind.COPY, _SILK),
+    "silk.Response.raw_body": (Kind.COPY, _SILK),
 }
 
 _SIMPLE_HISTORY: Final = {"history_id", "history_date", "history_type"}
 _PGHISTORY: Final = {"pgh_id", "pgh_created_at", "pgh_label"}
 
 
-def _names_in_packages(field: AnyField) -> list[tuple[str, str, str]]:
-    """Return a field's names under each class of its model, e.g. of a package's abstract model."""
-    classes = [(kind.__module__, kind.__name__) for kind in field.model.__mro__]
-    return [
-        (module.partition(".")[0], name.removeprefix("Abstract").removeprefix("Base"), field.name)
-        for module, name in classes
-    ]
+def _names_in_packages(field: AnyField) -> Iterator[tuple[str, str]]:
+    """Yield the package of each class of a field's model, also an abstract one, and the field's name there."""
+    for kind in field.model.__mro__:
+        package = kind.__module__.partition(".")[0]
+        model = kind.__name__.removeprefix("Abstract").removeprefix("Base")
+        yield package, f"{package}.{model}.{field.name}"
 
 
 # --- The rules for names, types and defaults -----------------------------------------------------------
@@ -288,13 +281,13 @@ def _random_reason(sample: ColumnSample) -> str:
 
 def judge(field: AnyField, sample: ColumnSample | None = None) -> Finding | None:
     """Return why a column seems to hold secrets; None if it does not."""
-    for name in _names_in_packages(field):
+    for package, name in _names_in_packages(field):
         if name in _PACKAGES:
             if (known := _PACKAGES[name]) is None:
                 return None
             kind, todo = known
             reason = (
-                "it holds copies of other rows" if kind is Kind.COPY else f"{name[0]} keeps secrets there"
+                "it holds copies of other rows" if kind is Kind.COPY else f"{package} keeps secrets there"
             )
             return Finding(kind, (reason,), todo)
     found = _judge_unknown(field, sample or _NO_SAMPLE)

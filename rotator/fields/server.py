@@ -36,7 +36,7 @@ def read_session(connection: BaseDatabaseWrapper, path: tuple[str, ...]) -> Sess
     name = Identifier(*path).as_string()
     alias = connection.alias
     with unlogged(alias), naming_timeouts(alias), connection.cursor() as cursor:
-        cursor.execute(SESSION_QUERY, (name, name))
+        cursor.execute(SESSION_QUERY, (name,))
         names = [column.name for column in cursor.description]
         return SessionIdentity(**dict(zip(names, cursor.fetchone(), strict=True)))
 

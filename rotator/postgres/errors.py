@@ -37,10 +37,7 @@ _LOST_CLASSES: Final = ("08", "57P")
 _LOST: Final = (errors.TooManyConnections, errors.IdleInTransactionSessionTimeout, errors.ProtocolViolation)
 # What is wrong, where the server's message cannot be shown, and what to do.
 _PERMANENT: Final[dict[type[psycopg.Error], tuple[str, str]]] = {
-    errors.InsufficientPrivilege: (
-        "this role lacks a privilege",
-        "Grant what docs/operating.md lists",
-    ),
+    errors.InsufficientPrivilege: ("this role lacks a privilege", "Grant what docs/operating.md lists"),
     errors.DiskFull: ("the server's disk is full", "Free some space"),
     errors.UndefinedTable: ("a table does not exist", "Restore it, or run `manage.py migrate`"),
     errors.UndefinedColumn: ("a column does not exist", "Restore it, or run `manage.py migrate`"),
@@ -115,16 +112,14 @@ def translate(error: Exception, connection: psycopg.AsyncConnection | None = Non
         return ServerLostError(_lost_message(error))
     if not isinstance(error, psycopg.Error):
         raise error
-    return _own_error(error) or _permanent_error(error) or _rejected_range(error)
-
-
-def _own_error(error: psycopg.Error) -> RotatorError | None:
     message = error.diag.message_primary or ""
     if SUPERSEDED in message:
         return superseded()
     if TOO_LONG in message:
         return RangeTooSlowError(TOO_LONG)
-    return RangeGrewError(RANGE_GREW) if RANGE_GREW in message else None
+    if RANGE_GREW in message:
+        return RangeGrewError(RANGE_GREW)
+    return _permanent_error(error) or _rejected_range(error)
 
 
 def _permanent_error(error: psycopg.Error) -> ServerRefusedError | None:

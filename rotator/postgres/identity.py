@@ -8,19 +8,19 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row, dict_row
 
 from rotator.exceptions import TargetError
+from rotator.options import known_fields
 from rotator.postgres.connection import fetch_as
 from rotator.postgres.table import TargetTable
 
 SESSION_QUERY: Final = (
     "SELECT (SELECT system_identifier FROM pg_control_system())::text AS system,"
     " d.oid::bigint AS database_oid, d.datname AS database, current_user::text AS role,"
-    " current_setting('search_path') AS search_path, to_regclass(%s)::oid::bigint AS table_oid,"
-    " (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-    " WHERE c.oid = to_regclass(%s)) AS table_schema,"
+    " current_setting('search_path') AS search_path, c.oid::bigint AS table_oid, n.nspname AS table_schema,"
     " to_regclass('rotator_rotation')::oid::bigint AS rotations_oid"
-    " FROM pg_database d WHERE d.datname = current_database()"
+    " FROM pg_database d LEFT JOIN pg_class c ON c.oid = to_regclass(%s)"
+    " LEFT JOIN pg_namespace n ON n.oid = c.relnamespace WHERE d.datname = current_database()"
 )
-"""Reads a :class:`SessionIdentity`; takes the target table's quoted name twice. Any role may execute it."""
+"""Reads a :class:`SessionIdentity`; takes the target table's quoted name. Any role may execute it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ async def check_session(
 ) -> None:
     """Raise TargetError if this connection does not use the server, role and tables of Django's own."""
     name = sql.Identifier(*path).as_string()
-    (found,) = await fetch_as(connection, class_row(SessionIdentity), SESSION_QUERY, (name, name))
+    (found,) = await fetch_as(connection, class_row(SessionIdentity), SESSION_QUERY, (name,))
     check_same_session(path, expected, found)
 
 
@@ -105,9 +105,8 @@ class TargetIdentity:
         """Return the identity that was saved; None for a rotation that an older version began."""
         if not saved:
             return None
-        known = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
         key = tuple(KeyColumn(**column) for column in saved["key"])
-        return cls(**known | {"key": key, "columns": tuple(saved.get("columns", ()))})
+        return cls(**known_fields(cls, saved) | {"key": key})
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON types."""
