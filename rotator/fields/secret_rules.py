@@ -122,7 +122,7 @@ _PGHISTORY: Final = {"pgh_id", "pgh_created_at", "pgh_label"}
 
 
 def _names_in_packages(field: AnyField) -> Iterator[tuple[str, str]]:
-    """Yield the package of each class of a field's model, also an abstract one, and the field's name there."""
+    """Yield the package of each class of a field's model, abstract ones too, and the field's name there."""
     for kind in field.model.__mro__:
         package = kind.__module__.partition(".")[0]
         model = kind.__name__.removeprefix("Abstract").removeprefix("Base")

@@ -324,6 +324,16 @@ async def begin(connection: AsyncConnection) -> None:
         await set_local(connection, connection.local_settings)
 
 
+@asynccontextmanager
+async def transaction_with(
+    connection: AsyncConnection, settings: Mapping[str, str], *, seconds: float | None = ANSWER_SECONDS
+) -> AsyncIterator[None]:
+    """Open a transaction with these settings; for ``seconds`` see :func:`translate_errors`."""
+    async with translate_errors(connection, seconds=seconds), connection.transaction():
+        await set_local(connection, settings)
+        yield
+
+
 async def set_local(connection: AsyncConnection, settings: Mapping[str, str]) -> None:
     """Change settings until the end of the open transaction."""
     await AsyncCursor(connection).execute(

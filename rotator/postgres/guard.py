@@ -4,8 +4,7 @@ from typing import Final
 
 from psycopg import AsyncConnection, sql
 
-from rotator.postgres.connection import fetch_column, set_local
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import fetch_column, transaction_with
 from rotator.postgres.fence import OWN_ROTATION
 from rotator.postgres.ledger import Ledger
 from rotator.postgres.table import TargetTable, identifier
@@ -94,8 +93,7 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
             " EXECUTE FUNCTION {function}()"
         ),
     )
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, {"lock_timeout": LOCK_TIMEOUT})
+    async with transaction_with(connection, {"lock_timeout": LOCK_TIMEOUT}):
         for statement in statements:
             await connection.execute(table.compose(statement, **names), ())
         await connection.execute(
@@ -105,8 +103,7 @@ async def add_guard(connection: AsyncConnection, ledger: Ledger, table: TargetTa
 
 async def remove_guard(connection: AsyncConnection, ledger: Ledger) -> None:
     """Remove the trigger with its function, and keep its count; raise RowsLockedError as add_guard()."""
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, {"lock_timeout": LOCK_TIMEOUT})
+    async with transaction_with(connection, {"lock_timeout": LOCK_TIMEOUT}):
         hits = await count_hits(connection, ledger.rotation)
         # The table may have another name by now, so the trigger goes with its function.
         drop_function = sql.SQL("DROP FUNCTION IF EXISTS {}() CASCADE").format(_function(ledger))

@@ -16,8 +16,7 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from rotator.postgres.connection import fetch_as, fetch_column, fetch_rows, set_local
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import fetch_as, fetch_column, fetch_rows, transaction_with
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, read_identity
 from rotator.postgres.table import ROW, TargetTable, identifier
 from rotator.postgres.values import Place
@@ -172,8 +171,7 @@ async def _count_mixed(connection: AsyncConnection, table: TargetTable, rotation
     to_through = table.compose("({row_key}) <= ({through})", through=through)
     between = table.compose("({row_key}) > ({after}) AND {to_through}", after=after, to_through=to_through)
     rows = 0
-    async with translate_errors(connection, seconds=None), connection.transaction():
-        await set_local(connection, {"enable_seqscan": "off"})
+    async with transaction_with(connection, {"enable_seqscan": "off"}, seconds=None):
         for within, is_first in ((to_through, True), (between, False)):
             query = table.compose(_MIXED, within=within, is_first=is_first)
             ((found,),) = await fetch_rows(connection, query, {"rotation": rotation}, seconds=None)

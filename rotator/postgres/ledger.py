@@ -15,8 +15,7 @@ from psycopg.rows import class_row
 
 from rotator.exceptions import TargetError
 from rotator.options import WaitLimits
-from rotator.postgres.connection import execute, fetch_as, fetch_rows, first, set_local
-from rotator.postgres.errors import translate_errors
+from rotator.postgres.connection import execute, fetch_as, fetch_rows, first, set_local, transaction_with
 from rotator.postgres.fence import Lease, begin_fenced, rolled_back_on_error
 from rotator.postgres.planner import estimate_rows
 from rotator.postgres.table import ROW, Column, TargetTable, identifier, range_rows
@@ -302,8 +301,7 @@ async def finish_ledger(connection: AsyncConnection, ledger: Ledger, control_row
 
 async def forget_ledger(connection: AsyncConnection, ledger: Ledger) -> None:
     """Drop the table of a ledger and its salt; only the counts are left."""
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, {"lock_timeout": FORGET_LOCK_TIMEOUT})
+    async with transaction_with(connection, {"lock_timeout": FORGET_LOCK_TIMEOUT}):
         await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(ledger.name), {})
         await connection.execute(
             "UPDATE rotator_ledger SET state = 'forgotten', salt = ''::bytea,"

@@ -11,8 +11,8 @@ from psycopg.abc import Params
 from psycopg.rows import class_row
 
 from rotator.exceptions import RangeTooSlowError, TargetError
-from rotator.postgres.connection import begin, fetch_as, fetch_column, fetch_row, fetch_rows, set_local
-from rotator.postgres.errors import ANSWER_SECONDS, translate_errors
+from rotator.postgres.connection import begin, fetch_as, fetch_column, fetch_rows, set_local, transaction_with
+from rotator.postgres.errors import ANSWER_SECONDS
 from rotator.postgres.fence import KEY_SETTINGS, rolled_back_on_error
 from rotator.postgres.table import TargetTable, identifier, range_rows
 from rotator.ranges import Key, KeyInterval, KeyRange
@@ -160,8 +160,7 @@ async def slice_ends(
 
     The statement is that of :func:`last_keys`.
     """
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, _PLANNING_SETTINGS)
+    async with transaction_with(connection, _PLANNING_SETTINGS):
         parameters = {**asdict(interval), "skip": rows - 1, "ranges": most}
         found = await fetch_rows(connection, statement, parameters)
     return [_checked(key, survives=survives) for _, key, survives in sorted(found)]
@@ -180,10 +179,9 @@ async def last_key(connection: AsyncConnection, table: TargetTable) -> Key | Non
         text=table.own_name(_TEXT),
         descending=descending,
     )
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, KEY_SETTINGS)
-        row = await fetch_row(connection, query)
-    return None if row is None else _checked(row[0], survives=row[1])
+    async with transaction_with(connection, KEY_SETTINGS):
+        found = await fetch_rows(connection, query)
+    return next((_checked(key, survives=survives) for key, survives in found), None)
 
 
 def _checked(key: str, *, survives: bool) -> Key:
@@ -225,8 +223,7 @@ async def fetch_within(
 ) -> list[tuple[Any, ...]] | None:
     """Return the rows of a query; None where it takes longer than ``seconds``."""
     with suppress(RangeTooSlowError):
-        async with translate_errors(connection), connection.transaction():
-            await set_local(connection, {"statement_timeout": f"{seconds * 1000:.0f}ms"})
+        async with transaction_with(connection, {"statement_timeout": f"{seconds * 1000:.0f}ms"}):
             return await fetch_rows(connection, query, parameters)
     return None
 

@@ -17,9 +17,9 @@ from psycopg.types.json import Jsonb
 from rotator.events import ActionKind, EndStatus, Findings, StopReason
 from rotator.exceptions import OwnedElsewhereError, RotationRepeatedError, RowsLockedError
 from rotator.options import Selection, given_options
-from rotator.postgres.connection import IS_OWN_SESSION, execute, fetch_as, fetch_row, first, set_local
+from rotator.postgres.connection import IS_OWN_SESSION, execute, fetch_as, fetch_row, first, transaction_with
 from rotator.postgres.control import log_action
-from rotator.postgres.errors import superseded, translate_errors
+from rotator.postgres.errors import superseded
 from rotator.postgres.fence import IDLE_SECONDS, LOCK_CLASS, Lease, share_lock
 from rotator.postgres.owner import Owner
 from rotator.postgres.planner import gaps
@@ -79,7 +79,7 @@ class OwnerReport:
     Attributes:
         applied_revision: The revision of the control row that it has applied.
         throttle_reason: What holds it, except for a pause; empty where nothing does.
-        throttled_seconds: The time since which it is held; 0 where it is not.
+        held_seconds: The time since which it is held; 0 where it is not.
         rejected_keys: The keys that the server has rejected in this run, with the reason; None where they
             are stored already.
     """
@@ -88,7 +88,7 @@ class OwnerReport:
     figures: Figures
     applied_revision: int = 0
     throttle_reason: str = ""
-    throttled_seconds: float = 0.0
+    held_seconds: float = 0.0
     rejected_keys: Sequence[tuple[Key, str]] | None = None
 
 
@@ -454,21 +454,18 @@ async def beat(connection: AsyncConnection, lease: Lease, report: OwnerReport) -
         connection,
         lease,
         sql.SQL(
-            "rows_done = %(rows_done)s, {}, throttle_reason = %(reason)s, throttled_since = CASE"
-            " WHEN %(reason)s = '' THEN NULL"
+            "rows_done = %(rows_done)s, {}, throttle_reason = %(throttle_reason)s, throttled_since = CASE"
+            " WHEN %(throttle_reason)s = '' THEN NULL"
             # The reason may change with each heartbeat, while the rotation is held all the time.
-            " ELSE COALESCE(throttled_since, clock_timestamp() - make_interval(secs => %(held)s)) END,"
-            " rejected_keys = COALESCE(%(rejected_keys)s, rejected_keys), applied_revision = %(applied)s,"
-            " applied_at = CASE WHEN applied_revision = %(applied)s THEN applied_at"
-            " ELSE clock_timestamp() END"
+            " ELSE COALESCE(throttled_since, clock_timestamp() - make_interval(secs => %(held_seconds)s))"
+            " END, rejected_keys = COALESCE(%(rejected_keys)s, rejected_keys),"
+            " applied_revision = %(applied_revision)s, applied_at ="
+            " CASE WHEN applied_revision = %(applied_revision)s THEN applied_at ELSE clock_timestamp() END"
         ).format(_FIGURES),
         {
-            "rows_done": report.rows_done,
-            "reason": report.throttle_reason,
-            "held": report.throttled_seconds,
-            "applied": report.applied_revision,
-            "rejected_keys": None if report.rejected_keys is None else _rejected(report.rejected_keys),
+            **asdict(report),
             **asdict(report.figures),
+            "rejected_keys": None if report.rejected_keys is None else _rejected(report.rejected_keys),
         },
     )
     return beat_at
@@ -485,8 +482,7 @@ async def stop(
     rejected_keys: Sequence[tuple[Key, str]] = (),
 ) -> int:
     """End the run and leave the rotation unfinished; return the rows that the checkpoints confirm."""
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, _SYNCHRONOUS)
+    async with transaction_with(connection, _SYNCHRONOUS):
         rows_done, _ = await _update(
             connection,
             lease,
@@ -527,8 +523,7 @@ async def complete(
     Returns:
         The rows that the checkpoints confirm; None where they leave a gap.
     """
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, _SYNCHRONOUS)
+    async with transaction_with(connection, _SYNCHRONOUS):
         # If this process dies before it commits, the next owner can end this transaction.
         await share_lock(connection, lease.rotation)
         rows_done, _ = await _update(
@@ -580,8 +575,8 @@ async def exclusive_lock(
     By then, the transactions of its ranges have ended.
     """
     parameters = {"class": lock_class, "number": number}
-    async with translate_errors(connection), connection.transaction():
-        await set_local(connection, _SYNCHRONOUS | {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s"})
+    settings = _SYNCHRONOUS | {"lock_timeout": f"{_TAKE_OVER_LOCK_SECONDS}s"}
+    async with transaction_with(connection, settings):
         for _ in range(_TAKE_OVER_ATTEMPTS):
             with suppress(errors.LockNotAvailable):
                 async with connection.transaction():

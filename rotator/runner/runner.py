@@ -428,7 +428,7 @@ class Run:
                 figures=figures_of(self._stats),
                 applied_revision=self._live.revision,
                 throttle_reason="; ".join(hold.reason for hold in held),
-                throttled_seconds=time.monotonic() - held[0].since if held else 0.0,
+                held_seconds=time.monotonic() - held[0].since if held else 0.0,
                 rejected_keys=None if rejected == self._stored_rejected else rejected,
             ),
         )
