@@ -18,7 +18,7 @@ from rotator.fields.connections import (
     run_in_new_loop,
 )
 from rotator.fields.model import AnyField, field_label, key_fields
-from rotator.fields.secret_rules import PATTERNS, Finding, Kind, can_hold_secrets, judge
+from rotator.fields.secret_rules import Finding, Kind, can_hold_secrets, judge
 from rotator.fields.server import read_session, server_of
 from rotator.fields.target import find_fields, resolve, table_path
 from rotator.models import Rotation
@@ -199,7 +199,7 @@ async def _examine(
             sample: ColumnSample | None = None
             try:
                 if table.rows or not table.rows_is_exact:
-                    sample = await sample_column(connection, server, table, str(each.column), PATTERNS)
+                    sample = await sample_column(connection, server, table, str(each.column))
             except UnreadableError as error:
                 inventory.problems.append(f"{field_label(each)} could not be sampled: {error}")
             if finding := judge(each, sample):

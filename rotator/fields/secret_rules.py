@@ -20,7 +20,7 @@ from django.db.models import (
 
 from rotator.fields.advice import HASH_NAME
 from rotator.fields.model import AnyField
-from rotator.postgres.column_samples import ColumnSample, Patterns
+from rotator.postgres.column_samples import ColumnSample
 
 _MOST_REASONS: Final = 3
 
@@ -212,33 +212,6 @@ def _model_reason(field: AnyField) -> str:
 
 # --- The rules for samples -----------------------------------------------------------------------------
 
-PATTERNS: Final = Patterns(
-    formats={
-        "a GitHub token": r"(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22})",
-        "a GitLab token": r"gl(pat|dt|rt|ptt|cbt)-[A-Za-z0-9_-]{20}",
-        "a Slack token": r"(xox[abeoprs]-[0-9A-Za-z-]{10}|xapp-\d|https://hooks\.slack\.com/services/)",
-        "a Stripe key": r"((sk|rk)_(live|test)_[0-9A-Za-z]{16}|whsec_[0-9A-Za-z]{16})",
-        "an AWS key": r"(AKIA|ASIA)[A-Z2-7]{16}",
-        "a Google key": r"(AIza[0-9A-Za-z_-]{35}|ya29\.[0-9A-Za-z_-]{20}|GOCSPX-[0-9A-Za-z_-]{20})",
-        "an OpenAI or Anthropic key": r"sk-(ant-|proj-)?[0-9A-Za-z_-]{20}",
-        "a SendGrid key": r"SG\.[0-9A-Za-z_-]{16}",
-        "a Mailgun key": r"key-[0-9a-f]{32}",
-        "a Twilio key": r"SK[0-9a-f]{32}",
-        "a Shopify token": r"shp(at|ca|pa|ss)_[0-9a-fA-F]{32}",
-        "an npm, PyPI or Docker token": r"(npm_[0-9A-Za-z]{36}|pypi-AgE|dckr_pat_[0-9A-Za-z_-]{20})",
-        "a Hugging Face token": r"hf_[0-9A-Za-z]{30}",
-        "a Vault token": r"hv[sb]\.[0-9A-Za-z_-]{20}",
-        "a DigitalOcean token": r"do[opr]_v1_[0-9a-f]{40}",
-        "a JSON web token": r"eyJ[0-9A-Za-z_-]{10,}\.eyJ",
-        "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
-        "a Fernet ciphertext": r"gAAAA[0-9A-Za-z_-]{30}",
-    },
-    hash_format=(
-        r"(pbkdf2_[a-z0-9]+\$|argon2|scrypt\$|bcrypt|\$2[abxy]\$|\$argon2|\$[156]\$"
-        r"|(md5|sha1|sha256|sha512)\$)"
-    ),
-    json_key=r'"[^"]*(secret|passw|token|api_?key|private_?key|credential|recovery_codes)[^"]*"\s*:\s*["\[{]',
-)
 _NO_SAMPLE: Final = ColumnSample(values=0, formats={})
 _MIN_VALUES: Final = 20
 _MIN_BITS: Final = 60

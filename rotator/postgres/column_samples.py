@@ -28,6 +28,36 @@ _JSON_CHARACTERS: Final = 4000
 _COUNTED_ROWS: Final = 10_000
 _MOST_PAUSE_SECONDS: Final = 1.0
 
+# The regular expressions, in PostgreSQL's syntax, that the starts of sampled values are compared with ...
+_FORMATS: Final = {
+    "a GitHub token": r"(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22})",
+    "a GitLab token": r"gl(pat|dt|rt|ptt|cbt)-[A-Za-z0-9_-]{20}",
+    "a Slack token": r"(xox[abeoprs]-[0-9A-Za-z-]{10}|xapp-\d|https://hooks\.slack\.com/services/)",
+    "a Stripe key": r"((sk|rk)_(live|test)_[0-9A-Za-z]{16}|whsec_[0-9A-Za-z]{16})",
+    "an AWS key": r"(AKIA|ASIA)[A-Z2-7]{16}",
+    "a Google key": r"(AIza[0-9A-Za-z_-]{35}|ya29\.[0-9A-Za-z_-]{20}|GOCSPX-[0-9A-Za-z_-]{20})",
+    "an OpenAI or Anthropic key": r"sk-(ant-|proj-)?[0-9A-Za-z_-]{20}",
+    "a SendGrid key": r"SG\.[0-9A-Za-z_-]{16}",
+    "a Mailgun key": r"key-[0-9a-f]{32}",
+    "a Twilio key": r"SK[0-9a-f]{32}",
+    "a Shopify token": r"shp(at|ca|pa|ss)_[0-9a-fA-F]{32}",
+    "an npm, PyPI or Docker token": r"(npm_[0-9A-Za-z]{36}|pypi-AgE|dckr_pat_[0-9A-Za-z_-]{20})",
+    "a Hugging Face token": r"hf_[0-9A-Za-z]{30}",
+    "a Vault token": r"hv[sb]\.[0-9A-Za-z_-]{20}",
+    "a DigitalOcean token": r"do[opr]_v1_[0-9a-f]{40}",
+    "a JSON web token": r"eyJ[0-9A-Za-z_-]{10,}\.eyJ",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "a Fernet ciphertext": r"gAAAA[0-9A-Za-z_-]{30}",
+}
+_HASH_FORMAT: Final = (
+    r"(pbkdf2_[a-z0-9]+\$|argon2|scrypt\$|bcrypt|\$2[abxy]\$|\$argon2|\$[156]\$"
+    r"|(md5|sha1|sha256|sha512)\$)"
+)
+# ... and documents.
+_JSON_KEY: Final = (
+    r'"[^"]*(secret|passw|token|api_?key|private_?key|credential|recovery_codes)[^"]*"\s*:\s*["\[{]'
+)
+
 BEGIN_READING: Final = (
     "SELECT set_config('transaction_read_only', 'on', true),"
     " set_config('statement_timeout', %s, true), set_config('lock_timeout', %s, true)"
@@ -77,18 +107,6 @@ class ColumnSample:
     hashes: int = 0
     json_keys: int = 0
     formats: Mapping[str, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Patterns:
-    """The regular expressions that sampled values are compared with, in PostgreSQL's syntax.
-
-    ``formats`` and ``hash_format`` are compared with the start of a value, ``json_key`` with a JSON document.
-    """
-
-    formats: Mapping[str, str]
-    hash_format: str
-    json_key: str
 
 
 @asynccontextmanager
@@ -184,7 +202,7 @@ async def fetch_reading(
 
 
 async def sample_column(
-    connection: AsyncConnection, server: Server, table: StoredTable, column: str, patterns: Patterns
+    connection: AsyncConnection, server: Server, table: StoredTable, column: str
 ) -> ColumnSample | None:
     """Return a sample of a column; None for a type that is neither text, binary nor JSON.
 
@@ -196,10 +214,10 @@ async def sample_column(
         return None
     opening = '"' if category == "json" else "^"
     parameters = {
-        "names": list(patterns.formats),
-        "formats": [opening + pattern for pattern in patterns.formats.values()],
-        "hash_format": opening + patterns.hash_format,
-        "json_key": patterns.json_key if category == "json" else "^$",
+        "names": list(_FORMATS),
+        "formats": [opening + pattern for pattern in _FORMATS.values()],
+        "hash_format": opening + _HASH_FORMAT,
+        "json_key": _JSON_KEY if category == "json" else "^$",
     }
     query = _sample(table, column, category)
     (sample,) = await fetch_reading(connection, server, class_row(ColumnSample), query, parameters)

@@ -3,7 +3,6 @@
 import pytest
 from psycopg import AsyncConnection, errors, sql
 
-from rotator.fields.secret_rules import PATTERNS
 from rotator.postgres import column_samples
 from rotator.postgres.column_samples import (
     ColumnSample,
@@ -47,7 +46,7 @@ async def table_of(connection: AsyncConnection, database: Database) -> StoredTab
 async def sampled(database: Database) -> ColumnSample | None:
     async with connected_for_reading(database.server) as connection:
         table = await table_of(connection, database)
-        return await sample_column(connection, database.server, table, COLUMN, PATTERNS)
+        return await sample_column(connection, database.server, table, COLUMN)
 
 
 async def sample_of(database: Database, value: str, *, of: str = "text", rows: int = 100) -> ColumnSample:
@@ -152,12 +151,10 @@ async def test_a_locked_table_has_the_reason(database: Database) -> None:
         other.execute(sql.SQL("LOCK TABLE {}").format(TABLE))
         reason = r"lock_not_available \(55P03\): canceling statement due to lock timeout"
         with pytest.raises(UnreadableError, match=reason):
-            await sample_column(connection, database.server, table, COLUMN, PATTERNS)
+            await sample_column(connection, database.server, table, COLUMN)
         other.execute("ROLLBACK")
         # The connection is still usable.
-        assert isinstance(
-            await sample_column(connection, database.server, table, COLUMN, PATTERNS), ColumnSample
-        )
+        assert isinstance(await sample_column(connection, database.server, table, COLUMN), ColumnSample)
 
 
 async def test_its_transactions_are_read_only(database: Database) -> None:
