@@ -6,11 +6,12 @@ process owns the rotation. Options, selections and identities are mappings of JS
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, Rollback, errors, sql
+from psycopg.abc import Params
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
@@ -93,18 +94,21 @@ class OwnerReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredRotation:
+class RotationState:
     """A rotation in the database.
 
     Attributes:
         owner: The latest owner, of this generation.
         owned_since: The time at which the owner acquired it.
         updated_at: The latest heartbeat, on the database's clock.
-        rows_done: The completed rows at the latest heartbeat.
+        started_xid: The transaction that began the rotation, epoch included.
+        bound: The upper key bound; None where it is not frozen yet, or the table was empty.
+        rows_total: The rows up to the bound, counted or estimated.
+        rows_done: The completed rows: at the latest heartbeat, or confirmed now, see :func:`read_state`.
+        late_rows: The rows among them that late transactions confirm.
+        figures: The figures of its runs up to the latest heartbeat.
         selection: The rows and the source of their values.
         identity: The :class:`rotator.postgres.identity.TargetIdentity` at the start.
-        started_xid: The transaction that began the rotation, epoch included.
-        bound: The upper key bound; None where it is not frozen.
         rejected_keys: The keys that the server rejected in the latest run, with the reason.
     """
 
@@ -114,13 +118,21 @@ class StoredRotation:
     owner: Owner
     owned_since: datetime
     updated_at: datetime
-    rows_done: int
-    rows_total: int
-    selection: Mapping[str, Any]
-    identity: Mapping[str, Any]
     started_xid: int
     bound: Key | None
+    rows_total: int
+    rows_total_is_exact: bool
+    rows_done: int
+    late_rows: int
+    figures: Figures
+    selection: Mapping[str, Any]
+    identity: Mapping[str, Any]
     rejected_keys: Sequence[Sequence[str]]
+
+    @property
+    def lease(self) -> Lease:
+        """The lease of the latest owner."""
+        return Lease(rotation=self.id, generation=self.generation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,55 +145,42 @@ class Completed:
     seconds_ago: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RotationState:
-    """A rotation that this process owns, as it was when it became the owner.
-
-    Attributes:
-        started_xid: The transaction that began the rotation, epoch included.
-        bound: The upper key bound; None where it is not frozen yet, or the table was empty.
-        rows_total: The rows up to the bound, counted or estimated.
-        rows_done: The rows that checkpoints and late transactions confirm.
-        late_rows: The rows among them that late transactions confirm.
-        before: The figures of earlier runs.
-    """
-
-    lease: Lease
-    started_xid: int
-    bound: Key | None
-    rows_total: int
-    rows_total_is_exact: bool
-    rows_done: int
-    late_rows: int
-    before: Figures
-    identity: Mapping[str, Any]
-
-
-async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> StoredRotation | None:
+async def find_unfinished(connection: AsyncConnection, target: str, table_name: str) -> RotationState | None:
     """Return the unfinished rotation of a target; a constraint allows only one."""
     condition = "target = %s AND table_name = %s AND status IN ('running', 'queued', 'interrupted', 'failed')"
     return first(await _find(connection, condition, (target, table_name)))
 
 
-async def read_rotation(connection: AsyncConnection, rotation: int) -> StoredRotation:
+async def read_rotation(connection: AsyncConnection, rotation: int) -> RotationState:
     """Return the rotation with this id, which exists."""
     (found,) = await _find(connection, "id = %s", (rotation,))
     return found
 
 
+async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState:
+    """Return a rotation that this process owns, with the rows that its checkpoints confirm."""
+    condition = "id = %(rotation)s AND generation = %(generation)s"
+    found = first(await _find(connection, condition, asdict(lease), counts=True))
+    if found is None:
+        raise superseded()
+    return found
+
+
 async def _find(
-    connection: AsyncConnection, condition: LiteralString, parameters: Sequence[object]
-) -> list[StoredRotation]:
+    connection: AsyncConnection, condition: LiteralString, parameters: Params, *, counts: bool = False
+) -> list[RotationState]:
     query = sql.SQL(
         "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
-        " owner_user AS user, version, owned_since, updated_at, rows_done, rows_total, selection, identity,"
-        " started_xid, bound::text, rejected_keys FROM rotator_rotation WHERE {}"
-    ).format(sql.SQL(condition))
-    of_owner = [each.name for each in fields(Owner)]
-    return [
-        StoredRotation(owner=Owner(**{name: row.pop(name) for name in of_owner}), **row)
-        for row in await fetch_as(connection, dict_row, query, parameters)
-    ]
+        " owner_user AS user, version, owned_since, updated_at, started_xid, bound::text, rows_total,"
+        " rows_total_is_exact, ({})::bigint AS rows_done, late_rows, active_seconds, deferrals, retries,"
+        " throttled_seconds, selection, identity, rejected_keys FROM rotator_rotation WHERE {}"
+    ).format(_CONFIRMED_ROWS if counts else sql.SQL("rows_done"), sql.SQL(condition))
+    found = []
+    for row in await fetch_as(connection, dict_row, query, parameters):
+        owner = Owner(**{name: row.pop(name) for name in Owner.__dataclass_fields__})
+        figures = Figures(**{name: row.pop(name) for name in Figures.__dataclass_fields__})
+        found.append(RotationState(owner=owner, figures=figures, **row))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -420,20 +419,6 @@ async def _raise_generation(
         if row and action is not None:
             await log_action(connection, rotation, action, detail=detail)
     return Lease(rotation=rotation, generation=row[0]) if row else None
-
-
-async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState:
-    """Return the rotation's state, with its rows counted from the checkpoints."""
-    query = sql.SQL(
-        "SELECT started_xid, bound::text AS bound, rows_total, rows_total_is_exact, late_rows,"
-        " active_seconds, deferrals, retries, throttled_seconds, identity, ({})::bigint AS rows_done"
-        " FROM rotator_rotation WHERE id = %(rotation)s AND generation = %(generation)s"
-    ).format(_CONFIRMED_ROWS)
-    row = first(await fetch_as(connection, dict_row, query, asdict(lease)))
-    if row is None:
-        raise superseded()
-    before = Figures(**{name: row.pop(name) for name in Figures.__dataclass_fields__})
-    return RotationState(lease=lease, before=before, **row)
 
 
 async def freeze_bound(

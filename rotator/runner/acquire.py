@@ -21,7 +21,7 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import count_last_writers
 from rotator.postgres.owner import SILENT_SECONDS
-from rotator.postgres.rotations import StoredRotation, Terms
+from rotator.postgres.rotations import RotationState, Terms
 from rotator.postgres.table import TargetTable
 from rotator.runner.context import RunContext
 
@@ -90,15 +90,14 @@ async def acquire(
                 f"{found.owned_since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, with {found.rows_done:,} of "
                 f"{found.rows_total:,} rows done: wait for it, or take it over with --take-over."
             )
-        seen = Lease(rotation=found.id, generation=found.generation)
         if options.restart:
-            await rotations.abandon(connection, seen)
+            await rotations.abandon(connection, found.lease)
             continue
         unless_begun = await _changes_generator(connection, context, found)
         await _check_target(connection, table, context, found, identity)
         lease = await rotations.take_over(
             connection,
-            seen,
+            found.lease,
             terms,
             context.owner,
             unless_begun=unless_begun,
@@ -109,7 +108,7 @@ async def acquire(
 
 
 async def _is_alive(
-    connection: AsyncConnection, table: TargetTable, context: RunContext, seen: StoredRotation
+    connection: AsyncConnection, table: TargetTable, context: RunContext, seen: RotationState
 ) -> bool:
     """Watch the heartbeat of the owner for up to ``SILENT_SECONDS``, and return whether it moves."""
     if seen.status != "running" or context.options.take_over or seen.owner.is_gone():
@@ -134,7 +133,7 @@ async def _is_alive(
     return False
 
 
-async def _changes_generator(connection: AsyncConnection, context: RunContext, found: StoredRotation) -> bool:
+async def _changes_generator(connection: AsyncConnection, context: RunContext, found: RotationState) -> bool:
     """Return whether the generator is another one, as it may be while no row has a new value."""
     chosen, saved = context.target.selection, Selection.from_json(found.selection)
     if chosen == saved:
@@ -152,7 +151,7 @@ async def _check_target(
     connection: AsyncConnection,
     table: TargetTable,
     context: RunContext,
-    found: StoredRotation,
+    found: RotationState,
     identity: TargetIdentity,
 ) -> None:
     """Refuse to resume on a target to which the checkpoints do not apply."""

@@ -20,7 +20,7 @@ from rotator.postgres.connection import Server, connected
 from rotator.postgres.identity import check_session, read_identity
 from rotator.postgres.ledger import Ledger, check_not_guessable
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
-from rotator.postgres.rotations import Completed, StoredRotation
+from rotator.postgres.rotations import Completed, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
@@ -173,7 +173,7 @@ class Earlier:
         completed: The latest completed rotation of the same rows and values; None where there is none.
     """
 
-    unfinished: StoredRotation | None
+    unfinished: RotationState | None
     completed: Completed | None
 
 

@@ -24,7 +24,7 @@ from rotator.postgres.last_writers import count_unless_changed
 from rotator.postgres.ledger import DIGEST_BITS, Ledger, count_known, find_ledger
 from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
-from rotator.postgres.rotations import StoredRotation, read_rotation
+from rotator.postgres.rotations import RotationState, read_rotation
 from rotator.postgres.survivors import Search
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, write_placed
@@ -89,7 +89,7 @@ class Verifier:
             repaired = (await self._verify(facts, ledger, repairs=True)).repaired
         return replace(await self._verify(facts, ledger, repairs=False), repaired=repaired)
 
-    async def _verify(self, facts: StoredRotation, ledger: Ledger | None, *, repairs: bool) -> Verified:
+    async def _verify(self, facts: RotationState, ledger: Ledger | None, *, repairs: bool) -> Verified:
         started_at, controls = datetime.now(UTC), None
         if ledger is None or not ledger.is_ready:
             search = await survivors.begin_search(self._connection, self._rotation, None, repairs=repairs)
@@ -218,7 +218,7 @@ class Verifier:
         if not isinstance(event, LateRowsRotated):
             self._context.notify(event)
 
-    async def _cover(self, facts: StoredRotation) -> Coverage:
+    async def _cover(self, facts: RotationState) -> Coverage:
         connection, table = self._connection, self._table
         left = await gaps(connection, table, self._rotation, facts.bound)
         found = await count_unless_changed(

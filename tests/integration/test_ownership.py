@@ -466,5 +466,5 @@ async def test_the_next_owner_reads_the_state(
     assert taken is not None
     state = await read_state(control, taken)
     assert (state.bound, state.rows_total, state.rows_total_is_exact) == (BOUND, 20, False)
-    assert (state.rows_done, state.late_rows, state.before.active_seconds) == (7, 2, 7.5)
+    assert (state.rows_done, state.late_rows, state.figures.active_seconds) == (7, 2, 7.5)
     assert state.started_xid == new.started_xid
