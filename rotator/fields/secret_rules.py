@@ -37,8 +37,7 @@ class Kind(Enum):
 class Finding:
     """The reasons why a column seems to hold secrets, one phrase each, without any value.
 
-    Attributes:
-        advice: What to do about the column, where that is not a rotation; empty otherwise.
+    ``advice`` is what to do about the column, where that is not a rotation; empty otherwise.
     """
 
     kind: Kind

@@ -31,7 +31,6 @@ class Requested:
     Attributes:
         revision: The revision of the control row; 0 where no user has changed it.
         cancel_revision: The revision that asks the owner of that time to stop; 0 where none does.
-        applied_revision: The revision that an owner has applied.
         throttle_reason: What holds the owner, except for a pause; empty where nothing does.
         silent_seconds: The time since the owner's latest heartbeat.
     """
@@ -133,7 +132,6 @@ class Measured:
     Attributes:
         held_by: The names of what holds the rotation, the oldest first.
         is_change: Whether the state or what holds it differs from this owner's measurement before.
-        workers: The workers that may write.
         commit_seconds: The 90th percentile of the time of a small commit.
         baseline_seconds: The same without the rotation.
         replica_lags: The seconds of lag, by Django's aliases.

@@ -54,7 +54,6 @@ class IndexPlanner:
         # Workers that split a range use the planner, too.
         self._one_at_a_time = asyncio.Lock()
         self._ahead = deque[KeyRange]()
-        self._ahead_batch = 0
         self._expected: KeyInterval | None = None
         # Formatted once: formatting a statement takes as long as sending it.
         self._last_keys = {
@@ -79,13 +78,10 @@ class IndexPlanner:
         """
         async with self._one_at_a_time:
             continues = interval == self._expected
-            if continues and batch != self._ahead_batch:
-                self._ahead.clear()
-            if continues and not self._ahead:
-                most = min(_MAX_RANGES_AHEAD, _AHEAD_ROWS // batch)
-                self._ahead.extend(await self._plan(interval, batch, ranges=max(1, most)))
-                self._ahead_batch = batch
             if continues:
+                if not self._ahead or self._ahead[0].rows != batch:
+                    most = min(_MAX_RANGES_AHEAD, _AHEAD_ROWS // batch)
+                    self._ahead = deque(await self._plan(interval, batch, ranges=max(1, most)))
                 planned = self._ahead.popleft()
             else:
                 (planned,) = await self._plan(interval, batch, ranges=1)

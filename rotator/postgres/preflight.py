@@ -21,7 +21,7 @@ from rotator.postgres.catalog import TRIGGER_FIRES, read_skipped_triggers, read_
 from rotator.postgres.connection import Server, fetch_as, fetch_column, fetch_rows, pooled
 from rotator.postgres.errors import RangeGrewError, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
-from rotator.postgres.table import ROW, TargetTable, identifier
+from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate, RewriteError
 from rotator.ranges import Key, KeyInterval, KeyRange
 
@@ -183,17 +183,9 @@ async def _count_kept(connection: AsyncConnection, table: TargetTable) -> tuple[
     if not columns:
         return ()
     count = sql.SQL("count(*) FILTER (WHERE {}), count(*) FILTER (WHERE {})")
-    counts = [
-        count.format(
-            sql.SQL("{} IS NULL").format(name) if column.keeps_null else sql.SQL("false"),
-            sql.SQL("{} = ''").format(name) if column.keeps_blank else sql.SQL("false"),
-        )
-        for column in columns
-        for name in (identifier(ROW, column.name),)
-    ]
     query = table.compose(
         "SELECT {counts} FROM {row} WHERE {condition}",
-        counts=sql.SQL(", ").join(counts),
+        counts=sql.SQL(", ").join(count.format(*column.kept) for column in columns),
         condition=table.condition or sql.SQL("true"),
     )
     found = await fetch_within(connection, COUNT_SECONDS, query)

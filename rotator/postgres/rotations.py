@@ -78,7 +78,6 @@ class OwnerReport:
     """The report of the owner with its heartbeat.
 
     Attributes:
-        applied_revision: The revision of the control row that it has applied.
         throttle_reason: What holds it, except for a pause; empty where nothing does.
         held_seconds: The time since which it is held; 0 where it is not.
         rejected_keys: The keys that the server has rejected in this run, with the reason; None where they

@@ -299,12 +299,7 @@ async def count_left_out(connection: AsyncConnection, table: TargetTable) -> tup
         The number of rows in the table; of those that the filters leave out; of those of which a value is
         NULL and stays NULL; and of those of which a value is the empty string and stays so.
     """
-    nulls: list[sql.Composable] = [sql.SQL("false")]
-    blanks: list[sql.Composable] = [sql.SQL("false")]
-    for column in table.columns:
-        value = identifier(ROW, column.name)
-        nulls += [sql.SQL("{} IS NULL").format(value)] if column.keeps_null else []
-        blanks += [sql.SQL("{} = ''").format(value)] if column.keeps_blank else []
+    nulls, blanks = zip(*(column.kept for column in table.columns), strict=True)
     query = table.compose(
         "SELECT count(*), count(*) FILTER (WHERE ({condition}) IS NOT TRUE),"
         " count(*) FILTER (WHERE ({condition}) AND ({null})),"

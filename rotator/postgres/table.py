@@ -88,6 +88,15 @@ class Column:
         )
 
     @property
+    def kept(self) -> tuple[sql.Composable, sql.Composable]:
+        """Conditions about :data:`ROW`: it has a NULL that stays NULL, or an empty text that stays empty."""
+        value, never = identifier(ROW, self.name), sql.SQL("false")
+        return (
+            sql.SQL("{} IS NULL").format(value) if self.keeps_null else never,
+            sql.SQL("{} = ''").format(value) if self.keeps_blank else never,
+        )
+
+    @property
     def type(self) -> sql.Composable:
         """The type's quoted name."""
         return identifier(self.type_schema, self.type_name)

@@ -68,11 +68,7 @@ Rows: TypeAlias = KeyRange | Sequence[OlderRow]
 
 
 class RewriteError(Exception):
-    """The rows must not be committed as they were written; another attempt may succeed.
-
-    Attributes:
-        condition: What is wrong, in one phrase.
-    """
+    """The rows must not be committed because of a condition; another attempt may succeed."""
 
     def __init__(self, condition: str) -> None:
         super().__init__(condition)
