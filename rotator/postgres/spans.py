@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final, LiteralString
 
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
@@ -23,60 +23,49 @@ from rotator.ranges import Key, KeyInterval
 # A helper renews its leases long before they expire.
 LEASE_SECONDS: Final = 20
 
-
-def _statement(text: LiteralString) -> bytes:
-    """Insert the conditions that several statements share."""
-    return (
-        sql.SQL(text)
-        .format(
-            # The rotation, where it runs with the generation of the lease.
-            owned=sql.SQL(
-                "rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
-                " AND r.status = 'running'"
-            ),
-            claimable=sql.SQL(
-                "finished_at IS NULL AND (lease_expires_at IS NULL OR lease_expires_at < clock_timestamp())"
-            ),
-            lease_end=sql.SQL("clock_timestamp() + make_interval(secs => {})").format(LEASE_SECONDS),
-        )
-        .as_bytes()
-    )
-
-
-_PLAN: Final = _statement(
-    "INSERT INTO rotator_span (rotation_id, after, through, checkpoints_before, generation, worker,"
-    " deferrals, retries, failed_keys) SELECT r.id, %(after)s::jsonb, %(through)s::jsonb,"
-    " COALESCE((SELECT max(id) FROM rotator_completedrange), 0), 0, '', 0, 0, '[]' FROM {owned}"
+# The rotation, where it runs with the generation of the lease.
+_OWNED: Final = (
+    "rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s AND r.status = 'running'"
 )
-_COLLECT_FINISHED: Final = _statement(
-    "DELETE FROM rotator_span s USING {owned} AND s.rotation_id = r.id AND s.finished_at IS NOT NULL"
+_CLAIMABLE: Final = (
+    "finished_at IS NULL AND (lease_expires_at IS NULL OR lease_expires_at < clock_timestamp())"
+)
+_LEASE_END: Final = f"clock_timestamp() + make_interval(secs => {LEASE_SECONDS})"
+
+_PLAN: Final = (
+    "INSERT INTO rotator_span (rotation_id, after, through, checkpoints_before, generation, worker,"  # noqa: S608 - our own text
+    " deferrals, retries, failed_keys) SELECT r.id, %(after)s::jsonb, %(through)s::jsonb,"
+    f" COALESCE((SELECT max(id) FROM rotator_completedrange), 0), 0, '', 0, 0, '[]' FROM {_OWNED}"
+)
+_COLLECT_FINISHED: Final = (
+    f"DELETE FROM rotator_span s USING {_OWNED} AND s.rotation_id = r.id AND s.finished_at IS NOT NULL"  # noqa: S608 - our own text
     " RETURNING s.deferrals, s.retries, s.failed_keys"
 )
-_READ_PROGRESS: Final = _statement(
-    "SELECT s.*, count(c.id) AS ranges, COALESCE(sum(c.rows), 0)::bigint AS rows,"
+_READ_PROGRESS: Final = (
+    "SELECT s.*, count(c.id) AS ranges, COALESCE(sum(c.rows), 0)::bigint AS rows,"  # noqa: S608 - our own text
     " count(c.id) FILTER (WHERE c.id <= s.settled) AS settled_ranges,"
     " COALESCE(sum(c.rows) FILTER (WHERE c.id <= s.settled), 0)::bigint AS settled_rows"
     " FROM (SELECT count(*) AS spans, COALESCE(sum(deferrals), 0)::bigint AS deferrals,"
-    " count(*) FILTER (WHERE {claimable}) AS claimable,"
+    f" count(*) FILTER (WHERE {_CLAIMABLE}) AS claimable,"
     " COALESCE(min(checkpoints_before) FILTER (WHERE finished_at IS NULL), %(since)s::bigint) AS settled"
     " FROM rotator_span WHERE rotation_id = %(rotation)s) s"
     " LEFT JOIN rotator_completedrange c ON c.rotation_id = %(rotation)s AND c.id > %(since)s"
     " GROUP BY s.spans, s.deferrals, s.claimable, s.settled"
 )
-_ADD_HELPER: Final = _statement(
-    "WITH lost AS (DELETE FROM rotator_helper WHERE id = %(instead_of)s)"
-    " INSERT INTO rotator_helper (rotation_id, error) SELECT r.id, '' FROM {owned} RETURNING id"
+_ADD_HELPER: Final = (
+    "WITH lost AS (DELETE FROM rotator_helper WHERE id = %(instead_of)s)"  # noqa: S608 - our own text
+    f" INSERT INTO rotator_helper (rotation_id, error) SELECT r.id, '' FROM {_OWNED} RETURNING id"
 )
-_RENEW: Final = _statement(
-    "WITH span AS (UPDATE rotator_span SET lease_expires_at = {lease_end} WHERE id = %(span)s"
+_RENEW: Final = (
+    f"WITH span AS (UPDATE rotator_span SET lease_expires_at = {_LEASE_END} WHERE id = %(span)s"  # noqa: S608 - our own text
     " AND generation = %(span_generation)s AND worker <> '' AND finished_at IS NULL)"
-    " UPDATE rotator_helper h SET expires_at = {lease_end} FROM {owned}"
+    f" UPDATE rotator_helper h SET expires_at = {_LEASE_END} FROM {_OWNED}"
     " AND h.rotation_id = r.id AND h.id = %(helper)s"
 )
-_CLAIM: Final = _statement(
-    "UPDATE rotator_span s SET generation = s.generation + 1, worker = %(worker)s,"
-    " lease_expires_at = {lease_end} FROM {owned} AND s.id = (SELECT id FROM rotator_span"
-    " WHERE rotation_id = %(rotation)s AND {claimable} ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)"
+_CLAIM: Final = (
+    "UPDATE rotator_span s SET generation = s.generation + 1, worker = %(worker)s,"  # noqa: S608 - our own text
+    f" lease_expires_at = {_LEASE_END} FROM {_OWNED} AND s.id = (SELECT id FROM rotator_span"
+    f" WHERE rotation_id = %(rotation)s AND {_CLAIMABLE} ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)"
     " RETURNING s.id, s.generation, s.after::text, s.through::text, s.checkpoints_before"
 )
 
