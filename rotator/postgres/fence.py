@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 import psycopg
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection
 
 from rotator.options import WaitLimits
 from rotator.postgres.connection import begin
@@ -48,21 +48,17 @@ SETTINGS: Final = {
     **KEY_SETTINGS,
 }
 
-_OF_ROTATION: Final = sql.SQL(
-    "FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
+_OF_ROTATION: Final = (
+    "SELECT '1' FROM rotator_rotation r WHERE r.id = %(rotation)s AND r.generation = %(generation)s"
     " AND r.status = CASE WHEN %(repairs)s THEN 'completed' ELSE 'running' END"
 )
 # A statement of its own: without Celery, the role needs no privilege on the table of spans.
-_OF_SPAN: Final = sql.SQL(
-    "{} AND EXISTS (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
+_OF_SPAN: Final = (
+    f"{_OF_ROTATION} AND EXISTS (SELECT FROM rotator_span s WHERE s.rotation_id = r.id AND s.id = %(span)s"
     " AND s.generation = %(span_generation)s)"
-).format(_OF_ROTATION)
-_FENCE, _SPAN_FENCE = (
-    sql.SQL("SELECT CAST(COALESCE((SELECT '1' {}), {}) AS integer)")
-    .format(condition, sql.Literal(SUPERSEDED))
-    .as_bytes()
-    for condition in (_OF_ROTATION, _OF_SPAN)
 )
+_FENCE: Final = f"SELECT CAST(COALESCE(({_OF_ROTATION}), '{SUPERSEDED}') AS integer)"
+_SPAN_FENCE: Final = f"SELECT CAST(COALESCE(({_OF_SPAN}), '{SUPERSEDED}') AS integer)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

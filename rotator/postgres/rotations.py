@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, LiteralString
 
-from psycopg import AsyncConnection, Rollback, errors, sql
+from psycopg import AsyncConnection, Rollback, errors
 from psycopg.abc import Params
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
@@ -51,16 +51,16 @@ _HAS_ROWS_DONE: Final = (
     "EXISTS (SELECT FROM rotator_completedrange WHERE rotation_id = %(rotation)s AND rows > 0)"
     " OR EXISTS (SELECT FROM rotator_latetransaction WHERE rotation_id = %(rotation)s)"
 )
-_CONFIRMED_ROWS: Final = sql.SQL(
+_CONFIRMED_ROWS: Final = (
     "late_rows + COALESCE((SELECT sum(rows) FROM rotator_completedrange WHERE rotation_id = %(rotation)s), 0)"
 )
 # A run that has not yet read the figures of earlier runs has only its own.
-_FIGURES: Final = sql.SQL(
+_FIGURES: Final = (
     "active_seconds = GREATEST(active_seconds, %(active_seconds)s),"
     " deferrals = GREATEST(deferrals, %(deferrals)s), retries = GREATEST(retries, %(retries)s),"
     " throttled_seconds = GREATEST(throttled_seconds, %(throttled_seconds)s)"
 )
-_NOT_HELD: Final = sql.SQL("throttle_reason = '', throttled_since = NULL")
+_NOT_HELD: Final = "throttle_reason = '', throttled_since = NULL"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,12 +168,14 @@ async def read_state(connection: AsyncConnection, lease: Lease) -> RotationState
 async def _find(
     connection: AsyncConnection, condition: LiteralString, parameters: Params, *, counts: bool = False
 ) -> list[RotationState]:
-    query = sql.SQL(
-        "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"
+    rows_done: LiteralString = _CONFIRMED_ROWS if counts else "rows_done"
+    query = (
+        "SELECT id, generation, status, owner_host AS host, owner_pid AS pid, owner_process AS process,"  # noqa: S608 - our own text
         " owner_user AS user, version, owned_since, updated_at, started_xid, bound::text, rows_total,"
-        " rows_total_is_exact, ({})::bigint AS rows_done, late_rows, active_seconds, deferrals, retries,"
-        " throttled_seconds, selection, identity, rejected_keys FROM rotator_rotation WHERE {}"
-    ).format(_CONFIRMED_ROWS if counts else sql.SQL("rows_done"), sql.SQL(condition))
+        f" rows_total_is_exact, ({rows_done})::bigint AS rows_done, late_rows, active_seconds, deferrals,"
+        " retries, throttled_seconds, selection, identity, rejected_keys"
+        f" FROM rotator_rotation WHERE {condition}"
+    )
     found = []
     for row in await fetch_as(connection, dict_row, query, parameters):
         owner = Owner(**{name: row.pop(name) for name in Owner.__dataclass_fields__})
@@ -410,10 +412,11 @@ async def _raise_generation(
 ) -> Lease | None:
     """Change an unfinished rotation under its exclusive lock; return None where the condition is false."""
     async with exclusive_lock(connection, rotation):
-        query = sql.SQL(
-            "UPDATE rotator_rotation SET generation = generation + 1, {} WHERE id = %(rotation)s AND {}"
+        query = (
+            f"UPDATE rotator_rotation SET generation = generation + 1, {assignments}"  # noqa: S608 - our own text
+            f" WHERE id = %(rotation)s AND {condition}"
             " AND status IN ('running', 'queued', 'interrupted', 'failed') RETURNING generation"
-        ).format(sql.SQL(assignments), sql.SQL(condition))
+        )
         row = await fetch_row(connection, query, {**parameters, "rotation": rotation})
         if row and action is not None:
             await log_action(connection, rotation, action, detail=detail)
@@ -427,7 +430,7 @@ async def freeze_bound(
     await _update(
         connection,
         lease,
-        sql.SQL("bound = %(bound)s::jsonb, rows_total = %(rows_total)s, rows_total_is_exact = %(is_exact)s"),
+        "bound = %(bound)s::jsonb, rows_total = %(rows_total)s, rows_total_is_exact = %(is_exact)s",
         {"bound": bound, "rows_total": rows_total, "is_exact": is_exact},
     )
 
@@ -437,15 +440,13 @@ async def beat(connection: AsyncConnection, lease: Lease, report: OwnerReport) -
     _, beat_at = await _update(
         connection,
         lease,
-        sql.SQL(
-            "rows_done = %(rows_done)s, {}, throttle_reason = %(throttle_reason)s, throttled_since = CASE"
-            " WHEN %(throttle_reason)s = '' THEN NULL"
-            # The reason may change with each heartbeat, while the rotation is held all the time.
-            " ELSE COALESCE(throttled_since, clock_timestamp() - make_interval(secs => %(held_seconds)s))"
-            " END, rejected_keys = COALESCE(%(rejected_keys)s, rejected_keys),"
-            " applied_revision = %(applied_revision)s, applied_at ="
-            " CASE WHEN applied_revision = %(applied_revision)s THEN applied_at ELSE clock_timestamp() END"
-        ).format(_FIGURES),
+        f"rows_done = %(rows_done)s, {_FIGURES}, throttle_reason = %(throttle_reason)s,"
+        " throttled_since = CASE WHEN %(throttle_reason)s = '' THEN NULL"
+        # The reason may change with each heartbeat, while the rotation is held all the time.
+        " ELSE COALESCE(throttled_since, clock_timestamp() - make_interval(secs => %(held_seconds)s)) END,"
+        " rejected_keys = COALESCE(%(rejected_keys)s, rejected_keys),"
+        " applied_revision = %(applied_revision)s, applied_at ="
+        " CASE WHEN applied_revision = %(applied_revision)s THEN applied_at ELSE clock_timestamp() END",
         {
             **asdict(report),
             **asdict(report.figures),
@@ -470,10 +471,8 @@ async def stop(
         rows_done, _ = await _update(
             connection,
             lease,
-            sql.SQL(
-                "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s,"
-                " rejected_keys = %(rejected_keys)s, {}, {}, rows_done = {}"
-            ).format(_FIGURES, _NOT_HELD, _CONFIRMED_ROWS),
+            "status = %(status)s, stop_reason = %(stop_reason)s, error = %(error)s,"
+            f" rejected_keys = %(rejected_keys)s, {_FIGURES}, {_NOT_HELD}, rows_done = {_CONFIRMED_ROWS}",
             {
                 "status": status,
                 "stop_reason": stop_reason or "",
@@ -513,10 +512,9 @@ async def complete(
         rows_done, _ = await _update(
             connection,
             lease,
-            sql.SQL(
-                "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '',"
-                " rejected_keys = '[]', {}, {}, rows_done = {}, unconfirmed_rows = %(unconfirmed_rows)s"
-            ).format(_FIGURES, _NOT_HELD, _CONFIRMED_ROWS),
+            "status = 'completed', finished_at = clock_timestamp(), stop_reason = '', error = '',"
+            f" rejected_keys = '[]', {_FIGURES}, {_NOT_HELD}, rows_done = {_CONFIRMED_ROWS},"
+            " unconfirmed_rows = %(unconfirmed_rows)s",
             {"unconfirmed_rows": unconfirmed_rows, **asdict(figures)},
         )
         await log_action(connection, lease.rotation, ActionKind.COMPLETED)
@@ -528,22 +526,22 @@ async def complete(
 
 async def record_figures(connection: AsyncConnection, lease: Lease, *, figures: Figures) -> None:
     """Record the figures of a completed rotation; its time includes the final VACUUM."""
-    statement = sql.SQL(
-        "UPDATE rotator_rotation SET {}"
+    statement = (
+        f"UPDATE rotator_rotation SET {_FIGURES}"  # noqa: S608 - our own text
         " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'completed'"
-    ).format(_FIGURES)
+    )
     await execute(connection, statement, {**asdict(figures), **asdict(lease)})
 
 
 async def _update(
-    connection: AsyncConnection, lease: Lease, assignments: sql.Composable, values: dict[str, Any]
+    connection: AsyncConnection, lease: Lease, assignments: LiteralString, values: dict[str, Any]
 ) -> tuple[int, datetime]:
     """Change the row of a rotation that this process owns; return its completed rows and the time."""
-    query = sql.SQL(
-        "UPDATE rotator_rotation SET updated_at = clock_timestamp(), {}"
+    query = (
+        f"UPDATE rotator_rotation SET updated_at = clock_timestamp(), {assignments}"  # noqa: S608 - our own text
         " WHERE id = %(rotation)s AND generation = %(generation)s AND status = 'running'"
         " RETURNING rows_done, updated_at"
-    ).format(assignments)
+    )
     row = await fetch_row(connection, query, {**values, **asdict(lease)})
     if row is None:
         raise superseded()
