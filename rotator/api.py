@@ -316,7 +316,7 @@ class Prepared:
 
     def earlier(self, observer: Observer) -> Earlier:
         """Return the earlier rotations of this target that matter to a new run."""
-        return self._run(lambda: find_earlier(self.server, self.target, observer))
+        return self._run(lambda: find_earlier(self.server, self.target, self.options, observer))
 
     def examine(self, observer: Observer) -> Findings:
         """Return the findings of the preflight; the rows of its sample are rolled back."""

@@ -204,17 +204,12 @@ class Terms:
     findings: Findings | None = None
 
 
-async def find_last_completed(
-    connection: AsyncConnection,
-    target: str,
-    table_name: str,
-    selection: Selection,
-    identity: Mapping[str, Any],
-) -> Completed | None:
+async def find_last_completed(connection: AsyncConnection, terms: Terms) -> Completed | None:
     """Return the latest completed rotation of the same fields, rows and values.
 
     Two models can have the same table. So a rotation of the same columns is one of the same fields.
     """
+    selection = Selection.from_json(terms.selection)
     if selection.leaked:
         # The file may have other values, and rows that were rotated since have none of them.
         return None
@@ -230,7 +225,7 @@ async def find_last_completed(
         " AND identity -> 'columns' @> (%(identity)s::jsonb -> 'columns')"
         " AND identity -> 'columns' <@ (%(identity)s::jsonb -> 'columns')))"
         " ORDER BY id DESC",
-        {"target": target, "table_name": table_name, "identity": Jsonb(dict(identity))},
+        _parameters(terms),
     )
     for row in rows:
         if Selection.from_json(row.pop("selection")) == selection:
@@ -238,17 +233,9 @@ async def find_last_completed(
     return None
 
 
-async def check_repetition(
-    connection: AsyncConnection,
-    target: str,
-    table_name: str,
-    selection: Selection,
-    identity: Mapping[str, Any],
-    *,
-    after: int | None,
-) -> None:
+async def check_repetition(connection: AsyncConnection, terms: Terms, *, after: int | None) -> None:
     """Raise RotationRepeatedError for a completed rotation of the same, except that with the id ``after``."""
-    completed = await find_last_completed(connection, target, table_name, selection, identity)
+    completed = await find_last_completed(connection, terms)
     if completed is not None and completed.id != after:
         raise RotationRepeatedError(completed.id, completed.target, completed.finished_at)
 
@@ -271,11 +258,10 @@ async def begin_rotation(
         OwnedElsewhereError: Another unfinished rotation has some of the same columns.
         RotationRepeatedError: A completed rotation had the same fields, rows and values.
     """
-    target, table_name, selection = terms.target, terms.table_name, Selection.from_json(terms.selection)
     async with exclusive_lock(connection, _NO_ROTATION):
         await _check_overlap(connection, terms)
         if not repeats:
-            await check_repetition(connection, target, table_name, selection, terms.identity, after=after)
+            await check_repetition(connection, terms, after=after)
         row = await fetch_row(
             connection,
             "INSERT INTO rotator_rotation (target, table_name, database, options, selection, identity,"
@@ -294,7 +280,7 @@ async def begin_rotation(
         if row and not repeats:
             # A rotation that was unfinished at the first check may have been completed since. Now that this
             # row is inserted, no other one is unfinished.
-            await check_repetition(connection, target, table_name, selection, terms.identity, after=after)
+            await check_repetition(connection, terms, after=after)
     return Lease(rotation=row[0], generation=1) if row else None
 
 

@@ -21,9 +21,10 @@ from rotator.postgres.fence import Lease
 from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target, read_identity
 from rotator.postgres.last_writers import count_last_writers
 from rotator.postgres.owner import SILENT_SECONDS
-from rotator.postgres.rotations import RotationState, Terms
+from rotator.postgres.rotations import RotationState
 from rotator.postgres.table import TargetTable
 from rotator.runner.context import RunContext
+from rotator.runner.preflight import terms_of
 
 WATCH_EVERY_SECONDS: Final = 0.25
 
@@ -62,15 +63,7 @@ async def acquire(
     """
     target, options = context.target, context.options
     identity = await read_identity(connection, table)
-    terms = Terms(
-        target=target.label,
-        table_name=table.found_name,
-        database=target.database,
-        options=options.to_json(),
-        selection=target.selection.to_json(),
-        identity=identity.to_json(),
-        findings=findings,
-    )
+    terms = terms_of(table, target, options, identity, findings)
     while True:
         found = await rotations.find_unfinished(connection, target.label, table.found_name)
         if options.rotation is not None and (found is None or found.id != options.rotation):

@@ -17,10 +17,10 @@ from rotator.postgres.catalog import (
     read_update_triggers,
 )
 from rotator.postgres.connection import Server, connected
-from rotator.postgres.identity import check_session, read_identity
+from rotator.postgres.identity import TargetIdentity, check_session, read_identity
 from rotator.postgres.ledger import Ledger, check_not_guessable
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
-from rotator.postgres.rotations import Completed, RotationState
+from rotator.postgres.rotations import Completed, RotationState, Terms
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
@@ -108,6 +108,25 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
     )
 
 
+def terms_of(
+    table: TargetTable,
+    target: RunTarget,
+    options: RunOptions,
+    identity: TargetIdentity,
+    findings: Findings | None = None,
+) -> Terms:
+    """Return the terms of a rotation that begins or is resumed now."""
+    return Terms(
+        target=target.label,
+        table_name=table.found_name,
+        database=target.database,
+        options=options.to_json(),
+        selection=target.selection.to_json(),
+        identity=identity.to_json(),
+        findings=findings,
+    )
+
+
 async def examine(
     connection: AsyncConnection,
     table: TargetTable,
@@ -177,7 +196,7 @@ class Earlier:
     completed: Completed | None
 
 
-async def find_earlier(server: Server, target: RunTarget, notify: Observer) -> Earlier:
+async def find_earlier(server: Server, target: RunTarget, options: RunOptions, notify: Observer) -> Earlier:
     """Return the earlier rotations of a target.
 
     Raises:
@@ -185,10 +204,8 @@ async def find_earlier(server: Server, target: RunTarget, notify: Observer) -> E
     """
     async with connected(server) as connection, lock_holders_named(server, notify):
         table = await read_target(connection, target)
-        name, identity = table.found_name, (await read_identity(connection, table)).to_json()
+        terms = terms_of(table, target, options, await read_identity(connection, table))
         return Earlier(
-            unfinished=await rotations.find_unfinished(connection, target.label, name),
-            completed=await rotations.find_last_completed(
-                connection, target.label, name, target.selection, identity
-            ),
+            unfinished=await rotations.find_unfinished(connection, terms.target, terms.table_name),
+            completed=await rotations.find_last_completed(connection, terms),
         )

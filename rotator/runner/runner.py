@@ -65,7 +65,7 @@ from rotator.runner.gate import Gate
 from rotator.runner.locks import LockWatch, lock_holders_named
 from rotator.runner.measuring import HorizonWatch, Measuring
 from rotator.runner.pacing import Pacing
-from rotator.runner.preflight import check, examine, read_target
+from rotator.runner.preflight import check, examine, read_target, terms_of
 from rotator.runner.reindex import Reindexing
 from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session, figures_of
@@ -321,15 +321,8 @@ class Run:
         if is_new:
             if not options.restart:
                 # Acquiring the rotation checks this too, but only after the report.
-                identity = (await read_identity(control, table)).to_json()
-                await rotations.check_repetition(
-                    control,
-                    target.label,
-                    table.found_name,
-                    target.selection,
-                    identity,
-                    after=options.after,
-                )
+                terms = terms_of(table, target, options, await read_identity(control, table))
+                await rotations.check_repetition(control, terms, after=options.after)
             self._findings = await examine(control, table, self._context.server, target, options)
             self._notify(Preflighted(findings=self._findings))
         if self._stop_signal.drain.is_set():
