@@ -102,12 +102,12 @@ async def vacuum(
         sql.SQL("on" if indexes else "off"), sql.Identifier(*table.path)
     )
     if is_slow and connection.is_direct:
-        async with translate_errors(connection):
-            await connection.execute(
-                "SELECT set_config(name, %(delay)s::text, false) FROM pg_settings"
-                " WHERE name = 'vacuum_cost_delay' AND setting::float8 < %(delay)s",
-                {"delay": SLOW_DELAY_MILLISECONDS},
-            )
+        await fetch_rows(
+            connection,
+            "SELECT set_config(name, %(delay)s::text, false) FROM pg_settings"
+            " WHERE name = 'vacuum_cost_delay' AND setting::float8 < %(delay)s",
+            {"delay": SLOW_DELAY_MILLISECONDS},
+        )
     reason, _warnings = await _maintain(connection, control, table, statement, "VACUUM")
     return reason
 
@@ -173,9 +173,8 @@ async def _maintain(
     if "role" in connection.local_settings:
         return f"{verb} cannot assume a role through a connection pooler", warnings
     if connection.is_direct:
-        async with translate_errors(connection):
-            # Nothing depends on it, so a standby that is gone must not keep the run from ending.
-            await connection.execute("SELECT set_config('synchronous_commit', 'local', false)")
+        # Nothing depends on it, so a standby that is gone must not keep the run from ending.
+        await fetch_rows(connection, "SELECT set_config('synchronous_commit', 'local', false)")
     connection.add_notice_handler(note)
     reason = await _execute_until(connection, statement, reason_to_cancel, WATCH_SECONDS)
     if reason is None:
@@ -313,10 +312,8 @@ class IndexBuilder:
             return BUSY if blocks_others else ""
 
         try:
-            async with translate_errors(self.connection):
-                await self.connection.execute(
-                    "SELECT set_config('lock_timeout', %s, false)", (f"{lock_seconds * 1000:.0f}ms",)
-                )
+            lock_timeout = f"{lock_seconds * 1000:.0f}ms"
+            await fetch_rows(self.connection, "SELECT set_config('lock_timeout', %s, false)", (lock_timeout,))
             reason = await _execute_until(
                 self.connection, statement.encode(), reason_to_cancel, INDEX_WATCH_SECONDS
             )
