@@ -4,7 +4,7 @@
 rotation or the span.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final, LiteralString
 
@@ -226,13 +226,13 @@ async def claim(
 
 async def report_deferrals(connection: AsyncConnection, lease: Lease, deferrals: int) -> None:
     """Add deferrals to those of a span that this process works on."""
-    await _update_span(connection, lease, "", deferrals=deferrals, retries=0)
+    await _update_span(connection, lease, "", {"deferrals": deferrals, "retries": 0})
 
 
 async def release(connection: AsyncConnection, lease: Lease, *, deferrals: int, retries: int) -> None:
     """Leave the rest of a span to another helper."""
-    leave: LiteralString = "worker = '', lease_expires_at = NULL,"
-    await _update_span(connection, lease, leave, deferrals=deferrals, retries=retries)
+    counts = {"deferrals": deferrals, "retries": retries}
+    await _update_span(connection, lease, "worker = '', lease_expires_at = NULL,", counts)
 
 
 async def finish(
@@ -244,14 +244,18 @@ async def finish(
     failed_keys: Sequence[tuple[Key, str]] = (),
 ) -> None:
     """Record that every row of a span was rotated or has failed."""
-    failed = Jsonb([[str(key), reason] for key, reason in failed_keys])
-    finish: LiteralString = "finished_at = clock_timestamp(), failed_keys = %(failed)s,"
-    if not await _update_span(connection, lease, finish, deferrals=deferrals, retries=retries, failed=failed):
+    values = {
+        "deferrals": deferrals,
+        "retries": retries,
+        "failed": Jsonb([[str(key), reason] for key, reason in failed_keys]),
+    }
+    assignments: LiteralString = "finished_at = clock_timestamp(), failed_keys = %(failed)s,"
+    if not await _update_span(connection, lease, assignments, values):
         raise superseded()
 
 
 async def _update_span(
-    connection: AsyncConnection, lease: Lease, assignments: LiteralString, **values: int | Jsonb
+    connection: AsyncConnection, lease: Lease, assignments: LiteralString, values: Mapping[str, object]
 ) -> int:
     """Change a span, and add to its counts; return 0 where this process does not work on it any more."""
     return await execute(
