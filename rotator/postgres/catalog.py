@@ -1,7 +1,7 @@
 """The target's table, triggers and privileges, as the system catalogs describe them."""
 
 from collections.abc import Mapping
-from typing import Any, Final, LiteralString
+from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
@@ -192,25 +192,19 @@ async def read_table(
     )
 
 
-async def read_update_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
-    """Return the names of the enabled triggers that an update of the table by this session fires."""
-    return await _read_triggers(connection, table, TRIGGER_FIRES)
-
-
-async def read_skipped_triggers(connection: AsyncConnection, table: TargetTable) -> tuple[str, ...]:
-    """Return the names of the triggers that only updates by other sessions fire."""
-    return await _read_triggers(connection, table, f"tgenabled = 'O' AND NOT {TRIGGER_FIRES}")
-
-
-async def _read_triggers(
-    connection: AsyncConnection, table: TargetTable, condition: LiteralString
+async def read_update_triggers(
+    connection: AsyncConnection, table: TargetTable, *, skipped: bool = False
 ) -> tuple[str, ...]:
+    """Return the names of the enabled triggers that an update of the table by this session fires.
+
+    With ``skipped``, return those that only updates by other sessions fire.
+    """
     query = table.compose(
         "SELECT DISTINCT tgname FROM pg_trigger"
         " WHERE tgrelid IN (SELECT oid FROM {partitions} AS leaf UNION SELECT {regclass})"
         # Bit 4 of tgtype is UPDATE.
-        " AND NOT tgisinternal AND tgtype & 16 <> 0 AND {condition} ORDER BY 1",
-        condition=sql.SQL(condition),
+        " AND NOT tgisinternal AND tgtype & 16 <> 0 AND {fires} ORDER BY 1",
+        fires=sql.SQL(f"tgenabled = 'O' AND NOT {TRIGGER_FIRES}" if skipped else TRIGGER_FIRES),
     )
     return await fetch_column(connection, query)
 

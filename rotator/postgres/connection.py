@@ -219,8 +219,7 @@ class OwnConnection(AsyncConnection):
             settings["DateStyle"] = "ISO"
         parameters = {"names": list(settings), "settings": list(settings.values())}
         cursor = await self.execute(_CONFIGURE, {"pid": self.info.backend_pid, **parameters})
-        row = await cursor.fetchone()
-        self.is_direct, is_read_only, is_standby, names = row or (True, False, False, None)
+        ((self.is_direct, is_read_only, is_standby, names),) = await cursor.fetchall()
         if is_read_only or is_standby:
             raise read_only(is_standby=is_standby)
         if self.is_direct:

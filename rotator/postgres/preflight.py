@@ -17,7 +17,7 @@ from rotator.exceptions import (
     ServerRefusedError,
     unwrap_group,
 )
-from rotator.postgres.catalog import TRIGGER_FIRES, read_skipped_triggers, read_update_triggers
+from rotator.postgres.catalog import TRIGGER_FIRES, read_update_triggers
 from rotator.postgres.connection import Server, fetch_as, fetch_column, fetch_rows, pooled
 from rotator.postgres.errors import RangeGrewError, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
@@ -166,7 +166,7 @@ async def examine_table(connection: AsyncConnection, table: TargetTable, *, coun
         heap_bytes=heap_bytes,
         indexes=tuple(await fetch_as(connection, class_row(Index), table.compose(_INDEXES), parameters)),
         triggers=await read_update_triggers(connection, table),
-        skipped_triggers=await read_skipped_triggers(connection, table),
+        skipped_triggers=await read_update_triggers(connection, table, skipped=True),
         writing_triggers=await fetch_column(connection, table.compose(_WRITING_TRIGGERS, fires=fires)),
         subscriptions=await fetch_column(connection, table.compose(_SUBSCRIPTIONS)),
         refusing_publications=await fetch_column(connection, table.compose(_PUBLICATIONS)),
