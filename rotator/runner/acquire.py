@@ -22,7 +22,6 @@ from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target,
 from rotator.postgres.last_writers import count_last_writers
 from rotator.postgres.owner import SILENT_SECONDS
 from rotator.postgres.rotations import StoredRotation, Terms
-from rotator.postgres.table import TargetTable
 from rotator.runner.context import RunContext
 
 WATCH_EVERY_SECONDS: Final = 0.25
@@ -44,10 +43,7 @@ class Acquired:
 
 
 async def acquire(
-    connection: AsyncConnection,
-    table: TargetTable,
-    context: RunContext,
-    findings: Findings | None = None,
+    connection: AsyncConnection, context: RunContext, findings: Findings | None = None
 ) -> Acquired:
     """Acquire the unfinished rotation of the target, or start a new one where there is none.
 
@@ -60,7 +56,7 @@ async def acquire(
         RotationFinishedError: The rotation of the options is finished.
         StoppedBeforeStartError: A stop was requested while its owner was being watched.
     """
-    target, options = context.target, context.options
+    target, table, options = context.target, context.table, context.options
     identity = await read_identity(connection, table)
     terms = Terms(
         target=target.label,
@@ -84,7 +80,7 @@ async def acquire(
             if lease is not None:
                 return Acquired(lease=lease, stopped_at=None)
             continue
-        if await _is_alive(connection, table, context, found):
+        if await _is_alive(connection, context, found):
             raise OwnedElsewhereError(
                 f"Rotation {found.id} of {target.label} is being worked on by {found.owner} since "
                 f"{found.owned_since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, with {found.rows_done:,} of "
@@ -95,7 +91,7 @@ async def acquire(
             await rotations.abandon(connection, seen)
             continue
         unless_begun = await _changes_generator(connection, context, found)
-        await _check_target(connection, table, context, found, identity)
+        await _check_target(connection, context, found, identity)
         lease = await rotations.take_over(
             connection,
             seen,
@@ -108,9 +104,7 @@ async def acquire(
             return Acquired(lease=lease, stopped_at=found.updated_at)
 
 
-async def _is_alive(
-    connection: AsyncConnection, table: TargetTable, context: RunContext, seen: StoredRotation
-) -> bool:
+async def _is_alive(connection: AsyncConnection, context: RunContext, seen: StoredRotation) -> bool:
     """Watch the heartbeat of the owner for up to ``SILENT_SECONDS``, and return whether it moves."""
     if seen.status != "running" or context.options.take_over or seen.owner.is_gone():
         return False
@@ -120,7 +114,7 @@ async def _is_alive(
     while clock() < until:
         if await context.stop_signal.wait(WATCH_EVERY_SECONDS):
             raise StoppedBeforeStartError(context.stop_signal.signal)
-        now = await rotations.find_unfinished(connection, context.target.label, table.found_name)
+        now = await rotations.find_unfinished(connection, context.target.label, context.table.found_name)
         if now is None and not context.options.restart:
             raise OwnedElsewhereError(
                 f"Rotation {seen.id} of {context.target.label} was finished by {seen.owner} just "
@@ -149,11 +143,7 @@ async def _changes_generator(connection: AsyncConnection, context: RunContext, f
 
 
 async def _check_target(
-    connection: AsyncConnection,
-    table: TargetTable,
-    context: RunContext,
-    found: StoredRotation,
-    identity: TargetIdentity,
+    connection: AsyncConnection, context: RunContext, found: StoredRotation, identity: TargetIdentity
 ) -> None:
     """Refuse to resume on a target to which the checkpoints do not apply."""
     saved = TargetIdentity.from_json(found.identity)
@@ -162,16 +152,14 @@ async def _check_target(
     difference = saved.difference(identity)
     if not difference and (rewritten := saved.rewritten(identity)):
         writers = await count_last_writers(
-            connection, table, rotation=found.id, started_xid=found.started_xid, rewritten=rewritten
+            connection, context.table, rotation=found.id, started_xid=found.started_xid, rewritten=rewritten
         )
         difference = REWRITTEN if writers.renewed else ""
     if difference:
         raise changed_target(found.id, context.target.label, difference)
 
 
-async def reacquire(
-    connection: AsyncConnection, acquired: Acquired, table: TargetTable, context: RunContext
-) -> Acquired:
+async def reacquire(connection: AsyncConnection, acquired: Acquired, context: RunContext) -> Acquired:
     """Acquire again a rotation that this process owned before it lost a connection.
 
     The lost connections may have committed a range, the takeover or the completion. Under the exclusive lock
@@ -190,6 +178,6 @@ async def reacquire(
             raise superseded()
         return replace(acquired, lease=completed, is_completed=True)
     saved = TargetIdentity.from_json((await rotations.read_state(connection, lease)).identity)
-    if saved and (difference := saved.difference(await read_identity(connection, table))):
+    if saved and (difference := saved.difference(await read_identity(connection, context.table))):
         raise changed_target(rotation, context.target.label, difference)
     return replace(acquired, lease=lease)

@@ -10,7 +10,8 @@ from rotator.postgres.connection import Server
 from rotator.postgres.identity import SessionIdentity
 from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.owner import Owner
-from rotator.postgres.table import Condition
+from rotator.postgres.rotations import Figures
+from rotator.postgres.table import Condition, TargetTable
 from rotator.postgres.values import ValueSource
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
@@ -63,11 +64,12 @@ class RunTarget:
     throttles: ThrottleSources = field(default_factory=ThrottleSources)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class RunContext:
     """The parts of a run that all other parts use.
 
     Attributes:
+        table: The target's table; set by the checks, which come before all other work.
         owner: This process.
         notify: Passes an event to the statistics and to the observer.
         on_commit: Is awaited after each commit of rows; None without receivers.
@@ -76,6 +78,7 @@ class RunContext:
 
     server: Server
     target: RunTarget
+    table: TargetTable = field(init=False)
     options: RunOptions
     owner: Owner
     stop_signal: StopSignal
@@ -85,3 +88,14 @@ class RunContext:
     notify: Observer
     on_commit: OnCommit | None
     ask_for_help: AskForHelp | None
+
+    @property
+    def figures(self) -> Figures:
+        """The figures of all runs of the rotation."""
+        stats, before = self.stats, self.stats.started
+        return Figures(
+            active_seconds=stats.active_seconds,
+            deferrals=stats.deferrals + (before.deferrals_before if before else 0),
+            retries=stats.retries + (before.retries_before if before else 0),
+            throttled_seconds=stats.held_seconds + (before.throttled_seconds_before if before else 0.0),
+        )

@@ -18,7 +18,6 @@ from rotator.events import (
 )
 from rotator.exceptions import RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.postgres.activity import holders
-from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Written
 from rotator.runner import retry
@@ -30,19 +29,14 @@ POLL_SECONDS: Final = 0.25
 
 
 async def wait_for_older_writers(
-    connection: AsyncConnection,
-    table: TargetTable,
-    started_xid: int,
-    context: RunContext,
-    *,
-    seconds: float = inf,
+    connection: AsyncConnection, started_xid: int, context: RunContext, *, seconds: float = inf
 ) -> bool:
     """Wait for the transactions that wrote to the target before the rotation began, or for a stop.
 
     Return whether they have ended.
     """
     waited = 0.0
-    while holding := await holders(connection, table, started_xid):
+    while holding := await holders(connection, context.table, started_xid):
         if waited >= seconds:
             return False
         context.notify(LateCommitsAwaited(holders=holding))

@@ -26,7 +26,6 @@ from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
 from rotator.postgres.rotations import StoredRotation, read_rotation
 from rotator.postgres.survivors import Search
-from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, write_placed
 from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner import retry
@@ -47,15 +46,13 @@ GAPS_NAMED: Final = 100
 class Verifier:
     """One verification of a rotation, which may repair."""
 
-    def __init__(
-        self, connection: AsyncConnection, table: TargetTable, rotation: int, context: RunContext
-    ) -> None:
+    def __init__(self, connection: AsyncConnection, rotation: int, context: RunContext) -> None:
         """Take a connection in autocommit mode, for this object's use alone."""
         self._connection = connection
-        self._table = table
+        self._table = context.table
         self._rotation = rotation
         self._context = context
-        self._planner = IndexPlanner(connection, table, seconds=PLANNING_SECONDS)
+        self._planner = IndexPlanner(connection, context.table, seconds=PLANNING_SECONDS)
         self._planted = self._planted_found = 0
 
     async def verify(self, *, repairs: bool = False) -> Verified:

@@ -1,20 +1,32 @@
-"""Stores what the owner measures, for the page and the metrics, and watches the xmin horizon for them."""
+"""The owner's heartbeat: applies requests of users, reports what was done, and stores what is measured."""
 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import ActionKind, Event, HorizonHeld, Observer, Vacuumed, VacuumSkipped
+from rotator.events import ActionKind, Event, HorizonHeld, Observer, Tick, Vacuumed, VacuumSkipped
 from rotator.exceptions import RotatorError, ServerLostError
-from rotator.postgres.activity import HorizonHolder, horizon_holders
-from rotator.postgres.control import Measured, log_action, record
+from rotator.postgres import rotations
+from rotator.postgres.activity import HorizonHolder, horizon_holders, missing_standbys
+from rotator.postgres.connection import connected
+from rotator.postgres.control import Measured, log_action, read_requested, record
+from rotator.postgres.fence import Lease
+from rotator.postgres.rotations import OwnerReport
+from rotator.ranges import Key
 from rotator.runner.context import RunContext
+from rotator.runner.control import PAUSE, LiveControl
+from rotator.runner.engine import MAX_FAILED_ROWS
 from rotator.runner.throttles import Throttles
 
+HEARTBEAT_SECONDS: Final = 1.0
+TICK_SECONDS: Final = 1.0
+# The longest time of a commit that waits for a synchronous standby.
+LATE_BEAT_SECONDS: Final = 5.0
 EVERY_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 2.0
 # Shorter transactions hold the horizon for a moment all the time.
@@ -62,18 +74,75 @@ class HorizonWatch:
 
 
 @dataclass(slots=True)
-class Measuring:
-    """Stores a measurement every few seconds, and when the state or what holds the run changes.
+class Heartbeat:
+    """The owner's heartbeat, once a second.
 
-    It also adds each VACUUM to the log of the rotation.
+    It also stores a measurement every few seconds, and when the state or what holds the run changes, and adds
+    each VACUUM to the log of the rotation.
     """
 
     context: RunContext
+    live: LiveControl
     throttles: Throttles
     horizon: HorizonWatch
+    _beat_at: float = 0.0
+    # Until the first heartbeat of this run, the row has the rejected keys of an earlier one.
+    _stored_rejected: tuple[tuple[Key, str], ...] | None = None
     _recorded_at: float = 0.0
     _before: tuple[str, tuple[str, ...]] | None = None
     _vacuums: list[tuple[ActionKind, str, float]] = field(default_factory=list)
+
+    async def run(self, control: AsyncConnection, lease: Lease) -> None:
+        """Write heartbeats until cancelled, on a connection in autocommit mode that may be shared."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await self.beat(control, lease)
+            self.context.notify(Tick())
+
+    async def beat(self, control: AsyncConnection, lease: Lease) -> None:
+        """Apply what users request, and write a heartbeat that says so."""
+        self.live.apply(await read_requested(control, lease.rotation))
+        stats, holds = self.context.stats, self.context.gate.holds
+        # Helpers read a pause from the control row.
+        held = [hold for source, hold in holds.items() if source != PAUSE]
+        rejected = tuple(stats.rejected_keys[:MAX_FAILED_ROWS])
+        beat_at = await rotations.beat(
+            control,
+            lease,
+            OwnerReport(
+                rows_done=stats.rows_done,
+                figures=self.context.figures,
+                applied_revision=self.live.revision,
+                throttle_reason="; ".join(hold.reason for hold in held),
+                throttled_seconds=time.monotonic() - held[0].since if held else 0.0,
+                rejected_keys=None if rejected == self._stored_rejected else rejected,
+            ),
+        )
+        self._stored_rejected = rejected
+        self._beat_at = time.monotonic()
+        self.throttles.note_beat(beat_at)
+        await self.log_vacuums(control, lease.rotation)
+        await self._record_if_due(control, lease.rotation)
+
+    async def watch_commits(self) -> None:
+        """Notice within seconds that each commit waits for a synchronous standby.
+
+        Raises:
+            ServerLostError: Commits wait for a synchronous standby.
+        """
+        self._beat_at = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if time.monotonic() - self._beat_at < LATE_BEAT_SECONDS:
+                continue
+            self.context.notify(Tick())
+            reason = ""
+            # The heartbeat itself notices the loss of a connection.
+            with suppress(RotatorError):
+                async with connected(self.context.server) as connection:
+                    reason = await missing_standbys(connection, counts_waits=False)
+            if reason:
+                raise ServerLostError(reason)
 
     def take(self, event: Event) -> None:
         """Keep a VACUUM until ``log_vacuums()``; the last one ends after the last heartbeat."""
@@ -95,9 +164,7 @@ class Measuring:
                 self._vacuums.insert(0, vacuum)
                 raise
 
-    async def record_if_due(self, control: AsyncConnection, rotation: int) -> None:
-        """Store a measurement, if one is due, on a connection in autocommit mode."""
-        await self.log_vacuums(control, rotation)
+    async def _record_if_due(self, control: AsyncConnection, rotation: int) -> None:
         stats, gate, pacing = self.context.stats, self.context.gate, self.context.pacing
         now, state, held_by = time.monotonic(), stats.state, tuple(gate.holds)
         is_change = self._before != (state, held_by)
