@@ -1,7 +1,7 @@
 """The target of a run, and what all parts of a run share."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TypeAlias
 
 from rotator.events import Observer, OnCommit
@@ -9,12 +9,12 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres.connection import Server
 from rotator.postgres.identity import SessionIdentity
 from rotator.postgres.leaked import LeakedValues
-from rotator.postgres.owner import Owner
+from rotator.postgres.owner import Owner, this_process
 from rotator.postgres.rotations import Figures
 from rotator.postgres.table import Condition, TargetTable
 from rotator.postgres.values import ValueSource
 from rotator.runner.gate import Gate
-from rotator.runner.pacing import Pacing
+from rotator.runner.pacing import OWN_PER_SECOND, Pacing
 from rotator.runner.stop import StopSignal
 from rotator.runner.throttles import ThrottleSources
 from rotator.stats import Stats
@@ -66,28 +66,36 @@ class RunTarget:
 
 @dataclass(kw_only=True, slots=True)
 class RunContext:
-    """The parts of a run that all other parts use.
+    """The parts of a run, or of a Celery worker's help with one, that all other parts use.
 
     Attributes:
-        table: The target's table; set by the checks, which come before all other work.
-        owner: This process.
         notify: Passes an event to the statistics and to the observer.
         on_commit: Is awaited after each commit of rows; None without receivers.
         ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.
+        own_per_second: See :class:`OtherSessions`.
+        table: The target's table; set by the checks, which come before all other work.
+        owner: This process.
     """
 
     server: Server
     target: RunTarget
-    table: TargetTable = field(init=False)
     options: RunOptions
-    owner: Owner
-    stop_signal: StopSignal
-    gate: Gate
-    pacing: Pacing
-    stats: Stats
     notify: Observer
     on_commit: OnCommit | None
-    ask_for_help: AskForHelp | None
+    ask_for_help: AskForHelp | None = None
+    own_per_second: InitVar[float] = OWN_PER_SECOND
+    table: TargetTable = field(init=False)
+    owner: Owner = field(default_factory=this_process)
+    stats: Stats = field(default_factory=Stats)
+    stop_signal: StopSignal = field(init=False)
+    gate: Gate = field(init=False)
+    pacing: Pacing = field(init=False)
+
+    def __post_init__(self, own_per_second: float) -> None:
+        options, notify = self.options, self.notify
+        self.stop_signal = StopSignal(notify)
+        self.gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=notify)
+        self.pacing = Pacing(self.server, self.gate, options.pace, notify, own_per_second=own_per_second)
 
     @property
     def figures(self) -> Figures:

@@ -7,7 +7,7 @@ from psycopg import AsyncConnection
 
 from rotator.events import Findings, LimitRaised, Observer, Sample
 from rotator.exceptions import MissingPrivilegesError
-from rotator.options import RunOptions, Selection, WaitLimits, read_pace
+from rotator.options import RunOptions, Selection, read_pace
 from rotator.postgres import rotations
 from rotator.postgres.catalog import (
     check_server,
@@ -24,7 +24,7 @@ from rotator.postgres.rotations import Completed, StoredRotation
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
-from rotator.runner.context import RunTarget
+from rotator.runner.context import RunContext, RunTarget
 from rotator.runner.locks import lock_holders_named
 from rotator.runner.throttles import Throttles
 
@@ -38,11 +38,8 @@ OTHER_CONNECTIONS: Final = 3
 async def measured_update(
     connection: AsyncConnection,
     table: TargetTable,
-    target: RunTarget,
-    limits: WaitLimits,
+    context: RunContext,
     key: Key,
-    notify: Observer,
-    *,
     ledger: Ledger | None = None,
 ) -> RangeUpdate:
     """Return the update of the ranges, with a higher limit where the server takes long to plan it.
@@ -50,24 +47,29 @@ async def measured_update(
     The server keeps its plan where the table has neither partitions nor triggers. ``key`` is any key of the
     table. ``ledger`` is that of the rotation; None where the ranges enter no values.
     """
+    source, limits = context.target.source, context.options.limits
     if not table.is_partitioned:
         has_triggers = bool(await read_update_triggers(connection, table))
-        return RangeUpdate(table, target.source, limits, ledger, keeps_plan=not has_triggers)
-    update = RangeUpdate(table, target.source, limits, ledger)
+        return RangeUpdate(table, source, limits, ledger, keeps_plan=not has_triggers)
+    update = RangeUpdate(table, source, limits, ledger)
     seconds = await update.planning_seconds(connection, key)
     if seconds < limits.statement_seconds * MIN_PART_OF_LIMIT:
         return update
-    more_seconds = PLANNING_TIMES * seconds
-    statement_seconds = limits.statement_seconds + more_seconds
-    partitions = await count_partitions(connection, table)
-    notify(LimitRaised(planning_seconds=seconds, partitions=partitions, statement_seconds=statement_seconds))
     # A transaction gets as much more time as a statement.
+    more_seconds = PLANNING_TIMES * seconds
     limits = replace(
         limits,
-        statement_seconds=statement_seconds,
+        statement_seconds=limits.statement_seconds + more_seconds,
         transaction_seconds=limits.transaction_seconds + more_seconds,
     )
-    return RangeUpdate(table, target.source, limits, ledger)
+    context.notify(
+        LimitRaised(
+            planning_seconds=seconds,
+            partitions=await count_partitions(connection, table),
+            statement_seconds=limits.statement_seconds,
+        )
+    )
+    return RangeUpdate(table, source, limits, ledger)
 
 
 async def check(connection: AsyncConnection, target: RunTarget, options: RunOptions) -> TargetTable:

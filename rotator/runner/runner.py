@@ -42,7 +42,6 @@ from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
 from rotator.postgres.identity import read_identity
 from rotator.postgres.ledger import find_ledger
 from rotator.postgres.maintenance import read_storage
-from rotator.postgres.owner import this_process
 from rotator.postgres.planner import count_table, gaps
 from rotator.postgres.preflight import (
     COUNT_SECONDS,
@@ -57,18 +56,14 @@ from rotator.runner.acquire import Acquired, acquire, reacquire
 from rotator.runner.aio import act_when, running
 from rotator.runner.context import AskForHelp, RunContext, RunTarget, ShouldStop
 from rotator.runner.control import LiveControl, pause_signals
-from rotator.runner.gate import Gate
 from rotator.runner.heartbeat import TICK_SECONDS, Heartbeat, HorizonWatch
 from rotator.runner.locks import LockWatch, lock_holders_named
 from rotator.runner.maintenance import Maintenance
-from rotator.runner.pacing import Pacing
 from rotator.runner.preflight import check, examine, read_target
 from rotator.runner.retry import OutageBudget
 from rotator.runner.session import Session
-from rotator.runner.stop import StopSignal
 from rotator.runner.throttles import Throttles
 from rotator.runner.verification import Verifier, unverified
-from rotator.stats import Stats
 
 RECORD_SECONDS: Final = 5.0
 MIN_OPEN_SECONDS: Final = 1.0
@@ -100,16 +95,10 @@ class Run:
         The observer is called with each event. ``should_stop`` returns whether to drain, in addition to
         signals; None for signals only.
         """
-        gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=self._notify)
         self._context = context = RunContext(
             server=server,
             target=target,
             options=options,
-            owner=this_process(),
-            stop_signal=StopSignal(self._notify),
-            gate=gate,
-            pacing=Pacing(server, gate, options.pace, self._notify),
-            stats=Stats(),
             notify=self._notify,
             on_commit=on_commit,
             ask_for_help=ask_for_help,
@@ -117,7 +106,7 @@ class Run:
         cancel = partial(context.stop_signal.request, StopReason.CANCEL)
         self._heartbeat = Heartbeat(
             context,
-            LiveControl(gate, context.pacing, options, self._notify, cancel=cancel),
+            LiveControl(context.gate, context.pacing, options, self._notify, cancel=cancel),
             Throttles(options, target.throttles),
             HorizonWatch(self._notify),
         )

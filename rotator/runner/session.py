@@ -136,15 +136,7 @@ class Session:
     async def _prepare_update(self, ledger: Ledger | None) -> RangeUpdate:
         context = self.context
         if context.ask_for_help is None and self.owned.bound is not None:
-            return await measured_update(
-                self.connection,
-                context.table,
-                context.target,
-                context.options.limits,
-                self.owned.bound,
-                context.notify,
-                ledger=ledger,
-            )
+            return await measured_update(self.connection, context.table, context, self.owned.bound, ledger)
         return RangeUpdate(context.table, context.target.source, context.options.limits, ledger)
 
     async def _read_gaps(self) -> list[KeyInterval]:

@@ -200,9 +200,7 @@ class Verifier:
         context, lease = self._context, await survivors.own_repair(self._connection, self._rotation)
         # A leaked value may have moved to a row that the filters leave out.
         table = replace(self._table, condition=None)
-        update = await measured_update(
-            self._connection, table, context.target, context.options.limits, key, context.notify
-        )
+        update = await measured_update(self._connection, table, context, key)
         write = partial(
             write_placed, self._connection, update, lease, context.on_commit, verification=search.id
         )
