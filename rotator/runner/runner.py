@@ -142,10 +142,9 @@ class Run:
                 asyncio.create_task(self._stop_when_due(), name="rotator watch for a stop"),
                 asyncio.create_task(self._tick_through_outages(), name="rotator outage ticks"),
             ]
-            work = asyncio.create_task(self._through_outages(), name="rotator run")
+            work = stop_signal.work = asyncio.create_task(self._through_outages(), name="rotator run")
             try:
-                with stop_signal.aborting(work):
-                    stopped = await work
+                stopped = await work
             except asyncio.CancelledError:
                 if not stop_signal.aborted:
                     await self._record("interrupted", stop_reason=StopReason.CANCELLED)
