@@ -101,14 +101,14 @@ class Progress:
         settled_ranges: The number of ranges among them up to the settled id.
     """
 
-    spans: int
-    deferrals: int
-    claimable: int
+    spans: int = 0
+    deferrals: int = 0
+    claimable: int = 0
     settled: int
-    ranges: int
-    rows: int
-    settled_ranges: int
-    settled_rows: int
+    ranges: int = 0
+    rows: int = 0
+    settled_ranges: int = 0
+    settled_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,16 +77,7 @@ class Distribution:
             RangeRejectedError: More than ``MAX_FAILED_ROWS`` rows were rejected.
             SupersededError: This process does not own the rotation any more.
         """
-        progress = Progress(
-            spans=0,
-            deferrals=0,
-            claimable=0,
-            settled=await spans.clear(self.connection, self.lease),
-            ranges=0,
-            rows=0,
-            settled_ranges=0,
-            settled_rows=0,
-        )
+        progress = Progress(settled=await spans.clear(self.connection, self.lease))
         left, limit = deque(gaps), max_rows
         span_rows = self.batch * ranges_per_span(rows_left, self.batch)
         try:
