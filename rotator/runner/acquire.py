@@ -7,7 +7,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import ActionKind, Findings, OwnerWatched
+from rotator.events import ActionKind, OwnerWatched
 from rotator.exceptions import (
     OptionError,
     OwnedElsewhereError,
@@ -32,9 +32,8 @@ class Acquired:
     """A rotation that this process owns.
 
     Attributes:
-        lease: The lease of this process.
         stopped_at: The last heartbeat of the run before; None for a new rotation.
-        is_completed: Whether it is completed, by a transaction whose reply was lost.
+        is_completed: Whether it is completed; the reply of that transaction may have been lost.
     """
 
     lease: Lease
@@ -42,9 +41,7 @@ class Acquired:
     is_completed: bool = False
 
 
-async def acquire(
-    connection: AsyncConnection, context: RunContext, findings: Findings | None = None
-) -> Acquired:
+async def acquire(connection: AsyncConnection, context: RunContext) -> Acquired:
     """Acquire the unfinished rotation of the target, or start a new one where there is none.
 
     Raises:
@@ -65,7 +62,7 @@ async def acquire(
         options=options.to_json(),
         selection=target.selection.to_json(),
         identity=identity.to_json(),
-        findings=findings,
+        findings=context.findings,
     )
     while True:
         found = await rotations.find_unfinished(connection, target.label, table.found_name)

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import InitVar, dataclass, field
 from typing import TypeAlias
 
-from rotator.events import Observer, OnCommit
+from rotator.events import Findings, Observer, OnCommit
 from rotator.options import RunOptions, Selection
 from rotator.postgres.connection import Server
 from rotator.postgres.identity import SessionIdentity
@@ -73,6 +73,7 @@ class RunContext:
         on_commit: Is awaited after each commit of rows; None without receivers.
         ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.
         own_per_second: See :class:`OtherSessions`.
+        findings: The findings of the preflight, to be stored; None where there was none.
         table: The target's table; set by the checks, which come before all other work.
         owner: This process.
     """
@@ -84,6 +85,7 @@ class RunContext:
     on_commit: OnCommit | None
     ask_for_help: AskForHelp | None = None
     own_per_second: InitVar[float] = OWN_PER_SECOND
+    findings: Findings | None = None
     table: TargetTable = field(init=False)
     owner: Owner = field(default_factory=this_process)
     stats: Stats = field(default_factory=Stats)

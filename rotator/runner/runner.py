@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -115,9 +116,7 @@ class Run:
         self._outage = OutageBudget(seconds=options.outage_budget_seconds)
         self._observer = observer
         self._should_stop = should_stop
-        self._findings: Findings | None = None
         self._acquired: Acquired | None = None
-        self._is_completed = False
         self._has_ledger = options.prove
         self._server_name = ""
 
@@ -134,7 +133,7 @@ class Run:
             ServerLostError: The server was unreachable before the rotation was acquired.
             StoppedBeforeStartError: A stop was requested before anything was changed.
         """
-        self._findings = findings
+        self._context.findings = findings
         stop_signal = self._context.stop_signal
         with self._signals():
             others = [
@@ -149,7 +148,7 @@ class Run:
                 if not stop_signal.aborted:
                     await self._record("interrupted", stop_reason=StopReason.CANCELLED)
                     raise
-                if self._is_completed:
+                if self._acquired is not None and self._acquired.is_completed:
                     if self._has_ledger and self._context.stats.verification is None:
                         self._notify_unverified("It was cancelled.")
                     stopped = await self._leave_completed()
@@ -175,7 +174,7 @@ class Run:
         Raises:
             RotatorError: It cannot be rotated, or another process owns it; nothing was changed.
         """
-        self._findings = findings
+        self._context.findings = findings
         async with connected(self._context.server) as control:
             self._acquired = await self._acquire(control)
         await self._record("queued")
@@ -254,7 +253,7 @@ class Run:
                 return await self._give_up(error)
             else:
                 if status == "completed":
-                    self._is_completed = True
+                    self._acquired = replace(self._acquired, is_completed=True)
                     # All workers have left, so the statistics contain their work.
                     await self._maintenance.vacuum_and_analyze()
                     if self._context.options.reindex:
@@ -271,7 +270,7 @@ class Run:
             if self._acquired is not None:
                 return await reacquire(control, self._acquired, context)
             await self._check(control)
-            return await acquire(control, context, self._findings)
+            return await acquire(control, context)
 
     async def _check(self, control: AsyncConnection) -> None:
         """Refuse what cannot be rotated, before anything is changed, and report what is risky."""
@@ -309,8 +308,8 @@ class Run:
             await rotations.check_repetition(
                 control, target.label, table.found_name, target.selection, identity, after=options.after
             )
-        self._findings = await examine(control, table, context.server, target, options)
-        self._notify(Preflighted(findings=self._findings))
+        context.findings = await examine(control, table, context.server, target, options)
+        self._notify(Preflighted(findings=context.findings))
 
     async def _work(self, control: AsyncConnection, acquired: Acquired) -> EndStatus:
         if acquired.is_completed:

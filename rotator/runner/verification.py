@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -49,7 +50,6 @@ class Verifier:
     def __init__(self, connection: AsyncConnection, rotation: int, context: RunContext) -> None:
         """Take a connection in autocommit mode, for this object's use alone."""
         self._connection = connection
-        self._table = context.table
         self._rotation = rotation
         self._context = context
         self._planner = IndexPlanner(connection, context.table, seconds=PLANNING_SECONDS)
@@ -102,7 +102,7 @@ class Verifier:
                 planted=self._planted,
                 planted_found=self._planted_found,
             )
-        vacuumed_at, dead_rows, version = await survivors.read_vacuumed(self._connection, self._table)
+        vacuumed_at, dead_rows, version = await survivors.read_vacuumed(self._connection, self._context.table)
         verified = Verified(
             rotation=self._rotation,
             target=self._context.target.label,
@@ -130,9 +130,9 @@ class Verifier:
         """Search the table, or the rest of it after an interrupted verification."""
         search = await survivors.resume_search(self._connection, self._rotation, repairs=repairs)
         if search is None:
-            bound = await last_key(self._connection, self._table)
+            bound = await last_key(self._connection, self._context.table)
             search = await survivors.begin_search(self._connection, self._rotation, bound, repairs=repairs)
-        rows_total, _ = await count_table(self._connection, self._table, seconds=COUNT_SECONDS)
+        rows_total, _ = await count_table(self._connection, self._context.table, seconds=COUNT_SECONDS)
         self._context.notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
         bound, rows = search.bound, SEARCH_ROWS
         if bound is None:
@@ -142,7 +142,8 @@ class Verifier:
             rest = KeyInterval(after=search.through, through=bound)
             planned, found, rows = await self._search_range(ledger, rest, rows)
             if placed is not None:
-                for _, of_leaf in groupby(sorted(found, key=_leaf), _leaf):
+                leaf = attrgetter("place.leaf")
+                for _, of_leaf in groupby(sorted(found, key=leaf), leaf):
                     await placed.rotate(list(of_leaf))
             search = await survivors.advance_search(
                 self._connection,
@@ -177,7 +178,7 @@ class Verifier:
                     planned = await self._planner.next_range(interval, CONTROL_ROWS)
                 found = await survivors.find_survivors(
                     self._connection,
-                    self._table,
+                    self._context.table,
                     ledger,
                     planned,
                     is_whole=is_whole,
@@ -199,7 +200,7 @@ class Verifier:
         """Return what rotates the survivors, as the only process that may."""
         context, lease = self._context, await survivors.own_repair(self._connection, self._rotation)
         # A leaked value may have moved to a row that the filters leave out.
-        table = replace(self._table, condition=None)
+        table = replace(self._context.table, condition=None)
         update = await measured_update(self._connection, table, context, key)
         write = partial(
             write_placed, self._connection, update, lease, context.on_commit, verification=search.id
@@ -214,7 +215,7 @@ class Verifier:
             self._context.notify(event)
 
     async def _cover(self, facts: StoredRotation) -> Coverage:
-        connection, table = self._connection, self._table
+        connection, table = self._connection, self._context.table
         left = await gaps(connection, table, self._rotation, facts.bound)
         found = await count_unless_changed(
             connection,
@@ -248,7 +249,3 @@ def unverified(rotation: int, target: str, error: str, *, started_at: datetime |
     return Verified(
         rotation=rotation, target=target, number=None, started_at=started_at, ended_at=now, error=error
     )
-
-
-def _leaf(row: OlderRow) -> int:
-    return row.place.leaf
