@@ -104,10 +104,9 @@ class Run:
             on_commit=on_commit,
             ask_for_help=ask_for_help,
         )
-        cancel = partial(context.stop_signal.request, StopReason.CANCEL)
         self._heartbeat = Heartbeat(
             context,
-            LiveControl(context.gate, context.pacing, options, self._notify, cancel=cancel),
+            LiveControl(context, partial(context.stop_signal.request, StopReason.CANCEL)),
             Throttles(options, target.throttles),
             HorizonWatch(self._notify),
         )

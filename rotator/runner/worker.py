@@ -67,7 +67,7 @@ class Helper:
         self._drain = context.stop_signal.drain
         self._outage = OutageBudget(seconds=options.outage_budget_seconds)
         # The owner stops the rotation, which ends this task.
-        self._live = LiveControl(context.gate, context.pacing, options, ignore, cancel=lambda _by: None)
+        self._live = LiveControl(context, cancel=lambda _by: None)
         self._is_wanted = True
         self._renewed_at = self._looked_at = 0.0
 
