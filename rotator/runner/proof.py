@@ -172,30 +172,19 @@ class Proof:
             self.context.notify(GuardAdded(action=action))
 
 
-async def unguard(connection: AsyncConnection, rotation: int) -> bool:
-    """Remove the guard of a rotation, and return whether it had one.
+async def drop_ledger(connection: AsyncConnection, rotation: int, *, only_guard: bool) -> bool:
+    """Remove the guard of a rotation, and its ledger unless ``only_guard``; return whether there was one.
 
     Raises:
         RotatorError: Other sessions held locks on the table at each attempt.
     """
     ledger = await find_ledger(connection, rotation)
-    if ledger is None or not ledger.guard:
+    if ledger is None or (only_guard and not ledger.guard):
         return False
-    await until_unlocked(partial(remove_guard, connection, ledger), "remove the guard")
-    return True
-
-
-async def forget(connection: AsyncConnection, rotation: int) -> bool:
-    """Drop the ledger of a rotation, and its guard; return whether it had a ledger.
-
-    Raises:
-        RotatorError: Other sessions held locks on the table at each attempt.
-    """
-    ledger = await find_ledger(connection, rotation)
-    if ledger is None:
-        return False
-    await unguard(connection, rotation)
-    await until_unlocked(partial(forget_ledger, connection, ledger), "drop the ledger")
+    if ledger.guard:
+        await until_unlocked(partial(remove_guard, connection, ledger), "remove the guard")
+    if not only_guard:
+        await until_unlocked(partial(forget_ledger, connection, ledger), "drop the ledger")
     return True
 
 
