@@ -145,31 +145,23 @@ class Session:
 
     async def _rotate_gaps(self, update: RangeUpdate) -> None:
         context, owned = self.context, self.owned
-        limit, drain = context.options.stop_after_rows, context.stop_signal.drain
+        limit = context.options.stop_after_rows
         max_rows = None if limit is None else max(0, limit - context.stats.rows_this_run)
-        planner = IndexPlanner(self.connection, context.table)
         left = await self._read_gaps()
         if context.ask_for_help is not None:
-            distribution = Distribution(
-                self.connection,
-                planner,
-                owned.lease,
-                context.ask_for_help,
-                batch=context.options.batch,
-                notify=context.notify,
-            )
+            distribution = Distribution(self.connection, owned.lease, context, context.ask_for_help)
             rows_left = max(0, owned.rows_total - owned.rows_done)
-            await distribution.run(left, drain, rows_left=rows_left, max_rows=max_rows)
+            await distribution.run(left, rows_left=rows_left, max_rows=max_rows)
         elif left:
             engine = Engine(
-                planner.next_range,
+                IndexPlanner(self.connection, context.table).next_range,
                 partial(write_range, self.pool, update, owned.lease, context.on_commit),
                 context.gate,
                 notify=context.notify,
                 max_rows=max_rows,
                 has_rotated=owned.rows_done > 0,
             )
-            await engine.run(left, drain)
+            await engine.run(left, context.stop_signal.drain)
 
     async def _confirm(self, update: RangeUpdate) -> bool:
         """Rotate every row that no session has written since the rotation began.
