@@ -1,5 +1,6 @@
 """Waits for old transactions, and rotates the rows that no range has written."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -21,9 +22,9 @@ from rotator.postgres.activity import holders
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Written
 from rotator.runner import retry
+from rotator.runner.aio import is_set_within
 from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
-from rotator.runner.stop import StopSignal
 
 POLL_SECONDS: Final = 0.25
 
@@ -58,16 +59,16 @@ class LateRows:
 
     write: Callable[[Sequence[OlderRow]], Awaitable[Written]]
     gate: Gate
-    stop_signal: StopSignal
+    drain: asyncio.Event
     notify: Observer
 
     async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
-        """Rotate all of them until a stop is requested, and return the number of rows with new values."""
+        """Rotate all of them until a drain begins, and return the number of rows with new values."""
         rotated = 0
         async for rows in found:
             rest = rows
             while rest:
-                async with self.gate.passage(self.stop_signal.drain) as may_begin:
+                async with self.gate.passage(self.drain) as may_begin:
                     if not may_begin:
                         return rotated
                     # The pace may have changed since they were found.
@@ -79,7 +80,7 @@ class LateRows:
     async def rotate(self, rows: Sequence[OlderRow]) -> int:
         """Rotate rows of one leaf, and return their number; rows that the server rejects are reported."""
         deferrals = rejections = 0
-        while not self.stop_signal.drain.is_set():
+        while not self.drain.is_set():
             try:
                 written = await self.write(rows)
             except RowsLockedError:
@@ -101,5 +102,5 @@ class LateRows:
                 self.gate.count_completed(written.rows, written.server_seconds)
                 self.notify(LateRowsRotated(rows=written.rows))
                 return written.rows
-            await self.stop_signal.wait(retry.backoff_seconds(deferrals + rejections))
+            await is_set_within(self.drain, retry.backoff_seconds(deferrals + rejections))
         return 0

@@ -68,7 +68,7 @@ class LeakedRows:
         attempts = 0
         while not drain.is_set():
             notify(found_event(self.values))
-            late_rows = LateRows(write, context.gate, context.stop_signal, notify)
+            late_rows = LateRows(write, context.gate, drain, notify)
             rotated = await late_rows.rotate_all(self._batches())
             if drain.is_set():
                 break

@@ -176,7 +176,7 @@ class Session:
         if not await wait_for_older_writers(self.connection, owned.started_xid, context):
             return False
         write = partial(write_placed, self.connection, update, owned.lease, context.on_commit)
-        late_rows = LateRows(write, context.gate, context.stop_signal, context.notify)
+        late_rows = LateRows(write, context.gate, context.stop_signal.drain, context.notify)
         context.notify(ConfirmationStarted())
         attempts = 0
         while True:

@@ -1,5 +1,6 @@
 """Verifies a rotation: what it has written, and whether a row has a value that is in the ledger."""
 
+import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -33,7 +34,6 @@ from rotator.runner import retry
 from rotator.runner.context import RunContext
 from rotator.runner.late_rows import LateRows
 from rotator.runner.preflight import measured_update
-from rotator.runner.stop import StopSignal
 
 # A few seconds of several processes of the server; a table of fewer rows is read in one piece.
 SEARCH_ROWS: Final = 1_000_000
@@ -206,8 +206,7 @@ class Verifier:
             write_placed, self._connection, update, lease, context.on_commit, verification=search.id
         )
         # A stop cancels the search as a whole: a row that was left out would count as searched.
-        never = StopSignal(self._notify_repair)
-        return LateRows(write, context.gate, never, self._notify_repair)
+        return LateRows(write, context.gate, asyncio.Event(), self._notify_repair)
 
     def _notify_repair(self, event: Event) -> None:
         # The verification counts these rows itself.
