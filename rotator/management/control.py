@@ -117,7 +117,7 @@ class Answer:
     """
 
     text: str
-    is_applied: bool
+    is_applied: bool = True
 
 
 def await_answer(control: Control, request: Request, database: str) -> Answer:
@@ -141,18 +141,17 @@ def _answer(rotation: Rotation, control: Control, request: Request, stored: str)
     is_running = rotation.status == Rotation.Status.RUNNING
     if request.is_cancel and not is_running:
         if rotation.status in (Rotation.Status.INTERRUPTED, Rotation.Status.FAILED):
-            return Answer(f"{name} {request}. The same command resumes it.", is_applied=True)
-        return Answer(f"{name} is {rotation.status}.", is_applied=True)
+            return Answer(f"{name} {request}. The same command resumes it.")
+        return Answer(f"{name} is {rotation.status}.")
     if not request.is_cancel and rotation.applied_revision >= control.revision:
         text = f"{name} {request} (revision {control.revision}): applied by its owner, {owner}."
         if request.verb == "resume" and rotation.throttle_reason:
             text += f" It is still held: {rotation.throttle_reason}."
-        return Answer(text, is_applied=True)
+        return Answer(text)
     if not is_running:
         return Answer(
             f"{stored} The rotation is {rotation.status}, so no process answers. The request applies when "
-            "the rotation is resumed.",
-            is_applied=True,
+            "the rotation is resumed."
         )
     if not rotation.has_owner or owner.is_gone():
         return Answer(

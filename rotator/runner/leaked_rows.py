@@ -65,10 +65,10 @@ class LeakedRows:
         drain, notify = context.stop_signal.drain, context.notify
         update = RangeUpdate(context.table, context.target.source, context.options.limits)
         write = partial(write_placed, self.connection, update, owned.lease, context.on_commit)
+        late_rows = LateRows(write, context.gate, drain, notify)
         attempts = 0
         while not drain.is_set():
             notify(found_event(self.values))
-            late_rows = LateRows(write, context.gate, drain, notify)
             rotated = await late_rows.rotate_all(self._batches())
             if drain.is_set():
                 break

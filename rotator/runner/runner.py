@@ -40,6 +40,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
 from rotator.postgres.activity import check_standbys
 from rotator.postgres.connection import OPEN_SECONDS, Server, connected, pooled
+from rotator.postgres.fence import Lease
 from rotator.postgres.identity import read_identity
 from rotator.postgres.ledger import find_ledger
 from rotator.postgres.maintenance import read_storage
@@ -148,9 +149,10 @@ class Run:
                     await self._record("interrupted", stop_reason=StopReason.CANCELLED)
                     raise
                 if self._acquired is not None and self._acquired.is_completed:
+                    lease = self._acquired.lease
                     if self._has_ledger and self._context.stats.verification is None:
-                        self._notify_unverified("It was cancelled.")
-                    stopped = await self._leave_completed()
+                        self._notify_unverified(lease.rotation, "It was cancelled.")
+                    stopped = await self._leave_completed(lease)
                 else:
                     stopped = await self._leave("interrupted")
             except Exception as error:
@@ -253,12 +255,13 @@ class Run:
             else:
                 if status == "completed":
                     self._acquired = replace(self._acquired, is_completed=True)
+                    lease = self._acquired.lease
                     # All workers have left, so the statistics contain their work.
                     await self._maintenance.vacuum_and_analyze()
                     if self._context.options.reindex:
-                        await self._maintenance.reindex(self._acquired.lease.rotation)
-                    await self._verify(self._acquired.lease.rotation)
-                    return await self._leave_completed()
+                        await self._maintenance.reindex(lease.rotation)
+                    await self._verify(lease.rotation)
+                    return await self._leave_completed(lease)
                 return await self._leave(status)
 
     async def _acquire(self, control: AsyncConnection) -> Acquired:
@@ -379,14 +382,13 @@ class Run:
             server = self._context.server
             async with connected(server) as connection, lock_holders_named(server, self._notify):
                 if await find_ledger(connection, rotation) is None:
-                    self._notify_unverified("The ledger was dropped.")
+                    self._notify_unverified(rotation, "The ledger was dropped.")
                 else:
                     await Verifier(connection, rotation, self._context).verify()
         except RotatorError as error:
-            self._notify_unverified(str(error))
+            self._notify_unverified(rotation, str(error))
 
-    def _notify_unverified(self, error: str) -> None:
-        rotation = self._acquired.lease.rotation if self._acquired else 0
+    def _notify_unverified(self, rotation: int, error: str) -> None:
         self._notify(unverified(rotation, self._context.target.label, error))
 
     async def _wait_before_reconnect(self, lost: ServerLostError) -> bool:
@@ -399,22 +401,18 @@ class Run:
             return False
         return not await self._context.stop_signal.wait(self._outage.delay_seconds())
 
-    async def _leave_completed(self) -> RotationStopped:
+    async def _leave_completed(self, lease: Lease) -> RotationStopped:
         """Record the time of a completed rotation, and read the figures of its table."""
         context, stats = self._context, self._context.stats
         stats.stop_clock()
         with suppress(RotatorError, TimeoutError):
             async with asyncio.timeout(RECORD_SECONDS), connected(context.server) as connection:
-                if self._acquired is not None:
-                    lease = self._acquired.lease
-                    await rotations.record_figures(connection, lease, figures=context.figures)
-                    await self._heartbeat.log_vacuums(connection, lease.rotation)
-                    stats.storage = await read_storage(connection, context.table)
-                    stats.reindex_statements = await self._maintenance.read_statements(
-                        connection, lease.rotation
-                    )
-                    if context.target.condition is not None:
-                        stats.table_rows = await count_table(connection, context.table, seconds=COUNT_SECONDS)
+                await rotations.record_figures(connection, lease, figures=context.figures)
+                await self._heartbeat.log_vacuums(connection, lease.rotation)
+                stats.storage = await read_storage(connection, context.table)
+                stats.reindex_statements = await self._maintenance.read_statements(connection, lease.rotation)
+                if context.target.condition is not None:
+                    stats.table_rows = await count_table(connection, context.table, seconds=COUNT_SECONDS)
         return self._stopped("completed")
 
     async def _give_up(self, error: RotatorError) -> RotationStopped:
