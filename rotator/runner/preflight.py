@@ -72,23 +72,23 @@ async def measured_update(
     return RangeUpdate(table, source, limits, ledger)
 
 
-async def check(connection: AsyncConnection, target: RunTarget, options: RunOptions) -> TargetTable:
-    """Return the target's table, after the checks that refuse a rotation.
+async def check(connection: AsyncConnection, context: RunContext) -> None:
+    """Read the target's table into the context, and make the checks that refuse a rotation.
 
     Raises:
         MissingPrivilegesError: The role lacks a privilege.
         RotatorError: The rotation cannot run; nothing was changed.
     """
+    target, options = context.target, context.options
     is_paced = read_pace(options.pace).latency_limit is not None
     connections = options.concurrency + OTHER_CONNECTIONS + is_paced
     await check_server(connection, connections=connections, concurrency=options.concurrency)
-    table = await read_target(connection, target)
+    context.table = table = await read_target(connection, target)
     if grants := await missing_grants(connection, table, proves=options.prove, guards=bool(options.guard)):
         raise MissingPrivilegesError(grants)
     await Throttles(options, target.throttles).check(connection)
     if options.prove:
         await check_not_guessable(connection, table)
-    return table
 
 
 async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetTable:
@@ -110,29 +110,26 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
     )
 
 
-async def examine(
-    connection: AsyncConnection,
-    table: TargetTable,
-    server: Server,
-    target: RunTarget,
-    options: RunOptions,
-    *,
-    counts: bool = False,
-) -> Findings:
+async def examine(connection: AsyncConnection, context: RunContext, *, counts: bool = False) -> Findings:
     """Return the findings of the preflight, with the rows counted, for a limited time, or only estimated.
 
     Raises:
         RotatorError: The server cannot be asked.
     """
+    target, table, options = context.target, context.table, context.options
     unfinished = None
     if not options.restart:
         unfinished = await rotations.find_unfinished(connection, target.label, table.found_name)
     found = await examine_table(connection, table, counts=counts)
     measured = Sample()
     if options.sample:
-        update = RangeUpdate(table, target.source, options.limits)
         measured = await sample(
-            connection, server, update, rows=found.rows, batch=options.batch, concurrency=options.concurrency
+            connection,
+            context.server,
+            RangeUpdate(table, target.source, options.limits),
+            rows=found.rows,
+            batch=options.batch,
+            concurrency=options.concurrency,
         )
     return Findings(
         target=target.label,
@@ -159,11 +156,12 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions, notify
     Raises:
         RotatorError: The target cannot be rotated, or the server cannot be asked.
     """
+    context = RunContext(server=server, target=target, options=options, notify=notify, on_commit=None)
     async with connected(server) as connection, lock_holders_named(server, notify):
-        table = await check(connection, target, options)
+        await check(connection, context)
         if options.sample and target.selection.generator:
-            await check_values(connection, RangeUpdate(table, target.source, options.limits))
-        return await examine(connection, table, server, target, options, counts=True)
+            await check_values(connection, RangeUpdate(context.table, target.source, options.limits))
+        return await examine(connection, context, counts=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

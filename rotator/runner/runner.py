@@ -190,7 +190,7 @@ class Run:
         context = self._context
         with self._signals():
             async with connected(context.server) as control:
-                context.table = await check(control, context.target, context.options)
+                await check(control, context)
                 await self._maintenance.reindex(rotation)
                 return await self._maintenance.read_statements(control, rotation)
 
@@ -278,7 +278,8 @@ class Run:
         """Refuse what cannot be rotated, before anything is changed, and report what is risky."""
         context = self._context
         target, options = context.target, context.options
-        context.table = table = await check(control, target, options)
+        await check(control, context)
+        table = context.table
         if context.ask_for_help is None:
             await context.pacing.prepare(control)
         if showing := await settings_that_show_values(control):
@@ -310,7 +311,7 @@ class Run:
             await rotations.check_repetition(
                 control, target.label, table.found_name, target.selection, identity, after=options.after
             )
-        context.findings = await examine(control, table, context.server, target, options)
+        context.findings = await examine(control, context)
         self._notify(Preflighted(findings=context.findings))
 
     async def _work(self, control: AsyncConnection, acquired: Acquired) -> EndStatus:
