@@ -9,13 +9,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import (
-    BrokerUnreachable,
-    RangeDeferred,
-    RowRejected,
-    WorkersProgressed,
-    WorkersSilent,
-)
+from rotator import events
 from rotator.exceptions import BrokerError, RangeRejectedError, RowsLockedError, ServerRefusedError
 from rotator.postgres import spans
 from rotator.postgres.fence import Lease
@@ -87,7 +81,7 @@ class Distribution:
                         planned += 1
                     except RowsLockedError:
                         is_locked = True
-                        self.context.notify(RangeDeferred(rows=0))
+                        self.context.notify(events.RangeDeferred(rows=0))
                 if not planned and not is_locked:
                     return
                 await is_set_within(drain, POLL_SECONDS)
@@ -118,7 +112,7 @@ class Distribution:
         read_at = time.monotonic()
         if ranges or deferrals or retries:
             self.context.notify(
-                WorkersProgressed(
+                events.WorkersProgressed(
                     ranges=ranges,
                     rows=rows,
                     deferrals=deferrals,
@@ -129,7 +123,7 @@ class Distribution:
         self._read_at = read_at
         for key, reason in (failed for span in finished for failed in span.failed_keys):
             self._failed_rows += 1
-            self.context.notify(RowRejected(key=Key(key), reason=reason))
+            self.context.notify(events.RowRejected(key=Key(key), reason=reason))
             if self._failed_rows > MAX_FAILED_ROWS:
                 raise RangeRejectedError(reason, retryable=False)
         return progress
@@ -153,7 +147,7 @@ class Distribution:
         if not lost and more <= 0:
             return
         if lost and now - self._alive_at >= PATIENCE_SECONDS and not self._is_broker_lost:
-            self.context.notify(WorkersSilent(seconds=now - self._alive_at))
+            self.context.notify(events.WorkersSilent(seconds=now - self._alive_at))
             self._patience_seconds = min(2 * self._patience_seconds, MAX_PATIENCE_SECONDS)
         messages = [
             await spans.add_helper(self.connection, self.lease, instead_of=helper)
@@ -170,7 +164,7 @@ class Distribution:
                 sent.append(message)
         except BrokerError as error:
             if not self._is_broker_lost:
-                self.context.notify(BrokerUnreachable(reason=str(error)))
+                self.context.notify(events.BrokerUnreachable(reason=str(error)))
             self._is_broker_lost = True
             await asyncio.sleep(RETRY_BROKER_SECONDS)
         else:

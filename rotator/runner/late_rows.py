@@ -8,15 +8,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import (
-    LateCommitsAwaited,
-    LateCommitsOver,
-    LateRowsRotated,
-    Observer,
-    RangeDeferred,
-    RangeRetried,
-    RowRejected,
-)
+from rotator import events
 from rotator.exceptions import RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.postgres.activity import holders
 from rotator.postgres.writer import OlderRow
@@ -40,12 +32,12 @@ async def wait_for_older_writers(
     while holding := await holders(connection, context.table, started_xid):
         if waited >= seconds:
             return False
-        context.notify(LateCommitsAwaited(holders=holding))
+        context.notify(events.LateCommitsAwaited(holders=holding))
         if await context.stop_signal.wait(POLL_SECONDS):
             return False
         waited += POLL_SECONDS
     if waited:
-        context.notify(LateCommitsOver())
+        context.notify(events.LateCommitsOver())
     return True
 
 
@@ -60,7 +52,7 @@ class LateRows:
     write: Callable[[Sequence[OlderRow]], Awaitable[Written]]
     gate: Gate
     drain: asyncio.Event
-    notify: Observer
+    notify: events.Observer
 
     async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
         """Rotate all of them until a drain begins, and return the number of rows with new values."""
@@ -85,22 +77,22 @@ class LateRows:
                 written = await self.write(rows)
             except RowsLockedError:
                 deferrals += 1
-                self.notify(RangeDeferred(rows=len(rows)))
+                self.notify(events.RangeDeferred(rows=len(rows)))
             except RangeRejectedError as error:
                 rejections += 1
                 if isinstance(error, RangeTooSlowError):
                     self.gate.sizer.shrink(len(rows))
                 splits = not retry.may_help(error, rows=len(rows), rejections=rejections)
                 if splits and len(rows) == 1:
-                    self.notify(RowRejected(key=rows[0].key, reason=error.condition))
+                    self.notify(events.RowRejected(key=rows[0].key, reason=error.condition))
                     break
-                self.notify(RangeRetried(rows=len(rows), reason=error.condition, split=splits))
+                self.notify(events.RangeRetried(rows=len(rows), reason=error.condition, split=splits))
                 if splits:
                     middle = len(rows) // 2
                     return await self.rotate(rows[:middle]) + await self.rotate(rows[middle:])
             else:
                 self.gate.count_completed(written.rows, written.server_seconds)
-                self.notify(LateRowsRotated(rows=written.rows))
+                self.notify(events.LateRowsRotated(rows=written.rows))
                 return written.rows
             await is_set_within(self.drain, retry.backoff_seconds(deferrals + rejections))
         return 0

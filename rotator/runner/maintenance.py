@@ -7,16 +7,7 @@ from typing import Final
 
 from psycopg import AsyncConnection, sql
 
-from rotator.events import (
-    Analyzed,
-    AnalyzeSkipped,
-    IndexRebuilt,
-    ReindexSkipped,
-    ReindexStarted,
-    Vacuumed,
-    VacuumSkipped,
-    VacuumStarted,
-)
+from rotator import events
 from rotator.exceptions import RotatorError
 from rotator.postgres import maintenance
 from rotator.postgres.connection import OwnConnection, connected
@@ -80,13 +71,13 @@ class Maintenance:
         """Vacuum once more and analyze, unless or until a stop is requested."""
         stop_signal = self._context.stop_signal
         if self._vacuums and not stop_signal.drain.is_set():
-            self._context.notify(VacuumStarted())
+            self._context.notify(events.VacuumStarted())
             vacuuming = self._while_busy(lambda control: self._vacuum(control, indexes=True))
             if reason := await stop_signal.run_until_stop(vacuuming):
                 self._report(reason)
         if reason := await self._analyze_unless_stopped():
             statement = f"ANALYZE {sql.Identifier(*self._context.table.path).as_string()};"
-            self._context.notify(AnalyzeSkipped(reason=reason, statement=statement))
+            self._context.notify(events.AnalyzeSkipped(reason=reason, statement=statement))
 
     async def _analyze_unless_stopped(self) -> str:
         """Replace the statistics, which hold old values; return the reason where they were not replaced."""
@@ -97,7 +88,7 @@ class Maintenance:
         started = time.monotonic()
         reason = await self._context.stop_signal.run_until_stop(self._while_busy(self._analyze))
         if reason == "":
-            self._context.notify(Analyzed(seconds=time.monotonic() - started))
+            self._context.notify(events.Analyzed(seconds=time.monotonic() - started))
         return STOPPED if reason is None else reason
 
     async def _while_busy(self, work: Callable[[AsyncConnection], Awaitable[str]]) -> str:
@@ -127,15 +118,15 @@ class Maintenance:
         except RotatorError as error:
             return str(error)
         if not reason:
-            self._context.notify(Vacuumed(seconds=time.monotonic() - started))
+            self._context.notify(events.Vacuumed(seconds=time.monotonic() - started))
         return reason
 
     def _report(self, reason: str, *, is_once: bool = False) -> None:
         if is_once:
-            self._context.notify(VacuumSkipped(reason=reason, is_once=True))
+            self._context.notify(events.VacuumSkipped(reason=reason, is_once=True))
         elif reason != self._reported:
             self._reported = reason
-            self._context.notify(VacuumSkipped(reason=reason))
+            self._context.notify(events.VacuumSkipped(reason=reason))
 
     async def reindex(self, rotation: int) -> None:
         """Rebuild the indexes one at a time, until a stop is requested.
@@ -179,7 +170,7 @@ class Maintenance:
         await self._drop_leftovers(builder)
         stale = await maintenance.find_stale_indexes(control, self._context.table, rotation)
         if stale:
-            self._context.notify(ReindexStarted(indexes=len(stale)))
+            self._context.notify(events.ReindexStarted(indexes=len(stale)))
         for index in stale:
             if drain.is_set():
                 return
@@ -188,7 +179,7 @@ class Maintenance:
                 self._skip_index(index.name, reason)
                 continue
             self._context.notify(
-                IndexRebuilt(
+                events.IndexRebuilt(
                     name=index.name,
                     seconds=time.monotonic() - started,
                     bytes_before=index.size_bytes,
@@ -214,7 +205,7 @@ class Maintenance:
                 self._skip_index(leftover, f"this invalid index could not be dropped, {reason}")
 
     def _skip_index(self, name: str, reason: str) -> None:
-        self._context.notify(ReindexSkipped(name=name, reason=reason))
+        self._context.notify(events.ReindexSkipped(name=name, reason=reason))
 
 
 def _has_grown(bytes_before: int, bytes_now: int) -> bool:
