@@ -1,7 +1,7 @@
 """The checks and measurements before a rotation writes anything."""
 
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import replace
+from typing import Final, TypeAlias
 
 from psycopg import AsyncConnection
 
@@ -164,17 +164,8 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions, notify
         return await examine(connection, context, counts=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Earlier:
-    """The earlier rotations of a target that matter to a new run.
-
-    Attributes:
-        unfinished: The rotation to resume; None where there is none.
-        completed: The latest completed rotation of the same rows and values; None where there is none.
-    """
-
-    unfinished: StoredRotation | None
-    completed: Completed | None
+Earlier: TypeAlias = tuple[StoredRotation | None, Completed | None]
+"""The rotation to resume, and the latest completed one of the same rows and values, if there are any."""
 
 
 async def find_earlier(server: Server, target: RunTarget, notify: Observer) -> Earlier:
@@ -186,9 +177,7 @@ async def find_earlier(server: Server, target: RunTarget, notify: Observer) -> E
     async with connected(server) as connection, lock_holders_named(server, notify):
         table = await read_target(connection, target)
         name, identity = table.found_name, (await read_identity(connection, table)).to_json()
-        return Earlier(
-            unfinished=await rotations.find_unfinished(connection, target.label, name),
-            completed=await rotations.find_last_completed(
-                connection, target.label, name, target.selection, identity
-            ),
+        return (
+            await rotations.find_unfinished(connection, target.label, name),
+            await rotations.find_last_completed(connection, target.label, name, target.selection, identity),
         )

@@ -102,9 +102,9 @@ class Command(OwnCommand):
             return None
         if prepared.options.reindex and not prepared.options.restart:
             with self._open_progress() as observer:
-                earlier = prepared.earlier(observer)
-            if earlier.unfinished is None and earlier.completed is not None:
-                self._reindex(prepared, earlier.completed.id)
+                unfinished, completed = prepared.earlier(observer)
+            if unfinished is None and completed is not None:
+                self._reindex(prepared, completed.id)
                 return None
         ask_for_help = self._ask_for_help(prepared.target.database)
         if options["detach"]:
@@ -185,26 +185,26 @@ class Command(OwnCommand):
         """Ask on a terminal whether to begin, and return the rotation that the user has agreed to."""
         if self._options["noinput"] or not can_ask():
             return prepared
-        options, earlier = prepared.options, prepared.earlier(observer)
-        if earlier.unfinished is not None:
+        options, (unfinished, completed) = prepared.options, prepared.earlier(observer)
+        if unfinished is not None:
             if not options.restart:
                 return prepared
             if not agrees(
-                f"Rotation {earlier.unfinished.id} of {prepared.target.label} is unfinished, with "
-                f"{earlier.unfinished.rows_done:,} of {earlier.unfinished.rows_total:,} rows done. "
+                f"Rotation {unfinished.id} of {prepared.target.label} is unfinished, with "
+                f"{unfinished.rows_done:,} of {unfinished.rows_total:,} rows done. "
                 "Abandon it and rotate all rows again?"
             ):
                 raise OptionError(
                     "Nothing was changed. Without --restart, the same command resumes the rotation."
                 )
-        elif earlier.completed is not None and not options.restart:
+        elif completed is not None and not options.restart:
             if not agrees(
-                f"Rotation {earlier.completed.id} completed {duration(earlier.completed.seconds_ago)} ago. "
+                f"Rotation {completed.id} completed {duration(completed.seconds_ago)} ago. "
                 "Rotate all rows again?"
             ):
                 raise OptionError("Nothing was changed.")
             # Not --restart, which would abandon a rotation that another process begins at this moment.
-            options = replace(options, after=earlier.completed.id)
+            options = replace(options, after=completed.id)
         sample = options.sample and options.preflight
         findings = replace(prepared, options=replace(options, sample=sample)).examine(observer)
         if options.preflight:
