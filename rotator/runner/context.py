@@ -40,7 +40,6 @@ class RunTarget:
         model: The label of the model, e.g. ``tickets.Ticket``.
         path: The table's name, after its schema where it has one; unquoted.
         key: The names of the primary key's columns, in its order.
-        columns: The names of the rotated columns.
         condition: The condition that rotated rows match; None for all rows.
         bypassed: The effects of ``save()`` that the update does not have, one phrase each.
         warnings: The warnings about the names of the fields, one sentence each.
@@ -82,7 +81,7 @@ class RunContext:
     target: RunTarget
     options: RunOptions
     notify: Observer
-    on_commit: OnCommit | None
+    on_commit: OnCommit | None = None
     ask_for_help: AskForHelp | None = None
     own_per_second: InitVar[float] = OWN_PER_SECOND
     findings: Findings | None = None

@@ -156,7 +156,7 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions, notify
     Raises:
         RotatorError: The target cannot be rotated, or the server cannot be asked.
     """
-    context = RunContext(server=server, target=target, options=options, notify=notify, on_commit=None)
+    context = RunContext(server=server, target=target, options=options, notify=notify)
     async with connected(server) as connection, lock_holders_named(server, notify):
         await check(connection, context)
         if options.sample and target.selection.generator:

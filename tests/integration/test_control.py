@@ -176,9 +176,7 @@ class Applied:
     def __init__(self, **options: object) -> None:
         chosen = RunOptions(**options)  # type: ignore[arg-type] # the options of a test
         unused: Any = None
-        context = RunContext(
-            server=Server(parameters={}), target=unused, options=chosen, notify=ignore, on_commit=None
-        )
+        context = RunContext(server=Server(parameters={}), target=unused, options=chosen, notify=ignore)
         self.gate, self.pacing = context.gate, context.pacing
         self.cancelled = list[str]()
         self.live = LiveControl(context, self.cancelled.append)

@@ -245,9 +245,7 @@ class _Owner:
         self._control = control
         self._lease = lease
         unused: Any = None
-        context = RunContext(
-            server=unused, target=unused, options=RunOptions(), notify=self.events.append, on_commit=None
-        )
+        context = RunContext(server=unused, target=unused, options=RunOptions(), notify=self.events.append)
         self._distribution = Distribution(control, lease, context, self._send)
 
     async def _send(self, _rotation: int, message: int) -> None:
