@@ -46,10 +46,10 @@ from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.values import FromRows
 from rotator.progress.lines import LogObserver
 from rotator.progress.text import stopped_by
+from rotator.runner import proof
 from rotator.runner.context import AskForHelp, RunTarget, ShouldStop
 from rotator.runner.leaked_rows import count_leaked
 from rotator.runner.preflight import Earlier, dry_run, find_earlier
-from rotator.runner.proof import forget, unguard
 from rotator.runner.runner import Run
 
 __all__ = ["RotateOptions", "RotationUnfinishedError", "Target", "rotate", "rotate_sync"]
@@ -252,7 +252,7 @@ def drop_ledger(database: str, rotation: int, *, only_guard: bool) -> bool:
 
     async def drop() -> bool:
         async with connected(server) as own:
-            return await (unguard if only_guard else forget)(own, rotation)
+            return await proof.drop_ledger(own, rotation, only_guard=only_guard)
 
     return run_in_new_loop(drop)
 

@@ -90,13 +90,13 @@ class Progress:
         settled_ranges: The number of ranges among them up to the settled id.
     """
 
-    spans: int = 0
-    deferrals: int = 0
-    claimable: int = 0
+    spans: int
+    deferrals: int
+    claimable: int
     settled: int
-    ranges: int = 0
-    rows: int = 0
-    settled_ranges: int = 0
+    ranges: int
+    rows: int
+    settled_ranges: int
     settled_rows: int = 0
 
 

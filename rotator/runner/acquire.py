@@ -7,7 +7,7 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import ActionKind, Findings, OwnerWatched
+from rotator.events import ActionKind, OwnerWatched
 from rotator.exceptions import (
     OptionError,
     OwnedElsewhereError,
@@ -22,9 +22,7 @@ from rotator.postgres.identity import REWRITTEN, TargetIdentity, changed_target,
 from rotator.postgres.last_writers import count_last_writers
 from rotator.postgres.owner import SILENT_SECONDS
 from rotator.postgres.rotations import RotationState
-from rotator.postgres.table import TargetTable
 from rotator.runner.context import RunContext
-from rotator.runner.preflight import terms_of
 
 WATCH_EVERY_SECONDS: Final = 0.25
 
@@ -34,9 +32,8 @@ class Acquired:
     """A rotation that this process owns.
 
     Attributes:
-        lease: The lease of this process.
         stopped_at: The last heartbeat of the run before; None for a new rotation.
-        is_completed: Whether it is completed, by a transaction whose reply was lost.
+        is_completed: Whether it is completed; the reply of that transaction may have been lost.
     """
 
     lease: Lease
@@ -44,12 +41,7 @@ class Acquired:
     is_completed: bool = False
 
 
-async def acquire(
-    connection: AsyncConnection,
-    table: TargetTable,
-    context: RunContext,
-    findings: Findings | None = None,
-) -> Acquired:
+async def acquire(connection: AsyncConnection, context: RunContext) -> Acquired:
     """Acquire the unfinished rotation of the target, or start a new one where there is none.
 
     Raises:
@@ -61,9 +53,9 @@ async def acquire(
         RotationFinishedError: The rotation of the options is finished.
         StoppedBeforeStartError: A stop was requested while its owner was being watched.
     """
-    target, options = context.target, context.options
+    target, table, options = context.target, context.table, context.options
     identity = await read_identity(connection, table)
-    terms = terms_of(table, target, options, identity, findings)
+    terms = context.terms(identity)
     while True:
         found = await rotations.find_unfinished(connection, target.label, table.found_name)
         if options.rotation is not None and (found is None or found.id != options.rotation):
@@ -77,7 +69,7 @@ async def acquire(
             if lease is not None:
                 return Acquired(lease=lease, stopped_at=None)
             continue
-        if await _is_alive(connection, table, context, found):
+        if await _is_alive(connection, context, found):
             raise OwnedElsewhereError(
                 f"Rotation {found.id} of {target.label} is being worked on by {found.owner} since "
                 f"{found.owned_since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC, with {found.rows_done:,} of "
@@ -87,7 +79,7 @@ async def acquire(
             await rotations.abandon(connection, found.lease)
             continue
         unless_begun = await _changes_generator(connection, context, found)
-        await _check_target(connection, table, context, found, identity)
+        await _check_target(connection, context, found, identity)
         lease = await rotations.take_over(
             connection,
             found.lease,
@@ -100,9 +92,7 @@ async def acquire(
             return Acquired(lease=lease, stopped_at=found.updated_at)
 
 
-async def _is_alive(
-    connection: AsyncConnection, table: TargetTable, context: RunContext, seen: RotationState
-) -> bool:
+async def _is_alive(connection: AsyncConnection, context: RunContext, seen: RotationState) -> bool:
     """Watch the heartbeat of the owner for up to ``SILENT_SECONDS``, and return whether it moves."""
     if seen.status != "running" or context.options.take_over or seen.owner.is_gone():
         return False
@@ -112,7 +102,7 @@ async def _is_alive(
     while clock() < until:
         if await context.stop_signal.wait(WATCH_EVERY_SECONDS):
             raise StoppedBeforeStartError(context.stop_signal.signal)
-        now = await rotations.find_unfinished(connection, context.target.label, table.found_name)
+        now = await rotations.find_unfinished(connection, context.target.label, context.table.found_name)
         if now is None and not context.options.restart:
             raise OwnedElsewhereError(
                 f"Rotation {seen.id} of {context.target.label} was finished by {seen.owner} just "
@@ -141,11 +131,7 @@ async def _changes_generator(connection: AsyncConnection, context: RunContext, f
 
 
 async def _check_target(
-    connection: AsyncConnection,
-    table: TargetTable,
-    context: RunContext,
-    found: RotationState,
-    identity: TargetIdentity,
+    connection: AsyncConnection, context: RunContext, found: RotationState, identity: TargetIdentity
 ) -> None:
     """Refuse to resume on a target to which the checkpoints do not apply."""
     saved = TargetIdentity.from_json(found.identity)
@@ -154,16 +140,14 @@ async def _check_target(
     difference = saved.difference(identity)
     if not difference and (rewritten := saved.rewritten(identity)):
         writers = await count_last_writers(
-            connection, table, rotation=found.id, started_xid=found.started_xid, rewritten=rewritten
+            connection, context.table, rotation=found.id, started_xid=found.started_xid, rewritten=rewritten
         )
         difference = REWRITTEN if writers.renewed else ""
     if difference:
         raise changed_target(found.id, context.target.label, difference)
 
 
-async def reacquire(
-    connection: AsyncConnection, acquired: Acquired, table: TargetTable, context: RunContext
-) -> Acquired:
+async def reacquire(connection: AsyncConnection, acquired: Acquired, context: RunContext) -> Acquired:
     """Acquire again a rotation that this process owned before it lost a connection.
 
     The lost connections may have committed a range, the takeover or the completion. Under the exclusive lock
@@ -182,6 +166,6 @@ async def reacquire(
             raise superseded()
         return replace(acquired, lease=completed, is_completed=True)
     saved = TargetIdentity.from_json((await rotations.read_state(connection, lease)).identity)
-    if saved and (difference := saved.difference(await read_identity(connection, table))):
+    if saved and (difference := saved.difference(await read_identity(connection, context.table))):
         raise changed_target(rotation, context.target.label, difference)
     return replace(acquired, lease=lease)

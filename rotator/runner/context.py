@@ -1,19 +1,20 @@
 """The target of a run, and what all parts of a run share."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TypeAlias
 
-from rotator.events import Observer, OnCommit
+from rotator.events import Findings, Observer, OnCommit
 from rotator.options import RunOptions, Selection
 from rotator.postgres.connection import Server
-from rotator.postgres.identity import SessionIdentity
+from rotator.postgres.identity import SessionIdentity, TargetIdentity
 from rotator.postgres.leaked import LeakedValues
-from rotator.postgres.owner import Owner
-from rotator.postgres.table import Condition
+from rotator.postgres.owner import Owner, this_process
+from rotator.postgres.rotations import Figures, Terms
+from rotator.postgres.table import Condition, TargetTable
 from rotator.postgres.values import ValueSource
 from rotator.runner.gate import Gate
-from rotator.runner.pacing import Pacing
+from rotator.runner.pacing import OWN_PER_SECOND, Pacing
 from rotator.runner.stop import StopSignal
 from rotator.runner.throttles import ThrottleSources
 from rotator.stats import Stats
@@ -39,7 +40,6 @@ class RunTarget:
         model: The label of the model, e.g. ``tickets.Ticket``.
         path: The table's name, after its schema where it has one; unquoted.
         key: The names of the primary key's columns, in its order.
-        columns: The names of the rotated columns.
         condition: The condition that rotated rows match; None for all rows.
         bypassed: The effects of ``save()`` that the update does not have, one phrase each.
         warnings: The warnings about the names of the fields, one sentence each.
@@ -63,25 +63,62 @@ class RunTarget:
     throttles: ThrottleSources = field(default_factory=ThrottleSources)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class RunContext:
-    """The parts of a run that all other parts use.
+    """The parts of a run, or of a Celery worker's help with one, that all other parts use.
+
+    A helper counts in statistics of its own: its ``stats`` stay empty. ``own_per_second`` is for the pacing
+    only (see :class:`OtherSessions`).
 
     Attributes:
-        owner: This process.
         notify: Passes an event to the statistics and to the observer.
         on_commit: Is awaited after each commit of rows; None without receivers.
         ask_for_help: Asks Celery workers to rewrite the ranges; None if this process rewrites them.
+        findings: The findings of the preflight, to be stored; None where there was none.
+        table: The target's table; set by the checks, which come before all other work.
+        owner: This process.
     """
 
     server: Server
     target: RunTarget
     options: RunOptions
-    owner: Owner
-    stop_signal: StopSignal
-    gate: Gate
-    pacing: Pacing
-    stats: Stats
     notify: Observer
-    on_commit: OnCommit | None
-    ask_for_help: AskForHelp | None
+    on_commit: OnCommit | None = None
+    ask_for_help: AskForHelp | None = None
+    own_per_second: InitVar[float] = OWN_PER_SECOND
+    findings: Findings | None = None
+    table: TargetTable = field(init=False, repr=False)
+    owner: Owner = field(default_factory=this_process)
+    stats: Stats = field(default_factory=Stats)
+    stop_signal: StopSignal = field(init=False)
+    gate: Gate = field(init=False)
+    pacing: Pacing = field(init=False)
+
+    def __post_init__(self, own_per_second: float) -> None:
+        options, notify = self.options, self.notify
+        self.stop_signal = StopSignal(notify)
+        self.gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=notify)
+        self.pacing = Pacing(self.server, self.gate, options.pace, notify, own_per_second=own_per_second)
+
+    @property
+    def figures(self) -> Figures:
+        """The figures of all runs of the rotation."""
+        stats, before = self.stats, self.stats.started
+        return Figures(
+            active_seconds=stats.active_seconds,
+            deferrals=stats.deferrals + (before.deferrals_before if before else 0),
+            retries=stats.retries + (before.retries_before if before else 0),
+            throttled_seconds=stats.held_seconds + (before.throttled_seconds_before if before else 0.0),
+        )
+
+    def terms(self, identity: TargetIdentity) -> Terms:
+        """Return the terms of a rotation that begins or is resumed now."""
+        return Terms(
+            target=self.target.label,
+            table_name=self.table.found_name,
+            database=self.target.database,
+            options=self.options.to_json(),
+            selection=self.target.selection.to_json(),
+            identity=identity.to_json(),
+            findings=self.findings,
+        )

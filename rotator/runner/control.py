@@ -3,17 +3,16 @@
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Final
 
-from rotator.events import LimitsChanged, Observer
+from rotator.events import LimitsChanged
 from rotator.exceptions import OptionError
-from rotator.options import RunOptions
 from rotator.postgres.control import Requested
 from rotator.postgres.owner import UNKNOWN_THROTTLES_SECONDS
 from rotator.runner.aio import handled_signals
+from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
-from rotator.runner.pacing import Pacing
 
 PAUSE: Final = "pause"
 OWNER: Final = "owner"
@@ -22,38 +21,35 @@ SIGNAL: Final = "SIGUSR1"
 
 @dataclass(slots=True)
 class LiveControl:
-    """Applies the control row of a rotation to a gate.
+    """Applies the control row of a rotation to the gate and the pace.
 
     Attributes:
         cancel: Is called with the user who cancels the rotation.
         revision: The latest revision that was applied.
     """
 
-    gate: Gate
-    pacing: Pacing
-    options: RunOptions
-    notify: Observer
-    _: KW_ONLY
+    context: RunContext
     cancel: Callable[[str], None]
     revision: int = 0
     _answered: int | None = None
 
     def apply(self, requested: Requested) -> None:
         """Apply the requests; do nothing where they have not changed."""
+        options, gate, pacing = self.context.options, self.context.gate, self.context.pacing
         if self._answered is None:
             # A request to cancel is for the owner of that time. A message of Celery begins a new owner of a
             # rotation that no user has resumed.
-            is_resumed_by_user = self.options.rotation is None
+            is_resumed_by_user = options.rotation is None
             self._answered = requested.revision if is_resumed_by_user else requested.applied_revision
-        self.gate.hold(PAUSE, f"paused by {requested.paused_by}" if requested.paused else "", slowly=False)
+        gate.hold(PAUSE, f"paused by {requested.paused_by}" if requested.paused else "", slowly=False)
         # A pace that only a newer version has changes nothing.
         with suppress(OptionError):
-            self.pacing.set_pace(requested.pace or self.options.pace)
-        concurrency = min(requested.concurrency or self.options.concurrency, self.gate.most_workers)
-        rows = requested.batch or self.options.batch
-        if (concurrency, rows) != (self.gate.concurrency, self.gate.max_rows):
-            self.gate.set_limits(concurrency=concurrency, rows=rows)
-            self.notify(LimitsChanged(concurrency=concurrency, batch=rows, by=requested.changed_by))
+            pacing.set_pace(requested.pace or options.pace)
+        concurrency = min(requested.concurrency or options.concurrency, gate.most_workers)
+        rows = requested.batch or options.batch
+        if (concurrency, rows) != (gate.concurrency, gate.max_rows):
+            gate.set_limits(concurrency=concurrency, rows=rows)
+            self.context.notify(LimitsChanged(concurrency=concurrency, batch=rows, by=requested.changed_by))
         if requested.cancel_revision > self._answered:
             self._answered = requested.cancel_revision
             self.cancel(requested.cancelled_by)
@@ -69,7 +65,7 @@ class LiveControl:
         limit = UNKNOWN_THROTTLES_SECONDS
         if not reason and has_throttles and silent_seconds > limit:
             reason = f"no heartbeat of the owner for {silent_seconds:.0f} s > {limit:.0f} s"
-        self.gate.hold(OWNER, reason)
+        self.context.gate.hold(OWNER, reason)
 
 
 def pause_signals(gate: Gate) -> AbstractContextManager[None]:

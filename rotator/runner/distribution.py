@@ -4,19 +4,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import (
-    BrokerUnreachable,
-    Observer,
-    RangeDeferred,
-    RowRejected,
-    WorkersProgressed,
-    WorkersSilent,
-)
+from rotator import events
 from rotator.exceptions import BrokerError, RangeRejectedError, RowsLockedError, ServerRefusedError
 from rotator.postgres import spans
 from rotator.postgres.fence import Lease
@@ -24,7 +17,7 @@ from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import HelperState, Progress
 from rotator.ranges import Key, KeyInterval
 from rotator.runner.aio import is_set_within
-from rotator.runner.context import AskForHelp
+from rotator.runner.context import AskForHelp, RunContext
 from rotator.runner.engine import MAX_FAILED_ROWS
 
 POLL_SECONDS: Final = 0.1
@@ -49,12 +42,9 @@ class Distribution:
     """
 
     connection: AsyncConnection
-    planner: IndexPlanner
     lease: Lease
+    context: RunContext
     ask_for_help: AskForHelp
-    _: KW_ONLY
-    batch: int
-    notify: Observer
     _read_at: float = field(default_factory=time.monotonic)
     _alive_at: float = field(default_factory=time.monotonic)
     _failed_rows: int = 0
@@ -62,14 +52,7 @@ class Distribution:
     _sending: asyncio.Task[list[int]] | None = None
     _is_broker_lost: bool = False
 
-    async def run(
-        self,
-        gaps: Sequence[KeyInterval],
-        drain: asyncio.Event,
-        *,
-        rows_left: int,
-        max_rows: int | None,
-    ) -> None:
+    async def run(self, gaps: Sequence[KeyInterval], *, rows_left: int, max_rows: int | None) -> None:
         """Have Celery workers rotate the gaps, which have about ``rows_left`` rows, until a drain begins.
 
         Raises:
@@ -77,9 +60,14 @@ class Distribution:
             RangeRejectedError: More than ``MAX_FAILED_ROWS`` rows were rejected.
             SupersededError: This process does not own the rotation any more.
         """
-        progress = Progress(settled=await spans.clear(self.connection, self.lease))
-        left, limit = deque(gaps), max_rows
-        span_rows = self.batch * ranges_per_span(rows_left, self.batch)
+        settled = await spans.clear(self.connection, self.lease)
+        progress = Progress(
+            spans=0, deferrals=0, claimable=0, settled=settled, ranges=0, rows=0, settled_ranges=0
+        )
+        planner = IndexPlanner(self.connection, self.context.table)
+        left, limit, batch = deque(gaps), max_rows, self.context.options.batch
+        span_rows = batch * ranges_per_span(rows_left, batch)
+        drain = self.context.stop_signal.drain
         try:
             while not drain.is_set():
                 progress = await self._read(progress)
@@ -92,11 +80,11 @@ class Distribution:
                 planned, is_locked = progress.spans, False
                 while left and planned < SPANS_AHEAD and limit != 0 and not is_locked:
                     try:
-                        limit = await self._plan(left, span_rows, limit)
+                        limit = await self._plan(planner, left, span_rows, limit)
                         planned += 1
                     except RowsLockedError:
                         is_locked = True
-                        self.notify(RangeDeferred(rows=0))
+                        self.context.notify(events.RangeDeferred(rows=0))
                 if not planned and not is_locked:
                     return
                 await is_set_within(drain, POLL_SECONDS)
@@ -104,9 +92,11 @@ class Distribution:
             if self._sending is not None:
                 self._sending.cancel()
 
-    async def _plan(self, left: deque[KeyInterval], span_rows: int, limit: int | None) -> int | None:
+    async def _plan(
+        self, planner: IndexPlanner, left: deque[KeyInterval], span_rows: int, limit: int | None
+    ) -> int | None:
         gap = left[0]
-        planned = await self.planner.next_range(gap, span_rows if limit is None else min(span_rows, limit))
+        planned = await planner.next_range(gap, span_rows if limit is None else min(span_rows, limit))
         left.popleft()
         if planned.through != gap.through:
             left.appendleft(KeyInterval(after=planned.through, through=gap.through))
@@ -124,8 +114,8 @@ class Distribution:
         retries = sum(s.retries for s in finished)
         read_at = time.monotonic()
         if ranges or deferrals or retries:
-            self.notify(
-                WorkersProgressed(
+            self.context.notify(
+                events.WorkersProgressed(
                     ranges=ranges,
                     rows=rows,
                     deferrals=deferrals,
@@ -136,7 +126,7 @@ class Distribution:
         self._read_at = read_at
         for key, reason in (failed for span in finished for failed in span.failed_keys):
             self._failed_rows += 1
-            self.notify(RowRejected(key=Key(key), reason=reason))
+            self.context.notify(events.RowRejected(key=Key(key), reason=reason))
             if self._failed_rows > MAX_FAILED_ROWS:
                 raise RangeRejectedError(reason, retryable=False)
         return progress
@@ -160,7 +150,7 @@ class Distribution:
         if not lost and more <= 0:
             return
         if lost and now - self._alive_at >= PATIENCE_SECONDS and not self._is_broker_lost:
-            self.notify(WorkersSilent(seconds=now - self._alive_at))
+            self.context.notify(events.WorkersSilent(seconds=now - self._alive_at))
             self._patience_seconds = min(2 * self._patience_seconds, MAX_PATIENCE_SECONDS)
         messages = [
             await spans.add_helper(self.connection, self.lease, instead_of=helper)
@@ -177,7 +167,7 @@ class Distribution:
                 sent.append(message)
         except BrokerError as error:
             if not self._is_broker_lost:
-                self.notify(BrokerUnreachable(reason=str(error)))
+                self.context.notify(events.BrokerUnreachable(reason=str(error)))
             self._is_broker_lost = True
             await asyncio.sleep(RETRY_BROKER_SECONDS)
         else:

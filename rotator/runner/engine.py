@@ -3,7 +3,7 @@
 import asyncio
 import heapq
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import count
 from typing import Final, NamedTuple, TypeAlias
 
@@ -136,6 +136,7 @@ class Engine:
     notify: Observer
     max_rows: int | None = None
     has_rotated: bool = False
+    _queue: WorkQueue = field(init=False)
     _failed_rows: int = 0
     _failed_rows_in_a_row: int = 0
 
@@ -157,25 +158,25 @@ class Engine:
                 ``MAX_FAILED_ROWS_IN_A_ROW`` one after the other.
             Exception: The first error of the planner or the writer; the other workers are cancelled.
         """
-        queue = WorkQueue(drain)
+        self._queue = WorkQueue(drain)
         with unwrap_group():
             async with asyncio.TaskGroup() as tasks:
-                planner = tasks.create_task(self._plan(intervals, queue), name="rotator planner")
+                planner = tasks.create_task(self._plan(intervals), name="rotator planner")
                 workers = [
-                    tasks.create_task(self._work(queue), name=f"rotator worker {number}")
+                    tasks.create_task(self._work(), name=f"rotator worker {number}")
                     for number in range(1, self.gate.most_workers + 1)
                 ]
                 await asyncio.wait(workers)
                 # After a drain the planner may still wait for room in the queue.
                 planner.cancel()
 
-    async def _plan(self, intervals: Iterable[KeyInterval], queue: WorkQueue) -> None:
-        rows_left = self.max_rows
+    async def _plan(self, intervals: Iterable[KeyInterval]) -> None:
+        queue, rows_left = self._queue, self.max_rows
         for interval in intervals:
             rest = interval
             while not queue.drain.is_set() and rows_left != 0:
                 batch = self.gate.rows if rows_left is None else min(self.gate.rows, rows_left)
-                key_range = await self._next_range(rest, batch, queue)
+                key_range = await self._next_range(rest, batch)
                 if key_range is None:
                     break
                 if rows_left is not None:
@@ -186,48 +187,48 @@ class Engine:
                 rest = KeyInterval(after=key_range.through, through=interval.through)
         await queue.planned.put(None)
 
-    async def _work(self, queue: WorkQueue) -> None:
-        while (attempt := await queue.take()) is not None:
-            async with self.gate.passage(queue.drain) as may_begin:
+    async def _work(self) -> None:
+        while (attempt := await self._queue.take()) is not None:
+            async with self.gate.passage(self._queue.drain) as may_begin:
                 if may_begin:
-                    await self._write(await self._cut(attempt, queue), queue)
+                    await self._write(await self._cut(attempt))
 
-    async def _cut(self, attempt: Attempt, queue: WorkQueue) -> Attempt:
+    async def _cut(self, attempt: Attempt) -> Attempt:
         """Return the first part of a range that has become too large, and put the rest back."""
         if not self.gate.is_too_large(attempt.key_range.rows):
             return attempt
-        first, *rest = await self._split(attempt.key_range, self.gate.rows, queue)
+        first, *rest = await self._split(attempt.key_range, self.gate.rows)
         for part in rest:
-            queue.requeue(attempt._replace(key_range=part), delay_seconds=0)
+            self._queue.requeue(attempt._replace(key_range=part), delay_seconds=0)
         return attempt._replace(key_range=first)
 
-    async def _write(self, attempt: Attempt, queue: WorkQueue) -> None:
+    async def _write(self, attempt: Attempt) -> None:
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
             written = await self.write_range(attempt.key_range)
         except RowsLockedError:
-            await self._defer(attempt, queue)
+            await self._defer(attempt)
         except RangeRejectedError as error:
-            await self._retry(attempt, error, queue)
+            await self._retry(attempt, error)
         else:
             self.gate.count_completed(written.rows, written.server_seconds)
             if written.rows:
                 self.has_rotated, self._failed_rows_in_a_row = True, 0
             self.notify(RangeCompleted(rows=written.rows, seconds=clock() - started))
 
-    async def _defer(self, attempt: Attempt, queue: WorkQueue) -> None:
+    async def _defer(self, attempt: Attempt) -> None:
         key_range, deferrals = attempt.key_range, attempt.deferrals + 1
         self.notify(RangeDeferred(rows=key_range.rows))
         # The halves of many locked ranges would soon exceed the memory cap of the queue.
-        splits = deferrals >= DEFERRALS_BEFORE_SPLIT and key_range.rows > 1 and not queue.is_full
-        parts = await self._split(key_range, key_range.rows // 2, queue) if splits else [key_range]
+        splits = deferrals >= DEFERRALS_BEFORE_SPLIT and key_range.rows > 1 and not self._queue.is_full
+        parts = await self._split(key_range, key_range.rows // 2) if splits else [key_range]
         for part in parts:
             deferred = attempt._replace(key_range=part, deferrals=deferrals)
-            queue.requeue(deferred, delay_seconds=retry.backoff_seconds(deferrals))
+            self._queue.requeue(deferred, delay_seconds=retry.backoff_seconds(deferrals))
 
-    async def _retry(self, attempt: Attempt, error: RangeRejectedError, queue: WorkQueue) -> None:
-        key_range, rejections = attempt.key_range, attempt.rejections + 1
+    async def _retry(self, attempt: Attempt, error: RangeRejectedError) -> None:
+        queue, key_range, rejections = self._queue, attempt.key_range, attempt.rejections + 1
         is_too_slow = isinstance(error, RangeTooSlowError)
         if is_too_slow:
             self.gate.sizer.shrink(key_range.rows)
@@ -244,7 +245,7 @@ class Engine:
             queue.requeue(rejected, delay_seconds=delay_seconds)
             return
         probes = not (is_too_slow or attempt.is_probed)
-        first, *rest = await self._split(key_range, 1 if probes else key_range.rows // 2, queue)
+        first, *rest = await self._split(key_range, 1 if probes else key_range.rows // 2)
         queue.requeue(Attempt(first, attempt.deferrals, is_probed=was_probed), delay_seconds=delay_seconds)
         for part in rest:
             queue.requeue(
@@ -263,7 +264,7 @@ class Engine:
         if self._failed_rows_in_a_row >= most:
             raise EveryRowRejectedError(self._failed_rows_in_a_row, error.condition)
 
-    async def _next_range(self, interval: KeyInterval, batch: int, queue: WorkQueue) -> KeyRange | None:
+    async def _next_range(self, interval: KeyInterval, batch: int) -> KeyRange | None:
         """Plan a range as soon as the table is not locked; None where a drain began before."""
         attempts = 0
         while True:
@@ -272,12 +273,12 @@ class Engine:
             except RowsLockedError:
                 attempts += 1
                 self.notify(RangeDeferred(rows=0))
-            if await is_set_within(queue.drain, retry.backoff_seconds(attempts)):
+            if await is_set_within(self._queue.drain, retry.backoff_seconds(attempts)):
                 return None
 
-    async def _split(self, key_range: KeyRange, rows: int, queue: WorkQueue) -> list[KeyRange]:
+    async def _split(self, key_range: KeyRange, rows: int) -> list[KeyRange]:
         """Split a range after the first ``rows`` rows that it holds now."""
-        first = await self._next_range(key_range, rows, queue)
+        first = await self._next_range(key_range, rows)
         if first is None:
             return [key_range]
         if first.through == key_range.through:

@@ -37,7 +37,6 @@ class Gate:
         most_workers: The upper limit of workers at the start; no later limit is higher.
         concurrency: The present upper limit of workers.
         max_rows: The upper limit of rows in a range.
-        sizer: The size of the next range.
         busy: The number of workers that write a range now.
     """
 

@@ -1,5 +1,6 @@
 """Waits for old transactions, and rotates the rows that no range has written."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -7,50 +8,36 @@ from typing import Final
 
 from psycopg import AsyncConnection
 
-from rotator.events import (
-    LateCommitsAwaited,
-    LateCommitsOver,
-    LateRowsRotated,
-    Observer,
-    RangeDeferred,
-    RangeRetried,
-    RowRejected,
-)
+from rotator import events
 from rotator.exceptions import RangeRejectedError, RangeTooSlowError, RowsLockedError
 from rotator.postgres.activity import holders
-from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow
 from rotator.ranges import Written
 from rotator.runner import retry
+from rotator.runner.aio import is_set_within
 from rotator.runner.context import RunContext
 from rotator.runner.gate import Gate
-from rotator.runner.stop import StopSignal
 
 POLL_SECONDS: Final = 0.25
 
 
 async def wait_for_older_writers(
-    connection: AsyncConnection,
-    table: TargetTable,
-    started_xid: int,
-    context: RunContext,
-    *,
-    seconds: float = inf,
+    connection: AsyncConnection, started_xid: int, context: RunContext, *, seconds: float = inf
 ) -> bool:
     """Wait for the transactions that wrote to the target before the rotation began, or for a stop.
 
     Return whether they have ended.
     """
     waited = 0.0
-    while holding := await holders(connection, table, started_xid):
+    while holding := await holders(connection, context.table, started_xid):
         if waited >= seconds:
             return False
-        context.notify(LateCommitsAwaited(holders=holding))
+        context.notify(events.LateCommitsAwaited(holders=holding))
         if await context.stop_signal.wait(POLL_SECONDS):
             return False
         waited += POLL_SECONDS
     if waited:
-        context.notify(LateCommitsOver())
+        context.notify(events.LateCommitsOver())
     return True
 
 
@@ -64,16 +51,16 @@ class LateRows:
 
     write: Callable[[Sequence[OlderRow]], Awaitable[Written]]
     gate: Gate
-    stop_signal: StopSignal
-    notify: Observer
+    drain: asyncio.Event
+    notify: events.Observer
 
     async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
-        """Rotate all of them until a stop is requested, and return the number of rows with new values."""
+        """Rotate all of them until a drain begins, and return the number of rows with new values."""
         rotated = 0
         async for rows in found:
             rest = rows
             while rest:
-                async with self.gate.passage(self.stop_signal.drain) as may_begin:
+                async with self.gate.passage(self.drain) as may_begin:
                     if not may_begin:
                         return rotated
                     # The pace may have changed since they were found.
@@ -85,27 +72,27 @@ class LateRows:
     async def rotate(self, rows: Sequence[OlderRow]) -> int:
         """Rotate rows of one leaf, and return their number; rows that the server rejects are reported."""
         deferrals = rejections = 0
-        while not self.stop_signal.drain.is_set():
+        while not self.drain.is_set():
             try:
                 written = await self.write(rows)
             except RowsLockedError:
                 deferrals += 1
-                self.notify(RangeDeferred(rows=len(rows)))
+                self.notify(events.RangeDeferred(rows=len(rows)))
             except RangeRejectedError as error:
                 rejections += 1
                 if isinstance(error, RangeTooSlowError):
                     self.gate.sizer.shrink(len(rows))
                 splits = not retry.may_help(error, rows=len(rows), rejections=rejections)
                 if splits and len(rows) == 1:
-                    self.notify(RowRejected(key=rows[0].key, reason=error.condition))
+                    self.notify(events.RowRejected(key=rows[0].key, reason=error.condition))
                     break
-                self.notify(RangeRetried(rows=len(rows), reason=error.condition, split=splits))
+                self.notify(events.RangeRetried(rows=len(rows), reason=error.condition, split=splits))
                 if splits:
                     middle = len(rows) // 2
                     return await self.rotate(rows[:middle]) + await self.rotate(rows[middle:])
             else:
                 self.gate.count_completed(written.rows, written.server_seconds)
-                self.notify(LateRowsRotated(rows=written.rows))
+                self.notify(events.LateRowsRotated(rows=written.rows))
                 return written.rows
-            await self.stop_signal.wait(retry.backoff_seconds(deferrals + rejections))
+            await is_set_within(self.drain, retry.backoff_seconds(deferrals + rejections))
         return 0

@@ -13,7 +13,6 @@ from rotator.postgres import leaked, rotations
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.leaked import LeakedValues
 from rotator.postgres.rotations import RotationState
-from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, RangeUpdate, write_placed
 from rotator.runner.context import RunContext, RunTarget
 from rotator.runner.late_rows import LateRows, wait_for_older_writers
@@ -32,7 +31,6 @@ class LeakedRows:
     """
 
     connection: AsyncConnection
-    table: TargetTable
     context: RunContext
     values: LeakedValues
 
@@ -54,7 +52,7 @@ class LeakedRows:
     async def _search(self) -> int | None:
         """Search the table, and return the number of rows found; None where a stop cancelled it."""
         return await self.context.stop_signal.run_until_stop(
-            leaked.search(self.connection, self.table, self.values)
+            leaked.search(self.connection, self.context.table, self.values)
         )
 
     async def rotate(self, owned: RotationState) -> EndStatus:
@@ -65,19 +63,19 @@ class LeakedRows:
         """
         context = self.context
         drain, notify = context.stop_signal.drain, context.notify
-        update = RangeUpdate(self.table, context.target.source, context.options.limits)
+        update = RangeUpdate(context.table, context.target.source, context.options.limits)
         write = partial(write_placed, self.connection, update, owned.lease, context.on_commit)
+        late_rows = LateRows(write, context.gate, drain, notify)
         attempts = 0
         while not drain.is_set():
             notify(found_event(self.values))
-            late_rows = LateRows(write, context.gate, context.stop_signal, notify)
             rotated = await late_rows.rotate_all(self._batches())
             if drain.is_set():
                 break
             if context.stats.rejected_keys:
                 return "failed"
             # A transaction that is still open can commit an old value.
-            await wait_for_older_writers(self.connection, self.table, owned.started_xid, context)
+            await wait_for_older_writers(self.connection, owned.started_xid, context)
             found = await self._search()
             if found is None or drain.is_set():
                 break

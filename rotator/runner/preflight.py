@@ -7,7 +7,7 @@ from psycopg import AsyncConnection
 
 from rotator.events import Findings, LimitRaised, Observer, Sample
 from rotator.exceptions import MissingPrivilegesError
-from rotator.options import RunOptions, Selection, WaitLimits, read_pace
+from rotator.options import RunOptions, Selection, read_pace
 from rotator.postgres import rotations
 from rotator.postgres.catalog import (
     check_server,
@@ -17,14 +17,14 @@ from rotator.postgres.catalog import (
     read_update_triggers,
 )
 from rotator.postgres.connection import Server, connected
-from rotator.postgres.identity import TargetIdentity, check_session, read_identity
+from rotator.postgres.identity import check_session, read_identity
 from rotator.postgres.ledger import Ledger, check_not_guessable
 from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
-from rotator.postgres.rotations import Completed, RotationState, Terms
+from rotator.postgres.rotations import Completed, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate
 from rotator.ranges import Key
-from rotator.runner.context import RunTarget
+from rotator.runner.context import RunContext, RunTarget
 from rotator.runner.locks import lock_holders_named
 from rotator.runner.throttles import Throttles
 
@@ -38,55 +38,58 @@ OTHER_CONNECTIONS: Final = 3
 async def measured_update(
     connection: AsyncConnection,
     table: TargetTable,
-    target: RunTarget,
-    limits: WaitLimits,
+    context: RunContext,
     key: Key,
-    notify: Observer,
-    *,
     ledger: Ledger | None = None,
 ) -> RangeUpdate:
     """Return the update of the ranges, with a higher limit where the server takes long to plan it.
 
-    The server keeps its plan where the table has neither partitions nor triggers. ``key`` is any key of the
-    table. ``ledger`` is that of the rotation; None where the ranges enter no values.
+    The server keeps its plan where the table has neither partitions nor triggers. ``table`` can differ from
+    the context's: a repair leaves its condition out. ``key`` is any key of the table. ``ledger`` is that of
+    the rotation; None where the ranges enter no values.
     """
+    source, limits = context.target.source, context.options.limits
     if not table.is_partitioned:
         has_triggers = bool(await read_update_triggers(connection, table))
-        return RangeUpdate(table, target.source, limits, ledger, keeps_plan=not has_triggers)
-    update = RangeUpdate(table, target.source, limits, ledger)
+        return RangeUpdate(table, source, limits, ledger, keeps_plan=not has_triggers)
+    update = RangeUpdate(table, source, limits, ledger)
     seconds = await update.planning_seconds(connection, key)
     if seconds < limits.statement_seconds * MIN_PART_OF_LIMIT:
         return update
-    more_seconds = PLANNING_TIMES * seconds
-    statement_seconds = limits.statement_seconds + more_seconds
-    partitions = await count_partitions(connection, table)
-    notify(LimitRaised(planning_seconds=seconds, partitions=partitions, statement_seconds=statement_seconds))
     # A transaction gets as much more time as a statement.
+    more_seconds = PLANNING_TIMES * seconds
     limits = replace(
         limits,
-        statement_seconds=statement_seconds,
+        statement_seconds=limits.statement_seconds + more_seconds,
         transaction_seconds=limits.transaction_seconds + more_seconds,
     )
-    return RangeUpdate(table, target.source, limits, ledger)
+    context.notify(
+        LimitRaised(
+            planning_seconds=seconds,
+            partitions=await count_partitions(connection, table),
+            statement_seconds=limits.statement_seconds,
+        )
+    )
+    return RangeUpdate(table, source, limits, ledger)
 
 
-async def check(connection: AsyncConnection, target: RunTarget, options: RunOptions) -> TargetTable:
-    """Return the target's table, after the checks that refuse a rotation.
+async def check(connection: AsyncConnection, context: RunContext) -> None:
+    """Read the target's table into the context, and make the checks that refuse a rotation.
 
     Raises:
         MissingPrivilegesError: The role lacks a privilege.
         RotatorError: The rotation cannot run; nothing was changed.
     """
+    target, options = context.target, context.options
     is_paced = read_pace(options.pace).latency_limit is not None
     connections = options.concurrency + OTHER_CONNECTIONS + is_paced
     await check_server(connection, connections=connections, concurrency=options.concurrency)
-    table = await read_target(connection, target)
+    context.table = table = await read_target(connection, target)
     if grants := await missing_grants(connection, table, proves=options.prove, guards=bool(options.guard)):
         raise MissingPrivilegesError(grants)
     await Throttles(options, target.throttles).check(connection)
     if options.prove:
         await check_not_guessable(connection, table)
-    return table
 
 
 async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetTable:
@@ -108,48 +111,26 @@ async def read_target(connection: AsyncConnection, target: RunTarget) -> TargetT
     )
 
 
-def terms_of(
-    table: TargetTable,
-    target: RunTarget,
-    options: RunOptions,
-    identity: TargetIdentity,
-    findings: Findings | None = None,
-) -> Terms:
-    """Return the terms of a rotation that begins or is resumed now."""
-    return Terms(
-        target=target.label,
-        table_name=table.found_name,
-        database=target.database,
-        options=options.to_json(),
-        selection=target.selection.to_json(),
-        identity=identity.to_json(),
-        findings=findings,
-    )
-
-
-async def examine(
-    connection: AsyncConnection,
-    table: TargetTable,
-    server: Server,
-    target: RunTarget,
-    options: RunOptions,
-    *,
-    counts: bool = False,
-) -> Findings:
+async def examine(connection: AsyncConnection, context: RunContext, *, counts: bool = False) -> Findings:
     """Return the findings of the preflight, with the rows counted, for a limited time, or only estimated.
 
     Raises:
         RotatorError: The server cannot be asked.
     """
+    target, table, options = context.target, context.table, context.options
     unfinished = None
     if not options.restart:
         unfinished = await rotations.find_unfinished(connection, target.label, table.found_name)
     found = await examine_table(connection, table, counts=counts)
     measured = Sample()
     if options.sample:
-        update = RangeUpdate(table, target.source, options.limits)
         measured = await sample(
-            connection, server, update, rows=found.rows, batch=options.batch, concurrency=options.concurrency
+            connection,
+            context.server,
+            RangeUpdate(table, target.source, options.limits),
+            rows=found.rows,
+            batch=options.batch,
+            concurrency=options.concurrency,
         )
     return Findings(
         target=target.label,
@@ -176,11 +157,12 @@ async def dry_run(server: Server, target: RunTarget, options: RunOptions, notify
     Raises:
         RotatorError: The target cannot be rotated, or the server cannot be asked.
     """
+    context = RunContext(server=server, target=target, options=options, notify=notify)
     async with connected(server) as connection, lock_holders_named(server, notify):
-        table = await check(connection, target, options)
+        await check(connection, context)
         if options.sample and target.selection.generator:
-            await check_values(connection, RangeUpdate(table, target.source, options.limits))
-        return await examine(connection, table, server, target, options, counts=True)
+            await check_values(connection, RangeUpdate(context.table, target.source, options.limits))
+        return await examine(connection, context, counts=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,9 +184,10 @@ async def find_earlier(server: Server, target: RunTarget, options: RunOptions, n
     Raises:
         RotatorError: The target cannot be rotated, or the server is unreachable.
     """
+    context = RunContext(server=server, target=target, options=options, notify=notify)
     async with connected(server) as connection, lock_holders_named(server, notify):
-        table = await read_target(connection, target)
-        terms = terms_of(table, target, options, await read_identity(connection, table))
+        context.table = await read_target(connection, target)
+        terms = context.terms(await read_identity(connection, context.table))
         return Earlier(
             unfinished=await rotations.find_unfinished(connection, terms.target, terms.table_name),
             completed=await rotations.find_last_completed(connection, terms),

@@ -28,7 +28,6 @@ from rotator.postgres.ledger import (
 from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.rotations import RotationState
 from rotator.postgres.survivors import control_ledger
-from rotator.postgres.table import TargetTable
 from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner import retry
 from rotator.runner.context import RunContext
@@ -47,7 +46,6 @@ class Proof:
 
     connection: AsyncConnection
     pool: AsyncConnectionPool
-    table: TargetTable
     context: RunContext
 
     async def prepare(self, owned: RotationState) -> Ledger | None:
@@ -79,7 +77,7 @@ class Proof:
         context, lease = self.context, owned.lease
         started = time.monotonic()
         # Otherwise a row that is committed late could be rotated before its value enters the ledger.
-        if not await wait_for_older_writers(self.connection, self.table, owned.started_xid, context):
+        if not await wait_for_older_writers(self.connection, owned.started_xid, context):
             return None
         context.notify(LedgerStarted())
         if ledger is None:
@@ -96,7 +94,7 @@ class Proof:
         if bound is not None:
             rows, found = await control_ledger(
                 self.connection,
-                self.table,
+                context.table,
                 ledger,
                 started_xid=owned.started_xid,
                 bound=bound,
@@ -116,7 +114,7 @@ class Proof:
 
         The next ranges are planned in the meantime.
         """
-        planner = IndexPlanner(self.connection, self.table)
+        planner = IndexPlanner(self.connection, self.context.table)
         rest, drain = KeyInterval(after=ledger.through, through=bound), self.context.stop_signal.drain
         rows, attempts, planned = LOAD_ROWS, 0, list[KeyRange]()
         while rest.after != bound and not drain.is_set():
@@ -155,7 +153,7 @@ class Proof:
         async def load(at: int) -> None:
             before = committed[at - 1] if at else None
             async with translate_errors(seconds=None), self.pool.connection() as connection:
-                await load_range(connection, lease, self.table, ledger, planned[at], before)
+                await load_range(connection, lease, self.context.table, ledger, planned[at], before)
             committed[at].set()
             self.context.notify(LedgerProgressed(rows=planned[at].rows))
 
@@ -165,39 +163,28 @@ class Proof:
                     tasks.create_task(load(at), name=f"rotator ledger {at + 1}")
 
     async def _add_guard(self, ledger: Ledger, action: str) -> None:
+        table = self.context.table
         adding = until_unlocked(
-            partial(add_guard, self.connection, ledger, self.table, action),
-            f"add the guard to {self.table.found_name}",
+            partial(add_guard, self.connection, ledger, table, action), f"add the guard to {table.found_name}"
         )
         await self.context.stop_signal.run_until_stop(adding)
         if not self.context.stop_signal.drain.is_set():
             self.context.notify(GuardAdded(action=action))
 
 
-async def unguard(connection: AsyncConnection, rotation: int) -> bool:
-    """Remove the guard of a rotation, and return whether it had one.
+async def drop_ledger(connection: AsyncConnection, rotation: int, *, only_guard: bool) -> bool:
+    """Remove the guard of a rotation, and its ledger unless ``only_guard``; return whether there was one.
 
     Raises:
         RotatorError: Other sessions held locks on the table at each attempt.
     """
     ledger = await find_ledger(connection, rotation)
-    if ledger is None or not ledger.guard:
+    if ledger is None or (only_guard and not ledger.guard):
         return False
-    await until_unlocked(partial(remove_guard, connection, ledger), "remove the guard")
-    return True
-
-
-async def forget(connection: AsyncConnection, rotation: int) -> bool:
-    """Drop the ledger of a rotation, and its guard; return whether it had a ledger.
-
-    Raises:
-        RotatorError: Other sessions held locks on the table at each attempt.
-    """
-    ledger = await find_ledger(connection, rotation)
-    if ledger is None:
-        return False
-    await unguard(connection, rotation)
-    await until_unlocked(partial(forget_ledger, connection, ledger), "drop the ledger")
+    if ledger.guard:
+        await until_unlocked(partial(remove_guard, connection, ledger), "remove the guard")
+    if not only_guard:
+        await until_unlocked(partial(forget_ledger, connection, ledger), "drop the ledger")
     return True
 
 

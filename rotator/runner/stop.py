@@ -3,8 +3,8 @@
 import asyncio
 import signal
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -27,6 +27,7 @@ class StopSignal:
         drain: Set by the first request: no more ranges begin.
         by: The user who cancelled the rotation; empty for any other reason.
         aborted: Whether a second signal asked to cancel the ranges in flight.
+        work: The task that the second signal cancels.
     """
 
     def __init__(self, notify: Observer) -> None:
@@ -35,7 +36,7 @@ class StopSignal:
         self.by = ""
         self.signal: signal.Signals | None = None
         self.aborted = False
-        self._work: asyncio.Task[object] | None = None
+        self.work: asyncio.Task[object] | None = None
         self._notify = notify
         self._signalled_at = 0.0
 
@@ -61,8 +62,8 @@ class StopSignal:
             self.request(StopReason(received.name))
         elif received is signal.SIGINT or now - self._signalled_at >= SAME_REQUEST_SECONDS:
             self.aborted = True
-            if self._work is not None:
-                self._work.cancel()
+            if self.work is not None:
+                self.work.cancel()
 
     async def wait(self, seconds: float) -> bool:
         """Wait for a request at most so long, and return whether there was one."""
@@ -79,17 +80,6 @@ class StopSignal:
             working.cancel()
             stop.cancel()
             await asyncio.gather(working, stop, return_exceptions=True)
-
-    @contextmanager
-    def aborting(self, work: "asyncio.Task[object]") -> Iterator[None]:
-        """Cancel this task on the second signal."""
-        self._work = work
-        if self.aborted:
-            work.cancel()
-        try:
-            yield
-        finally:
-            self._work = None
 
     def signals(self) -> AbstractContextManager[None]:
         """Handle the signals that request a stop, where this is the main thread."""

@@ -1,9 +1,11 @@
 """Verifies a rotation: what it has written, and whether a row has a value that is in the ledger."""
 
+import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from typing import Final
 
 from psycopg import AsyncConnection
@@ -26,14 +28,12 @@ from rotator.postgres.planner import IndexPlanner, count_table, gaps, last_key
 from rotator.postgres.preflight import name_server
 from rotator.postgres.rotations import RotationState, read_rotation
 from rotator.postgres.survivors import Search
-from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import OlderRow, write_placed
 from rotator.ranges import Key, KeyInterval, KeyRange
 from rotator.runner import retry
 from rotator.runner.context import RunContext
 from rotator.runner.late_rows import LateRows
 from rotator.runner.preflight import measured_update
-from rotator.runner.stop import StopSignal
 
 # A few seconds of several processes of the server; a table of fewer rows is read in one piece.
 SEARCH_ROWS: Final = 1_000_000
@@ -47,15 +47,12 @@ GAPS_NAMED: Final = 100
 class Verifier:
     """One verification of a rotation, which may repair."""
 
-    def __init__(
-        self, connection: AsyncConnection, table: TargetTable, rotation: int, context: RunContext
-    ) -> None:
+    def __init__(self, connection: AsyncConnection, rotation: int, context: RunContext) -> None:
         """Take a connection in autocommit mode, for this object's use alone."""
         self._connection = connection
-        self._table = table
         self._rotation = rotation
         self._context = context
-        self._planner = IndexPlanner(connection, table, seconds=PLANNING_SECONDS)
+        self._planner = IndexPlanner(connection, context.table, seconds=PLANNING_SECONDS)
         self._planted = self._planted_found = 0
 
     async def verify(self, *, repairs: bool = False) -> Verified:
@@ -105,7 +102,7 @@ class Verifier:
                 planted=self._planted,
                 planted_found=self._planted_found,
             )
-        vacuumed_at, dead_rows, version = await survivors.read_vacuumed(self._connection, self._table)
+        vacuumed_at, dead_rows, version = await survivors.read_vacuumed(self._connection, self._context.table)
         verified = Verified(
             rotation=self._rotation,
             target=self._context.target.label,
@@ -133,9 +130,9 @@ class Verifier:
         """Search the table, or the rest of it after an interrupted verification."""
         resumed = search = await survivors.resume_search(self._connection, self._rotation, repairs=repairs)
         if search is None:
-            bound = await last_key(self._connection, self._table)
+            bound = await last_key(self._connection, self._context.table)
             search = await survivors.begin_search(self._connection, self._rotation, bound, repairs=repairs)
-        rows_total, _ = await count_table(self._connection, self._table, seconds=COUNT_SECONDS)
+        rows_total, _ = await count_table(self._connection, self._context.table, seconds=COUNT_SECONDS)
         self._context.notify(VerificationStarted(rows_total=rows_total, rows=search.rows, repairs=repairs))
         bound, rows = search.bound, SEARCH_ROWS
         if bound is None:
@@ -145,7 +142,8 @@ class Verifier:
             rest = KeyInterval(after=search.through, through=bound)
             planned, found, rows = await self._search_range(ledger, rest, rows)
             if placed is not None:
-                for _, of_leaf in groupby(sorted(found, key=_leaf), _leaf):
+                leaf = attrgetter("place.leaf")
+                for _, of_leaf in groupby(sorted(found, key=leaf), leaf):
                     await placed.rotate(list(of_leaf))
             search = await survivors.advance_search(
                 self._connection,
@@ -180,7 +178,7 @@ class Verifier:
                     planned = await self._planner.next_range(interval, CONTROL_ROWS)
                 found = await survivors.find_survivors(
                     self._connection,
-                    self._table,
+                    self._context.table,
                     ledger,
                     planned,
                     is_whole=is_whole,
@@ -202,16 +200,13 @@ class Verifier:
         """Return what rotates the survivors, as the only process that may."""
         context, lease = self._context, await survivors.own_repair(self._connection, self._rotation)
         # A leaked value may have moved to a row that the filters leave out.
-        table = replace(self._table, condition=None)
-        update = await measured_update(
-            self._connection, table, context.target, context.options.limits, key, context.notify
-        )
+        table = replace(self._context.table, condition=None)
+        update = await measured_update(self._connection, table, context, key)
         write = partial(
             write_placed, self._connection, update, lease, context.on_commit, verification=search.id
         )
         # A stop cancels the search as a whole: a row that was left out would count as searched.
-        never = StopSignal(self._notify_repair)
-        return LateRows(write, context.gate, never, self._notify_repair)
+        return LateRows(write, context.gate, asyncio.Event(), self._notify_repair)
 
     def _notify_repair(self, event: Event) -> None:
         # The verification counts these rows itself.
@@ -219,7 +214,7 @@ class Verifier:
             self._context.notify(event)
 
     async def _cover(self, facts: RotationState) -> Coverage:
-        connection, table = self._connection, self._table
+        connection, table = self._connection, self._context.table
         left = await gaps(connection, table, self._rotation, facts.bound)
         found = await count_unless_changed(
             connection,
@@ -253,7 +248,3 @@ def unverified(rotation: int, target: str, error: str, *, started_at: datetime |
     return Verified(
         rotation=rotation, target=target, number=None, started_at=started_at, ended_at=now, error=error
     )
-
-
-def _leaf(row: OlderRow) -> int:
-    return row.place.leaf

@@ -18,17 +18,14 @@ from rotator.postgres.control import read_requested
 from rotator.postgres.fence import Lease
 from rotator.postgres.identity import TargetIdentity, changed_target, read_identity
 from rotator.postgres.ledger import find_ledger
-from rotator.postgres.owner import this_process
 from rotator.postgres.planner import IndexPlanner
 from rotator.postgres.spans import ClaimedSpan
-from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import write_range
 from rotator.runner.aio import act_when, is_set_within, running
-from rotator.runner.context import RunTarget, ShouldStop
+from rotator.runner.context import RunContext, RunTarget, ShouldStop
 from rotator.runner.control import LiveControl
 from rotator.runner.engine import Engine
-from rotator.runner.gate import Gate
-from rotator.runner.pacing import OWN_PER_SECOND_WITH_CELERY, Pacing
+from rotator.runner.pacing import OWN_PER_SECOND_WITH_CELERY
 from rotator.runner.preflight import measured_update, read_target
 from rotator.runner.retry import OutageBudget
 from rotator.stats import Stats
@@ -56,21 +53,21 @@ class Helper:
         should_stop: ShouldStop,
     ) -> None:
         """Prepare it; ``number`` is the id of this task's row."""
-        self._server = server
-        self._target = target
-        self._options = options
+        self._context = context = RunContext(
+            server=server,
+            target=target,
+            options=options,
+            notify=ignore,
+            on_commit=on_commit,
+            own_per_second=OWN_PER_SECOND_WITH_CELERY,
+        )
         self._lease = lease
         self._number = number
-        self._on_commit = on_commit
         self._should_stop = should_stop
+        self._drain = context.stop_signal.drain
         self._outage = OutageBudget(seconds=options.outage_budget_seconds)
-        self._gate = Gate(concurrency=options.concurrency, rows=options.batch, notify=ignore)
-        self._pacing = Pacing(
-            server, self._gate, options.pace, ignore, own_per_second=OWN_PER_SECOND_WITH_CELERY
-        )
         # The owner stops the rotation, which ends this task.
-        self._live = LiveControl(self._gate, self._pacing, options, ignore, cancel=lambda _by: None)
-        self._drain = asyncio.Event()
+        self._live = LiveControl(context, cancel=lambda _by: None)
         self._is_wanted = True
         self._renewed_at = self._looked_at = 0.0
 
@@ -96,29 +93,32 @@ class Helper:
         return self._is_wanted
 
     async def _work_while_connected(self, identity: TargetIdentity | None) -> None:
+        context = self._context
         async with (
-            pooled(self._server, self._options.concurrency + OTHER_CONNECTIONS) as pool,
+            pooled(context.server, context.options.concurrency + OTHER_CONNECTIONS) as pool,
             pool.connection() as connection,
             pool.connection() as side,
-            self._pacing.running(),
+            context.pacing.running(),
         ):
-            table = await read_target(connection, self._target)
-            difference = identity and identity.difference(await read_identity(connection, table))
+            context.table = await read_target(connection, context.target)
+            difference = identity and identity.difference(await read_identity(connection, context.table))
             if difference:
-                raise changed_target(self._lease.rotation, self._target.label, difference)
+                raise changed_target(self._lease.rotation, context.target.label, difference)
             self._outage.reached()
             await self._renew(connection, self._lease)
-            planner, clock, worker = IndexPlanner(side, table), time.monotonic, str(this_process())
+            planner, clock = IndexPlanner(side, context.table), time.monotonic
             idle_since = clock()
             while not self._drain.is_set():
                 await self._look(connection)
                 claimed = None
                 # Where a transaction of an earlier helper could not be ended, the new lease expires, too.
                 with suppress(RowsLockedError):
-                    claimed = await spans.claim(connection, table, self._lease, worker=worker)
+                    claimed = await spans.claim(
+                        connection, context.table, self._lease, worker=str(context.owner)
+                    )
                 if claimed is not None:
                     with suppress(SupersededError):
-                        await self._rewrite(claimed, table, planner, pool, connection)
+                        await self._rewrite(claimed, planner, pool, connection)
                     idle_since = clock()
                 elif clock() - idle_since > IDLE_SECONDS:
                     self._leave()
@@ -129,12 +129,11 @@ class Helper:
     async def _rewrite(
         self,
         claimed: ClaimedSpan,
-        table: TargetTable,
         planner: IndexPlanner,
         pool: AsyncConnectionPool,
         connection: AsyncConnection,
     ) -> None:
-        stats = Stats()
+        context, stats = self._context, Stats()
 
         def notify(event: Event) -> None:
             stats.take(event)
@@ -142,19 +141,14 @@ class Helper:
                 self._outage.refill()
 
         if claimed.gaps:
+            ledger = await find_ledger(connection, claimed.lease.rotation)
             update = await measured_update(
-                connection,
-                table,
-                self._target,
-                self._options.limits,
-                claimed.gaps[0].through,
-                notify,
-                ledger=await find_ledger(connection, claimed.lease.rotation),
+                connection, context.table, context, claimed.gaps[0].through, ledger
             )
-            write = partial(write_range, pool, update, claimed.lease, self._on_commit)
+            write = partial(write_range, pool, update, claimed.lease, context.on_commit)
             # A span without a rotated row is one gap.
             has_rotated = len(claimed.gaps) > 1
-            engine = Engine(planner.next_range, write, self._gate, notify=notify, has_rotated=has_rotated)
+            engine = Engine(planner.next_range, write, context.gate, notify=notify, has_rotated=has_rotated)
             async with running(self._keep_renewed(connection, claimed.lease, stats), "rotator lease"):
                 await engine.run(claimed.gaps, self._drain)
         if self._drain.is_set():
@@ -184,7 +178,8 @@ class Helper:
         """Apply what users request, and what holds the owner, once a second."""
         if time.monotonic() - self._looked_at >= LOOK_SECONDS:
             requested = await read_requested(connection, self._lease.rotation)
-            has_throttles = self._options.has_throttles or bool(self._target.throttles.calls)
+            options, throttles = self._context.options, self._context.target.throttles
+            has_throttles = options.has_throttles or bool(throttles.calls)
             self._live.follow_owner(requested, has_throttles=has_throttles)
             self._looked_at = time.monotonic()
 

@@ -22,8 +22,7 @@ from rotator.postgres import maintenance
 from rotator.postgres.maintenance import find_leftovers
 from rotator.postgres.table import TargetTable
 from rotator.progress.summary import report, summary
-from rotator.runner import reindex as runner_reindex
-from rotator.runner import vacuum as runner_vacuum
+from rotator.runner import maintenance as runner_maintenance
 from tests.integration.outcomes import (
     CODES,
     SHOP,
@@ -165,7 +164,7 @@ def test_a_column_that_is_not_analyzed_is_reported(
 def test_a_locked_table_is_reported_with_the_statement_to_run(
     tickets: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_vacuum, "FINAL_DELAYS_SECONDS", (0.01,))
+    monkeypatch.setattr(runner_maintenance, "FINAL_DELAYS_SECONDS", (0.01,))
     neighbour = tickets.connect()
     locked = b"BEGIN; LOCK TABLE tickets_ticket IN SHARE UPDATE EXCLUSIVE MODE"
     recorder = EventRecorder(after_range(1, lambda: neighbour.execute(locked)))
@@ -277,7 +276,7 @@ def test_indexes_are_as_small_as_before(indexed: Database) -> None:
 def test_without_the_option_the_statements_are_shown(
     indexed: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_reindex, "MIN_GROWTH_BYTES", 1)
+    monkeypatch.setattr(runner_maintenance, "MIN_GROWTH_BYTES", 1)
 
     stopped = rotate_tickets(batch=200)
 
@@ -328,7 +327,7 @@ def test_a_writer_commits_while_an_index_is_rebuilt(indexed: Database) -> None:
 
 
 def test_it_yields_to_ddl_and_tries_again(indexed: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_reindex, "DELAYS_SECONDS", (0.2, 0.2, 0.2))
+    monkeypatch.setattr(runner_maintenance, "INDEX_DELAYS_SECONDS", (0.2, 0.2, 0.2))
     holder, changer = indexed.connect(), indexed.connect()
     reader = indexed.connect()
 

@@ -4,21 +4,21 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
 from django.db import connection
 
-from rotator.events import ActionKind, Event, LimitsChanged, Throttled
+from rotator.events import ActionKind, Event, LimitsChanged, Throttled, ignore
 from rotator.exceptions import RevisionError
 from rotator.models import Action, Control, Rotation
 from rotator.options import RunOptions
 from rotator.postgres.connection import Server
 from rotator.postgres.control import Requested
 from rotator.postgres.owner import this_process
+from rotator.runner.context import RunContext
 from rotator.runner.control import LiveControl
-from rotator.runner.gate import Gate
-from rotator.runner.pacing import Pacing
 from tests.integration.outcomes import (
     EventRecorder,
     after_range,
@@ -175,12 +175,11 @@ class Applied:
 
     def __init__(self, **options: object) -> None:
         chosen = RunOptions(**options)  # type: ignore[arg-type] # the options of a test
-        self.gate = Gate(concurrency=chosen.concurrency, rows=chosen.batch, notify=lambda _event: None)
-        self.pacing = Pacing(Server(parameters={}), self.gate, chosen.pace, lambda _event: None)
+        unused: Any = None
+        context = RunContext(server=Server(parameters={}), target=unused, options=chosen, notify=ignore)
+        self.gate, self.pacing = context.gate, context.pacing
         self.cancelled = list[str]()
-        self.live = LiveControl(
-            self.gate, self.pacing, chosen, lambda _event: None, cancel=self.cancelled.append
-        )
+        self.live = LiveControl(context, self.cancelled.append)
 
     @property
     def reasons(self) -> list[str]:

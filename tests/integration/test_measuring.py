@@ -26,7 +26,7 @@ from rotator.models import Action, Measurement, Rotation
 from rotator.postgres.connection import connected
 from rotator.postgres.control import GAP_SECONDS, HELD, HELD_SECONDS
 from rotator.postgres.owner import this_process
-from rotator.runner import measuring, runner
+from rotator.runner import heartbeat
 from tests.integration.outcomes import EventRecorder, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, Database
 
@@ -35,11 +35,11 @@ pytestmark = COMMITTING
 
 @pytest.fixture(autouse=True)
 def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
 
 
 def test_each_change_is_measured_at_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "EVERY_SECONDS", 3600)
+    monkeypatch.setattr(heartbeat, "MEASURE_SECONDS", 3600)
     database.make_tickets(1, 200)
     database.before_update("PERFORM pg_sleep(0.002); RETURN NEW;")
 
@@ -67,7 +67,7 @@ def test_each_change_is_measured_at_once(database: Database, monkeypatch: pytest
 def test_measurements_come_regularly_without_a_change(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "MEASURE_SECONDS", 0.1)
     database.make_tickets(1, 200)
     database.before_update("PERFORM pg_sleep(0.003); RETURN NEW;")
     began = time.monotonic()
@@ -136,7 +136,7 @@ def test_two_tasks_log_each_vacuum_once_and_again_after_an_error(database: Datab
     # The log needs nothing else of a run.
     context: Any = SimpleNamespace(owner=this_process())
     unused: Any = None
-    measured = measuring.Measuring(context, unused, unused)
+    measured = heartbeat.Heartbeat(context, unused, unused, unused)
     measured.take(Vacuumed(seconds=1.0))
     measured.take(VacuumSkipped(reason="the table is busy", is_once=True))
 

@@ -18,8 +18,8 @@ from rotator.events import Event, PaceChanged, RangeCompleted, Throttled, Thrott
 from rotator.exceptions import ServerRefusedError
 from rotator.postgres.fence import LOCK_CLASS
 from rotator.postgres.maintenance import vacuum
+from rotator.runner import maintenance as runner_maintenance
 from rotator.runner import pacing
-from rotator.runner import vacuum as runner_vacuum
 from rotator.runner.gate import Gate
 from rotator.runner.pacing import Pacing
 from tests.integration.outcomes import EventRecorder, assert_completed, at_start, rotate_tickets
@@ -90,7 +90,7 @@ def test_other_sessions_at_work_get_fewer_workers_and_shorter_ranges(
         slowly.append(is_slow)
         return await vacuum(*arguments, is_slow=is_slow, **options)
 
-    monkeypatch.setattr(runner_vacuum, "vacuum", noted)
+    monkeypatch.setattr(runner_maintenance, "vacuum", noted)
     recorder = EventRecorder()
     with _busy_application(database):
         outcome = rotate_tickets(recorder, concurrency=4, batch=100, pace="balanced")

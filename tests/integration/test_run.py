@@ -33,7 +33,7 @@ from rotator.options import RunOptions, Selection
 from rotator.postgres import rotations
 from rotator.postgres.fence import Lease
 from rotator.postgres.owner import this_process
-from rotator.runner import acquire, retry, runner, session
+from rotator.runner import acquire, heartbeat, retry, session
 from rotator.signals import range_rotated
 from tests.integration.outcomes import (
     EventRecorder,
@@ -628,7 +628,7 @@ def test_a_table_that_takes_too_long_to_count_is_rotated_all_the_same(
     database.make_tickets(1, 30_000)
     # The heartbeat wants the connection while the count that is given up still holds it.
     monkeypatch.setattr(session, "COUNT_SECONDS", 0.001)
-    monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0)
     outcome = rotate_tickets(stop_after_rows=1)
     assert (outcome.stop_reason, outcome.exit_status) == (StopReason.STOP_AFTER, 0)
     assert not outcome.rows_total_is_exact
@@ -638,7 +638,7 @@ def test_the_heartbeat_does_not_take_completion_for_a_takeover(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database.make_tickets(1, 200)
-    monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0)
     for _ in range(5):
         assert_completed(rotate_tickets(restart=True), rows=200)
 

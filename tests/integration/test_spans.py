@@ -1,16 +1,19 @@
 """Only one helper at a time can write to a span, and no row is lost between two helpers."""
 
 import asyncio
+from typing import Any
 
 import psycopg
 import pytest
 
 from rotator.exceptions import SupersededError
+from rotator.options import RunOptions
 from rotator.postgres import spans
 from rotator.postgres.fence import Lease
 from rotator.postgres.rotations import abandon
 from rotator.postgres.spans import ClaimedSpan
 from rotator.ranges import Key, KeyInterval
+from rotator.runner.context import RunContext
 from rotator.runner.distribution import Distribution, ranges_per_span
 from tests.integration.rotation_tables import (
     COMMITTING,
@@ -241,14 +244,9 @@ class _Owner:
         self.events: list[object] = []
         self._control = control
         self._lease = lease
-        self._distribution = Distribution(
-            control,
-            None,  # type: ignore[arg-type] # nothing is planned
-            lease,
-            self._send,
-            batch=10,
-            notify=self.events.append,
-        )
+        unused: Any = None
+        context = RunContext(server=unused, target=unused, options=RunOptions(), notify=self.events.append)
+        self._distribution = Distribution(control, lease, context, self._send)
 
     async def _send(self, _rotation: int, message: int) -> None:
         self.sent.append(message)

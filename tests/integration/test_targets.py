@@ -555,14 +555,14 @@ def test_a_completed_rotation_of_another_model_of_the_same_columns_is_not_repeat
     orders.execute("UPDATE rotator_rotation SET target = 'twin.Order.a twin.Order.key'")
 
     prepared = prepare([API_KEY, WEBHOOK], "default", replace(OPTIONS, preflight=preflight), selection)
-    earlier = prepared.earlier(lambda _event: None)
-    assert earlier.completed is not None
+    _, completed = prepared.earlier(lambda _event: None)
+    assert completed is not None
     with pytest.raises(RotationRepeatedError, match=r"of twin\.Order\.a twin\.Order\.key completed at"):
         prepared.rotate(lambda _event: None)
 
     # One of the columns is not the same as both.
     assert_completed(run(API_KEY, selection=TOKEN), rows=ROWS)
-    options = replace(OPTIONS, after=earlier.completed.id)
+    options = replace(OPTIONS, after=completed.id)
     repeated = prepare([API_KEY, WEBHOOK], "default", options, selection).rotate(lambda _event: None)
     assert_completed(repeated, rows=ROWS)
 

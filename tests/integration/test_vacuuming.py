@@ -12,7 +12,7 @@ from psycopg import sql
 from rotator.events import Event, Vacuumed, VacuumSkipped, VacuumStarted
 from rotator.postgres.connection import connected
 from rotator.postgres.maintenance import BUSY, may_vacuum, read_storage, vacuum
-from rotator.runner import vacuum as runner_vacuum
+from rotator.runner import maintenance as runner_maintenance
 from tests.integration.outcomes import EventRecorder, after_range, assert_completed, rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, TICKETS, Database
 
@@ -34,8 +34,8 @@ def slow_vacuum(database: Database) -> Iterator[None]:
 
 
 def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_vacuum, "MIN_ROWS", 100)
-    monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(runner_maintenance, "MIN_ROWS", 100)
+    monkeypatch.setattr(runner_maintenance, "POLL_SECONDS", 0.001)
     database.make_tickets(1, 10_000)
     # Slow enough for most eighths to be noticed, also on a busy machine.
     database.before_update("PERFORM pg_sleep(0.0005); RETURN NEW;")
@@ -54,8 +54,8 @@ def test_the_space_of_old_rows_is_used_again(database: Database, monkeypatch: py
 
 
 def test_random_keys_need_it_less_often(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_vacuum, "MIN_ROWS", 100)
-    monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(runner_maintenance, "MIN_ROWS", 100)
+    monkeypatch.setattr(runner_maintenance, "POLL_SECONDS", 0.001)
     database.execute(
         "INSERT INTO tickets_ticket (id, title, created_at, token)"
         " SELECT i, repeat('x', 100), now(), gen_random_uuid() FROM generate_series(1, 10000) AS i"
@@ -85,9 +85,9 @@ def test_without_it_the_table_doubles(database: Database) -> None:
 
 
 def test_a_locked_table_is_not_vacuumed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_vacuum, "FINAL_DELAYS_SECONDS", (0.01,))
-    monkeypatch.setattr(runner_vacuum, "MIN_ROWS", 100)
-    monkeypatch.setattr(runner_vacuum, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(runner_maintenance, "FINAL_DELAYS_SECONDS", (0.01,))
+    monkeypatch.setattr(runner_maintenance, "MIN_ROWS", 100)
+    monkeypatch.setattr(runner_maintenance, "POLL_SECONDS", 0.001)
     database.make_tickets(1, 1000)
     # Slow enough for a part to be noticed, also on a busy machine.
     database.before_update("PERFORM pg_sleep(0.0005); RETURN NEW;")

@@ -1,5 +1,6 @@
 """Rows that are known by their places, and the pace."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from rotator.events import Event
@@ -10,7 +11,6 @@ from rotator.postgres.writer import OlderRow
 from rotator.ranges import Key, Written
 from rotator.runner.gate import Gate
 from rotator.runner.late_rows import LateRows
-from rotator.runner.stop import StopSignal
 
 ROW_SECONDS = 0.001
 
@@ -40,7 +40,7 @@ async def _found(*sizes: int) -> AsyncIterator[list[OlderRow]]:
 
 def _late_rows(placed: _Placed, gate: Gate) -> LateRows:
     events = list[Event]()
-    return LateRows(placed.rotate, gate, StopSignal(events.append), events.append)
+    return LateRows(placed.rotate, gate, asyncio.Event(), events.append)
 
 
 def _gate() -> Gate:

@@ -35,12 +35,12 @@ async def test_signals_that_arrive_together_are_one_request(second: signal.Signa
 async def test_ctrl_c_twice_cancels_the_work_at_once() -> None:
     stop_signal = StopSignal(lambda _event: None)
     work = asyncio.create_task(_forever())
-    with stop_signal.aborting(work):
-        stop_signal.request_by_signal(signal.SIGINT)
-        assert not work.cancelling()
-        stop_signal.request_by_signal(signal.SIGINT)
-        with pytest.raises(asyncio.CancelledError):
-            await work
+    stop_signal.work = work
+    stop_signal.request_by_signal(signal.SIGINT)
+    assert not work.cancelling()
+    stop_signal.request_by_signal(signal.SIGINT)
+    with pytest.raises(asyncio.CancelledError):
+        await work
     assert stop_signal.aborted
 
 

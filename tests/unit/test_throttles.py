@@ -18,7 +18,7 @@ from rotator.postgres.throttles import Reading, Replica, reading
 from rotator.progress.bar import bar_text
 from rotator.progress.lines import figures
 from rotator.runner import throttles
-from rotator.runner.measuring import HorizonWatch
+from rotator.runner.heartbeat import HorizonWatch
 from rotator.runner.throttles import (
     Budget,
     CalledSignal,
