@@ -200,6 +200,27 @@ def test_what_cannot_be_asked_of_one_table_is_refused(option: str) -> None:
         assert option in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [("filters", "status__regex=("), ("excludes", "status__iregex=*\n"), ("filters", "status__regex=a{9,1}")],
+)
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_a_filter_that_only_the_server_can_refuse_is_refused_before_the_rotation_begins(
+    orders: Database, option: str, text: str, *, is_dry: bool
+) -> None:
+    selection = Selection(**{option: ("id__gt=0", text)}, generator=TOKEN.generator)  # type: ignore[arg-type] # filters
+    prepared = prepare([API_KEY], "default", replace(OPTIONS, preflight=False), selection)
+    with pytest.raises(OptionError) as caught:
+        prepared.examine(print) if is_dry else prepared.rotate(print)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"The server cannot use --{option.removesuffix('s')} id__gt=0 --")
+    assert text.strip() in sentence
+    assert ": invalid_regular_expression (2201B): invalid regular expression: " in sentence
+    assert sentence.endswith(". Correct the filter.")
+    assert "\n" not in sentence
+    assert orders.execute("SELECT FROM rotator_rotation") == []
+
+
 def test_null_stays_null_unless_it_is_asked_for(database: Database) -> None:
     models.ByInteger.objects.bulk_create(
         models.ByInteger(id=i, nullable=None if i % 2 else f"leaked {i}") for i in range(20)
