@@ -199,6 +199,21 @@ def test_the_rate_is_that_of_the_checkpoints(admin: Client, rotation: Rotation) 
     assert text["headline"].startswith("Moving: ")
 
 
+def test_many_small_ranges_have_a_rate(admin: Client, rotation: Rotation) -> None:
+    """A fast server commits about a thousand of the smallest ranges in a second, and a rate needs two."""
+    change(rotation, owned_since=timezone.now() - timedelta(hours=1))
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO rotator_completedrange (rotation_id, after, through, rows, seconds, committed_at)"
+            " SELECT %s, to_jsonb(ARRAY[i]), to_jsonb(ARRAY[i + 1]), 10, 0.001,"
+            " statement_timestamp() - (5000 - i) * interval '1 ms' FROM generate_series(1, 5000) AS i",
+            (rotation.pk,),
+        )
+    facts = state_of(admin, rotation)["facts"]
+    assert isinstance(facts, dict)
+    assert facts["rows_per_second"] == pytest.approx(10_000, rel=0.1)
+
+
 def test_it_never_shows_more_than_all(admin: Client, rotation: Rotation) -> None:
     change(rotation, rows_done=70_000)
     found = state_of(admin, rotation)
