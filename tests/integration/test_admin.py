@@ -501,6 +501,16 @@ def test_many_viewers_read_less_often(
     assert answers[-1].json()["every_seconds"] == every_seconds
 
 
+def test_viewers_of_another_rotation_do_not_count(admin: Client, rotation: Rotation) -> None:
+    change(rotation, status="running")
+    other = Rotation.objects.create(target="shop.Order.webhook_secret", database="default", started_xid=2)
+    for read in range(20):
+        admin.get(reverse("admin:rotator_rotation_state", args=[other.pk]), {"viewer": read})
+    url = reverse("admin:rotator_rotation_state", args=[rotation.pk])
+
+    assert admin.get(url, {"viewer": 1}).json()["every_seconds"] == 2.0
+
+
 def test_a_session_lasts_while_the_secret_key_is_rotated(admin: Client, rotation: Rotation) -> None:
     first = admin.session.session_key
     with override_settings(SECRET_KEY=settings.SECRET_KEY[::-1], SECRET_KEY_FALLBACKS=[settings.SECRET_KEY]):
