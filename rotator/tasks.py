@@ -4,6 +4,7 @@ Workers import this module, and so does the command with ``--celery``. No other 
 """
 
 import asyncio
+import logging
 import mmap
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from rotator.models import Helper, Ledger, Rotation
 from rotator.postgres.fence import Lease
 from rotator.postgres.spans import LEASE_SECONDS
 from rotator.progress.lines import LogObserver
+from rotator.progress.text import HIDDEN
 from rotator.runner.aio import run_in_daemon_thread
 from rotator.runner.context import AskForHelp, ShouldStop
 from rotator.runner.runner import program_error
@@ -186,7 +188,21 @@ _OPTIONS: Final[dict[str, Any]] = {
     "ignore_result": True,
     "time_limit": TIME_LIMIT_SECONDS,
     "soft_time_limit": TIME_LIMIT_SECONDS,
+    # Celery logs these without a traceback.
+    "throws": (RotatorError,),
 }
+
+
+@contextmanager
+def _logged_errors(rotation: int) -> Iterator[None]:
+    """Log the text of an error, because Celery logs expected ones only at the level INFO."""
+    try:
+        yield
+    except RotatorError as error:
+        reason = f"{type(error).__name__} {HIDDEN}" if hides_keys() else str(error)
+        logging.getLogger("rotator").warning("Rotation %s: %s", rotation, reason)
+        # Celery pickles it, and not every class of the errors can be pickled.
+        raise RotatorError(reason) from None
 
 
 @shared_task(name="rotator.help", **_OPTIONS)  # type: ignore[untyped-decorator] # Celery has no types
@@ -194,7 +210,8 @@ def help_rotation(database: str, rotation: int, message: int) -> None:
     """Help with a rotation for a while, then send the next message."""
     following: int | None = message
     while following is not None and not _shutdown[0]:
-        following = help_with_rotation(database, rotation, following, _should_hand_on(HELP_SECONDS))
+        with _logged_errors(rotation):
+            following = help_with_rotation(database, rotation, following, _should_hand_on(HELP_SECONDS))
         if following is not None:
             # Where the broker cannot be reached, this task continues.
             with suppress(BrokerError):
@@ -213,11 +230,11 @@ def coordinate(task: Task, database: str, rotation: int) -> None:
     """
     observer = LogObserver(hides_keys=hides_keys())
     ask = partial(ask_for_help, database)
-    try:
-        is_left = coordinate_rotation(database, rotation, observer, ask, _should_hand_on(HAND_ON_SECONDS))
-    except (OwnedElsewhereError, ServerLostError):
-        _retry_later(task, seconds=ASK_AGAIN_SECONDS)
-    else:
+    with _logged_errors(rotation):
+        try:
+            is_left = coordinate_rotation(database, rotation, observer, ask, _should_hand_on(HAND_ON_SECONDS))
+        except (OwnedElsewhereError, ServerLostError):
+            _retry_later(task, seconds=ASK_AGAIN_SECONDS)
         if is_left:
             _retry_later(task, seconds=0)
 

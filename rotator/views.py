@@ -41,8 +41,8 @@ MOST_EVERY_SECONDS: Final = 60.0
 # Longer than the longest wait of the script.
 _VIEWING_SECONDS: Final = 65.0
 _VIEWER_LENGTH: Final = 8
-# When each viewer has read last from this process.
-_viewers: dict[str, float] = {}
+# When each viewer of a rotation has read it last from this process.
+_viewers: dict[tuple[str, str], float] = {}
 
 View = Callable[..., HttpResponse]
 
@@ -117,7 +117,7 @@ def state(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:
         raise PermissionDenied
     key, now = (router.db_for_write(Rotation), number), time.monotonic()
     read_at, content = _recent.get(key, (-math.inf, b""))
-    viewers = _count_viewers(request.GET.get("viewer", ""), now)
+    viewers = _count_viewers(number, request.GET.get("viewer", ""), now)
     if now - read_at >= KEPT_SECONDS:
         rotation = find(number)
         every_seconds = max(_every_seconds(rotation), viewers / MOST_ANSWERS_PER_SECOND)
@@ -137,12 +137,12 @@ def _every_seconds(rotation: Rotation) -> float:
     return EVERY_SECONDS if rotation.has_owner else EVERY_WITHOUT_OWNER_SECONDS
 
 
-def _count_viewers(viewer: str, now: float) -> int:
-    """Note that a viewer reads, and return the number of those that read from this process."""
+def _count_viewers(number: str, viewer: str, now: float) -> int:
+    """Note that a viewer reads a rotation, and return the number of those that read it from this process."""
     for other in [each for each, at in list(_viewers.items()) if now - at >= _VIEWING_SECONDS]:
         _viewers.pop(other, None)
-    _viewers[viewer[:_VIEWER_LENGTH]] = now
-    return len(_viewers)
+    _viewers[number, viewer[:_VIEWER_LENGTH]] = now
+    return sum(of == number for of, _ in list(_viewers))
 
 
 def control(admin: "_Admin", request: HttpRequest, number: str) -> HttpResponse:

@@ -5,35 +5,19 @@ from datetime import datetime
 from typing import Any, Final
 
 from django.conf import settings
-from django.core.exceptions import (
-    EmptyResultSet,
-    FieldDoesNotExist,
-    FieldError,
-    FullResultSet,
-    ValidationError,
-)
-from django.db import NotSupportedError
+from django.core.exceptions import EmptyResultSet, FieldDoesNotExist, FullResultSet, ValidationError
+from django.db import InterfaceError, OperationalError
 from django.db.models import BinaryField, BooleanField, DateTimeField, Field, Model, Q, QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.utils import timezone
 
-from rotator.exceptions import OptionError
+from rotator.exceptions import OptionError, RotatorError
 from rotator.fields.model import AnyField, key_fields
 from rotator.options import Selection
 from rotator.postgres.table import ROW, Condition
 
-# What lookups raise for a value or a field that they cannot compare, when they are made or compiled.
-_INVALID: Final = (
-    FieldError,
-    ValidationError,
-    NotSupportedError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-)
 _ENDS_OF_RANGE: Final = 2
+_OF_LISTS: Final = ("in", "range", "has_keys", "has_any_keys")
 # Others make a text of the value.
 _OF_BYTES: Final = ("exact", "gt", "gte", "lt", "lte")
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
@@ -56,8 +40,12 @@ def row_condition(
                 rows = rows.filter(lookup) if option == "--filter" else rows.exclude(lookup)
                 # All of them, so that the latest one is named if a value does not fit.
                 condition = _compiled(rows, database)
-            except _INVALID as error:
+            except (RotatorError, OperationalError, InterfaceError):
+                raise
+            # Lookups, and fields of the project, raise any error for a value that they cannot compare.
+            except Exception as error:  # noqa: BLE001
                 reason = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
+                reason = reason or type(error).__name__
                 sentence = f"{option} {text} is not a valid filter of this model: {reason.rstrip('.')}."
                 raise OptionError(_one_line(sentence)) from None
     return condition
@@ -81,6 +69,10 @@ def _compiled(rows: QuerySet[Model], database: str) -> Condition | None:
 def _lookup(model: type[Model], option: str, text: str, rotated: Sequence[str]) -> dict[str, Any]:
     if "\0" in text:
         raise OptionError(f"{option}: a filter with a zero byte matches no row.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"{option}: a filter must be valid Unicode.") from None
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise OptionError(
@@ -129,7 +121,7 @@ def _value(field: AnyField, lookups: list[str], option: str, name: str, text: st
         if text.lower() not in _TRUTHS:
             raise OptionError(f"{option} {name} must be true or false, not '{_one_line(text)}'.")
         return _TRUTHS[text.lower()]
-    if last in ("in", "range"):
+    if last in _OF_LISTS:
         parts = text.split(",")
         if last == "range" and len(parts) != _ENDS_OF_RANGE:
             raise OptionError(f"{option} {name} needs the first and the last value. Write it as {name}=1,9.")

@@ -165,28 +165,30 @@ def _check_saving(fields: Sequence[AnyField], selection: Selection, database: st
     others = {field.name: field for field in model._meta.concrete_fields if field not in fields}
     if unknown := sorted(set(selection.ignore_derived) - others.keys()):
         raise OptionError(
-            f"--ignore-derived {unknown[0]}: {model._meta.label} has no such field next to the target. It "
-            f"has {', '.join(sorted(others))}."
+            f"--ignore-derived {' --ignore-derived '.join(unknown)}: {model._meta.label} has no such field "
+            f"next to the target. It has {', '.join(sorted(others))}."
         )
-    names = " and ".join(map(field_label, fields))
+    names, refusals = " and ".join(map(field_label, fields)), list[str]()
     for name, field in others.items():
         if name in selection.ignore_derived:
             continue
         found = derivation(field, fields, model, database)
         if found is Derivation.CERTAIN:
-            raise TargetError(
+            refusals.append(
                 f"{field_label(field)} is a {type(field).__name__}, which derives its value from {names} "
                 f"when a row is saved, and would not fit the new values. Name {field_label(field)} as a "
                 "target too, and a --generator that returns a mapping for all of these fields. If the old "
                 f"values may stay, use --ignore-derived {name}."
             )
         if found is Derivation.UNCLEAR:
-            raise TargetError(
+            refusals.append(
                 f"{field_label(field)} is a {type(field).__name__}, whose value changes with each save, and "
                 f"may be derived from {names}. If it is not, use --ignore-derived {name}: the field keeps "
                 "its values. If it is, name it as a target too, and a --generator that returns a mapping for "
                 "all of these fields."
             )
+    if refusals:
+        raise TargetError(" ".join(refusals))
 
 
 def table_path(model: type[Model]) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ _PERMANENT: Final[dict[type[psycopg.Error], tuple[str, str]]] = {
         "Restore it, or upgrade a server older than PostgreSQL 15",
     ),
 }
-# Functions of the server whose messages contain only names.
+# Functions of the server whose messages contain only names, or the fault of a regular expression.
 _NAMES_ALONE: Final = (
     "varchar",
     "bpchar",
@@ -58,6 +58,7 @@ _NAMES_ALONE: Final = (
     "GetConfigOptionByName",
     "aclcheck_error",
     "ProcessInterrupts",
+    "RE_compile_and_cache",
 )
 # The driver's error where a lost connection or a cancelled task leaves a pipeline with results.
 _PIPELINE_LEFT: Final = "cannot exit pipeline mode"

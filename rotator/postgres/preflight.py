@@ -5,21 +5,24 @@ import time
 from contextlib import suppress
 from typing import Final
 
+import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from rotator.events import Copies, Index, KeptValues, Sample, ServerFindings, TableFindings
 from rotator.exceptions import (
+    OptionError,
     RangeRejectedError,
+    RangeTooSlowError,
     RowsLockedError,
     ServerLostError,
     ServerRefusedError,
     unwrap_group,
 )
 from rotator.postgres.catalog import TRIGGER_FIRES, read_update_triggers
-from rotator.postgres.connection import Server, fetch_as, fetch_column, fetch_rows, pooled
-from rotator.postgres.errors import RangeGrewError, translate_errors
+from rotator.postgres.connection import Server, fetch_as, fetch_column, fetch_rows, pooled, transaction_with
+from rotator.postgres.errors import RangeGrewError, condition, translate_errors
 from rotator.postgres.planner import IndexPlanner, count_rows, estimate_rows, fetch_within, last_key
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate, RewriteError
@@ -232,6 +235,32 @@ _ROWS_READ: Final = 2000
 TRY_SECONDS: Final = 1.0
 # Two rows reveal a generator that returns a constant.
 TRIED_ROWS: Final = 2
+FILTERED_ROWS: Final = 100
+
+
+async def check_condition(connection: AsyncConnection, table: TargetTable, filters: str) -> None:
+    """Have the server evaluate the filters for the first rows, because Django cannot check every value.
+
+    Raises:
+        OptionError: The server refuses the filters, for example a regular expression.
+    """
+    if table.condition is None:
+        return
+    query = table.compose(
+        "SELECT count(*) FROM (SELECT * FROM {table} LIMIT {most}) AS {row_name} WHERE {condition}",
+        most=FILTERED_ROWS,
+        condition=table.condition,
+    )
+    # The first pages of the table can be empty.
+    with suppress(RangeTooSlowError):
+        async with transaction_with(connection, {"statement_timeout": f"{TRY_SECONDS * 1000:.0f}ms"}):
+            try:
+                await connection.execute(query, ())
+            except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedTable):
+                raise
+            except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
+                sentence = f"The server cannot use {filters}: {condition(error)}. Correct the filter."
+                raise OptionError(" ".join(sentence.split())) from None
 
 
 async def check_values(connection: AsyncConnection, update: RangeUpdate) -> None:

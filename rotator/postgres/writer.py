@@ -42,6 +42,8 @@ SLICE_ROWS: Final = 2000
 _ATTEMPTS: Final = 5
 _GREW: Final = "other sessions keep inserting rows into the range"
 _KEPT: Final = "rows still have their old values after the update"
+# A trigger that restores the old values of so many rows, and of every row so far, ends the run.
+_KEPT_ROWS: Final = 8
 _REPEATED: Final = "new values are equal to the old ones"
 _EQUAL: Final = "rows have the same value after the update"
 _UNCOMPARED: Final = "triggers wrote to the table, and the old values were not read before"
@@ -68,11 +70,17 @@ Rows: TypeAlias = KeyRange | Sequence[OlderRow]
 
 
 class RewriteError(Exception):
-    """The rows must not be committed because of a condition; another attempt may succeed."""
+    """The rows must not be committed as they were written; another attempt may succeed.
 
-    def __init__(self, condition: str) -> None:
+    Attributes:
+        condition: What is wrong, in one phrase.
+        rows: The number of rows that still have their old values.
+    """
+
+    def __init__(self, condition: str, *, rows: int = 0) -> None:
         super().__init__(condition)
         self.condition = condition
+        self.rows = rows
 
 
 class RangeUpdate:
@@ -130,6 +138,8 @@ class RangeUpdate:
         self._digests = table.compose("{row_json}, {digests}", digests=table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
         self._reads_digests = False
+        # Whether a row has kept a new value, so that triggers do not restore every old one.
+        self._has_stored = False
         self._plan_settings = _MERGE if isinstance(source, InBulk) else _LOOK_UP
         if keeps_plan:
             self._plan_settings = {**self._plan_settings, "plan_cache_mode": "force_generic_plan"}
@@ -142,7 +152,8 @@ class RangeUpdate:
         Raises:
             RowsLockedError: Another session has locked some of the rows.
             RangeRejectedError: The server rejected the rows.
-            ValuesReplacedError: Triggers restore the old values, or store the same value in several rows.
+            ValuesReplacedError: Triggers restore the old value of every row so far, or store the same
+                value in several rows.
             TargetError: Another table has the name now.
             ValuesError: The new values are invalid.
         """
@@ -159,12 +170,14 @@ class RangeUpdate:
             except RewriteError as error:
                 # Once can be chance, where the server rounds a value.
                 if error.condition == _EQUAL or (error.condition == _KEPT and was_kept):
+                    triggers = await read_update_triggers(connection, self.table)
+                    if error.condition == _KEPT and (self._has_stored or error.rows < _KEPT_ROWS):
+                        raise RangeRejectedError(_kept_by(triggers), retryable=False) from None
                     where = (
                         f"in the range {rows}"
                         if isinstance(rows, KeyRange)
                         else f"at the keys {rows[0].key} to {rows[-1].key}"
                     )
-                    triggers = await read_update_triggers(connection, self.table)
                     are_equal = error.condition == _EQUAL
                     raise ValuesReplacedError(where, triggers, are_equal=are_equal) from None
                 was_kept = was_kept or error.condition == _KEPT
@@ -213,8 +226,9 @@ class RangeUpdate:
                 # By now the table is locked, so its name stays the same.
                 if self.table.oid not in (0, oid):
                     raise self._replaced(lease, oid)
+                self._has_stored = self._has_stored or written > kept
                 if kept or repeated:
-                    raise RewriteError(_KEPT if kept else _REPEATED)
+                    raise RewriteError(_KEPT if kept else _REPEATED, rows=kept)
                 has_other_writes = after - before != written
                 if written < expected or has_other_writes:
                     await self._check_rows(connection, rows, written)
@@ -322,11 +336,13 @@ class RangeUpdate:
         if before is None:
             self._reads_digests = True
             raise RewriteError(_UNCOMPARED)
-        old = {key: digests async for key, digests in before}
+        old, kept = {key: digests async for key, digests in before}, list[bool]()
         async for key, digests in await self._select(connection, rows, self._digests, keys=list(old)):
             pairs = zip(old[key], digests, strict=True) if key in old else ()
-            if any(was is not None and was == now for was, now in pairs):
-                raise RewriteError(_KEPT)
+            kept.append(any(was is not None and was == now for was, now in pairs))
+        if any(kept):
+            self._has_stored = self._has_stored or not all(kept)
+            raise RewriteError(_KEPT, rows=sum(kept))
 
     def _replaced(self, lease: Lease | None, oid: int) -> TargetError:
         """Return the error for another table that has the target's name now."""
@@ -477,6 +493,13 @@ async def write_placed(
         keys = tuple(row.key for row in rows)
         await on_commit(RowsRotated(rotation=lease.rotation, keys=keys, rows=written.rows))
     return written
+
+
+def _kept_by(triggers: Sequence[str]) -> str:
+    """Return the condition of rows whose old values the server has restored, with the triggers' names."""
+    if not triggers:
+        return f"{_KEPT}, although the table has no trigger that could restore them"
+    return f"{_KEPT}, because one of the triggers that an update fires restores them: {', '.join(triggers)}"
 
 
 def _at(rows: Sequence[OlderRow]) -> dict[str, object]:

@@ -16,6 +16,7 @@ from rotator.ranges import Written
 from rotator.runner import retry
 from rotator.runner.aio import is_set_within
 from rotator.runner.context import RunContext
+from rotator.runner.engine import MAX_FAILED_ROWS
 from rotator.runner.gate import Gate
 
 POLL_SECONDS: Final = 0.25
@@ -41,7 +42,7 @@ async def wait_for_older_writers(
     return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LateRows:
     """Rotates rows by their places: rows that no session has written since the start, or survivors.
 
@@ -53,9 +54,14 @@ class LateRows:
     gate: Gate
     drain: asyncio.Event
     notify: events.Observer
+    _failed_rows: int = 0
 
     async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
-        """Rotate all of them until a drain begins, and return the number of rows with new values."""
+        """Rotate all of them until a drain begins, and return the number of rows with new values.
+
+        Raises:
+            RangeRejectedError: More than ``MAX_FAILED_ROWS`` rows were rejected.
+        """
         rotated = 0
         async for rows in found:
             rest = rows
@@ -85,6 +91,9 @@ class LateRows:
                 splits = not retry.may_help(error, rows=len(rows), rejections=rejections)
                 if splits and len(rows) == 1:
                     self.notify(events.RowRejected(key=rows[0].key, reason=error.condition))
+                    self._failed_rows += 1
+                    if self._failed_rows > MAX_FAILED_ROWS:
+                        raise
                     break
                 self.notify(events.RangeRetried(rows=len(rows), reason=error.condition, split=splits))
                 if splits:

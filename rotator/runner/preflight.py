@@ -19,7 +19,14 @@ from rotator.postgres.catalog import (
 from rotator.postgres.connection import Server, connected
 from rotator.postgres.identity import check_session, read_identity
 from rotator.postgres.ledger import Ledger, check_not_guessable
-from rotator.postgres.preflight import check_values, examine_server, examine_table, name_server, sample
+from rotator.postgres.preflight import (
+    check_condition,
+    check_values,
+    examine_server,
+    examine_table,
+    name_server,
+    sample,
+)
 from rotator.postgres.rotations import Completed, RotationState
 from rotator.postgres.table import TargetTable
 from rotator.postgres.writer import RangeUpdate
@@ -87,6 +94,8 @@ async def check(connection: AsyncConnection, context: RunContext) -> None:
     context.table = table = await read_target(connection, target)
     if grants := await missing_grants(connection, table, proves=options.prove, guards=bool(options.guard)):
         raise MissingPrivilegesError(grants)
+    filters = Selection(filters=target.selection.filters, excludes=target.selection.excludes)
+    await check_condition(connection, table, str(filters))
     await Throttles(options, target.throttles).check(connection)
     if options.prove:
         await check_not_guessable(connection, table)

@@ -358,11 +358,14 @@ def test_the_command_reports_what_a_worker_cannot_do(hosts: Hosts, tmp_path: Pat
 @pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed.")
 def test_a_worker_of_another_pool_is_refused(hosts: Hosts) -> None:
     audit = audited_tickets(ROWS)
-    hosts.worker(pool="gevent")
+    worker = hosts.worker(pool="gevent")
     finished = hosts.rotate("--batch=50")
     assert finished.status == 1
     assert "Traceback" not in finished.err
     assert finished.summary[1].startswith("gevent has monkey-patched the process ")
+    wait_until(lambda: "raised expected: " in worker.err, "the worker has logged it")
+    assert re.search(rf"Rotation \d+: {re.escape(finished.summary[1])}\n", worker.err)
+    assert "Traceback" not in worker.err
     audit.assert_untouched()
 
 

@@ -69,6 +69,14 @@ BAD_INPUT = {
     ),
     "--filter title": "--filter title is not a valid filter. Write it as field=value or field__lookup=value.",
     "--filter token=leaked": ("--filter token filters by token, which is rotated. Use only token__isnull."),
+    "--filter title__regex=(": (
+        "The server cannot use --filter 'title__regex=(': invalid_regular_expression (2201B): invalid "
+        "regular expression: parentheses () not balanced. Correct the filter."
+    ),
+    "--dry-run --exclude title__iregex=*": (
+        "The server cannot use --exclude 'title__iregex=*': invalid_regular_expression (2201B): invalid "
+        "regular expression: quantifier operand invalid. Correct the filter."
+    ),
     "--generator no.such.thing": (
         "The generator no.such.thing cannot be imported (ModuleNotFoundError). Write it as "
         "package.module.name, or package.module.Class.name for a method."

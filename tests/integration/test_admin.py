@@ -199,6 +199,21 @@ def test_the_rate_is_that_of_the_checkpoints(admin: Client, rotation: Rotation) 
     assert text["headline"].startswith("Moving: ")
 
 
+def test_many_small_ranges_have_a_rate(admin: Client, rotation: Rotation) -> None:
+    """A fast server commits about a thousand of the smallest ranges in a second, and a rate needs two."""
+    change(rotation, owned_since=timezone.now() - timedelta(hours=1))
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO rotator_completedrange (rotation_id, after, through, rows, seconds, committed_at)"
+            " SELECT %s, to_jsonb(ARRAY[i]), to_jsonb(ARRAY[i + 1]), 10, 0.001,"
+            " statement_timestamp() - (5000 - i) * interval '1 ms' FROM generate_series(1, 5000) AS i",
+            (rotation.pk,),
+        )
+    facts = state_of(admin, rotation)["facts"]
+    assert isinstance(facts, dict)
+    assert facts["rows_per_second"] == pytest.approx(10_000, rel=0.1)
+
+
 def test_it_never_shows_more_than_all(admin: Client, rotation: Rotation) -> None:
     change(rotation, rows_done=70_000)
     found = state_of(admin, rotation)
@@ -484,6 +499,16 @@ def test_many_viewers_read_less_often(
     answers = [admin.get(url, {"viewer": read % viewers}) for read in range(2 * viewers)]
 
     assert answers[-1].json()["every_seconds"] == every_seconds
+
+
+def test_viewers_of_another_rotation_do_not_count(admin: Client, rotation: Rotation) -> None:
+    change(rotation, status="running")
+    other = Rotation.objects.create(target="shop.Order.webhook_secret", database="default", started_xid=2)
+    for read in range(20):
+        admin.get(reverse("admin:rotator_rotation_state", args=[other.pk]), {"viewer": read})
+    url = reverse("admin:rotator_rotation_state", args=[rotation.pk])
+
+    assert admin.get(url, {"viewer": 1}).json()["every_seconds"] == 2.0
 
 
 def test_a_session_lasts_while_the_secret_key_is_rotated(admin: Client, rotation: Rotation) -> None:

@@ -192,11 +192,16 @@ def test_only_a_field_next_to_the_target_can_be_ignored() -> None:
     for name in ("secret", "nothing"):
         with pytest.raises(OptionError, match=f"--ignore-derived {name}: .* It has id, salted"):
             prepare(["shop.Salted.secret"], "default", OPTIONS, Selection(ignore_derived=(name,)))
-
-
-def test_a_field_that_is_derived_by_a_descriptor_is_found() -> None:
     with pytest.raises(
-        TargetError, match=r"Searchable\.search is a SearchField, which derives its value from"
+        OptionError, match=r"^--ignore-derived nothing --ignore-derived secret: shop\.Salted has"
+    ):
+        prepare(["shop.Salted.secret"], "default", OPTIONS, Selection(ignore_derived=("secret", "nothing")))
+
+
+def test_all_fields_that_are_derived_by_a_descriptor_are_found() -> None:
+    derives = "is a SearchField, which derives its value from"
+    with pytest.raises(
+        TargetError, match=rf"^shop\.Searchable\.search {derives} .* shop\.Searchable\.old_search {derives}"
     ):
         prepare(["shop.Searchable.secret"], "default", OPTIONS)
 

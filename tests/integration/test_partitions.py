@@ -248,8 +248,10 @@ def test_a_trigger_of_a_partition_that_keeps_old_values_is_named(days: Database,
     trigger = days.make_trigger("NEW.secret := OLD.secret;", table, timing="BEFORE UPDATE")
     outcome = rotate(LABEL)
     assert outcome.status == "failed"
-    assert trigger in outcome.error
-    assert "leaked" not in outcome.error
+    # Of a range, one partition by hash has only some of the rows, which are rejected one by one.
+    said = {outcome.error} if keeps != "march_0" else {reason for _, reason in outcome.rejected_keys}
+    assert said
+    assert all(trigger in each and "leaked" not in each for each in said)
     assert leaked(days) == ROWS - sum(rows for *_, rows in days.checkpoints())
 
 

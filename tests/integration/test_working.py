@@ -1,9 +1,13 @@
 """What the tasks of Celery's workers leave behind, where no worker is needed to see it."""
 
+import os
+import sys
 import threading
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
+from celery import Task
 from django.db import connections
 
 from rotator.api import prepare
@@ -14,7 +18,7 @@ from rotator.options import RunOptions
 from rotator.postgres import rotations
 from rotator.progress.lines import LogObserver
 from rotator.runner.worker import Helper
-from rotator.tasks import coordinate_rotation, help_with_rotation
+from rotator.tasks import coordinate, coordinate_rotation, help_rotation, help_with_rotation
 from tests.integration.outcomes import rotate_tickets
 from tests.integration.rotation_tables import COMMITTING, TARGET, Database
 
@@ -121,6 +125,23 @@ def test_of_two_copies_of_a_message_one_works(database: Database) -> None:
     assert copies == [None]
     assert Span.objects.get().generation == 1
     assert sum(CompletedRange.objects.values_list("rows", flat=True)) == 100
+
+
+@pytest.mark.parametrize("task", [coordinate, help_rotation])
+def test_a_worker_that_cannot_rotate_logs_one_sentence(
+    database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, task: Task
+) -> None:
+    number, message = _running(database)
+    patched = SimpleNamespace(is_monkey_patched=lambda name: name == "socket")
+    monkeypatch.setitem(sys.modules, "eventlet.patcher", patched)
+    with caplog.at_level("INFO"):
+        task.apply(("default", number, *([message] if task is help_rotation else [])))
+    said = {record.name: record.getMessage() for record in caplog.records}
+    assert said["rotator"].startswith(
+        f"Rotation {number}: eventlet has monkey-patched the process {os.getpid()} on "
+    )
+    assert " raised expected: RotatorError('eventlet has" in said["celery.app.trace"]
+    assert not any(record.exc_info for record in caplog.records)
 
 
 @pytest.mark.parametrize("status", ["interrupted", "queued", "failed"])

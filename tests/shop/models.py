@@ -242,10 +242,11 @@ class Salted(models.Model):
 
 
 class Searchable(models.Model):
-    """A secret that is found by its hash."""
+    """A secret that is found by its hash, and was by another one."""
 
     secret = RandomlyEncryptedField(max_length=80, default=token)
     search = SearchField(max_length=64, default="")
+    old_search = SearchField(max_length=64, default="")
 
 
 class MakerManager(models.Manager["Maker"]):

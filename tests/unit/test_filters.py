@@ -13,6 +13,20 @@ from rotator.exceptions import OptionError
 from rotator.fields.filters import row_condition
 from rotator.options import Selection
 
+
+class Fussy(Exception):  # noqa: N818 - any name
+    pass
+
+
+class FussyField(models.CharField):  # type: ignore[type-arg]
+    """Raises an error of its own for most values."""
+
+    def get_prep_value(self, value: object) -> object:
+        if value not in (None, "5"):
+            raise Fussy
+        return value
+
+
 FIELDS = {
     "array": postgres.ArrayField(models.IntegerField()),
     "binary": models.BinaryField(),
@@ -23,6 +37,7 @@ FIELDS = {
     "decimal": models.DecimalField(max_digits=5, decimal_places=2),
     "duration": models.DurationField(),
     "float": models.FloatField(),
+    "fussy": FussyField(max_length=9),
     "hstore": postgres.HStoreField(),
     "integer": models.IntegerField(),
     "integers": postgres.IntegerRangeField(),
@@ -103,11 +118,21 @@ def test_every_lookup_gives_a_condition_or_one_sentence(name: str) -> None:
         ),
         ("array__in={1,2}", "array__in={1,2} is not a valid filter of this model: "),
         ("ip=10.0.0.0/8", "ip=10.0.0.0/8 is not a valid filter of this model: "),
+        ("fussy=x", "fussy=x is not a valid filter of this model: Fussy."),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(filters: str, sentence: str) -> None:
     with pytest.raises(OptionError, match=f"^--filter {re.escape(sentence)}"):
         _condition(filters)
+
+
+def test_bytes_of_another_encoding_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"^--filter: a filter must be valid Unicode\.$"):
+        _condition("char=half \udcff")
+
+
+def test_several_keys_are_a_list() -> None:
+    assert b"a,b" in _condition("json__has_keys=a,b").replace(b"'", b"").replace(b" ", b"")
 
 
 def test_binary_values_are_hexadecimal_digits() -> None:
