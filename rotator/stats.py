@@ -74,10 +74,13 @@ class RecentRate:
             return None
         return sum(sample.rows for sample in counted) / elapsed
 
-    def eta_seconds(self, rows_left: int, now: float) -> float | None:
-        """Return the seconds until ``rows_left`` are done; None while unknown or no range completes."""
+    def eta_seconds(self, rows_left: int, now: float, *, is_exact: bool = True) -> float | None:
+        """Return the seconds until ``rows_left`` are done; None while unknown or no range completes.
+
+        It is also unknown once an estimate of the rows is exceeded; ``is_exact`` is false for an estimate.
+        """
         if rows_left <= 0:
-            return 0.0
+            return 0.0 if is_exact else None
         rate = self.rows_per_second(now)
         if not rate:
             return None
@@ -387,11 +390,10 @@ class Stats:
     @property
     def eta_seconds(self) -> float | None:
         """The time until every row is done; None while it is unknown or the run does not write."""
-        now, rows_left = self.clock(), self.rows_total - self.rows_done
-        estimate_is_exceeded = rows_left <= 0 and not self.rows_total_is_exact
-        if self.state not in ("rotating", "finishing", "throttled") or estimate_is_exceeded:
+        if self.state not in ("rotating", "finishing", "throttled"):
             return None
-        eta_seconds = self._rate.eta_seconds(rows_left, self._rate_clock())
+        now, rows_left = self.clock(), self.rows_total - self.rows_done
+        eta_seconds = self._rate.eta_seconds(rows_left, self._rate_clock(), is_exact=self.rows_total_is_exact)
         is_deferred = self._deferred_at is not None and now - self._deferred_at < LOCK_SECONDS
         if eta_seconds is not None and is_deferred and eta_seconds < LOCK_SECONDS:
             # The remaining rows may be the locked ones.

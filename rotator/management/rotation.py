@@ -120,8 +120,7 @@ def speed_of(rotation: Rotation) -> Speed:
     if last is None:
         return Speed()
     left = rotation.rows_total - rotation.rows_done
-    is_exceeded = left <= 0 and not rotation.rows_total_is_exact
-    eta_seconds = None if is_exceeded else recent.eta_seconds(left, now)
+    eta_seconds = recent.eta_seconds(left, now, is_exact=rotation.rows_total_is_exact)
     return Speed(recent.rows_per_second(now), eta_seconds, now - last)
 
 

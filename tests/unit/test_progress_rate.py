@@ -116,6 +116,12 @@ def test_what_is_left_is_never_negative() -> None:
     assert rate.eta_seconds(-5, 1) == 0
 
 
+def test_the_time_is_unknown_once_an_estimate_of_the_rows_is_exceeded() -> None:
+    rate = RecentRate()
+    assert rate.eta_seconds(0, 1, is_exact=False) is None
+    assert rate.eta_seconds(-5, 1, is_exact=False) is None
+
+
 def test_memory_does_not_grow_with_the_number_of_ranges() -> None:
     rate = RecentRate()
     for step in range(100_000):

@@ -257,7 +257,8 @@ class _FollowedProgress:
         held, figures = rotation.held_by, list[str]()
         if rotation.status == Rotation.Status.RUNNING and not rotation.is_silent and not held:
             speed = self._rate.rows_per_second(now)
-            eta = self._rate.eta_seconds(rotation.rows_total - rows, now)
+            left = rotation.rows_total - rows
+            eta = self._rate.eta_seconds(left, now, is_exact=rotation.rows_total_is_exact)
             figures = [
                 "unknown rate" if speed is None else f"{rate(speed)} rows/s",
                 f"ETA {'unknown' if speed is None or eta is None else duration(eta)}",
