@@ -617,7 +617,7 @@ def test_a_completed_rotation_of_another_model_of_the_same_columns_is_not_repeat
     orders.execute("UPDATE rotator_rotation SET target = 'twin.Order.a twin.Order.key'")
 
     prepared = prepare([API_KEY, WEBHOOK], "default", replace(OPTIONS, preflight=preflight), selection)
-    _, completed = prepared.earlier(lambda _event: None)
+    completed = prepared.earlier(lambda _event: None).completed
     assert completed is not None
     with pytest.raises(RotationRepeatedError, match=r"of twin\.Order\.a twin\.Order\.key completed at"):
         prepared.rotate(lambda _event: None)
