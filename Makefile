@@ -128,7 +128,7 @@ endef
 
 benchmarks: .venv/benchmark ## Measure everything that docs/benchmarks.md shows, in one to two hours
 	@rm -rf build/benchmarks; mkdir -p build/benchmarks
-	$(call measure,speed)
+	$(call measure,speed, --repetitions 5)
 	$(call measure,compare, --slow-rows 50000 --repetitions 1 --plot docs/pictures/compare.svg)
 	$(call measure,concurrency, --plot docs/pictures/concurrency.svg)
 	$(call measure,scaling)

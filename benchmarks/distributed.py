@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from harness import (
     PROJECT,
@@ -141,12 +141,12 @@ def _slow_way(url: str, seconds: float) -> Iterator[str]:
     """A URL of the same database through a proxy that delays each piece, in either direction."""
     parts = urlsplit(url)
     # Not parts.hostname, which is in lower case: it may be the folder of a socket.
-    host, port = unquote(parts.netloc.rpartition("@")[2].rpartition(":")[0]), parts.port or 5432
+    account, at, address = parts.netloc.rpartition("@")
+    host, port = unquote(address.rpartition(":")[0]), parts.port or 5432
     is_socket = host.startswith("/")
     with Proxy(path=f"{host}/.s.PGSQL.{port}") if is_socket else Proxy(port=port) as proxy:
         proxy.delay(to_server_seconds=seconds, to_client_seconds=seconds)
-        user = f"{quote(parts.username)}@" if parts.username else ""
-        yield urlunsplit(parts._replace(netloc=f"{user}127.0.0.1:{proxy.port}", query=""))
+        yield urlunsplit(parts._replace(netloc=f"{account}{at}127.0.0.1:{proxy.port}", query=""))
 
 
 @contextmanager
