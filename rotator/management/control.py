@@ -113,7 +113,7 @@ def send(rotation: Rotation, request: Request, *, by: str, revision: int | None)
 class Answer:
     """Sentences for the user, and whether the request was applied.
 
-    ``is_applied`` is false where a process owns the rotation and has not applied it in time.
+    ``is_applied`` is false where a process owns the rotation, or did, and has not applied it.
     """
 
     text: str

@@ -236,6 +236,13 @@ TRY_SECONDS: Final = 1.0
 # Two rows reveal a generator that returns a constant.
 TRIED_ROWS: Final = 2
 FILTERED_ROWS: Final = 100
+_INVALID_CONDITIONS: Final = (
+    psycopg.DataError,
+    psycopg.ProgrammingError,
+    psycopg.NotSupportedError,
+    psycopg.errors.ProgramLimitExceeded,
+    psycopg.errors.StatementTooComplex,
+)
 
 
 async def check_condition(connection: AsyncConnection, table: TargetTable, filters: str) -> None:
@@ -258,7 +265,7 @@ async def check_condition(connection: AsyncConnection, table: TargetTable, filte
                 await connection.execute(query, ())
             except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedTable):
                 raise
-            except (psycopg.DataError, psycopg.ProgrammingError, psycopg.NotSupportedError) as error:
+            except _INVALID_CONDITIONS as error:
                 sentence = f"The server cannot use {filters}: {condition(error)}. Correct the filter."
                 raise OptionError(" ".join(sentence.split())) from None
 

@@ -84,7 +84,12 @@ class RewriteError(Exception):
 
 
 class RangeUpdate:
-    """Updates rows of one table; the caller commits."""
+    """Updates rows of one table; the caller commits.
+
+    Attributes:
+        has_stored: Whether a row has kept a new value, in this run or before. Triggers do not restore every
+            old value then, and rows that they restore are rejected.
+    """
 
     def __init__(
         self,
@@ -138,8 +143,7 @@ class RangeUpdate:
         self._digests = table.compose("{row_json}, {digests}", digests=table.digests)
         # Once triggers have written to the table, each transaction reads digests of the old values first.
         self._reads_digests = False
-        # Whether a row has kept a new value, so that triggers do not restore every old one.
-        self._has_stored = False
+        self.has_stored = False
         self._plan_settings = _MERGE if isinstance(source, InBulk) else _LOOK_UP
         if keeps_plan:
             self._plan_settings = {**self._plan_settings, "plan_cache_mode": "force_generic_plan"}
@@ -171,7 +175,7 @@ class RangeUpdate:
                 # Once can be chance, where the server rounds a value.
                 if error.condition == _EQUAL or (error.condition == _KEPT and was_kept):
                     triggers = await read_update_triggers(connection, self.table)
-                    if error.condition == _KEPT and (self._has_stored or error.rows < _KEPT_ROWS):
+                    if error.condition == _KEPT and (self.has_stored or error.rows < _KEPT_ROWS):
                         raise RangeRejectedError(_kept_by(triggers), retryable=False) from None
                     where = (
                         f"in the range {rows}"
@@ -226,8 +230,8 @@ class RangeUpdate:
                 # By now the table is locked, so its name stays the same.
                 if self.table.oid not in (0, oid):
                     raise self._replaced(lease, oid)
-                self._has_stored = self._has_stored or written > kept
                 if kept or repeated:
+                    self.has_stored = self.has_stored or written > kept + repeated
                     raise RewriteError(_KEPT if kept else _REPEATED, rows=kept)
                 has_other_writes = after - before != written
                 if written < expected or has_other_writes:
@@ -241,6 +245,7 @@ class RangeUpdate:
                     await self._check_distinct(connection, rows)
         except ValuesError as error:
             raise (error.of(rows) if isinstance(rows, KeyRange) else error) from None
+        self.has_stored = self.has_stored or written > 0
         return Written(
             rows=written,
             has_other_writes=has_other_writes,
@@ -338,10 +343,12 @@ class RangeUpdate:
             raise RewriteError(_UNCOMPARED)
         old, kept = {key: digests async for key, digests in before}, list[bool]()
         async for key, digests in await self._select(connection, rows, self._digests, keys=list(old)):
-            pairs = zip(old[key], digests, strict=True) if key in old else ()
-            kept.append(any(was is not None and was == now for was, now in pairs))
+            # Another session can have inserted a row since.
+            if key in old:
+                pairs = zip(old[key], digests, strict=True)
+                kept.append(any(was is not None and was == now for was, now in pairs))
         if any(kept):
-            self._has_stored = self._has_stored or not all(kept)
+            self.has_stored = self.has_stored or not all(kept)
             raise RewriteError(_KEPT, rows=sum(kept))
 
     def _replaced(self, lease: Lease | None, oid: int) -> TargetError:

@@ -48,19 +48,21 @@ class LateRows:
 
     Attributes:
         write: Writes rows of one leaf in a transaction; see :func:`rotator.postgres.writer.write_placed`.
+        max_failed_rows: The rejected rows after which it gives up; None for no limit.
     """
 
     write: Callable[[Sequence[OlderRow]], Awaitable[Written]]
     gate: Gate
     drain: asyncio.Event
     notify: events.Observer
+    max_failed_rows: int | None = MAX_FAILED_ROWS
     _failed_rows: int = 0
 
     async def rotate_all(self, found: AsyncIterator[list[OlderRow]]) -> int:
         """Rotate all of them until a drain begins, and return the number of rows with new values.
 
         Raises:
-            RangeRejectedError: More than ``MAX_FAILED_ROWS`` rows were rejected.
+            RangeRejectedError: More than ``max_failed_rows`` rows were rejected.
         """
         rotated = 0
         async for rows in found:
@@ -92,7 +94,7 @@ class LateRows:
                 if splits and len(rows) == 1:
                     self.notify(events.RowRejected(key=rows[0].key, reason=error.condition))
                     self._failed_rows += 1
-                    if self._failed_rows > MAX_FAILED_ROWS:
+                    if self.max_failed_rows is not None and self._failed_rows > self.max_failed_rows:
                         raise
                     break
                 self.notify(events.RangeRetried(rows=len(rows), reason=error.condition, split=splits))

@@ -64,6 +64,7 @@ class LeakedRows:
         context = self.context
         drain, notify = context.stop_signal.drain, context.notify
         update = RangeUpdate(context.table, context.target.source, context.options.limits)
+        update.has_stored = owned.rows_done > 0
         write = partial(write_placed, self.connection, update, owned.lease, context.on_commit)
         late_rows = LateRows(write, context.gate, drain, notify)
         attempts = 0

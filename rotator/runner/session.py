@@ -137,8 +137,11 @@ class Session:
         """Return the update of ranges and of late rows, whose limits planning may have raised."""
         context = self.context
         if context.ask_for_help is None and self.owned.bound is not None:
-            return await measured_update(self.connection, context.table, context, self.owned.bound, ledger)
-        return RangeUpdate(context.table, context.target.source, context.options.limits, ledger)
+            update = await measured_update(self.connection, context.table, context, self.owned.bound, ledger)
+        else:
+            update = RangeUpdate(context.table, context.target.source, context.options.limits, ledger)
+        update.has_stored = self.owned.rows_done > 0
+        return update
 
     async def _read_gaps(self) -> list[KeyInterval]:
         owned = self.owned

