@@ -31,7 +31,6 @@ from harness import (
     run_script,
     say,
 )
-from plotting import picture, timeline
 from presenting import Machine, table, write_json
 from psycopg.conninfo import conninfo_to_dict
 
@@ -303,7 +302,6 @@ def main() -> None:
         help="what to measure: the table of fixed settings, the paces, a load that changes, a quiet server "
         "(default: all)",
     )
-    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the changing load, as SVG or PNG")
     options = parser.parse_args()
     run_script(lambda server: _measure(server, options), server=options.server)
 
@@ -322,17 +320,10 @@ def _measure(server: Server, options: argparse.Namespace) -> bool:
         print(_prediction(found))
     if "paces" in options.parts:
         checks |= _check_paces(found)
-    timeline_found: dict[str, Any] = {}
+    change: dict[str, Any] = {}
     if "change" in options.parts:
-        timeline_found = _change_load(server, original, options)
-        checks |= timeline_found["checks"]
-        if options.plot is not None:
-            timeline(
-                options.plot,
-                timeline_found["latencies"],
-                timeline_found["workers"],
-                title=str(machine.server),
-            )
+        change = _change_load(server, original, options)
+        checks |= change["checks"]
     if "quiet" in options.parts:
         checks |= _compare_when_quiet(server, original, options)
     for check, holds in checks.items():
@@ -343,7 +334,7 @@ def _measure(server: Server, options: argparse.Namespace) -> bool:
         rows=options.rows,
         rate=options.rate,
         measurements=found,
-        change=timeline_found,
+        change=change,
         checks=checks,
     )
     return all(checks.values())

@@ -26,6 +26,8 @@ _LOOK: Final[dict[Any, object]] = {
 _BAR_INCHES: Final = 0.32
 # Below it, a fraction tells more than a decimal.
 _SMALL_RATIO: Final = 0.1
+# The part of the colour scale above which white text cannot be read.
+_BRIGHT: Final = 0.7
 
 
 def picture(text: str) -> Path:
@@ -55,9 +57,16 @@ def bars(file: Path, rates: Mapping[str, float], *, title: str, ours: str) -> No
         drawn = axes.barh([name for name, _ in ordered], [rate for _, rate in ordered], color=colours)
         labels = [f"{rate:,.0f} ({_ratio(rate / rates[ours])})" for _, rate in ordered]
         axes.bar_label(drawn, labels=labels, padding=3)
-        axes.set(xlabel="rows/s", title=title)
-        axes.margins(x=0.2)
+        axes.set(xlabel="rows/s")
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(_thousands)
+        axes.margins(x=0.25)
+        figure.suptitle(title)
         figure.savefig(file)
+
+
+def _thousands(rate: float, _position: int | None = None) -> str:
+    return f"{rate / 1000:,.0f}k"
 
 
 def _ratio(ratio: float) -> str:
@@ -88,6 +97,7 @@ def lines_and_heat(
         for batch, found in rates.items():
             left.plot(concurrencies, found, marker="o", label=f"--batch {batch:,}")
         left.set(xlabel="--concurrency", ylabel="rows/s", ylim=(0, None), xticks=list(concurrencies))
+        left.yaxis.set_major_formatter(_thousands)
         left.legend()
         image = right.imshow(list(rates.values()), aspect="auto", cmap="viridis")
         right.set(
@@ -100,35 +110,8 @@ def lines_and_heat(
         )
         for row, found in enumerate(rates.values()):
             for column, rate in enumerate(found):
-                right.text(column, row, f"{rate / 1000:,.0f}k", ha="center", va="center", color="white")
-        figure.colorbar(image, ax=right, label="rows/s")
+                colour = "black" if image.norm(rate) > _BRIGHT else "white"
+                right.text(column, row, _thousands(rate), ha="center", va="center", color=colour)
+        figure.colorbar(image, ax=right, label="rows/s", format=_thousands)
         figure.suptitle(title)
-        figure.savefig(file)
-
-
-def timeline(
-    file: Path, latencies: Sequence[tuple[float, float]], workers: Sequence[tuple[float, int]], *, title: str
-) -> None:
-    """Draw the application's latencies over time, with each change of the pace.
-
-    Args:
-        file: The picture's file.
-        latencies: When each transaction ended, and its latency in ms.
-        workers: When the number of workers changed, and to which.
-        title: The title.
-    """
-    from matplotlib import rc_context  # noqa: PLC0415 - an extra, which only pictures need
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    start = min(at for at, _ in [*latencies, *workers])
-    with rc_context(_LOOK):
-        figure = Figure(figsize=(_WIDTH_INCHES, 0.5 * _WIDTH_INCHES), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(
-            [at - start for at, _ in latencies], [latency for _, latency in latencies], ".", markersize=2
-        )
-        for at, number in workers:
-            axes.axvline(at - start, color=_OURS, linewidth=0.5)
-            axes.annotate(str(number), (at - start, 1.0), xycoords=("data", "axes fraction"), color=_OURS)
-        axes.set(xlabel="seconds", ylabel="latency in ms", yscale="log", title=title)
         figure.savefig(file)
