@@ -192,25 +192,32 @@ def test_a_column_that_stays_null_is_not_one_that_a_trigger_keeps(database: Data
 def test_late_rows_whose_values_a_new_trigger_keeps_are_all_named(
     database: Database, keeping: str, source: str
 ) -> None:
+    outcome, trigger, late = _rotate_late_rows(database, KEEPING[keeping], SOURCES[source])
+
+    _assert_rejected(outcome, trigger, *LATE)
+    assert database.values() == late
+    assert database.rotation("late_rows") == 0
+
+    database.execute(f'DROP TRIGGER "{trigger}" ON tickets_ticket')
+    assert_unconfirmed(rotate(TARGET, selection=SOURCES[source]), 0)
+    assert database.changed(late) == {f"[{number}]" for number in LATE}
+
+
+def _rotate_late_rows(
+    database: Database, keeping: MakeTrigger, selection: Selection
+) -> tuple[RotationStopped, str, dict[str, Any]]:
+    """Rotate with a trigger that keeps values of late rows only; return its name, and the values before."""
     database.make_tickets(1, ROWS)
-    older, triggers = _older(database), list[str]()
+    older, triggers, late = _older(database), list[str](), dict[str, Any]()
 
     def commit(event: Event) -> None:
         if isinstance(event, LateCommitsAwaited) and len(database.checkpoints()) == ROWS // 10:
             older.execute("COMMIT")
-            triggers.append(KEEPING[keeping](database, TICKETS))
+            triggers.append(keeping(database, TICKETS))
             late.update(database.values())
 
-    late: dict[str, Any] = {}
-    outcome = rotate(TARGET, commit, selection=SOURCES[source])
-
-    _assert_rejected(outcome, triggers[0], *LATE)
-    assert database.values() == late
-    assert database.rotation("late_rows") == 0
-
-    database.execute(f'DROP TRIGGER "{triggers[0]}" ON tickets_ticket')
-    assert_unconfirmed(rotate(TARGET, selection=SOURCES[source]), 0)
-    assert database.changed(late) == {f"[{number}]" for number in LATE}
+    outcome = rotate(TARGET, commit, selection=selection)
+    return outcome, triggers[0], late
 
 
 def _older(database: Database) -> Any:  # noqa: ANN401 - a connection
@@ -247,19 +254,9 @@ def test_rows_whose_values_a_trigger_keeps_are_named_and_all_others_rotated(
 def test_late_rows_whose_values_a_trigger_keeps_are_named(
     database: Database, keeping: str, source: str
 ) -> None:
-    database.make_tickets(1, ROWS)
-    older, triggers = _older(database), list[str]()
+    outcome, trigger, late = _rotate_late_rows(database, KEEPING_SOME[keeping], SOURCES[source])
 
-    def commit(event: Event) -> None:
-        if isinstance(event, LateCommitsAwaited) and len(database.checkpoints()) == ROWS // 10:
-            older.execute("COMMIT")
-            triggers.append(KEEPING_SOME[keeping](database, TICKETS))
-            late.update(database.values())
-
-    late: dict[str, Any] = {}
-    outcome = rotate(TARGET, commit, selection=SOURCES[source])
-
-    _assert_rejected(outcome, triggers[0], 102, 103)
+    _assert_rejected(outcome, trigger, 102, 103)
     assert database.changed(late) == {f"[{number}]" for number in LATE if number not in (102, 103)}
     assert database.rotation("late_rows") == len(LATE) - 2
 
