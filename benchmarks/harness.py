@@ -168,7 +168,7 @@ class Database:
         return self.program(sys.executable, str(PROJECT / "manage.py"), *arguments)
 
     def program(self, *command: str) -> Finished:
-        """Run a program that is told of this database by ``DATABASE_URL``, and wait for its end.
+        """Run a program with this database in ``DATABASE_URL``, and wait for its end.
 
         Raises:
             BenchmarkError: It failed; carries the last of what it said.
@@ -484,7 +484,7 @@ def _url_of(server: str) -> Iterator[str]:
 class _Peak:
     """Polls a process's high-water mark of memory, which the system does not report after its end.
 
-    The usage that a parent is told of its child begins with the parent's own memory, which forking copies.
+    The usage of a child that the system reports begins with the parent's memory, which forking copies.
     """
 
     def __init__(self, pid: int) -> None:
